@@ -1,0 +1,48 @@
+# Set-up and the project's jobs. `make quickstart` and `make test` each work on a fresh machine with Python 3.11-3.13, a C++ compiler and make.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export KIT_CACHE ?=
+ifeq ($(KIT_CACHE),)
+unexport KIT_CACHE
+endif
+
+.PHONY: setup quickstart check test-fast test soak bench clean
+
+setup: $(STAMP)
+
+# deepspeed ships as source only and its build imports torch: torch first, then without build isolation.
+$(STAMP): pyproject.toml constraints.txt
+	@command -v g++ >/dev/null || { echo "a C++ compiler is needed (Debian: apt-get install g++)"; exit 3; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -U "pip>=24" -c constraints.txt
+	$(BIN)/python -m pip install -q -c constraints.txt torch setuptools wheel ninja hatchling editables
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[train,dev]'
+	touch $(STAMP)
+
+quickstart: $(STAMP)
+	$(BIN)/python -m kit.quickstart
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	PYTHONPATH=. $(BIN)/lint-imports
+
+test-fast: $(STAMP)
+	$(BIN)/python -m pytest -m "not launch"
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+soak: $(STAMP)
+	$(BIN)/python -m tests.soak
+
+bench: $(STAMP)
+	$(BIN)/python -m tests.benchmarks.cli_latency
+	$(BIN)/python -m tests.benchmarks.merge --preset small
+
+clean:
+	rm -rf $(VENV) .kit-cache build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache

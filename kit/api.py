@@ -1,0 +1,118 @@
+"""The verbs as functions: what the command line calls, and what `from kit import train` gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from kit import rundir
+from kit.config.schema import RunPlan, field_class, leaves, load_plan
+from kit.errors import KitError, Problem
+
+
+def compose(*args: str, config_dir: str | None = None, here: bool = False, world_size: int | None = None) -> RunPlan:
+    """The frozen plan of `[run.yaml] key=value ...`; KitError with all problems. `here`: for this machine's hardware."""
+    from kit.config.compose import compose as compose_tree
+    from kit.config.plan import build_plan
+
+    return build_plan(compose_tree(list(args), config_dir), here=here, world_size=world_size)
+
+
+def check(*args: str, config_dir: str | None = None) -> list[Problem]:
+    """Everything that is wrong with a run, as a list; empty where it is valid. Imports no torch."""
+    try:
+        compose(*args, config_dir=config_dir)
+    except KitError as error:
+        return error.problems
+    return []
+
+
+def train(*args: str, config_dir: str | None = None, fresh: bool = False, plan: RunPlan | None = None) -> int:
+    """Compose, make the run directory, launch, and stay until it is done; the exit code. KitError when it failed."""
+    from kit.launchers.run import launch
+
+    plan = plan or compose(*args, config_dir=config_dir, here=True)
+    return launch(rundir.create(plan, fresh))
+
+
+def resume(run: str, *overrides: str) -> int:
+    """Continue from the newest complete checkpoint; `overrides` may change extendable and machine keys only."""
+    from kit import manifest
+    from kit.launchers.run import launch, say
+
+    path = rundir.find_run(run)
+    plan = load_plan(path).model_copy(update={"run_dir": str(path)})
+    state = rundir.status(path)
+    if pid := rundir.in_use(path):
+        raise KitError(f"{path} is in use by process {pid}", fix="wait for it")
+    if state.get("state") == "done" and not overrides:
+        raise KitError(f"{path} is finished at step {state.get('step')}", fix="kit resume RUN trainer.max_steps=MORE")
+    newest = manifest.newest_complete(path / rundir.CHECKPOINTS)
+    for reason in newest.skipped:
+        say(f"passed over {reason}")
+    if newest.folder is None:
+        raise KitError(f"{path} has no complete checkpoint", str(path / rundir.CHECKPOINTS), "kit train ... --fresh")
+    plan = changed(plan, list(overrides))
+    saved_on = manifest.read_manifest(newest.folder).get("world_size")
+    if plan.deepspeed and saved_on != plan.world_size:
+        raise KitError(
+            f"{newest.folder.name} was saved by {saved_on} processes, {plan.world_size} would read it: ZeRO's optimizer "
+            "state is split by process",
+            where="launch.num_gpus",
+            fix=f"launch.num_gpus={saved_on}",
+        )
+    rundir.write_plan(plan)
+    say(f"resuming from {newest.folder.name}")
+    return launch(plan, resume=newest.folder.name)
+
+
+def changed(plan: RunPlan, overrides: list[str]) -> RunPlan:
+    """The plan with extendable and machine keys changed, from the tree that it froze: edited YAML files play no part."""
+    if not overrides:
+        return plan
+    from kit.config.compose import Composed, apply
+    from kit.config.plan import build_plan
+
+    tree = apply(plan.composed, overrides)
+    before, after = leaves(plan.composed), leaves(tree)
+    touched = sorted(k for k in before.keys() | after.keys() if before.get(k) != after.get(k))
+    refused = [k for k in touched if field_class(k) == "identity"]
+    if refused:
+        raise KitError(
+            [
+                Problem(
+                    f"{k} cannot change within a run ({before.get(k)!r} -> {after.get(k)!r}): it would be another run",
+                    f"command line: {k}",
+                    "kit train with it",
+                )
+                for k in refused
+            ]
+        )
+    provenance = {**plan.provenance, **{k: f"command line (resume): {k}" for k in touched}}
+    composed = Composed(tree, [*plan.overrides, *overrides], provenance, plan.recipe)
+    new = build_plan(composed, here=True)
+    if new.global_batch_size != plan.global_batch_size:
+        raise KitError(
+            f"the global batch would change from {plan.global_batch_size} to {new.global_batch_size} rows: another run",
+            where="trainer.per_device_train_batch_size, trainer.gradient_accumulation_steps, launch.num_gpus",
+            fix=f"global_batch_size={plan.global_batch_size} derives the accumulation",
+        )
+    # The name and the base's identity stay: the directory is this run's for good.
+    return new.model_copy(update={"run_dir": plan.run_dir, "hash": plan.hash, "name": plan.name, "base": plan.base})
+
+
+def plan_summary(plan: RunPlan) -> dict[str, Any]:
+    """The figures of a plan that `kit check` prints."""
+    return {
+        "run": rundir.shown(plan.run_dir),
+        "model": plan.model.name_or_path,
+        "method": (plan.peft or {}).get("peft_type", "full fine-tuning"),
+        "engine": f"{plan.launch.launcher}, ZeRO-{plan.zero_stage}" if plan.deepspeed else plan.launch.launcher,
+        "processes": plan.world_size,
+        "precision": plan.precision,
+        "batch": f"{plan.global_batch_size} rows = {plan.trainer['per_device_train_batch_size']} x "
+        f"{plan.trainer['gradient_accumulation_steps']} x {plan.world_size}",
+        "data": Path(plan.dataset.path).name,
+        "notes": plan.notes,
+    }
+

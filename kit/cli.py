@@ -1,0 +1,331 @@
+"""The command `kit`. Verbs import what they need when they run: `kit --help` and `kit check` never load torch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from kit.errors import DONE, FAILED, REFUSED, KitError, Problem
+
+USAGE = """\
+usage: kit VERB ...
+
+  train     [run.yaml] [key=value ...]   compose, check, launch, train, save the adapter
+  check     [run.yaml] [key=value ...]   everything that can be known without weights, all problems at once
+  resume    RUN [key=value ...]          continue from the newest complete checkpoint
+  merge     RUN | ADAPTER --base MODEL   fold the adapter into the base, verified
+  generate  RUN | ADAPTER | MODEL        the same prompts from base, adapter and merged model
+  eval      RUN | ADAPTER | MODEL        exact match, loss and perplexity on the held-out rows
+  list      [GROUP]                      recipes, or the choices of a group
+
+  kit VERB --help shows the options of a verb; all of Hydra's own work on `kit train` (-m, --cfg job, --info, ...).
+  Exit codes: 0 done, 2 refused, 3 environment, 4 failed, 75 stopped with a complete checkpoint.
+"""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of the command; exits with the codes of kit.errors."""
+    sys.exit(run(sys.argv[1:] if argv is None else argv))
+
+
+def run(argv: list[str]) -> int:
+    """The exit code of one command line; every KitError is printed as problem, where, fix."""
+    if any(a in ("-sc", "--shell-completion") for a in argv):
+        return complete(argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return DONE
+    if argv[0] in ("-V", "--version"):
+        from kit import __version__
+
+        print(f"kit {__version__}")
+        return DONE
+    verb, rest = argv[0], argv[1:]
+    try:
+        if verb not in VERBS:
+            import difflib
+
+            near = difflib.get_close_matches(verb, VERBS, 1)
+            raise KitError(f"there is no verb {verb!r}", "command line", f"kit {near[0]}" if near else "kit --help")
+        return VERBS[verb](rest)
+    except KitError as error:
+        print_problems(error.problems, refused=error.code == REFUSED)
+        return error.code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+
+
+def train(argv: list[str]) -> int:
+    """`kit train`: our own flags first; any other flag hands the line to Hydra."""
+    if argv in (["--help"], ["-h"]):
+        print("usage: kit train [run.yaml] [key=value ...] [--fresh] [--config-dir DIR] [Hydra's own flags]\n")
+        print("  --fresh   a new directory although the same run is there, unfinished\n\nHydra's own flags:")
+        from kit.config.compose import run_hydra
+
+        return run_hydra(["--hydra-help"])
+    fresh = "--fresh" in argv
+    argv = [a for a in argv if a != "--fresh"]
+    from kit import api
+
+    if not any(a.startswith("-") for a in argv):
+        return api.train(*argv, fresh=fresh)
+    from kit.config.compose import Composed, run_hydra
+    from kit.config.plan import build_plan
+
+    codes: list[int] = []
+
+    def one(composed: Composed) -> None:
+        try:
+            codes.append(api.train(plan=build_plan(composed, here=True), fresh=fresh))
+        except KitError as error:  # one failing job of a multirun does not stop the others
+            print_problems(error.problems, refused=error.code == REFUSED)
+            codes.append(error.code)
+
+    code = run_hydra(argv, one)
+    return next((c for c in codes if c != DONE), DONE) if codes else (REFUSED if code else DONE)
+
+
+def check(argv: list[str]) -> int:
+    parser = options("check", "Everything that can be known about a run without weights; imports no torch.")
+    parser.add_argument("overrides", nargs="*", metavar="run.yaml | key=value")
+    parser.add_argument("--config-dir", "-cd", help="a folder with groups and recipes of your own")
+    parser.add_argument("--json", action="store_true", help="the problems, or the plan, as JSON")
+    parser.add_argument("--here", action="store_true", help="also ask whether this machine's hardware will do")
+    a = parser.parse_args(argv)
+    from kit import api
+
+    try:
+        plan = api.compose(*a.overrides, config_dir=a.config_dir, here=a.here)
+    except KitError as error:
+        if not a.json:
+            raise
+        print(json.dumps({"valid": False, "problems": error.to_json()}, indent=1))
+        return error.code
+    if a.json:
+        print(json.dumps({"valid": True, "problems": [], "plan": plan.model_dump()}, indent=1))
+        return DONE
+    for key, value in api.plan_summary(plan).items():
+        for line in [value] if isinstance(value, str) or not isinstance(value, list) else value:
+            print(f"{key:<10} {line}")
+    print("valid")
+    return DONE
+
+
+def compose(argv: list[str]) -> int:
+    """For kit.worker: make the run directory of overrides and answer with one line of JSON."""
+    parser = options("compose", "Compose and freeze a run without starting it; prints one line of JSON.")
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--world-size", type=int)
+    parser.add_argument("--fresh", action="store_true")
+    a = parser.parse_args(argv)
+    from kit import api, rundir
+
+    try:
+        plan = rundir.create(api.compose(*a.overrides, here=True, world_size=a.world_size), a.fresh)
+        print(json.dumps({"plan": str(plan.run_path / rundir.PLAN)}))
+        return DONE
+    except KitError as error:
+        print(json.dumps({"code": error.code, "problems": error.to_json()}))
+        return error.code
+
+
+def resume(argv: list[str]) -> int:
+    parser = options("resume", "Continue a run from its newest complete checkpoint.")
+    parser.add_argument("run")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="extendable and machine keys")
+    a = parser.parse_args(argv)
+    from kit import api
+
+    return api.resume(a.run, *a.overrides)
+
+
+def merge(argv: list[str]) -> int:
+    parser = options("merge", "Fold a LoRA adapter into its base, shard by shard on the CPU.")
+    parser.add_argument("source", help="a run directory, an adapter folder, or a Hub id in the cache")
+    parser.add_argument("--base", help="the base model, for an adapter that the kit did not make")
+    parser.add_argument("--revision")
+    parser.add_argument("--out", help="where the merged model goes (RUN/merged)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the merged weights (the base's)")
+    parser.add_argument("--verify", choices=["auto", "logits", "tensors", "no"], default="auto", nargs="?", const="logits")
+    parser.add_argument("--overwrite", action="store_true")
+    parser.add_argument("--no-fsync", action="store_true", help="leave flushing to the system")
+    a = parser.parse_args(argv)
+    quiet()
+    from kit.merge import format_result
+    from kit.merge import merge as merge_adapter
+
+    verify: bool | str = {"auto": True, "no": False}.get(a.verify, a.verify)
+    source = run_or_path(a.source)
+    result = merge_adapter(
+        source, a.base, a.out, revision=a.revision, verify=verify, dtype=a.dtype, fsync=not a.no_fsync,
+        overwrite=a.overwrite, progress=progress("merging"),
+    )  # fmt: skip
+    print(format_result(result))
+    return DONE
+
+
+def generate(argv: list[str]) -> int:
+    parser = options("generate", "The same prompts through base, adapter and merged model, side by side.")
+    source_options(parser)
+    parser.add_argument("--prompts", help="a file with one prompt per line, or - for standard input")
+    parser.add_argument("--prompt", action="append", help="one prompt; may be given several times")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
+    parser.add_argument("--top-p", type=float)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--system", help="a system message before every prompt")
+    parser.add_argument("--raw", action="store_true", help="no chat template: the prompt as it is")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--out", help="samples.json goes here (RUN)")
+    a = parser.parse_args(argv)
+    quiet()
+    from kit.generate import format_samples
+    from kit.generate import generate as generate_samples
+
+    prompts = list(a.prompt or [])
+    if a.prompts:
+        prompts += read_prompts(a.prompts)
+    result = generate_samples(
+        run_or_path(a.source), base=a.base, revision=a.revision, prompts=prompts or None, which=a.which, raw=a.raw,
+        max_new_tokens=a.max_new_tokens, temperature=a.temperature, top_p=a.top_p, seed=a.seed, system=a.system,
+        batch_size=a.batch_size, out=Path(a.out) if a.out else None,
+    )  # fmt: skip
+    print(format_samples(result["samples"]))
+    if result.get("adapter_equals_merged") is not None:
+        print(f"adapter and merged model agree token for token: {result['adapter_equals_merged']}")
+    return DONE
+
+
+def evaluate(argv: list[str]) -> int:
+    parser = options("eval", "Exact match, loss and perplexity on the held-out rows.")
+    source_options(parser)
+    parser.add_argument("--data", help="a file of rows instead of the run's held-out split")
+    parser.add_argument("--limit", type=int, help="at most this many rows")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--few-shot", type=int, default=0, help="also the base with this many worked examples")
+    parser.add_argument("--json", action="store_true")
+    a = parser.parse_args(argv)
+    quiet()
+    from kit.evaluate import evaluate as evaluate_models
+    from kit.evaluate import format_table
+
+    result = evaluate_models(
+        run_or_path(a.source), base=a.base, revision=a.revision, data=a.data, which=a.which, limit=a.limit,
+        max_new_tokens=a.max_new_tokens, batch_size=a.batch_size, few_shot=a.few_shot,
+    )  # fmt: skip
+    print(json.dumps(result, indent=1, ensure_ascii=False) if a.json else format_table(result))
+    return DONE
+
+
+def list_choices(argv: list[str]) -> int:
+    parser = options("list", "Recipes, or the choices of a group, each with its first line.")
+    parser.add_argument("group", nargs="?", default="recipe")
+    a = parser.parse_args(argv)
+    from kit import paths
+
+    groups = sorted(p.name for p in paths.CONF.iterdir() if p.is_dir())
+    if a.group not in groups:
+        raise KitError(f"there is no group {a.group!r}", "command line", f"one of {', '.join(groups)}")
+    files = sorted((paths.CONF / a.group).glob("*.yaml"))
+    if a.group == "deepspeed":
+        files += sorted(paths.DS_CONFIGS.glob("*.json"))
+    for file in files:
+        lines = [line for line in file.read_text().splitlines() if line.startswith("#") and "@package" not in line]
+        print(f"{file.stem:<32} {lines[0].lstrip('# ') if lines else ''}".rstrip())
+    return DONE
+
+
+def source_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", help="a run directory, an adapter folder, a model folder, or a Hub id in the cache")
+    parser.add_argument("--base", help="the base model of an adapter folder")
+    parser.add_argument("--revision")
+    parser.add_argument("--which", action="append", choices=["base", "adapter", "merged", "model"])
+
+
+def options(verb: str, description: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(prog=f"kit {verb}", description=description, allow_abbrev=False)
+
+
+def run_or_path(name: str) -> str:
+    """A run may be named without its folder, as `kit resume` takes it."""
+    from kit import rundir
+
+    inside = Path("runs") / name
+    return str(inside) if not Path(name).exists() and (inside / rundir.PLAN).is_file() else name
+
+
+def read_prompts(name: str) -> list[str]:
+    try:
+        text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise KitError(f"{name} cannot be read: {error}", "--prompts") from None
+    prompts = [line for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise KitError(f"{name} holds no prompts", "--prompts", "one prompt per line")
+    return prompts
+
+
+def progress(what: str) -> Callable[[int, int], None] | None:
+    """A line that is redrawn on a terminal; nothing elsewhere."""
+    if not sys.stderr.isatty():
+        return None
+
+    def show(done: int, total: int) -> None:
+        end = "\n" if done >= total else ""
+        print(f"\r{what} {100 * done // max(total, 1):3d} %", end=end, file=sys.stderr, flush=True)
+
+    return show
+
+
+def quiet() -> None:
+    """No telemetry and no chatter from the libraries that the verbs below load."""
+    for key, value in {
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "DO_NOT_TRACK": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }.items():
+        os.environ.setdefault(key, value)
+
+
+def complete(argv: list[str]) -> int:
+    """Hydra's shell completion: it knows overrides, not our verb, so the verb is taken out of the typed line."""
+    from kit.config.compose import run_hydra
+
+    line = os.environ.get("COMP_LINE")
+    if line is not None:
+        words = line.split(" ")
+        if len(words) > 1 and words[1] == "train":
+            os.environ["COMP_LINE"] = " ".join([words[0], *words[2:]])
+    return run_hydra([a for a in argv if a != "train"])
+
+
+def print_problems(problems: list[Problem], refused: bool) -> None:
+    """Problem, where, fix: one block each, on standard error."""
+    count = len(problems)
+    if refused and count > 1:
+        print(f"refused: {count} problems\n", file=sys.stderr)
+    for number, problem in enumerate(problems):
+        print(("\n" if number else "") + ("refused: " if refused and count == 1 else "") + str(problem), file=sys.stderr)
+
+
+VERBS: dict[str, Callable[[list[str]], Any]] = {
+    "train": train,
+    "check": check,
+    "resume": resume,
+    "merge": merge,
+    "generate": generate,
+    "eval": evaluate,
+    "list": list_choices,
+    "compose": compose,
+}

@@ -1,0 +1,270 @@
+"""Hydra in, a plain tree out. The only module that sees Hydra or OmegaConf (traps T75-T80, T86)."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import logging
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra import main as hydra_main
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from kit import paths
+from kit.config import zero
+from kit.errors import KitError, Problem
+
+GROUPS = ("model tokenizer dataset peft quantization deepspeed fsdp trainer launch tracking recipe").split()
+
+
+@dataclass
+class Composed:
+    """The composed tree as plain dicts and lists, and where each key was set."""
+
+    tree: dict[str, Any]
+    overrides: list[str] = field(default_factory=list)
+    provenance: dict[str, str] = field(default_factory=dict)
+    recipe: str | None = None
+
+
+def compose(args: list[str], config_dir: str | None = None) -> Composed:
+    """Compose `[run.yaml] key=value ...` without running anything; KitError for what Hydra itself refuses."""
+    register()
+    overrides, run_file = read_args(args)
+    searchpath = [f"hydra.searchpath=[file://{Path(config_dir).absolute()}]"] if config_dir else []
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(config_dir=str(paths.CONF), version_base="1.3", job_name="kit"):
+            cfg = hydra_compose("train", overrides=[*searchpath, *overrides], return_hydra_config=True)
+        return read_cfg(cfg, overrides, run_file)
+    except (HydraException, OmegaConfBaseException, OSError) as error:
+        raise refusal(error, args) from None
+    finally:
+        GlobalHydra.instance().clear()
+
+
+def run_hydra(args: list[str], task: Callable[[Composed], None]) -> int:
+    """Hand the command line to Hydra's own main, for its flags (`-m`, `--cfg`, `--info`, ...); `task` runs per job."""
+    register()
+    overrides, run_file = read_args([a for a in args if not a.startswith("-")], flags=args)
+    flags = [a for a in args if a.startswith("-") or a in flag_values(args)]
+
+    def job(cfg: DictConfig) -> None:
+        from hydra.core.hydra_config import HydraConfig
+
+        cfg = OmegaConf.merge(cfg, {"hydra": OmegaConf.create(OmegaConf.to_container(HydraConfig.get()))})  # type: ignore[assignment]
+        task(read_cfg(cfg, [str(o) for o in cfg.hydra.overrides.task], run_file))
+
+    argv, sys.argv = sys.argv, ["kit train", *flags, *overrides]
+    try:
+        # kit.errors travel through `task`; what reaches here is Hydra's own refusal, already printed by it.
+        hydra_main(config_path=str(paths.CONF), config_name="train", version_base="1.3")(job)()
+    except SystemExit as stop:
+        return int(stop.code or 0) if not isinstance(stop.code, str) else 2
+    finally:
+        sys.argv = argv
+    return 0
+
+
+def apply(tree: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """A composed tree with `key=value` overrides on top, as `kit resume RUN key=value` needs it."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    cfg = OmegaConf.create(tree)
+    try:
+        for override in OverridesParser.create().parse_overrides(overrides):
+            if override.is_delete() or override.is_sweep_override():
+                raise KitError(f"{override.input_line} cannot be used here", fix="give key=value")
+            OmegaConf.update(cfg, override.key_or_group, override.value(), force_add=True)
+        return plain(cfg)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise refusal(error, overrides) from None
+
+
+def register() -> None:
+    """Make ds_configs/*.json the group `deepspeed`, and `${kit.dir:...}` known."""
+    OmegaConf.register_new_resolver("kit.dir", paths.kit_dir, replace=True)
+    logging.getLogger("hydra").setLevel(logging.ERROR)
+    store = ConfigStore.instance()
+    for file in sorted(paths.DS_CONFIGS.glob("*.json")):
+        store.store(group="deepspeed", name=file.stem, node=OmegaConf.create(zero.load(file)))
+
+
+def read_args(args: list[str], flags: list[str] | None = None) -> tuple[list[str], Path | None]:
+    """Overrides in Hydra's grammar from what people type, and the run.yaml if one was named.
+
+    The composed tree is in struct mode, so `trainer.eval_steps=5` would need a `+`. Every value override becomes `++`:
+    unknown keys are refused by our own schema, all at once and with a suggestion.
+    """
+    overrides: list[str] = []
+    run_file: Path | None = None
+    taken = flag_values(flags or [])
+    for arg in args:
+        if arg in taken:
+            continue
+        key, equals, value = arg.partition("=")
+        if not equals and not key.startswith("~"):
+            if key.endswith((".yaml", ".yml")) and run_file is None:
+                run_file = Path(key)
+                continue
+            raise KitError(
+                f"{arg!r} is neither key=value nor a YAML file",
+                where="command line",
+                fix=f"recipe={arg}" if re.fullmatch(r"[\w-]+", arg) else "give key=value",
+            )
+        if key == "deepspeed" and value.strip("\"'").endswith(".json"):
+            overrides += ["deepspeed=none", f"++deepspeed.file={value}"]
+        elif key[0] in "+~" or key in GROUPS or any(c in key for c in "@/") or key.split(".")[0] == "hydra":
+            overrides.append(arg)
+        else:
+            overrides.append("++" + arg)
+    keys = {o.partition("=")[0].lstrip("+") for o in overrides}
+    if "deepspeed.file" in keys and "deepspeed" not in keys:
+        overrides.insert(0, "deepspeed=none")  # a file of one's own replaces the recipe's choice
+    if run_file is not None:
+        overrides = [*store_run_file(run_file, keys), *overrides]
+    return overrides, run_file
+
+
+def store_run_file(path: Path, given: set[str]) -> list[str]:
+    """Put a user's run.yaml in place of a recipe; `deepspeed: zero2` in it chooses a group as on the command line."""
+    if "recipe" in given:
+        raise KitError(f"both {path} and recipe= are given", where="command line", fix="name the recipe inside the file")
+    try:
+        tree = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise KitError(f"there is no file {path}", where="command line") from None
+    except (OSError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise KitError(f"{path} is not YAML: {' '.join(str(error).split())}", where=str(path)) from None
+    if not isinstance(tree, DictConfig):
+        raise KitError(f"{path} must hold key: value lines", where=str(path))
+    content: dict[str, Any] = OmegaConf.to_container(tree)  # type: ignore[assignment]
+    chosen: list[str] = []
+    for group in GROUPS:
+        if isinstance(choice := content.get(group), str):
+            del content[group]
+            if group == "recipe":
+                content["defaults"] = [choice, *content.get("defaults", ["_self_"])]
+            elif group not in given:
+                chosen += read_args([f"{group}={choice}"])[0]
+    name = re.sub(r"[^A-Za-z0-9_-]", "_", path.stem)
+    ConfigStore.instance().store(group="recipe", name=name, node=OmegaConf.create(content), package="_global_")
+    return [*chosen, f"recipe={name}"]
+
+
+def flag_values(args: list[str]) -> set[str]:
+    """The words behind Hydra's flags that take one: `--config-dir DIR`, `--cfg job`, ..."""
+    takes = {"--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp"}
+    return {b for a, b in zip(args, args[1:], strict=False) if a in takes} | {
+        b for a, b in zip(args, args[1:], strict=False) if a in ("--info", "-i") and re.fullmatch(r"[a-z-]+", b)
+    }
+
+
+def read_cfg(cfg: DictConfig, overrides: list[str], run_file: Path | None) -> Composed:
+    """The plain tree of a composed config, with the origin of every key."""
+    runtime = cfg.hydra.runtime
+    choices = {str(k): v for k, v in runtime.choices.items() if not str(k).startswith("hydra/")}
+    sources = [Path(s.path) for s in runtime.config_sources if s.schema == "file"]
+    with contextlib.suppress(Exception):
+        OmegaConf.set_struct(cfg, False)
+    tree = plain(OmegaConf.masked_copy(cfg, [str(k) for k in cfg if k != "hydra"]))
+    recipe = choices.get("recipe")
+    provenance = origins(choices, sources, run_file)
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if equals and key not in GROUPS:
+            provenance[key.lstrip("+")] = f"command line: {override.lstrip('+')}"
+    return Composed(tree, overrides, provenance, None if recipe in (None, "null") else recipe)
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """Interpolations resolved, only JSON types left (T79); what is missing stays "???" for the schema to name."""
+    tree = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
+    return json.loads(json.dumps(tree))
+
+
+def origins(choices: dict[str, Any], sources: list[Path], run_file: Path | None) -> dict[str, str]:
+    """Dotted key to file:line for the primary config, each chosen group file, and the recipe."""
+
+    def find(group: str, name: str) -> Path | None:
+        if group == "recipe" and run_file is not None and not any((s / group / f"{name}.yaml").is_file() for s in sources):
+            return run_file
+        if group == "deepspeed" and (file := paths.DS_CONFIGS / f"{name}.json").is_file():
+            return file
+        return next((f for s in sources if (f := s / group / f"{name}.yaml").is_file()), None)
+
+    found = lines_of(paths.CONF / "train.yaml", "")
+    for group in [g for g in GROUPS if g != "recipe"]:
+        if (name := choices.get(group)) and (file := find(group, str(name))):
+            found.update(lines_of(file, group))
+    pending, seen = [str(choices["recipe"])] if choices.get("recipe") else [], []
+    while pending:  # a recipe may stand on another one; the outer one wins, so it is read last
+        name = pending.pop()
+        if (file := find("recipe", name)) is None or file in seen:
+            continue
+        seen.append(file)
+        pending += [d for d in (yaml_of(file).get("defaults") or []) if isinstance(d, str) and d != "_self_"]
+    for file in reversed(seen):
+        found.update(lines_of(file, ""))
+    return found
+
+
+def yaml_of(file: Path) -> dict[str, Any]:
+    content = OmegaConf.to_container(OmegaConf.load(file))
+    return content if isinstance(content, dict) else {}  # type: ignore[return-value]
+
+
+def lines_of(file: Path, prefix: str) -> dict[str, str]:
+    """Dotted key to `folder/file:line` for every leaf of a YAML or JSON file."""
+    text = file.read_text(encoding="utf-8")
+    label = f"{file.parent.name}/{file.name}" if paths.ROOT in file.resolve().parents else str(file)
+    found: dict[str, str] = {}
+
+    def walk(node: yaml.Node | None, key: str) -> None:
+        if isinstance(node, yaml.MappingNode) and node.value:
+            for name, value in node.value:
+                if not (key == "" and name.value in ("defaults", "hydra")):
+                    walk(value, f"{key}.{name.value}" if key else str(name.value))
+        elif node is not None and key:
+            found[key] = f"{label}:{node.start_mark.line + 1}"
+
+    walk(yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)), prefix)
+    return found
+
+
+def refusal(error: Exception, args: list[str]) -> KitError:
+    """Hydra's and OmegaConf's refusals in our words: the problem and what to type instead."""
+    text = " ".join(str(error).split("Available options")[0].split())
+    choice = re.search(r"Could not find '([\w-]+)/([^']+)'", text)
+    if choice:
+        group, name = choice.groups()
+        names = options(group)
+        near = difflib.get_close_matches(name, names, 1)
+        fix = f"did you mean {group}={near[0]}? " if near else ""
+        return KitError(f"there is no {group} named {name!r}", f"command line: {group}={name}", f"{fix}known: {', '.join(names)}")
+    variable = re.search(r"Environment variable '(\w+)' not found", text)
+    if variable:
+        return KitError(f"the environment variable {variable[1]} is not set", fix=f"export {variable[1]}=...")
+    culprit = next((a for a in args if a and a in text), "command line")
+    return KitError([Problem(text, culprit, "Hydra's override grammar: key=value, key=[a,b], key={a:1}, 'key=\"a b\"'")])
+
+
+def options(group: str) -> list[str]:
+    """The names that `group=` can take from the kit's own folders."""
+    names = {f.stem for f in (paths.CONF / group).glob("*.yaml")}
+    if group == "deepspeed":
+        names |= {f.stem for f in paths.DS_CONFIGS.glob("*.json")}
+    return sorted(names)

@@ -1,0 +1,101 @@
+"""What can be known of a base model without loading it: its config, the names of its matrices, its fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kit import weights
+from kit.config.schema import Model
+from kit.errors import KitError, Problem
+
+# Leaf names of the linear layers by model_type, for bases whose weights are not here (transformers 5.23 modeling files).
+_LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LINEARS = {
+    **dict.fromkeys(["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"], _LLAMA),
+    "opt": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
+    "gpt2": ["c_attn", "c_proj", "c_fc"],
+    "phi3": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
+    "glm4": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"],
+}
+
+
+@dataclass
+class Base:
+    """Facts of the base model; None where they cannot be known on this machine."""
+
+    config: dict[str, Any] | None = None
+    folder: Path | None = None
+    modules: list[str] | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def hidden_size(self) -> int | None:
+        config = self.config or {}
+        text = config.get("text_config") or config
+        size = text.get("hidden_size") or text.get("n_embd") or text.get("d_model")
+        return size if isinstance(size, int) else None
+
+
+def looks_like_hub_id(name: str) -> bool:
+    return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", name)) and not Path(name).exists()
+
+
+def inspect(model: Model) -> tuple[Base, list[Problem]]:
+    """Look at `model.name_or_path` on disk and in the Hub cache; problems where it is there and not a model."""
+    name = model.name_or_path
+    preset = dict(model.config) or None
+    folder = weights.find_model(name, model.revision)
+    if folder is None:
+        if not looks_like_hub_id(name):
+            return Base(), [
+                Problem(f"there is no model folder {name}", "model.name_or_path", "check the path, or give a Hub id")
+            ]
+        note = f"{name} is not on this machine: " + (
+            "its shape is the preset's" if preset else "what depends on its shape cannot be checked here"
+        )
+        linears = LINEARS.get((preset or {}).get("model_type", ""))
+        modules = [f"model.layers.0.{n}" for n in linears] if linears else None
+        return Base(config=preset, modules=modules, notes=[note]), []
+    try:
+        config = weights.read_config(folder)
+        tensors = weights.read_tensors(folder)
+    except KitError as error:
+        return Base(folder=folder), error.problems
+    base = Base(config=config, folder=folder)
+    if tensors:
+        base.modules = [n.removesuffix(".weight") for n, t in tensors.items() if n.endswith(".weight") and len(t.shape) == 2]
+    elif linears := LINEARS.get(config.get("model_type", "")):
+        base.modules = [f"model.layers.0.{n}" for n in linears]
+    if not tensors and not model.random_init:
+        pickles = sorted(folder.glob("*.bin"))
+        problem = f"{folder} holds {pickles[0].name}, a pickle" if pickles else f"{folder} is not a model: it has no weights"
+        fix = "convert it to safetensors" if pickles else "give a folder with safetensors, or model.random_init=true"
+        return base, [Problem(problem, "model.name_or_path", fix)]
+    differ = {k: (v, config[k]) for k, v in (preset or {}).items() if k in config and config[k] != v and k != "torch_dtype"}
+    if differ:
+        listed = ", ".join(f"{k} {a} against {b}" for k, (a, b) in sorted(differ.items()))
+        base.notes.append(f"the preset's shape differs from {folder / weights.CONFIG}, which wins: {listed}")
+    return base, []
+
+
+def identify(model: Model, folder: Path | None) -> dict[str, Any] | None:
+    """What ties an adapter to its base: name, revision, and hashes of config.json and of the weights."""
+    if folder is None or model.random_init:
+        return None
+    return {
+        "name_or_path": model.name_or_path,
+        "revision": model.revision,
+        "config_sha256": config_hash(folder),
+        "fingerprint": weights.fingerprint(folder),
+    }
+
+
+def config_hash(folder: Path) -> str:
+    """sha256 over config.json, independent of spacing and key order."""
+    config = json.dumps(weights.read_config(folder), sort_keys=True).encode()
+    return hashlib.sha256(config).hexdigest()

@@ -1,0 +1,201 @@
+"""What a run is: `RunInput` is the composed tree, `RunPlan` the frozen result that every later step reads.
+
+`trainer`, `peft`, `quantization` and `deepspeed` are dicts because their schema is the libraries' own (fields.py, zero.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from kit.errors import KitError
+
+PLAN_FORMAT = 1
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Model(Strict):
+    name_or_path: str
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    attn_implementation: str | None = None  # null: transformers' own choice
+    trust_remote_code: bool = False
+    random_init: bool = False  # weights drawn from trainer.seed instead of loaded: config.json is all that is needed
+    config: dict[str, Any] = Field(default_factory=dict)  # shape facts of config.json, used when the file is not here
+
+
+class Tokenizer(Strict):
+    name_or_path: str | None = None
+    revision: str | None = None
+    chat_template: str | None = None
+    pad_token: str | None = None
+    eos_token: str | None = None
+
+
+class Dataset(Strict):
+    path: str
+    name: str | None = None  # configuration of a Hub data set
+    revision: str | None = None
+    split: str = "train"
+    eval_path: str | None = None
+    eval_split: str | None = None
+    test_size: float | int | None = None  # held out of `split` when there is no eval_path or eval_split
+    seed: int = 42
+    format: Literal["auto", "messages", "prompt_completion", "text"] = "auto"
+    columns: dict[str, str] = Field(default_factory=dict)  # our column: the file's column
+    streaming: bool = False
+    limit: int | None = Field(default=None, ge=1)
+    eval_limit: int | None = Field(default=None, ge=1)
+
+
+class Launch(Strict):
+    launcher: Literal["auto", "local", "deepspeed", "torchrun"] = "auto"
+    num_gpus: int | Literal["auto"] = "auto"
+    master_port: int | None = Field(default=None, ge=1, le=65535)
+    script: str | None = None
+    grace_seconds: float = Field(default=120, gt=0)
+    build_seconds: float = Field(default=900, gt=0)
+
+
+class RunInput(Strict):
+    model: Model
+    tokenizer: Tokenizer = Tokenizer()
+    dataset: Dataset
+    peft: dict[str, Any] = Field(default_factory=dict)
+    quantization: dict[str, Any] = Field(default_factory=dict)
+    deepspeed: dict[str, Any] = Field(default_factory=dict)
+    fsdp: dict[str, Any] = Field(default_factory=dict)
+    trainer: dict[str, Any] = Field(default_factory=dict)
+    launch: Launch = Launch()
+    tracking: dict[str, Any] = Field(default_factory=dict)
+    name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+    runs_dir: str = "runs"
+    global_batch_size: int | None = Field(default=None, ge=1)
+    prompts: list[str] = Field(default_factory=list)
+
+
+class RunPlan(Strict):
+    """A run with every value plain: no "auto", no interpolation, absolute paths. It is what crosses process borders."""
+
+    format: Literal[1] = 1
+    kit_version: str
+    name: str
+    hash: str
+    run_dir: str
+    recipe: str | None = None
+    world_size: int
+    global_batch_size: int
+    precision: Literal["float32", "bfloat16", "float16"]
+    model: Model
+    tokenizer: Tokenizer
+    dataset: Dataset
+    peft: dict[str, Any] | None
+    quantization: dict[str, Any] | None
+    deepspeed: dict[str, Any] | None
+    fsdp: dict[str, Any] | None
+    trainer: dict[str, Any]
+    launch: Launch
+    tracking: dict[str, Any]
+    prompts: list[str]
+    base: dict[str, Any] | None = None  # config_sha256 and fingerprint of the base weights, where they are here
+    notes: list[str] = Field(default_factory=list)
+    overrides: list[str] = Field(default_factory=list)
+    provenance: dict[str, str] = Field(default_factory=dict)
+    composed: dict[str, Any] = Field(default_factory=dict)  # the tree before resolution: `kit resume key=value` starts here
+
+    @property
+    def run_path(self) -> Path:
+        return Path(self.run_dir)
+
+    @property
+    def zero_stage(self) -> int:
+        return int((self.deepspeed or {}).get("zero_optimization", {}).get("stage", 0))
+
+    def to_json(self) -> str:
+        return json.dumps(self.model_dump(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def load_plan(path: str | Path) -> RunPlan:
+    """Read plan.json (or the run directory that holds it); KitError where it is not one."""
+    path = Path(path)
+    path = path / "plan.json" if path.is_dir() else path
+    try:
+        return RunPlan.model_validate_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise KitError(f"there is no plan at {path}", fix="name a run directory made by `kit train`") from None
+    except (OSError, ValueError) as error:
+        raise KitError(f"{path} is not a plan: {str(error).splitlines()[0]}") from None
+
+
+# Field classes: a change of an identity key is another run; extendable and machine keys may change on resume.
+EXTENDABLE = {
+    "trainer.max_steps",
+    "trainer.num_train_epochs",
+    "trainer.save_strategy",
+    "trainer.save_steps",
+    "trainer.save_total_limit",
+    "trainer.eval_strategy",
+    "trainer.eval_steps",
+    "trainer.eval_delay",
+    "trainer.logging_steps",
+    "trainer.logging_strategy",
+    "trainer.logging_first_step",
+    "trainer.report_to",
+    "prompts",
+    "tracking",
+}
+MACHINE = {
+    "runs_dir",
+    "launch",
+    "model.attn_implementation",
+    "trainer.use_cpu",
+    "trainer.per_device_train_batch_size",
+    "trainer.per_device_eval_batch_size",
+    "trainer.gradient_accumulation_steps",
+    "trainer.gradient_checkpointing",
+    "trainer.activation_checkpointing",
+    "trainer.dataset_num_proc",
+    "trainer.ddp_timeout",
+    "deepspeed.zero_optimization",
+    "deepspeed.file",
+    "deepspeed.aio",
+    "deepspeed.steps_per_print",
+    "deepspeed.wall_clock_breakdown",
+    "deepspeed.train_micro_batch_size_per_gpu",
+    "deepspeed.train_batch_size",
+    "deepspeed.gradient_accumulation_steps",
+}
+
+
+def field_class(key: str) -> Literal["identity", "extendable", "machine"]:
+    """What changing `key` (dotted) means for a run that has already started."""
+    prefixes = [key[: i if i > 0 else None] for i in [-1, *(n for n, c in enumerate(key) if c == ".")]]
+    if any(p in EXTENDABLE for p in prefixes):
+        return "extendable"
+    if any(p in MACHINE for p in prefixes) or key.startswith("trainer.dataloader_"):
+        return "machine"
+    return "identity"
+
+
+def leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted key to value; lists and empty dicts are values."""
+    if not isinstance(tree, dict) or (not tree and prefix):
+        return {prefix: tree}
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found.update(leaves(value, f"{prefix}.{key}" if prefix else str(key)))
+    return found
+
+
+def identity_hash(tree: dict[str, Any], global_batch_size: int) -> str:
+    """8 hex digits over the identity keys of the resolved tree."""
+    identity = {k: v for k, v in leaves(tree).items() if field_class(k) == "identity" and v not in (None, {}, [])}
+    identity["global_batch_size"] = global_batch_size
+    return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:8]

@@ -1,0 +1,42 @@
+"""Every refusal is a list of problems, each with where it was found and how to mend it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+DONE, REFUSED, ENVIRONMENT, FAILED, STOPPED = 0, 2, 3, 4, 75  # exit codes; 75 = EX_TEMPFAIL, "requeue me"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong: what, where (file, key or row) and the fix."""
+
+    problem: str
+    where: str = ""
+    fix: str = ""
+    rule: str = ""
+
+    def __str__(self) -> str:
+        lines = [self.problem]
+        if self.where:
+            lines.append(f"  where: {self.where}")
+        if self.fix:
+            lines.append(f"  fix:   {self.fix}")
+        return "\n".join(lines)
+
+
+class KitError(Exception):
+    """A refusal that a person can act on; `code` is the exit code of the command."""
+
+    def __init__(
+        self, problem: str | Iterable[Problem], where: str = "", fix: str = "", *, code: int = REFUSED
+    ) -> None:
+        if isinstance(problem, str):
+            problem = [Problem(problem, where, fix)]
+        self.problems = list(problem)
+        self.code = code
+        super().__init__("\n".join(str(p) for p in self.problems))
+
+    def to_json(self) -> list[dict[str, str]]:
+        return [asdict(p) for p in self.problems]

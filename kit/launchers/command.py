@@ -1,0 +1,70 @@
+"""What is typed to start the ranks: one argv and the environment it needs, for each launcher."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from pathlib import Path
+
+from kit import hardware
+from kit.config.schema import RunPlan
+
+WORKER = "kit.worker"
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on now."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def command(plan: RunPlan, plan_path: Path, resume: str | None = None) -> tuple[list[str], dict[str, str]]:
+    """The argv that starts the ranks of a plan, and what it adds to the environment."""
+    launch, count = plan.launch, str(plan.launch.num_gpus)
+    port = str(launch.master_port or free_port())
+    target = [launch.script] if launch.script else [WORKER]
+    tail = [str(plan_path), *(["--resume", resume] if resume else [])]
+    module = [] if launch.script else ["--module"]
+    env = rank_environment(plan)
+    if launch.launcher == "deepspeed":
+        argv = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", count, "--master_port", port]
+        # A hostfile left in /job would turn one node into a cluster; an absent file means this machine.
+        argv += ["--hostfile", str(plan.run_path / "no-hostfile"), "--master_addr", "127.0.0.1", "--log_level", "error"]
+        argv += ["--no_local_rank", *module, *target, *tail]
+    elif launch.launcher == "torchrun":
+        argv = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", count, "--nnodes", "1"]
+        argv += ["--master_addr", "127.0.0.1", "--master_port", port, *module, *target, *tail]
+    else:
+        argv = [sys.executable, *(target if launch.script else ["-m", *target]), *tail]
+        if plan.deepspeed:  # DeepSpeed asks MPI for its rank where these are not set
+            env |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
+            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        if not plan.trainer["use_cpu"] and len(hardware.gpus()) > 1:
+            # A plain process that sees several GPUs is wrapped in DataParallel, which the trainer refuses (T66).
+            env["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    return argv, env
+
+
+def rank_environment(plan: RunPlan) -> dict[str, str]:
+    """What must be in the environment before torch, transformers or deepspeed are imported, in launcher and ranks."""
+    from kit.launchers.ops import extensions_dir
+
+    env = {
+        "PYTHONUNBUFFERED": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "DO_NOT_TRACK": "1",
+        "TOKENIZERS_PARALLELISM": os.environ.get("TOKENIZERS_PARALLELISM", "false"),
+        "TORCH_EXTENSIONS_DIR": str(extensions_dir()),
+    }
+    if plan.trainer["use_cpu"]:
+        threads = max(1, hardware.cores() // int(plan.launch.num_gpus))
+        env |= {
+            "DS_ACCELERATOR": "cpu",
+            "CUDA_VISIBLE_DEVICES": "",
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
+            # Inter-process traffic of CPU ranks stays on this machine.
+            "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
+        }
+    return env

@@ -1,0 +1,179 @@
+"""DeepSpeed's operators are compiled before the ranks start: with a line of progress, a limit, and an eye on dead locks.
+
+torch's builder leaves a file `lock` beside the operator it builds; a killed build leaves it for ever, and every later run
+waits for it without a word (trap T73).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+import psutil
+
+from kit import paths
+from kit.config.schema import RunPlan
+from kit.errors import ENVIRONMENT, KitError
+
+
+def extensions_dir() -> Path:
+    """TORCH_EXTENSIONS_DIR, or a folder of our own for this CPU, Python, torch and DeepSpeed.
+
+    A home shared by a cluster mixes CPUs: code compiled with -march=native must not travel between them.
+    """
+    if given := os.environ.get("TORCH_EXTENSIONS_DIR"):
+        return Path(given).absolute()
+    try:
+        cpu = Path("/proc/cpuinfo").read_text().split("\n\n", 1)[0]
+        cpu = "".join(line for line in cpu.splitlines() if line.startswith(("model name", "flags")))
+    except OSError:
+        cpu = platform.processor()
+    parts = [cpu, platform.python_version(), *(version(p) for p in ("torch", "deepspeed"))]
+    return paths.cache() / "ops" / hashlib.sha256("|".join(parts).encode()).hexdigest()[:12]
+
+
+def version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "none"
+
+
+def needed(plan: RunPlan) -> list[str]:
+    """The operators that a plan's ranks will load."""
+    if not plan.deepspeed:
+        return []
+    names = ["deepspeed_shm_comm"] if plan.trainer["use_cpu"] else []
+    zero = plan.deepspeed.get("zero_optimization", {})
+    devices = {part: (zero.get(part) or {}).get("device", "none") for part in ("offload_optimizer", "offload_param")}
+    if devices["offload_optimizer"] in ("cpu", "nvme"):
+        names.append("cpu_adam")
+    if "nvme" in devices.values():
+        names.append("async_io")
+    return names
+
+
+def prepare(names: list[str], seconds: float, say: Callable[[str], None], env: dict[str, str]) -> None:
+    """Build what is not built yet; KitError (exit 3) when it fails, takes longer than `seconds`, or is locked."""
+    folder = extensions_dir()
+    stamps = folder / ".built"
+    if all((stamps / name).exists() for name in names):
+        return
+    stamps.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + seconds
+    with open(folder / ".kit-build", "a") as turn:
+        wait_for_turn(turn.fileno(), deadline, say, folder)
+        for name in names:
+            if (stamps / name).exists():
+                continue
+            check_locks(folder, name)
+            build(name, deadline, say, folder, env)
+            (stamps / name).touch()
+
+
+def wait_for_turn(fd: int, deadline: float, say: Callable[[str], None], folder: Path) -> None:
+    """One build at a time per folder: the lock is the kernel's, so a dead builder frees it."""
+    told = False
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise KitError(f"another process has been building in {folder} all along", code=ENVIRONMENT) from None
+            if not told:
+                say("another run is compiling DeepSpeed's operators: waiting for it")
+                told = True
+            time.sleep(0.5)
+
+
+def check_locks(folder: Path, name: str) -> None:
+    """Refuse a lock that no living build owns; never remove a lock that one does."""
+    for lock in folder.glob(f"*/{name}/lock"):
+        owner = builder_in(lock.parent)
+        age = int(time.time() - lock.stat().st_mtime)
+        if owner:
+            raise KitError(
+                f"{name} is being compiled by process {owner}", str(lock), "wait for it", code=ENVIRONMENT
+            )
+        raise KitError(
+            f"a killed build of {name} left a lock {age} s ago; every run would wait for it for ever",
+            str(lock),
+            f"rm {lock}",
+            code=ENVIRONMENT,
+        )
+
+
+def builder_in(folder: Path) -> int | None:
+    """A process that works in `folder` (ninja and the compilers run there), None where there is none."""
+    for process in psutil.process_iter():
+        try:
+            if process.cwd() == str(folder) or any(str(folder) in part for part in process.cmdline()):
+                return process.pid
+        except psutil.Error:
+            continue
+    return None
+
+
+def build(name: str, deadline: float, say: Callable[[str], None], folder: Path, env: dict[str, str]) -> None:
+    """Compile one operator in a process of its own, so that a hang can be ended."""
+    say(f"compiling DeepSpeed's {name} (once for this machine; a minute or two)")
+    start = time.monotonic()
+    log = folder / f".{name}.log"
+    with open(log, "w") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "kit.training.build_ops", name],
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, **env, "TORCH_EXTENSIONS_DIR": str(folder)},
+            start_new_session=True,
+        )
+        try:
+            while process.poll() is None:
+                if time.monotonic() > deadline:
+                    raise KitError(
+                        f"compiling {name} took longer than the limit",
+                        str(log),
+                        "launch.build_seconds=1800, or see the log",
+                        code=ENVIRONMENT,
+                    )
+                time.sleep(0.2)
+        finally:
+            if process.poll() is None:
+                kill_tree(process.pid)
+                process.wait()
+                for lock in folder.glob(f"*/{name}/lock"):  # ours, and its builder is gone
+                    lock.unlink(missing_ok=True)
+    if process.returncode != 0:
+        last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-1:]
+        raise KitError(
+            f"{name} does not compile: {last[0] if last else 'no output'}",
+            str(log),
+            "a C++ compiler, ninja (and libaio-dev for async_io, nvcc on a GPU) must be there",
+            code=ENVIRONMENT,
+        )
+    say(f"compiled {name} in {time.monotonic() - start:.0f} s")
+
+
+def kill_tree(pid: int) -> None:
+    """End a process and everything below it."""
+    try:
+        root = psutil.Process(pid)
+        family = [*root.children(recursive=True), root]
+    except psutil.Error:
+        return
+    for process in family:
+        try:
+            process.kill()
+        except psutil.Error:
+            continue
+    psutil.wait_procs(family, timeout=10)

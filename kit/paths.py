@@ -1,0 +1,23 @@
+"""Where the configuration folders and the cache are, in a checkout and in a wheel."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parent
+ROOT = PACKAGE if (PACKAGE / "hydra_conf").is_dir() else PACKAGE.parent
+CONF = ROOT / "hydra_conf"
+DS_CONFIGS = ROOT / "ds_configs"
+RECIPES = (CONF / "recipe").resolve()
+
+
+def cache() -> Path:
+    """The kit's own cache: $KIT_CACHE or ~/.cache/kit."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(os.environ.get("KIT_CACHE") or os.path.join(base, "kit")).absolute()
+
+
+def kit_dir(name: str) -> str:
+    """What `${kit.dir:NAME}` in a config stands for: `cache`, `recipes` or `ds_configs`."""
+    return str({"cache": cache(), "recipes": RECIPES, "ds_configs": DS_CONFIGS}[name])

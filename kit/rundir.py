@@ -1,0 +1,158 @@
+"""The run directory: its names, its lock, its status. Every later verb needs only this directory."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from kit.config.schema import RunPlan, load_plan
+from kit.errors import REFUSED, KitError
+
+PLAN, DS_CONFIG, LAUNCH, STATUS = "plan.json", "ds_config.json", "launch.json", "status.json"
+METRICS, METRICS_LOG, SAMPLES = "metrics.json", "metrics.jsonl", "samples.json"
+ADAPTER, MODEL, CHECKPOINTS, MERGED, LOGS = "adapter", "model", "checkpoints", "merged", "logs"
+LOCK = ".lock"
+
+
+def create(plan: RunPlan, fresh: bool = False) -> RunPlan:
+    """Make the plan's run directory and write plan.json; the plan comes back with the directory it really has.
+
+    The same plan again: finished -> a suffix; unfinished -> refused unless `fresh`, which takes a suffix too.
+    """
+    base = Path(plan.run_dir)
+    run = base
+    for number in range(2, 10_000):
+        if not (run / PLAN).exists():
+            break
+        state = status(run).get("state")
+        if in_use(run):
+            raise KitError(f"{run} is in use by process {in_use(run)}", fix="wait for it, or change the run")
+        if state != "done" and not fresh and run_of(run) == plan.hash:
+            raise KitError(
+                f"{run} holds this very run, {'unfinished' if state != 'failed' else 'failed'}",
+                where="runs_dir, name",
+                fix=f"kit resume {shown(run)}, or the same command with --fresh for a new directory",
+            )
+        run = base.with_name(f"{base.name}-{number}")
+    plan = plan.model_copy(update={"run_dir": str(run)})
+    try:
+        (run / LOGS).mkdir(parents=True, exist_ok=True)
+        (run / CHECKPOINTS).mkdir(exist_ok=True)
+        os.chmod(run, 0o700)  # resume state is executable pickle: nobody else may plant one
+    except OSError as error:
+        raise KitError(f"{run} cannot be made: {error.strerror}", "runs_dir", "runs_dir=FOLDER that can be written") from None
+    write_plan(plan)
+    set_status(run, "created")
+    return plan
+
+
+def run_of(run: Path) -> str:
+    try:
+        return load_plan(run).hash
+    except KitError:
+        return ""
+
+
+def write_plan(plan: RunPlan) -> None:
+    """plan.json, the plain ds_config.json, and Hydra's record of the command line."""
+    run = plan.run_path
+    write_atomic(run / PLAN, plan.to_json())
+    if plan.deepspeed:
+        write_json(run / DS_CONFIG, plan.deepspeed)
+    (run / ".hydra").mkdir(exist_ok=True)
+    write_json(run / ".hydra" / "overrides.json", plan.overrides)
+    write_json(run / ".hydra" / "config.json", plan.composed)
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replace a file as a whole: a reader sees the old or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "w", encoding="utf-8") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file, {} where it is missing or half-written."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def set_status(run: Path, state: str, **facts: Any) -> None:
+    """`created`, `running`, `stopped`, `failed` or `done`, with the exit code once there is one."""
+    write_json(run / STATUS, {"state": state, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **facts})
+
+
+def status(run: Path) -> dict[str, Any]:
+    return read_json(run / STATUS)
+
+
+def in_use(run: Path) -> int | None:
+    """The process that holds the run directory's lock, None where it is free. Dead holders hold nothing."""
+    for name in (LOCK, LOCK + ".rank0"):
+        path = run / name
+        if not path.exists():
+            continue
+        with open(path) as f:
+            try:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                text = path.read_text().strip()
+                return int(text) if text.isdigit() else 0
+    return None
+
+
+@contextlib.contextmanager
+def locked(run: Path, name: str = LOCK) -> Iterator[None]:
+    """Hold the run directory while the block runs; KitError where another process does."""
+    with open(run / name, "a+") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            f.seek(0)
+            raise KitError(
+                f"{run} is in use by process {f.read().strip()}", fix="wait for it, or start another run", code=REFUSED
+            ) from None
+        f.truncate(0)
+        f.write(str(os.getpid()))
+        f.flush()
+        yield
+
+
+def find_run(name: str) -> Path:
+    """A run directory from what was typed: a path, or the name of one below runs/."""
+    for path in (Path(name), Path("runs") / name):
+        if (path / PLAN).is_file():
+            return path.absolute()
+    near = sorted(p.parent.name for p in Path("runs").glob(f"{glob_safe(Path(name).name)}*/{PLAN}"))
+    raise KitError(f"there is no run {name}", fix=f"one of: {', '.join(near)}" if near else "name a folder made by `kit train`")
+
+
+def glob_safe(text: str) -> str:
+    return re.sub(r"[^\w.-]", "?", text)
+
+
+def shown(path: Path | str) -> str:
+    """A path as one would type it from here."""
+    text = os.path.relpath(path)
+    return text if not text.startswith("..") else str(path)
+
+
+def is_terminal() -> bool:
+    return sys.stdout.isatty()

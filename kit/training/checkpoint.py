@@ -1,0 +1,339 @@
+"""What a save holds: the tensors that training changed, gathered one by one, and the proof that the file has them all.
+
+Functions named "collective" must run on every rank. No function here copies or clones a frozen base.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from kit import manifest
+from kit.errors import FAILED, KitError
+from kit.weights import CONFIG, find_model, read_header, read_tensors
+from kit.weights import Tensor as StoredTensor
+
+ADAPTER = "adapter_model.safetensors"
+Shapes = dict[str, tuple[int, ...]]
+CHUNK = 64 * 1024**2  # elements gathered at once under ZeRO-3; 128 MB in bf16
+# Written into a model's config by Trainer or TRL for the duration of training only.
+TRAINING_ONLY = ("use_cache", "output_router_logits", "router_aux_loss_coef")
+
+
+# ---- ranks ----
+
+
+def exchange(value: Any, group: Any) -> list[Any]:
+    """Every rank's `value`, by rank. Collective; also a barrier. `group` None means one process."""
+    if group is None:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def raise_together(error: KitError | None, group: Any) -> None:
+    """Wait for all ranks and fail on all of them when it failed on one. Collective.
+
+    Without it the others would wait in their next collective until its timeout.
+    """
+    for rank, message in enumerate(exchange(str(error) if error else None, group)):
+        if error:
+            raise error
+        if message:
+            raise KitError(f"rank {rank} failed: {message}", code=FAILED)
+
+
+def hash_together(folder: Path, group: Any, writer: bool, each_node: bool = False) -> dict[str, dict]:
+    """Size, SHA-256 and flush of every file in `folder`, the files shared out over the ranks by size. Collective.
+
+    each_node: every node has its own disk, so its writer does all of it.
+    """
+    names = manifest.list_files(folder) if writer else []
+    if group is None or each_node:
+        return manifest.hash_files(folder, names, sync=True)
+    sizes = {name: (folder / name).stat().st_size for name in names}
+    listing = exchange(sizes, group)[0]
+    load = [0] * dist.get_world_size(group)
+    share: list[list[str]] = [[] for _ in load]
+    for name in sorted(listing, key=lambda n: (-listing[n], n)):
+        rank = load.index(min(load))
+        load[rank] += listing[name] + 1
+        share[rank].append(name)
+    try:
+        found: Any = manifest.hash_files(folder, share[dist.get_rank(group)], sync=True)
+    except OSError as error:
+        found = f"{error}"
+    merged: dict[str, dict] = {}
+    for rank, part in enumerate(exchange(found, group)):
+        if isinstance(part, str):
+            raise KitError(f"rank {rank} cannot read back what was saved: {part}", where=str(folder), code=FAILED)
+        merged.update(part)
+    return merged
+
+
+# ---- tensors ----
+
+
+def full_shape(tensor: Tensor) -> tuple[int, ...]:
+    """The shape of a tensor, also where ZeRO-3 left an empty placeholder (T21)."""
+    return tuple(getattr(tensor, "ds_shape", tensor.shape))
+
+
+def raw_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers under their state_dict names, as references.
+
+    Unlike `state_dict()` it runs no hooks: bitsandbytes packs the state of every quantized layer in one.
+    """
+    found: dict[str, Tensor] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        own = {**module._parameters, **module._buffers}
+        for name, tensor in own.items():
+            if tensor is not None and name not in module._non_persistent_buffers_set:
+                found[f"{prefix}.{name}" if prefix else name] = tensor
+    return found
+
+
+def gather(tensors: dict[str, Tensor], keep: bool, copy: bool = True) -> dict[str, Tensor]:
+    """The whole tensors on the CPU where `keep`, else an empty dict. Collective under ZeRO-3.
+
+    Names of one tensor share one copy. copy: False leaves an unsharded tensor with memory of its own where it is.
+    KitError (4) where a value is not finite.
+    """
+    names: dict[int, list[str]] = {}
+    for name, tensor in tensors.items():
+        names.setdefault(id(tensor), []).append(name)
+    unique = {key: tensors[group[0]] for key, group in names.items()}
+    result: dict[str, Tensor] = {}
+    broken: list[str] = []
+
+    def take(tensor: Tensor) -> None:
+        value = tensor.detach()
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            broken.append(names[id(tensor)][0])
+        # A view into a larger buffer (ZeRO-1/2 flatten the parameters) would drag all of it into the file.
+        own_memory = value.untyped_storage().nbytes() == value.numel() * value.element_size()
+        if copy or not own_memory or hasattr(tensor, "ds_id"):
+            value = value.to("cpu", copy=True)
+        result.update(dict.fromkeys(names[id(tensor)], value))
+
+    sharded = [t for t in unique.values() if hasattr(t, "ds_id")]
+    for chunk in _chunks(sharded):
+        from deepspeed.zero import GatheredParameters
+
+        with GatheredParameters(chunk):
+            for tensor in chunk if keep else ():
+                take(tensor)
+    for tensor in unique.values() if keep else ():
+        if not hasattr(tensor, "ds_id"):
+            take(tensor)
+    if broken:
+        raise KitError(
+            f"{len(broken)} tensors hold NaN or infinity, so nothing is saved; the first is {broken[0]}",
+            fix="resume from the last checkpoint with a lower learning rate, or look at the data of these steps",
+            code=FAILED,
+        )
+    return {name: result[name] for name in tensors} if keep else {}
+
+
+def _chunks(parameters: list[Any]) -> Iterable[list[Any]]:
+    chunk: list[Any] = []
+    size = 0
+    for parameter in parameters:
+        if chunk and size + parameter.ds_numel > CHUNK:
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(parameter)
+        size += parameter.ds_numel
+    if chunk:
+        yield chunk
+
+
+def embeddings_changed(model: Any, adapter: str = "default") -> bool:
+    """Whether the adapter file must carry the embedding matrices: PEFT's "auto" rule, decided without the network.
+
+    True where the embeddings carry an adapter or where the vocabulary differs from the base's; unknown base: False.
+    (T33, T39; peft/utils/save_and_load.py, get_peft_model_state_dict)
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    config = model.peft_config[adapter]
+    if not hasattr(model, "get_input_embeddings") or not getattr(model, "config", None):
+        return False
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    tokens_only = (
+        config.peft_type == "TRAINABLE_TOKENS" or getattr(config, "trainable_token_indices", None) is not None
+    )
+    if not tokens_only and any(isinstance(layer, BaseTunerLayer) for layer in layers):
+        return True
+    base = config.base_model_name_or_path and find_model(config.base_model_name_or_path, config.revision)
+    if not base or not (base / CONFIG).is_file():
+        return False
+    before = type(model.config).from_pretrained(base).get_text_config().vocab_size
+    return before != model.config.get_text_config().vocab_size
+
+
+def trainable_state_dict(model: Any, writer: bool = True) -> tuple[dict[str, Tensor], dict[str, Shapes], bool]:
+    """What PEFT needs to save its adapters. Collective.
+
+    Returns (CPU tensors by the model's own names, empty where not `writer`; {adapter: {key in the file: shape}};
+    whether embeddings are included). KitError (4) where a value is not finite.
+
+    PEFT itself chooses what belongs to an adapter. For LoRA it is given empty stand-ins in place of the tensors, so
+    the choice costs no memory and no communication; methods that compute what they save get the tensors themselves.
+    """
+    from peft import get_peft_model_state_dict
+
+    tensors = raw_tensors(model)
+    selects = all(config.peft_type == "LORA" for config in model.peft_config.values())
+    seen = {name: torch.empty(0, device="meta") for name in tensors} if selects else tensors
+    origin = {id(tensor): name for name, tensor in seen.items()}
+    embeddings = any(embeddings_changed(model, adapter) for adapter in model.peft_config)
+    expected: dict[str, Shapes] = {}
+    wanted = {} if selects else {name: t for name, t in tensors.items() if t.requires_grad}
+    for adapter in model.peft_config:
+        chosen = get_peft_model_state_dict(
+            model, state_dict=seen, adapter_name=adapter, save_embedding_layers=embeddings
+        )
+        names = {key: origin.get(id(tensor)) for key, tensor in chosen.items()}
+        wanted.update({name: tensors[name] for name in names.values() if name})
+        expected[adapter] = {
+            key: full_shape(tensors[name]) if (name := names[key]) else tuple(tensor.shape)
+            for key, tensor in chosen.items()
+        }
+    return gather(wanted, keep=writer), expected, embeddings
+
+
+def full_state_dict(model: nn.Module, writer: bool = True) -> dict[str, Tensor]:
+    """Every parameter and persistent buffer of a fully tuned model; tied names share one tensor. Collective.
+
+    Only the writer holds copies, and of an unsharded model it holds none.
+    """
+    sharded = any(hasattr(p, "ds_id") for p in model.parameters())
+    tensors = raw_tensors(model) if sharded else model.state_dict(keep_vars=True)
+    return gather({k: v for k, v in tensors.items() if isinstance(v, Tensor)}, keep=writer, copy=False)
+
+
+# ---- proof ----
+
+
+def check_adapter(saved: str | Path | dict[str, Tensor], expected: Shapes, trained: bool = False) -> list[str]:
+    """Read a written adapter back and compare it with what it must hold; returns remarks, one sentence each.
+
+    saved: the file, its folder, or tensors. expected: {key: shape}. trained: steps were made, so B should have moved.
+    KitError (4) where a tensor is missing, surplus, empty, of another shape, not finite, or LoRA's and not 2-D.
+    """
+    from safetensors.torch import load_file
+
+    where = "" if isinstance(saved, dict) else str(saved)
+    if not isinstance(saved, dict):
+        path = Path(saved)
+        path = path / ADAPTER if path.is_dir() else path
+        try:
+            saved = load_file(path)
+        except Exception as error:  # safetensors raises its own type for damage and OSError for absence
+            raise KitError(f"{path} cannot be read back: {error}", where=where, code=FAILED) from error
+    problems = [f"{key} is missing" for key in expected.keys() - saved.keys()]
+    problems += [f"{key} should not be there" for key in saved.keys() - expected.keys()]
+    if not expected:
+        problems.append("the adapter has no tensors")
+    for key in sorted(expected.keys() & saved.keys()):
+        tensor, shape = saved[key], tuple(expected[key])
+        lora = ".lora_A" in key or ".lora_B" in key or ".lora_embedding_" in key
+        if tensor.numel() == 0:
+            problems.append(f"{key} is empty")
+        elif tuple(tensor.shape) != shape:
+            problems.append(f"{key} has shape {tuple(tensor.shape)}, the model's is {shape}")
+        elif lora and tensor.ndim < 2 and not key.endswith(".bias"):
+            problems.append(f"{key} has {tensor.ndim} dimension(s), a LoRA matrix has 2")
+        elif tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            problems.append(f"{key} holds NaN or infinity")
+    if problems:
+        listed = "; ".join(sorted(problems)[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        raise KitError(
+            f"the adapter is not complete: {listed}",
+            where=where,
+            fix="nothing was published; resume from the last checkpoint and report the configuration",
+            code=FAILED,
+        )
+    moved = [key for key in saved if ".lora_B" in key or ".lora_embedding_B" in key]
+    if trained and moved and not any(bool(saved[key].any()) for key in moved):
+        return ["every LoRA B matrix is zero after training: the adapter changes nothing"]
+    return []
+
+
+def check_model(folder: Path, state_dict: dict[str, Tensor], ignored: Iterable[str] = ()) -> list[StoredTensor]:
+    """Compare a written full model with the tensors it was made from: none empty, as many numbers in all.
+
+    Names are not compared, because transformers may write a model under the names of its original format.
+    """
+    stored = list(read_tensors(folder).values())
+    unique = {t.data_ptr(): t for k, t in state_dict.items() if k not in set(ignored)}
+    expected = sum(t.numel() for t in unique.values())
+    found = sum(math.prod(t.shape) for t in stored)
+    if not stored or found != expected or any(0 in t.shape for t in stored):
+        raise KitError(
+            f"the saved model is not complete: its files hold {found} numbers, the model {expected}",
+            where=str(folder),
+            fix="nothing was published; resume from the last checkpoint and report the configuration",
+            code=FAILED,
+        )
+    return stored
+
+
+def stored_tensors(folder: Path) -> list[StoredTensor]:
+    """The headers of every adapter or model file directly in a save, for the manifest's counts."""
+    return [t for file in sorted(folder.rglob("*.safetensors")) for t in read_header(file)]
+
+
+# ---- the config of a fully tuned model ----
+
+
+def config_before(model: Any, revision: str | None = None) -> dict[str, dict]:
+    """config and generation_config as they were before a trainer touched them; empty where that cannot be known.
+
+    model: a folder, a Hub id, or a model that no trainer has had yet.
+    """
+    if isinstance(model, str):
+        folder = find_model(model, revision)
+        files = {name: folder / f"{name}.json" for name in ("config", "generation_config")} if folder else {}
+        return {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items() if file.is_file()}
+    found = {name: getattr(model, name, None) for name in ("config", "generation_config")}
+    return {
+        name: json.loads(value.to_json_string(use_diff=False)) for name, value in found.items() if value is not None
+    }
+
+
+def restore_config(folder: Path, before: dict[str, dict], tokenizer: Any, keep_pad: bool = False) -> None:
+    """Undo in a saved model's JSON what training set for its own sake. Rewrites config.json, generation_config.json.
+
+    Trainer sets use_cache (T92) and copies the tokenizer's special ids into both configs, TRL sets the padding id and
+    the router keys. An end token that the base did not know was given by the run's tokenizer and stays.
+    keep_pad: the run named a padding token itself.
+    """
+    end = getattr(tokenizer, "eos_token_id", None)
+    for name, original in before.items():
+        path = folder / f"{name}.json"
+        if not path.is_file():
+            continue
+        now = json.loads(path.read_text(encoding="utf-8"))
+        for part, was in [(now, original), *((now.get(k), original.get(k)) for k in ("text_config",))]:
+            if not isinstance(part, dict) or not isinstance(was, dict):
+                continue
+            keys = [*TRAINING_ONLY, "bos_token_id", *([] if keep_pad else ["pad_token_id"])]
+            known_end = was.get("eos_token_id")
+            if end in (known_end if isinstance(known_end, list) else [known_end]):
+                keys.append("eos_token_id")
+            for key in keys:
+                if key in was and (key in part or was[key] is not None):
+                    part[key] = was[key]
+                elif key not in was:
+                    part.pop(key, None)
+        path.write_text(json.dumps(now, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,117 @@
+"""What a run says while it trains, and the figures it leaves: metrics.jsonl, metrics.json."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, TrainerCallback
+
+from kit import rundir
+from kit.config.schema import RunPlan
+
+
+class Progress(TrainerCallback):
+    """Appends every log to metrics.jsonl; without a terminal it prints a line per interval instead of a bar."""
+
+    def __init__(self, run: Path, plan: RunPlan) -> None:
+        self.path, self.plan, self.start = run / rundir.METRICS_LOG, plan, time.monotonic()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.start = time.monotonic()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or not logs:
+            return
+        seconds = round(time.monotonic() - self.start, 3)
+        row = {"step": state.global_step, "seconds": seconds, **{k: v for k, v in logs.items() if finite(v)}}
+        if torch.cuda.is_available() and not args.use_cpu:
+            row["memory_gb"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
+        with open(self.path, "a", encoding="utf-8") as f:
+            f.write(json.dumps(row) + "\n")
+        if args.disable_tqdm and ("loss" in logs or "eval_loss" in logs):
+            shown = [f"{k} {v:.4g}" for k, v in logs.items() if k in ("loss", "eval_loss", "grad_norm", "learning_rate")]
+            print(f"step {state.global_step}/{state.max_steps}  {'  '.join(shown)}  {seconds:.0f} s", flush=True)
+
+
+def finite(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def hf_printer() -> type[TrainerCallback]:
+    """The callback that would print every log as a dict; Progress does it readably."""
+    return PrinterCallback
+
+
+def banner(plan: RunPlan, trainer: Any, train_rows: Any, held_out: Any, seconds: float) -> None:
+    """What was found, once, on rank 0: hardware, parameters, data, batch."""
+    if trainer.args.process_index != 0:
+        return
+    parameters = [(int(getattr(p, "ds_numel", p.numel())), p.requires_grad) for p in trainer.model.parameters()]
+    total, trained = sum(n for n, _ in parameters), sum(n for n, t in parameters if t)
+    device = "CPU" if trainer.args.use_cpu else torch.cuda.get_device_name()
+    engine = f"DeepSpeed ZeRO-{plan.zero_stage}" if plan.deepspeed else ("FSDP" if plan.fsdp else "no sharding")
+    lines = [
+        f"run       {rundir.shown(plan.run_path)}",
+        f"machine   {plan.world_size} x {device}, {plan.precision}, {engine}",
+        f"model     {plan.model.name_or_path}: {total:,} parameters, {trained:,} trained ({100 * trained / total:.2f} %)",
+        f"data      {rows_in(train_rows)} rows, {rows_in(held_out)} held out",
+        f"batch     {plan.global_batch_size} rows per step = {trainer.args.per_device_train_batch_size} rows x "
+        f"{trainer.args.gradient_accumulation_steps} accumulation x {plan.world_size} processes",
+        f"ready     after {seconds:.1f} s",
+    ]
+    print("\n".join(lines), flush=True)
+
+
+def rows_in(rows: Any) -> str:
+    if rows is None:
+        return "no"
+    if isinstance(rows, dict):
+        return ", ".join(f"{name} {rows_in(part)}" for name, part in rows.items())
+    return f"{len(rows):,}" if hasattr(rows, "__len__") else "streamed"
+
+
+def summary(
+    plan: RunPlan, trainer: Any, trained: dict[str, float], held_out: dict[str, float], saved: float, seconds: float
+) -> dict[str, Any]:
+    """metrics.json: losses, speed, memory, seconds, versions."""
+    history = [row for row in trainer.state.log_history if "loss" in row]
+    runtime = trained.get("train_runtime") or math.nan
+    tokens = next((row["num_tokens"] for row in reversed(trainer.state.log_history) if "num_tokens" in row), None)
+    cuda = torch.cuda.is_available() and not trainer.args.use_cpu
+    packages = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed")
+    return {
+        "plan": plan.hash,
+        "step": trainer.state.global_step,
+        "first_loss": history[0]["loss"] if history else None,
+        "last_loss": history[-1]["loss"] if history else None,
+        "best_model_checkpoint": trainer.state.best_model_checkpoint,
+        **{k: v for k, v in trained.items() if finite(v)},
+        **{k: v for k, v in held_out.items() if finite(v)},
+        "tokens": tokens,
+        "tokens_per_second": round(tokens / runtime, 1) if tokens and runtime == runtime else None,
+        "peak_memory_gb": round(torch.cuda.max_memory_allocated() / 2**30, 3) if cuda else None,
+        "save_seconds": round(saved, 3),
+        "checkpoint_seconds": [round(s, 3) for s in trainer.checkpoint_seconds],
+        "total_seconds": round(seconds, 3),
+        "world_size": plan.world_size,
+        "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
+        "versions": {"python": platform.python_version(), **{p: metadata.version(p) for p in packages}},
+    }
+
+
+def farewell(plan: RunPlan, metrics: dict[str, Any]) -> None:
+    """The last lines of a finished run: the figures and the commands that come next."""
+    run = rundir.shown(plan.run_path)
+    place = rundir.ADAPTER if plan.peft else rundir.MODEL
+    loss = f"loss {metrics['first_loss']:.4g} -> {metrics['last_loss']:.4g}" if metrics["first_loss"] is not None else ""
+    held_out = f", held out {metrics['eval_loss']:.4g}" if "eval_loss" in metrics else ""
+    print(f"done      {metrics['step']} steps in {metrics['train_runtime']:.1f} s, {loss}{held_out}")
+    print(f"saved     {run}/{place}")
+    print(f"next      kit merge {run}" if plan.peft else f"next      kit generate {run}", flush=True)

@@ -1,0 +1,89 @@
+"""The base model and its tokenizer, loaded as the plan says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from kit.config.schema import RunPlan
+from kit.errors import KitError
+
+
+def load_tokenizer(plan: RunPlan) -> Any:
+    """The tokenizer with pad, eos and chat template set knowingly; KitError where there is no pad or eos token."""
+    t = plan.tokenizer
+    name = t.name_or_path or plan.model.name_or_path
+    revision = t.revision or (plan.model.revision if t.name_or_path is None else None)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=revision, trust_remote_code=plan.model.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise KitError(f"{name} has no tokenizer: {first_line(error)}", "tokenizer.name_or_path") from error
+    for key in ("pad_token", "eos_token"):
+        if token := getattr(t, key):
+            if tokenizer.convert_tokens_to_ids(token) in (None, tokenizer.unk_token_id):
+                raise KitError(f"{token!r} is not in the vocabulary", f"tokenizer.{key}", "name a token that exists")
+            setattr(tokenizer, key, token)
+    if tokenizer.eos_token is None:
+        raise KitError(f"{name} has no end token: a tuned model would never stop", "tokenizer.eos_token", "name one")
+    if tokenizer.pad_token is None:
+        raise KitError(
+            f"{name} has no padding token", "tokenizer.pad_token", "name one that the data never holds, e.g. a reserved token"
+        )
+    if t.chat_template:
+        tokenizer.chat_template = Path(t.chat_template).read_text(encoding="utf-8")
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def load_model(plan: RunPlan, vocabulary: int) -> Any:
+    """The base model. Under ZeRO-3 its weights arrive sharded, provided that SFTConfig was built before (T19)."""
+    m = plan.model
+    kwargs: dict[str, Any] = {**(plan.trainer.get("model_init_kwargs") or {}), "dtype": getattr(torch, m.dtype)}
+    if m.attn_implementation:
+        kwargs["attn_implementation"] = m.attn_implementation
+    common = {"revision": m.revision, "trust_remote_code": m.trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(m.name_or_path, **common)
+        if m.random_init:
+            model = AutoModelForCausalLM.from_config(config, **kwargs, trust_remote_code=m.trust_remote_code)
+        else:
+            if plan.quantization:
+                kwargs["quantization_config"] = BitsAndBytesConfig(**plan.quantization)
+            model = AutoModelForCausalLM.from_pretrained(m.name_or_path, use_safetensors=True, **common, **kwargs)
+    except (OSError, ValueError) as error:
+        raise KitError(f"{m.name_or_path} cannot be loaded: {first_line(error)}", "model.name_or_path") from error
+    if plan.zero_stage == 3 and not plan.quantization and not hasattr(next(model.parameters()), "ds_id"):
+        raise KitError("ZeRO-3 is chosen, but the weights were not sharded while loading", "deepspeed", code=4)
+    rows = model.get_input_embeddings().weight
+    rows = getattr(rows, "ds_shape", rows.shape)[0]  # under ZeRO-3 the local shape is empty (T21)
+    if vocabulary > rows:
+        raise KitError(
+            f"the tokenizer has {vocabulary} tokens, the model's embedding {rows} rows",
+            "tokenizer.name_or_path",
+            "use the tokenizer that belongs to the model",
+        )
+    return model
+
+
+def load_peft_config(plan: RunPlan) -> Any:
+    """The PEFT config of the plan, None for full fine-tuning."""
+    if plan.peft is None:
+        return None
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType
+
+    values = dict(plan.peft)
+    kind = PeftType(values.pop("peft_type", "LORA").upper())
+    try:
+        return PEFT_TYPE_TO_CONFIG_MAPPING[kind](**values)
+    except (TypeError, ValueError) as error:
+        raise KitError(f"PEFT refuses the adapter: {first_line(error)}", "peft") from error
+
+
+def first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,119 @@
+"""One rank's whole life, top to bottom: what `deepspeed --module kit.worker plan.json` does after the plan is read."""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kit import manifest, rundir
+from kit.config.schema import RunPlan
+from kit.errors import DONE, STOPPED, KitError
+
+
+def train(plan: RunPlan, *, resume: str | None = None, callbacks: Sequence[Any] = (), **hooks: Any) -> int:
+    """Train the plan on this rank; returns the exit code (DONE or STOPPED). All ranks must enter."""
+    started = time.monotonic()
+    import torch
+    from transformers import set_seed
+    from trl import SFTConfig
+
+    from kit.data.load import load_datasets
+    from kit.training import console
+    from kit.training.model import load_model, load_peft_config, load_tokenizer
+    from kit.training.trainer import ModifiedTrainer
+
+    run = plan.run_path
+    start_process_group(plan)
+    # Before the model and kept alive: zero.Init looks for the live DeepSpeed config that this object holds (T19).
+    args = SFTConfig(
+        **{**plan.trainer, "disable_tqdm": plan.trainer.get("disable_tqdm", not rundir.is_terminal())},
+        output_dir=str(run / rundir.CHECKPOINTS),
+        deepspeed=copy.deepcopy(plan.deepspeed),
+        fsdp=bool(plan.fsdp) or None,
+        fsdp_config=plan.fsdp,
+        ddp_backend="gloo" if plan.trainer["use_cpu"] and plan.world_size > 1 else None,
+    )
+    check_world(plan, args)
+    writer = args.process_index == 0
+    lock = rundir.locked(run, rundir.LOCK + ".rank0") if writer else None
+    if lock:
+        lock.__enter__()
+        rundir.set_status(run, "running", pid=os.getpid())
+    set_seed(args.seed)  # PEFT initialises the adapter before the Trainer seeds (T84)
+
+    tokenizer = load_tokenizer(plan)
+    with args.main_process_first(desc="reading the data"):
+        train_rows, held_out = load_datasets(plan)
+    model = load_model(plan, len(tokenizer))
+    trainer = ModifiedTrainer(
+        model=model,
+        args=args,
+        train_dataset=train_rows,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        peft_config=load_peft_config(plan),
+        callbacks=[console.Progress(run, plan), *callbacks],
+        provenance={"plan": plan.hash, "base": plan.base},
+        **hooks,
+    )
+    trainer.remove_callback(console.hf_printer())
+    console.banner(plan, trainer, train_rows, held_out, time.monotonic() - started)
+
+    checkpoint = str(find_checkpoint(plan, resume)) if resume else None
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.stopped_by_signal:
+        if writer:
+            rundir.set_status(run, "stopped", exit_code=STOPPED, step=trainer.state.global_step)
+        args.distributed_state.wait_for_everyone()  # a launcher ends all ranks when the first one leaves
+        return STOPPED
+
+    saved = time.monotonic()
+    trainer.save_model(str(run / (rundir.ADAPTER if plan.peft else rundir.MODEL)))
+    saved = time.monotonic() - saved
+    held_out_metrics = trainer.evaluate() if held_out is not None else {}
+    metrics = console.summary(plan, trainer, result.metrics, held_out_metrics, saved, time.monotonic() - started)
+    if writer:
+        rundir.write_json(run / rundir.METRICS, metrics)
+        rundir.set_status(run, "done", exit_code=DONE, step=trainer.state.global_step)
+        console.farewell(plan, metrics)
+    args.distributed_state.wait_for_everyone()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    return DONE
+
+
+def start_process_group(plan: RunPlan) -> None:
+    """On CPU DeepSpeed must know the world before zero.Init computes batch sizes with it (T81)."""
+    if plan.deepspeed and plan.trainer["use_cpu"]:
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+
+
+def check_world(plan: RunPlan, args: Any) -> None:
+    """Every rank must hold the same plan, and as many processes must run as it was resolved for."""
+    if args.world_size != plan.world_size:
+        raise KitError(
+            f"the plan is for {plan.world_size} processes, {args.world_size} were started",
+            where="launch.num_gpus",
+            fix=f"start {plan.world_size}, or compose again: the batch arithmetic depends on it",
+        )
+    if args.world_size > 1:
+        import torch.distributed as dist
+
+        hashes: list[str | None] = [None] * args.world_size
+        dist.all_gather_object(hashes, plan.hash)
+        if len(set(hashes)) > 1:
+            raise KitError(f"the ranks hold different plans: {', '.join(map(str, hashes))}", code=4)
+
+
+def find_checkpoint(plan: RunPlan, resume: str) -> Path:
+    """The checkpoint to go on from: a name below checkpoints/, checked against its manifest."""
+    folder = plan.run_path / rundir.CHECKPOINTS / resume
+    if damage := manifest.verify(folder):
+        raise KitError(f"{folder} is not a complete checkpoint: {damage[0]}", fix="kit resume takes the newest complete one")
+    return folder

@@ -1,0 +1,330 @@
+"""ModifiedTrainer: TRL's SFTTrainer with other saving and stopping, and nothing else changed.
+
+Every override of a private method of theirs stands here. tests/training/test_trainer.py holds the hashes of the
+upstream methods that these follow (transformers/trainer.py, trl/trainer/sft_trainer.py) and says what to re-read when
+one changes.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from safetensors import SafetensorError
+from transformers import PreTrainedModel, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, sort_checkpoints
+from transformers.utils import logging
+from trl import SFTTrainer
+
+from kit import manifest
+from kit.errors import FAILED, REFUSED, KitError
+from kit.training import checkpoint, stopping
+
+logger = logging.get_logger(__name__)
+
+
+class StopAtAgreedStep(TrainerCallback):
+    """Turns a signal on any rank into one step at which all ranks save and stop."""
+
+    def __init__(self, trainer: ModifiedTrainer) -> None:
+        self.trainer = trainer
+        self.agreement: stopping.Agreement | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.stopped_by_signal = False
+        self.trainer.saved_step = None
+        if args.should_save:
+            manifest.remove_leftovers(args.output_dir)
+        self.agreement = stopping.Agreement(self.trainer.ranks)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.agreement is None or not self.agreement.step() or state.global_step >= state.max_steps:
+            return  # after the last step there is nothing to stop: the run is finished and is saved as such
+        cause = stopping.requested() or "a signal on another rank"
+        logger.warning(f"{cause}: saving and stopping at step {state.global_step}")
+        self.trainer.stopped_by_signal = True
+        control.should_save = control.should_training_stop = True
+        control.should_evaluate = False  # whoever sent the signal waits seconds, not for an evaluation
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.trainer.stopped_by_signal:  # reached on the way out, also in the middle of an epoch
+            control.should_save = control.should_evaluate = False
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.agreement is not None:
+            self.agreement.finish()
+
+
+class ModifiedTrainer(SFTTrainer):
+    """SFTTrainer whose saves are adapter-only, complete or absent, and which stops at a step that all ranks agree on.
+
+    Takes SFTTrainer's arguments and `provenance` ({"plan": hash, "base": {...}}), which goes into every manifest.
+    After `train()`, `stopped_by_signal` tells whether it ended early because of a signal; signals are only seen where
+    `kit.training.stopping.install_handlers()` was called. A non-finite loss or gradient raises KitError (4).
+    """
+
+    def __init__(
+        self, model: Any, args: Any = None, *rest: Any, provenance: dict | None = None, **kwargs: Any
+    ) -> None:
+        revision = (getattr(args, "model_init_kwargs", None) or {}).get("revision")
+        self.config_before = {} if isinstance(model, PeftModel) else checkpoint.config_before(model, revision)
+        self.provenance = provenance or {}
+        self.stopped_by_signal = False
+        self.saved_step: int | None = None
+        self.staging: Path | None = None  # the folder that a checkpoint is being built in
+        super().__init__(model, args, *rest, **kwargs)
+        self.args.logging_nan_inf_filter = False  # it hides what `log` looks for, at the price of a sync per step
+        self.ranks = stopping.side_group(self.args.ddp_timeout)
+        self.add_callback(StopAtAgreedStep(self))
+
+    # ---- stopping ----
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As upstream; a checkpoint with a manifest is verified first, and True means the newest complete one."""
+        if resume_from_checkpoint:
+            resume_from_checkpoint = self._checked_resume(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _checked_resume(self, wanted: str | os.PathLike | bool) -> str | bool:
+        found: Any = wanted
+        error = None
+        if self.args.should_save:
+            if wanted is True:
+                manifest.remove_leftovers(self.args.output_dir)
+                newest = manifest.newest_complete(self.args.output_dir)
+                for sentence in newest.skipped:
+                    logger.warning(sentence)
+                found = str(newest.path or True)
+                if newest.path is None:
+                    found = True  # no checkpoint of ours: upstream's rule, for runs that SFTTrainer began
+            elif (Path(wanted) / manifest.NAME).is_file():
+                problems = manifest.verify(wanted)
+                if problems:
+                    error = KitError(
+                        "; ".join(problems), where=str(wanted), fix="resume from an older checkpoint", code=FAILED
+                    )
+        checkpoint.raise_together(error, self.ranks)
+        found = checkpoint.exchange(found, self.ranks)[0]
+        if found is not True and (Path(found) / manifest.NAME).is_file() and self.is_deepspeed_enabled:
+            saved = manifest.read_manifest(found)["world_size"]
+            if saved != self.args.world_size:
+                raise KitError(
+                    f"{found} was saved by {saved} processes and this run has {self.args.world_size}: "
+                    "ZeRO's optimizer state is cut by the number of processes",
+                    where=str(found),
+                    fix=f"resume with {saved} processes, or start a new run from the adapter in it",
+                    code=REFUSED,
+                )
+        return found if found is True else os.fspath(found)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # Upstream looks whether the run is over only after a step, so resuming a finished run would add one.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As upstream, then stop where the loss or the gradient is not finite; all ranks see the same values."""
+        super().log(logs, *args, **kwargs)
+        for name in ("loss", "grad_norm", "train_loss"):
+            value = logs.get(name)
+            if value is None or math.isfinite(value) or (name == "grad_norm" and self.args.fp16):
+                continue  # fp16's loss scaler meets infinite gradients and skips those steps
+            raise KitError(
+                f"{name} is {value} at step {self.state.global_step}: training stopped, nothing of it is saved",
+                where=f"step {self.state.global_step}",
+                fix="lower learning_rate, set max_grad_norm, or look at the data of the steps before",
+                code=FAILED,
+            )
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        best = self.state.best_model_checkpoint
+        if self.stopped_by_signal:
+            # Without a best one upstream neither loads it nor, at save_total_limit=1, deletes what was just saved.
+            self.state.best_model_checkpoint = None
+        result = super()._finalize_training(*args, **kwargs)
+        self.state.best_model_checkpoint = best
+        return result
+
+    # ---- saving ----
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the adapter, or the whole model where there is none, with its tokenizer. Collective.
+
+        The folder appears complete, with a manifest, or not at all. KitError (4) where it would not be complete.
+        """
+        final = Path(output_dir if output_dir is not None else self.args.output_dir)
+        if self.staging is not None and final == self.staging:
+            self._write_model(final)
+            return
+        kind = "adapter" if isinstance(self.model, PeftModel) else "model"
+        with self._published(final, kind) as staging:
+            self._write_model(staging)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _write_model(self, folder: Path) -> None:
+        """The model's files in `folder`, proven complete, and the tokenizer's. Collective."""
+        writer = self.args.should_save
+        if (
+            self.is_fsdp_enabled
+            or self.is_distributed_loading_by_transformers
+            or not isinstance(self.model, PreTrainedModel | PeftModel)
+        ):
+            super().save_model(str(folder), _internal_call=True)
+            if writer:
+                (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # it can hold hub_token
+            return
+        error = None
+        try:
+            if isinstance(self.model, PeftModel):
+                self._write_adapter(folder, writer)
+            else:
+                self._write_full(folder, writer)
+            if writer and self.processing_class is not None:
+                self.processing_class.save_pretrained(str(folder))
+        except (KitError, OSError, SafetensorError) as problem:
+            error = self._as_failure(problem, folder)
+        checkpoint.raise_together(error, self.ranks)
+
+    def _write_adapter(self, folder: Path, writer: bool) -> None:
+        tensors, expected, embeddings = checkpoint.trainable_state_dict(self.model, writer)
+        if not writer:
+            return
+        self.model.save_pretrained(str(folder), state_dict=tensors, save_embedding_layers=embeddings)
+        for adapter, keys in expected.items():
+            where = folder if adapter == "default" else folder / adapter
+            for remark in checkpoint.check_adapter(where, keys, trained=self.state.global_step > 0):
+                logger.warning(remark)
+
+    def _write_full(self, folder: Path, writer: bool) -> None:
+        tensors = checkpoint.full_state_dict(self.model, writer)
+        if not writer:
+            return
+        # save_pretrained takes the tensors out of the dict that it is given
+        self.model.save_pretrained(str(folder), state_dict=dict(tensors))
+        checkpoint.check_model(folder, tensors, self.model._keys_to_ignore_on_save or ())
+        checkpoint.restore_config(folder, self.config_before, self.processing_class, bool(self.args.pad_token))
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        step = self.state.global_step
+        if self.saved_step == step:
+            return  # an epoch's end asks again for what a step's end has just saved
+        model_id = self.args.hub_model_id or self.args.output_dir
+        self.create_model_card(model_name=Path(model_id).name)
+        if self.hp_search_backend is None and trial is None:
+            self.store_flos()
+        run_dir = self._get_output_dir(trial=trial)
+        final = os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{step}")
+        if self.args.save_strategy != SaveStrategy.NO and self.state.best_global_step:
+            best = os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
+            if best == final or os.path.exists(best):
+                self.state.best_model_checkpoint = best
+        with self._published(Path(final), "checkpoint") as staging:
+            self.staging = staging
+            try:
+                self.save_model(str(staging), _internal_call=True)
+            finally:
+                self.staging = None
+            if not self.args.save_only_model:
+                self._save_optimizer_and_scheduler(str(staging))
+                self._save_scaler(str(staging))
+                self._save_rng_state(str(staging))
+            if self.args.should_save:
+                self._save_state(staging)
+        self.saved_step = step
+        if self.args.should_save:
+            self._rotate(run_dir)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(final)
+
+    def _save_state(self, folder: Path) -> None:
+        for part in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(part, ExportableState):
+                name = type(part).__name__
+                if isinstance(self.state.stateful_callbacks[name], list):
+                    self.state.stateful_callbacks[name].append(part.state())
+                else:
+                    self.state.stateful_callbacks[name] = part.state()
+        self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+
+    def _rotate(self, run_dir: str) -> None:
+        """Keep save_total_limit checkpoints: the newest and the best always, then the newer ones."""
+        limit = self.args.save_total_limit
+        if not limit or limit < 1:
+            return
+        oldest_first = sort_checkpoints(run_dir, use_mtime=True)
+        kept = {oldest_first[-1], str(Path(self.state.best_model_checkpoint or oldest_first[-1]))}
+        surplus = len(oldest_first) - max(limit, len(kept))
+        for path in [p for p in oldest_first if p not in kept][: max(surplus, 0)]:
+            manifest.discard(path)
+
+    @contextmanager
+    def _published(self, final: Path, kind: str) -> Iterator[Path]:
+        """A folder beside `final` to write into; on leaving, it is listed, flushed and renamed. Collective.
+
+        Any failure removes it and leaves what stood at `final` before.
+        """
+        writer = self.args.should_save
+        staging = manifest.staging_path(final)
+        try:
+            error = None
+            if writer:
+                try:
+                    shutil.rmtree(staging, ignore_errors=True)
+                    staging.mkdir(parents=True)
+                except OSError as problem:
+                    error = self._as_failure(problem, staging)
+            checkpoint.raise_together(error, self.ranks)
+            yield staging
+            checkpoint.exchange(None, self.ranks)  # every rank's files are there
+            files = checkpoint.hash_together(staging, self.ranks, writer, self.args.save_on_each_node)
+            if writer:
+                try:
+                    self._close(staging, final, kind, files)
+                except (KitError, OSError) as problem:
+                    error = self._as_failure(problem, final)
+            checkpoint.raise_together(error, self.ranks)
+        except BaseException as problem:
+            if writer:
+                shutil.rmtree(staging, ignore_errors=True)
+            if isinstance(problem, OSError | SafetensorError | RuntimeError) and not isinstance(problem, KitError):
+                raise self._as_failure(problem, final) from problem
+            raise
+
+    def _close(self, staging: Path, final: Path, kind: str, files: dict) -> None:
+        stored = checkpoint.stored_tensors(staging)
+        manifest.write_manifest(
+            staging,
+            kind=kind,
+            step=self.state.global_step,
+            world_size=self.args.world_size,
+            plan=self.provenance.get("plan"),
+            base=self.provenance.get("base"),
+            tensors=len(stored),
+            parameters=sum(math.prod(t.shape) for t in stored),
+            files=files,
+        )
+        if kind == "checkpoint" or not final.exists() or manifest.holds_only_a_save(final):
+            manifest.publish(staging, final, replace=True)
+        else:
+            manifest.publish_into(staging, final)
+
+    def _as_failure(self, problem: BaseException, where: Path) -> KitError:
+        if isinstance(problem, KitError):
+            return problem
+        return KitError(
+            f"step {self.state.global_step} could not be saved: {problem}",
+            where=str(where),
+            fix="free disk space or choose another folder, then resume from the last complete checkpoint",
+            code=FAILED,
+        )

@@ -1,0 +1,143 @@
+"""Where a model's files are and what its safetensors hold, read without torch.
+
+The header of a safetensors file is JSON behind an 8-byte length (https://github.com/huggingface/safetensors#format),
+so names, shapes and dtypes of a 70B model cost a few reads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+from kit.errors import KitError
+
+CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+SAMPLE = 4096  # bytes of each tensor that enter the fingerprint
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor in a safetensors file; `start` and `end` are absolute byte offsets in `file`."""
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+def hub_cache() -> Path:
+    """The Hub cache that huggingface_hub would use."""
+    home = os.environ.get("HF_HOME") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "huggingface"
+    )
+    return Path(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub"))
+
+
+def find_model(name_or_path: str, revision: str | None = None) -> Path | None:
+    """The local folder of a model: a path as it is, or a Hub id's snapshot in the cache; None where there is neither."""
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    repo = hub_cache() / ("models--" + name_or_path.replace("/", "--"))
+    wanted = revision or "main"
+    ref = repo / "refs" / wanted
+    snapshot = repo / "snapshots" / (ref.read_text().strip() if ref.is_file() else wanted)
+    return snapshot if snapshot.is_dir() else None
+
+
+def read_config(folder: Path) -> dict:
+    """config.json of a model folder as a dict; KitError where it is missing or not JSON."""
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise KitError(
+            f"{folder} is not a model: it has no {CONFIG}",
+            where="model.name_or_path",
+            fix="give a folder with config.json and safetensors, or a Hub id",
+        ) from None
+    except (OSError, ValueError) as error:
+        raise KitError(f"{path} cannot be read: {error}", where="model.name_or_path") from None
+    if not isinstance(config, dict):
+        raise KitError(f"{path} does not hold a JSON object", where="model.name_or_path")
+    return config
+
+
+def read_header(file: Path) -> list[Tensor]:
+    """The tensors of one safetensors file in file order; KitError where the file is damaged."""
+    try:
+        size = file.stat().st_size
+        with open(file, "rb") as f:
+            prefix = f.read(8)
+            (length,) = struct.unpack("<Q", prefix) if len(prefix) == 8 else (size + 1,)
+            if length > size - 8:
+                raise ValueError("the header is longer than the file")
+            header = json.loads(f.read(length))
+        tensors = [
+            Tensor(
+                name,
+                file,
+                entry["dtype"],
+                tuple(entry["shape"]),
+                8 + length + entry["data_offsets"][0],
+                8 + length + entry["data_offsets"][1],
+            )
+            for name, entry in header.items()
+            if name != "__metadata__"
+        ]
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise KitError(f"{file} is damaged: {error}", fix="fetch the file again") from None
+    tensors.sort(key=lambda t: t.start)
+    if tensors and max(t.end for t in tensors) != size:
+        raise KitError(
+            f"{file} is cut short or too long: {size} bytes, its header names {max(t.end for t in tensors)}",
+            fix="fetch the file again",
+        )
+    return tensors
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model in index order; empty where it has none."""
+    if (folder / INDEX).is_file():
+        try:
+            weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
+            names = list(dict.fromkeys(weight_map.values()))
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise KitError(f"{folder / INDEX} cannot be read: {error}") from None
+        missing = [n for n in names if not (folder / n).is_file()]
+        if missing:
+            raise KitError(f"{folder} lacks {', '.join(missing)}, which its index names", fix="fetch the model again")
+        return [folder / n for n in names]
+    return [folder / SINGLE] if (folder / SINGLE).is_file() else []
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a model folder by name; empty where it has no safetensors."""
+    return {t.name: t for file in shard_files(folder) for t in read_header(file)}
+
+
+def fingerprint(folder: Path) -> str:
+    """A hash over every tensor's name, dtype, shape and first bytes: tells apart two bases of the same shape.
+
+    Independent of how the tensors are spread over shards. It shows a mix-up, not an attack.
+    """
+    digest = hashlib.sha256()
+    tensors = read_tensors(folder)
+    handles = {file: open(file, "rb") for file in {t.file for t in tensors.values()}}
+    try:
+        for name in sorted(tensors):
+            t = tensors[name]
+            handle = handles[t.file]
+            handle.seek(t.start)
+            digest.update(json.dumps([name, t.dtype, t.shape]).encode())
+            digest.update(handle.read(min(SAMPLE, t.end - t.start)))
+    finally:
+        for handle in handles.values():
+            handle.close()
+    return digest.hexdigest()

@@ -1,0 +1,230 @@
+"""The door that every rank enters.
+
+    deepspeed --num_gpus 2 --module kit.worker runs/x/plan.json
+    deepspeed --num_gpus 2 --module kit.worker recipe=quickstart deepspeed=zero3
+
+A script of one's own calls `main(callbacks=[...], compute_metrics=...)` and is started in this module's place
+(`launch.script=my_train.py`). Nothing heavy is imported until the environment and the signal handlers are in place.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import Any, TextIO
+
+from kit.errors import DONE, ENVIRONMENT, FAILED, KitError, Problem
+
+
+def main(argv: list[str] | None = None, **hooks: Any) -> None:
+    """Run this process as one rank of a plan and exit. `hooks` go to the trainer: callbacks, compute_metrics, ..."""
+    from kit.training import stopping
+
+    stopping.install_handlers()
+    watch_launcher()
+    rank = int(os.environ.get("RANK", "0"))
+    args, resume = read_argv(sys.argv[1:] if argv is None else argv)
+    run: Path | None = None
+    try:
+        check_launcher()
+        plan_path = args[0] if len(args) == 1 and args[0].endswith(".json") else None
+        if len(args) == 1 and Path(args[0], "plan.json").is_file():
+            plan_path = str(Path(args[0], "plan.json"))
+        store = None
+        if plan_path is None:
+            plan_path, store = compose_on_rank0(args, rank)
+        from kit.config.schema import load_plan
+
+        plan = load_plan(plan_path).model_copy(update={"run_dir": str(Path(plan_path).absolute().parent)})
+        run = plan.run_path
+        prepare_process(plan, rank)
+        from kit.training.run import train
+
+        code = train(plan, resume=resume, **hooks)
+        del store
+    except KitError as error:
+        code = report(run, rank, error.problems, error.code, error)
+    except Exception as error:
+        cause = "".join(traceback.format_exception_only(error)).strip()
+        code = report(run, rank, [Problem(f"rank {rank}: {cause[:2000]}", log_of(run, rank), advice(error))], FAILED, error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Interpreter shutdown joins threads of libraries that may wait for ranks which are gone.
+    os._exit(code)
+
+
+def read_argv(argv: list[str]) -> tuple[list[str], str | None]:
+    """The words that are ours; `--local_rank`, which the deepspeed command adds, is accepted and dropped (T67)."""
+    words: list[str] = []
+    resume = None
+    rest = iter(argv)
+    for word in rest:
+        if word.startswith("--local_rank") or word.startswith("--local-rank"):
+            if "=" not in word:
+                next(rest, None)
+        elif word == "--resume":
+            resume = next(rest, None)
+        else:
+            words.append(word)
+    return words, resume
+
+
+def check_launcher() -> None:
+    """Refuse several SLURM tasks without ranks: each would train alone (T68)."""
+    if int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "WORLD_SIZE" not in os.environ and "SLURM_PROCID" in os.environ:
+        raise KitError(
+            "several SLURM tasks, but no WORLD_SIZE: each task would train alone",
+            "srun",
+            "start one task per node, and the ranks through deepspeed or torchrun",
+            code=ENVIRONMENT,
+        )
+
+
+def compose_on_rank0(args: list[str], rank: int) -> tuple[str, Any]:
+    """Rank 0 composes in a child process, so that no rank imports Hydra; the path goes round through the store.
+
+    Returns the plan's path and the store, which must live until the process group is made on the same port.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        return read_child(compose_child(args, world)), None
+    from torch.distributed import rendezvous
+
+    store, _, _ = next(rendezvous("env://"))
+    if rank == 0:
+        store.set("kit/plan", compose_child(args, world))
+    return read_child(store.get("kit/plan").decode()), store
+
+
+def compose_child(args: list[str], world: int) -> str:
+    """`kit compose` in a child: its answer is JSON with the plan's path, or with the problems."""
+    command = [sys.executable, "-m", "kit", "compose", "--world-size", str(world), *args]
+    child = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    if child.stderr:
+        print(child.stderr, file=sys.stderr, end="", flush=True)
+    lines = child.stdout.strip().splitlines()
+    return lines[-1] if lines else json.dumps({"code": FAILED, "problems": [{"problem": "`kit compose` gave no answer"}]})
+
+
+def read_child(answer: str) -> str:
+    found = json.loads(answer)
+    if "plan" not in found:
+        raise KitError([Problem(**p) for p in found["problems"]], code=found["code"])
+    return str(found["plan"])
+
+
+def prepare_process(plan: Any, rank: int) -> None:
+    """Environment, log file and process id, before torch is imported."""
+    from kit.launchers.command import rank_environment
+
+    for key, value in rank_environment(plan).items():
+        os.environ.setdefault(key, value)
+    logs = plan.run_path / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    (logs / f"rank{rank}.pid").write_text(str(os.getpid()))
+    log = open(logs / f"rank{rank}.log", "a", buffering=1, encoding="utf-8", errors="replace")
+    log.write(f"--- plan {plan.hash} rank {rank} {time.strftime('%Y-%m-%dT%H:%M:%S%z')}\n")
+    if rank == 0:
+        sys.stdout, sys.stderr = Tee(sys.stdout, log), Tee(sys.stderr, log)  # type: ignore[assignment]
+    else:  # the console is rank 0's; libraries that write to the descriptors are caught too
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+
+
+class Tee:
+    """A text stream that also goes to the rank's log; everything else is the console's (isatty, fileno, ...)."""
+
+    def __init__(self, console: TextIO, log: TextIO) -> None:
+        self.console, self.log = console, log
+
+    def write(self, text: str) -> int:
+        if not self.log.closed and not text.startswith("\r"):  # the log gets no redrawn progress bars
+            self.log.write(text)
+        return self.console.write(text)
+
+    def flush(self) -> None:
+        self.console.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.console, name)
+
+
+def report(run: Path | None, rank: int, problems: list[Problem], code: int, error: BaseException) -> int:
+    """Write the problems where the launching `kit` finds them, the traceback into this rank's log; the exit code."""
+    if run is None:
+        if rank == 0:
+            print("\n".join(map(str, problems)), file=sys.stderr)
+        return code
+    with open(log_of(run, rank), "a", encoding="utf-8") as log:
+        log.write("".join(traceback.format_exception(error)))
+    found = {"code": code, "problems": [vars(p) for p in problems]}
+    (run / "logs" / f"rank{rank}.error.json").write_text(json.dumps(found))
+    if rank == 0:
+        from kit import rundir
+
+        rundir.set_status(run, "failed", exit_code=code, problems=[str(p) for p in problems])
+        if not (run / rundir.LAUNCH).exists():  # started by hand: nobody else will say it
+            print("\n".join(map(str, problems)), file=sys.stderr)
+    return code if code != DONE else FAILED
+
+
+def log_of(run: Path | None, rank: int) -> str:
+    return str(run / "logs" / f"rank{rank}.log") if run else ""
+
+
+def advice(error: BaseException) -> str:
+    if "out of memory" in str(error).lower():
+        return (
+            "lower trainer.per_device_train_batch_size or trainer.max_length, set trainer.gradient_checkpointing=true, "
+            "or take the next of deepspeed=zero2, zero3, zero3_offload"
+        )
+    return "the log holds the traceback"
+
+
+def watch_launcher() -> None:
+    """Treat a dead launcher as a stop signal: ending the `deepspeed` command leaves its ranks running (T71)."""
+    import psutil
+
+    me = psutil.Process()
+    parent = me.parent()
+    if parent is None or "RANK" not in os.environ:
+        return
+    try:
+        family = [parent]
+        if any("deepspeed.launcher.launch" in part for part in parent.cmdline()) and (runner := parent.parent()):
+            family.append(runner)
+    except psutil.Error:
+        return
+
+    def watch() -> None:
+        from kit.training import stopping
+
+        while all(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in family):
+            time.sleep(1)
+        stopping.request()
+        time.sleep(float(os.environ.get("KIT_GRACE_SECONDS", "120")))
+        os._exit(FAILED)
+
+    def guarded() -> None:
+        try:
+            watch()
+        except psutil.Error:
+            stopping_request()
+
+    threading.Thread(target=guarded, daemon=True, name="watch-launcher").start()
+
+
+def stopping_request() -> None:
+    from kit.training import stopping
+
+    stopping.request()
+
+
+if __name__ == "__main__":
+    main()
