@@ -50,20 +50,20 @@ def resume(run: str, *overrides: str) -> int:
     newest = manifest.newest_complete(path / rundir.CHECKPOINTS)
     for reason in newest.skipped:
         say(f"passed over {reason}")
-    if newest.folder is None:
+    if newest.path is None:
         raise KitError(f"{path} has no complete checkpoint", str(path / rundir.CHECKPOINTS), "kit train ... --fresh")
     plan = changed(plan, list(overrides))
-    saved_on = manifest.read_manifest(newest.folder).get("world_size")
+    saved_on = manifest.read_manifest(newest.path).get("world_size")
     if plan.deepspeed and saved_on != plan.world_size:
         raise KitError(
-            f"{newest.folder.name} was saved by {saved_on} processes, {plan.world_size} would read it: ZeRO's optimizer "
+            f"{newest.path.name} was saved by {saved_on} processes, {plan.world_size} would read it: ZeRO's optimizer "
             "state is split by process",
             where="launch.num_gpus",
             fix=f"launch.num_gpus={saved_on}",
         )
     rundir.write_plan(plan)
-    say(f"resuming from {newest.folder.name}")
-    return launch(plan, resume=newest.folder.name)
+    say(f"resuming from {newest.path.name}")
+    return launch(plan, resume=newest.path.name)
 
 
 def changed(plan: RunPlan, overrides: list[str]) -> RunPlan:

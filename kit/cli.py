@@ -159,7 +159,6 @@ def merge(argv: list[str]) -> int:
     parser.add_argument("--no-fsync", action="store_true", help="leave flushing to the system")
     a = parser.parse_args(argv)
     quiet()
-    from kit.merge import format_result
     from kit.merge import merge as merge_adapter
 
     verify: bool | str = {"auto": True, "no": False}.get(a.verify, a.verify)
@@ -168,8 +167,24 @@ def merge(argv: list[str]) -> int:
         source, a.base, a.out, revision=a.revision, verify=verify, dtype=a.dtype, fsync=not a.no_fsync,
         overwrite=a.overwrite, progress=progress("merging"),
     )  # fmt: skip
-    print(format_result(result))
+    print(format_merge(result))
     return DONE
+
+
+def format_merge(report: dict[str, Any]) -> str:
+    """merge.json in a few lines."""
+    from kit import rundir
+
+    seconds = report["seconds"]
+    lines = [f"merged    {rundir.shown(report['out'])} ({report['method']}, {seconds['all']:.1f} s)"]
+    lines += [f"note      {note}" for note in report.get("notes", [])]
+    proof = report.get("verification") or {}
+    for kind, found in proof.items():
+        figures = [f"{k.replace('_', ' ')} {v:.3g}" for k, v in found.items() if isinstance(v, int | float)]
+        lines.append(f"verified  {kind}: {', '.join(figures)}")
+    if not proof:
+        lines.append("verified  no: --verify logits compares it with base + adapter")
+    return "\n".join(lines)
 
 
 def generate(argv: list[str]) -> int:

@@ -21,3 +21,8 @@ def cache() -> Path:
 def kit_dir(name: str) -> str:
     """What `${kit.dir:NAME}` in a config stands for: `cache`, `recipes` or `ds_configs`."""
     return str({"cache": cache(), "recipes": RECIPES, "ds_configs": DS_CONFIGS}[name])
+
+
+def made_by_quickstart(path: str) -> bool:
+    """Whether a path is one that `make quickstart` fills."""
+    return Path(path).absolute().is_relative_to(cache() / "quickstart")

@@ -63,9 +63,9 @@ def read_config(folder: Path) -> dict:
             fix="give a folder with config.json and safetensors, or a Hub id",
         ) from None
     except (OSError, ValueError) as error:
-        raise KitError(f"{path} cannot be read: {error}", where="model.name_or_path") from None
+        raise KitError(f"{path} cannot be read: {error}", "model.name_or_path", "fetch the file again") from None
     if not isinstance(config, dict):
-        raise KitError(f"{path} does not hold a JSON object", where="model.name_or_path")
+        raise KitError(f"{path} does not hold a JSON object", "model.name_or_path", "fetch the file again")
     return config
 
 
@@ -109,7 +109,7 @@ def shard_files(folder: Path) -> list[Path]:
             weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
             names = list(dict.fromkeys(weight_map.values()))
         except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise KitError(f"{folder / INDEX} cannot be read: {error}") from None
+            raise KitError(f"{folder / INDEX} cannot be read: {error}", fix="fetch the file again") from None
         missing = [n for n in names if not (folder / n).is_file()]
         if missing:
             raise KitError(f"{folder} lacks {', '.join(missing)}, which its index names", fix="fetch the model again")

@@ -124,7 +124,8 @@ def prepare_process(plan: Any, rank: int) -> None:
     from kit.launchers.command import rank_environment
 
     for key, value in rank_environment(plan).items():
-        os.environ.setdefault(key, value)
+        if key == "PATH" or key not in os.environ:
+            os.environ[key] = value
     logs = plan.run_path / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     (logs / f"rank{rank}.pid").write_text(str(os.getpid()))

@@ -146,11 +146,11 @@ def store_run_file(path: Path, given: set[str]) -> list[str]:
     try:
         tree = OmegaConf.load(path)
     except FileNotFoundError:
-        raise KitError(f"there is no file {path}", where="command line") from None
+        raise KitError(f"there is no file {path}", "command line", "check the path; it is taken from where you stand") from None
     except (OSError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise KitError(f"{path} is not YAML: {' '.join(str(error).split())}", where=str(path)) from None
+        raise KitError(f"{path} is not YAML: {' '.join(str(error).split())}", str(path), "mend the line") from None
     if not isinstance(tree, DictConfig):
-        raise KitError(f"{path} must hold key: value lines", where=str(path))
+        raise KitError(f"{path} must hold key: value lines", str(path), "trainer:\n  max_steps: 10")
     content: dict[str, Any] = OmegaConf.to_container(tree)  # type: ignore[assignment]
     chosen: list[str] = []
     for group in GROUPS:

@@ -90,11 +90,13 @@ def first_json(file: Path) -> dict | None:
                     row = json.loads(line)
                 except ValueError as error:
                     if file.suffix.lower() != ".json":
-                        raise KitError(f"{file} line {number} is not JSON: {error}", "dataset.path") from None
+                        raise KitError(f"{file} line {number} is not JSON: {error}", "dataset.path", "mend the line") from None
                     f.seek(0)  # one pretty-printed object
                     row = json.load(f)
             if row is not None and not isinstance(row, dict):
-                raise KitError(f"{file} line {number} holds {type(row).__name__}, not an object", "dataset.path")
+                raise KitError(
+                    f"{file} line {number} holds {type(row).__name__}, not an object", "dataset.path", "one object per row"
+                )
             return row
     return None
 

@@ -74,6 +74,8 @@ RENAMED: dict[str, dict[str, str]] = {
     },
     "deepspeed": {
         "zero": "zero_optimization",
+        "bfloat": "bf16",
+        "bf": "bf16",
         "fp32": "fp16 and bf16 with enabled: false",
         "micro_batch_size": "train_micro_batch_size_per_gpu",
         "max_grad_norm": "gradient_clipping",
@@ -194,6 +196,8 @@ def _check_value(entry: dict[str, Any], value: Any, path: str) -> list[Problem]:
     if isinstance(value, list | tuple) and "items" in entry:
         return [p for i, item in enumerate(value) for p in _check_value(entry["items"], item, f"{path}[{i}]")]
     if isinstance(value, Mapping) and "table" in entry:
+        if entry.get("open"):  # further keys are somebody else's, e.g. the parameters of any optimizer
+            value = {k: v for k, v in value.items() if k in tables()[entry["table"]]}
         return check(entry["table"], value, path)
     return []
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kit import weights
+from kit import paths, weights
 from kit.config.schema import Model
 from kit.errors import KitError, Problem
 
@@ -45,13 +45,20 @@ def looks_like_hub_id(name: str) -> bool:
     return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", name)) and not Path(name).exists()
 
 
-def inspect(model: Model) -> tuple[Base, list[Problem]]:
-    """Look at `model.name_or_path` on disk and in the Hub cache; problems where it is there and not a model."""
+def inspect(model: Model, here: bool) -> tuple[Base, list[Problem]]:
+    """Look at `model.name_or_path` on disk and in the Hub cache; problems where it is there and not a model.
+
+    `here`: the run is about to start on this machine, so what is only promised will not do.
+    """
     name = model.name_or_path
     preset = dict(model.config) or None
     folder = weights.find_model(name, model.revision)
     if folder is None:
+        if preset and paths.made_by_quickstart(name) and not here:
+            return Base(config=preset, notes=[f"{name} is not made yet: `make quickstart` makes it"]), []
         if not looks_like_hub_id(name):
+            if paths.made_by_quickstart(name):
+                return Base(), [Problem(f"{name} is not made yet", "model.name_or_path", "make quickstart")]
             return Base(), [
                 Problem(f"there is no model folder {name}", "model.name_or_path", "check the path, or give a Hub id")
             ]

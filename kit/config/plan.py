@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from kit import hardware
+from kit import hardware, paths
 from kit.config import dataset as data_files
 from kit.config import fields, rules, zero
 from kit.config.compose import Composed
@@ -54,9 +54,9 @@ def build_plan(composed: Composed, *, here: bool = True, world_size: int | None 
     if given is None:
         raise KitError(problems)
 
-    base, found = inspect(given.model)
-    problems += located(found, set_by)
-    columns_format, found = look_at_data(given.dataset)
+    base, found = inspect(given.model, here)
+    problems += located(found, set_by, "model.name_or_path")
+    columns_format, found = look_at_data(given.dataset, here)
     problems += located(found, set_by)
 
     notes = list(base.notes)
@@ -133,8 +133,9 @@ def origin(provenance: dict[str, str]) -> Any:
     return set_by
 
 
-def located(problems: list[Problem], set_by: Any) -> list[Problem]:
-    return [Problem(p.problem, set_by(p.where) if p.where else "", p.fix, p.rule) for p in problems]
+def located(problems: list[Problem], set_by: Any, key: str = "") -> list[Problem]:
+    """Problems whose place is a dotted key (`key` where they name none), with where that key was set."""
+    return [Problem(p.problem, set_by(p.where or key), p.fix, p.rule) for p in problems]
 
 
 def unique(problems: list[Problem]) -> list[Problem]:
@@ -193,12 +194,7 @@ def read_table(values: Any, table: str, section: str, set_by: Any) -> tuple[dict
         return None, [Problem(f"there is no PEFT method {table!r}", set_by("peft.peft_type"), fix)]
     table = table.upper() if section == "peft" else table
     found = fields.check(table, values, section)
-    return fields.cast(table, values), located_again(found, set_by)
-
-
-def located_again(problems: list[Problem], set_by: Any) -> list[Problem]:
-    """`fields` and `zero` name the dotted key as the place; say which file or override set it."""
-    return [Problem(p.problem, set_by(p.where), p.fix, p.rule) for p in problems]
+    return fields.cast(table, values), located(found, set_by)
 
 
 def read_trainer(values: Any, set_by: Any) -> tuple[dict[str, Any], list[Problem]]:
@@ -209,7 +205,7 @@ def read_trainer(values: Any, set_by: Any) -> tuple[dict[str, Any], list[Problem
     for k in owned:
         values.pop(k.split(".")[0])
     found = fields.check("SFTConfig", values, "trainer", allow_auto={"bf16", "fp16", "use_cpu"})
-    return fields.cast("SFTConfig", values), problems + located_again(found, set_by)
+    return fields.cast("SFTConfig", values), problems + located(found, set_by)
 
 
 def read_deepspeed(values: Any, set_by: Any) -> tuple[dict[str, Any] | None, list[Problem]]:
@@ -224,7 +220,7 @@ def read_deepspeed(values: Any, set_by: Any) -> tuple[dict[str, Any] | None, lis
             values = merge(zero.load(Path(str(file)).expanduser()), values)
         except KitError as error:
             return None, [Problem(p.problem, p.where or set_by("deepspeed.file"), p.fix) for p in error.problems]
-    return values, located_again(zero.check(values), set_by)
+    return values, located(zero.check(values), set_by)
 
 
 def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -234,12 +230,12 @@ def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def look_at_data(dataset: Dataset) -> tuple[str | None, list[Problem]]:
+def look_at_data(dataset: Dataset, here: bool) -> tuple[str | None, list[Problem]]:
     """The data's format, from the first row of the file; None for a Hub id that is not a file."""
     problems: list[Problem] = []
     wanted = None if dataset.format == "auto" else dataset.format
     for key, path in (("dataset.path", dataset.path), ("dataset.eval_path", dataset.eval_path)):
-        if path is None:
+        if path is None or (paths.made_by_quickstart(path) and not Path(path).exists() and not here):
             continue
         try:
             columns = data_files.peek(path)
@@ -300,9 +296,8 @@ def resolve_batch(
 ) -> tuple[int, list[Problem]]:
     """rows per optimizer step = per_device_train_batch_size x gradient_accumulation_steps x processes."""
     micro, steps = trainer.get("per_device_train_batch_size", 8), trainer.get("gradient_accumulation_steps", 1)
-    if not isinstance(micro, int) or not isinstance(steps, int) or micro < 1 or steps < 1:
-        key = "per_device_train_batch_size" if not isinstance(micro, int) or micro < 1 else "gradient_accumulation_steps"
-        return 1, [Problem(f"trainer.{key} must be a whole number from 1 on", set_by(f"trainer.{key}"), f"trainer.{key}=1")]
+    if not all(isinstance(n, int) and n > 0 for n in (micro, steps)):
+        return 1, []  # the field tables have refused it already
     if wanted is None:
         return micro * steps * world, []
     given = provenance.get("trainer.gradient_accumulation_steps", "").startswith(("command line", "recipe"))
@@ -340,7 +335,7 @@ def resolve_deepspeed(
             deepspeed, trainer=trainer, world_size=world, hidden_size=base.hidden_size, precision=precision
         ), []
     except KitError as error:
-        return deepspeed, located_again(error.problems, set_by)
+        return deepspeed, located(error.problems, set_by)
 
 
 def absolute(resolved: dict[str, Any]) -> None:

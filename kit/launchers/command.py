@@ -51,7 +51,11 @@ def rank_environment(plan: RunPlan) -> dict[str, str]:
     """What must be in the environment before torch, transformers or deepspeed are imported, in launcher and ranks."""
     from kit.launchers.ops import extensions_dir
 
+    here = os.path.dirname(sys.executable)
+    path = os.environ.get("PATH", "").split(os.pathsep)
     env = {
+        # One ninja for all: two versions hash command lines differently, and each would compile the operators again.
+        "PATH": os.pathsep.join([here, *(p for p in path if p != here)]),
         "PYTHONUNBUFFERED": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "DO_NOT_TRACK": "1",

@@ -101,6 +101,19 @@ def raw_tensors(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
+def finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite; true of integers.
+
+    NaN and infinity survive a sum, so one reduction without temporaries clears nearly every tensor; only a sum that
+    overflowed is looked at value by value.
+    """
+    if not tensor.is_floating_point():
+        return True
+    if tensor.element_size() > 1 and bool(torch.isfinite(tensor.sum(dtype=torch.float32))):
+        return True
+    return bool(torch.isfinite(tensor.float()).all())
+
+
 def gather(tensors: dict[str, Tensor], keep: bool, copy: bool = True) -> dict[str, Tensor]:
     """The whole tensors on the CPU where `keep`, else an empty dict. Collective under ZeRO-3.
 
@@ -116,7 +129,7 @@ def gather(tensors: dict[str, Tensor], keep: bool, copy: bool = True) -> dict[st
 
     def take(tensor: Tensor) -> None:
         value = tensor.detach()
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        if not finite(value):
             broken.append(names[id(tensor)][0])
         # A view into a larger buffer (ZeRO-1/2 flatten the parameters) would drag all of it into the file.
         own_memory = value.untyped_storage().nbytes() == value.numel() * value.element_size()
@@ -126,9 +139,9 @@ def gather(tensors: dict[str, Tensor], keep: bool, copy: bool = True) -> dict[st
 
     sharded = [t for t in unique.values() if hasattr(t, "ds_id")]
     for chunk in _chunks(sharded):
-        from deepspeed.zero import GatheredParameters
+        import deepspeed
 
-        with GatheredParameters(chunk):
+        with deepspeed.zero.GatheredParameters(chunk):
             for tensor in chunk if keep else ():
                 take(tensor)
     for tensor in unique.values() if keep else ():
@@ -253,7 +266,7 @@ def check_adapter(saved: str | Path | dict[str, Tensor], expected: Shapes, train
             problems.append(f"{key} has shape {tuple(tensor.shape)}, the model's is {shape}")
         elif lora and tensor.ndim < 2 and not key.endswith(".bias"):
             problems.append(f"{key} has {tensor.ndim} dimension(s), a LoRA matrix has 2")
-        elif tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        elif not finite(tensor):
             problems.append(f"{key} holds NaN or infinity")
     if problems:
         listed = "; ".join(sorted(problems)[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
@@ -306,9 +319,7 @@ def config_before(model: Any, revision: str | None = None) -> dict[str, dict]:
         files = {name: folder / f"{name}.json" for name in ("config", "generation_config")} if folder else {}
         return {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items() if file.is_file()}
     found = {name: getattr(model, name, None) for name in ("config", "generation_config")}
-    return {
-        name: json.loads(value.to_json_string(use_diff=False)) for name, value in found.items() if value is not None
-    }
+    return {name: json.loads(value.to_json_string()) for name, value in found.items() if value is not None}
 
 
 def restore_config(folder: Path, before: dict[str, dict], tokenizer: Any, keep_pad: bool = False) -> None:

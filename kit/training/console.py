@@ -6,6 +6,7 @@ import json
 import math
 import platform
 import time
+import warnings
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,16 @@ from transformers import PrinterCallback, TrainerCallback
 
 from kit import rundir
 from kit.config.schema import RunPlan
+
+
+def quiet() -> None:
+    """Leave the console to the run: library bars and notices about names to come say nothing a user can act on."""
+    import datasets
+    from transformers.utils import logging
+
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 class Progress(TrainerCallback):

@@ -27,6 +27,7 @@ def train(plan: RunPlan, *, resume: str | None = None, callbacks: Sequence[Any] 
     from kit.training.trainer import ModifiedTrainer
 
     run = plan.run_path
+    console.quiet()
     start_process_group(plan)
     # Before the model and kept alive: zero.Init looks for the live DeepSpeed config that this object holds (T19).
     args = SFTConfig(

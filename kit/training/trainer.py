@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -80,6 +81,7 @@ class ModifiedTrainer(SFTTrainer):
         self.stopped_by_signal = False
         self.saved_step: int | None = None
         self.staging: Path | None = None  # the folder that a checkpoint is being built in
+        self.checkpoint_seconds: list[float] = []  # how long each checkpoint held up training
         super().__init__(model, args, *rest, **kwargs)
         self.args.logging_nan_inf_filter = False  # it hides what `log` looks for, at the price of a sync per step
         self.ranks = stopping.side_group(self.args.ddp_timeout)
@@ -219,6 +221,7 @@ class ModifiedTrainer(SFTTrainer):
         step = self.state.global_step
         if self.saved_step == step:
             return  # an epoch's end asks again for what a step's end has just saved
+        started = time.monotonic()
         model_id = self.args.hub_model_id or self.args.output_dir
         self.create_model_card(model_name=Path(model_id).name)
         if self.hp_search_backend is None and trial is None:
@@ -244,6 +247,7 @@ class ModifiedTrainer(SFTTrainer):
         self.saved_step = step
         if self.args.should_save:
             self._rotate(run_dir)
+        self.checkpoint_seconds.append(time.monotonic() - started)
         if self.args.push_to_hub:
             self._push_from_checkpoint(final)
 
@@ -324,7 +328,7 @@ class ModifiedTrainer(SFTTrainer):
             return problem
         return KitError(
             f"step {self.state.global_step} could not be saved: {problem}",
-            where=str(where),
+            where=str(where).replace(manifest.STAGING, ""),
             fix="free disk space or choose another folder, then resume from the last complete checkpoint",
             code=FAILED,
         )

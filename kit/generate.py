@@ -1,0 +1,214 @@
+"""The same prompts through base, adapter and merged model, side by side."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kit.artifacts import Source, choose, open_tokenizer, output_path, resolve, run_datasets, write_json
+from kit.decoding import decode
+from kit.errors import KitError
+from kit.inference import each_model
+from kit.rows import Pair, Shots, as_pair, encode_prompt, few_shot_style, with_shots
+
+SAMPLES = "samples.json"
+DEFAULT_PROMPTS = 5
+
+
+def generate(
+    source: str | Path,
+    *,
+    base: str | None = None,
+    revision: str | None = None,
+    prompts: Sequence[str | list[dict[str, Any]]] | None = None,
+    which: Sequence[str] | None = None,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_p: float | None = None,
+    seed: int = 0,
+    system: str | None = None,
+    raw: bool = False,
+    batch_size: int = 8,
+    dtype: str | None = None,
+    device: str | None = None,
+    out: Path | str | None = None,
+    few_shot: Sequence[dict[str, Any]] | None = None,
+    style: str | None = None,
+) -> dict[str, Any]:
+    """Answers of each model of `source` to each prompt; greedy unless `temperature` > 0.
+
+    A prompt is text (a user turn where the tokenizer and the run's data are chat, else continued as it is) or a list
+    of messages. `few_shot` rows add "base_few_shot": the base (or lone model) with these worked examples before each
+    prompt, in the `style` "chat" (earlier turns) or "text" (lines).
+    A run over a quantized base shows that base; a merge onto the original weights then differs from the adapter.
+    Returns {"samples": [{prompt, outputs: {name: {text, tokens, stopped}}}], "adapter_equals_merged": bool or None,
+    "first_difference", "skipped", "settings", "file"}; the samples are also written to samples.json.
+    KitError for a bad source, prompt or setting.
+    """
+    check_settings(max_new_tokens=max_new_tokens, batch_size=batch_size, temperature=temperature, top_p=top_p)
+    found = resolve(source, base, revision)
+    names = choose(found, which)
+    tokenizer = open_tokenizer(found)
+    asked, chat = _prompts(found, tokenizer, prompts, raw)
+    encoded = [encode_prompt(tokenizer, p, chat=chat and not raw, system=system) for p in asked]
+    shots_for, shots = next((n for n in ("base", "model") if n in names), None), None
+    if few_shot and shots_for:
+        shots = Shots.of(few_shot, style or few_shot_style(found, tokenizer))
+    settings: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "seed": seed,
+    }
+
+    def use(name: str, model: Any) -> dict[str, list[dict[str, Any]]]:
+        outputs = {name: decode(model, tokenizer, encoded, batch_size=batch_size, **settings)}
+        if shots and name == shots_for:
+            ids = [with_shots(tokenizer, Pair(p, None), shots, system=system) for p in asked]
+            outputs[f"{name}_few_shot"] = decode(
+                model, tokenizer, ids, batch_size=batch_size, stop_text=shots.stop_text, **settings
+            )
+        return outputs
+
+    parts = each_model(use, found, names, tokenizer, dtype=dtype, device=device)
+    columns = {name: outputs for part in parts.values() for name, outputs in part.items()}
+    samples = [
+        {"prompt": prompt, "outputs": {name: outputs[i] for name, outputs in columns.items()}}
+        for i, prompt in enumerate(asked)
+    ]
+    difference = first_difference(samples) if {"adapter", "merged"} <= set(columns) else None
+    path = output_path(found, out, SAMPLES)
+    if path:
+        write_json(path, samples)
+    return {
+        "samples": samples,
+        "adapter_equals_merged": difference is None if {"adapter", "merged"} <= set(columns) else None,
+        "first_difference": difference,
+        "skipped": found.skipped,
+        "settings": settings
+        | {
+            "raw": raw,
+            "system": system,
+            "few_shot": len(shots.pairs) if shots else 0,
+            "quantized_base": found.quantized,
+        },
+        "file": str(path) if path else None,
+    }
+
+
+def check_settings(
+    *, max_new_tokens: int, batch_size: int, temperature: float = 0.0, top_p: float | None = None
+) -> None:
+    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if value < 1:
+            raise KitError(f"{name} is {value}", where=name, fix="give at least 1")
+    if not temperature >= 0:
+        raise KitError(f"temperature is {temperature}", where="temperature", fix="0 is greedy, 1 samples as trained")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise KitError(f"top_p is {top_p}", where="top_p", fix="give a number over 0, at most 1")
+
+
+def _prompts(
+    source: Source, tokenizer: Any, asked: Sequence[str | list[dict]] | None, raw: bool
+) -> tuple[list[str | list[dict]], bool]:
+    """The prompts and whether text among them is a user turn."""
+    template = bool(getattr(tokenizer, "chat_template", None))
+    given = list(asked if asked is not None else (source.plan or {}).get("prompts") or ())
+    if asked is not None and not given:
+        raise KitError("there are no prompts", where="prompts", fix="give at least one")
+    if any(not isinstance(p, str | list) or not p for p in given):
+        raise KitError("a prompt is neither text nor a list of messages", where="prompts")
+    if given and (raw or not template or all(isinstance(p, list) for p in given) or source.plan is None):
+        return given, template
+    if source.plan is None:
+        raise KitError("there are no prompts", where="prompts", fix="give --prompt TEXT")
+    try:
+        train, held_out = run_datasets(source.plan)
+        rows = held_out if held_out is not None else train
+        pairs = [as_pair(rows[i], i) for i in range(min(DEFAULT_PROMPTS, len(rows)))]
+    except KitError:
+        if not given:  # the data may be gone by now; the person's own prompts do not need it
+            raise
+        return given, template
+    chat = template and all(isinstance(pair.prompt, list) for pair in pairs)
+    if given:
+        return given, chat
+    return [_opening(pair.prompt) for pair in pairs], chat
+
+
+def _opening(prompt: str | list[dict]) -> str | list[dict]:
+    """A plain-text row has no question: its first words are the prompt."""
+    if isinstance(prompt, str) and len(prompt) > 200:
+        return prompt[:200].rsplit(None, 1)[0]
+    return prompt
+
+
+def first_difference(samples: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """Where adapter and merged first part: {sample, position, adapter, merged} (token ids, None past the end)."""
+    for index, sample in enumerate(samples):
+        ours, theirs = (sample["outputs"][name]["tokens"] for name in ("adapter", "merged"))
+        if ours != theirs:
+            length = min(len(ours), len(theirs))
+            position = next((n for n in range(length) if ours[n] != theirs[n]), length)
+            return {
+                "sample": index,
+                "position": position,
+                "adapter": ours[position] if position < len(ours) else None,
+                "merged": theirs[position] if position < len(theirs) else None,
+            }
+    return None
+
+
+def format_samples(samples: Sequence[dict[str, Any]], width: int | None = None) -> str:
+    """The samples as a table, one column per model; coloured on a terminal unless NO_COLOR is set."""
+    names = list(samples[0]["outputs"]) if samples else []
+    rows = []
+    for sample in samples:
+        outputs = [sample["outputs"][name] for name in names]
+        rows.append(
+            [_shown(sample["prompt"]), *(o["text"].strip() + ("" if o["stopped"] else " […]") for o in outputs)]
+        )
+    return table(["prompt", *names], rows, width=width, lines=True)
+
+
+def _shown(prompt: str | list[dict]) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{m.get('role')}: {m.get('content')}" for m in prompt)
+
+
+def table(header: list[str], rows: list[list[str]], *, width: int | None = None, lines: bool = False) -> str:
+    """Text columns that fit the terminal; plain without colour or where the output is no terminal."""
+    import shutil
+    from io import StringIO
+
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    columns = width or shutil.get_terminal_size((100, 24)).columns
+    console = Console(
+        file=StringIO(),
+        width=columns,
+        force_terminal=colour,
+        no_color=not colour,
+        legacy_windows=False,
+        highlight=False,
+    )
+    grid = Table(box=box.ROUNDED if colour else box.ASCII2, show_lines=lines)
+    for name in header:
+        grid.add_column(name, overflow="fold")
+    for row in rows:
+        grid.add_row(*(Text(_printable(cell)) for cell in row))  # Text: an answer's brackets are not markup
+    console.print(grid)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def _printable(text: str) -> str:
+    """Control characters as escapes: a model's output must not steer the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)

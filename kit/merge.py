@@ -1,0 +1,377 @@
+"""Folds an adapter into its base: a whole model in a new folder, complete and verified, or no folder at all.
+
+The folder is built beside its place under the name `<out>.staging-<pid>`, verified there and renamed last.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import resource
+import shutil
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from kit.errors import ENVIRONMENT, KitError
+from kit.merge_adapter import CONFIG, MANIFEST, WEIGHTS, read_json, sha256
+from kit.merge_plan import Plan, plan_merge
+from kit.weights import INDEX, find_model, fingerprint
+
+REPORT = "merge.json"
+DTYPES = ("float32", "bfloat16", "float16")
+TOKENIZER = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
+    "spiece.model", "*.tiktoken", "chat_template*", "preprocessor_config.json", "processor_config.json",
+    "video_preprocessor_config.json", "additional_chat_templates/*",
+)  # fmt: skip
+OWNER = ".owner"  # the host that a staging folder belongs to
+
+
+def merge(
+    source: str | Path,
+    base: str | None = None,
+    out: str | Path | None = None,
+    *,
+    revision: str | None = None,
+    verify: bool | str = True,
+    dtype: str | None = None,
+    fsync: bool = True,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Merge a run's adapter, an adapter folder or a cached Hub adapter into its base; gives what merge.json holds.
+
+    `verify`: True (logits for a base under 2 GB, else tensors), "tensors", "logits" or False.
+    `progress(done, total)` counts bytes. KitError: 2 for what does not fit, 4 where the result is not right.
+    """
+    started = time.perf_counter()
+    if verify not in (True, False, "auto", "tensors", "logits"):
+        raise KitError(f"verify={verify!r} is not known", fix="use true, false, tensors or logits")
+    if dtype is not None and dtype not in DTYPES:
+        raise KitError(f"dtype={dtype!r} is not known", where="--dtype", fix=f"one of {', '.join(DTYPES)}")
+    adapter, run = find_adapter(source)
+    manifest = read_json(adapter / MANIFEST) if (adapter / MANIFEST).is_file() else {}
+    run_plan = read_json(run / "plan.json") if run and (run / "plan.json").is_file() else {}
+    name, wanted, base_folder = find_base(base, revision, adapter, manifest, run_plan)
+    proven = refuse_other_base(base_folder, name, manifest)
+    target = (Path(out).expanduser() if out else default_target(source, adapter, run)).absolute()
+    refuse_target(target, [base_folder, adapter, *([run] if run else [])], overwrite)
+    plan = plan_merge(base_folder, adapter, dtype=dtype, proven=proven)
+    if run_plan.get("quantization"):
+        plan.notes.append("trained on a quantized base and merged into the original weights: answers differ a little")
+    check_room(plan, target)
+    staging = make_staging(target)
+    try:
+        report = _build(plan, staging, dtype, fsync, progress)
+        report["base"] = {"name_or_path": name, "revision": wanted, "fingerprint": fingerprint(base_folder)}
+        report["peak_rss_gb"] = peak_rss_gb()
+        if verify:
+            report["verification"] = _verified(staging, plan, "auto" if verify is True else str(verify))
+        else:
+            report["verification"] = None
+        report["seconds"]["all"] = time.perf_counter() - started
+        (staging / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        if fsync:
+            for path in [p for p in staging.rglob("*") if p.is_file() and p.suffix != ".safetensors"]:
+                _sync(path)
+            _sync(staging)
+        publish(staging, target, fsync)
+    except OSError as error:
+        raise KitError(f"{target} could not be written: {error}", code=ENVIRONMENT) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    report["out"] = str(target)
+    return report
+
+
+def find_adapter(source: str | Path) -> tuple[Path, Path | None]:
+    """The adapter's folder, and the run's where `source` is a run."""
+    folder = find_model(str(source))
+    if folder is None:
+        raise KitError(
+            f"{source} is neither a folder nor an adapter in the local Hub cache",
+            fix="give a run, an adapter folder or a cached Hub id; `kit fetch` fetches one",
+        )
+    if (folder / CONFIG).is_file():
+        return folder, None
+    if (folder / "adapter" / CONFIG).is_file():
+        return folder / "adapter", folder
+    if (folder / "model").is_dir():
+        raise KitError(f"{folder} trained the whole model: there is no adapter to merge", fix="use its model/ folder")
+    if (folder / "plan.json").is_file():
+        raise KitError(
+            f"{folder} has no finished adapter", fix="finish it with `kit resume`, or give one of its checkpoints"
+        )
+    raise KitError(f"{folder} is neither a run nor an adapter: it has no {CONFIG}")
+
+
+def default_target(source: str | Path, adapter: Path, run: Path | None) -> Path:
+    """RUN/merged, or a folder beside the adapter; for a Hub id in the working directory, never in the cache."""
+    if run:
+        return run / "merged"
+    if not Path(source).expanduser().is_dir():
+        return Path(str(source).split("/")[-1] + "-merged")
+    return adapter.with_name(adapter.name + "-merged")
+
+
+def find_base(
+    base: str | None, revision: str | None, adapter: Path, manifest: dict, run_plan: dict
+) -> tuple[str, str | None, Path]:
+    """Name, revision and folder of the base: what was asked for, else what was written down when it was trained."""
+    model = run_plan.get("model") or {}
+    recorded = manifest.get("base") or {}
+    config = read_json(adapter / CONFIG)
+    choices = [
+        (base, revision),
+        (recorded.get("name_or_path"), revision or recorded.get("revision")),
+        (model.get("name_or_path"), revision or model.get("revision")),
+        (config.get("base_model_name_or_path"), revision or config.get("revision")),
+    ]
+    if model.get("random_init") and not base:
+        raise KitError(
+            "this run started from random weights that were never saved: there is no base to merge into",
+            where="model.random_init",
+            fix="give a saved base with --base",
+        )
+    name, wanted = next(((n, r) for n, r in choices if n), (None, None))
+    if not name:
+        raise KitError(f"{adapter} does not say which base it belongs to", fix="name it with --base")
+    folder = find_model(name, wanted)
+    if folder is None:
+        raise KitError(
+            f"the base {name}{f' at {wanted}' if wanted else ''} is not on this machine",
+            where="--base" if base else str(adapter / CONFIG),
+            fix=f"`kit fetch {name}`, or give its folder with --base",
+        )
+    return name, wanted, folder
+
+
+def refuse_other_base(folder: Path, name: str, manifest: dict) -> bool:
+    """Whether the base is proven to be the one trained on; KitError where it is another of whatever shape."""
+    recorded = manifest.get("base") or {}
+    config, weights = recorded.get("config_sha256"), recorded.get("fingerprint")
+    wrong = []
+    if config and (folder / "config.json").is_file() and sha256(folder / "config.json") != config:
+        wrong.append("its config.json differs")
+    if weights and fingerprint(folder) != weights:
+        wrong.append("its weights differ")
+    if wrong:
+        raise KitError(
+            f"{name} is not the base that the adapter was trained on: {' and '.join(wrong)}",
+            where=f"{folder}, against {MANIFEST}",
+            fix=f"give the base that was trained on ({recorded.get('name_or_path')}"
+            + (f" at {recorded['revision']})" if recorded.get("revision") else ")"),
+        )
+    return bool(weights)
+
+
+def refuse_target(target: Path, sources: list[Path], overwrite: bool) -> None:
+    """KitError where the output exists and may not be replaced, or would swallow what it is made of."""
+    if any(s.resolve() == target.resolve() or target.resolve() in s.resolve().parents for s in sources):
+        raise KitError(f"{target} holds what the merge reads", where="--out", fix="choose another folder")
+    recover(target)
+    if not target.exists():
+        return
+    replaceable = target.is_dir() and ((target / REPORT).is_file() or not any(target.iterdir()))
+    if not overwrite or not replaceable:
+        raise KitError(
+            f"{target} exists" + ("" if replaceable else f" and is no merged model (no {REPORT})"),
+            where="--out",
+            fix="choose another folder with --out" + (", or use --overwrite" if replaceable else ""),
+        )
+
+
+def check_room(plan: Plan, target: Path) -> None:
+    """KitError (3) where the disk cannot hold the result."""
+    parent = next(p for p in target.parents if p.exists())
+    need = sum(t.end - t.start for t in plan.tensors.values())
+    free = shutil.disk_usage(parent).free
+    if need > free:
+        raise KitError(f"{parent} has {free / 1e9:.1f} GB free, the merge needs {need / 1e9:.1f}", code=ENVIRONMENT)
+
+
+def _build(
+    plan: Plan, staging: Path, dtype: str | None, fsync: bool, progress: Callable[[int, int], None] | None
+) -> dict[str, Any]:
+    """Write the model's files into the staging folder; gives the report so far."""
+    begun = time.perf_counter()
+    if plan.through_peft:
+        from kit.merge_peft import write_through_peft
+
+        figures = write_through_peft(plan, staging, dtype)
+    else:
+        from kit.merge_stream import write_shards
+
+        figures = write_shards(plan, staging, fsync=fsync, progress=progress)
+        _write_index(plan, staging)
+        _write_config(plan, staging)
+    copy_side_files(plan, staging)
+    check_tokenizer(plan, staging)
+    changes = [f["relative_change"] for f in figures["tensors"] if f["relative_change"] is not None]
+    return {
+        "method": "peft" if plan.through_peft else "streaming",
+        "reason": plan.through_peft or None,
+        "adapter": {
+            "path": str(plan.adapter.folder),
+            "sha256": {name: sha256(plan.adapter.folder / name) for name in (WEIGHTS, CONFIG)},
+        },
+        "changed_tensors": len(figures["tensors"]),
+        "bytes": figures["bytes"],
+        "workers": figures.get("workers"),
+        "max_relative_change": max(changes, default=None),
+        "mean_relative_change": sum(changes) / len(changes) if changes else None,
+        "config_changes": plan.changes,
+        "notes": plan.notes,
+        "seconds": {"write": figures["seconds"], "build": time.perf_counter() - begun},
+        "fsync_seconds": figures["fsync_seconds"],
+        "versions": {p: importlib.metadata.version(p) for p in ("torch", "transformers", "peft", "safetensors")},
+    }
+
+
+def _write_index(plan: Plan, staging: Path) -> None:
+    if not plan.indexed:
+        return
+    from kit.weights import read_header
+
+    headers = {file: read_header(staging / file) for file in plan.shards}
+    index = read_json(plan.base / INDEX)
+    places = {t.name: file for file, tensors in headers.items() for t in tensors}
+    order = [*index["weight_map"], *(n for n in places if n not in index["weight_map"])]
+    index["weight_map"] = {n: places[n] for n in order}
+    size = sum(t.end - t.start for tensors in headers.values() for t in tensors)
+    index["metadata"] = {**(index.get("metadata") or {}), "total_size": size}
+    (staging / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_config(plan: Plan, staging: Path) -> None:
+    if plan.changes:
+        (staging / "config.json").write_text(json.dumps(plan.config, indent=2) + "\n", encoding="utf-8")
+    else:
+        shutil.copyfile(plan.base / "config.json", staging / "config.json")
+
+
+def copy_side_files(plan: Plan, staging: Path) -> None:
+    """Generation config and code of the base; tokenizer and chat template of the adapter, else of the base."""
+    for pattern in ("generation_config.json", "*.py"):
+        _copy(plan.base, pattern, staging)
+    trained = plan.adapter.folder
+    has_own = any((trained / n).is_file() for n in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
+    for folder in [trained] if has_own else [plan.base, trained]:
+        for pattern in TOKENIZER:
+            _copy(folder, pattern, staging)
+
+
+def _copy(folder: Path, pattern: str, staging: Path) -> None:
+    for path in sorted(folder.glob(pattern)):
+        if path.is_file():
+            place = staging / path.relative_to(folder)
+            place.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, place)
+
+
+def check_tokenizer(plan: Plan, staging: Path) -> None:
+    """KitError where the adapter's tokenizer knows tokens that the embeddings have no row for."""
+    path = plan.adapter.folder / "tokenizer.json"
+    size = plan.vocabulary or (plan.config.get("text_config") or {}).get("vocab_size") or plan.config.get("vocab_size")
+    if not path.is_file() or not size:
+        return
+    tokenizer = read_json(path)
+    vocabulary = (tokenizer.get("model") or {}).get("vocab") or {}
+    ids = [t.get("id", 0) for t in tokenizer.get("added_tokens") or []]
+    ids += vocabulary.values() if isinstance(vocabulary, dict) else [len(vocabulary) - 1]
+    if ids and max(ids) >= size:
+        raise KitError(
+            f"the tokenizer saved with the adapter reaches id {max(ids)}, the embeddings have {size} rows",
+            where=str(path),
+            fix="save the adapter with its resized embeddings (save_embedding_layers=true)",
+        )
+
+
+def _verified(staging: Path, plan: Plan, how: str) -> dict[str, Any]:
+    from kit.merge_verify import verify
+
+    begun = time.perf_counter()
+    result = verify(staging, plan.base, plan.adapter.folder, how=how)
+    return {**result, "seconds": time.perf_counter() - begun, "peak_rss_gb": peak_rss_gb()}
+
+
+def peak_rss_gb() -> float:
+    """The largest resident size of this process so far, in 1e9 bytes.
+
+    From /proc where there is one: getrusage also counts what the parent held when it started this process.
+    """
+    try:
+        line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024 / 1e9
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def make_staging(target: Path) -> Path:
+    """A fresh staging folder beside the target; those of processes that are gone are removed first."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for old in target.parent.glob(f"{target.name}.staging-*"):
+            if _is_stale(old):
+                shutil.rmtree(old, ignore_errors=True)
+        staging = target.with_name(f"{target.name}.staging-{os.getpid()}")
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+        (staging / OWNER).write_text(socket.gethostname())
+    except OSError as error:
+        raise KitError(f"{target.parent} cannot be written: {error}", where="--out", code=ENVIRONMENT) from error
+    return staging
+
+
+def _is_stale(staging: Path) -> bool:
+    pid = staging.name.rpartition("-")[2]
+    owner = staging / OWNER
+    if not pid.isdigit() or (owner.is_file() and owner.read_text() != socket.gethostname()):
+        return False  # another host's process cannot be asked
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def publish(staging: Path, target: Path, fsync: bool) -> None:
+    """Rename the staging folder into place; what it replaces goes only after that."""
+    (staging / OWNER).unlink(missing_ok=True)
+    replaced = target.with_name(f"{target.name}.replaced-{os.getpid()}")
+    if target.exists():
+        os.rename(target, replaced)
+    os.rename(staging, target)
+    if fsync:
+        _sync(target.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def recover(target: Path) -> None:
+    """Put back what a killed merge had moved aside, or remove it where its successor stands."""
+    for old in target.parent.glob(f"{target.name}.replaced-*"):
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.rename(old, target)
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def verify(out: str | Path, base: str | Path, adapter: str | Path, prompts: list[str] | None = None) -> dict[str, Any]:
+    """Compare a merged model with base + adapter (see kit/merge_verify.py); KitError (4) where they differ."""
+    from kit.merge_verify import verify as compare
+
+    return compare(Path(out), Path(base), Path(adapter), prompts)

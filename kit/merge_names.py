@@ -1,0 +1,104 @@
+"""Which stored tensor of a base belongs to which module, asked of transformers' own loading rules.
+
+Adapters name modules (`model.layers.0.self_attn.q_proj`), checkpoints name tensors, and transformers renames and fuses
+between the two when it loads. The model is built on the meta device, so a 70B base costs no memory here.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kit.weights import Tensor
+
+
+@dataclass
+class Names:
+    """`stored`: parameter name -> checkpoint name; `kinds`: module -> linear | conv1d | embedding | other."""
+
+    stored: dict[str, str]
+    kinds: dict[str, str] | None = None  # None: the model's code is its own, so modules are not known
+    fused: set[str] = field(default_factory=set)  # parameters made of several stored tensors
+    tied: dict[str, str] = field(default_factory=dict)  # parameter -> the parameter whose storage it shares
+    converts: bool = False  # the model type has renames of its own
+    note: str = ""
+
+    def kind(self, module: str) -> str | None:
+        """The kind of a module; "unknown" where the model's code is its own, None where the model lacks the module."""
+        return "unknown" if self.kinds is None else self.kinds.get(module)
+
+
+def forget_deepspeed() -> None:
+    """Drop a ZeRO-3 config left by a run in this process: from_pretrained would return empty parameters under it."""
+    module = sys.modules.get("transformers.integrations.deepspeed")
+    if module is not None:
+        module.unset_hf_deepspeed_config()
+
+
+def model_class(config: Any) -> Any:
+    """The transformers class that a base's config names, else AutoModelForCausalLM."""
+    import transformers
+
+    for name in getattr(config, "architectures", None) or []:
+        if hasattr(transformers, name):
+            return getattr(transformers, name)
+    return transformers.AutoModelForCausalLM
+
+
+def build_empty(base: Path) -> Any:
+    """The base's model with shapes only."""
+    import torch
+    import transformers
+
+    forget_deepspeed()
+    config = transformers.AutoConfig.from_pretrained(base)
+    cls = model_class(config)
+    with torch.device("meta"):
+        return cls.from_config(config) if cls is transformers.AutoModelForCausalLM else cls(config)
+
+
+def read_names(base: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Names:
+    """Names for a base; a model with code of its own is stored as it is built, so its names stand for themselves."""
+    if config.get("auto_map") and not _is_native(config):
+        stored = {name: name for name in tensors}
+        return Names(stored, note="the base has code of its own: stored names were taken as module names")
+
+    from torch import nn
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    from transformers.pytorch_utils import Conv1D
+
+    model = build_empty(base)
+    kinds = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Conv1D):
+            kinds[name] = "conv1d"
+        elif isinstance(module, nn.Linear):
+            kinds[name] = "linear"
+        else:
+            kinds[name] = "embedding" if isinstance(module, nn.Embedding) else "other"
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    state = model.state_dict()
+    stored: dict[str, str] = {}
+    fused: set[str] = set()
+    for name in tensors:
+        parameter, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if pattern is not None or parameter in stored:
+            fused.add(parameter)
+        stored.setdefault(parameter, name)
+    for parameter in state.keys() - stored.keys():  # what a split leaves without a stored tensor of its own
+        if converters:
+            fused.add(parameter)
+    tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
+    fused -= tied.keys() - stored.keys()
+    return Names(stored, kinds, fused, tied, converts=bool(get_model_conversion_mapping(model, add_legacy=False)))
+
+
+def _is_native(config: dict[str, Any]) -> bool:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    return config.get("model_type") in CONFIG_MAPPING_NAMES

@@ -1,0 +1,375 @@
+"""What each tensor of the merged model is made of: decided in full, or refused, before any byte is written."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kit.errors import KitError, Problem
+from kit.merge_adapter import Adapter, check_size, rank_and_scale, read_adapter, token_rows, why_not_streamed
+from kit.merge_names import Names, read_names
+from kit.weights import INDEX, Tensor, read_config, read_header, shard_files
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+BINS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+@dataclass
+class Lora:
+    """One low-rank change. In the stored layout it is scale * B @ A, transposed for Conv1D and embeddings."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+    transposed: bool
+    magnitude: Tensor | None = None
+
+
+@dataclass
+class Edit:
+    """What happens to one stored tensor, in this order."""
+
+    replace: Tensor | None = None
+    lora: Lora | None = None
+    rows: tuple[list[int], Tensor] | None = None
+    add: tuple[Tensor, float] | None = None
+
+
+@dataclass
+class Output:
+    """One tensor of the merged model; `source` is where its values start from."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    source: Tensor
+    edit: Edit | None = None
+
+
+@dataclass
+class Plan:
+    """The merge of one adapter into one base."""
+
+    base: Path
+    adapter: Adapter
+    config: dict[str, Any]  # the base's, changed where it must be
+    names: Names
+    tensors: dict[str, Tensor]
+    shards: dict[str, list[Output]] = field(default_factory=dict)  # file name -> tensors in file order
+    indexed: bool = False
+    through_peft: str = ""  # why peft must do it
+    changes: list[str] = field(default_factory=list)  # what config.json will say otherwise
+    notes: list[str] = field(default_factory=list)
+    vocabulary: int | None = None  # rows of resized embeddings
+
+    @property
+    def edited(self) -> list[Output]:
+        return [o for outputs in self.shards.values() for o in outputs if o.edit]
+
+
+def plan_merge(base: Path, folder: Path, *, dtype: str | None = None, proven: bool = False) -> Plan:
+    """Plan a merge; `proven`: the base is known to be the adapter's own. KitError lists all that does not fit."""
+    config = read_config(base)
+    shards = _read_base(base, config)
+    tensors = {t.name: t for file in shards.values() for t in file}
+    adapter = read_adapter(folder)
+    through_peft = why_not_streamed(adapter)
+    names = Names({}) if through_peft else _names(base, config, tensors)
+    plan = Plan(base, adapter, config, names, tensors, indexed=(base / INDEX).is_file())
+    plan.notes += [names.note] if names.note else []
+    plan.through_peft = through_peft or _names_missing(plan)
+    if plan.through_peft:
+        return plan
+    edits = _edits(plan)
+    if not proven:
+        _refuse_shallow(plan)
+    _settle_ties(plan, edits)
+    _lay_out(plan, shards, edits, dtype)
+    return plan
+
+
+def _read_base(base: Path, config: dict[str, Any]) -> dict[str, list[Tensor]]:
+    files = shard_files(base)
+    if not files:
+        pickled = next((b for b in BINS if (base / b).is_file()), None)
+        raise KitError(
+            f"{base} holds {pickled}, a pickle" if pickled else f"{base} has no safetensors",
+            fix="use a revision with safetensors, or load the model with transformers and save_pretrained it",
+        )
+    if config.get("quantization_config"):
+        raise KitError(
+            f"{base} is stored quantized: adding to it would quantize again",
+            where="--base",
+            fix="merge into the original, unquantized model",
+        )
+    shards = {f.name: read_header(f) for f in files}
+    seen: dict[str, Tensor] = {}
+    for tensor in (t for file in shards.values() for t in file):
+        check_size(tensor)
+        if tensor.name in seen:
+            raise KitError(f"{tensor.name} is stored twice, in {seen[tensor.name].file} and {tensor.file}")
+        seen[tensor.name] = tensor
+    if (base / INDEX).is_file():
+        from kit.merge_adapter import read_json
+
+        missing = [n for n in read_json(base / INDEX)["weight_map"] if n not in seen]
+        if missing:
+            raise KitError(
+                f"{base} lacks {len(missing)} tensors that its index names, {missing[0]} first",
+                fix="fetch the model again",
+            )
+    return shards
+
+
+def _names(base: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Names:
+    try:
+        return read_names(base, config, tensors)
+    except KitError:
+        raise
+    except Exception as error:  # whatever a model class raises when it is built from this config
+        raise KitError(
+            f"{base} cannot be built as a model: {type(error).__name__}: {error}",
+            where="config.json",
+            fix="check the base and the installed transformers",
+        ) from error
+
+
+def _names_missing(plan: Plan) -> str:
+    """Why the adapter's names do not lead to one stored tensor each; KitError where they lead nowhere at all."""
+    names, adapter = plan.names, plan.adapter
+    absent = [m for m in [*adapter.lora, *adapter.rows] if names.kind(m) is None]
+    if names.kinds is not None:
+        absent += [p for p in adapter.full if names.kind(p.rpartition(".")[0]) is None]
+    if absent and names.converts:
+        return f"transformers renames modules of this model, {absent[0]} among them"
+    if absent:
+        raise KitError(
+            f"the base has no module for {len(absent)} of the adapter's: {', '.join(absent[:5])}",
+            where=f"base {plan.base}",
+            fix="give the base that the adapter was trained on with --base",
+        )
+    for module in adapter.lora:
+        parameter = f"{module}.weight"
+        if parameter in names.fused:
+            return f"{parameter} is stored in several parts"
+        if names.kind(module) == "other":
+            return f"{module} is neither a linear layer nor an embedding"
+        if parameter not in names.stored and parameter not in names.tied:
+            return f"{parameter} has no stored tensor"
+    return next((f"{p} is stored in several parts" for p in adapter.full if p in names.fused), "")
+
+
+def _edits(plan: Plan) -> dict[str, Edit]:
+    """Edits by parameter name; KitError lists every tensor whose shape does not fit."""
+    adapter, problems = plan.adapter, []
+    edits: dict[str, Edit] = {}
+    for parameter, tensor in adapter.full.items():
+        edits[parameter] = Edit(replace=tensor)
+        old = _stored(plan, parameter)
+        if old and old.shape != tensor.shape and (old.shape[1:] != tensor.shape[1:] or len(old.shape) != 2):
+            problems.append(_misfit(parameter, tensor.shape, old.shape))
+    for module, parts in adapter.lora.items():
+        rank, scale = rank_and_scale(adapter.config, module)
+        embedding = "lora_embedding_A" in parts
+        a = parts.get("lora_embedding_A" if embedding else "lora_A.weight")
+        b = parts.get("lora_embedding_B" if embedding else "lora_B.weight")
+        if a is None or b is None:
+            problems.append(Problem(f"{module} has only {', '.join(parts)}", where=str(adapter.folder)))
+            continue
+        if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != rank or b.shape[1] != rank:
+            problems.append(_misfit(f"{module} lora_A/lora_B", f"{a.shape} and {b.shape}", f"rank {rank}"))
+            continue
+        kind = plan.names.kind(module)
+        transposed = embedding or kind == "conv1d"
+        transposed = transposed or (kind == "unknown" and bool(adapter.config.get("fan_in_fan_out")))
+        edit = edits.setdefault(f"{module}.weight", Edit())
+        start = edit.replace or _stored(plan, f"{module}.weight") or _stored(plan, plan.names.tied[f"{module}.weight"])
+        change = (a.shape[1], b.shape[0]) if transposed else (b.shape[0], a.shape[1])
+        if start is None or start.shape != change:
+            problems.append(_misfit(module, change, start.shape if start else "nothing"))
+            continue
+        magnitude = parts.get("lora_magnitude_vector")
+        if bool(adapter.config.get("use_dora")) != (magnitude is not None):
+            problems.append(Problem(f"{module}: use_dora and lora_magnitude_vector disagree", str(adapter.folder)))
+        edit.lora = Lora(a, b, scale, transposed, magnitude)
+        if "lora_B.bias" in parts:
+            if _stored(plan, f"{module}.bias") is None:
+                problems.append(Problem(f"{module} has no bias that lora_bias could be merged into", str(plan.base)))
+            edits.setdefault(f"{module}.bias", Edit()).add = (parts["lora_B.bias"], scale)
+    for module, tensor in adapter.rows.items():
+        edit = edits.setdefault(f"{module}.weight", Edit())
+        start = edit.replace or _stored(plan, f"{module}.weight") or _stored(plan, plan.names.tied[f"{module}.weight"])
+        indices = token_rows(adapter.config, module)
+        if start is None or tensor.shape != (len(indices), *start.shape[1:]):
+            problems.append(_misfit(module, tensor.shape, start.shape if start else "nothing"))
+        elif indices and max(indices) >= start.shape[0]:
+            problems.append(
+                Problem(
+                    f"token {max(indices)} of {module} lies beyond the {start.shape[0]} rows of the base",
+                    fix="train with save_embedding_layers=true after resizing the vocabulary",
+                )
+            )
+        edit.rows = (indices, tensor)
+    if problems:
+        raise KitError(problems)
+    return edits
+
+
+def _misfit(what: str, change: object, base: object) -> Problem:
+    return Problem(
+        f"{what}: the adapter is for {change}, the base has {base}",
+        fix="give the base that the adapter was trained on with --base",
+    )
+
+
+def _stored(plan: Plan, parameter: str) -> Tensor | None:
+    name = plan.names.stored.get(parameter)
+    return plan.tensors[name] if name else None
+
+
+def _refuse_shallow(plan: Plan) -> None:
+    """Refuse a base with whole layers that the adapter does not know, unless it was trained on a choice of layers."""
+    config, kinds = plan.adapter.config, plan.names.kinds
+    targets = config.get("target_modules")
+    if kinds is None or config.get("layers_to_transform") is not None or not targets:
+        return
+    layer = re.compile(r"^(.*?)\.(\d+)\.(.*)$")
+    known: dict[str, set[int]] = {}
+    for module in plan.adapter.lora:
+        if match := layer.match(module):
+            known.setdefault(match[1], set()).add(int(match[2]))
+    missing = set()
+    for module in kinds:
+        match = layer.match(module)
+        if not match or match[1] not in known or int(match[2]) <= max(known[match[1]]):
+            continue
+        fits = re.fullmatch(targets, module) if isinstance(targets, str) else module.split(".")[-1] in targets
+        if fits:
+            missing.add(f"{match[1]}.{match[2]}")
+    if missing:
+        raise KitError(
+            f"the base has {len(missing)} layers that the adapter does not know: {', '.join(sorted(missing)[:5])}",
+            where=f"base {plan.base}",
+            fix="give the base that the adapter was trained on with --base",
+        )
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    from kit.merge_stream import read_bytes
+
+    return read_bytes(a) == read_bytes(b)
+
+
+def _settle_ties(plan: Plan, edits: dict[str, Edit]) -> None:
+    """Keep tied matrices tied where both ends stay equal, else write both and untie them in config.json.
+
+    As trained: LoRA or modules_to_save on one end leave the other end as it was; token rows and a changed base layer
+    are seen by both (peft/utils/other.py, set_additional_trainable_modules).
+    """
+    for other, main in plan.names.tied.items():
+        left, right = edits.get(main), edits.get(other)
+        if left is None and right is None:
+            continue
+        if plan.adapter.config.get("ensure_weight_tying"):
+            edits[main] = left or right
+            edits.pop(other, None)
+            continue
+        left, right = left or Edit(), right or Edit()
+        shared = left.replace if main in plan.adapter.shared else None
+        shared = shared or (right.replace if other in plan.adapter.shared else None)
+        left.replace, right.replace = left.replace or shared, right.replace or shared
+        right.rows = right.rows or (None if right.lora or other in plan.adapter.full else left.rows)
+        equal_start = left.replace is right.replace or (
+            left.replace is not None and right.replace is not None and _same(left.replace, right.replace)
+        )
+        if equal_start and not left.lora and not right.lora and left.rows == right.rows:
+            edits[main] = left
+            edits.pop(other, None)
+            continue
+        edits[main], edits[other] = left, right
+        _set_everywhere(plan, "tie_word_embeddings", False)
+        plan.notes.append(f"{other} and {main} were tied and differ now: both are written, tie_word_embeddings=false")
+
+
+def _set_everywhere(plan: Plan, key: str, value: object) -> None:
+    places = [plan.config, *(v for v in plan.config.values() if isinstance(v, dict) and key in v)]
+    for place in places:
+        if place is plan.config or key in place:
+            place[key] = value
+    plan.changes.append(key)
+
+
+def _lay_out(plan: Plan, shards: dict[str, list[Tensor]], edits: dict[str, Edit], dtype: str | None) -> None:
+    """Fill plan.shards: the base's files and order, what is new behind its partner or in the last file."""
+    by_stored = {plan.names.stored.get(p, p): e for p, e in edits.items()}
+    tied = {plan.names.stored.get(o, o): plan.names.stored.get(m, m) for o, m in plan.names.tied.items()}
+    for file, tensors in shards.items():
+        plan.shards[file] = []
+        for t in tensors:
+            # A tied matrix that is stored all the same follows its partner.
+            edit = by_stored.get(t.name) or (by_stored.get(tied.get(t.name, "")) if _ties(plan) else None)
+            plan.shards[file].append(_output(t.name, t, edit, dtype))
+    for parameter, edit in edits.items():
+        name = plan.names.stored.get(parameter, parameter)
+        if name in plan.tensors:
+            continue
+        partner = plan.tensors.get(tied.get(name, ""))
+        source = edit.replace or partner
+        if source is None:
+            raise KitError(f"{parameter} is in the adapter but neither stored in the base nor tied", str(plan.base))
+        file = partner.file.name if partner else list(shards)[-1]
+        new = _output(name, source, edit, dtype)
+        if partner:
+            new.dtype = _dtype(partner.dtype, dtype)
+        plan.shards[file].append(new)
+    _check_vocabulary(plan)
+    for o in plan.edited:
+        if o.dtype not in FLOATS or o.source.dtype not in FLOATS:
+            raise KitError(
+                f"{o.name} is stored as {o.source.dtype}: only {', '.join(FLOATS)} can be merged into",
+                where=str(plan.base),
+                fix="give the original, unquantized base",
+            )
+    if dtype:
+        _set_everywhere(plan, "torch_dtype" if "torch_dtype" in plan.config else "dtype", dtype)
+
+
+def _ties(plan: Plan) -> bool:
+    return "tie_word_embeddings" not in plan.changes
+
+
+def _dtype(stored: str, wanted: str | None) -> str:
+    return {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[wanted] if wanted and stored in FLOATS else stored
+
+
+def _output(name: str, stored: Tensor, edit: Edit | None, dtype: str | None) -> Output:
+    source = edit.replace if edit and edit.replace else stored
+    return Output(name, _dtype(stored.dtype, dtype), source.shape, source, edit)
+
+
+def _check_vocabulary(plan: Plan) -> None:
+    """Where embeddings were resized: the ends agree, and config.json says so."""
+    outputs = {o.name: o for outputs in plan.shards.values() for o in outputs}
+    resized = {n: o for n, o in outputs.items() if n in plan.tensors and o.shape != plan.tensors[n].shape}
+    if not resized:
+        return
+    rows = {o.shape[0] for o in resized.values()}
+    old = {plan.tensors[n].shape[0] for n in resized}
+    behind = [n for n, o in outputs.items() if len(o.shape) == 2 and o.shape[0] in old and _is_vocabulary(plan, n)]
+    if len(rows) > 1 or behind:
+        raise KitError(
+            f"the vocabulary was resized to {sorted(rows)} rows, but not everywhere: {', '.join(behind)}",
+            where=str(plan.adapter.folder),
+            fix="save the adapter with save_embedding_layers=true",
+        )
+    plan.vocabulary = rows.pop()
+    _set_everywhere(plan, "vocab_size", plan.vocabulary)
+
+
+def _is_vocabulary(plan: Plan, name: str) -> bool:
+    module = {v: k for k, v in plan.names.stored.items()}.get(name, name).rpartition(".")[0]
+    return module.split(".")[-1] in ("lm_head", "embed_tokens", "wte", "embed_out", "embed_in", "output_layer")

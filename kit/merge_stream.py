@@ -1,0 +1,323 @@
+"""Writes the merged shards: untouched bytes from file to file, changed tensors in float32 and rounded once.
+
+No tensor is ever held whole. Workers write at offsets known in advance, each with one block of buffers, so memory is
+about 16 MB per worker whatever the model.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import struct
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from kit.errors import FAILED, KitError
+from kit.merge_plan import Lora, Output, Plan
+from kit.weights import Tensor
+
+BLOCK = 1 << 21  # values at a time: what one core's cache holds, roughly
+COPY = 64 << 20  # bytes of one file-to-file copy
+ITEM = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+NO_SHORTCUT = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF}
+
+_local = threading.local()
+
+
+def torch_dtype(name: str) -> Any:
+    """The torch dtype of a safetensors dtype name (floating types only)."""
+    import torch
+
+    return {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[name]
+
+
+def read_bytes(tensor: Tensor, start: int = 0, end: int | None = None) -> bytearray:
+    """Bytes [start, end) of a tensor; KitError where the file ends early."""
+    size = (tensor.end - tensor.start if end is None else end) - start
+    data = bytearray(size)
+    with open(tensor.file, "rb", buffering=0) as file:
+        _fill(file.fileno(), memoryview(data), tensor.start + start, tensor.file)
+    return data
+
+
+def read_tensor(tensor: Tensor) -> Any:
+    """A whole tensor of the adapter in float32."""
+    import torch
+
+    flat = torch.frombuffer(read_bytes(tensor), dtype=torch_dtype(tensor.dtype)) if tensor.end > tensor.start else None
+    return (torch.empty(0) if flat is None else flat).float().reshape(tensor.shape)
+
+
+def write_shards(
+    plan: Plan, folder: Path, *, fsync: bool, progress: Callable[[int, int], None] | None = None
+) -> dict[str, Any]:
+    """Write every shard of a plan into `folder`; gives seconds, fsync_seconds, bytes and the figures of each change.
+
+    KitError (4) where a value of the result is not finite.
+    """
+    import torch
+
+    started = time.perf_counter()
+    threads = max(1, min(16, len(os.sched_getaffinity(0))))
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # the workers are the parallelism
+    files, queues, done, total = [], [], 0, 0
+    try:
+        for name, outputs in plan.shards.items():
+            header = _header(outputs)
+            fd = os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+            files.append(fd)
+            jobs, offset = [], len(header)
+            for output in outputs:
+                jobs.append((output, offset))
+                offset += _size(output)
+            _reserve(fd, offset)
+            _drain(fd, memoryview(header), 0)
+            done, total = done + len(header), total + offset
+            queues.append([(fd, job) for job in _coalesce(jobs)])
+        figures = _run(queues, threads, done, total, progress)
+        written = time.perf_counter()
+        if fsync:
+            for fd in files:
+                os.fsync(fd)
+        synced = time.perf_counter()
+    finally:
+        torch.set_num_threads(before)
+        for fd in files:
+            os.close(fd)
+    return {
+        "seconds": written - started,
+        "fsync_seconds": synced - written if fsync else None,
+        "bytes": total,
+        "workers": threads,
+        "tensors": sorted(figures, key=lambda f: f["tensor"]),
+    }
+
+
+def _run(
+    queues: list[list], threads: int, done: int, total: int, progress: Callable[[int, int], None] | None
+) -> list[dict]:
+    """Run all jobs, taking from the shards in turn: writers of one file wait for each other, of several do not."""
+    lock, figures = threading.Lock(), []
+
+    def work(fd: int, job: tuple) -> None:
+        nonlocal done
+        if isinstance(job[0], Output):
+            figure, size = _change(fd, *job), _size(job[0])
+        else:
+            figure, size = None, _copy(fd, *job)
+        with lock:
+            done += size
+            if figure:
+                figures.append(figure)
+            if progress:
+                progress(done, total)
+
+    with ThreadPoolExecutor(threads) as pool:
+        futures = [pool.submit(work, *item) for turn in zip_longest(*queues) for item in turn if item is not None]
+        finished, waiting = wait(futures, return_when=FIRST_EXCEPTION)
+        for future in waiting:
+            future.cancel()
+        for future in finished:
+            future.result()
+    return figures
+
+
+def _size(output: Output) -> int:
+    if output.edit is None and output.dtype == output.source.dtype:
+        return output.source.end - output.source.start
+    count = 1
+    for n in output.shape:
+        count *= n
+    return count * ITEM[output.dtype]
+
+
+def _header(outputs: list[Output]) -> bytearray:
+    """The safetensors header of a shard, padded to 8 bytes as the format asks."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for o in outputs:
+        end = offset + _size(o)
+        entries[o.name] = {"dtype": o.dtype, "shape": list(o.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return bytearray(struct.pack("<Q", len(text)) + text)
+
+
+def _coalesce(jobs: list[tuple[Output, int]]) -> list[tuple]:
+    """Changed tensors as they are; neighbours that stay as they were joined into copies (file, from, to, bytes)."""
+    out: list[tuple] = []
+    run: list[Any] | None = None
+
+    def flush() -> None:
+        if run:
+            file, source, target, size = run
+            out.extend((file, source + i, target + i, min(COPY, size - i)) for i in range(0, size, COPY))
+
+    for output, offset in jobs:
+        source, size = output.source, _size(output)
+        if output.edit or output.dtype != source.dtype:
+            flush()
+            run = None
+            out.append((output, offset))
+        elif run and run[0] == source.file and run[1] + run[3] == source.start and run[2] + run[3] == offset:
+            run[3] += size
+        else:
+            flush()
+            run = [source.file, source.start, offset, size]
+    flush()
+    return out
+
+
+def _reserve(fd: int, size: int) -> None:
+    try:
+        os.posix_fallocate(fd, 0, size)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise KitError(f"no room for {size / 1e9:.1f} GB: {os.strerror(error.errno)}", code=FAILED) from None
+        os.ftruncate(fd, size)
+
+
+def _copy(fd: int, file: Path, source: int, target: int, size: int) -> int:
+    left = size
+    with open(file, "rb", buffering=0) as handle:
+        try:
+            while left:
+                moved = os.copy_file_range(handle.fileno(), fd, left, source + size - left, target + size - left)
+                if not moved:
+                    raise KitError(f"{file} ended early", fix="fetch the file again", code=FAILED)
+                left -= moved
+        except OSError as error:
+            if error.errno not in NO_SHORTCUT:
+                raise
+        buffer = memoryview(bytearray(min(left, 8 << 20)))
+        while left:
+            part = buffer[: min(left, len(buffer))]
+            _fill(handle.fileno(), part, source + size - left, file)
+            _drain(fd, part, target + size - left)
+            left -= len(part)
+    return size
+
+
+def _fill(fd: int, view: memoryview, offset: int, file: Path) -> None:
+    while view:
+        count = os.preadv(fd, [view], offset)
+        if not count:
+            raise KitError(f"{file} ended early", fix="fetch the file again", code=FAILED)
+        view, offset = view[count:], offset + count
+
+
+def _drain(fd: int, view: memoryview, offset: int) -> None:
+    while view:
+        count = os.pwrite(fd, view, offset)
+        view, offset = view[count:], offset + count
+
+
+def _buffer(role: str, count: int, dtype: Any) -> tuple[Any, memoryview]:
+    """This worker's buffer of that role as tensor and bytes; kept, because fresh pages cost more than the maths."""
+    import torch
+
+    need = count * dtype.itemsize
+    kept = getattr(_local, role, None)
+    if kept is None or kept.numel() < need:
+        kept = torch.empty(max(need, BLOCK * 4), dtype=torch.uint8)
+        setattr(_local, role, kept)
+    part = kept[:need]
+    return part.view(dtype), memoryview(part.numpy())
+
+
+def _change(fd: int, output: Output, offset: int) -> dict[str, Any]:
+    """Compute and write one tensor; gives how far it moved. float64 weights stay in float64."""
+    import torch
+
+    work = torch.float64 if output.source.dtype == "F64" else torch.float32
+    result, edit = torch_dtype(output.dtype), output.edit
+    rows = output.shape[0] if output.shape else 1
+    width = 1
+    for n in output.shape[1:]:
+        width *= n
+    step = max(1, BLOCK // max(width, 1))
+    lora = _factors(edit.lora, work) if edit and edit.lora else None
+    add = read_tensor(edit.add[0]).to(work).mul_(edit.add[1]) if edit and edit.add else None
+    tokens = (torch.tensor(edit.rows[0]), read_tensor(edit.rows[1]).to(work)) if edit and edit.rows else None
+    by_column = _column_factor(output, lora, rows, width, step, work) if lora and edit.lora.transposed else None
+    before = moved = 0.0
+    limit = torch.finfo(result).max
+    with open(output.source.file, "rb", buffering=0) as handle:
+        for first in range(0, rows, step):
+            last = min(rows, first + step)
+            w = _block(handle.fileno(), output.source, first, last, width, work)
+            flat = w.view(-1)
+            before += float(torch.dot(flat, flat))
+            if lora:
+                left, right, magnitude = lora
+                kept = w.clone() if magnitude is not None else None
+                w.addmm_(left[first:last], right)
+                if by_column is not None:
+                    w.mul_(by_column)
+                elif magnitude is not None:
+                    w.mul_((magnitude[first:last] / torch.linalg.norm(w, dim=1)).unsqueeze(1))
+                if kept is not None:
+                    moved += float((w - kept).square_().sum())
+            if add is not None:
+                w.add_(add[first:last].unsqueeze(1))
+            if tokens is not None:
+                inside = (tokens[0] >= first) & (tokens[0] < last)
+                w[tokens[0][inside] - first] = tokens[1][inside]
+            # The root of the sum of squares bounds every value: one cheap pass in the usual case.
+            if not float(torch.dot(flat, flat)) < float(limit) ** 2 and not bool((flat.abs() <= limit).all()):
+                raise KitError(
+                    f"{output.name} would hold values that are not finite in {output.dtype}",
+                    where=str(output.source.file),
+                    fix="the adapter or the base is damaged, or the base's dtype is too narrow (see --dtype)",
+                    code=FAILED,
+                )
+            out, data = _buffer("out", flat.numel(), result)
+            out.copy_(flat)
+            _drain(fd, data, offset + first * width * result.itemsize)
+    if lora and lora[2] is None:  # |L R| from two r x r products
+        left, right = lora[0].double(), lora[1].double()
+        moved = float(((left.T @ left) * (right @ right.T)).sum().clamp(min=0))
+    known = edit is not None and edit.lora is not None
+    return {"tensor": output.name, "relative_change": (moved / before) ** 0.5 if known and before else None}
+
+
+def _block(fd: int, source: Tensor, first: int, last: int, width: int, work: Any) -> Any:
+    """Rows [first, last) of a stored tensor as a (rows, width) block in the working dtype."""
+    stored = torch_dtype(source.dtype)
+    count = (last - first) * width
+    raw, data = _buffer("raw", count, stored)
+    _fill(fd, data, source.start + first * width * stored.itemsize, source.file)
+    w, _ = _buffer("work", count, work)
+    w.copy_(raw)
+    return w.view(last - first, width)
+
+
+def _factors(lora: Lora, work: Any) -> tuple[Any, Any, Any]:
+    """(rows, r), (r, columns) with the scale in it, and the DoRA magnitude or None."""
+    a, b = read_tensor(lora.a).to(work), read_tensor(lora.b).to(work)
+    left, right = (a.T.contiguous(), b.T.contiguous()) if lora.transposed else (b, a)
+    return left, right * lora.scale, read_tensor(lora.magnitude).to(work) if lora.magnitude else None
+
+
+def _column_factor(output: Output, lora: tuple, rows: int, width: int, step: int, work: Any) -> Any:
+    """DoRA over columns (Conv1D, embeddings): the norms need a pass of their own. None without a magnitude."""
+    import torch
+
+    left, right, magnitude = lora
+    if magnitude is None:
+        return None
+    squares = torch.zeros(width, dtype=torch.float64)
+    with open(output.source.file, "rb", buffering=0) as handle:
+        for first in range(0, rows, step):
+            last = min(rows, first + step)
+            w = _block(handle.fileno(), output.source, first, last, width, work).addmm_(left[first:last], right)
+            squares += w.square_().sum(0, dtype=torch.float64)
+    return magnitude / squares.sqrt_().to(work)

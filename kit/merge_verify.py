@@ -1,0 +1,368 @@
+"""Proves a merged model equal to base + adapter, with peft's own layers as the other opinion.
+
+Two checks. `tensors`: a band of rows of every module the adapter names goes through a peft LoRA layer in float32 and
+must round to what was written; tensors the adapter does not name must be the base's bytes. `logits`: fixed prompts
+through base + adapter, and through the merged model, both computed in float32.
+"""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from pathlib import Path
+from typing import Any
+
+from kit.errors import FAILED, KitError
+from kit.merge_adapter import CONFIG, WEIGHTS, Adapter, token_rows
+from kit.merge_names import Names, forget_deepspeed, model_class
+from kit.merge_plan import Plan, plan_merge
+from kit.merge_stream import read_bytes, torch_dtype
+from kit.weights import Tensor, read_config, read_tensors
+
+BAND = 64  # rows of each module that are computed again
+EDGE = 4096  # bytes of each untouched tensor that are compared at its start, middle and end
+# A value may be the neighbour of the expected one where another order of float32 sums moved it across a rounding
+# border. In 16-bit formats that happens to a few values in 100,000; a factor wrong by 1 % moves more than 1 in 1000
+# as soon as the adapter changes the weights by 0.1 %.
+NEIGHBOURS = 5e-4
+SLACK = 8 * 2.0**-23  # float32 sums: times the largest weight of the band
+# Logits of two models with equal weights are equal; the few neighbours above move them by up to 2.3e-4 of their spread
+# (measured: 16-bit, 512 wide, odd scales), a factor wrong by 1 % on an adapter that changes weights by 3 % by 7e-3.
+LOGITS = 2e-3  # largest difference from base + adapter rounded once, in standard deviations of the logits
+# Rounding itself moves logits: it is reported, and judged only where the rounded sum is not at hand to compare with.
+ROUNDED = {"F32": 1e-3, "F64": 1e-3, "F16": 0.3, "BF16": 1.0}  # largest difference from base + adapter unrounded
+PROMPTS = ("The capital of France is", "def add(a, b):\n    return", "Question: What is 12 * 7?\nAnswer:")
+SMALL = 2_000_000_000  # bytes of a base below which logits are compared by default
+
+
+def verify(
+    out: Path, base: Path, adapter: Path, prompts: list[str] | None = None, how: str = "auto"
+) -> dict[str, Any]:
+    """Figures of the comparison; `how`: tensors | logits (which includes tensors) | auto (logits below 2 GB).
+
+    KitError (4) where the merged model is not what base + adapter are.
+    """
+    out, base, adapter = Path(out), Path(base), Path(adapter)
+    stored = read_tensors(base)
+    size = sum(t.end - t.start for t in stored.values())
+    own_code = bool(read_config(base).get("auto_map"))
+    result: dict[str, Any] = {}
+    plan = plan_merge(base, adapter, proven=True)
+    if not plan.through_peft:
+        result["tensors"] = check_tensors(out, plan.adapter, plan.names, stored)
+    if how == "logits" or (how == "auto" and size < SMALL and not own_code):
+        result["logits"] = check_logits(out, plan, prompts, whole=size < SMALL)
+    if not result:
+        result["none"] = "neither check applies to this adapter and base; choose verify='logits'"
+    return result
+
+
+def check_tensors(out: Path, adapter: Adapter, names: Names, stored: dict[str, Tensor]) -> dict[str, Any]:
+    """Compare every module that the adapter names, and the edges of every tensor that it does not."""
+    import torch
+    from safetensors import safe_open
+
+    merged = read_tensors(out)
+    named: set[str] = set()
+    compared = values = neighbours = 0
+    with safe_open(adapter.folder / WEIGHTS, "pt") as weights, torch.no_grad():
+        for parameter in _parameters(adapter):
+            name = names.stored.get(parameter, parameter)
+            if name not in merged:
+                name = names.stored.get(names.tied.get(parameter, ""), name)
+            if name not in merged:
+                raise KitError(f"{parameter} is not in the merged model", where=str(out), code=FAILED)
+            start = stored.get(name) or stored.get(names.stored.get(names.tied.get(parameter, ""), ""))
+            band, expected = _expected(adapter, weights, parameter, start, names)
+            found = _rows(merged[name], band).to(expected.dtype)
+            differing = _compare(name, expected, found, merged[name].dtype)
+            named.add(name)
+            compared, values, neighbours = compared + 1, values + expected.numel(), neighbours + differing
+    if lost := sorted(stored.keys() - merged.keys()):
+        raise KitError(f"{lost[0]} is not in the merged model", where=str(out), code=FAILED)
+    untouched = [n for n in stored if n not in named and n not in names.tied]
+    for name in untouched:
+        _same_edges(stored[name], merged[name])
+    for other, main in names.tied.items():  # one end of a tie that was cut, left as the base had it
+        if other in merged and other not in stored and other not in named and main not in adapter.full:
+            _same_edges(stored[names.stored[main]], merged[other])
+    return {
+        "named_by_the_adapter": compared,
+        "values": values,
+        "neighbouring_values": neighbours,
+        "tolerance": NEIGHBOURS,
+        "untouched": len(untouched),
+    }
+
+
+def _parameters(adapter: Adapter) -> list[str]:
+    """Every parameter that the adapter names, by its own keys."""
+    found = dict.fromkeys(adapter.full)
+    for module, parts in adapter.lora.items():
+        found[f"{module}.weight"] = None
+        if "lora_B.bias" in parts:
+            found[f"{module}.bias"] = None
+    found.update(dict.fromkeys(f"{module}.weight" for module in adapter.rows))
+    return list(found)
+
+
+def _expected(adapter: Adapter, weights: Any, parameter: str, start: Tensor | None, names: Names) -> tuple[slice, Any]:
+    """Which rows, and what base + adapter hold there in float32, by a peft layer."""
+    import torch
+
+    module = parameter.rpartition(".")[0]
+    parts = adapter.lora.get(module, {})
+    source = adapter.full.get(parameter, start)
+    if source is None:
+        raise KitError(f"{parameter} starts from nothing", code=FAILED)
+    rows = source.shape[0]
+    dora = "lora_magnitude_vector" in parts
+    kind = "embedding" if "lora_embedding_A" in parts else names.kind(module)
+    if kind == "unknown":
+        kind = "conv1d" if adapter.config.get("fan_in_fan_out") else "linear"
+    whole = dora and kind != "linear"  # these norms run over all rows
+    size = rows if whole or len(source.shape) < 2 else min(BAND, rows)
+    first = sum(parameter.encode()) % (rows - size + 1)
+    band = slice(first, first + size)
+    value = _rows(source, band)
+    if parts and parameter.endswith(".bias") and "lora_B.bias" not in parts:
+        pass
+    elif parts and parameter.endswith(".bias"):
+        _, value = _through_peft(adapter, weights, module, kind, torch.zeros(1), band, value)
+    elif parts:
+        value, _ = _through_peft(adapter, weights, module, kind, value, band, None)
+    if module in adapter.rows and parameter.endswith(".weight"):
+        new = weights.get_tensor(adapter.rows[module].name)
+        for row, index in enumerate(token_rows(adapter.config, module)):
+            if band.start <= index < band.stop:
+                value[index - band.start] = new[row].to(value.dtype)
+    return band, value
+
+
+def _through_peft(
+    adapter: Adapter, weights: Any, module: str, kind: str | None, weight: Any, band: slice, bias: Any
+) -> tuple[Any, Any]:
+    """Merge a band of rows in a peft layer of just that size; gives weight and bias after it."""
+    import torch
+    from peft import LoraConfig
+    from peft.tuners.lora import layer as lora_layers
+    from peft.utils.other import get_pattern_key
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    parts = {k: weights.get_tensor(t.name).float() for k, t in adapter.lora[module].items()}
+    config = LoraConfig.from_pretrained(str(adapter.folder))
+    config.init_lora_weights = False
+    config.fan_in_fan_out = kind == "conv1d"
+    r = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), module), config.r)
+    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), module), config.lora_alpha)
+    a = parts.get("lora_A.weight", parts.get("lora_embedding_A"))
+    b = parts.get("lora_B.weight", parts.get("lora_embedding_B"))
+    if bias is not None:  # the bias needs no weight: one column stands for it
+        a, weight = a[:, :1], torch.zeros(b.shape[0], 1) if kind == "linear" else torch.zeros(1, b.shape[0])
+    elif kind == "linear":
+        b = b[band]
+    else:
+        a = a[:, band]
+    if kind == "embedding":
+        config.lora_bias = False
+        holder = nn.Embedding(*weight.shape)
+        layer = lora_layers.Embedding(holder, "default", config, r=r, lora_alpha=alpha)
+        layer.lora_embedding_A["default"].copy_(a)
+        layer.lora_embedding_B["default"].copy_(b)
+    else:
+        config.lora_bias = bias is not None
+        if kind == "conv1d":
+            holder = Conv1D(weight.shape[1], weight.shape[0])
+        else:
+            holder = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+        layer = lora_layers.Linear(holder, "default", config, r=r, lora_alpha=alpha)
+        layer.lora_A["default"].weight.copy_(a)
+        layer.lora_B["default"].weight.copy_(b)
+    holder.weight.data = weight.clone()
+    if bias is not None:
+        holder.bias.data = bias.clone()
+        layer.lora_B["default"].bias.copy_(parts["lora_B.bias"])
+    if "lora_magnitude_vector" in parts:
+        magnitude = parts["lora_magnitude_vector"]
+        if bias is not None:
+            magnitude = magnitude.new_ones(b.shape[0])
+        elif kind == "linear":
+            magnitude = magnitude[band]
+        layer.lora_magnitude_vector["default"].weight = nn.Parameter(magnitude)
+    layer.merge(safe_merge=bias is None)
+    return holder.weight.data, None if bias is None else holder.bias.data
+
+
+def _rows(tensor: Tensor, band: slice) -> Any:
+    """Rows of a stored tensor in float32 (float64 stays)."""
+    import torch
+
+    dtype = torch_dtype(tensor.dtype)
+    if not tensor.shape or tensor.shape[0] == 0:
+        return torch.frombuffer(read_bytes(tensor), dtype=dtype).clone()
+    row = (tensor.end - tensor.start) // tensor.shape[0]
+    data = read_bytes(tensor, band.start * row, band.stop * row)
+    flat = torch.frombuffer(data, dtype=dtype)
+    flat = flat if dtype is torch.float64 else flat.float()
+    return flat.reshape(band.stop - band.start, *tensor.shape[1:])
+
+
+def _compare(name: str, expected: Any, found: Any, stored: str) -> int:
+    """How many values are a neighbour of the expected one; KitError where one is further off or too many are."""
+    import torch
+
+    dtype = torch_dtype(stored)
+    rounded = expected.to(dtype).to(expected.dtype)
+    error = (found - rounded).abs()
+    largest = float(expected.abs().max()) if expected.numel() else 0.0
+    near = error <= torch.finfo(dtype).eps * expected.abs() + SLACK * largest
+    # In float32 a neighbour is nothing to count: sums in another order end there all the time.
+    off = int((error > SLACK * largest).sum()) if dtype.itemsize < 4 else 0
+    if bool(near.all()) and off <= max(3, NEIGHBOURS * expected.numel()):
+        return off
+    raise KitError(
+        f"{name} is not base + adapter: {off} of {expected.numel()} values compared are off, "
+        f"the largest by {float(error.max()):.3g} where weights reach {largest:.3g}",
+        fix="nothing was published; merge again, and report it if it stays",
+        code=FAILED,
+    )
+
+
+def _same_edges(base: Tensor, merged: Tensor) -> None:
+    size = base.end - base.start
+    if base.dtype == merged.dtype:
+        middle = size // 2
+        spans = [(0, min(EDGE, size)), (middle, min(middle + EDGE, size)), (max(0, size - EDGE), size)]
+        same = merged.end - merged.start == size and all(read_bytes(base, *s) == read_bytes(merged, *s) for s in spans)
+    else:
+        rows = slice(0, min(1, base.shape[0]) if base.shape else 0)
+        want, have = _rows(base, rows), _rows(merged, rows)
+        same = bool((want.to(torch_dtype(merged.dtype)).to(have.dtype) == have).all())
+    if not same:
+        raise KitError(f"{merged.name} is not the base's, though no adapter names it", str(merged.file), code=FAILED)
+
+
+def check_logits(out: Path, plan: Plan, prompts: list[str] | None, whole: bool) -> dict[str, Any]:
+    """Run prompts through base + adapter, through the same rounded once, and through the merged model.
+
+    One model at a time. `whole`: in float32; else in the base's dtype, where only the looser of the limits applies.
+    """
+    import torch
+
+    merged = read_tensors(out)
+    dtypes = [t.dtype for t in merged.values() if t.dtype in ROUNDED]
+    kept = max(set(dtypes), key=dtypes.count)
+    dtype = torch.float32 if whole else torch_dtype(kept)
+    tokens = make_prompts(out, read_config(out), prompts)
+    model = load_with_adapter(plan.base, plan.adapter.folder, dtype)
+    trained = _logits(model, tokens)
+    once = None
+    if whole:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = model.merge_and_unload()
+        for name, parameter in model.named_parameters():
+            stored_as = merged[name].dtype if name in merged else kept
+            parameter.data = parameter.data.to(torch_dtype(stored_as)).to(dtype)
+        once = None if _ties_matter(plan, out) else _logits(model, tokens)
+    del model
+    gc.collect()
+    model = load(out, dtype)
+    ours = _logits(model, tokens)
+    del model
+    spread = float(torch.cat([t.flatten() for t in trained]).std()) or 1.0
+    difference = torch.cat([(a - b).abs().flatten() for a, b in zip(trained, ours, strict=True)])
+    agree = torch.cat([a.argmax(-1) == b.argmax(-1) for a, b in zip(trained, ours, strict=True)])
+    result = {
+        "prompts": len(tokens),
+        "tokens": sum(t.shape[-1] for t in tokens),
+        "computed_in": str(dtype).removeprefix("torch."),
+        "max_difference": float(difference.max()),
+        "mean_difference": float(difference.mean()),
+        "argmax_agreement": float(agree.float().mean()),
+        "logits_std": spread,
+        "tolerance": ROUNDED[kept] * spread,
+    }
+    far = result["max_difference"] > result["tolerance"]
+    if once is not None:
+        exact = max(float((a - b).abs().max()) for a, b in zip(once, ours, strict=True))
+        result |= {"max_difference_from_rounded": exact, "tolerance_from_rounded": LOGITS * spread}
+        far = exact > LOGITS * spread or (far and kept in ("F32", "F64"))
+    if far or not bool(torch.isfinite(difference).all()):
+        raise KitError(
+            f"the merged model does not answer as base + adapter do: logits differ by {result['max_difference']:.3g} "
+            f"(allowed {result['tolerance']:.3g}), from the rounded sum by "
+            f"{result.get('max_difference_from_rounded', 0):.3g} (allowed {LOGITS * spread:.3g})",
+            where=str(out),
+            fix="nothing was published; merge again, and report it if it stays",
+            code=FAILED,
+        )
+    return result
+
+
+def _ties_matter(plan: Plan, out: Path) -> bool:
+    """Whether peft's own merge is not what was trained: it adds LoRA on tied matrices to both ends, or twice."""
+    key = "tie_word_embeddings"
+    ends = {p.removesuffix(".weight") for pair in plan.names.tied.items() for p in pair}
+    return bool(ends & plan.adapter.lora.keys()) or read_config(plan.base).get(key) != read_config(out).get(key)
+
+
+def make_prompts(out: Path, config: dict[str, Any], prompts: list[str] | None) -> list[Any]:
+    """Token ids of the prompts, one row each; ids from a fixed seed where the model has no tokenizer."""
+    import torch
+
+    text = config.get("text_config") or config
+    size = int(text.get("vocab_size") or config.get("vocab_size") or 100)
+    if any((out / f).is_file() for f in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(out)
+        rows = [tokenizer(p).input_ids for p in prompts or PROMPTS]
+        return [torch.tensor([[min(i, size - 1) for i in row]]) for row in rows if row]
+    return [torch.randint(size, (2, 32), generator=torch.Generator().manual_seed(0))]
+
+
+def load(folder: Path, dtype: Any) -> Any:
+    """A model on the CPU in evaluation mode, whatever DeepSpeed state this process was left in."""
+    from transformers import AutoConfig
+
+    forget_deepspeed()
+    config = AutoConfig.from_pretrained(folder)
+    return model_class(config).from_pretrained(folder, config=config, dtype=dtype).eval()
+
+
+def load_with_adapter(base: Path, adapter: Path, dtype: Any) -> Any:
+    """Base + adapter in peft; KitError where a tensor of the adapter finds no place in it."""
+    from peft import PeftModel
+    from safetensors import safe_open
+
+    model = load(base, dtype)
+    with safe_open(adapter / WEIGHTS, "pt") as weights:
+        sizes = [
+            weights.get_slice(k).get_shape()[0]
+            for k in weights.keys()  # noqa: SIM118 (not a dict)
+            if k.endswith(("embed_tokens.weight", "wte.weight", "embed_tokens.base_layer.weight", "lm_head.weight"))
+        ]
+    embeddings = model.get_input_embeddings()
+    if sizes and embeddings is not None and sizes[0] != embeddings.weight.shape[0]:
+        model.resize_token_embeddings(sizes[0], mean_resizing=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        together = PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=False)
+        report = together.load_adapter(str(adapter), "default", autocast_adapter_dtype=False)
+    lost = [*report.missing_keys, *report.unexpected_keys]
+    if lost:
+        raise KitError(
+            f"{len(lost)} tensors of the adapter do not fit the base, {lost[0]} first",
+            where=str(adapter / CONFIG),
+            fix="give the base that the adapter was trained on with --base",
+        )
+    return together.to(dtype).eval()
+
+
+def _logits(model: Any, tokens: list[Any]) -> list[Any]:
+    import torch
+
+    with torch.no_grad():
+        return [model(input_ids=ids).logits.float() for ids in tokens]

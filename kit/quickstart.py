@@ -1,0 +1,110 @@
+"""`make quickstart`: the whole line on a tiny model, in minutes, without a network.
+
+A base is trained once (full fine-tuning on plain text, recipe=quickstart_base) and kept in the cache; a LoRA is tuned on it
+(recipe=quickstart), merged, verified, scored against the base, and shown side by side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from kit import api, cli, hardware, manifest, paths, rundir
+from kit.config.schema import RunPlan
+from kit.errors import DONE, KitError
+from kit.launchers.run import launch
+
+
+def main(argv: list[str] | None = None) -> None:
+    sys.exit(run(sys.argv[1:] if argv is None else argv))
+
+
+def run(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m kit.quickstart", description=__doc__)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="on top of recipe=quickstart")
+    a = parser.parse_args(argv)
+    started = time.monotonic()
+    cli.quiet()
+    try:
+        quickstart(a.overrides)
+    except KitError as error:
+        cli.print_problems(error.problems, refused=False)
+        return error.code
+    print(f"\nall of it took {time.monotonic() - started:.0f} s")
+    return DONE
+
+
+def quickstart(overrides: list[str]) -> dict[str, Any]:
+    """Base, tune, merge, evaluate, generate; the evaluation's figures."""
+    title("1. a base model: a tiny Llama trained on plain sentences (kept for the next time)")
+    prepare_base()
+    title("2. fine-tuning: LoRA on chats, answer-only loss")
+    plan = train("recipe=quickstart", *overrides)
+    source = plan.run_dir
+    title("3. merge, verified against base + adapter")
+    from kit.evaluate import evaluate, format_table
+    from kit.generate import format_samples, generate
+    from kit.merge import merge
+
+    print(cli.format_merge(merge(source, verify="logits")))
+    title("4. held-out questions: exact match of greedy answers")
+    scores = evaluate(source, few_shot=5, max_new_tokens=8, batch_size=100)
+    print(format_table(scores))
+    title("5. side by side")
+    samples = generate(source, max_new_tokens=8)
+    print(format_samples(samples["samples"]))
+    print(f"adapter and merged model agree token for token: {samples['adapter_equals_merged']}")
+    run = rundir.shown(plan.run_path)
+    print(f"\nEverything is in {run}. Next, the same run under DeepSpeed ZeRO-3 with two processes:")
+    more = "" if len(hardware.gpus()) > 1 else " trainer.use_cpu=true"
+    print(f"  {command()} train recipe=quickstart launch=deepspeed launch.num_gpus=2 deepspeed=zero3{more}")
+    print(f"or ask it something:  {command()} generate {run} --prompt 'Which of Q, B, X, F comes first in the alphabet?'")
+    return scores
+
+
+def prepare_base() -> None:
+    """Train the base unless this very base is in the cache."""
+    from kit import quickstart_data
+
+    folder = paths.cache() / "quickstart"
+    folder.mkdir(parents=True, exist_ok=True)
+    quickstart_data.prepare(folder)
+    plan = api.compose("recipe=quickstart_base", f"runs_dir={folder / 'runs'}", here=True)
+    base = folder / "base"
+    if base.is_dir() and not manifest.verify(base) and manifest.read_manifest(base).get("plan") == plan.hash:
+        print(f"kept from before: {base}")
+        return
+    plan = rundir.create(plan, fresh=True)
+    if launch(plan) != DONE:
+        raise KitError("the base was not trained to the end", fix="make quickstart")
+    shutil.rmtree(base, ignore_errors=True)
+    os.replace(plan.run_path / rundir.MODEL, base)
+    shutil.rmtree(folder / "runs", ignore_errors=True)
+
+
+def train(*args: str) -> RunPlan:
+    """`kit train`, giving the plan with the directory it ran in; an unfinished earlier try is left where it is."""
+    plan = rundir.create(api.compose(*args, here=True), fresh=True)
+    code = launch(plan)
+    if code != DONE:
+        raise KitError("the run was stopped", fix=f"kit resume {rundir.shown(plan.run_path)}", code=code)
+    return plan
+
+
+def command() -> str:
+    """How this user types `kit`: by name where it is on the PATH, else with its folder."""
+    here = Path(sys.executable).with_name("kit")
+    return "kit" if shutil.which("kit") else rundir.shown(here) if here.exists() else "python -m kit"
+
+
+def title(text: str) -> None:
+    print(f"\n--- {text}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""What all tests share: a private cache inside the checkout, tiny models, DeepSpeed's operators built once."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+os.environ["KIT_CACHE"] = str(ROOT / ".kit-cache")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("HF_DATASETS_CACHE", str(ROOT / ".kit-cache" / "datasets"))
+os.environ["NO_COLOR"] = "1"
+os.environ.pop("TORCH_EXTENSIONS_DIR", None)  # the kit's own folder below KIT_CACHE: private, and kept between runs
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the suite is the same on every machine: CPU processes
+
+
+@pytest.fixture(scope="session")
+def ops_dir() -> Path:
+    """TORCH_EXTENSIONS_DIR with everything that CPU launches need, built here where it is missing (about 2 minutes)."""
+    from kit.launchers import ops
+
+    env = {"DS_ACCELERATOR": "cpu", "PATH": os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]}
+    names = ["deepspeed_shm_comm", "cpu_adam", "async_io"]
+    ops.prepare(names, 1200, lambda line: print(line, file=sys.stderr), env)
+    return ops.extensions_dir()
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama folder: float32, untied, with tokenizer and chat template."""
+    import tiny
+
+    return tiny.make_model(tmp_path_factory.mktemp("models") / "base")
+
+
+@pytest.fixture(scope="session")
+def chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A chat data set of 96 rows as JSON lines."""
+    import tiny
+
+    return write_rows(tmp_path_factory.mktemp("data") / "chat.jsonl", tiny.chat_rows(96))
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
