@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import resource
 import shutil
-import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,17 +16,17 @@ from typing import Any
 
 from kit.errors import ENVIRONMENT, KitError
 from kit.merge_adapter import CONFIG, MANIFEST, WEIGHTS, read_json, sha256
-from kit.merge_plan import Plan, plan_merge
+from kit.merge_parts import Plan
+from kit.merge_plan import plan_merge
+from kit.merge_stage import REPORT, make_staging, publish, refuse_target, sync
 from kit.weights import INDEX, find_model, fingerprint
 
-REPORT = "merge.json"
 DTYPES = ("float32", "bfloat16", "float16")
 TOKENIZER = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
     "spiece.model", "*.tiktoken", "chat_template*", "preprocessor_config.json", "processor_config.json",
     "video_preprocessor_config.json", "additional_chat_templates/*",
 )  # fmt: skip
-OWNER = ".owner"  # the host that a staging folder belongs to
 
 
 def merge(
@@ -70,15 +68,18 @@ def merge(
         report["base"] = {"name_or_path": name, "revision": wanted, "fingerprint": fingerprint(base_folder)}
         report["peak_rss_gb"] = peak_rss_gb()
         if verify:
+            begun = time.perf_counter()
             report["verification"] = _verified(staging, plan, "auto" if verify is True else str(verify))
+            report["seconds"]["verify"] = time.perf_counter() - begun
+            report["peak_rss_gb_verified"] = peak_rss_gb()
         else:
             report["verification"] = None
         report["seconds"]["all"] = time.perf_counter() - started
         (staging / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         if fsync:
             for path in [p for p in staging.rglob("*") if p.is_file() and p.suffix != ".safetensors"]:
-                _sync(path)
-            _sync(staging)
+                sync(path)
+            sync(staging)
         publish(staging, target, fsync)
     except OSError as error:
         raise KitError(f"{target} could not be written: {error}", code=ENVIRONMENT) from error
@@ -167,22 +168,6 @@ def refuse_other_base(folder: Path, name: str, manifest: dict) -> bool:
             + (f" at {recorded['revision']})" if recorded.get("revision") else ")"),
         )
     return bool(weights)
-
-
-def refuse_target(target: Path, sources: list[Path], overwrite: bool) -> None:
-    """KitError where the output exists and may not be replaced, or would swallow what it is made of."""
-    if any(s.resolve() == target.resolve() or target.resolve() in s.resolve().parents for s in sources):
-        raise KitError(f"{target} holds what the merge reads", where="--out", fix="choose another folder")
-    recover(target)
-    if not target.exists():
-        return
-    replaceable = target.is_dir() and ((target / REPORT).is_file() or not any(target.iterdir()))
-    if not overwrite or not replaceable:
-        raise KitError(
-            f"{target} exists" + ("" if replaceable else f" and is no merged model (no {REPORT})"),
-            where="--out",
-            fix="choose another folder with --out" + (", or use --overwrite" if replaceable else ""),
-        )
 
 
 def check_room(plan: Plan, target: Path) -> None:
@@ -292,11 +277,9 @@ def check_tokenizer(plan: Plan, staging: Path) -> None:
 
 
 def _verified(staging: Path, plan: Plan, how: str) -> dict[str, Any]:
-    from kit.merge_verify import verify
+    from kit.merge_verify import verify as compare
 
-    begun = time.perf_counter()
-    result = verify(staging, plan.base, plan.adapter.folder, how=how)
-    return {**result, "seconds": time.perf_counter() - begun, "peak_rss_gb": peak_rss_gb()}
+    return compare(staging, plan.base, plan.adapter.folder, how=how)
 
 
 def peak_rss_gb() -> float:
@@ -309,65 +292,6 @@ def peak_rss_gb() -> float:
         return int(line.split()[1]) * 1024 / 1e9
     except (OSError, StopIteration):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-
-
-def make_staging(target: Path) -> Path:
-    """A fresh staging folder beside the target; those of processes that are gone are removed first."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        for old in target.parent.glob(f"{target.name}.staging-*"):
-            if _is_stale(old):
-                shutil.rmtree(old, ignore_errors=True)
-        staging = target.with_name(f"{target.name}.staging-{os.getpid()}")
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir()
-        (staging / OWNER).write_text(socket.gethostname())
-    except OSError as error:
-        raise KitError(f"{target.parent} cannot be written: {error}", where="--out", code=ENVIRONMENT) from error
-    return staging
-
-
-def _is_stale(staging: Path) -> bool:
-    pid = staging.name.rpartition("-")[2]
-    owner = staging / OWNER
-    if not pid.isdigit() or (owner.is_file() and owner.read_text() != socket.gethostname()):
-        return False  # another host's process cannot be asked
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        return False
-    return False
-
-
-def publish(staging: Path, target: Path, fsync: bool) -> None:
-    """Rename the staging folder into place; what it replaces goes only after that."""
-    (staging / OWNER).unlink(missing_ok=True)
-    replaced = target.with_name(f"{target.name}.replaced-{os.getpid()}")
-    if target.exists():
-        os.rename(target, replaced)
-    os.rename(staging, target)
-    if fsync:
-        _sync(target.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def recover(target: Path) -> None:
-    """Put back what a killed merge had moved aside, or remove it where its successor stands."""
-    for old in target.parent.glob(f"{target.name}.replaced-*"):
-        if target.exists():
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.rename(old, target)
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def verify(out: str | Path, base: str | Path, adapter: str | Path, prompts: list[str] | None = None) -> dict[str, Any]:

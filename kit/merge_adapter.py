@@ -164,3 +164,14 @@ def token_rows(config: dict[str, Any], module: str) -> list[int]:
     if isinstance(indices, dict):
         return next((list(v) for k, v in indices.items() if module == k or module.endswith("." + k)), [])
     return list(indices or [])
+
+
+def read_bytes(tensor: Tensor, start: int = 0, end: int | None = None) -> bytearray:
+    """Bytes [start, end) of a tensor; KitError where the file ends early."""
+    size = (tensor.end - tensor.start if end is None else end) - start
+    data = bytearray(size)
+    with open(tensor.file, "rb") as file:
+        file.seek(tensor.start + start)
+        if file.readinto(data) != size:
+            raise KitError(f"{tensor.file} ended early", fix="fetch the file again")
+    return data

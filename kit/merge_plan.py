@@ -3,70 +3,25 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kit.errors import KitError, Problem
-from kit.merge_adapter import Adapter, check_size, rank_and_scale, read_adapter, token_rows, why_not_streamed
+from kit.merge_adapter import (
+    check_size,
+    rank_and_scale,
+    read_adapter,
+    read_json,
+    token_rows,
+    why_not_streamed,
+)
 from kit.merge_names import Names, read_names
+from kit.merge_parts import Edit, Lora, Output, Plan
+from kit.merge_ties import check_vocabulary, set_everywhere, settle_ties
 from kit.weights import INDEX, Tensor, read_config, read_header, shard_files
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 BINS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-
-
-@dataclass
-class Lora:
-    """One low-rank change. In the stored layout it is scale * B @ A, transposed for Conv1D and embeddings."""
-
-    a: Tensor
-    b: Tensor
-    scale: float
-    transposed: bool
-    magnitude: Tensor | None = None
-
-
-@dataclass
-class Edit:
-    """What happens to one stored tensor, in this order."""
-
-    replace: Tensor | None = None
-    lora: Lora | None = None
-    rows: tuple[list[int], Tensor] | None = None
-    add: tuple[Tensor, float] | None = None
-
-
-@dataclass
-class Output:
-    """One tensor of the merged model; `source` is where its values start from."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    source: Tensor
-    edit: Edit | None = None
-
-
-@dataclass
-class Plan:
-    """The merge of one adapter into one base."""
-
-    base: Path
-    adapter: Adapter
-    config: dict[str, Any]  # the base's, changed where it must be
-    names: Names
-    tensors: dict[str, Tensor]
-    shards: dict[str, list[Output]] = field(default_factory=dict)  # file name -> tensors in file order
-    indexed: bool = False
-    through_peft: str = ""  # why peft must do it
-    changes: list[str] = field(default_factory=list)  # what config.json will say otherwise
-    notes: list[str] = field(default_factory=list)
-    vocabulary: int | None = None  # rows of resized embeddings
-
-    @property
-    def edited(self) -> list[Output]:
-        return [o for outputs in self.shards.values() for o in outputs if o.edit]
 
 
 def plan_merge(base: Path, folder: Path, *, dtype: str | None = None, proven: bool = False) -> Plan:
@@ -85,7 +40,7 @@ def plan_merge(base: Path, folder: Path, *, dtype: str | None = None, proven: bo
     edits = _edits(plan)
     if not proven:
         _refuse_shallow(plan)
-    _settle_ties(plan, edits)
+    settle_ties(plan, edits)
     _lay_out(plan, shards, edits, dtype)
     return plan
 
@@ -112,8 +67,6 @@ def _read_base(base: Path, config: dict[str, Any]) -> dict[str, list[Tensor]]:
             raise KitError(f"{tensor.name} is stored twice, in {seen[tensor.name].file} and {tensor.file}")
         seen[tensor.name] = tensor
     if (base / INDEX).is_file():
-        from kit.merge_adapter import read_json
-
         missing = [n for n in read_json(base / INDEX)["weight_map"] if n not in seen]
         if missing:
             raise KitError(
@@ -256,53 +209,6 @@ def _refuse_shallow(plan: Plan) -> None:
         )
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    if (a.dtype, a.shape) != (b.dtype, b.shape):
-        return False
-    from kit.merge_stream import read_bytes
-
-    return read_bytes(a) == read_bytes(b)
-
-
-def _settle_ties(plan: Plan, edits: dict[str, Edit]) -> None:
-    """Keep tied matrices tied where both ends stay equal, else write both and untie them in config.json.
-
-    As trained: LoRA or modules_to_save on one end leave the other end as it was; token rows and a changed base layer
-    are seen by both (peft/utils/other.py, set_additional_trainable_modules).
-    """
-    for other, main in plan.names.tied.items():
-        left, right = edits.get(main), edits.get(other)
-        if left is None and right is None:
-            continue
-        if plan.adapter.config.get("ensure_weight_tying"):
-            edits[main] = left or right
-            edits.pop(other, None)
-            continue
-        left, right = left or Edit(), right or Edit()
-        shared = left.replace if main in plan.adapter.shared else None
-        shared = shared or (right.replace if other in plan.adapter.shared else None)
-        left.replace, right.replace = left.replace or shared, right.replace or shared
-        right.rows = right.rows or (None if right.lora or other in plan.adapter.full else left.rows)
-        equal_start = left.replace is right.replace or (
-            left.replace is not None and right.replace is not None and _same(left.replace, right.replace)
-        )
-        if equal_start and not left.lora and not right.lora and left.rows == right.rows:
-            edits[main] = left
-            edits.pop(other, None)
-            continue
-        edits[main], edits[other] = left, right
-        _set_everywhere(plan, "tie_word_embeddings", False)
-        plan.notes.append(f"{other} and {main} were tied and differ now: both are written, tie_word_embeddings=false")
-
-
-def _set_everywhere(plan: Plan, key: str, value: object) -> None:
-    places = [plan.config, *(v for v in plan.config.values() if isinstance(v, dict) and key in v)]
-    for place in places:
-        if place is plan.config or key in place:
-            place[key] = value
-    plan.changes.append(key)
-
-
 def _lay_out(plan: Plan, shards: dict[str, list[Tensor]], edits: dict[str, Edit], dtype: str | None) -> None:
     """Fill plan.shards: the base's files and order, what is new behind its partner or in the last file."""
     by_stored = {plan.names.stored.get(p, p): e for p, e in edits.items()}
@@ -326,7 +232,7 @@ def _lay_out(plan: Plan, shards: dict[str, list[Tensor]], edits: dict[str, Edit]
         if partner:
             new.dtype = _dtype(partner.dtype, dtype)
         plan.shards[file].append(new)
-    _check_vocabulary(plan)
+    check_vocabulary(plan)
     for o in plan.edited:
         if o.dtype not in FLOATS or o.source.dtype not in FLOATS:
             raise KitError(
@@ -335,7 +241,7 @@ def _lay_out(plan: Plan, shards: dict[str, list[Tensor]], edits: dict[str, Edit]
                 fix="give the original, unquantized base",
             )
     if dtype:
-        _set_everywhere(plan, "torch_dtype" if "torch_dtype" in plan.config else "dtype", dtype)
+        set_everywhere(plan, "torch_dtype" if "torch_dtype" in plan.config else "dtype", dtype)
 
 
 def _ties(plan: Plan) -> bool:
@@ -349,27 +255,3 @@ def _dtype(stored: str, wanted: str | None) -> str:
 def _output(name: str, stored: Tensor, edit: Edit | None, dtype: str | None) -> Output:
     source = edit.replace if edit and edit.replace else stored
     return Output(name, _dtype(stored.dtype, dtype), source.shape, source, edit)
-
-
-def _check_vocabulary(plan: Plan) -> None:
-    """Where embeddings were resized: the ends agree, and config.json says so."""
-    outputs = {o.name: o for outputs in plan.shards.values() for o in outputs}
-    resized = {n: o for n, o in outputs.items() if n in plan.tensors and o.shape != plan.tensors[n].shape}
-    if not resized:
-        return
-    rows = {o.shape[0] for o in resized.values()}
-    old = {plan.tensors[n].shape[0] for n in resized}
-    behind = [n for n, o in outputs.items() if len(o.shape) == 2 and o.shape[0] in old and _is_vocabulary(plan, n)]
-    if len(rows) > 1 or behind:
-        raise KitError(
-            f"the vocabulary was resized to {sorted(rows)} rows, but not everywhere: {', '.join(behind)}",
-            where=str(plan.adapter.folder),
-            fix="save the adapter with save_embedding_layers=true",
-        )
-    plan.vocabulary = rows.pop()
-    _set_everywhere(plan, "vocab_size", plan.vocabulary)
-
-
-def _is_vocabulary(plan: Plan, name: str) -> bool:
-    module = {v: k for k, v in plan.names.stored.items()}.get(name, name).rpartition(".")[0]
-    return module.split(".")[-1] in ("lm_head", "embed_tokens", "wte", "embed_out", "embed_in", "output_layer")

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from kit.errors import FAILED, KitError
-from kit.merge_plan import Lora, Output, Plan
+from kit.merge_adapter import read_bytes
+from kit.merge_parts import Lora, Output, Plan
 from kit.weights import Tensor
 
 BLOCK = 1 << 21  # values at a time: what one core's cache holds, roughly
@@ -35,15 +36,6 @@ def torch_dtype(name: str) -> Any:
     import torch
 
     return {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[name]
-
-
-def read_bytes(tensor: Tensor, start: int = 0, end: int | None = None) -> bytearray:
-    """Bytes [start, end) of a tensor; KitError where the file ends early."""
-    size = (tensor.end - tensor.start if end is None else end) - start
-    data = bytearray(size)
-    with open(tensor.file, "rb", buffering=0) as file:
-        _fill(file.fileno(), memoryview(data), tensor.start + start, tensor.file)
-    return data
 
 
 def read_tensor(tensor: Tensor) -> Any:

@@ -7,16 +7,15 @@ through base + adapter, and through the merged model, both computed in float32.
 
 from __future__ import annotations
 
-import gc
-import warnings
 from pathlib import Path
 from typing import Any
 
 from kit.errors import FAILED, KitError
-from kit.merge_adapter import CONFIG, WEIGHTS, Adapter, token_rows
-from kit.merge_names import Names, forget_deepspeed, model_class
-from kit.merge_plan import Plan, plan_merge
-from kit.merge_stream import read_bytes, torch_dtype
+from kit.merge_adapter import WEIGHTS, Adapter, read_bytes, token_rows
+from kit.merge_logits import check_logits
+from kit.merge_names import Names
+from kit.merge_plan import plan_merge
+from kit.merge_stream import torch_dtype
 from kit.weights import Tensor, read_config, read_tensors
 
 BAND = 64  # rows of each module that are computed again
@@ -26,12 +25,6 @@ EDGE = 4096  # bytes of each untouched tensor that are compared at its start, mi
 # as soon as the adapter changes the weights by 0.1 %.
 NEIGHBOURS = 5e-4
 SLACK = 8 * 2.0**-23  # float32 sums: times the largest weight of the band
-# Logits of two models with equal weights are equal; the few neighbours above move them by up to 2.3e-4 of their spread
-# (measured: 16-bit, 512 wide, odd scales), a factor wrong by 1 % on an adapter that changes weights by 3 % by 7e-3.
-LOGITS = 2e-3  # largest difference from base + adapter rounded once, in standard deviations of the logits
-# Rounding itself moves logits: it is reported, and judged only where the rounded sum is not at hand to compare with.
-ROUNDED = {"F32": 1e-3, "F64": 1e-3, "F16": 0.3, "BF16": 1.0}  # largest difference from base + adapter unrounded
-PROMPTS = ("The capital of France is", "def add(a, b):\n    return", "Question: What is 12 * 7?\nAnswer:")
 SMALL = 2_000_000_000  # bytes of a base below which logits are compared by default
 
 
@@ -53,7 +46,7 @@ def verify(
     if how == "logits" or (how == "auto" and size < SMALL and not own_code):
         result["logits"] = check_logits(out, plan, prompts, whole=size < SMALL)
     if not result:
-        result["none"] = "neither check applies to this adapter and base; choose verify='logits'"
+        result["none"] = {"reason": "neither check applies to this adapter and base; choose verify='logits'"}
     return result
 
 
@@ -241,128 +234,3 @@ def _same_edges(base: Tensor, merged: Tensor) -> None:
         same = bool((want.to(torch_dtype(merged.dtype)).to(have.dtype) == have).all())
     if not same:
         raise KitError(f"{merged.name} is not the base's, though no adapter names it", str(merged.file), code=FAILED)
-
-
-def check_logits(out: Path, plan: Plan, prompts: list[str] | None, whole: bool) -> dict[str, Any]:
-    """Run prompts through base + adapter, through the same rounded once, and through the merged model.
-
-    One model at a time. `whole`: in float32; else in the base's dtype, where only the looser of the limits applies.
-    """
-    import torch
-
-    merged = read_tensors(out)
-    dtypes = [t.dtype for t in merged.values() if t.dtype in ROUNDED]
-    kept = max(set(dtypes), key=dtypes.count)
-    dtype = torch.float32 if whole else torch_dtype(kept)
-    tokens = make_prompts(out, read_config(out), prompts)
-    model = load_with_adapter(plan.base, plan.adapter.folder, dtype)
-    trained = _logits(model, tokens)
-    once = None
-    if whole:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model = model.merge_and_unload()
-        for name, parameter in model.named_parameters():
-            stored_as = merged[name].dtype if name in merged else kept
-            parameter.data = parameter.data.to(torch_dtype(stored_as)).to(dtype)
-        once = None if _ties_matter(plan, out) else _logits(model, tokens)
-    del model
-    gc.collect()
-    model = load(out, dtype)
-    ours = _logits(model, tokens)
-    del model
-    spread = float(torch.cat([t.flatten() for t in trained]).std()) or 1.0
-    difference = torch.cat([(a - b).abs().flatten() for a, b in zip(trained, ours, strict=True)])
-    agree = torch.cat([a.argmax(-1) == b.argmax(-1) for a, b in zip(trained, ours, strict=True)])
-    result = {
-        "prompts": len(tokens),
-        "tokens": sum(t.shape[-1] for t in tokens),
-        "computed_in": str(dtype).removeprefix("torch."),
-        "max_difference": float(difference.max()),
-        "mean_difference": float(difference.mean()),
-        "argmax_agreement": float(agree.float().mean()),
-        "logits_std": spread,
-        "tolerance": ROUNDED[kept] * spread,
-    }
-    far = result["max_difference"] > result["tolerance"]
-    if once is not None:
-        exact = max(float((a - b).abs().max()) for a, b in zip(once, ours, strict=True))
-        result |= {"max_difference_from_rounded": exact, "tolerance_from_rounded": LOGITS * spread}
-        far = exact > LOGITS * spread or (far and kept in ("F32", "F64"))
-    if far or not bool(torch.isfinite(difference).all()):
-        raise KitError(
-            f"the merged model does not answer as base + adapter do: logits differ by {result['max_difference']:.3g} "
-            f"(allowed {result['tolerance']:.3g}), from the rounded sum by "
-            f"{result.get('max_difference_from_rounded', 0):.3g} (allowed {LOGITS * spread:.3g})",
-            where=str(out),
-            fix="nothing was published; merge again, and report it if it stays",
-            code=FAILED,
-        )
-    return result
-
-
-def _ties_matter(plan: Plan, out: Path) -> bool:
-    """Whether peft's own merge is not what was trained: it adds LoRA on tied matrices to both ends, or twice."""
-    key = "tie_word_embeddings"
-    ends = {p.removesuffix(".weight") for pair in plan.names.tied.items() for p in pair}
-    return bool(ends & plan.adapter.lora.keys()) or read_config(plan.base).get(key) != read_config(out).get(key)
-
-
-def make_prompts(out: Path, config: dict[str, Any], prompts: list[str] | None) -> list[Any]:
-    """Token ids of the prompts, one row each; ids from a fixed seed where the model has no tokenizer."""
-    import torch
-
-    text = config.get("text_config") or config
-    size = int(text.get("vocab_size") or config.get("vocab_size") or 100)
-    if any((out / f).is_file() for f in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(out)
-        rows = [tokenizer(p).input_ids for p in prompts or PROMPTS]
-        return [torch.tensor([[min(i, size - 1) for i in row]]) for row in rows if row]
-    return [torch.randint(size, (2, 32), generator=torch.Generator().manual_seed(0))]
-
-
-def load(folder: Path, dtype: Any) -> Any:
-    """A model on the CPU in evaluation mode, whatever DeepSpeed state this process was left in."""
-    from transformers import AutoConfig
-
-    forget_deepspeed()
-    config = AutoConfig.from_pretrained(folder)
-    return model_class(config).from_pretrained(folder, config=config, dtype=dtype).eval()
-
-
-def load_with_adapter(base: Path, adapter: Path, dtype: Any) -> Any:
-    """Base + adapter in peft; KitError where a tensor of the adapter finds no place in it."""
-    from peft import PeftModel
-    from safetensors import safe_open
-
-    model = load(base, dtype)
-    with safe_open(adapter / WEIGHTS, "pt") as weights:
-        sizes = [
-            weights.get_slice(k).get_shape()[0]
-            for k in weights.keys()  # noqa: SIM118 (not a dict)
-            if k.endswith(("embed_tokens.weight", "wte.weight", "embed_tokens.base_layer.weight", "lm_head.weight"))
-        ]
-    embeddings = model.get_input_embeddings()
-    if sizes and embeddings is not None and sizes[0] != embeddings.weight.shape[0]:
-        model.resize_token_embeddings(sizes[0], mean_resizing=False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        together = PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=False)
-        report = together.load_adapter(str(adapter), "default", autocast_adapter_dtype=False)
-    lost = [*report.missing_keys, *report.unexpected_keys]
-    if lost:
-        raise KitError(
-            f"{len(lost)} tensors of the adapter do not fit the base, {lost[0]} first",
-            where=str(adapter / CONFIG),
-            fix="give the base that the adapter was trained on with --base",
-        )
-    return together.to(dtype).eval()
-
-
-def _logits(model: Any, tokens: list[Any]) -> list[Any]:
-    import torch
-
-    with torch.no_grad():
-        return [model(input_ids=ids).logits.float() for ids in tokens]

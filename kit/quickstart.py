@@ -30,6 +30,7 @@ def run(argv: list[str]) -> int:
     a = parser.parse_args(argv)
     started = time.monotonic()
     cli.quiet()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # matrices this small gain nothing from a second thread
     try:
         quickstart(a.overrides)
     except KitError as error:

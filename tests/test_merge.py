@@ -179,6 +179,7 @@ def test_a_run_needs_nothing_else(tmp_path):
     assert (out / "chat_template.jinja").is_file() and (out / "generation_config.json").is_file()
     saved = json.loads((out / "merge.json").read_text())
     assert saved["base"]["name_or_path"] == str(base) and saved["fsync_seconds"] is not None
+    assert all(isinstance(found, dict) for found in saved["verification"].values())
     assert saved["verification"]["logits"]["argmax_agreement"] == 1.0 and saved["peak_rss_gb"] > 0
     assert any("quantized" in note for note in saved["notes"])
     assert sorted(p.name for p in run.iterdir()) == ["adapter", "merged", "plan.json"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,12 +96,7 @@ def identify(model: Model, folder: Path | None) -> dict[str, Any] | None:
     return {
         "name_or_path": model.name_or_path,
         "revision": model.revision,
-        "config_sha256": config_hash(folder),
+        "config_sha256": hashlib.sha256((folder / weights.CONFIG).read_bytes()).hexdigest(),
         "fingerprint": weights.fingerprint(folder),
     }
 
-
-def config_hash(folder: Path) -> str:
-    """sha256 over config.json, independent of spacing and key order."""
-    config = json.dumps(weights.read_config(folder), sort_keys=True).encode()
-    return hashlib.sha256(config).hexdigest()

@@ -95,7 +95,7 @@ class ModifiedTrainer(SFTTrainer):
             resume_from_checkpoint = self._checked_resume(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def _checked_resume(self, wanted: str | os.PathLike | bool) -> str | bool:
+    def _checked_resume(self, wanted: Any) -> str | bool:
         found: Any = wanted
         error = None
         if self.args.should_save:

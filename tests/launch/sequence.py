@@ -1,0 +1,37 @@
+"""Several plans in one launch: a launch costs half a minute of imports, a tiny run a second. `sequence.py PLAN.json ...`
+
+Each plan goes through kit.training.run.train exactly as kit.worker calls it; only the libraries' per-process state is reset
+between them, which a user's one-run process never needs.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from kit.config.schema import load_plan
+from kit.worker import prepare_process
+
+
+def main(paths: list[str]) -> None:
+    first = load_plan(paths[0])
+    prepare_process(first, int(os.environ.get("RANK", "0")))
+    from accelerate.state import AcceleratorState, GradientState
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    import kit.training.run as training
+
+    # The process group must outlive a run here; in a user's process it ends with it.
+    import torch.distributed
+
+    torch.distributed.destroy_process_group = lambda *a, **k: None
+    for path in paths:
+        assert training.train(load_plan(path)) == 0
+        unset_hf_deepspeed_config()
+        AcceleratorState._reset_state(reset_partial_state=False)
+        GradientState._reset_state()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,341 @@
+"""The same description under every engine: losses, gradient norms and adapters agree with one process.
+
+Real launches: `kit train` (deepspeed, torchrun, plain), `deepspeed --module kit.worker` typed by hand, and one `deepspeed`
+launch that runs several engines in sequence.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import write_rows
+from launch import harness
+
+pytestmark = pytest.mark.launch
+LOSS, NORM, BF16 = 1e-5, 1e-5, 2e-2  # absolute, relative, absolute; measured here: at most 1.5e-6 in float32
+IN_ONE_LAUNCH = ["zero1", "zero3", "zero2_offload"]
+ENGINES = ["zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "ddp"]
+
+
+@pytest.fixture(scope="session")
+def work(tmp_path_factory, ops_dir) -> Path:
+    return tmp_path_factory.mktemp("engines")
+
+
+@pytest.fixture(scope="session")
+def alone(work, base, chat) -> Path:
+    """One process, no engine: what all others are compared with."""
+    done = harness.kit("train", *harness.overrides(base, chat, work / "alone", "launch=local"), cwd=work)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return harness.the_run(work / "alone")
+
+
+@pytest.fixture(scope="session")
+def zero2(work, base, chat) -> Path:
+    two = ("deepspeed=zero2", "launch=deepspeed", "launch.num_gpus=2")
+    done = harness.kit("train", *harness.overrides(base, chat, work / "zero2", *two), cwd=work)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    run = harness.the_run(work / "zero2")
+    harness.assert_nothing_left(run)
+    return run
+
+
+@pytest.fixture(scope="session")
+def zero3_offload(work, base, chat) -> Path:
+    """Typed by hand with a frozen plan: `deepspeed --num_gpus 2 --module kit.worker plan.json`."""
+    two = ("deepspeed=zero3_offload", "launch=deepspeed", "launch.num_gpus=2")
+    made = harness.kit("compose", *harness.overrides(base, chat, work / "zero3_offload", *two), cwd=work)
+    assert made.returncode == 0, made.stdout + made.stderr
+    argv = ["deepspeed", "--num_gpus", "2", "--master_port", port(), "--module", "kit.worker", json.loads(made.stdout)["plan"]]
+    done = harness.finish(harness.start(argv, work, DS_ACCELERATOR="cpu"))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return harness.the_run(work / "zero3_offload")
+
+
+@pytest.fixture(scope="session")
+def ddp(work, base, chat) -> Path:
+    two = ("launch=torchrun", "launch.num_gpus=2")
+    done = harness.kit("train", *harness.overrides(base, chat, work / "ddp", *two), cwd=work)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return harness.the_run(work / "ddp")
+
+
+@pytest.fixture(scope="session")
+def sequence(work, base, chat) -> Path:
+    """zero1, zero3, zero2_offload, zero2 in bf16 and full fine-tuning under zero3, in one launch; the folder of runs."""
+    folder = work / "sequence"
+    plans = []
+    cases = {
+        **{name: [f"deepspeed={name}"] for name in IN_ONE_LAUNCH},
+        "bf16": ["deepspeed=zero2", "trainer.bf16=true"],
+        "full": ["deepspeed=zero3", "peft=none", "trainer.learning_rate=1.0e-3"],
+    }
+    for name, more in cases.items():
+        args = [*more, "launch=deepspeed", "launch.num_gpus=2"]
+        made = harness.kit("compose", *harness.overrides(base, chat, folder / name, *args), cwd=work)
+        assert made.returncode == 0, made.stdout + made.stderr
+        plans.append(json.loads(made.stdout)["plan"])
+    script = str(harness.ROOT / "tests" / "launch" / "sequence.py")
+    argv = ["deepspeed", "--num_gpus", "2", "--no_local_rank", "--master_port", port(), script, *plans]
+    done = harness.finish(harness.start(argv, work, DS_ACCELERATOR="cpu"), 400)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return folder
+
+
+@pytest.fixture(scope="session")
+def faults(work, base, chat) -> Path:
+    """One process with a planted fault each, and bf16 and full fine-tuning in one process, in one start."""
+    folder = work / "faults"
+    data = [json.loads(line) for line in chat.read_text().splitlines()]
+    half = [data[(i + 4) % len(data)] if i % 8 >= 4 else row for i, row in enumerate(data)]  # one rank's rows are others
+    swapped = write_rows(work / "swapped.jsonl", half)
+    cases = {
+        "swapped": [f"dataset.path={swapped}"],
+        "accumulation": ["global_batch_size=10"],
+        "clipping": ["trainer.max_grad_norm=0"],
+        "bf16": ["trainer.bf16=true"],
+        "full": ["peft=none", "trainer.learning_rate=1.0e-3"],
+    }
+    plans = []
+    for name, more in cases.items():
+        made = harness.kit("compose", *harness.overrides(base, chat, folder / name, "launch=local", *more), cwd=work)
+        assert made.returncode == 0, made.stdout + made.stderr
+        plans.append(json.loads(made.stdout)["plan"])
+    script = str(harness.ROOT / "tests" / "launch" / "sequence.py")
+    done = harness.finish(harness.start([sys.executable, script, *plans], work))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return folder
+
+
+@pytest.fixture
+def run_of(request):
+    """The run directory of an engine by name; engines that share a launch share it here."""
+
+    def find(engine: str) -> Path:
+        if engine in IN_ONE_LAUNCH:
+            return harness.the_run(request.getfixturevalue("sequence") / engine)
+        return request.getfixturevalue(engine)
+
+    return find
+
+
+def port() -> str:
+    from kit.launchers.command import free_port
+
+    return str(free_port())
+
+
+def apart(a: dict[int, float], b: dict[int, float], relative: bool = False) -> float:
+    assert a.keys() == b.keys() and len(a) == 20, (sorted(a), sorted(b))
+    return max(abs(a[s] - b[s]) / (abs(b[s]) if relative else 1) for s in a)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_equals_one_process(engine, run_of, alone):
+    """Losses of every step within 1e-5, gradient norms within 1e-5 relative, the same evaluation and the same best step."""
+    run = run_of(engine)
+    assert apart(harness.rows(run), harness.rows(alone)) <= LOSS
+    assert apart(harness.rows(run, "grad_norm"), harness.rows(alone, "grad_norm"), relative=True) <= NORM
+    ours, theirs = harness.rows(run, "eval_loss"), harness.rows(alone, "eval_loss")
+    assert {s: pytest.approx(v, abs=LOSS) for s, v in theirs.items()} == ours
+    best = [Path(json.loads((r / "metrics.json").read_text())["best_model_checkpoint"]).name for r in (run, alone)]
+    assert best[0] == best[1]
+
+
+@pytest.mark.parametrize("fault", ["swapped", "accumulation", "clipping"])
+def test_a_planted_fault_exceeds_the_tolerance(fault, faults, alone):
+    run = harness.the_run(faults / fault)
+    if fault == "clipping":  # the norm is the same before clipping; what follows from it is not
+        assert apart(harness.rows(run), harness.rows(alone)) > 10 * LOSS
+    else:
+        assert apart(harness.rows(run), harness.rows(alone)) > 10 * LOSS
+        assert apart(harness.rows(run, "grad_norm"), harness.rows(alone, "grad_norm"), relative=True) > 10 * NORM
+
+
+def test_bf16_agrees_within_its_digits(sequence, faults, alone):
+    two, one = harness.the_run(sequence / "bf16"), harness.the_run(faults / "bf16")
+    assert apart(harness.rows(two), harness.rows(one)) <= BF16
+    assert apart(harness.rows(two), harness.rows(alone)) > LOSS  # it really was another precision
+
+
+@pytest.mark.parametrize("engine", ["alone", *ENGINES])
+def test_adapter_is_complete(engine, run_of, request, alone):
+    """Every expected tensor, 2-D, finite, B not zero, equal to one process; manifests clean; no pickle beside it."""
+    import torch
+    from safetensors.torch import load_file
+
+    from kit import manifest
+
+    run = alone if engine == "alone" else run_of(engine)
+    tensors = load_file(run / "adapter" / "adapter_model.safetensors")
+    modules = "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj mlp.gate_proj mlp.up_proj mlp.down_proj"
+    names = {
+        f"base_model.model.model.layers.{layer}.{module}.lora_{side}.weight"
+        for layer in range(2) for module in modules.split() for side in "AB"
+    }  # fmt: skip
+    assert set(tensors) == names
+    reference = load_file(alone / "adapter" / "adapter_model.safetensors")
+    for name, tensor in tensors.items():
+        assert tensor.dim() == 2 and torch.isfinite(tensor).all() and tensor.abs().max() > 0, name
+        torch.testing.assert_close(tensor, reference[name], atol=2e-4, rtol=0)
+    assert manifest.verify(run / "adapter") == []
+    checkpoints = sorted((run / "checkpoints").glob("checkpoint-*"))
+    assert [c.name for c in checkpoints] == ["checkpoint-10", "checkpoint-20"]
+    assert all(manifest.verify(c) == [] for c in checkpoints)
+    assert not list((run / "adapter").glob("*.bin"))
+    assert harness.status(run)["state"] == "done"
+
+
+@pytest.mark.parametrize("engine", ["zero2", "zero3"])
+def test_merged_logits_equal_base_plus_adapter(engine, run_of):
+    from kit.merge import merge
+
+    report = merge(run_of(engine), overwrite=True, verify="logits")
+    assert report["method"] == "streaming"
+    assert report["verification"]["logits"]["max_difference"] < 1e-4, report["verification"]
+
+
+def test_full_fine_tuning_under_zero3(sequence, faults, base, alone):
+    """The saved model loads, equals one process, and its config differs from the base's in nothing."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    two, one = harness.the_run(sequence / "full"), harness.the_run(faults / "full")
+    assert apart(harness.rows(two), harness.rows(one)) <= LOSS
+    models = [AutoModelForCausalLM.from_pretrained(run / "model") for run in (two, one)]
+    for (name, a), (_, b) in zip(*(m.named_parameters() for m in models), strict=True):
+        torch.testing.assert_close(a, b, atol=2e-4, rtol=0, msg=name)
+    before, after = (json.loads((f / "config.json").read_text()) for f in (base, two / "model"))
+    assert {k: v for k, v in after.items() if before.get(k) != v} == {}
+    assert before.keys() - after.keys() == set()
+
+
+def test_stopped_by_a_signal_on_one_rank_and_resumed(work, base, chat, zero2):
+    """SIGTERM on rank 1 alone: exit 75 at one agreed step; `kit resume` ends bit-equal to the run that was not stopped."""
+    runs = work / "stopped"
+    script = f"launch.script={harness.ROOT / 'tests/launch/hooks.py'}"
+    args = harness.overrides(base, chat, runs, "deepspeed=zero2", "launch=deepspeed", "launch.num_gpus=2", script)
+    done = harness.kit("train", *args, cwd=work, KIT_TEST_SIGNAL="12")
+    assert done.returncode == 75, done.stdout[-3000:] + done.stderr[-3000:]
+    run = harness.the_run(runs)
+    harness.assert_nothing_left(run)
+    step = harness.status(run)["step"]
+    assert 13 <= step <= 14 and (run / "checkpoints" / f"checkpoint-{step}" / "manifest.json").exists()
+    assert "kit resume" in done.stderr
+
+    again = harness.kit("train", *args, cwd=work)  # the same command again does not start over, nor beside it
+    assert again.returncode == 2 and "kit resume" in again.stderr and "--fresh" in again.stderr
+    refused = harness.kit("resume", str(run), "peft.r=8", "launch.num_gpus=1", cwd=work)
+    assert refused.returncode == 2 and "peft.r" in refused.stderr
+
+    done = harness.kit("resume", str(run), cwd=work)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert f"resuming from checkpoint-{step}" in done.stderr
+    assert harness.rows(run) == harness.rows(zero2)
+    for file in ("adapter/adapter_model.safetensors",):
+        assert (run / file).read_bytes() == (zero2 / file).read_bytes()
+
+
+def test_typed_by_hand_with_overrides_and_stopped_by_its_launcher(work, base, chat):
+    """`deepspeed --module kit.worker OVERRIDES`; ending that command alone leaves no rank, and a complete checkpoint."""
+    runs = work / "hand"
+    args = harness.overrides(base, chat, runs, "deepspeed=zero2", "launch.num_gpus=2", "trainer.max_steps=100000")
+    argv = ["deepspeed", "--num_gpus", "2", "--master_port", port(), "--module", "kit.worker", *args]
+    process = harness.start(argv, work, DS_ACCELERATOR="cpu")
+    harness.wait_for(lambda: any(len(f.read_text().splitlines()) >= 3 for f in runs.glob("*/metrics.jsonl")), 150, process)
+    run = harness.the_run(runs)
+    assert json.loads((run / "plan.json").read_text())["world_size"] == 2
+    process.terminate()  # the runner has no handler: it dies at once and says nothing to its ranks
+    process.communicate(timeout=60)
+    harness.assert_nothing_left(run, 60)
+    assert harness.status(run)["state"] == "stopped"
+    from kit import manifest
+
+    assert manifest.newest_complete(run / "checkpoints").path
+
+
+def test_ctrl_c_saves_and_resumes_bit_equal(work, base, chat, alone):
+    """SIGINT to `kit train` in one process: 75, no process left, and the resumed run equals the uninterrupted one."""
+    runs = work / "interrupted"
+    slow = "trainer.dataloader_num_workers=0"
+    args = harness.overrides(base, chat, runs, "launch=local", slow)
+    process = harness.start([sys.executable, "-m", "kit", "train", *args], work)
+    harness.wait_for(lambda: any(len(f.read_text().splitlines()) >= 3 for f in runs.glob("*/metrics.jsonl")), 100, process)
+    process.send_signal(2)
+    done = harness.finish(process, 60)
+    run = harness.the_run(runs)
+    harness.assert_nothing_left(run)
+    assert done.returncode == 75, done.stdout[-2000:] + done.stderr[-2000:]
+    done = harness.kit("resume", str(run), cwd=work)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert harness.rows(run) == harness.rows(alone)
+    name = "adapter/adapter_model.safetensors"
+    assert (run / name).read_bytes() == (alone / name).read_bytes()
+
+
+def test_stopped_before_training_leaves_nothing(work, base, chat):
+    runs = work / "early"
+    args = harness.overrides(base, chat, runs, "deepspeed=zero2", "launch=deepspeed", "launch.num_gpus=2")
+    process = harness.start([sys.executable, "-m", "kit", "train", *args], work)
+    harness.wait_for(lambda: list(runs.glob("*/launch.json")), 60, process)
+    process.terminate()
+    done = harness.finish(process, 60)
+    assert done.returncode not in (0, 75), done
+    harness.assert_nothing_left(harness.the_run(runs))
+
+
+def test_one_directory_one_run(work, base, chat, alone):
+    """A finished run again takes a suffix; a directory that is being used is refused."""
+    import fcntl
+
+    args = harness.overrides(base, chat, work / "alone", "launch=local")
+    with open(alone / ".lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = harness.kit("train", *args, cwd=work)
+    assert done.returncode == 2 and "in use" in done.stderr
+    made = harness.kit("compose", *args, cwd=work)
+    other = Path(json.loads(made.stdout)["plan"]).parent
+    assert other.name == f"{alone.name}-2"
+    shutil.rmtree(other)
+
+
+def test_the_world_must_be_the_plans(work, base, chat):
+    """A plan for two processes started as one is refused before any weight is loaded."""
+    args = harness.overrides(base, chat, work / "world", "launch=torchrun", "launch.num_gpus=2")
+    made = harness.kit("compose", *args, cwd=work)
+    plan = json.loads(made.stdout)["plan"]
+    done = harness.finish(harness.start([sys.executable, "-m", "kit.worker", plan], work))
+    assert done.returncode == 2 and "2 processes" in done.stderr, done.stderr
+
+
+def test_hydra_multirun_and_flags(work, base, chat):
+    """Hydra's own flags on `kit train`: -m runs each point as a run of its own, --cfg shows, --info informs."""
+    stock = harness.overrides(base, chat, work / "sweep", "launch=local", "trainer.max_steps=2", "trainer.eval_strategy=no",
+                              "trainer.load_best_model_at_end=false", "name=point")  # fmt: skip
+    done = harness.kit("train", "-m", *stock, "peft.r=2,4", cwd=work)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    ranks = sorted(json.loads(p.read_text())["peft"]["r"] for p in (work / "sweep").glob("*/plan.json"))
+    assert ranks == [2, 4]
+    shown = harness.kit("train", *stock, "--cfg", "job", "--resolve", cwd=work)
+    assert shown.returncode == 0 and "max_steps: 2" in shown.stdout
+    for flags in (["--info", "searchpath"], ["--hydra-help"], ["--help"]):
+        assert harness.kit("train", *flags, cwd=work).returncode == 0
+    folder = work / "conf" / "recipe"
+    folder.mkdir(parents=True)
+    (folder / "mine.yaml").write_text("# @package _global_\npeft:\n  r: 3\n")
+    shown = harness.kit("train", "--config-dir", str(work / "conf"), "recipe=mine", *stock, "--cfg", "job", cwd=work)
+    assert shown.returncode == 0 and "r: 3" in shown.stdout, shown.stderr
+    wrong = harness.kit("train", *stock, "deepspeed=zero9", "--cfg", "job", cwd=work)
+    assert wrong.returncode == 2
+
+
+def test_signature_of_the_deepspeed_command():
+    """The options that kit.launchers.command uses exist."""
+    out = subprocess.run([sys.executable, "-m", "deepspeed.launcher.runner", "--help"], capture_output=True, text=True, timeout=120)
+    for flag in ("--num_gpus", "--master_port", "--master_addr", "--hostfile", "--no_local_rank", "--module", "--log_level"):
+        assert flag in out.stdout, flag
