@@ -72,6 +72,10 @@ class ModifiedTrainer(SFTTrainer):
     `kit.training.stopping.install_handlers()` was called. A non-finite loss or gradient raises KitError (4).
     """
 
+    model: Any  # upstream types these more widely than they are by the time they are used here
+    args: Any
+    state: Any
+
     def __init__(
         self, model: Any, args: Any = None, *rest: Any, provenance: dict | None = None, **kwargs: Any
     ) -> None:
