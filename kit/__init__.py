@@ -1,4 +1,4 @@
-"""Fine-tuning runs described once: checked in a second, run anywhere, adapters proven complete, merges proven equal."""
+"""Fine-tuning runs described once: checked in a second, run anywhere, adapters proven complete, merges equal."""
 
 from __future__ import annotations
 

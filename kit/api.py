@@ -11,7 +11,7 @@ from kit.errors import KitError, Problem
 
 
 def compose(*args: str, config_dir: str | None = None, here: bool = False, world_size: int | None = None) -> RunPlan:
-    """The frozen plan of `[run.yaml] key=value ...`; KitError with all problems. `here`: for this machine's hardware."""
+    """The frozen plan of `[run.yaml] key=value ...`; KitError with all problems. `here`: for this machine."""
     from kit.config.compose import compose as compose_tree
     from kit.config.plan import build_plan
 
@@ -67,7 +67,7 @@ def resume(run: str, *overrides: str) -> int:
 
 
 def changed(plan: RunPlan, overrides: list[str]) -> RunPlan:
-    """The plan with extendable and machine keys changed, from the tree that it froze: edited YAML files play no part."""
+    """The plan with extendable and machine keys changed, from the tree that it froze; edited YAML plays no part."""
     if not overrides:
         return plan
     from kit.config.compose import Composed, apply
@@ -93,7 +93,8 @@ def changed(plan: RunPlan, overrides: list[str]) -> RunPlan:
     new = build_plan(composed, here=True)
     if new.global_batch_size != plan.global_batch_size:
         raise KitError(
-            f"the global batch would change from {plan.global_batch_size} to {new.global_batch_size} rows: another run",
+            f"the global batch would change from {plan.global_batch_size} to {new.global_batch_size} rows: "
+            "another run",
             where="trainer.per_device_train_batch_size, trainer.gradient_accumulation_steps, launch.num_gpus",
             fix=f"global_batch_size={plan.global_batch_size} derives the accumulation",
         )
@@ -115,4 +116,3 @@ def plan_summary(plan: RunPlan) -> dict[str, Any]:
         "data": Path(plan.dataset.path).name,
         "notes": plan.notes,
     }
-

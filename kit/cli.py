@@ -153,8 +153,12 @@ def merge(argv: list[str]) -> int:
     parser.add_argument("--base", help="the base model, for an adapter that the kit did not make")
     parser.add_argument("--revision")
     parser.add_argument("--out", help="where the merged model goes (RUN/merged)")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the merged weights (the base's)")
-    parser.add_argument("--verify", choices=["auto", "logits", "tensors", "no"], default="auto", nargs="?", const="logits")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="of the merged weights (the base's)"
+    )
+    parser.add_argument(
+        "--verify", choices=["auto", "logits", "tensors", "no"], default="auto", nargs="?", const="logits"
+    )
     parser.add_argument("--overwrite", action="store_true")
     parser.add_argument("--no-fsync", action="store_true", help="leave flushing to the system")
     a = parser.parse_args(argv)
@@ -331,7 +335,9 @@ def print_problems(problems: list[Problem], refused: bool) -> None:
     if refused and count > 1:
         print(f"refused: {count} problems\n", file=sys.stderr)
     for number, problem in enumerate(problems):
-        print(("\n" if number else "") + ("refused: " if refused and count == 1 else "") + str(problem), file=sys.stderr)
+        print(
+            ("\n" if number else "") + ("refused: " if refused and count == 1 else "") + str(problem), file=sys.stderr
+        )
 
 
 VERBS: dict[str, Callable[[list[str]], Any]] = {

@@ -52,7 +52,7 @@ def check_logits(out: Path, plan: Plan, prompts: list[str] | None, whole: bool) 
     del model
     spread = float(torch.cat([t.flatten() for t in trained]).std()) or 1.0
     difference = torch.cat([(a - b).abs().flatten() for a, b in zip(trained, ours, strict=True)])
-    agree = torch.cat([a.argmax(-1) == b.argmax(-1) for a, b in zip(trained, ours, strict=True)])
+    agree = torch.cat([(a.argmax(-1) == b.argmax(-1)).flatten() for a, b in zip(trained, ours, strict=True)])
     result = {
         "prompts": len(tokens),
         "tokens": sum(t.shape[-1] for t in tokens),

@@ -62,8 +62,10 @@ def build_empty(base: Path) -> Any:
 def read_names(base: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Names:
     """Names for a base; a model with code of its own is stored as it is built, so its names stand for themselves."""
     if config.get("auto_map") and not _is_native(config):
-        stored = {name: name for name in tensors}
-        return Names(stored, note="the base has code of its own: stored names were taken as module names")
+        return Names(
+            {name: name for name in tensors},
+            note="the base has code of its own: stored names were taken as module names",
+        )
 
     from torch import nn
     from transformers.conversion_mapping import get_model_conversion_mapping

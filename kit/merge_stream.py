@@ -222,7 +222,7 @@ def _buffer(role: str, count: int, dtype: Any) -> tuple[Any, memoryview]:
         kept = torch.empty(max(need, BLOCK * 4), dtype=torch.uint8)
         setattr(_local, role, kept)
     part = kept[:need]
-    return part.view(dtype), memoryview(part.numpy())
+    return part.view(dtype), part.numpy().data
 
 
 def _change(fd: int, output: Output, offset: int) -> dict[str, Any]:
@@ -239,7 +239,8 @@ def _change(fd: int, output: Output, offset: int) -> dict[str, Any]:
     lora = _factors(edit.lora, work) if edit and edit.lora else None
     add = read_tensor(edit.add[0]).to(work).mul_(edit.add[1]) if edit and edit.add else None
     tokens = (torch.tensor(edit.rows[0]), read_tensor(edit.rows[1]).to(work)) if edit and edit.rows else None
-    by_column = _column_factor(output, lora, rows, width, step, work) if lora and edit.lora.transposed else None
+    transposed = edit is not None and edit.lora is not None and edit.lora.transposed
+    by_column = _column_factor(output, lora, rows, width, step, work) if lora and transposed else None
     before = moved = 0.0
     limit = torch.finfo(result).max
     with open(output.source.file, "rb", buffering=0) as handle:

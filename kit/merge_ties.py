@@ -22,10 +22,11 @@ def settle_ties(plan: Plan, edits: dict[str, Edit]) -> None:
     """
     for other, main in plan.names.tied.items():
         left, right = edits.get(main), edits.get(other)
-        if left is None and right is None:
+        either = left or right
+        if either is None:
             continue
         if plan.adapter.config.get("ensure_weight_tying"):
-            edits[main] = left or right
+            edits[main] = either
             edits.pop(other, None)
             continue
         left, right = left or Edit(), right or Edit()

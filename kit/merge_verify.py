@@ -149,8 +149,10 @@ def _through_peft(
     config.fan_in_fan_out = kind == "conv1d"
     r = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), module), config.r)
     alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), module), config.lora_alpha)
-    a = parts.get("lora_A.weight", parts.get("lora_embedding_A"))
-    b = parts.get("lora_B.weight", parts.get("lora_embedding_B"))
+    a: Any = parts.get("lora_A.weight", parts.get("lora_embedding_A"))
+    b: Any = parts.get("lora_B.weight", parts.get("lora_embedding_B"))
+    holder: Any
+    layer: Any
     if bias is not None:  # the bias needs no weight: one column stands for it
         a, weight = a[:, :1], torch.zeros(b.shape[0], 1) if kind == "linear" else torch.zeros(1, b.shape[0])
     elif kind == "linear":

@@ -1,7 +1,7 @@
 """`make quickstart`: the whole line on a tiny model, in minutes, without a network.
 
-A base is trained once (full fine-tuning on plain text, recipe=quickstart_base) and kept in the cache; a LoRA is tuned on it
-(recipe=quickstart), merged, verified, scored against the base, and shown side by side.
+A base is trained once (full fine-tuning on plain text, recipe=quickstart_base) and kept in the cache; a LoRA is tuned
+on it (recipe=quickstart), merged, verified, scored against the base, and shown side by side.
 """
 
 from __future__ import annotations
@@ -64,7 +64,9 @@ def quickstart(overrides: list[str]) -> dict[str, Any]:
     print(f"\nEverything is in {run}. Next, the same run under DeepSpeed ZeRO-3 with two processes:")
     more = "" if len(hardware.gpus()) > 1 else " trainer.use_cpu=true"
     print(f"  {command()} train recipe=quickstart launch=deepspeed launch.num_gpus=2 deepspeed=zero3{more}")
-    print(f"or ask it something:  {command()} generate {run} --prompt 'Which of Q, B, X, F comes first in the alphabet?'")
+    print(
+        f"or ask it something:  {command()} generate {run} --prompt 'Which of Q, B, X, F comes first in the alphabet?'"
+    )
     return scores
 
 

@@ -48,7 +48,9 @@ def create(plan: RunPlan, fresh: bool = False) -> RunPlan:
         (run / CHECKPOINTS).mkdir(exist_ok=True)
         os.chmod(run, 0o700)  # resume state is executable pickle: nobody else may plant one
     except OSError as error:
-        raise KitError(f"{run} cannot be made: {error.strerror}", "runs_dir", "runs_dir=FOLDER that can be written") from None
+        raise KitError(
+            f"{run} cannot be made: {error.strerror}", "runs_dir", "runs_dir=FOLDER that can be written"
+        ) from None
     write_plan(plan)
     set_status(run, "created")
     return plan
@@ -141,7 +143,9 @@ def find_run(name: str) -> Path:
         if (path / PLAN).is_file():
             return path.absolute()
     near = sorted(p.parent.name for p in Path("runs").glob(f"{glob_safe(Path(name).name)}*/{PLAN}"))
-    raise KitError(f"there is no run {name}", fix=f"one of: {', '.join(near)}" if near else "name a folder made by `kit train`")
+    raise KitError(
+        f"there is no run {name}", fix=f"one of: {', '.join(near)}" if near else "name a folder made by `kit train`"
+    )
 
 
 def glob_safe(text: str) -> str:

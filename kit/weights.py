@@ -40,7 +40,7 @@ def hub_cache() -> Path:
 
 
 def find_model(name_or_path: str, revision: str | None = None) -> Path | None:
-    """The local folder of a model: a path as it is, or a Hub id's snapshot in the cache; None where there is neither."""
+    """The local folder of a model: a path as it is, or a Hub id's snapshot in the cache; None without either."""
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         return path.resolve()

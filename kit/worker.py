@@ -52,7 +52,9 @@ def main(argv: list[str] | None = None, **hooks: Any) -> None:
         code = report(run, rank, error.problems, error.code, error)
     except Exception as error:
         cause = "".join(traceback.format_exception_only(error)).strip()
-        code = report(run, rank, [Problem(f"rank {rank}: {cause[:2000]}", log_of(run, rank), advice(error))], FAILED, error)
+        code = report(
+            run, rank, [Problem(f"rank {rank}: {cause[:2000]}", log_of(run, rank), advice(error))], FAILED, error
+        )
     sys.stdout.flush()
     sys.stderr.flush()
     # Interpreter shutdown joins threads of libraries that may wait for ranks which are gone.
@@ -77,7 +79,11 @@ def read_argv(argv: list[str]) -> tuple[list[str], str | None]:
 
 def check_launcher() -> None:
     """Refuse several SLURM tasks without ranks: each would train alone (T68)."""
-    if int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "WORLD_SIZE" not in os.environ and "SLURM_PROCID" in os.environ:
+    if (
+        int(os.environ.get("SLURM_NTASKS", "1")) > 1
+        and "WORLD_SIZE" not in os.environ
+        and "SLURM_PROCID" in os.environ
+    ):
         raise KitError(
             "several SLURM tasks, but no WORLD_SIZE: each task would train alone",
             "srun",
@@ -109,7 +115,9 @@ def compose_child(args: list[str], world: int) -> str:
     if child.stderr:
         print(child.stderr, file=sys.stderr, end="", flush=True)
     lines = child.stdout.strip().splitlines()
-    return lines[-1] if lines else json.dumps({"code": FAILED, "problems": [{"problem": "`kit compose` gave no answer"}]})
+    return (
+        lines[-1] if lines else json.dumps({"code": FAILED, "problems": [{"problem": "`kit compose` gave no answer"}]})
+    )
 
 
 def read_child(answer: str) -> str:
@@ -132,7 +140,7 @@ def prepare_process(plan: Any, rank: int) -> None:
     log = open(logs / f"rank{rank}.log", "a", buffering=1, encoding="utf-8", errors="replace")
     log.write(f"--- plan {plan.hash} rank {rank} {time.strftime('%Y-%m-%dT%H:%M:%S%z')}\n")
     if rank == 0:
-        sys.stdout, sys.stderr = Tee(sys.stdout, log), Tee(sys.stderr, log)  # type: ignore[assignment]
+        sys.stdout, sys.stderr = Tee(sys.stdout, log), Tee(sys.stderr, log)
     else:  # the console is rank 0's; libraries that write to the descriptors are caught too
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
@@ -182,8 +190,8 @@ def log_of(run: Path | None, rank: int) -> str:
 def advice(error: BaseException) -> str:
     if "out of memory" in str(error).lower():
         return (
-            "lower trainer.per_device_train_batch_size or trainer.max_length, set trainer.gradient_checkpointing=true, "
-            "or take the next of deepspeed=zero2, zero3, zero3_offload"
+            "lower trainer.per_device_train_batch_size or trainer.max_length, set trainer.gradient_checkpointing=true,"
+            " or take the next of deepspeed=zero2, zero3, zero3_offload"
         )
     return "the log holds the traceback"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -18,19 +19,40 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("HF_DATASETS_CACHE", str(ROOT / ".kit-cache" / "datasets"))
 os.environ["NO_COLOR"] = "1"
-os.environ.pop("TORCH_EXTENSIONS_DIR", None)  # the kit's own folder below KIT_CACHE: private, and kept between runs
+os.environ.pop("TORCH_EXTENSIONS_DIR", None)  # the kit's own folder below KIT_CACHE: nobody else compiles there
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the suite is the same on every machine: CPU processes
+
+
+OPERATORS = ["deepspeed_shm_comm", "cpu_adam", "async_io"]
+
+
+def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Launches come last: the fast tests run while DeepSpeed's operators are compiled on the other core."""
+    items.sort(key=lambda item: item.get_closest_marker("launch") is not None)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if any(item.get_closest_marker("launch") for item in session.items) and not session.config.option.collectonly:
+        threading.Thread(target=compile_operators, daemon=True).start()
+
+
+def compile_operators() -> Path:
+    """What CPU launches need, compiled where it is missing; a second caller waits for the first."""
+    from kit.launchers import ops
+
+    env = {"DS_ACCELERATOR": "cpu", "PATH": os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]}
+    with COMPILING:
+        ops.prepare(OPERATORS, 1500, lambda line: print(line, file=sys.stderr), env)
+    return ops.extensions_dir()
+
+
+COMPILING = threading.Lock()
 
 
 @pytest.fixture(scope="session")
 def ops_dir() -> Path:
-    """TORCH_EXTENSIONS_DIR with everything that CPU launches need, built here where it is missing (about 2 minutes)."""
-    from kit.launchers import ops
-
-    env = {"DS_ACCELERATOR": "cpu", "PATH": os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]}
-    names = ["deepspeed_shm_comm", "cpu_adam", "async_io"]
-    ops.prepare(names, 1200, lambda line: print(line, file=sys.stderr), env)
-    return ops.extensions_dir()
+    """TORCH_EXTENSIONS_DIR with DeepSpeed's CPU operators in it."""
+    return compile_operators()
 
 
 @pytest.fixture(scope="session")

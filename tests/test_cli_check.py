@@ -40,7 +40,8 @@ VALID = [
     [],
     ["deepspeed=zero1"],
     ["deepspeed=zero2", "deepspeed.zero_optimization.reduce_bucket_size=2e8"],
-    ["deepspeed=zero2", "deepspeed.zero_optimization.ignore_unused_parameters=false"],  # the file lacks it: no + needed
+    # A key that the file lacks: no + needed.
+    ["deepspeed=zero2", "deepspeed.zero_optimization.ignore_unused_parameters=false"],
     ["deepspeed=zero3_offload", "launch.num_gpus=8"],
     ["deepspeed=zero3_nvme", "deepspeed.zero_optimization.offload_optimizer.nvme_path=/x"],
     ["peft=none"],
@@ -66,7 +67,11 @@ REFUSED_RUNS = [
     (["quantization.load_in_4bits=true"], "quantization.load_in_4bits", "load_in_4bit"),
     (["deepspeed=zero2", "deepspeed.zero_optimisation.stage=2"], "zero_optimisation", "zero_optimization"),
     (["deepspeed=zero2", "deepspeed.gradient_cliping=1"], "gradient_cliping", "gradient_clipping"),
-    (["deepspeed=zero2", "deepspeed.zero_optimization.reduce_bucket=1"], "zero_optimization.reduce_bucket", "did you mean"),
+    (
+        ["deepspeed=zero2", "deepspeed.zero_optimization.reduce_bucket=1"],
+        "zero_optimization.reduce_bucket",
+        "did you mean",
+    ),
     (["deepspeed=zero3", "deepspeed.zero_optimization.offload_param.devise=cpu"], "offload_param.devise", "device"),
     (["trainer.learning_rate=fast"], "trainer.learning_rate"),
     (["trainer.max_steps=1.5"], "trainer.max_steps"),
@@ -99,6 +104,7 @@ REFUSED_RUNS = [
     (["trainer.completion_only_loss=true"], "completion_only_loss", "messages"),
     (["trainer.hub_token=abc"], "trainer.hub_token", "HF_TOKEN"),
     (["name=../up"], "name"),
+    (["peft=none", "peft.r=4"], "peft.r", "peft=lora"),
 ]
 
 
@@ -162,7 +168,8 @@ def test_a_recipe_of_ones_own(base, chat, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     mine = tmp_path / "mine.yaml"
     mine.write_text(
-        f"deepspeed: zero2\npeft: none\nmodel:\n  name_or_path: {base}\ndataset:\n  path: {chat}\ntrainer:\n  max_steps: 7\n"
+        f"deepspeed: zero2\npeft: none\nmodel:\n  name_or_path: {base}\n"
+        f"dataset:\n  path: {chat}\ntrainer:\n  max_steps: 7\n"
     )
     plan = api.compose(str(mine), "trainer.learning_rate=0.5")
     assert (plan.zero_stage, plan.peft, plan.trainer["max_steps"], plan.name) == (2, None, 7, "mine")
@@ -174,7 +181,8 @@ def test_a_recipe_of_ones_own(base, chat, tmp_path, monkeypatch):
     folder = tmp_path / "conf"
     (folder / "recipe").mkdir(parents=True)
     (folder / "recipe" / "ours.yaml").write_text(
-        f"# @package _global_\ndefaults:\n  - override /deepspeed: zero3\nmodel:\n  name_or_path: {base}\ndataset:\n  path: {chat}\n"
+        "# @package _global_\ndefaults:\n  - override /deepspeed: zero3\n"
+        f"model:\n  name_or_path: {base}\ndataset:\n  path: {chat}\n"
     )
     assert api.compose("recipe=ours", config_dir=str(folder)).zero_stage == 3
     assert_refused(api.check("recipe=our"), "recipe", "quickstart")
@@ -203,7 +211,9 @@ def test_auto_is_nowhere_in_a_plan(base, chat, tmp_path, monkeypatch):
     """Every "auto" is resolved before launch: in the DeepSpeed JSON, the trainer and the launch section."""
     monkeypatch.chdir(tmp_path)
     for engine in ("zero1", "zero2", "zero2_offload", "zero3", "zero3_offload", "zero3_nvme"):
-        plan = api.compose(f"model.name_or_path={base}", f"dataset.path={chat}", f"deepspeed={engine}", "launch.num_gpus=4")
+        plan = api.compose(
+            f"model.name_or_path={base}", f"dataset.path={chat}", f"deepspeed={engine}", "launch.num_gpus=4"
+        )
         dumped = plan.model_dump(include={"model", "dataset", "deepspeed", "trainer", "launch", "peft"})
         assert '"auto"' not in json.dumps(dumped), engine
         assert plan.deepspeed["train_batch_size"] == plan.global_batch_size == 32

@@ -49,14 +49,18 @@ def compose(args: list[str], config_dir: str | None = None) -> Composed:
     try:
         with initialize_config_dir(config_dir=str(paths.CONF), version_base="1.3", job_name="kit"):
             cfg = hydra_compose("train", overrides=[*searchpath, *overrides], return_hydra_config=True)
-        return read_cfg(cfg, overrides, run_file)
+        return read_cfg(cfg, cfg.hydra, overrides, run_file)
     except (HydraException, OmegaConfBaseException, OSError) as error:
         raise refusal(error, args) from None
     finally:
         GlobalHydra.instance().clear()
 
 
-def run_hydra(args: list[str], task: Callable[[Composed], None]) -> int:
+def no_task(composed: Composed) -> None:
+    """For the flags with which Hydra only prints: help and shell completion."""
+
+
+def run_hydra(args: list[str], task: Callable[[Composed], None] = no_task) -> int:
     """Hand the command line to Hydra's own main, for its flags (`-m`, `--cfg`, `--info`, ...); `task` runs per job."""
     register()
     overrides, run_file = read_args([a for a in args if not a.startswith("-")], flags=args)
@@ -65,8 +69,8 @@ def run_hydra(args: list[str], task: Callable[[Composed], None]) -> int:
     def job(cfg: DictConfig) -> None:
         from hydra.core.hydra_config import HydraConfig
 
-        cfg = OmegaConf.merge(cfg, {"hydra": OmegaConf.create(OmegaConf.to_container(HydraConfig.get()))})  # type: ignore[assignment]
-        task(read_cfg(cfg, [str(o) for o in cfg.hydra.overrides.task], run_file))
+        hydra = HydraConfig.get()
+        task(read_cfg(cfg, hydra, [str(o) for o in hydra.overrides.task], run_file))
 
     argv, sys.argv = sys.argv, ["kit train", *flags, *overrides]
     try:
@@ -142,11 +146,15 @@ def read_args(args: list[str], flags: list[str] | None = None) -> tuple[list[str
 def store_run_file(path: Path, given: set[str]) -> list[str]:
     """Put a user's run.yaml in place of a recipe; `deepspeed: zero2` in it chooses a group as on the command line."""
     if "recipe" in given:
-        raise KitError(f"both {path} and recipe= are given", where="command line", fix="name the recipe inside the file")
+        raise KitError(
+            f"both {path} and recipe= are given", where="command line", fix="name the recipe inside the file"
+        )
     try:
         tree = OmegaConf.load(path)
     except FileNotFoundError:
-        raise KitError(f"there is no file {path}", "command line", "check the path; it is taken from where you stand") from None
+        raise KitError(
+            f"there is no file {path}", "command line", "check the path; it is taken from where you stand"
+        ) from None
     except (OSError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise KitError(f"{path} is not YAML: {' '.join(str(error).split())}", str(path), "mend the line") from None
     if not isinstance(tree, DictConfig):
@@ -173,9 +181,9 @@ def flag_values(args: list[str]) -> set[str]:
     }
 
 
-def read_cfg(cfg: DictConfig, overrides: list[str], run_file: Path | None) -> Composed:
+def read_cfg(cfg: DictConfig, hydra: Any, overrides: list[str], run_file: Path | None) -> Composed:
     """The plain tree of a composed config, with the origin of every key."""
-    runtime = cfg.hydra.runtime
+    runtime = hydra.runtime
     choices = {str(k): v for k, v in runtime.choices.items() if not str(k).startswith("hydra/")}
     sources = [Path(s.path) for s in runtime.config_sources if s.schema == "file"]
     with contextlib.suppress(Exception):
@@ -200,7 +208,11 @@ def origins(choices: dict[str, Any], sources: list[Path], run_file: Path | None)
     """Dotted key to file:line for the primary config, each chosen group file, and the recipe."""
 
     def find(group: str, name: str) -> Path | None:
-        if group == "recipe" and run_file is not None and not any((s / group / f"{name}.yaml").is_file() for s in sources):
+        if (
+            group == "recipe"
+            and run_file is not None
+            and not any((s / group / f"{name}.yaml").is_file() for s in sources)
+        ):
             return run_file
         if group == "deepspeed" and (file := paths.DS_CONFIGS / f"{name}.json").is_file():
             return file
@@ -254,12 +266,16 @@ def refusal(error: Exception, args: list[str]) -> KitError:
         names = options(group)
         near = difflib.get_close_matches(name, names, 1)
         fix = f"did you mean {group}={near[0]}? " if near else ""
-        return KitError(f"there is no {group} named {name!r}", f"command line: {group}={name}", f"{fix}known: {', '.join(names)}")
+        return KitError(
+            f"there is no {group} named {name!r}", f"command line: {group}={name}", f"{fix}known: {', '.join(names)}"
+        )
     variable = re.search(r"Environment variable '(\w+)' not found", text)
     if variable:
         return KitError(f"the environment variable {variable[1]} is not set", fix=f"export {variable[1]}=...")
     culprit = next((a for a in args if a and a in text), "command line")
-    return KitError([Problem(text, culprit, "Hydra's override grammar: key=value, key=[a,b], key={a:1}, 'key=\"a b\"'")])
+    return KitError(
+        [Problem(text, culprit, "Hydra's override grammar: key=value, key=[a,b], key={a:1}, 'key=\"a b\"'")]
+    )
 
 
 def options(group: str) -> list[str]:

@@ -29,17 +29,21 @@ def find_files(path: str) -> list[Path] | None:
     if place.is_dir():
         files = sorted(f for f in place.iterdir() if f.suffix.lower() in SUFFIXES)
         if not files:
-            raise KitError(f"the folder {place} holds no data file", "dataset.path", f"put {', '.join(SUFFIXES)} in it")
+            raise KitError(
+                f"the folder {place} holds no data file", "dataset.path", f"put {', '.join(SUFFIXES)} in it"
+            )
         if len({SUFFIXES[f.suffix.lower()] for f in files}) > 1:
             raise KitError(f"the folder {place} mixes file kinds", "dataset.path", "name one file, or keep one kind")
         return files
     if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and place.suffix.lower() not in SUFFIXES and not path.startswith("."):
         return None
-    raise KitError(f"there is no data file {place}", "dataset.path", "check the path; it is taken from where you stand")
+    raise KitError(
+        f"there is no data file {place}", "dataset.path", "check the path; it is taken from where you stand"
+    )
 
 
 def peek(path: str) -> list[str] | None:
-    """The columns of a local data set's first row; None where they cannot be known here. KitError where it is empty."""
+    """The columns of a local data set's first row; None where they cannot be known. KitError where it is empty."""
     files = find_files(path)
     if files is None:
         return None
@@ -65,14 +69,16 @@ def peek(path: str) -> list[str] | None:
             if table.metadata.num_rows == 0:
                 raise empty
             return list(table.schema_arrow.names)
-        row = first_json(file)
-        if row is None:
+        first = first_json(file)
+        if first is None:
             raise empty
-        return list(row)
+        return list(first)
     except KitError:
         raise
     except Exception as error:  # pyarrow and csv have no common base; every one of them means an unreadable file
-        raise KitError(f"{file} cannot be read: {str(error).splitlines()[0]}", "dataset.path", "check the file") from None
+        raise KitError(
+            f"{file} cannot be read: {str(error).splitlines()[0]}", "dataset.path", "check the file"
+        ) from None
 
 
 def first_json(file: Path) -> dict | None:
@@ -90,12 +96,16 @@ def first_json(file: Path) -> dict | None:
                     row = json.loads(line)
                 except ValueError as error:
                     if file.suffix.lower() != ".json":
-                        raise KitError(f"{file} line {number} is not JSON: {error}", "dataset.path", "mend the line") from None
+                        raise KitError(
+                            f"{file} line {number} is not JSON: {error}", "dataset.path", "mend the line"
+                        ) from None
                     f.seek(0)  # one pretty-printed object
                     row = json.load(f)
             if row is not None and not isinstance(row, dict):
                 raise KitError(
-                    f"{file} line {number} holds {type(row).__name__}, not an object", "dataset.path", "one object per row"
+                    f"{file} line {number} holds {type(row).__name__}, not an object",
+                    "dataset.path",
+                    "one object per row",
                 )
             return row
     return None

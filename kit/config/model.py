@@ -12,7 +12,7 @@ from kit import paths, weights
 from kit.config.schema import Model
 from kit.errors import KitError, Problem
 
-# Leaf names of the linear layers by model_type, for bases whose weights are not here (transformers 5.23 modeling files).
+# Leaf names of the linear layers by model_type, for bases whose weights are not here (transformers 5.23's models).
 _LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LINEARS = {
     **dict.fromkeys(["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"], _LLAMA),
@@ -52,6 +52,12 @@ def inspect(model: Model, here: bool) -> tuple[Base, list[Problem]]:
     name = model.name_or_path
     preset = dict(model.config) or None
     folder = weights.find_model(name, model.revision)
+    local = Path(name).expanduser().is_dir()
+    if folder is None and here and looks_like_hub_id(name):
+        try:
+            folder = fetch_config(name, model.revision)
+        except KitError as error:
+            return Base(), error.problems
     if folder is None:
         if preset and paths.made_by_quickstart(name) and not here:
             return Base(config=preset, notes=[f"{name} is not made yet: `make quickstart` makes it"]), []
@@ -74,19 +80,52 @@ def inspect(model: Model, here: bool) -> tuple[Base, list[Problem]]:
         return Base(folder=folder), error.problems
     base = Base(config=config, folder=folder)
     if tensors:
-        base.modules = [n.removesuffix(".weight") for n, t in tensors.items() if n.endswith(".weight") and len(t.shape) == 2]
+        base.modules = [
+            n.removesuffix(".weight") for n, t in tensors.items() if n.endswith(".weight") and len(t.shape) == 2
+        ]
     elif linears := LINEARS.get(config.get("model_type", "")):
         base.modules = [f"model.layers.0.{n}" for n in linears]
-    if not tensors and not model.random_init:
+    if not tensors and not local:
+        base.notes.append(f"the weights of {name} are not on this machine: the ranks fetch them")
+    elif not tensors and not model.random_init:
         pickles = sorted(folder.glob("*.bin"))
-        problem = f"{folder} holds {pickles[0].name}, a pickle" if pickles else f"{folder} is not a model: it has no weights"
+        problem = (
+            f"{folder} holds {pickles[0].name}, a pickle" if pickles else f"{folder} is not a model: it has no weights"
+        )
         fix = "convert it to safetensors" if pickles else "give a folder with safetensors, or model.random_init=true"
         return base, [Problem(problem, "model.name_or_path", fix)]
-    differ = {k: (v, config[k]) for k, v in (preset or {}).items() if k in config and config[k] != v and k != "torch_dtype"}
+    differ = {
+        k: (v, config[k]) for k, v in (preset or {}).items() if k in config and config[k] != v and k != "torch_dtype"
+    }
     if differ:
         listed = ", ".join(f"{k} {a} against {b}" for k, (a, b) in sorted(differ.items()))
         base.notes.append(f"the preset's shape differs from {folder / weights.CONFIG}, which wins: {listed}")
     return base, []
+
+
+def fetch_config(name: str, revision: str | None) -> Path:
+    """config.json of a Hub model, into the cache; the folder it lies in. KitError where the Hub does not give it."""
+    try:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError
+    except ImportError:
+        raise KitError(
+            f"{name} is not here, and huggingface_hub is not installed", fix="pip install '.[train]'"
+        ) from None
+    try:
+        return Path(hf_hub_download(name, weights.CONFIG, revision=revision)).parent
+    except HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", None)
+        why = {401: "it is gated: log in", 403: "your account has no access yet", 404: "there is no such model"}
+        problem = f"{name} cannot be fetched: {why.get(status or 0, status)}"
+        raise KitError(problem, "model.name_or_path", "hf auth login, and ask for access on its page") from None
+    except Exception as error:  # offline, a proxy, a broken name: the reason stands in the message
+        reason = str(error).strip().splitlines()[0]
+        raise KitError(
+            f"{name} is neither a folder nor in the Hub cache, and cannot be fetched: {reason}",
+            "model.name_or_path",
+            "give a folder, or fetch it where there is a network",
+        ) from None
 
 
 def identify(model: Model, folder: Path | None) -> dict[str, Any] | None:
@@ -99,4 +138,3 @@ def identify(model: Model, folder: Path | None) -> dict[str, Any] | None:
         "config_sha256": hashlib.sha256((folder / weights.CONFIG).read_bytes()).hexdigest(),
         "fingerprint": weights.fingerprint(folder),
     }
-

@@ -14,7 +14,7 @@ from kit.config import dataset as data_files
 from kit.config import fields, rules, zero
 from kit.config.compose import Composed
 from kit.config.model import Base, identify, inspect
-from kit.config.schema import Dataset, Launch, Model, RunInput, RunPlan, Strict, identity_hash, leaves
+from kit.config.schema import Dataset, Launch, RunInput, RunPlan, Strict, identity_hash, leaves
 from kit.errors import KitError, Problem
 
 VERSION = "0.1.0"
@@ -70,7 +70,9 @@ def build_plan(composed: Composed, *, here: bool = True, world_size: int | None 
     for key, value in given.tracking.items():
         trainer.setdefault(key, value)
 
-    model = given.model.model_copy(update={"dtype": load_dtype(given.model.dtype, precision, bool(peft), bool(deepspeed))})
+    model = given.model.model_copy(
+        update={"dtype": load_dtype(given.model.dtype, precision, bool(peft), bool(deepspeed))}
+    )
     resolved: dict[str, Any] = {
         "model": model.model_dump(),
         "tokenizer": given.tokenizer.model_dump(),
@@ -83,7 +85,9 @@ def build_plan(composed: Composed, *, here: bool = True, world_size: int | None 
         "launch": launch.model_dump(),
     }
     if deepspeed:
-        resolved["deepspeed"], found = resolve_deepspeed(deepspeed, trainer, world, base, precision, set_by)
+        resolved["deepspeed"], found = resolve_deepspeed(
+            deepspeed, trainer, world, base, precision, set_by, here, notes
+        )
         problems += found
     stage = int((resolved["deepspeed"] or {}).get("zero_optimization", {}).get("stage") or 0)
     facts = rules.Facts(
@@ -151,7 +155,11 @@ def read_input(tree: dict[str, Any], set_by: Any) -> tuple[RunInput | None, list
         return (None if missing else given), problems
     except ValidationError as error:
         for e in error.errors():
-            key = ".".join(str(part) for part in e["loc"] if isinstance(part, str) and not part.startswith(("function-", "literal")))
+            key = ".".join(
+                str(part)
+                for part in e["loc"]
+                if isinstance(part, str) and not part.startswith(("function-", "literal"))
+            )
             if tree_at(tree, e["loc"]) == "???":
                 continue
             if e["type"] == "extra_forbidden":
@@ -187,6 +195,11 @@ def read_table(values: Any, table: str, section: str, set_by: Any) -> tuple[dict
         return None, []
     if not isinstance(values, dict):
         return None, [Problem(f"{section} must hold keys", set_by(section), f"{section}=none, or {section}.KEY=VALUE")]
+    if section == "peft" and "peft_type" not in values:
+        named = ", ".join(f"peft.{k}" for k in values)
+        return None, [
+            Problem(f"peft=none, but {named} is given", set_by(f"peft.{next(iter(values))}"), "peft=lora, or drop it")
+        ]
     if section == "peft" and table.upper() not in fields.peft_types():
         near = difflib.get_close_matches(table.upper(), fields.peft_types(), 1)
         known = ", ".join(fields.peft_types())
@@ -213,7 +226,9 @@ def read_deepspeed(values: Any, set_by: Any) -> tuple[dict[str, Any] | None, lis
     if not values:
         return None, []
     if not isinstance(values, dict):
-        return None, [Problem("deepspeed must hold keys", set_by("deepspeed"), "deepspeed=none, or deepspeed=FILE.json")]
+        return None, [
+            Problem("deepspeed must hold keys", set_by("deepspeed"), "deepspeed=none, or deepspeed=FILE.json")
+        ]
     values = dict(values)
     if file := values.pop("file", None):
         try:
@@ -233,7 +248,7 @@ def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 def look_at_data(dataset: Dataset, here: bool) -> tuple[str | None, list[Problem]]:
     """The data's format, from the first row of the file; None for a Hub id that is not a file."""
     problems: list[Problem] = []
-    wanted = None if dataset.format == "auto" else dataset.format
+    wanted: str | None = None if dataset.format == "auto" else dataset.format
     for key, path in (("dataset.path", dataset.path), ("dataset.eval_path", dataset.eval_path)):
         if path is None or (paths.made_by_quickstart(path) and not Path(path).exists() and not here):
             continue
@@ -242,7 +257,9 @@ def look_at_data(dataset: Dataset, here: bool) -> tuple[str | None, list[Problem
             if columns is not None:
                 wanted = data_files.detect_format(columns, dataset.columns, dataset.format)
         except KitError as error:
-            problems += [Problem(p.problem, key if p.where == "dataset.path" else p.where, p.fix) for p in error.problems]
+            problems += [
+                Problem(p.problem, key if p.where == "dataset.path" else p.where, p.fix) for p in error.problems
+            ]
     return wanted, problems
 
 
@@ -311,8 +328,10 @@ def resolve_batch(
         ]
     if wanted % (micro * world):
         fits = [m for m in range(1, micro + 1) if wanted % (m * world) == 0]
-        fix = f"trainer.per_device_train_batch_size={fits[-1]}" if fits else (
-            f"global_batch_size={math.ceil(wanted / (micro * world)) * micro * world}"
+        fix = (
+            f"trainer.per_device_train_batch_size={fits[-1]}"
+            if fits
+            else f"global_batch_size={math.ceil(wanted / (micro * world)) * micro * world}"
         )
         return wanted, [
             Problem(
@@ -327,14 +346,28 @@ def resolve_batch(
 
 
 def resolve_deepspeed(
-    deepspeed: dict[str, Any], trainer: dict[str, Any], world: int, base: Base, precision: Any, set_by: Any
+    deepspeed: dict[str, Any],
+    trainer: dict[str, Any],
+    world: int,
+    base: Base,
+    precision: Any,
+    set_by: Any,
+    here: bool,
+    notes: list[str],
 ) -> tuple[dict[str, Any], list[Problem]]:
-    """Every "auto" of the JSON as a plain value; a literal that disagrees with the trainer is a problem."""
+    """Every "auto" of the JSON as a plain value; a literal that disagrees with the trainer is a problem.
+
+    For another machine the width of a model that is not here may stay unknown: it is said, not guessed.
+    """
     try:
         return zero.resolve(
             deepspeed, trainer=trainer, world_size=world, hidden_size=base.hidden_size, precision=precision
         ), []
     except KitError as error:
+        unknown = [p for p in error.problems if p.rule == "hidden-size"]
+        if unknown and not here:
+            notes.append(f"{unknown[0].problem}; resolved when the run starts")
+            return deepspeed, located([p for p in error.problems if p not in unknown], set_by)
         return deepspeed, located(error.problems, set_by)
 
 
@@ -352,4 +385,3 @@ def absolute(resolved: dict[str, Any]) -> None:
     ):
         for key in keys:
             resolved[section][key] = local(resolved[section][key])
-

@@ -1,7 +1,7 @@
 """The rules between keys: what each refuses or warns of, the fix, and where the knowledge comes from.
 
-A rule is a function of the resolved facts that yields nothing where all is well. `here` rules ask about this machine and
-hold only where the run is about to start on it.
+A rule is a function of the resolved facts that yields nothing where all is well. `here` rules ask about this machine
+and hold only where the run is about to start on it.
 """
 
 from __future__ import annotations
@@ -47,7 +47,11 @@ def fsdp_and_deepspeed(f: Facts) -> Iterator[tuple[str, str, str]]:
 
 def fsdp_on_cpu(f: Facts) -> Iterator[tuple[str, str, str]]:
     if f.plan["fsdp"] and f.on_cpu:
-        yield "accelerate applies FSDP on GPUs only: on a CPU it is silently left out", "fsdp", "fsdp=none deepspeed=zero3"
+        yield (
+            "accelerate applies FSDP on GPUs only: on a CPU it is silently left out",
+            "fsdp",
+            "fsdp=none deepspeed=zero3",
+        )
 
 
 def fp16_and_bf16(f: Facts) -> Iterator[tuple[str, str, str]]:
@@ -70,7 +74,11 @@ def bf16_slow_cpu(f: Facts) -> Iterator[tuple[str, str, str]]:
     from kit import hardware
 
     if f.on_cpu and f.precision == "bfloat16" and not hardware.cpu_multiplies_bf16():
-        yield "this CPU has no bfloat16 instructions: 25-50 times slower than float32", "trainer.bf16", "trainer.bf16=false"
+        yield (
+            "this CPU has no bfloat16 instructions: 25-50 times slower than float32",
+            "trainer.bf16",
+            "trainer.bf16=false",
+        )
 
 
 def gpus_missing(f: Facts) -> Iterator[tuple[str, str, str]]:
@@ -85,7 +93,11 @@ def gpus_missing(f: Facts) -> Iterator[tuple[str, str, str]]:
 
 def one_process_local(f: Facts) -> Iterator[tuple[str, str, str]]:
     if f.plan["launch"]["launcher"] == "local" and f.plan["launch"]["num_gpus"] > 1:
-        yield "launch=local starts one process", "launch.num_gpus", "launch=deepspeed, launch=torchrun or launch.num_gpus=1"
+        yield (
+            "launch=local starts one process",
+            "launch.num_gpus",
+            "launch=deepspeed, launch=torchrun or launch.num_gpus=1",
+        )
 
 
 def lm_head_target(f: Facts) -> Iterator[tuple[str, str, str]]:
@@ -107,7 +119,11 @@ def targets_match_nothing(f: Facts) -> Iterator[tuple[str, str, str]]:
         try:
             matched = [m for m in f.modules if re.fullmatch(targets, m)]
         except re.error as error:
-            yield f"target_modules is no regular expression: {error}", "peft.target_modules", "list names, or all-linear"
+            yield (
+                f"target_modules is no regular expression: {error}",
+                "peft.target_modules",
+                "list names, or all-linear",
+            )
             return
         dead = [] if matched else [targets]
     else:
@@ -140,41 +156,53 @@ def best_model(f: Facts) -> Iterator[tuple[str, str, str]]:
             f"trainer.eval_strategy={t.get('save_strategy', 'steps')}",
         )
     if t.get("save_only_model") and f.plan["deepspeed"]:
-        yield "save_only_model with load_best_model_at_end does not work under DeepSpeed", "trainer.save_only_model", (
-            "trainer.save_only_model=false"
+        yield (
+            "save_only_model with load_best_model_at_end does not work under DeepSpeed",
+            "trainer.save_only_model",
+            "trainer.save_only_model=false",
         )
 
 
 def eval_without_data(f: Facts) -> Iterator[tuple[str, str, str]]:
     d = f.plan["dataset"]
-    if f.plan["trainer"].get("eval_strategy", "no") != "no" and not (d["eval_path"] or d["eval_split"] or d["test_size"]):
+    if f.plan["trainer"].get("eval_strategy", "no") != "no" and not (
+        d["eval_path"] or d["eval_split"] or d["test_size"]
+    ):
         yield "evaluation is on, but there is no held-out data", "trainer.eval_strategy", "dataset.test_size=0.1"
 
 
 def find_batch_size(f: Facts) -> Iterator[tuple[str, str, str]]:
     if f.plan["trainer"].get("auto_find_batch_size") and f.plan["deepspeed"]:
-        yield "auto_find_batch_size cannot restart a DeepSpeed engine", "trainer.auto_find_batch_size", (
-            "set trainer.per_device_train_batch_size"
+        yield (
+            "auto_find_batch_size cannot restart a DeepSpeed engine",
+            "trainer.auto_find_batch_size",
+            "set trainer.per_device_train_batch_size",
         )
 
 
 def packing_wrapped(f: Facts) -> Iterator[tuple[str, str, str]]:
     if f.plan["trainer"].get("packing") and f.plan["trainer"].get("packing_strategy") == "wrapped":
-        yield "packing_strategy=wrapped lets documents attend to each other", "trainer.packing_strategy", (
-            "trainer.packing_strategy=bfd"
+        yield (
+            "packing_strategy=wrapped lets documents attend to each other",
+            "trainer.packing_strategy",
+            "trainer.packing_strategy=bfd",
         )
 
 
 def assistant_loss_needs_chat(f: Facts) -> Iterator[tuple[str, str, str]]:
     t = f.plan["trainer"]
     if t.get("assistant_only_loss") and f.columns_format not in (None, "messages"):
-        yield f"assistant_only_loss needs chat data, this is {f.columns_format}", "trainer.assistant_only_loss", (
-            "trainer.assistant_only_loss=false"
+        yield (
+            f"assistant_only_loss needs chat data, this is {f.columns_format}",
+            "trainer.assistant_only_loss",
+            "trainer.assistant_only_loss=false",
         )
     if t.get("completion_only_loss") and f.columns_format not in (None, "prompt_completion"):
-        yield f"completion_only_loss needs prompt and completion, this is {f.columns_format}", (
-            "trainer.completion_only_loss"
-        ), "trainer.completion_only_loss=null"
+        yield (
+            f"completion_only_loss needs prompt and completion, this is {f.columns_format}",
+            "trainer.completion_only_loss",
+            "trainer.completion_only_loss=null",
+        )
 
 
 def quantized_zero3(f: Facts) -> Iterator[tuple[str, str, str]]:
@@ -184,25 +212,35 @@ def quantized_zero3(f: Facts) -> Iterator[tuple[str, str, str]]:
     if not f.plan["peft"]:
         yield "a quantized base cannot be fully fine-tuned", "quantization", "peft=lora, or quantization=none"
     if q.get("load_in_8bit") and f.stage == 3:
-        yield "an int8 base cannot be sharded by ZeRO-3", "quantization.load_in_8bit", "deepspeed=zero2, or quantization=nf4"
+        yield (
+            "an int8 base cannot be sharded by ZeRO-3",
+            "quantization.load_in_8bit",
+            "deepspeed=zero2, or quantization=nf4",
+        )
     storage = q.get("bnb_4bit_quant_storage") or "uint8"
     if q.get("load_in_4bit") and f.stage == 3 and storage != f.precision:
-        yield f"under ZeRO-3 the 4-bit storage dtype ({storage}) must be the training precision", (
-            "quantization.bnb_4bit_quant_storage"
-        ), f"quantization.bnb_4bit_quant_storage={f.precision}"
+        yield (
+            f"under ZeRO-3 the 4-bit storage dtype ({storage}) must be the training precision",
+            "quantization.bnb_4bit_quant_storage",
+            f"quantization.bnb_4bit_quant_storage={f.precision}",
+        )
 
 
 def device_map(f: Facts) -> Iterator[tuple[str, str, str]]:
     if (f.plan["trainer"].get("model_init_kwargs") or {}).get("device_map") is not None:
-        yield "device_map places layers for inference; training places the model itself", (
-            "trainer.model_init_kwargs.device_map"
-        ), "remove it"
+        yield (
+            "device_map places layers for inference; training places the model itself",
+            "trainer.model_init_kwargs.device_map",
+            "remove it",
+        )
 
 
 def token_indices_on_cpu(f: Facts) -> Iterator[tuple[str, str, str]]:
     if f.stage == 3 and f.on_cpu and (f.plan["peft"] or {}).get("trainable_token_indices"):
-        yield "PEFT gathers trainable_token_indices under ZeRO-3 on CUDA only", "peft.trainable_token_indices", (
-            "deepspeed=zero2"
+        yield (
+            "PEFT gathers trainable_token_indices under ZeRO-3 on CUDA only",
+            "peft.trainable_token_indices",
+            "deepspeed=zero2",
         )
 
 

@@ -1,6 +1,7 @@
 """What a run is: `RunInput` is the composed tree, `RunPlan` the frozen result that every later step reads.
 
-`trainer`, `peft`, `quantization` and `deepspeed` are dicts because their schema is the libraries' own (fields.py, zero.py).
+`trainer`, `peft`, `quantization` and `deepspeed` are dicts because their schema is the libraries' own (fields.py,
+zero.py).
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ class RunInput(Strict):
 
 
 class RunPlan(Strict):
-    """A run with every value plain: no "auto", no interpolation, absolute paths. It is what crosses process borders."""
+    """A run with every value plain: no "auto", no interpolation, absolute paths. It crosses process borders."""
 
     format: Literal[1] = 1
     kit_version: str
@@ -108,7 +109,8 @@ class RunPlan(Strict):
     notes: list[str] = Field(default_factory=list)
     overrides: list[str] = Field(default_factory=list)
     provenance: dict[str, str] = Field(default_factory=dict)
-    composed: dict[str, Any] = Field(default_factory=dict)  # the tree before resolution: `kit resume key=value` starts here
+    # The tree before resolution: `kit resume key=value` starts here.
+    composed: dict[str, Any] = Field(default_factory=dict)
 
     @property
     def run_path(self) -> Path:

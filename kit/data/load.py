@@ -10,7 +10,7 @@ from kit.errors import KitError
 
 
 def load_datasets(plan: Any) -> tuple[Any, Any]:
-    """The training rows and the held-out rows (None where the plan has none) as datasets.Dataset or IterableDataset."""
+    """The training rows and the held-out rows (None without any) as datasets.Dataset or IterableDataset."""
     d: Dataset = plan.dataset
     train = read(d, d.path, d.split)
     held_out = None
@@ -26,7 +26,9 @@ def load_datasets(plan: Any) -> tuple[Any, Any]:
     if d.limit:
         train = train.take(d.limit) if d.streaming else train.select(range(min(d.limit, len(train))))
     if d.eval_limit and held_out is not None:
-        held_out = held_out.take(d.eval_limit) if d.streaming else held_out.select(range(min(d.eval_limit, len(held_out))))
+        held_out = (
+            held_out.take(d.eval_limit) if d.streaming else held_out.select(range(min(d.eval_limit, len(held_out))))
+        )
     for name, rows in (("dataset.path", train), ("dataset.eval_path", held_out)):
         if rows is not None and not d.streaming and len(rows) == 0:
             raise KitError("the data set holds no rows", name, "give a file with at least one row")
@@ -44,10 +46,14 @@ def read(d: Dataset, path: str, split: str | None) -> Any:
         else:
             kind = SUFFIXES[files[0].suffix.lower()]
             options = {"delimiter": "\t"} if files[0].suffix.lower() == ".tsv" else {}
-            rows = load_dataset(kind, data_files=[str(f) for f in files], split="train", streaming=d.streaming, **options)
+            rows = load_dataset(
+                kind, data_files=[str(f) for f in files], split="train", streaming=d.streaming, **options
+            )
     except Exception as error:  # datasets raises many kinds; every one of them means unreadable data
         reason = str(error.__cause__ or error).strip().splitlines()
-        raise KitError(f"{path} cannot be read: {reason[0] if reason else type(error).__name__}", "dataset.path") from error
+        raise KitError(
+            f"{path} cannot be read: {reason[0] if reason else type(error).__name__}", "dataset.path"
+        ) from error
     columns = list(rows.column_names or next(iter(rows)).keys())
     kept = FORMATS[detect_format(columns, d.columns, d.format)]
     rename = {theirs: ours for ours, theirs in d.columns.items() if theirs != ours}

@@ -31,8 +31,8 @@ def command(plan: RunPlan, plan_path: Path, resume: str | None = None) -> tuple[
     if launch.launcher == "deepspeed":
         argv = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", count, "--master_port", port]
         # A hostfile left in /job would turn one node into a cluster; an absent file means this machine.
-        argv += ["--hostfile", str(plan.run_path / "no-hostfile"), "--master_addr", "127.0.0.1", "--log_level", "error"]
-        argv += ["--no_local_rank", *module, *target, *tail]
+        argv += ["--hostfile", str(plan.run_path / "no-hostfile"), "--master_addr", "127.0.0.1"]
+        argv += ["--log_level", "error", "--no_local_rank", *module, *target, *tail]
     elif launch.launcher == "torchrun":
         argv = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", count, "--nnodes", "1"]
         argv += ["--master_addr", "127.0.0.1", "--master_port", port, *module, *target, *tail]

@@ -1,7 +1,7 @@
-"""DeepSpeed's operators are compiled before the ranks start: with a line of progress, a limit, and an eye on dead locks.
+"""DeepSpeed's operators are compiled before the ranks start: with progress, a limit, and an eye on dead locks.
 
-torch's builder leaves a file `lock` beside the operator it builds; a killed build leaves it for ever, and every later run
-waits for it without a word (trap T73).
+torch's builder leaves a file `lock` beside the operator it builds; a killed build leaves it for ever, and every later
+run waits for it without a word (trap T73).
 """
 
 from __future__ import annotations
@@ -101,9 +101,7 @@ def check_locks(folder: Path, name: str) -> None:
         owner = builder_in(lock.parent)
         age = int(time.time() - lock.stat().st_mtime)
         if owner:
-            raise KitError(
-                f"{name} is being compiled by process {owner}", str(lock), "wait for it", code=ENVIRONMENT
-            )
+            raise KitError(f"{name} is being compiled by process {owner}", str(lock), "wait for it", code=ENVIRONMENT)
         raise KitError(
             f"a killed build of {name} left a lock {age} s ago; every run would wait for it for ever",
             str(lock),

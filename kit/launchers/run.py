@@ -1,7 +1,7 @@
 """Start the ranks of a plan, stay with them, and leave nothing behind.
 
-A single-node `deepspeed` command has no signal handlers of its own: ending it leaves its ranks running (trap T71). So the
-ranks are signalled directly, by the process ids that they write down, and whatever still lives at the end is killed.
+A single-node `deepspeed` command has no signal handlers of its own: ending it leaves its ranks running (trap T71). So
+the ranks are signalled directly, by the process ids that they write down, and whatever still lives at last is killed.
 """
 
 from __future__ import annotations

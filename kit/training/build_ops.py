@@ -14,7 +14,9 @@ def main(names: list[str]) -> None:
 
             builder = ShareMemCommBuilder()
         else:
-            builder = get_accelerator().create_op_builder({"cpu_adam": "CPUAdamBuilder", "async_io": "AsyncIOBuilder"}[name])
+            builder = get_accelerator().create_op_builder(
+                {"cpu_adam": "CPUAdamBuilder", "async_io": "AsyncIOBuilder"}[name]
+            )
         builder.load(verbose=False)
 
 

@@ -47,7 +47,9 @@ class Progress(TrainerCallback):
         with open(self.path, "a", encoding="utf-8") as f:
             f.write(json.dumps(row) + "\n")
         if args.disable_tqdm and ("loss" in logs or "eval_loss" in logs):
-            shown = [f"{k} {v:.4g}" for k, v in logs.items() if k in ("loss", "eval_loss", "grad_norm", "learning_rate")]
+            shown = [
+                f"{k} {v:.4g}" for k, v in logs.items() if k in ("loss", "eval_loss", "grad_norm", "learning_rate")
+            ]
             print(f"step {state.global_step}/{state.max_steps}  {'  '.join(shown)}  {seconds:.0f} s", flush=True)
 
 
@@ -71,7 +73,8 @@ def banner(plan: RunPlan, trainer: Any, train_rows: Any, held_out: Any, seconds:
     lines = [
         f"run       {rundir.shown(plan.run_path)}",
         f"machine   {plan.world_size} x {device}, {plan.precision}, {engine}",
-        f"model     {plan.model.name_or_path}: {total:,} parameters, {trained:,} trained ({100 * trained / total:.2f} %)",
+        f"model     {plan.model.name_or_path}: {total:,} parameters, {trained:,} trained "
+        f"({100 * trained / total:.2f} %)",
         f"data      {rows_in(train_rows)} rows, {rows_in(held_out)} held out",
         f"batch     {plan.global_batch_size} rows per step = {trainer.args.per_device_train_batch_size} rows x "
         f"{trainer.args.gradient_accumulation_steps} accumulation x {plan.world_size} processes",
@@ -121,7 +124,9 @@ def farewell(plan: RunPlan, metrics: dict[str, Any]) -> None:
     """The last lines of a finished run: the figures and the commands that come next."""
     run = rundir.shown(plan.run_path)
     place = rundir.ADAPTER if plan.peft else rundir.MODEL
-    loss = f"loss {metrics['first_loss']:.4g} -> {metrics['last_loss']:.4g}" if metrics["first_loss"] is not None else ""
+    loss = (
+        f"loss {metrics['first_loss']:.4g} -> {metrics['last_loss']:.4g}" if metrics["first_loss"] is not None else ""
+    )
     held_out = f", held out {metrics['eval_loss']:.4g}" if "eval_loss" in metrics else ""
     print(f"done      {metrics['step']} steps in {metrics['train_runtime']:.1f} s, {loss}{held_out}")
     print(f"saved     {run}/{place}")

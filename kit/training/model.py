@@ -32,7 +32,9 @@ def load_tokenizer(plan: RunPlan) -> Any:
         raise KitError(f"{name} has no end token: a tuned model would never stop", "tokenizer.eos_token", "name one")
     if tokenizer.pad_token is None:
         raise KitError(
-            f"{name} has no padding token", "tokenizer.pad_token", "name one that the data never holds, e.g. a reserved token"
+            f"{name} has no padding token",
+            "tokenizer.pad_token",
+            "name one that the data never holds, e.g. a reserved token",
         )
     if t.chat_template:
         tokenizer.chat_template = Path(t.chat_template).read_text(encoding="utf-8")

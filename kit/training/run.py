@@ -27,18 +27,20 @@ def train(plan: RunPlan, *, resume: str | None = None, callbacks: Sequence[Any] 
     from kit.training.trainer import ModifiedTrainer
 
     run = plan.run_path
+    check_world(plan)
     console.quiet()
     start_process_group(plan)
+    fsdp: Any = bool(plan.fsdp) or None  # upstream annotates a string for its command line; True is what it works with
     # Before the model and kept alive: zero.Init looks for the live DeepSpeed config that this object holds (T19).
     args = SFTConfig(
         **{**plan.trainer, "disable_tqdm": plan.trainer.get("disable_tqdm", not rundir.is_terminal())},
         output_dir=str(run / rundir.CHECKPOINTS),
         deepspeed=copy.deepcopy(plan.deepspeed),
-        fsdp=bool(plan.fsdp) or None,
+        fsdp=fsdp,
         fsdp_config=plan.fsdp,
         ddp_backend="gloo" if plan.trainer["use_cpu"] and plan.world_size > 1 else None,
     )
-    check_world(plan, args)
+    check_ranks(plan)
     writer = args.process_index == 0
     lock = rundir.locked(run, rundir.LOCK + ".rank0") if writer else None
     if lock:
@@ -95,26 +97,34 @@ def start_process_group(plan: RunPlan) -> None:
         deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
 
 
-def check_world(plan: RunPlan, args: Any) -> None:
-    """Every rank must hold the same plan, and as many processes must run as it was resolved for."""
-    if args.world_size != plan.world_size:
+def check_world(plan: RunPlan) -> None:
+    """As many processes must run as the plan was resolved for: its batch arithmetic depends on it."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world != plan.world_size:
         raise KitError(
-            f"the plan is for {plan.world_size} processes, {args.world_size} were started",
+            f"the plan is for {plan.world_size} processes, {world} {'was' if world == 1 else 'were'} started",
             where="launch.num_gpus",
-            fix=f"start {plan.world_size}, or compose again: the batch arithmetic depends on it",
+            fix=f"start {plan.world_size}, or compose again",
         )
-    if args.world_size > 1:
-        import torch.distributed as dist
 
-        hashes: list[str | None] = [None] * args.world_size
-        dist.all_gather_object(hashes, plan.hash)
-        if len(set(hashes)) > 1:
-            raise KitError(f"the ranks hold different plans: {', '.join(map(str, hashes))}", code=4)
+
+def check_ranks(plan: RunPlan) -> None:
+    """Every rank must hold the same plan. Collective."""
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    hashes: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(hashes, plan.hash)
+    if len(set(hashes)) > 1:
+        raise KitError(f"the ranks hold different plans: {', '.join(map(str, hashes))}", fix="start all ranks with one plan")
 
 
 def find_checkpoint(plan: RunPlan, resume: str) -> Path:
     """The checkpoint to go on from: a name below checkpoints/, checked against its manifest."""
     folder = plan.run_path / rundir.CHECKPOINTS / resume
     if damage := manifest.verify(folder):
-        raise KitError(f"{folder} is not a complete checkpoint: {damage[0]}", fix="kit resume takes the newest complete one")
+        raise KitError(
+            f"{folder} is not a complete checkpoint: {damage[0]}", fix="kit resume takes the newest complete one"
+        )
     return folder

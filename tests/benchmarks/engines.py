@@ -3,9 +3,9 @@
     python tests/benchmarks/engines.py --shape 8b --engines zero2 zero3 zero3_offload --out results.json
     python tests/benchmarks/engines.py --shape tiny --cpu --out /tmp/x.json            (rehearsal)
 
-Arms: `kit` (the plan), `trl` (SFTTrainer as it comes: its own defaults, a string model, an "auto" JSON of the stage) and
-`trl-same` (the same script with the plan's own settings and its resolved DeepSpeed JSON). The base is made once, random, on
-disk. One process group per arm; JSON is written after each.
+Arms: `kit` (the plan), `trl` (SFTTrainer as it comes: its own defaults, a string model, an "auto" JSON of the stage)
+and `trl-same` (the same script with the plan's own settings and its resolved DeepSpeed JSON). The base is made once,
+random, on disk. One process group per arm; JSON is written after each.
 """
 
 from __future__ import annotations
@@ -112,7 +112,12 @@ def main() -> None:
     make_data(data, a.gpus * a.micro * a.steps, a.length + 8)
     results = {"argv": sys.argv, "made_base_seconds": round(time.time() - began, 1), "rows": {}}
     save_every = a.steps // 2
-    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    env = {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     env["PATH"] = os.path.dirname(sys.executable) + os.pathsep + env["PATH"]
     if a.cpu:
         env |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
@@ -124,8 +129,9 @@ def main() -> None:
         runs = work / f"runs-{engine}"
         shutil.rmtree(runs, ignore_errors=True)
         overrides = [
-            f"model.name_or_path={base}", f"dataset.path={data}", f"deepspeed={engine}", f"runs_dir={runs}", "name=kit",
-            f"launch.num_gpus={a.gpus}", "launch=deepspeed", f"launch.script={ROOT / 'tests/benchmarks/kit_clock.py'}",
+            f"model.name_or_path={base}", f"dataset.path={data}", f"deepspeed={engine}", f"runs_dir={runs}",
+            "name=kit", f"launch.num_gpus={a.gpus}", "launch=deepspeed",
+            f"launch.script={ROOT / 'tests/benchmarks/kit_clock.py'}",
             *(f"peft.{k}={v}" for k, v in LORA.items()), *(f"trainer.{k}={v}" for k, v in common.items()),
             *(["trainer.use_cpu=true"] if a.cpu else ["trainer.bf16=true"]),
         ]  # fmt: skip
@@ -166,11 +172,12 @@ def main() -> None:
                 figures_file = work / f"{engine}-{arm}.figures.json"
                 figures_file.unlink(missing_ok=True)
                 settings.write_text(json.dumps({
-                    "sft": {**sft, "output_dir": str(out), "disable_tqdm": True}, "model": str(base), "data": str(data),
-                    "peft": LORA, "out": str(figures_file),
+                    "sft": {**sft, "output_dir": str(out), "disable_tqdm": True}, "model": str(base),
+                    "data": str(data), "peft": LORA, "out": str(figures_file),
                 }))  # fmt: skip
                 port = str(20000 + random.randrange(20000))
-                argv = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(a.gpus), "--master_port", port]
+                argv = [sys.executable, "-m", "deepspeed.launcher.runner"]
+                argv += ["--num_gpus", str(a.gpus), "--master_port", port]
                 argv += [str(ROOT / "tests/benchmarks/trl_plain.py"), str(settings)]
                 code, seconds = run(argv, env, log, a.limit)
                 raw = json.loads(figures_file.read_text()) if figures_file.exists() else None
@@ -209,7 +216,8 @@ def table(rows: dict) -> str:
             continue
         saves = " ".join(f"{s:.2f}" for s in row["checkpoint_seconds"])
         peak = f"{row['peak_gb']:.1f}" if row["peak_gb"] else "-"
-        lines.append(f"{engine:<16}{arm:<10}{row['tokens_per_second']:>10,.0f}{peak:>9}{saves:>20}{row['first_step_after_seconds']:>14.1f}")
+        first = row["first_step_after_seconds"]
+        lines.append(f"{engine:<16}{arm:<10}{row['tokens_per_second']:>10,.0f}{peak:>9}{saves:>20}{first:>14.1f}")
     return "\n".join(lines)
 
 

@@ -30,6 +30,8 @@ def overrides(base: Path, data: Path, runs: Path, *more: str) -> list[str]:
         "peft.r=4", "peft.lora_alpha=8", *(f"trainer.{k}={v}" for k, v in TRAINER.items()),
     ]  # fmt: skip
     given = {o.partition("=")[0] for o in more}
+    if "peft=none" in more:
+        stock = [o for o in stock if not o.startswith("peft.")]
     return [o for o in stock if o.partition("=")[0] not in given] + list(more)
 
 

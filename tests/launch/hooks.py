@@ -1,4 +1,4 @@
-"""A user's own training script (`launch.script=`): early stopping, and a signal to one rank when KIT_TEST_SIGNAL says so."""
+"""A user's own training script (`launch.script=`): early stopping, and a signal to one rank under KIT_TEST_SIGNAL."""
 
 import os
 import signal
@@ -6,7 +6,8 @@ import signal
 from kit.worker import main
 
 if __name__ == "__main__":
-    # Only started as a script: imports of the stack come after main() has prepared the process, so they stand in classes.
+    # Only started as a script: imports of the stack come after main() has prepared the process, so they stand in
+    # classes.
     from transformers import EarlyStoppingCallback, TrainerCallback
 
     class SignalAt(TrainerCallback):

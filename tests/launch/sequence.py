@@ -1,7 +1,7 @@
-"""Several plans in one launch: a launch costs half a minute of imports, a tiny run a second. `sequence.py PLAN.json ...`
+"""Several plans in one launch: it costs half a minute of imports, a tiny run a second. `sequence.py PLAN.json ...`
 
-Each plan goes through kit.training.run.train exactly as kit.worker calls it; only the libraries' per-process state is reset
-between them, which a user's one-run process never needs.
+Each plan goes through kit.training.run.train exactly as kit.worker calls it; only the libraries' per-process state is
+reset between them, which a user's one-run process never needs.
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ from kit.worker import prepare_process
 def main(paths: list[str]) -> None:
     first = load_plan(paths[0])
     prepare_process(first, int(os.environ.get("RANK", "0")))
+    import torch.distributed
     from accelerate.state import AcceleratorState, GradientState
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     import kit.training.run as training
 
     # The process group must outlive a run here; in a user's process it ends with it.
-    import torch.distributed
-
     torch.distributed.destroy_process_group = lambda *a, **k: None
     for path in paths:
         assert training.train(load_plan(path)) == 0

@@ -1,7 +1,7 @@
 """The same description under every engine: losses, gradient norms and adapters agree with one process.
 
-Real launches: `kit train` (deepspeed, torchrun, plain), `deepspeed --module kit.worker` typed by hand, and one `deepspeed`
-launch that runs several engines in sequence.
+Real launches: `kit train` (deepspeed, torchrun, plain), `deepspeed --module kit.worker` typed by hand, and one
+`deepspeed` launch that runs several engines in sequence.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from conftest import write_rows
+
 from launch import harness
 
 pytestmark = pytest.mark.launch
@@ -51,7 +52,8 @@ def zero3_offload(work, base, chat) -> Path:
     two = ("deepspeed=zero3_offload", "launch=deepspeed", "launch.num_gpus=2")
     made = harness.kit("compose", *harness.overrides(base, chat, work / "zero3_offload", *two), cwd=work)
     assert made.returncode == 0, made.stdout + made.stderr
-    argv = ["deepspeed", "--num_gpus", "2", "--master_port", port(), "--module", "kit.worker", json.loads(made.stdout)["plan"]]
+    plan = json.loads(made.stdout)["plan"]
+    argv = ["deepspeed", "--num_gpus", "2", "--master_port", port(), "--module", "kit.worker", plan]
     done = harness.finish(harness.start(argv, work, DS_ACCELERATOR="cpu"))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return harness.the_run(work / "zero3_offload")
@@ -67,7 +69,7 @@ def ddp(work, base, chat) -> Path:
 
 @pytest.fixture(scope="session")
 def sequence(work, base, chat) -> Path:
-    """zero1, zero3, zero2_offload, zero2 in bf16 and full fine-tuning under zero3, in one launch; the folder of runs."""
+    """zero1, zero3, zero2_offload, zero2 in bf16 and full fine-tuning under zero3, in one launch; their folder."""
     folder = work / "sequence"
     plans = []
     cases = {
@@ -92,7 +94,8 @@ def faults(work, base, chat) -> Path:
     """One process with a planted fault each, and bf16 and full fine-tuning in one process, in one start."""
     folder = work / "faults"
     data = [json.loads(line) for line in chat.read_text().splitlines()]
-    half = [data[(i + 4) % len(data)] if i % 8 >= 4 else row for i, row in enumerate(data)]  # one rank's rows are others
+    # One rank's rows are others.
+    half = [data[(i + 4) % len(data)] if i % 8 >= 4 else row for i, row in enumerate(data)]
     swapped = write_rows(work / "swapped.jsonl", half)
     cases = {
         "swapped": [f"dataset.path={swapped}"],
@@ -137,7 +140,7 @@ def apart(a: dict[int, float], b: dict[int, float], relative: bool = False) -> f
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_equals_one_process(engine, run_of, alone):
-    """Losses of every step within 1e-5, gradient norms within 1e-5 relative, the same evaluation and the same best step."""
+    """Losses of every step within 1e-5, gradient norms within 1e-5 relative, the same evaluation and best step."""
     run = run_of(engine)
     assert apart(harness.rows(run), harness.rows(alone)) <= LOSS
     assert apart(harness.rows(run, "grad_norm"), harness.rows(alone, "grad_norm"), relative=True) <= NORM
@@ -173,7 +176,9 @@ def test_adapter_is_complete(engine, run_of, request, alone):
 
     run = alone if engine == "alone" else run_of(engine)
     tensors = load_file(run / "adapter" / "adapter_model.safetensors")
-    modules = "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj mlp.gate_proj mlp.up_proj mlp.down_proj"
+    modules = (
+        "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj mlp.gate_proj mlp.up_proj mlp.down_proj"
+    )
     names = {
         f"base_model.model.model.layers.{layer}.{module}.lora_{side}.weight"
         for layer in range(2) for module in modules.split() for side in "AB"
@@ -216,7 +221,7 @@ def test_full_fine_tuning_under_zero3(sequence, faults, base, alone):
 
 
 def test_stopped_by_a_signal_on_one_rank_and_resumed(work, base, chat, zero2):
-    """SIGTERM on rank 1 alone: exit 75 at one agreed step; `kit resume` ends bit-equal to the run that was not stopped."""
+    """SIGTERM on rank 1 alone: exit 75 at one agreed step; `kit resume` ends bit-equal to a run never stopped."""
     runs = work / "stopped"
     script = f"launch.script={harness.ROOT / 'tests/launch/hooks.py'}"
     args = harness.overrides(base, chat, runs, "deepspeed=zero2", "launch=deepspeed", "launch.num_gpus=2", script)
@@ -242,12 +247,13 @@ def test_stopped_by_a_signal_on_one_rank_and_resumed(work, base, chat, zero2):
 
 
 def test_typed_by_hand_with_overrides_and_stopped_by_its_launcher(work, base, chat):
-    """`deepspeed --module kit.worker OVERRIDES`; ending that command alone leaves no rank, and a complete checkpoint."""
+    """`deepspeed --module kit.worker OVERRIDES`; ending that command alone leaves no rank, but a checkpoint."""
     runs = work / "hand"
     args = harness.overrides(base, chat, runs, "deepspeed=zero2", "launch.num_gpus=2", "trainer.max_steps=100000")
-    argv = ["deepspeed", "--num_gpus", "2", "--master_port", port(), "--module", "kit.worker", *args]
-    process = harness.start(argv, work, DS_ACCELERATOR="cpu")
-    harness.wait_for(lambda: any(len(f.read_text().splitlines()) >= 3 for f in runs.glob("*/metrics.jsonl")), 150, process)
+    process = harness.start([str(harness.ROOT / "launch/deepspeed.sh"), "2", *args], work, DS_ACCELERATOR="cpu")
+    harness.wait_for(
+        lambda: any(len(f.read_text().splitlines()) >= 3 for f in runs.glob("*/metrics.jsonl")), 150, process
+    )
     run = harness.the_run(runs)
     assert json.loads((run / "plan.json").read_text())["world_size"] == 2
     process.terminate()  # the runner has no handler: it dies at once and says nothing to its ranks
@@ -265,7 +271,9 @@ def test_ctrl_c_saves_and_resumes_bit_equal(work, base, chat, alone):
     slow = "trainer.dataloader_num_workers=0"
     args = harness.overrides(base, chat, runs, "launch=local", slow)
     process = harness.start([sys.executable, "-m", "kit", "train", *args], work)
-    harness.wait_for(lambda: any(len(f.read_text().splitlines()) >= 3 for f in runs.glob("*/metrics.jsonl")), 100, process)
+    harness.wait_for(
+        lambda: any(len(f.read_text().splitlines()) >= 3 for f in runs.glob("*/metrics.jsonl")), 100, process
+    )
     process.send_signal(2)
     done = harness.finish(process, 60)
     run = harness.the_run(runs)
@@ -313,10 +321,18 @@ def test_the_world_must_be_the_plans(work, base, chat):
     assert done.returncode == 2 and "2 processes" in done.stderr, done.stderr
 
 
+def test_torchrun_script_says_what_is_wrong(work, base, chat):
+    """launch/torchrun.sh: overrides are composed once, and both ranks leave with the refusal."""
+    args = harness.overrides(base, chat, work / "wrong", "trainer.lerning_rate=1")
+    done = harness.finish(harness.start([str(harness.ROOT / "launch/torchrun.sh"), "2", *args], work))
+    assert done.returncode != 0 and "did you mean trainer.learning_rate" in done.stderr, done.stderr[-2000:]
+
+
 def test_hydra_multirun_and_flags(work, base, chat):
     """Hydra's own flags on `kit train`: -m runs each point as a run of its own, --cfg shows, --info informs."""
-    stock = harness.overrides(base, chat, work / "sweep", "launch=local", "trainer.max_steps=2", "trainer.eval_strategy=no",
-                              "trainer.load_best_model_at_end=false", "name=point")  # fmt: skip
+    stock = harness.overrides(base, chat, work / "sweep", "launch=local", "trainer.max_steps=2",
+                              "trainer.eval_strategy=no", "trainer.load_best_model_at_end=false",
+                              "name=point")  # fmt: skip
     done = harness.kit("train", "-m", *stock, "peft.r=2,4", cwd=work)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     ranks = sorted(json.loads(p.read_text())["peft"]["r"] for p in (work / "sweep").glob("*/plan.json"))
@@ -327,15 +343,18 @@ def test_hydra_multirun_and_flags(work, base, chat):
         assert harness.kit("train", *flags, cwd=work).returncode == 0
     folder = work / "conf" / "recipe"
     folder.mkdir(parents=True)
-    (folder / "mine.yaml").write_text("# @package _global_\npeft:\n  r: 3\n")
+    (folder / "mine.yaml").write_text("# @package _global_\npeft:\n  lora_dropout: 0.25\n")
     shown = harness.kit("train", "--config-dir", str(work / "conf"), "recipe=mine", *stock, "--cfg", "job", cwd=work)
-    assert shown.returncode == 0 and "r: 3" in shown.stdout, shown.stderr
+    assert shown.returncode == 0 and "lora_dropout: 0.25" in shown.stdout, shown.stderr
     wrong = harness.kit("train", *stock, "deepspeed=zero9", "--cfg", "job", cwd=work)
     assert wrong.returncode == 2
 
 
 def test_signature_of_the_deepspeed_command():
     """The options that kit.launchers.command uses exist."""
-    out = subprocess.run([sys.executable, "-m", "deepspeed.launcher.runner", "--help"], capture_output=True, text=True, timeout=120)
-    for flag in ("--num_gpus", "--master_port", "--master_addr", "--hostfile", "--no_local_rank", "--module", "--log_level"):
+    out = subprocess.run(
+        [sys.executable, "-m", "deepspeed.launcher.runner", "--help"], capture_output=True, text=True, timeout=120
+    )
+    used = "--num_gpus --master_port --master_addr --hostfile --no_local_rank --module --log_level"
+    for flag in used.split():
         assert flag in out.stdout, flag
