@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+RESULTS := tests/benchmarks/results
 export KIT_CACHE ?=
 ifeq ($(KIT_CACHE),)
 unexport KIT_CACHE
@@ -38,11 +39,11 @@ test: $(STAMP)
 	$(BIN)/python -m pytest
 
 soak: $(STAMP)
-	$(BIN)/python -m tests.soak
+	$(BIN)/python tests/soak.py --out $(RESULTS)/soak_$$(date +%F).json
 
 bench: $(STAMP)
-	$(BIN)/python -m tests.benchmarks.cli_latency
-	$(BIN)/python -m tests.benchmarks.merge --preset small
+	$(BIN)/python tests/benchmarks/cli_latency.py --json $(RESULTS)/cli_latency_$$(date +%F).json
+	$(BIN)/python tests/benchmarks/merge.py --layers 4 --hidden 1024 --inter 2816 --heads 16 --kv 4 --vocab 32000 --shard-gb 0.1 --out $(RESULTS)/merge_small_$$(date +%F).json
 
 clean:
 	rm -rf $(VENV) .kit-cache build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache

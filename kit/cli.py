@@ -99,7 +99,7 @@ def check(argv: list[str]) -> int:
     parser.add_argument("--config-dir", "-cd", help="a folder with groups and recipes of your own")
     parser.add_argument("--json", action="store_true", help="the problems, or the plan, as JSON")
     parser.add_argument("--here", action="store_true", help="also ask whether this machine's hardware will do")
-    a = parser.parse_args(argv)
+    a = parser.parse_intermixed_args(argv)
     from kit import api
 
     try:
@@ -141,7 +141,7 @@ def resume(argv: list[str]) -> int:
     parser = options("resume", "Continue a run from its newest complete checkpoint.")
     parser.add_argument("run")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="extendable and machine keys")
-    a = parser.parse_args(argv)
+    a = parser.parse_intermixed_args(argv)
     from kit import api
 
     return api.resume(a.run, *a.overrides)

@@ -46,9 +46,12 @@ def find_model(name_or_path: str, revision: str | None = None) -> Path | None:
         return path.resolve()
     repo = hub_cache() / ("models--" + name_or_path.replace("/", "--"))
     wanted = revision or "main"
-    ref = repo / "refs" / wanted
-    snapshot = repo / "snapshots" / (ref.read_text().strip() if ref.is_file() else wanted)
-    return snapshot if snapshot.is_dir() else None
+    try:
+        ref = repo / "refs" / wanted
+        snapshot = repo / "snapshots" / (ref.read_text().strip() if ref.is_file() else wanted)
+        return snapshot if snapshot.is_dir() else None
+    except OSError:  # a name that is too long for a folder
+        return None
 
 
 def read_config(folder: Path) -> dict:

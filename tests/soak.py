@@ -11,9 +11,14 @@ resume  one run killed N times and resumed until it is done: losses and adapter 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import math
 import os
 import random
+import re
+import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -27,6 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 COUNTS = {"fuzz": 2000, "kill": 20, "resume": 5}
+LIMIT = 20  # seconds that the checks of one spoiled command line may take
 
 # ------------------------------------------------------------------------------------------------------------ fuzz
 
@@ -46,22 +52,27 @@ VALID: list[list[str]] = [
     ["launch.master_port=29500", "runs_dir=elsewhere", "name=mine", "prompts=[one,two]"],
 ]
 VALUES = [
-    "", "null", "none", "true", "false", "yes", "auto", "'auto'", "0", "1", "-1", "1.5", "2e8", "1e400", "-0.0", "nan", "inf",
-    "-inf", "10000000000000000000000000000", "0x1f", "1_000", "007", "[]", "{}", "[1,2]", "[[],{}]", "[null]", "{a:1}",
-    "{a:{b:[c]}}", "{1:2}", "''", '"x"', "'a b'", "a b", "a=b", "a,b", "choice(1,2)", "range(3)", "glob(*)", "???", "'???'",
-    "${trainer.seed}", "${nothing}", "${oc.env:NOT_SET_ANYWHERE}", "${kit.dir:cache}", "${kit.dir:nothing}", "${", "$", "~",
-    "/", ".", "..", "../../x", "~nobody/x", "/dev/null", "/proc/self/mem", "x.json", "x.yaml", "2024-01-01", "!!int 3", "#",
-    "\\", "'", '"', "[", "]", "{", "}", "(", ":", "a:b", "@", "%", "&", "*", "\n", "\t", "\0", "a\0b", "\ud800", "é", "日本",
-    "\u202e", "🙂", "x" * 5000, "[" * 200 + "]" * 200, "_target_", "int(3)", "str([1])",
+    "", "null", "none", "true", "false", "yes", "auto", "'auto'", "0", "1", "-1", "1.5", "2e8", "1e400", "-0.0",
+    "nan", "inf", "-inf", "10000000000000000000000000000", "0x1f", "1_000", "007", "[]", "{}", "[1,2]",
+    "[[],{}]", "[null]", "{a:1}", "{a:{b:[c]}}", "{1:2}", "''", '"x"', "'a b'", "a b", "a=b", "a,b",
+    "choice(1,2)", "range(3)", "glob(*)", "???", "'???'", "${trainer.seed}", "${nothing}",
+    "${oc.env:NOT_SET_ANYWHERE}", "${kit.dir:cache}", "${kit.dir:nothing}", "${", "$", "~", "/", ".", "..",
+    "../../x", "~nobody/x", "/dev/null", "/proc/self/mem", "x.json", "x.yaml", "2024-01-01", "!!int 3", "#",
+    "\\", "'", '"', "[", "]", "{", "}", "(", ":", "a:b", "@", "%", "&", "*", "\n", "\t", "\0", "a\0b", "\ud800",
+    "é", "日本", "\u202e", "🙂", "x" * 5000, "[" * 200 + "]" * 200, "_target_", "int(3)", "str([1])",
 ]  # fmt: skip
 KEYS = [
-    "", ".", "..", "a", "trainer.", ".trainer", "trainer..seed", "hydra.run.dir", "hydra", "_target_", "trainer._target_",
-    "model", "model.config", "trainer", "peft", "peft.peft_type", "deepspeed.file", "deepspeed.zero_optimization", "launch",
-    "dataset.columns", "dataset.columns.text", "tracking.report_to", "fsdp.fsdp_version", "name", "prompts", "defaults", "é",
-    "deepspeed.optimizer.type", "deepspeed.scheduler.type", "deepspeed.scheduler", "quantization", "recipe", "tokenizer",
-    "trainer.model_init_kwargs.device_map", "model.revision", "tokenizer.chat_template", "dataset.eval_path", "__class__",
-    "launch.script", "runs_dir", "trainer.optim", "deepspeed.fp16", "deepspeed.bf16.enabled", "1", "trainer[0]", "a b", "{}",
+    "", ".", "..", "a", "trainer.", ".trainer", "trainer..seed", "hydra.run.dir", "hydra", "_target_",
+    "trainer._target_", "model", "model.config", "trainer", "peft", "peft.peft_type", "deepspeed.file",
+    "deepspeed.zero_optimization", "launch", "dataset.columns", "dataset.columns.text", "tracking.report_to",
+    "fsdp.fsdp_version", "name", "prompts", "defaults", "é", "deepspeed.optimizer.type",
+    "deepspeed.scheduler.type", "deepspeed.scheduler", "quantization", "recipe", "tokenizer",
+    "trainer.model_init_kwargs.device_map", "model.revision", "tokenizer.chat_template", "dataset.eval_path",
+    "__class__", "launch.script", "runs_dir", "trainer.optim", "deepspeed.fp16", "deepspeed.bf16.enabled", "1",
+    "trainer[0]", "a b", "{}",
 ]  # fmt: skip
+JUNK = [b"", b"{", b"}", b"[", b"\xff", b"\0", b": ", b"\n", b"&a *a", b"1e999", b'"', b"null", b"!!python/x "]
+GROUPS = ["model", "dataset", "peft", "deepspeed", "trainer", "launch", "recipe", "fsdp"]
 CHARACTERS = "abcxyzABC0189 _-.=+~@/:,'\"[]{}()$#%\\\n\téß日🙂\u200b\0"
 
 
@@ -115,9 +126,7 @@ SPOILERS: dict[str, Callable[[random.Random, str, str], list[str]]] = {
     "delete": lambda rng, key, value: [f"~{rng.choice([key, *KEYS])}"],
     "twice": lambda rng, key, value: [f"{key}={value}", f"{key}={rng.choice(VALUES)}"],
     "bare": lambda rng, key, value: [rng.choice([key, value, *VALUES])],
-    "group": lambda rng, key, value: [
-        f"{rng.choice(['model', 'dataset', 'peft', 'deepspeed', 'trainer', 'launch', 'recipe', 'fsdp'])}={rng.choice(VALUES)}"
-    ],
+    "group": lambda rng, key, value: [f"{rng.choice(GROUPS)}={rng.choice(VALUES)}"],
     "file": lambda rng, key, value: [],
 }
 
@@ -125,7 +134,7 @@ SPOILERS: dict[str, Callable[[random.Random, str, str], list[str]]] = {
 def tree(rng: random.Random, depth: int) -> Any:
     kind = rng.randrange(8 if depth else 5)
     if kind >= 6:
-        return {rng.choice([k for k in KEYS if k] + ["zero_optimization", "path", "seed"]): tree(rng, depth - 1) for _ in "ab"}
+        return {rng.choice([*KEYS[1:], "zero_optimization", "path", "seed"]): tree(rng, depth - 1) for _ in "ab"}
     if kind == 5:
         return [tree(rng, depth - 1) for _ in range(rng.randrange(3))]
     return rng.choice([None, True, -1, 2.5, 1e30, "auto", "x", "", "é\n'", "${nothing}", "???"])
@@ -147,7 +156,7 @@ def spoiled_file(rng: random.Random, folder: Path) -> str:
     kind = rng.choice(["run.yaml", "ds.json", "rows.jsonl", "config.json", "model"])
     good = {
         "run.yaml": "recipe: quickstart\ndeepspeed: zero2\npeft:\n  r: 8\ntrainer:\n  max_steps: 3\n",
-        "ds.json": '{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}, "fp16": {"enabled": "auto"}}',
+        "ds.json": '{"zero_optimization": {"stage": 2, "offload_param": {"device": "none"}}, "bf16": {}}',
         "rows.jsonl": '{"text": "a b c"}\n{"text": "d"}\n',
         "config.json": '{"model_type": "llama", "hidden_size": 32, "text_config": {"hidden_size": 8}}',
         "model": '{"weight": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}}',
@@ -155,15 +164,15 @@ def spoiled_file(rng: random.Random, folder: Path) -> str:
     raw = bytearray(good.encode())
     for _ in range(rng.randrange(4)):
         at = rng.randrange(len(raw) + 1)
-        junk = rng.choice([b"", b"{", b"}", b"[", b"\xff", b"\0", b": ", b"\n", b"&a *a", b"1e999", b'"', b"null", b"!!python/x "])
-        raw[at : at + rng.randrange(4)] = junk
+        raw[at : at + rng.randrange(4)] = rng.choice(JUNK)
     if rng.random() < 0.3:
         raw = bytearray(json.dumps(tree(rng, 4)).encode())
     path = folder / kind
     if kind in ("config.json", "model"):
         path = folder / "model"
         path.mkdir(exist_ok=True)
-        (path / "config.json").write_bytes(raw if kind == "config.json" else b'{"model_type": "llama", "hidden_size": 32}')
+        good_config = b'{"model_type": "llama", "hidden_size": 32}'
+        (path / "config.json").write_bytes(raw if kind == "config.json" else good_config)
         header = bytes(raw) if kind == "model" else b"{}"
         (path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
         return f"model.name_or_path={path}"
@@ -175,7 +184,7 @@ def make_inputs(folder: Path) -> list[str]:
     """A model and a data set that pass the checks, made without torch; as overrides."""
     model = folder / "base"
     model.mkdir(parents=True, exist_ok=True)
-    (model / "config.json").write_text('{"model_type": "llama", "hidden_size": 4, "architectures": ["LlamaForCausalLM"]}')
+    (model / "config.json").write_text('{"model_type": "llama", "hidden_size": 4}')
     names = [f"model.layers.0.self_attn.{p}.weight" for p in ("q_proj", "k_proj", "v_proj", "o_proj")]
     header = json.dumps(
         {n: {"dtype": "F32", "shape": [4, 4], "data_offsets": [64 * i, 64 * i + 64]} for i, n in enumerate(names)}
@@ -194,12 +203,19 @@ def outcome(args: list[str]) -> tuple[str, str]:
     from kit.config.schema import RunPlan
     from kit.errors import KitError
 
+    def late(*_: object) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(LIMIT)
     try:
         plan = api.compose(*args)
         again = RunPlan.model_validate_json(plan.to_json().encode())
         if again != plan:
             return "crashed", "plan.json does not hold the plan"
         return "valid", ""
+    except TimeoutError:
+        return "crashed", f"took longer than {LIMIT} s\n{traceback.format_exc()}"
     except KitError as error:
         if not error.problems:
             return "crashed", "refused without a problem"
@@ -208,6 +224,9 @@ def outcome(args: list[str]) -> tuple[str, str]:
         return ("crashed", f"a problem shows a traceback: {text}") if "Traceback" in text else ("refused", text)
     except Exception:
         return "crashed", traceback.format_exc()
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def mutations(n: int, seed: int, folder: Path):
@@ -233,10 +252,11 @@ def fuzz(n: int, seed: int, out: Callable[[str], None] = print) -> dict[str, Any
                 verdict, details = outcome(args)
                 counts[verdict] += 1
                 if verdict == "crashed":
-                    lines = details.strip().splitlines()
-                    frame = next((line.strip() for line in reversed(lines) if line.strip().startswith("File") and "kit" in line), "")
+                    lines = [line.strip() for line in details.strip().splitlines()]
+                    frame = next((line for line in reversed(lines) if re.match("File .*/kit/", line)), "")
                     kind = f"{lines[-1][:120]} | {frame.partition(', in ')[0][-80:]}"
-                    entry = crashes.setdefault(kind, {"times": 0, "args": [a[:300] for a in args], "traceback": details[-3000:]})
+                    first = {"times": 0, "args": [a[:300] for a in args], "traceback": details[-3000:]}
+                    entry = crashes.setdefault(kind, first)
                     entry["times"] += 1
                     if entry["times"] == 1:
                         out(f"crashed: {kind}")
@@ -244,3 +264,231 @@ def fuzz(n: int, seed: int, out: Callable[[str], None] = print) -> dict[str, Any
             os.chdir(here)
     seconds = time.monotonic() - begun
     return {"mutations": n, "seed": seed, "seconds": round(seconds, 1), "counts": dict(counts), "crashes": crashes}
+
+
+# ------------------------------------------------------------------------------------------------- kill and resume
+
+
+AIMS = ["any", "save", "early", "any", "save"]  # taken in turn
+
+
+def inputs(folder: Path) -> tuple[Path, Path]:
+    """A tiny model and 96 chats."""
+    import tiny
+    from conftest import write_rows
+
+    return tiny.make_model(folder / "base"), write_rows(folder / "chat.jsonl", tiny.chat_rows(96))
+
+
+def description(base: Path, data: Path, runs: Path, steps: int) -> list[str]:
+    """One process that saves every 2 steps and keeps 3 checkpoints, so that old ones are deleted all the time."""
+    from launch import harness
+
+    more = ["launch=local", "trainer.save_steps=2", "trainer.save_total_limit=3", f"trainer.max_steps={steps}"]
+    more += ["trainer.eval_strategy=no", "trainer.load_best_model_at_end=false"]
+    return harness.overrides(base, data, runs, *more)
+
+
+def kill_tree(process: Any, rng: random.Random) -> None:
+    """SIGKILL to the command and everything below it, in any order."""
+    import psutil
+
+    with contextlib.suppress(psutil.Error):
+        top = psutil.Process(process.pid)
+        tree = [top, *top.children(recursive=True)]
+        rng.shuffle(tree)
+        for one in tree:
+            with contextlib.suppress(psutil.Error):
+                one.kill()
+    process.communicate()
+
+
+def saves(run: Path | None) -> list[str]:
+    """Names in the checkpoint folder, unfinished ones too."""
+    folder = run / "checkpoints" if run else None
+    return sorted(p.name for p in folder.iterdir() if "checkpoint-" in p.name) if folder and folder.is_dir() else []
+
+
+def unfinished(run: Path | None) -> list[str]:
+    return [name for name in saves(run) if name.startswith(".")]
+
+
+def run_in(runs: Path) -> Path | None:
+    return next((p.parent for p in runs.glob("*/plan.json")), None)
+
+
+def newest_step(run: Path | None) -> tuple[int | None, list[str]]:
+    """The step that a resume would start from, not only by the kit itself; AssertionError if unsound."""
+    from kit import manifest, weights
+
+    newest = manifest.newest_complete(run / "checkpoints") if run else manifest.Newest(None, [])
+    if newest.path is None:
+        return None, newest.skipped
+    assert re.fullmatch(r"checkpoint-\d+", newest.path.name), newest.path
+    assert manifest.verify(newest.path) == []
+    step = int(newest.path.name.partition("-")[2])
+    assert json.loads((newest.path / "trainer_state.json").read_text())["global_step"] == step
+    tensors = [t for f in newest.path.glob("*.safetensors") for t in weights.read_header(f)]
+    assert tensors, "a checkpoint without tensors"
+    return step, newest.skipped
+
+
+def one_kill(work: Path, base: Path, data: Path, rng: random.Random, aim: str, startup: float) -> dict[str, Any]:
+    """Start, kill at a random moment, look, resume; what was found. AssertionError where it is not as promised."""
+    from launch import harness
+
+    runs = work / "runs"
+    args = [sys.executable, "-m", "kit", "train", *description(base, data, runs, 1000)]
+    begun = time.monotonic()
+    process = harness.start(args, work)
+    if aim == "early":
+        time.sleep(rng.uniform(0.2, 0.8 * startup))
+    else:
+        harness.wait_for(lambda: saves(run_in(runs)), 120, process)
+        startup = time.monotonic() - begun
+        time.sleep(rng.uniform(0, 4))
+    if aim == "save":  # saves are short: most kills at random moments miss them
+        run, until = run_in(runs), time.monotonic() + 10
+        while not unfinished(run) and time.monotonic() < until:
+            time.sleep(0.0005)
+        time.sleep(rng.choice([0, rng.uniform(0, 0.02), rng.uniform(0, 0.1)]))
+    kill_tree(process, rng)
+    run = run_in(runs)
+    found: dict[str, Any] = {
+        "after": round(time.monotonic() - begun, 2),
+        "startup": round(startup, 2),
+        "aim": aim,
+        "left": saves(run),
+    }
+    if run is None:
+        return found | {"newest": None, "resumed": False}
+    harness.assert_nothing_left(run)
+    step, skipped = newest_step(run)
+    found |= {"newest": step, "passed_over": skipped}
+    goal = (step or 0) + 4
+    done = harness.kit("resume", str(run), f"trainer.max_steps={goal}", cwd=work)
+    if step is None:
+        assert done.returncode == 2 and "no complete checkpoint" in done.stderr, done.stderr[-2000:]
+        return found | {"resumed": False}
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert harness.status(run).get("step") == goal, harness.status(run)
+    assert set(range(step + 1, goal + 1)) <= harness.rows(run).keys()
+    assert not unfinished(run), saves(run)
+    assert not adapter_problems(run)
+    return found | {"resumed": True}
+
+
+def adapter_problems(run: Path) -> list[str]:
+    from kit import manifest
+
+    return manifest.verify(run / "adapter")
+
+
+def kill(n: int, seed: int, out: Callable[[str], None] = print) -> dict[str, Any]:
+    """Counts of what `n` kills left behind, and the failures."""
+    kills: list[dict[str, Any]] = []
+    startup, begun = 10.0, time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        base, data = inputs(Path(folder))
+        for number in range(n):
+            work = Path(folder, str(number))
+            work.mkdir()
+            try:
+                aim = AIMS[number % len(AIMS)]
+                one = one_kill(work, base, data, random.Random(f"{seed} {number}"), aim, startup)
+                startup = one["startup"]
+            except AssertionError as error:
+                one = {"failure": str(error)[-3000:]}
+            kills.append(one)
+            out(f"kill {number + 1}: {one}")
+            shutil.rmtree(work, ignore_errors=True)
+    counts = {
+        "before the run directory or the first checkpoint": sum(k.get("newest", 0) is None for k in kills),
+        "with a complete checkpoint": sum(k.get("newest", None) is not None for k in kills),
+        "in the middle of a save or a deletion": sum(any(n.startswith(".") for n in k.get("left", [])) for k in kills),
+        "with damaged checkpoints passed over": sum(bool(k.get("passed_over")) for k in kills),
+        "resumed": sum(k.get("resumed", False) for k in kills),
+        "failures": sum("failure" in k for k in kills),
+    }
+    return {"kills": n, "seed": seed, "seconds": round(time.monotonic() - begun, 1), "counts": counts, "each": kills}
+
+
+def resume(n: int, seed: int, out: Callable[[str], None] = print) -> dict[str, Any]:
+    """One run killed `n` times against the same run left alone: losses by step, and the adapter's bytes."""
+    from launch import harness
+
+    rng, begun, steps = random.Random(seed), time.monotonic(), 40 + 40 * n
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        base, data = inputs(work)
+        alone = harness.kit("train", *description(base, data, work / "alone", steps), cwd=work)
+        assert alone.returncode == 0, alone.stderr[-3000:]
+        argv, stops, run = ["train", *description(base, data, work / "killed", steps)], [], None
+        for _ in range(n):
+            before = stops[-1] if stops else 0
+            process = harness.start([sys.executable, "-m", "kit", *argv], work)
+
+            def moved_on(before: int = before) -> bool:
+                return (newest_name(run_in(work / "killed")) or 0) > before
+
+            harness.wait_for(moved_on, 120, process)
+            time.sleep(rng.uniform(0, 1.5))
+            kill_tree(process, rng)
+            run = run_in(work / "killed")
+            step, _ = newest_step(run)
+            stops.append(step)
+            argv = ["resume", str(run)]
+            out(f"killed, resuming from step {step} of {steps}")
+        done = harness.kit(*argv, cwd=work)
+        assert done.returncode == 0, done.stderr[-3000:]
+        one, other = harness.the_run(work / "alone"), harness.the_run(work / "killed")
+        losses, killed = harness.rows(one), harness.rows(other)
+        differ = max(abs(losses[s] - killed.get(s, math.inf)) for s in losses)
+        same = [(r / "adapter" / "adapter_model.safetensors").read_bytes() for r in (one, other)]
+    counts = {
+        "steps": len(losses),
+        "largest loss difference": differ,
+        "same adapter bytes": same[0] == same[1],
+    }
+    counts["failures"] = int(differ > 1e-6 or same[0] != same[1])
+    return {
+        "kills": n,
+        "seed": seed,
+        "seconds": round(time.monotonic() - begun, 1),
+        "counts": counts,
+        "stopped_at": stops,
+    }
+
+
+def newest_name(run: Path | None) -> int | None:
+    """The highest step among finished names; cheap, for polling."""
+    return max((int(n.partition("-")[2]) for n in saves(run) if re.fullmatch(r"checkpoint-\d+", n)), default=None)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=list(COUNTS), action="append")
+    parser.add_argument(
+        "--n", type=int, help=f"how many, of each ({', '.join(f'{k} {v}' for k, v in COUNTS.items())})"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True)
+    a = parser.parse_args()
+    import conftest  # noqa: F401  the suite's environment: own cache, offline, CPU
+    from benchmarks.cli_latency import machine
+
+    result: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "machine": machine()}
+    campaigns = {"fuzz": fuzz, "kill": kill, "resume": resume}
+    failed = 0
+    for name in a.only or COUNTS:
+        result[name] = campaigns[name](a.n or COUNTS[name], a.seed)
+        counts = result[name]["counts"]
+        failed += counts.get("crashed", 0) + counts.get("failures", 0)
+        print(f"{name}: {counts} in {result[name]['seconds']} s", flush=True)
+        a.out.parent.mkdir(parents=True, exist_ok=True)
+        a.out.write_text(json.dumps(result, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

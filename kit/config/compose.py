@@ -50,8 +50,10 @@ def compose(args: list[str], config_dir: str | None = None) -> Composed:
         with initialize_config_dir(config_dir=str(paths.CONF), version_base="1.3", job_name="kit"):
             cfg = hydra_compose("train", overrides=[*searchpath, *overrides], return_hydra_config=True)
         return read_cfg(cfg, cfg.hydra, overrides, run_file)
-    except (HydraException, OmegaConfBaseException, OSError) as error:
+    except (HydraException, OmegaConfBaseException, OSError, yaml.YAMLError) as error:
         raise refusal(error, args) from None
+    except (TypeError, ValueError, RecursionError) as error:  # Hydra's own code on what it did not expect
+        raise misread(error, args) from None
     finally:
         GlobalHydra.instance().clear()
 
@@ -96,6 +98,8 @@ def apply(tree: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
         return plain(cfg)
     except (HydraException, OmegaConfBaseException) as error:
         raise refusal(error, overrides) from None
+    except (TypeError, ValueError, RecursionError) as error:
+        raise misread(error, overrides) from None
 
 
 def register() -> None:
@@ -131,7 +135,7 @@ def read_args(args: list[str], flags: list[str] | None = None) -> tuple[list[str
             )
         if key == "deepspeed" and value.strip("\"'").endswith(".json"):
             overrides += ["deepspeed=none", f"++deepspeed.file={value}"]
-        elif key[0] in "+~" or key in GROUPS or any(c in key for c in "@/") or key.split(".")[0] == "hydra":
+        elif key[:1] in ("+", "~") or key in GROUPS or any(c in key for c in "@/") or key.split(".")[0] == "hydra":
             overrides.append(arg)
         else:
             overrides.append("++" + arg)
@@ -155,7 +159,9 @@ def store_run_file(path: Path, given: set[str]) -> list[str]:
         raise KitError(
             f"there is no file {path}", "command line", "check the path; it is taken from where you stand"
         ) from None
-    except (OSError, yaml.YAMLError, OmegaConfBaseException) as error:
+    except RecursionError:
+        raise KitError(f"{path} is nested too deeply", str(path), "write it flat") from None
+    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise KitError(f"{path} is not YAML: {' '.join(str(error).split())}", str(path), "mend the line") from None
     if not isinstance(tree, DictConfig):
         raise KitError(f"{path} must hold key: value lines", str(path), "trainer:\n  max_steps: 10")
@@ -188,7 +194,8 @@ def read_cfg(cfg: DictConfig, hydra: Any, overrides: list[str], run_file: Path |
     sources = [Path(s.path) for s in runtime.config_sources if s.schema == "file"]
     with contextlib.suppress(Exception):
         OmegaConf.set_struct(cfg, False)
-    tree = plain(OmegaConf.masked_copy(cfg, [str(k) for k in cfg if k != "hydra"]))
+    keys: Any = [k for k in cfg if k != "hydra"]  # a YAML key may be a number; the schema refuses it by name
+    tree = plain(OmegaConf.masked_copy(cfg, keys))
     recipe = choices.get("recipe")
     provenance = origins(choices, sources, run_file)
     for override in overrides:
@@ -276,6 +283,19 @@ def refusal(error: Exception, args: list[str]) -> KitError:
     return KitError(
         [Problem(text, culprit, "Hydra's override grammar: key=value, key=[a,b], key={a:1}, 'key=\"a b\"'")]
     )
+
+
+def misread(error: Exception, args: list[str]) -> KitError:
+    """Hydra checks few kinds of values itself: `launch=1` is a TypeError somewhere inside it."""
+    for arg in args:
+        group, equals, value = arg.lstrip("+~").partition("=")
+        if equals and group in GROUPS and not re.fullmatch(r"[A-Za-z][\w./-]*", value.strip("\"'")):
+            names = ", ".join(options(group))
+            return KitError(f"{group}={value} names no choice of {group}", f"command line: {arg}", f"known: {names}")
+    if isinstance(error, RecursionError):
+        return KitError("a value is nested too deeply", "command line", "leave out the inner brackets")
+    text = " ".join(str(error).split())
+    return KitError(f"the overrides cannot be composed: {text}", "command line", "check the values")
 
 
 def options(group: str) -> list[str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,10 @@ from kit.errors import KitError, Problem
 
 VERSION = "0.1.0"
 PRECISIONS = {"bf16": "bfloat16", "fp16": "float16"}
+PATHS = (  # (section, key) of what is looked for on the disk
+    ("model", "name_or_path"), ("model", "revision"), ("tokenizer", "name_or_path"), ("tokenizer", "chat_template"),
+    ("dataset", "path"), ("dataset", "eval_path"), ("launch", "script"), ("", "runs_dir"),
+)  # fmt: skip
 OWNED = {  # fields of SFTConfig that another part of the description holds
     "output_dir": "the run directory holds everything: runs_dir=FOLDER, name=NAME",
     "deepspeed": "deepspeed=zero2, or deepspeed=/path/my.json",
@@ -45,13 +51,18 @@ def build_plan(composed: Composed, *, here: bool = True, world_size: int | None 
     problems += found
     trainer, found = read_trainer(tree.get("trainer"), set_by)
     problems += found
-    peft, found = read_table(tree.get("peft"), str((tree.get("peft") or {}).get("peft_type", "LORA")), "peft", set_by)
+    peft_type = tree_at(tree, ("peft", "peft_type")) or "LORA"
+    peft, found = read_table(tree.get("peft"), str(peft_type), "peft", set_by)
     problems += found
     quantization, found = read_table(tree.get("quantization"), "BitsAndBytesConfig", "quantization", set_by)
     problems += found
     deepspeed, found = read_deepspeed(tree.get("deepspeed"), set_by)
     problems += found
     if given is None:
+        raise KitError(problems)
+    problems += unusable(given, set_by)
+    problems += located(fields.check("SFTConfig", given.tracking, "tracking"), set_by)
+    if any(p.rule in ("path", "count") for p in problems):
         raise KitError(problems)
 
     base, found = inspect(given.model, here)
@@ -89,7 +100,8 @@ def build_plan(composed: Composed, *, here: bool = True, world_size: int | None 
             deepspeed, trainer, world, base, precision, set_by, here, notes
         )
         problems += found
-    stage = int((resolved["deepspeed"] or {}).get("zero_optimization", {}).get("stage") or 0)
+    stage = zero.at(resolved["deepspeed"], "zero_optimization.stage")
+    stage = int(stage) if isinstance(stage, int) else 0  # a stage of another kind is refused already
     facts = rules.Facts(
         resolved, set_by, world, stage, precision, base.modules, columns_format, hardware.gpus(), on_cpu
     )
@@ -127,7 +139,7 @@ def origin(provenance: dict[str, str]) -> Any:
     """A function that says where a dotted key was set; a key inside a set value is set where that value is."""
 
     def set_by(key: str) -> str:
-        parts = key.split(".")
+        parts = re.sub(r"\[\d+\]", "", key).split(".")
         for end in range(len(parts), 0, -1):
             if at := provenance.get(".".join(parts[:end])):
                 return at if at.startswith("command line") else f"{key} in {at}"
@@ -207,7 +219,37 @@ def read_table(values: Any, table: str, section: str, set_by: Any) -> tuple[dict
         return None, [Problem(f"there is no PEFT method {table!r}", set_by("peft.peft_type"), fix)]
     table = table.upper() if section == "peft" else table
     found = fields.check(table, values, section)
-    return fields.cast(table, values), located(found, set_by)
+    return fields.cast(table, of_right_kind(values, found, section)), located(found, set_by)
+
+
+def of_right_kind(values: dict[str, Any], found: list[Problem], section: str) -> dict[str, Any]:
+    """`values` without what was refused for its kind: the rules that follow count, compare and split what is left."""
+    wrong = {re.split(r"[.\[]", p.where.removeprefix(section + "."))[0] for p in found if p.rule == "kind"}
+    return {key: value for key, value in values.items() if key not in wrong}
+
+
+def unusable(given: RunInput, set_by: Any) -> list[Problem]:
+    """Paths that the disk cannot even be asked about (rule "path"), counts below one, files that are not there."""
+    problems = []
+    for section, key in PATHS:
+        text = getattr(getattr(given, section), key) if section else getattr(given, key)
+        name = f"{section}.{key}" if section else key
+        try:
+            found = Path(text or ".").expanduser().exists()
+            if not found and (section, key) in (("tokenizer", "chat_template"), ("launch", "script")):
+                problems.append(Problem(f"there is no file {text}", set_by(name), "check the path"))
+        except (OSError, RuntimeError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            said = f"{name} is no path that can be looked at: {reason}"
+            problems.append(Problem(said, set_by(name), "check it", "path"))
+    count, held_out = given.launch.num_gpus, given.dataset.test_size
+    if isinstance(count, int) and count < 1:
+        said = f"launch.num_gpus must be at least 1, not {count}"
+        problems.append(Problem(said, set_by("launch.num_gpus"), "launch.num_gpus=auto", "count"))
+    if held_out is not None and not (0 < held_out < 1 or (held_out >= 1 and held_out == int(held_out))):
+        said = f"dataset.test_size must be a share between 0 and 1 or a whole number of rows, not {held_out}"
+        problems.append(Problem(said, set_by("dataset.test_size"), "dataset.test_size=0.1, or leave it out"))
+    return problems
 
 
 def read_trainer(values: Any, set_by: Any) -> tuple[dict[str, Any], list[Problem]]:
@@ -218,7 +260,7 @@ def read_trainer(values: Any, set_by: Any) -> tuple[dict[str, Any], list[Problem
     for k in owned:
         values.pop(k.split(".")[0])
     found = fields.check("SFTConfig", values, "trainer", allow_auto={"bf16", "fp16", "use_cpu"})
-    return fields.cast("SFTConfig", values), problems + located(found, set_by)
+    return fields.cast("SFTConfig", of_right_kind(values, found, "trainer")), problems + located(found, set_by)
 
 
 def read_deepspeed(values: Any, set_by: Any) -> tuple[dict[str, Any] | None, list[Problem]]:
@@ -232,7 +274,7 @@ def read_deepspeed(values: Any, set_by: Any) -> tuple[dict[str, Any] | None, lis
     values = dict(values)
     if file := values.pop("file", None):
         try:
-            values = merge(zero.load(Path(str(file)).expanduser()), values)
+            values = merge(zero.load(Path(os.path.expanduser(str(file)))), values)
         except KitError as error:
             return None, [Problem(p.problem, p.where or set_by("deepspeed.file"), p.fix) for p in error.problems]
     return values, located(zero.check(values), set_by)
@@ -327,7 +369,8 @@ def resolve_batch(
             )
         ]
     if wanted % (micro * world):
-        fits = [m for m in range(1, micro + 1) if wanted % (m * world) == 0]
+        # The largest that divides; nobody asks for more than 4096 rows per process.
+        fits = [m for m in range(1, min(micro, 4096) + 1) if wanted % (m * world) == 0]
         fix = (
             f"trainer.per_device_train_batch_size={fits[-1]}"
             if fits

@@ -117,7 +117,9 @@ def check_ranks(plan: RunPlan) -> None:
     hashes: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(hashes, plan.hash)
     if len(set(hashes)) > 1:
-        raise KitError(f"the ranks hold different plans: {', '.join(map(str, hashes))}", fix="start all ranks with one plan")
+        raise KitError(
+            f"the ranks hold different plans: {', '.join(map(str, hashes))}", fix="start all ranks with one plan"
+        )
 
 
 def find_checkpoint(plan: RunPlan, resume: str) -> Path:
