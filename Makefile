@@ -39,11 +39,11 @@ test: $(STAMP)
 	$(BIN)/python -m pytest
 
 soak: $(STAMP)
-	$(BIN)/python tests/soak.py --out $(RESULTS)/soak_$$(date +%F).json
+	$(BIN)/python tests/soak.py --out $(RESULTS)/$$(date +%F)-soak.json
 
 bench: $(STAMP)
-	$(BIN)/python tests/benchmarks/cli_latency.py --json $(RESULTS)/cli_latency_$$(date +%F).json
-	$(BIN)/python tests/benchmarks/merge.py --layers 4 --hidden 1024 --inter 2816 --heads 16 --kv 4 --vocab 32000 --shard-gb 0.1 --out $(RESULTS)/merge_small_$$(date +%F).json
+	$(BIN)/python tests/benchmarks/cli_latency.py --json $(RESULTS)/$$(date +%F)-cli-latency.json
+	$(BIN)/python tests/benchmarks/merge.py --layers 4 --hidden 1024 --inter 2816 --heads 16 --kv 4 --vocab 32000 --shard-gb 0.1 --out $(RESULTS)/$$(date +%F)-merge-small.json
 
 clean:
 	rm -rf $(VENV) .kit-cache build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["KitError", "ModifiedTrainer", "check", "compose", "evaluate", "generate", "merge", "resume", "train"]
+__all__ = ["KitError", "ModifiedTrainer", "check", "compose", "merge", "resume", "train"]
 
 # Lazy: `import kit` costs nothing, and only what is used pulls in torch or Hydra.
 _WHERE = {
@@ -13,9 +13,7 @@ _WHERE = {
     "ModifiedTrainer": "kit.training.trainer",
     "check": "kit.api",
     "compose": "kit.api",
-    "evaluate": "kit.evaluate",
-    "generate": "kit.generate",
-    "merge": "kit.merge",
+    "merge": "kit.merging",
     "resume": "kit.api",
     "train": "kit.api",
 }

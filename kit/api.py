@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from kit import rundir
 from kit.config.schema import RunPlan, field_class, leaves, load_plan
-from kit.errors import KitError, Problem
+from kit.errors import ENVIRONMENT, KitError, Problem
 
 
 def compose(*args: str, config_dir: str | None = None, here: bool = False, world_size: int | None = None) -> RunPlan:
@@ -32,7 +33,19 @@ def train(*args: str, config_dir: str | None = None, fresh: bool = False, plan: 
     from kit.launchers.run import launch
 
     plan = plan or compose(*args, config_dir=config_dir, here=True)
+    need_stack()
     return launch(rundir.create(plan, fresh))
+
+
+def need_stack() -> None:
+    """KitError (3) on the bare install: it checks and plans, but training and merging need the extra."""
+    missing = [name for name in ("torch", "transformers", "trl", "peft", "datasets") if find_spec(name) is None]
+    if missing:
+        raise KitError(
+            f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed",
+            fix="pip install torch && pip install --no-build-isolation 'finetune-kit[train]'",
+            code=ENVIRONMENT,
+        )
 
 
 def resume(run: str, *overrides: str) -> int:
@@ -41,6 +54,7 @@ def resume(run: str, *overrides: str) -> int:
     from kit.launchers.run import launch, say
 
     path = rundir.find_run(run)
+    need_stack()
     plan = load_plan(path).model_copy(update={"run_dir": str(path)})
     state = rundir.status(path)
     if pid := rundir.in_use(path):

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kit.errors import DONE, FAILED, REFUSED, KitError, Problem
+from kit.errors import DONE, ENVIRONMENT, FAILED, REFUSED, STOPPED, KitError, Problem
 
 USAGE = """\
 usage: kit VERB ...
@@ -58,7 +58,11 @@ def run(argv: list[str]) -> int:
         return error.code
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):
+            where = str(error.filename or "")
+            print_problems([Problem(f"the system refused: {error.strerror or error}", where)], refused=False)
+            return ENVIRONMENT
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
 
@@ -83,6 +87,8 @@ def train(argv: list[str]) -> int:
     codes: list[int] = []
 
     def one(composed: Composed) -> None:
+        if STOPPED in codes:  # Ctrl-C ends a multirun, not only the point that was running
+            return
         try:
             codes.append(api.train(plan=build_plan(composed, here=True), fresh=fresh))
         except KitError as error:  # one failing job of a multirun does not stop the others
@@ -163,7 +169,7 @@ def merge(argv: list[str]) -> int:
     parser.add_argument("--no-fsync", action="store_true", help="leave flushing to the system")
     a = parser.parse_args(argv)
     quiet()
-    from kit.merge import merge as merge_adapter
+    from kit.merging import merge as merge_adapter
 
     verify: bool | str = {"auto": True, "no": False}.get(a.verify, a.verify)
     source = run_or_path(a.source)
@@ -306,7 +312,10 @@ def progress(what: str) -> Callable[[int, int], None] | None:
 
 
 def quiet() -> None:
-    """No telemetry and no chatter from the libraries that the verbs below load."""
+    """The training stack is there; no telemetry and no chatter from it."""
+    from kit.api import need_stack
+
+    need_stack()
     for key, value in {
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "DO_NOT_TRACK": "1",

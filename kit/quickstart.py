@@ -50,7 +50,7 @@ def quickstart(overrides: list[str]) -> dict[str, Any]:
     title("3. merge, verified against base + adapter")
     from kit.evaluate import evaluate, format_table
     from kit.generate import format_samples, generate
-    from kit.merge import merge
+    from kit.merging import merge
 
     print(cli.format_merge(merge(source, verify="logits")))
     title("4. held-out questions: exact match of greedy answers")

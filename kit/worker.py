@@ -9,6 +9,7 @@ A script of one's own calls `main(callbacks=[...], compute_metrics=...)` and is 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -20,6 +21,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from kit.errors import DONE, ENVIRONMENT, FAILED, KitError, Problem
+
+GRACE_SECONDS = 120.0  # how long ranks whose launcher has died may take to save
 
 
 def main(argv: list[str] | None = None, **hooks: Any) -> None:
@@ -33,7 +36,7 @@ def main(argv: list[str] | None = None, **hooks: Any) -> None:
     run: Path | None = None
     try:
         check_launcher()
-        plan_path = args[0] if len(args) == 1 and args[0].endswith(".json") else None
+        plan_path = args[0] if len(args) == 1 and args[0].endswith(".json") and "=" not in args[0] else None
         if len(args) == 1 and Path(args[0], "plan.json").is_file():
             plan_path = str(Path(args[0], "plan.json"))
         store = None
@@ -55,8 +58,9 @@ def main(argv: list[str] | None = None, **hooks: Any) -> None:
         code = report(
             run, rank, [Problem(f"rank {rank}: {cause[:2000]}", log_of(run, rank), advice(error))], FAILED, error
         )
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
     # Interpreter shutdown joins threads of libraries that may wait for ranks which are gone.
     os._exit(code)
 
@@ -155,10 +159,13 @@ class Tee:
     def write(self, text: str) -> int:
         if not self.log.closed and not text.startswith("\r"):  # the log gets no redrawn progress bars
             self.log.write(text)
-        return self.console.write(text)
+        with contextlib.suppress(OSError):  # a console that is gone (ssh, a closed pipe) must not end the run
+            self.console.write(text)
+        return len(text)
 
     def flush(self) -> None:
-        self.console.flush()
+        with contextlib.suppress(OSError):
+            self.console.flush()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.console, name)
@@ -214,25 +221,22 @@ def watch_launcher() -> None:
     def watch() -> None:
         from kit.training import stopping
 
-        while all(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in family):
+        while alive(family):
             time.sleep(1)
         stopping.request()
-        time.sleep(float(os.environ.get("KIT_GRACE_SECONDS", "120")))
+        time.sleep(GRACE_SECONDS)
         os._exit(FAILED)
 
-    def guarded() -> None:
-        try:
-            watch()
-        except psutil.Error:
-            stopping_request()
-
-    threading.Thread(target=guarded, daemon=True, name="watch-launcher").start()
+    threading.Thread(target=watch, daemon=True, name="watch-launcher").start()
 
 
-def stopping_request() -> None:
-    from kit.training import stopping
+def alive(family: list[Any]) -> bool:
+    import psutil
 
-    stopping.request()
+    try:
+        return all(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in family)
+    except psutil.Error:
+        return False
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""kit.merge: equal to base + adapter in every supported form, refused where it cannot be, whole or absent."""
+"""kit.merging: equal to base + adapter in every supported form, refused where it cannot be, whole or absent."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ import torch
 from merge_cases import VOCAB, adapt, gpt2, llama, logits_of, trained, write_manifest
 from safetensors.torch import load_file, save_file
 
-import kit.merge
-import kit.merge_adapter
-import kit.merge_plan
-import kit.merge_stream
+import kit.merging.adapter
+import kit.merging.fold
+import kit.merging.plan
+import kit.merging.stream
 from kit.errors import KitError
-from kit.merge import merge, verify
+from kit.merging import merge, verify
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -269,8 +269,8 @@ def test_nothing_that_is_not_finite_is_published(tmp_path):
 
 
 def wrong_scale(monkeypatch):
-    right = kit.merge_plan.rank_and_scale
-    monkeypatch.setattr(kit.merge_plan, "rank_and_scale", lambda c, m: (right(c, m)[0], right(c, m)[1] * 1.01))
+    right = kit.merging.plan.rank_and_scale
+    monkeypatch.setattr(kit.merging.plan, "rank_and_scale", lambda c, m: (right(c, m)[0], right(c, m)[1] * 1.01))
 
 
 def module_left_out(monkeypatch):
@@ -278,8 +278,8 @@ def module_left_out(monkeypatch):
         edits.pop("model.layers.1.self_attn.q_proj.weight")
         lay_out(plan, shards, edits, dtype)
 
-    lay_out = kit.merge_plan._lay_out
-    monkeypatch.setattr(kit.merge_plan, "_lay_out", without)
+    lay_out = kit.merging.plan._lay_out
+    monkeypatch.setattr(kit.merging.plan, "_lay_out", without)
 
 
 def other_layer(monkeypatch):
@@ -289,8 +289,8 @@ def other_layer(monkeypatch):
         a.lora, b.lora = b.lora, a.lora
         return found
 
-    edits = kit.merge_plan._edits
-    monkeypatch.setattr(kit.merge_plan, "_edits", swapped)
+    edits = kit.merging.plan._edits
+    monkeypatch.setattr(kit.merging.plan, "_edits", swapped)
 
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -309,7 +309,7 @@ def test_verification_finds_planted_faults(fault, sound, tmp_path, monkeypatch):
     base, adapter = sound
     fault(monkeypatch)
     refused("is not base \\+ adapter", adapter, str(base), tmp_path / "out", code=4, verify="tensors")
-    monkeypatch.setattr("kit.merge_verify.check_tensors", lambda *args: {})
+    monkeypatch.setattr("kit.merging.compare.check_tensors", lambda *args: {})
     refused("does not answer as", adapter, str(base), tmp_path / "out", code=4, verify="logits")
     assert not list(tmp_path.iterdir())
 
@@ -331,7 +331,10 @@ def killed_merge(point: str, adapter: Path, base: Path, out: Path) -> int:
     """Merge in a forked child that ends without warning at a point; gives its exit code."""
 
     def run() -> None:
-        module, name, after = {"block": (kit.merge_stream, "_change", 2), "publish": (kit.merge, "publish", 0)}[point]
+        module, name, after = {
+            "block": (kit.merging.stream, "_change", 2),
+            "publish": (kit.merging.fold, "publish", 0),
+        }[point]
         setattr(module, name, dies(getattr(module, name), after))
         merge(adapter, str(base), out, verify=False, fsync=False)
 
@@ -366,7 +369,8 @@ def test_killed_half_way_leaves_nothing_or_everything(tmp_path):
 MEMORY = """
     import json, sys
     from pathlib import Path
-    from kit.merge import merge, peak_rss_gb, plan_merge
+    from kit.merging import merge, peak_rss_gb
+    from kit.merging.plan import plan_merge
     plan_merge(Path(sys.argv[2]), Path(sys.argv[1]))  # all imports
     start = peak_rss_gb()
     merge(sys.argv[1], sys.argv[2], sys.argv[3], verify=False, fsync=False)
@@ -415,4 +419,4 @@ def test_manifest_helper_matches_the_contract(tmp_path):
     write_manifest(base, adapter)
     manifest = json.loads((adapter / "manifest.json").read_text())
     assert set(manifest["base"]) == {"name_or_path", "revision", "config_sha256", "fingerprint"}
-    assert kit.merge_adapter.read_adapter(adapter).manifest == manifest
+    assert kit.merging.adapter.read_adapter(adapter).manifest == manifest

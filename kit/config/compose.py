@@ -28,6 +28,7 @@ from kit.config import zero
 from kit.errors import KitError, Problem
 
 GROUPS = ("model tokenizer dataset peft quantization deepspeed fsdp trainer launch tracking recipe").split()
+RUN_FILE = "file-"  # what a user's run.yaml is called among the recipes
 
 
 @dataclass
@@ -174,7 +175,7 @@ def store_run_file(path: Path, given: set[str]) -> list[str]:
                 content["defaults"] = [choice, *content.get("defaults", ["_self_"])]
             elif group not in given:
                 chosen += read_args([f"{group}={choice}"])[0]
-    name = re.sub(r"[^A-Za-z0-9_-]", "_", path.stem)
+    name = RUN_FILE + re.sub(r"[^A-Za-z0-9_-]", "_", path.stem)  # never the name of a shipped recipe
     ConfigStore.instance().store(group="recipe", name=name, node=OmegaConf.create(content), package="_global_")
     return [*chosen, f"recipe={name}"]
 
@@ -196,7 +197,7 @@ def read_cfg(cfg: DictConfig, hydra: Any, overrides: list[str], run_file: Path |
         OmegaConf.set_struct(cfg, False)
     keys: Any = [k for k in cfg if k != "hydra"]  # a YAML key may be a number; the schema refuses it by name
     tree = plain(OmegaConf.masked_copy(cfg, keys))
-    recipe = choices.get("recipe")
+    recipe = run_file.stem if run_file is not None else choices.get("recipe")
     provenance = origins(choices, sources, run_file)
     for override in overrides:
         key, equals, _ = override.partition("=")
@@ -215,11 +216,7 @@ def origins(choices: dict[str, Any], sources: list[Path], run_file: Path | None)
     """Dotted key to file:line for the primary config, each chosen group file, and the recipe."""
 
     def find(group: str, name: str) -> Path | None:
-        if (
-            group == "recipe"
-            and run_file is not None
-            and not any((s / group / f"{name}.yaml").is_file() for s in sources)
-        ):
+        if group == "recipe" and run_file is not None and name.startswith(RUN_FILE):
             return run_file
         if group == "deepspeed" and (file := paths.DS_CONFIGS / f"{name}.json").is_file():
             return file

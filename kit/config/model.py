@@ -130,7 +130,7 @@ def fetch_config(name: str, revision: str | None) -> Path:
 
 def identify(model: Model, folder: Path | None) -> dict[str, Any] | None:
     """What ties an adapter to its base: name, revision, and hashes of config.json and of the weights."""
-    if folder is None or model.random_init:
+    if folder is None or model.random_init or not weights.shard_files(folder):
         return None
     return {
         "name_or_path": model.name_or_path,

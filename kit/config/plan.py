@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import math
 import os
@@ -131,7 +132,7 @@ def build_plan(composed: Composed, *, here: bool = True, world_size: int | None 
         notes=[*notes, *(str(w.problem) + f" ({w.where}); {w.fix}" for w in warned)],
         overrides=composed.overrides,
         provenance=composed.provenance,
-        composed=tree,
+        composed=absolute(copy.deepcopy(tree)),
     )
 
 
@@ -320,7 +321,8 @@ def resolve_launch(
     if count == "auto":
         count = 1 if on_cpu or launch.launcher == "local" else max(gpus, 1)
     launcher = launch.launcher
-    if launcher == "auto":
+    # Ranks that a launcher has already started are no plain process, whatever the recipe would start.
+    if launcher == "auto" or (launcher == "local" and (world or 1) > 1):
         launcher = "local" if count == 1 else ("deepspeed" if deepspeed else "torchrun")
     return launch.model_copy(update={"launcher": launcher, "num_gpus": count}), bool(on_cpu)
 
@@ -359,7 +361,8 @@ def resolve_batch(
         return 1, []  # the field tables have refused it already
     if wanted is None:
         return micro * steps * world, []
-    given = provenance.get("trainer.gradient_accumulation_steps", "").startswith(("command line", "recipe"))
+    # The group's own 1 is a default; a value from anywhere else was meant.
+    given = not provenance.get("trainer.gradient_accumulation_steps", "trainer/").startswith("trainer/")
     if given and micro * steps * world != wanted:
         return wanted, [
             Problem(
@@ -414,17 +417,17 @@ def resolve_deepspeed(
         return deepspeed, located(error.problems, set_by)
 
 
-def absolute(resolved: dict[str, Any]) -> None:
-    """Local paths made absolute in place: workers start elsewhere (T80)."""
-
-    def local(path: str | None) -> str | None:
-        return str(Path(path).expanduser().absolute()) if path and Path(path).expanduser().exists() else path
-
+def absolute(tree: dict[str, Any]) -> dict[str, Any]:
+    """The tree with local paths made absolute, in place: workers start elsewhere, a resume may too (T80)."""
     for section, keys in (
         ("model", ["name_or_path"]),
         ("tokenizer", ["name_or_path", "chat_template"]),
         ("dataset", ["path", "eval_path"]),
         ("launch", ["script"]),
+        ("deepspeed", ["file"]),
     ):
+        held = tree.get(section) or {}
         for key in keys:
-            resolved[section][key] = local(resolved[section][key])
+            if held.get(key) and (path := Path(str(held[key])).expanduser()).exists():
+                held[key] = str(path.absolute())
+    return tree

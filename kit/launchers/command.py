@@ -29,7 +29,7 @@ def command(plan: RunPlan, plan_path: Path, resume: str | None = None) -> tuple[
     module = [] if launch.script else ["--module"]
     env = rank_environment(plan)
     if launch.launcher == "deepspeed":
-        argv = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", count, "--master_port", port]
+        argv = [sys.executable, "-m", "deepspeed.launcher.runner", *chosen_devices(count), "--master_port", port]
         # A hostfile left in /job would turn one node into a cluster; an absent file means this machine.
         argv += ["--hostfile", str(plan.run_path / "no-hostfile"), "--master_addr", "127.0.0.1"]
         argv += ["--log_level", "error", "--no_local_rank", *module, *target, *tail]
@@ -45,6 +45,14 @@ def command(plan: RunPlan, plan_path: Path, resume: str | None = None) -> tuple[
             # A plain process that sees several GPUs is wrapped in DataParallel, which the trainer refuses (T66).
             env["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     return argv, env
+
+
+def chosen_devices(count: str) -> list[str]:
+    """The deepspeed command forgets CUDA_VISIBLE_DEVICES beside --num_gpus (T69): the devices are named instead."""
+    visible = [v.strip() for v in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if v.strip()]
+    if visible and all(v.isdigit() for v in visible):
+        return ["--include", "localhost:" + ",".join(visible[: int(count)])]
+    return ["--num_gpus", count]
 
 
 def rank_environment(plan: RunPlan) -> dict[str, str]:

@@ -61,28 +61,41 @@ def needed(plan: RunPlan) -> list[str]:
     return names
 
 
-def prepare(names: list[str], seconds: float, say: Callable[[str], None], env: dict[str, str]) -> None:
-    """Build what is not built yet; KitError (exit 3) when it fails, takes longer than `seconds`, or is locked."""
+def prepare(
+    names: list[str],
+    seconds: float,
+    say: Callable[[str], None],
+    env: dict[str, str],
+    stopped: Callable[[], bool] = lambda: False,
+) -> None:
+    """Build what is not built yet; KitError (exit 3) when it fails, takes longer than `seconds`, or is locked.
+
+    Returns early, with nothing half-built left, once `stopped()` says so.
+    """
     folder = extensions_dir()
-    stamps = folder / ".built"
+    stamps = folder / (".built-" + env.get("DS_ACCELERATOR", "auto"))
     if all((stamps / name).exists() for name in names):
         return
     stamps.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + seconds
     with open(folder / ".kit-build", "a") as turn:
-        wait_for_turn(turn.fileno(), deadline, say, folder)
+        wait_for_turn(turn.fileno(), deadline, say, folder, stopped)
         for name in names:
+            if stopped():
+                return
             if (stamps / name).exists():
                 continue
             check_locks(folder, name)
-            build(name, deadline, say, folder, env)
-            (stamps / name).touch()
+            if build(name, deadline, say, folder, env, stopped):
+                (stamps / name).touch()
 
 
-def wait_for_turn(fd: int, deadline: float, say: Callable[[str], None], folder: Path) -> None:
+def wait_for_turn(
+    fd: int, deadline: float, say: Callable[[str], None], folder: Path, stopped: Callable[[], bool]
+) -> None:
     """One build at a time per folder: the lock is the kernel's, so a dead builder frees it."""
     told = False
-    while True:
+    while not stopped():
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
@@ -121,8 +134,15 @@ def builder_in(folder: Path) -> int | None:
     return None
 
 
-def build(name: str, deadline: float, say: Callable[[str], None], folder: Path, env: dict[str, str]) -> None:
-    """Compile one operator in a process of its own, so that a hang can be ended."""
+def build(
+    name: str,
+    deadline: float,
+    say: Callable[[str], None],
+    folder: Path,
+    env: dict[str, str],
+    stopped: Callable[[], bool],
+) -> bool:
+    """Compile one operator in a process of its own, so that a hang can be ended; False where it was stopped."""
     say(f"compiling DeepSpeed's {name} (once for this machine; a minute or two)")
     start = time.monotonic()
     log = folder / f".{name}.log"
@@ -137,6 +157,8 @@ def build(name: str, deadline: float, say: Callable[[str], None], folder: Path, 
         )
         try:
             while process.poll() is None:
+                if stopped():
+                    return False
                 if time.monotonic() > deadline:
                     raise KitError(
                         f"compiling {name} took longer than the limit",
@@ -160,6 +182,7 @@ def build(name: str, deadline: float, say: Callable[[str], None], folder: Path, 
             code=ENVIRONMENT,
         )
     say(f"compiled {name} in {time.monotonic() - start:.0f} s")
+    return True
 
 
 def kill_tree(pid: int) -> None:

@@ -6,6 +6,7 @@ the ranks are signalled directly, by the process ids that they write down, and w
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -30,7 +31,9 @@ def launch(plan: RunPlan, resume: str | None = None) -> int:
     with rundir.locked(run):
         stop = Stop()
         with stop:
-            ops.prepare(ops.needed(plan), plan.launch.build_seconds, say, rank_environment(plan))
+            ops.prepare(
+                ops.needed(plan), plan.launch.build_seconds, say, rank_environment(plan), lambda: stop.asked > 0
+            )
             if stop.asked:
                 return 128 + signal.SIGINT
             forget(run)
@@ -150,4 +153,6 @@ def read_errors(run: Path) -> tuple[list[Problem], int]:
 
 
 def say(line: str) -> None:
-    print(f"kit: {line}", file=sys.stderr, flush=True)
+    """A line for the user. A terminal that is gone must not cost the run its checkpoint."""
+    with contextlib.suppress(OSError):
+        print(f"kit: {line}", file=sys.stderr, flush=True)

@@ -37,7 +37,7 @@ def train(plan: RunPlan, *, resume: str | None = None, callbacks: Sequence[Any] 
         output_dir=str(run / rundir.CHECKPOINTS),
         deepspeed=copy.deepcopy(plan.deepspeed),
         fsdp=fsdp,
-        fsdp_config=plan.fsdp,
+        fsdp_config=copy.deepcopy(plan.fsdp),
         ddp_backend="gloo" if plan.trainer["use_cpu"] and plan.world_size > 1 else None,
     )
     check_ranks(plan)

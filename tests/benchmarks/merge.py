@@ -38,7 +38,7 @@ PEFT = """
     merged = time.perf_counter()
     model.save_pretrained(out, max_shard_size=sys.argv[4])
     saved = time.perf_counter()
-    from kit.merge import peak_rss_gb
+    from kit.merging import peak_rss_gb
     print(json.dumps({
         "imports": imported - begun, "load": loaded - imported, "merge": merged - loaded, "save": saved - merged,
         "seconds": saved - imported,
@@ -49,7 +49,7 @@ KIT = """
     begun = time.perf_counter()
     import torch, transformers
     from transformers import LlamaForCausalLM
-    from kit.merge import merge, peak_rss_gb
+    from kit.merging import merge, peak_rss_gb
     imported = time.perf_counter()
     report = merge(sys.argv[2], sys.argv[1], sys.argv[3], verify=False, fsync=sys.argv[5] == "fsync")
     done = time.perf_counter()

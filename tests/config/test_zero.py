@@ -98,7 +98,7 @@ def test_deepspeed_reads_the_result(name: str) -> None:
     assert (read.train_batch_size, read.gradient_accumulation_steps, read.gradient_clipping) == (6, 3, 1.0)
     assert read.bfloat16_config.enabled and not read.float16_config.enabled
     assert read.zero_config.stage == int(re.findall(r"\d", name)[0])
-    assert read.zero_config.overlap_comm is True
+    assert read.zero_config.overlap_comm is (name not in ("zero1", "zero2"))  # DeepSpeed's own default there
 
 
 def test_missing_keys_are_emitted() -> None:

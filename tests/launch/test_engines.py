@@ -198,7 +198,7 @@ def test_adapter_is_complete(engine, run_of, request, alone):
 
 @pytest.mark.parametrize("engine", ["zero2", "zero3"])
 def test_merged_logits_equal_base_plus_adapter(engine, run_of):
-    from kit.merge import merge
+    from kit.merging import merge
 
     report = merge(run_of(engine), overwrite=True, verify="logits")
     assert report["method"] == "streaming"

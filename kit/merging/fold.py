@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from kit.errors import ENVIRONMENT, KitError
-from kit.merge_adapter import CONFIG, MANIFEST, WEIGHTS, read_json, sha256
-from kit.merge_parts import Plan
-from kit.merge_plan import plan_merge
-from kit.merge_stage import REPORT, make_staging, publish, refuse_target, sync
+from kit.merging.adapter import CONFIG, MANIFEST, WEIGHTS, read_json, sha256
+from kit.merging.parts import Plan
+from kit.merging.plan import plan_merge
+from kit.merging.stage import REPORT, make_staging, publish, refuse_target, sync
 from kit.weights import INDEX, find_model, fingerprint
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -185,11 +185,11 @@ def _build(
     """Write the model's files into the staging folder; gives the report so far."""
     begun = time.perf_counter()
     if plan.through_peft:
-        from kit.merge_peft import write_through_peft
+        from kit.merging.through_peft import write_through_peft
 
         figures = write_through_peft(plan, staging, dtype)
     else:
-        from kit.merge_stream import write_shards
+        from kit.merging.stream import write_shards
 
         figures = write_shards(plan, staging, fsync=fsync, progress=progress)
         _write_index(plan, staging)
@@ -277,7 +277,7 @@ def check_tokenizer(plan: Plan, staging: Path) -> None:
 
 
 def _verified(staging: Path, plan: Plan, how: str) -> dict[str, Any]:
-    from kit.merge_verify import verify as compare
+    from kit.merging.compare import verify as compare
 
     return compare(staging, plan.base, plan.adapter.folder, how=how)
 
@@ -295,7 +295,7 @@ def peak_rss_gb() -> float:
 
 
 def verify(out: str | Path, base: str | Path, adapter: str | Path, prompts: list[str] | None = None) -> dict[str, Any]:
-    """Compare a merged model with base + adapter (see kit/merge_verify.py); KitError (4) where they differ."""
-    from kit.merge_verify import verify as compare
+    """Compare a merged model with base + adapter (see kit/merging/compare.py); KitError (4) where they differ."""
+    from kit.merging.compare import verify as compare
 
     return compare(Path(out), Path(base), Path(adapter), prompts)

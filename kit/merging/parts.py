@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kit.merge_adapter import Adapter
-from kit.merge_names import Names
+from kit.merging.adapter import Adapter
+from kit.merging.names import Names
 from kit.weights import Tensor
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from kit.errors import KitError
-from kit.merge_adapter import read_bytes
-from kit.merge_parts import Edit, Plan
+from kit.merging.adapter import read_bytes
+from kit.merging.parts import Edit, Plan
 from kit.weights import Tensor
 
 

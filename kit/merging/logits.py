@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from kit.errors import FAILED, KitError
-from kit.merge_adapter import CONFIG, WEIGHTS
-from kit.merge_names import forget_deepspeed, model_class
-from kit.merge_parts import Plan
-from kit.merge_stream import torch_dtype
+from kit.merging.adapter import CONFIG, WEIGHTS
+from kit.merging.names import forget_deepspeed, model_class
+from kit.merging.parts import Plan
+from kit.merging.stream import torch_dtype
 from kit.weights import read_config, read_tensors
 
 # Logits of two models with equal weights are equal; the few neighbours above move them by up to 2.3e-4 of their spread

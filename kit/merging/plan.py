@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kit.errors import KitError, Problem
-from kit.merge_adapter import (
+from kit.merging.adapter import (
     check_size,
     rank_and_scale,
     read_adapter,
@@ -15,9 +15,9 @@ from kit.merge_adapter import (
     token_rows,
     why_not_streamed,
 )
-from kit.merge_names import Names, read_names
-from kit.merge_parts import Edit, Lora, Output, Plan
-from kit.merge_ties import check_vocabulary, set_everywhere, settle_ties
+from kit.merging.names import Names, read_names
+from kit.merging.parts import Edit, Lora, Output, Plan
+from kit.merging.ties import check_vocabulary, set_everywhere, settle_ties
 from kit.weights import INDEX, Tensor, read_config, read_header, shard_files
 
 FLOATS = ("F64", "F32", "F16", "BF16")

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from kit.errors import FAILED, KitError
-from kit.merge_adapter import read_bytes
-from kit.merge_parts import Lora, Output, Plan
+from kit.merging.adapter import read_bytes
+from kit.merging.parts import Lora, Output, Plan
 from kit.weights import Tensor
 
 BLOCK = 1 << 21  # values at a time: what one core's cache holds, roughly

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from kit.errors import FAILED, KitError
-from kit.merge_adapter import WEIGHTS, Adapter, read_bytes, token_rows
-from kit.merge_logits import check_logits
-from kit.merge_names import Names
-from kit.merge_plan import plan_merge
-from kit.merge_stream import torch_dtype
+from kit.merging.adapter import WEIGHTS, Adapter, read_bytes, token_rows
+from kit.merging.logits import check_logits
+from kit.merging.names import Names
+from kit.merging.plan import plan_merge
+from kit.merging.stream import torch_dtype
 from kit.weights import Tensor, read_config, read_tensors
 
 BAND = 64  # rows of each module that are computed again

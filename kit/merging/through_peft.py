@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kit.errors import KitError
-from kit.merge_parts import Plan
+from kit.merging.parts import Plan
 from kit.weights import read_header
 
 
@@ -15,8 +15,8 @@ def write_through_peft(plan: Plan, folder: Path, dtype: str | None) -> dict[str,
     """Load base + adapter, merge, save into `folder`; needs memory for the base in float32. Gives the figures."""
     import torch
 
-    from kit.merge_logits import load_with_adapter
-    from kit.merge_stream import torch_dtype
+    from kit.merging.logits import load_with_adapter
+    from kit.merging.stream import torch_dtype
 
     started = time.perf_counter()
     stored = [t.dtype for t in plan.tensors.values() if t.dtype in ("F64", "F32", "F16", "BF16")]
