@@ -5,10 +5,6 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RESULTS := tests/benchmarks/results
-export KIT_CACHE ?=
-ifeq ($(KIT_CACHE),)
-unexport KIT_CACHE
-endif
 
 .PHONY: setup quickstart check test-fast test soak bench clean
 

@@ -90,6 +90,9 @@ def changed(plan: RunPlan, overrides: list[str]) -> RunPlan:
     tree = apply(plan.composed, overrides)
     before, after = leaves(plan.composed), leaves(tree)
     touched = sorted(k for k in before.keys() | after.keys() if before.get(k) != after.get(k))
+    provenance = {**plan.provenance, **{k: f"command line (resume): {k}" for k in touched}}
+    composed = Composed(tree, [*plan.overrides, *overrides], provenance, plan.recipe)
+    new = build_plan(composed, here=True)
     refused = [k for k in touched if field_class(k) == "identity"]
     if refused:
         raise KitError(
@@ -102,9 +105,6 @@ def changed(plan: RunPlan, overrides: list[str]) -> RunPlan:
                 for k in refused
             ]
         )
-    provenance = {**plan.provenance, **{k: f"command line (resume): {k}" for k in touched}}
-    composed = Composed(tree, [*plan.overrides, *overrides], provenance, plan.recipe)
-    new = build_plan(composed, here=True)
     if new.global_batch_size != plan.global_batch_size:
         raise KitError(
             f"the global batch would change from {plan.global_batch_size} to {new.global_batch_size} rows: "

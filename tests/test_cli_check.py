@@ -103,6 +103,8 @@ REFUSED_RUNS = [
     (["launch=local", "launch.num_gpus=2"], "launch.num_gpus", "deepspeed"),
     (["trainer.completion_only_loss=true"], "completion_only_loss", "messages"),
     (["trainer.hub_token=abc"], "trainer.hub_token", "HF_TOKEN"),
+    (["tracking.hub_token=abc"], "tracking.hub_token", "HF_TOKEN"),
+    (["tracking.bogus=1"], "tracking.bogus"),
     (["name=../up"], "name"),
     (["peft=none", "peft.r=4"], "peft.r", "peft=lora"),
 ]

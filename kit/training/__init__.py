@@ -1,0 +1,1 @@
+"""The ranks. Imports no Hydra."""

@@ -1,0 +1,202 @@
+"""The sections of a composed tree, each against its schema; every problem with where its key was set."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from kit import paths
+from kit.config import dataset as data_files
+from kit.config import fields, zero
+from kit.config.schema import Dataset, RunInput, Strict, leaves
+from kit.errors import KitError, Problem
+
+PATHS = (  # (section, key) of what is looked for on the disk
+    ("model", "name_or_path"), ("model", "revision"), ("tokenizer", "name_or_path"), ("tokenizer", "chat_template"),
+    ("dataset", "path"), ("dataset", "eval_path"), ("launch", "script"), ("", "runs_dir"),
+)  # fmt: skip
+OWNED = {  # fields of SFTConfig that another part of the description holds
+    "output_dir": "the run directory holds everything: runs_dir=FOLDER, name=NAME",
+    "deepspeed": "deepspeed=zero2, or deepspeed=/path/my.json",
+    "fsdp": "use the group fsdp",
+    "fsdp_config": "use the group fsdp",
+    "hub_token": "secrets come from the environment: export HF_TOKEN=...",
+    "push_to_hub_token": "secrets come from the environment: export HF_TOKEN=...",
+    "resume_from_checkpoint": "kit resume RUN",
+    "model_init_kwargs.dtype": "model.dtype=...",
+}
+
+
+def origin(provenance: dict[str, str]) -> Any:
+    """A function that says where a dotted key was set; a key inside a set value is set where that value is."""
+
+    def set_by(key: str) -> str:
+        parts = re.sub(r"\[\d+\]", "", key).split(".")
+        for end in range(len(parts), 0, -1):
+            if at := provenance.get(".".join(parts[:end])):
+                return at if at.startswith("command line") else f"{key} in {at}"
+        inside = [at for k, at in provenance.items() if k.startswith(key + ".")]
+        return f"{key} in {inside[0].rsplit(':', 1)[0]}" if inside and ":" in inside[0] else key
+
+    return set_by
+
+
+def located(problems: list[Problem], set_by: Any, key: str = "") -> list[Problem]:
+    """Problems whose place is a dotted key (`key` where they name none), with where that key was set."""
+    return [Problem(p.problem, set_by(p.where or key), p.fix, p.rule) for p in problems]
+
+
+def unique(problems: list[Problem]) -> list[Problem]:
+    return list({(p.problem, p.where): p for p in problems}.values())
+
+
+def read_input(tree: dict[str, Any], set_by: Any) -> tuple[RunInput | None, list[Problem]]:
+    """The kit's own sections through pydantic; missing values ("???") and unknown keys are named."""
+    missing = [k for k, v in leaves(tree).items() if v == "???"]
+    problems = [Problem(f"{k} is not given", set_by(k), f"{k}=...") for k in missing]
+    try:
+        given = RunInput.model_validate(tree)
+        return (None if missing else given), problems
+    except ValidationError as error:
+        for e in error.errors():
+            key = ".".join(
+                str(part)
+                for part in e["loc"]
+                if isinstance(part, str) and not part.startswith(("function-", "literal"))
+            )
+            if tree_at(tree, e["loc"]) == "???":
+                continue
+            if e["type"] == "extra_forbidden":
+                near = difflib.get_close_matches(str(e["loc"][-1]), names_at(e["loc"][:-1]), 1)
+                parent = key.rpartition(".")[0]
+                fix = f"did you mean {parent + '.' if parent else ''}{near[0]}?" if near else "remove it"
+                problems.append(Problem(f"there is no key {key}", set_by(key), fix, "unknown-key"))
+            else:
+                value = f": {e['input']!r}" if not isinstance(e["input"], dict) else ""
+                problems.append(Problem(f"{key}: {e['msg'][0].lower()}{e['msg'][1:]}{value}", set_by(key), "", "type"))
+        return None, problems
+
+
+def tree_at(tree: Any, loc: tuple[Any, ...]) -> Any:
+    for part in loc:
+        if not isinstance(tree, dict) or part not in tree:
+            return None
+        tree = tree[part]
+    return tree
+
+
+def names_at(loc: tuple[Any, ...]) -> list[str]:
+    """The keys that are known at a place in RunInput."""
+    model: type[Strict] = RunInput
+    for part in loc:
+        model = model.model_fields[str(part)].annotation  # type: ignore[assignment]
+    return list(model.model_fields)
+
+
+def read_table(values: Any, table: str, section: str, set_by: Any) -> tuple[dict[str, Any] | None, list[Problem]]:
+    """A section whose keys are a library's own fields; None where it is empty."""
+    if not values:
+        return None, []
+    if not isinstance(values, dict):
+        return None, [Problem(f"{section} must hold keys", set_by(section), f"{section}=none, or {section}.KEY=VALUE")]
+    if section == "peft" and "peft_type" not in values:
+        named = ", ".join(f"peft.{k}" for k in values)
+        return None, [
+            Problem(f"peft=none, but {named} is given", set_by(f"peft.{next(iter(values))}"), "peft=lora, or drop it")
+        ]
+    if section == "peft" and table.upper() not in fields.peft_types():
+        near = difflib.get_close_matches(table.upper(), fields.peft_types(), 1)
+        known = ", ".join(fields.peft_types())
+        fix = f"peft.peft_type={near[0]}" if near else f"one of {known}"
+        return None, [Problem(f"there is no PEFT method {table!r}", set_by("peft.peft_type"), fix)]
+    table = table.upper() if section == "peft" else table
+    found = fields.check(table, values, section)
+    return fields.cast(table, of_right_kind(values, found, section)), located(found, set_by)
+
+
+def of_right_kind(values: dict[str, Any], found: list[Problem], section: str) -> dict[str, Any]:
+    """`values` without what was refused for its kind: the rules that follow count, compare and split what is left."""
+    wrong = {re.split(r"[.\[]", p.where.removeprefix(section + "."))[0] for p in found if p.rule == "kind"}
+    return {key: value for key, value in values.items() if key not in wrong}
+
+
+def unusable(given: RunInput, set_by: Any) -> list[Problem]:
+    """Paths that the disk cannot even be asked about (rule "path"), counts below one, files that are not there."""
+    problems = []
+    for section, key in PATHS:
+        text = getattr(getattr(given, section), key) if section else getattr(given, key)
+        name = f"{section}.{key}" if section else key
+        try:
+            found = Path(text or ".").expanduser().exists()
+            if not found and (section, key) in (("tokenizer", "chat_template"), ("launch", "script")):
+                problems.append(Problem(f"there is no file {text}", set_by(name), "check the path"))
+        except (OSError, RuntimeError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            said = f"{name} is no path that can be looked at: {reason}"
+            problems.append(Problem(said, set_by(name), "check it", "path"))
+    count, held_out = given.launch.num_gpus, given.dataset.test_size
+    if isinstance(count, int) and count < 1:
+        said = f"launch.num_gpus must be at least 1, not {count}"
+        problems.append(Problem(said, set_by("launch.num_gpus"), "launch.num_gpus=auto", "count"))
+    if held_out is not None and not (0 < held_out < 1 or (held_out >= 1 and held_out == int(held_out))):
+        said = f"dataset.test_size must be a share between 0 and 1 or a whole number of rows, not {held_out}"
+        problems.append(Problem(said, set_by("dataset.test_size"), "dataset.test_size=0.1, or leave it out"))
+    return problems
+
+
+def read_trainer(values: Any, set_by: Any, section: str = "trainer") -> tuple[dict[str, Any], list[Problem]]:
+    """`trainer.*` against SFTConfig's fields; keys that other sections own are refused with the key to use."""
+    values = dict(values) if isinstance(values, dict) else {}
+    owned = [k for k in OWNED if tree_at(values, tuple(k.split("."))) is not None]
+    problems = [Problem(f"{section}.{k} is not set here", set_by(f"{section}.{k}"), OWNED[k], "owned") for k in owned]
+    for k in owned:
+        values.pop(k.split(".")[0], None)
+    found = fields.check("SFTConfig", values, section, allow_auto={"bf16", "fp16", "use_cpu"})
+    return fields.cast("SFTConfig", of_right_kind(values, found, section)), problems + located(found, set_by)
+
+
+def read_deepspeed(values: Any, set_by: Any) -> tuple[dict[str, Any] | None, list[Problem]]:
+    """The DeepSpeed JSON: the group's choice, or `deepspeed.file` with the overrides merged on top."""
+    if not values:
+        return None, []
+    if not isinstance(values, dict):
+        return None, [
+            Problem("deepspeed must hold keys", set_by("deepspeed"), "deepspeed=none, or deepspeed=FILE.json")
+        ]
+    values = dict(values)
+    if file := values.pop("file", None):
+        try:
+            values = merge(zero.load(Path(os.path.expanduser(str(file)))), values)
+        except KitError as error:
+            return None, [Problem(p.problem, p.where or set_by("deepspeed.file"), p.fix) for p in error.problems]
+    return values, located(zero.check(values), set_by)
+
+
+def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    out = dict(below)
+    for key, value in above.items():
+        out[key] = merge(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
+    return out
+
+
+def look_at_data(dataset: Dataset, here: bool) -> tuple[str | None, list[Problem]]:
+    """The data's format, from the first row of the file; None for a Hub id that is not a file."""
+    problems: list[Problem] = []
+    wanted: str | None = None if dataset.format == "auto" else dataset.format
+    for key, path in (("dataset.path", dataset.path), ("dataset.eval_path", dataset.eval_path)):
+        if path is None or (paths.made_by_quickstart(path) and not Path(path).exists() and not here):
+            continue
+        try:
+            columns = data_files.peek(path)
+            if columns is not None:
+                wanted = data_files.detect_format(columns, dataset.columns, dataset.format)
+        except KitError as error:
+            problems += [
+                Problem(p.problem, key if p.where == "dataset.path" else p.where, p.fix) for p in error.problems
+            ]
+    return wanted, problems

@@ -1,0 +1,194 @@
+"""Starting and stopping without the training stack: argv, environment, operator builds, locks, the worker's door."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from kit import api, hardware, rundir, worker
+from kit.errors import ENVIRONMENT, KitError
+from kit.hardware import Gpu
+from kit.launchers import command, ops
+
+
+@pytest.fixture
+def plan_of(base, chat, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def make(*overrides: str, here: bool = False):
+        stock = (f"model.name_or_path={base}", f"dataset.path={chat}", f"runs_dir={tmp_path / 'runs'}")
+        return api.compose(*stock, *overrides, here=here)
+
+    return make
+
+
+def test_argv_of_each_launcher(plan_of, monkeypatch):
+    plan = plan_of("launch=deepspeed", "launch.num_gpus=2", "deepspeed=zero2", "trainer.use_cpu=true")
+    argv, env = command.command(plan, Path("/x/plan.json"))
+    assert argv[1:5] == ["-m", "deepspeed.launcher.runner", "--num_gpus", "2"]
+    assert argv[-4:] == ["--no_local_rank", "--module", "kit.worker", "/x/plan.json"]
+    assert env["DS_ACCELERATOR"] == "cpu" and env["HF_HUB_DISABLE_TELEMETRY"] == "1"
+    assert env["PATH"].split(os.pathsep)[0] == os.path.dirname(sys.executable)
+    argv, _ = command.command(plan_of("launch=torchrun", "launch.num_gpus=2"), Path("p.json"), resume="checkpoint-4")
+    assert argv[1:3] == ["-m", "torch.distributed.run"] and argv[-3:] == ["p.json", "--resume", "checkpoint-4"]
+    argv, env = command.command(plan_of("launch=local", "deepspeed=zero2", "trainer.use_cpu=true"), Path("p.json"))
+    assert (
+        argv[1:] == ["-m", "kit.worker", "p.json"] and env["WORLD_SIZE"] == "1" and env["MASTER_ADDR"] == "127.0.0.1"
+    )
+    ports = {command.command(plan, Path("p"))[0][argv_index(plan)] for _ in range(5)}
+    assert len(ports) == 5  # two runs at once do not meet
+    # --num_gpus makes deepspeed forget CUDA_VISIBLE_DEVICES
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    assert command.chosen_devices("2") == ["--include", "localhost:2,3"]
+
+
+def argv_index(plan) -> int:
+    argv, _ = command.command(plan, Path("p"))
+    return argv.index("--master_port") + 1
+
+
+def test_precision_and_count_follow_this_machine(plan_of, monkeypatch):
+    """What the hardware lacks is refused where the run starts; "auto" takes what it is fast at."""
+
+    def machine(*gpus: Gpu) -> None:
+        monkeypatch.setattr(hardware, "gpus", lambda: gpus)
+
+    machine(Gpu("T4", 15, (7, 5)))
+    assert plan_of(here=True).precision == "float16"
+    with pytest.raises(KitError, match="T4 has no bfloat16"):
+        plan_of("trainer.bf16=true", here=True)
+    machine(Gpu("H200", 139, (9, 0)), Gpu("H200", 139, (9, 0)))
+    plan = plan_of("deepspeed=zero2", here=True)
+    assert (plan.precision, plan.world_size, plan.launch.launcher) == ("bfloat16", 2, "deepspeed")
+    with pytest.raises(KitError, match="8 GPUs asked for, this machine shows 2"):
+        plan_of("deepspeed=zero2", "launch.num_gpus=8", here=True)
+    machine()
+    monkeypatch.setattr(hardware, "cpu_multiplies_bf16", lambda: False)
+    assert (plan_of(here=True).precision, plan_of(here=True).trainer["use_cpu"]) == ("float32", True)
+    assert any("25-50 times slower" in note for note in plan_of("trainer.bf16=true", here=True).notes)
+
+
+def test_dead_lock_is_named_and_a_living_one_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    folder = tmp_path / "py311_cpu" / "cpu_adam"
+    folder.mkdir(parents=True)
+    (folder / "lock").touch()
+    with pytest.raises(KitError) as refused:
+        ops.prepare(["cpu_adam"], 60, lambda line: None, {"DS_ACCELERATOR": "cpu"})
+    assert refused.value.code == ENVIRONMENT
+    assert str(folder / "lock") in refused.value.problems[0].where and refused.value.problems[0].fix.startswith("rm ")
+    builder = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], cwd=folder)
+    try:
+        with pytest.raises(KitError, match=f"process {builder.pid}"):
+            ops.prepare(["cpu_adam"], 60, lambda line: None, {"DS_ACCELERATOR": "cpu"})
+        assert (folder / "lock").exists()
+    finally:
+        builder.kill()
+        builder.wait()
+
+
+def test_a_build_that_takes_too_long_ends_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    said: list[str] = []
+    with pytest.raises(KitError, match="longer than the limit"):
+        ops.prepare(["cpu_adam"], 1, said.append, {"DS_ACCELERATOR": "cpu"})
+    assert "compiling" in said[0]
+    assert not list(tmp_path.glob("*/*/lock"))
+    assert not [p for p in psutil.Process().children(recursive=True) if "build_ops" in " ".join(cmdline(p))]
+    # asked to stop meanwhile: no error, nothing stamped
+    ops.prepare(["cpu_adam"], 60, said.append, {"DS_ACCELERATOR": "cpu"}, lambda: True)
+    assert not list(tmp_path.glob(".built*/cpu_adam"))
+
+
+def cmdline(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def test_operators_of_a_plan(plan_of):
+    cpu = "trainer.use_cpu=true"
+    assert ops.needed(plan_of()) == []
+    assert ops.needed(plan_of("deepspeed=zero2", cpu)) == ["deepspeed_shm_comm"]
+    assert ops.needed(plan_of("deepspeed=zero3_offload", "launch.num_gpus=2")) == ["cpu_adam"]
+    nvme = plan_of("deepspeed=zero3_nvme", "deepspeed.zero_optimization.offload_optimizer.nvme_path=/x", cpu)
+    assert ops.needed(nvme) == ["deepspeed_shm_comm", "cpu_adam", "async_io"]
+
+
+def test_the_worker_takes_what_launchers_add(monkeypatch):
+    assert worker.read_argv(["--local_rank=1", "plan.json"]) == (["plan.json"], None)
+    assert worker.read_argv(["--local_rank", "1", "a=b", "--resume", "checkpoint-2"]) == (["a=b"], "checkpoint-2")
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(KitError, match="each task would train alone"):
+        worker.check_launcher()
+
+
+def test_a_console_that_is_gone_does_not_end_the_run(tmp_path):
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(5, "Input/output error")
+
+    with open(tmp_path / "log", "w") as log:
+        tee = worker.Tee(Gone(), log)
+        assert tee.write("step 1\n") == 7
+        tee.flush()
+    assert (tmp_path / "log").read_text() == "step 1\n"
+
+
+def test_a_run_directory_is_one_runs(plan_of):
+    plan = rundir.create(plan_of("trainer.use_cpu=true"))
+    assert oct(plan.run_path.stat().st_mode)[-3:] == "700"
+    assert json.loads((plan.run_path / ".hydra" / "overrides.json").read_text()) == plan.overrides
+    with pytest.raises(KitError, match="unfinished") as refused:
+        rundir.create(plan_of("trainer.use_cpu=true"))
+    assert "kit resume" in refused.value.problems[0].fix and "--fresh" in refused.value.problems[0].fix
+    assert rundir.create(plan_of("trainer.use_cpu=true"), fresh=True).run_dir == plan.run_dir + "-2"
+    rundir.set_status(plan.run_path, "done")
+    assert rundir.create(plan_of("trainer.use_cpu=true"), fresh=True).run_dir.endswith("-3")
+    with rundir.locked(plan.run_path):
+        with pytest.raises(KitError, match="in use"), rundir.locked(plan.run_path):
+            pass
+    assert rundir.in_use(plan.run_path) is None
+    with pytest.raises(KitError, match="there is no run"):
+        rundir.find_run("nothing")
+    with pytest.raises(KitError, match="is finished"):
+        api.resume(plan.run_dir)
+
+
+def test_resume_changes_only_what_may_change(plan_of):
+    plan = plan_of("trainer.use_cpu=true", "trainer.max_steps=10", "launch=local", "global_batch_size=8")
+    more = api.changed(plan, ["trainer.max_steps=20", "trainer.per_device_train_batch_size=4"])
+    assert (more.trainer["max_steps"], more.trainer["gradient_accumulation_steps"]) == (20, 2)
+    assert (more.hash, more.run_dir, more.name) == (plan.hash, plan.run_dir, plan.name)
+    with pytest.raises(KitError, match="cannot change within a run"):
+        api.changed(plan, ["peft.r=2"])
+    with pytest.raises(KitError, match="did you mean|no key|unknown key"):
+        api.changed(plan, ["trainer.max_step=2"])
+    loose = plan_of("trainer.use_cpu=true", "launch=local")
+    with pytest.raises(KitError, match="global batch would change"):
+        api.changed(loose, ["trainer.per_device_train_batch_size=4"])
+
+
+def test_plans_survive_the_border(plan_of, tmp_path):
+    """plan.json read back is the same plan: only JSON types, nothing lost (T79)."""
+    from kit.config.schema import load_plan
+
+    plan = plan_of("deepspeed=zero3", "peft.target_modules=[q_proj]", "trainer.lr_scheduler_kwargs={a: 1}")
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    assert load_plan(tmp_path) == plan
+    (tmp_path / "plan.json").write_text(plan.to_json()[:-20])
+    with pytest.raises(KitError, match="is not a plan"):
+        load_plan(tmp_path)
+    start = time.monotonic()
+    assert command.free_port() != command.free_port() and time.monotonic() - start < 1
