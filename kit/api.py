@@ -39,13 +39,20 @@ def train(*args: str, config_dir: str | None = None, fresh: bool = False, plan: 
 
 def need_stack() -> None:
     """KitError (3) on the bare install: it checks and plans, but training and merging need the extra."""
-    missing = [name for name in ("torch", "transformers", "trl", "peft", "datasets") if find_spec(name) is None]
+    missing = [name for name in ("torch", "transformers", "trl", "peft", "datasets") if not installed(name)]
     if missing:
         raise KitError(
             f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed",
             fix="pip install torch && pip install --no-build-isolation 'finetune-kit[train]'",
             code=ENVIRONMENT,
         )
+
+
+def installed(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ModuleNotFoundError:  # an import hook may say no in its own way
+        return False
 
 
 def resume(run: str, *overrides: str) -> int:
