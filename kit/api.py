@@ -43,7 +43,7 @@ def need_stack() -> None:
     if missing:
         raise KitError(
             f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed",
-            fix="pip install torch && pip install --no-build-isolation 'finetune-kit[train]'",
+            fix="make setup in a checkout, or pip install torch and then --no-build-isolation 'finetune-kit[train]'",
             code=ENVIRONMENT,
         )
 

@@ -322,8 +322,13 @@ def quiet() -> None:
         "TOKENIZERS_PARALLELISM": "false",
         "TRANSFORMERS_VERBOSITY": "error",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        "PYTHONWARNINGS": "ignore::FutureWarning",
     }.items():
         os.environ.setdefault(key, value)
+    import warnings
+
+    warnings.filterwarnings("ignore", category=FutureWarning)  # names to come, which a user of the kit never types
 
 
 def complete(argv: list[str]) -> int:

@@ -13,13 +13,13 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-os.environ["KIT_CACHE"] = str(ROOT / ".kit-cache")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("HF_DATASETS_CACHE", str(ROOT / ".kit-cache" / "datasets"))
 os.environ["NO_COLOR"] = "1"
-os.environ.pop("TORCH_EXTENSIONS_DIR", None)  # the kit's own folder below KIT_CACHE: nobody else compiles there
+# Operators go into the kit's own folder in ~/.cache, named after CPU and versions: compiled once per machine.
+os.environ.pop("TORCH_EXTENSIONS_DIR", None)
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the suite is the same on every machine: CPU processes
 
 

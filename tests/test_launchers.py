@@ -93,6 +93,11 @@ def test_dead_lock_is_named_and_a_living_one_is_left_alone(tmp_path, monkeypatch
     finally:
         builder.kill()
         builder.wait()
+    # in the kit's own folder nobody else compiles: the dead lock goes, and is spoken of
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
+    said: list[str] = []
+    ops.check_locks(tmp_path, "cpu_adam", said.append)
+    assert not (folder / "lock").exists() and "removing the lock" in said[0]
 
 
 def test_a_build_that_takes_too_long_ends_and_leaves_nothing(tmp_path, monkeypatch):

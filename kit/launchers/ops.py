@@ -85,7 +85,7 @@ def prepare(
                 return
             if (stamps / name).exists():
                 continue
-            check_locks(folder, name)
+            check_locks(folder, name, say)
             if build(name, deadline, say, folder, env, stopped):
                 (stamps / name).touch()
 
@@ -108,13 +108,17 @@ def wait_for_turn(
             time.sleep(0.5)
 
 
-def check_locks(folder: Path, name: str) -> None:
-    """Refuse a lock that no living build owns; never remove a lock that one does."""
+def check_locks(folder: Path, name: str, say: Callable[[str], None]) -> None:
+    """A lock that no living build owns is removed from the kit's own folder and refused in anybody else's."""
     for lock in folder.glob(f"*/{name}/lock"):
         owner = builder_in(lock.parent)
         age = int(time.time() - lock.stat().st_mtime)
         if owner:
             raise KitError(f"{name} is being compiled by process {owner}", str(lock), "wait for it", code=ENVIRONMENT)
+        if "TORCH_EXTENSIONS_DIR" not in os.environ:  # ours, and we hold its turn: whoever left the lock is dead
+            say(f"removing the lock that a killed build of {name} left {age} s ago")
+            lock.unlink(missing_ok=True)
+            continue
         raise KitError(
             f"a killed build of {name} left a lock {age} s ago; every run would wait for it for ever",
             str(lock),

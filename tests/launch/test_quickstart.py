@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,14 +16,16 @@ pytestmark = pytest.mark.launch
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> tuple[Path, str, float]:
+def whole(tmp_path_factory) -> Iterator[tuple[Path, str, float]]:
     """The run directory, what was printed, and the seconds it took."""
     work = tmp_path_factory.mktemp("quickstart")
     start = time.monotonic()
     argv = [harness.sys.executable, "-m", "kit.quickstart", f"runs_dir={work / 'runs'}"]
+    os.environ["KIT_CACHE"] = str(work / "cache")  # nothing is kept from before: the base is trained here
     done = harness.finish(harness.start(argv, work), 420)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return harness.the_run(work / "runs"), done.stdout, time.monotonic() - start
+    yield harness.the_run(work / "runs"), done.stdout, time.monotonic() - start
+    del os.environ["KIT_CACHE"]
 
 
 def scores(run: Path) -> dict[str, float]:
