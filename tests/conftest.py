@@ -18,7 +18,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("HF_DATASETS_CACHE", str(ROOT / ".kit-cache" / "datasets"))
 os.environ["NO_COLOR"] = "1"
-# Operators go into the kit's own folder in ~/.cache, named after CPU and versions: compiled once per machine.
+# Operators go into the kit's own folder in ~/.cache, named after CPU, environment and versions: compiled once.
 os.environ.pop("TORCH_EXTENSIONS_DIR", None)
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the suite is the same on every machine: CPU processes
 

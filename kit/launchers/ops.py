@@ -25,9 +25,10 @@ from kit.errors import ENVIRONMENT, KitError
 
 
 def extensions_dir() -> Path:
-    """TORCH_EXTENSIONS_DIR, or a folder of our own for this CPU, Python, torch and DeepSpeed.
+    """TORCH_EXTENSIONS_DIR, or a folder of our own for this CPU, environment, torch and DeepSpeed.
 
-    A home shared by a cluster mixes CPUs: code compiled with -march=native must not travel between them.
+    A home shared by a cluster mixes CPUs: code compiled with -march=native must not travel between them. Another
+    environment has other include paths, for which ninja would compile everything again, in the ranks and silently.
     """
     if given := os.environ.get("TORCH_EXTENSIONS_DIR"):
         return Path(given).absolute()
@@ -36,7 +37,7 @@ def extensions_dir() -> Path:
         cpu = "".join(line for line in cpu.splitlines() if line.startswith(("model name", "flags")))
     except OSError:
         cpu = platform.processor()
-    parts = [cpu, platform.python_version(), *(version(p) for p in ("torch", "deepspeed"))]
+    parts = [cpu, sys.prefix, platform.python_version(), *(version(p) for p in ("torch", "deepspeed"))]
     return paths.cache() / "ops" / hashlib.sha256("|".join(parts).encode()).hexdigest()[:12]
 
 
