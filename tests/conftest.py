@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -23,36 +23,61 @@ os.environ.pop("TORCH_EXTENSIONS_DIR", None)
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the suite is the same on every machine: CPU processes
 
 
-OPERATORS = ["deepspeed_shm_comm", "cpu_adam", "async_io"]
+OPERATORS = ["deepspeed_shm_comm", "cpu_adam", "async_io"]  # the last takes longest, and only the NVMe test needs it
 
 
 def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Launches come last: the fast tests run while DeepSpeed's operators are compiled on the other core."""
-    items.sort(key=lambda item: item.get_closest_marker("launch") is not None)
+    """Launches come last, and the one that needs every operator at the very end: they compile in the background."""
+
+    def turn(item: pytest.Item) -> int:
+        return (item.get_closest_marker("launch") is not None) + ("test_ds_configs" in item.nodeid)
+
+    items.sort(key=turn)
+
+
+COMPILE = """
+import sys
+from kit.launchers import ops
+for name in sys.argv[1:]:
+    ops.prepare([name], 1500, lambda line: print(line, file=sys.stderr), {"DS_ACCELERATOR": "cpu"})
+"""
+COMPILERS: list[subprocess.Popen[bytes]] = []
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
+    """A process of its own: tests change the environment of this one."""
     if any(item.get_closest_marker("launch") for item in session.items) and not session.config.option.collectonly:
-        threading.Thread(target=compile_operators, daemon=True).start()
+        here = os.path.dirname(sys.executable)
+        env = {**os.environ, "PATH": here + os.pathsep + os.environ["PATH"]}
+        COMPILERS.append(subprocess.Popen([sys.executable, "-c", COMPILE, *OPERATORS], env=env, cwd=ROOT))
 
 
-def compile_operators() -> Path:
-    """What CPU launches need, compiled where it is missing; a second caller waits for the first."""
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    from kit.launchers import ops
+
+    for process in COMPILERS:  # one that is still at work ends with the tests
+        ops.kill_tree(process.pid)
+
+
+def compile_operators(names: list[str]) -> Path:
+    """Where the operators are, once they are: a second caller waits for the first."""
     from kit.launchers import ops
 
     env = {"DS_ACCELERATOR": "cpu", "PATH": os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]}
-    with COMPILING:
-        ops.prepare(OPERATORS, 1500, lambda line: print(line, file=sys.stderr), env)
+    ops.prepare(names, 1500, lambda line: print(line, file=sys.stderr), env)
     return ops.extensions_dir()
-
-
-COMPILING = threading.Lock()
 
 
 @pytest.fixture(scope="session")
 def ops_dir() -> Path:
-    """TORCH_EXTENSIONS_DIR with DeepSpeed's CPU operators in it."""
-    return compile_operators()
+    """TORCH_EXTENSIONS_DIR with what launches on CPU need."""
+    return compile_operators(OPERATORS[:2])
+
+
+@pytest.fixture(scope="session")
+def all_ops_dir() -> Path:
+    """The same with async_io, for NVMe."""
+    return compile_operators(OPERATORS)
 
 
 @pytest.fixture(scope="session")

@@ -61,8 +61,8 @@ def launch(ops: Path, work: Path) -> list[dict[str, list[float]]]:
 
 
 @pytest.fixture(scope="module")
-def losses(ops_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[float]]]:
-    return launch(ops_dir, tmp_path_factory.mktemp("ds_configs"))
+def losses(all_ops_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[float]]]:
+    return launch(all_ops_dir, tmp_path_factory.mktemp("ds_configs"))
 
 
 @pytest.mark.launch
