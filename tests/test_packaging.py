@@ -120,7 +120,7 @@ def test_an_installed_kit_checks_and_lists(installed, tmp_path):
     assert done.returncode == DONE, done.stderr
     plan = json.loads(done.stdout)["plan"]
     assert Path(plan["dataset"]["path"]).is_relative_to(installed)  # the data came with the wheel
-    assert str(ROOT) not in done.stdout.replace(os.environ["KIT_CACHE"], "")
+    assert str(ROOT) not in done.stdout
     listed = run([sys.executable, "-P", "-m", "kit", "list"], tmp_path, **env)
     assert [line.split()[0] for line in listed.stdout.splitlines()] == RECIPES
 

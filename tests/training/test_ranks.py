@@ -24,15 +24,15 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module", params=["ddp", "zero2", "zero3"])
-def run(request, tmp_path_factory):
+def run(request, tmp_path_factory, ops_dir):
     """(engine, folder, what each rank found) of one launch."""
     engine = request.param
     folder = tmp_path_factory.mktemp(engine)
     tiny.make_model(folder / "base")
     tiny.make_model(folder / "tied", tied=True)
     environment = {
-        "TORCH_EXTENSIONS_DIR": str(HERE.parents[1] / ".kit-cache" / "ops"),
         **os.environ,
+        "TORCH_EXTENSIONS_DIR": str(ops_dir),
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
