@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kit.errors import ENVIRONMENT, KitError
-from kit.weights import CONFIG, find_model, fingerprint, read_header, read_tensors
+from kit.weights import CONFIG, find_model, fingerprint, read_header, read_json, read_tensors
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST, PLAN = (
     "adapter_config.json",
@@ -45,17 +45,6 @@ class Source:
     @property
     def run_dir(self) -> Path | None:
         return self.folder if self.kind == "run" else None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; KitError where it is not one."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise KitError(f"{path} cannot be read: {error}") from None
-    if not isinstance(value, dict):
-        raise KitError(f"{path} does not hold a JSON object")
-    return value
 
 
 def write_json(path: Path, value: Any) -> None:

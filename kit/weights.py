@@ -12,6 +12,7 @@ import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from kit.errors import KitError
 
@@ -103,6 +104,17 @@ def read_header(file: Path) -> list[Tensor]:
             fix="fetch the file again",
         )
     return tensors
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; KitError where it is missing or not one."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise KitError(f"{path} cannot be read: {error}") from None
+    if not isinstance(value, dict):
+        raise KitError(f"{path} does not hold a JSON object")
+    return value
 
 
 def shard_files(folder: Path) -> list[Path]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kit.errors import KitError
-from kit.weights import Tensor, read_header
+from kit.weights import Tensor, read_header, read_json
 
 CONFIG, WEIGHTS, PICKLE, MANIFEST = (
     "adapter_config.json",
@@ -51,17 +50,6 @@ class Adapter:
     rows: dict[str, Tensor]  # module -> new rows
     unknown: list[str]
     manifest: dict[str, Any] | None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; KitError where it is missing or not one."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise KitError(f"{path} cannot be read: {error}") from None
-    if not isinstance(value, dict):
-        raise KitError(f"{path} does not hold a JSON object")
-    return value
 
 
 def sha256(path: Path) -> str:
