@@ -212,7 +212,7 @@ def open_tokenizer(source: Source) -> Any:
 
 
 def run_datasets(plan: dict[str, Any]) -> tuple[Any, Any]:
-    """(train, held-out) of a run's plan as the training saw them before tokenizing; the second may be None.
+    """(train, test) of a run's plan as the training saw them before tokenizing; the second may be None.
 
     Of a stream the first STREAMED rows stand for all.
     """
@@ -224,8 +224,9 @@ def run_datasets(plan: dict[str, Any]) -> tuple[Any, Any]:
     except ValueError as error:
         raise KitError(f"{PLAN} is not a plan: {str(error).splitlines()[0]}", where=PLAN) from None
     parts = load_datasets(checked)
-    train, held_out = (p if p is None or hasattr(p, "__len__") else list(islice(p, STREAMED)) for p in parts)
-    return train, held_out
+    if checked.dataset.streaming:
+        return tuple(p and list(islice(p, STREAMED)) for p in (parts.train, parts.test))  # type: ignore[return-value]
+    return parts.train, parts.test
 
 
 @contextlib.contextmanager

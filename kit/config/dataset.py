@@ -7,6 +7,8 @@ import json
 import re
 from pathlib import Path
 
+from kit.config import template as templates
+from kit.config.schema import Dataset
 from kit.errors import KitError
 
 SUFFIXES = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
@@ -111,30 +113,39 @@ def first_json(file: Path) -> dict | None:
     return None
 
 
-def detect_format(columns: list[str], mapping: dict[str, str], wanted: str) -> str:
-    """Which of FORMATS the columns make, after `dataset.columns` renames them; KitError listing them otherwise."""
-    missing = [theirs for theirs in mapping.values() if theirs not in columns]
+def detect_format(columns: list[str], d: Dataset) -> str:
+    """Which of FORMATS the columns make, after `columns` or `template` has renamed or written them; KitError else."""
+    if d.template:
+        if d.columns:
+            raise KitError("both dataset.columns and dataset.template are given", "dataset.template", "keep one")
+        made = templates.format_of(d.template)
+        templates.check(d.template, columns)
+        if d.format not in ("auto", made):
+            raise KitError(f"the template makes {made}, not {d.format}", "dataset.format", "dataset.format=auto")
+        return made
+    missing = [theirs for theirs in d.columns.values() if theirs not in columns]
     if missing:
         raise KitError(
             f"the data has no column {', '.join(map(repr, missing))}; it has {', '.join(columns)}",
             "dataset.columns",
             "name columns that exist",
         )
-    ours = {c for c in columns if c not in mapping.values()} | set(mapping)
-    if wanted != "auto":
-        lacking = [c for c in FORMATS[wanted] if c not in ours]
+    ours = {c for c in columns if c not in d.columns.values()} | set(d.columns)
+    if d.format != "auto":
+        lacking = [c for c in FORMATS[d.format] if c not in ours]
         if lacking:
             raise KitError(
-                f"format {wanted} needs the column {', '.join(map(repr, lacking))}; the data has {', '.join(columns)}",
+                f"format {d.format} needs the column {', '.join(map(repr, lacking))}; "
+                f"the data has {', '.join(columns)}",
                 "dataset.format",
                 f"dataset.columns.{lacking[0]}=THEIR_COLUMN",
             )
-        return wanted
+        return d.format
     for name, needs in FORMATS.items():
         if all(c in ours for c in needs):
             return name
     raise KitError(
         f"the columns {', '.join(columns)} are none of messages | prompt + completion | text",
         "dataset.columns",
-        "map them, e.g. dataset.columns.text=" + (columns[0] if columns else "COLUMN"),
+        "map them, e.g. dataset.columns.text=" + (columns[0] if columns else "COLUMN") + ", or write dataset.template",
     )

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from kit import paths
 from kit.config import dataset as data_files
 from kit.config import fields, zero
+from kit.config import template as templates
 from kit.config.schema import Dataset, RunInput, Strict, leaves
 from kit.errors import KitError, Problem
 
@@ -139,14 +140,31 @@ def unusable(given: RunInput, set_by: Any) -> list[Problem]:
             reason = getattr(error, "strerror", None) or str(error)
             said = f"{name} is no path that can be looked at: {reason}"
             problems.append(Problem(said, set_by(name), "check it", "path"))
-    count, held_out = given.launch.num_gpus, given.dataset.test_size
+    count = given.launch.num_gpus
     if isinstance(count, int) and count < 1:
         said = f"launch.num_gpus must be at least 1, not {count}"
         problems.append(Problem(said, set_by("launch.num_gpus"), "launch.num_gpus=auto", "count"))
-    if held_out is not None and not (0 < held_out < 1 or (held_out >= 1 and held_out == int(held_out))):
-        said = f"dataset.test_size must be a share between 0 and 1 or a whole number of rows, not {held_out}"
-        problems.append(Problem(said, set_by("dataset.test_size"), "dataset.test_size=0.1, or leave it out"))
-    return problems
+    return problems + split_sizes(given.dataset, set_by)
+
+
+def split_sizes(dataset: Dataset, set_by: Any) -> list[Problem]:
+    """What is wrong with the parts that are to be held out."""
+    problems = []
+    sizes = {"test_size": dataset.test_size, "validation_size": dataset.validation_size}
+    for name, size in sizes.items():
+        if size is not None and not (0 < size < 1 or (size >= 1 and size == int(size))):
+            said = f"dataset.{name} must be a share between 0 and 1 or a whole number of rows, not {size}"
+            problems.append(Problem(said, set_by(f"dataset.{name}"), f"dataset.{name}=0.1, or leave it out"))
+    if problems or dataset.validation_size is None:
+        return problems
+    key = set_by("dataset.validation_size")
+    if dataset.test_size is None:
+        return [Problem("dataset.validation_size without dataset.test_size", key, "dataset.test_size holds rows out")]
+    if (dataset.test_size < 1) != (dataset.validation_size < 1):
+        return [Problem("one of test_size and validation_size is a share, the other a number", key, "give one kind")]
+    if dataset.test_size < 1 <= dataset.test_size + dataset.validation_size:
+        return [Problem("test_size and validation_size leave no rows to train on", key, "0.1 and 0.1")]
+    return []
 
 
 def read_trainer(values: Any, set_by: Any, section: str = "trainer") -> tuple[dict[str, Any], list[Problem]]:
@@ -188,13 +206,19 @@ def look_at_data(dataset: Dataset, here: bool) -> tuple[str | None, list[Problem
     """The data's format, from the first row of the file; None for a Hub id that is not a file."""
     problems: list[Problem] = []
     wanted: str | None = None if dataset.format == "auto" else dataset.format
+    if dataset.template:  # can be read without the data
+        try:
+            wanted = templates.format_of(dataset.template)
+            templates.columns_of(dataset.template)
+        except KitError as error:
+            return None, error.problems
     for key, path in (("dataset.path", dataset.path), ("dataset.eval_path", dataset.eval_path)):
         if path is None or (paths.made_by_quickstart(path) and not Path(path).exists() and not here):
             continue
         try:
             columns = data_files.peek(path)
             if columns is not None:
-                wanted = data_files.detect_format(columns, dataset.columns, dataset.format)
+                wanted = data_files.detect_format(columns, dataset)
         except KitError as error:
             problems += [
                 Problem(p.problem, key if p.where == "dataset.path" else p.where, p.fix) for p in error.problems

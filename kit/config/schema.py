@@ -47,10 +47,14 @@ class Dataset(Strict):
     split: str = "train"
     eval_path: str | None = None
     eval_split: str | None = None
-    test_size: float | int | None = None  # held out of `split` when there is no eval_path or eval_split
+    # Held out of `split` when there is no eval_path or eval_split: a share, or a number of rows. With both, validation
+    # is evaluated while training and test after it; with test_size alone it serves for both.
+    test_size: float | int | None = None
+    validation_size: float | int | None = None
     seed: int = 42
     format: Literal["auto", "messages", "prompt_completion", "text"] = "auto"
     columns: dict[str, str] = Field(default_factory=dict)  # our column: the file's column
+    template: dict[str, str] = Field(default_factory=dict)  # our column: text with {their columns} in it (template.py)
     streaming: bool = False
     limit: int | None = Field(default=None, ge=1)
     eval_limit: int | None = Field(default=None, ge=1)

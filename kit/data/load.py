@@ -2,37 +2,83 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
+from kit.config import template as templates
 from kit.config.dataset import FORMATS, SUFFIXES, detect_format, find_files
 from kit.config.schema import Dataset
 from kit.errors import KitError
 
 
-def load_datasets(plan: Any) -> tuple[Any, Any]:
-    """The training rows and the held-out rows (None without any) as datasets.Dataset or IterableDataset."""
+class Splits(NamedTuple):
+    """datasets.Dataset or IterableDataset each; `validation` is evaluated while training, `test` after it.
+
+    Without a validation part of its own they are the same rows; both are None where nothing is held out.
+    """
+
+    train: Any
+    validation: Any
+    test: Any
+    notes: list[str]
+
+
+def load_datasets(plan: Any) -> Splits:
+    """The parts of the plan's data set, in the columns that training needs; KitError where one cannot be had."""
     d: Dataset = plan.dataset
     train = read(d, d.path, d.split)
-    held_out = None
+    validation = test = None
     if d.eval_path or d.eval_split:
-        held_out = read(d, d.eval_path or d.path, d.split if d.eval_path else d.eval_split)
+        validation = test = read(d, d.eval_path or d.path, d.split if d.eval_path else d.eval_split)
     elif d.test_size:
-        if d.streaming:
-            raise KitError("a stream cannot be split", "dataset.test_size", "dataset.eval_path=FILE")
-        if isinstance(d.test_size, int) and d.test_size >= len(train):
-            raise KitError(f"test_size {d.test_size} leaves no rows to train on", "dataset.test_size", "0.1")
-        parts = train.train_test_split(test_size=d.test_size, seed=d.seed)
-        train, held_out = parts["train"], parts["test"]
-    if d.limit:
-        train = train.take(d.limit) if d.streaming else train.select(range(min(d.limit, len(train))))
-    if d.eval_limit and held_out is not None:
-        held_out = (
-            held_out.take(d.eval_limit) if d.streaming else held_out.select(range(min(d.eval_limit, len(held_out))))
-        )
-    for name, rows in (("dataset.path", train), ("dataset.eval_path", held_out)):
-        if rows is not None and not d.streaming and len(rows) == 0:
-            raise KitError("the data set holds no rows", name, "give a file with at least one row")
-    return train, held_out
+        train, validation, test = split(d, train)
+    notes: list[str] = []
+    same = test is validation
+    train = finish(d, train, d.limit, "dataset.path", notes)
+    validation = finish(d, validation, d.eval_limit, "dataset.eval_path", notes)
+    test = validation if same else finish(d, test, d.eval_limit, "dataset.test_size", notes)
+    return Splits(train, validation, test, notes)
+
+
+def split(d: Dataset, rows: Any) -> tuple[Any, Any, Any]:
+    """(train, validation, test). Both parts are held out together and then parted, with one seed.
+
+    0.1 and 0.1 are what `train_test_split(test_size=0.2, seed)` and `train_test_split(test_size=0.5, seed)` of its
+    "test" make, row for row.
+    """
+    if d.streaming:
+        raise KitError("a stream cannot be split", "dataset.test_size", "dataset.eval_path=FILE")
+    assert d.test_size is not None
+    held_out = d.test_size + (d.validation_size or 0)
+    if held_out >= 1 and held_out >= len(rows):
+        raise KitError(f"{held_out} held out of {len(rows)} rows leave none to train on", "dataset.test_size", "0.1")
+    try:
+        parts = rows.train_test_split(test_size=held_out, seed=d.seed)
+        if d.validation_size is None:
+            return parts["train"], parts["test"], parts["test"]
+        share = d.test_size / held_out if held_out < 1 else int(d.test_size)
+        rest = parts["test"].train_test_split(test_size=share, seed=d.seed)
+    except ValueError as error:  # a share of too few rows
+        reason = str(error).splitlines()[0]
+        raise KitError(f"{len(rows)} rows cannot be split: {reason}", "dataset.test_size") from error
+    return parts["train"], rest["train"], rest["test"]
+
+
+def finish(d: Dataset, rows: Any, limit: int | None, key: str, notes: list[str]) -> Any:
+    """Templates written out, rows with nothing to learn left out and counted, the limit applied."""
+    if rows is None:
+        return None
+    if d.template:
+        before = None if d.streaming else len(rows)
+        given = {"template": d.template}
+        rows = rows.filter(templates.filled, fn_kwargs=given)
+        if before is not None and len(rows) < before:
+            notes.append(f"{before - len(rows)} of {before} rows of {key} have an empty answer: left out")
+        rows = rows.map(templates.render, fn_kwargs=given, remove_columns=templates.columns_of(d.template))
+    if limit:
+        rows = rows.take(limit) if d.streaming else rows.select(range(min(limit, len(rows))))
+    if not d.streaming and len(rows) == 0:
+        raise KitError("the data set holds no rows", key, "give a file with at least one row")
+    return rows
 
 
 def read(d: Dataset, path: str, split: str | None) -> Any:
@@ -55,11 +101,13 @@ def read(d: Dataset, path: str, split: str | None) -> Any:
             f"{path} cannot be read: {reason[0] if reason else type(error).__name__}", "dataset.path"
         ) from error
     columns = list(rows.column_names or next(iter(rows)).keys())
-    kept = FORMATS[detect_format(columns, d.columns, d.format)]
+    made = detect_format(columns, d)
+    if d.template:
+        return rows.select_columns(templates.columns_of(d.template))
     rename = {theirs: ours for ours, theirs in d.columns.items() if theirs != ours}
     clash = [ours for theirs, ours in rename.items() if ours in columns and ours not in rename]
     if clash:
         rows = rows.remove_columns(clash)
     if rename:
         rows = rows.rename_columns(rename)
-    return rows.select_columns([c for c in kept])
+    return rows.select_columns(list(FORMATS[made]))

@@ -62,7 +62,7 @@ def hf_printer() -> type[TrainerCallback]:
     return PrinterCallback
 
 
-def banner(plan: RunPlan, trainer: Any, train_rows: Any, held_out: Any, seconds: float) -> None:
+def banner(plan: RunPlan, trainer: Any, data: Any, seconds: float) -> None:
     """What was found, once, on rank 0: hardware, parameters, data, batch."""
     if trainer.args.process_index != 0:
         return
@@ -70,12 +70,16 @@ def banner(plan: RunPlan, trainer: Any, train_rows: Any, held_out: Any, seconds:
     total, trained = sum(n for n, _ in parameters), sum(n for n, t in parameters if t)
     device = "CPU" if trainer.args.use_cpu else torch.cuda.get_device_name()
     engine = f"DeepSpeed ZeRO-{plan.zero_stage}" if plan.deepspeed else ("FSDP" if plan.fsdp else "no sharding")
+    held_out = f"{rows_in(data.test)} held out"
+    if data.test is not data.validation:
+        held_out = f"{rows_in(data.validation)} for validation, {rows_in(data.test)} for the test at the end"
     lines = [
         f"run       {rundir.shown(plan.run_path)}",
         f"machine   {plan.world_size} x {device}, {plan.precision}, {engine}",
         f"model     {plan.model.name_or_path}: {total:,} parameters, {trained:,} trained "
         f"({100 * trained / total:.2f} %)",
-        f"data      {rows_in(train_rows)} rows, {rows_in(held_out)} held out",
+        f"data      {rows_in(data.train)} rows, {held_out}",
+        *(f"          {note}" for note in data.notes),
         f"batch     {plan.global_batch_size} rows per step = {trainer.args.per_device_train_batch_size} rows x "
         f"{trainer.args.gradient_accumulation_steps} accumulation x {plan.world_size} processes",
         f"ready     after {seconds:.1f} s",

@@ -50,13 +50,13 @@ def train(plan: RunPlan, *, resume: str | None = None, callbacks: Sequence[Any] 
 
     tokenizer = load_tokenizer(plan)
     with args.main_process_first(desc="reading the data"):
-        train_rows, held_out = load_datasets(plan)
+        data = load_datasets(plan)
     model = load_model(plan, len(tokenizer))
     trainer = ModifiedTrainer(
         model=model,
         args=args,
-        train_dataset=train_rows,
-        eval_dataset=held_out,
+        train_dataset=data.train,
+        eval_dataset=data.validation,
         processing_class=tokenizer,
         peft_config=load_peft_config(plan),
         callbacks=[console.Progress(run, plan), *callbacks],
@@ -64,7 +64,7 @@ def train(plan: RunPlan, *, resume: str | None = None, callbacks: Sequence[Any] 
         **hooks,
     )
     trainer.remove_callback(console.hf_printer())
-    console.banner(plan, trainer, train_rows, held_out, time.monotonic() - started)
+    console.banner(plan, trainer, data, time.monotonic() - started)
 
     checkpoint = str(find_checkpoint(plan, resume)) if resume else None
     result = trainer.train(resume_from_checkpoint=checkpoint)
@@ -77,7 +77,9 @@ def train(plan: RunPlan, *, resume: str | None = None, callbacks: Sequence[Any] 
     saved = time.monotonic()
     trainer.save_model(str(run / (rundir.ADAPTER if plan.peft else rundir.MODEL)))
     saved = time.monotonic() - saved
-    held_out_metrics = trainer.evaluate() if held_out is not None else {}
+    held_out_metrics = (
+        trainer.evaluate(None if data.test is data.validation else data.test) if data.test is not None else {}
+    )
     metrics = console.summary(plan, trainer, result.metrics, held_out_metrics, saved, time.monotonic() - started)
     if writer:
         rundir.write_json(run / rundir.METRICS, metrics)

@@ -1,0 +1,86 @@
+"""`dataset.template`: text, prompt and completion, or chat turns, written from the columns that a data set has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from string import Formatter
+from typing import Any
+
+from kit.errors import KitError
+
+TURNS = ("system", "user", "assistant")
+KINDS = {  # the keys of a template, what must be there, and the format of the rows that it writes
+    "text": ({"text"}, {"text"}),
+    "prompt_completion": ({"prompt", "completion"}, {"prompt", "completion"}),
+    "messages": ({*TURNS}, {"user", "assistant"}),
+}
+TRAINED = ("text", "completion", "assistant")  # a row with nothing here has nothing to learn
+WHERE = "dataset.template"
+
+
+def format_of(template: Mapping[str, str]) -> str:
+    """text, prompt_completion or messages; KitError for any other set of keys."""
+    keys = set(template)
+    for name, (known, needed) in KINDS.items():
+        if needed <= keys <= known:
+            return name
+    raise KitError(
+        f"a template of {', '.join(sorted(keys))} makes no row",
+        WHERE,
+        "give text, or prompt and completion, or user and assistant (and system)",
+    )
+
+
+def columns_of(template: Mapping[str, str]) -> list[str]:
+    """The data set's columns that a template names, in order, each once; KitError where it is not well formed."""
+    found: dict[str, None] = {}
+    for key, text in template.items():
+        for _, name in parts(key, text):
+            if name is not None:
+                found[name] = None
+    if not found:
+        raise KitError("the template names no column", WHERE, "write column names in braces: {Question}")
+    return list(found)
+
+
+def parts(key: str, text: str) -> list[tuple[str, str | None]]:
+    """(text before, column or None) pairs. Only plain names stand in braces: no attributes, indices or conversions."""
+    try:
+        pieces = list(Formatter().parse(text))
+    except ValueError as error:
+        raise KitError(
+            f"{key}: {error}", f"{WHERE}.{key}", "double a brace that is meant as text: {{ and }}"
+        ) from None
+    for _, name, spec, conversion in pieces:
+        if name is not None and (spec or conversion or not name):
+            raise KitError(f"{key}: only {{column}} can stand in braces", f"{WHERE}.{key}", "name a column")
+    return [(before, name) for before, name, _, _ in pieces]
+
+
+def check(template: Mapping[str, str], columns: list[str]) -> None:
+    """KitError listing the columns that the template names and the data set lacks."""
+    missing = [name for name in columns_of(template) if name not in columns]
+    if missing:
+        raise KitError(
+            f"the template names {', '.join(map(repr, missing))}; the data has {', '.join(columns)}",
+            WHERE,
+            "name columns that exist",
+        )
+
+
+def render(row: Mapping[str, Any], template: Mapping[str, str]) -> dict[str, Any]:
+    """One row in the format of the template. A null is an empty text; chat turns lose surrounding blanks."""
+    texts = {
+        key: "".join(before + ("" if name is None or row[name] is None else str(row[name])) for before, name in made)
+        for key, made in ((key, parts(key, text)) for key, text in template.items())
+    }
+    if format_of(template) != "messages":
+        return texts
+    turns = [{"role": role, "content": texts[role].strip()} for role in TURNS if role in texts]
+    return {"messages": [turn for turn in turns if turn["content"] or turn["role"] != "system"]}
+
+
+def filled(row: Mapping[str, Any], template: Mapping[str, str]) -> bool:
+    """Whether the columns behind the trained part of a row hold anything: else there is nothing to learn from it."""
+    names = {name for key in TRAINED if key in template for _, name in parts(key, template[key]) if name}
+    return not names or any(row[name] is not None and str(row[name]).strip() for name in names)
