@@ -120,6 +120,8 @@ def detect_format(columns: list[str], d: Dataset) -> str:
             raise KitError("both dataset.columns and dataset.template are given", "dataset.template", "keep one")
         made = templates.format_of(d.template)
         templates.check(d.template, columns)
+        if (made, d.format) == ("messages", "prompt_completion"):
+            return d.format
         if d.format not in ("auto", made):
             raise KitError(f"the template makes {made}, not {d.format}", "dataset.format", "dataset.format=auto")
         return made

@@ -144,6 +144,12 @@ def unusable(given: RunInput, set_by: Any) -> list[Problem]:
     if isinstance(count, int) and count < 1:
         said = f"launch.num_gpus must be at least 1, not {count}"
         problems.append(Problem(said, set_by("launch.num_gpus"), "launch.num_gpus=auto", "count"))
+    for name, value, own in (("split", given.dataset.split, "train"), ("eval_split", given.dataset.eval_split, None)):
+        if value != own and Path(given.dataset.path).expanduser().exists():
+            said = f"dataset.{name}={value}, but {given.dataset.path} is a file or folder, which has no splits"
+            problems.append(
+                Problem(said, set_by(f"dataset.{name}"), "dataset.eval_path=FILE, or dataset.test_size=0.1")
+            )
     return problems + split_sizes(given.dataset, set_by)
 
 
@@ -208,7 +214,8 @@ def look_at_data(dataset: Dataset, here: bool) -> tuple[str | None, list[Problem
     wanted: str | None = None if dataset.format == "auto" else dataset.format
     if dataset.template:  # can be read without the data
         try:
-            wanted = templates.format_of(dataset.template)
+            made = templates.format_of(dataset.template)
+            wanted = made if wanted is None or made != "messages" else wanted
             templates.columns_of(dataset.template)
         except KitError as error:
             return None, error.problems

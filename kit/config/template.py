@@ -68,8 +68,12 @@ def check(template: Mapping[str, str], columns: list[str]) -> None:
         )
 
 
-def render(row: Mapping[str, Any], template: Mapping[str, str]) -> dict[str, Any]:
-    """One row in the format of the template. A null is an empty text; chat turns lose surrounding blanks."""
+def render(row: Mapping[str, Any], template: Mapping[str, str], apart: bool = False) -> dict[str, Any]:
+    """One row in the format of the template. A null is an empty text; chat turns lose surrounding blanks.
+
+    apart: the assistant's turn as `completion` behind the others as `prompt`, so that the loss can leave out the
+    prompt whatever the chat template marks.
+    """
     texts = {
         key: "".join(before + ("" if name is None or row[name] is None else str(row[name])) for before, name in made)
         for key, made in ((key, parts(key, text)) for key, text in template.items())
@@ -77,7 +81,8 @@ def render(row: Mapping[str, Any], template: Mapping[str, str]) -> dict[str, Any
     if format_of(template) != "messages":
         return texts
     turns = [{"role": role, "content": texts[role].strip()} for role in TURNS if role in texts]
-    return {"messages": [turn for turn in turns if turn["content"] or turn["role"] != "system"]}
+    turns = [turn for turn in turns if turn["content"] or turn["role"] != "system"]
+    return {"prompt": turns[:-1], "completion": turns[-1:]} if apart else {"messages": turns}
 
 
 def filled(row: Mapping[str, Any], template: Mapping[str, str]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 from kit.config import template as templates
@@ -69,11 +70,12 @@ def finish(d: Dataset, rows: Any, limit: int | None, key: str, notes: list[str])
         return None
     if d.template:
         before = None if d.streaming else len(rows)
-        given = {"template": d.template}
-        rows = rows.filter(templates.filled, fn_kwargs=given)
+        rows = rows.filter(partial(templates.filled, template=d.template))
         if before is not None and len(rows) < before:
             notes.append(f"{before - len(rows)} of {before} rows of {key} have an empty answer: left out")
-        rows = rows.map(templates.render, fn_kwargs=given, remove_columns=templates.columns_of(d.template))
+        apart = d.format == "prompt_completion" and "assistant" in d.template
+        write = partial(templates.render, template=d.template, apart=apart)
+        rows = rows.map(write, remove_columns=templates.columns_of(d.template))
     if limit:
         rows = rows.take(limit) if d.streaming else rows.select(range(min(limit, len(rows))))
     if not d.streaming and len(rows) == 0:

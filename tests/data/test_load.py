@@ -46,6 +46,15 @@ def test_prompt_completion_and_chat(plan_of):
     ]
 
 
+def test_chat_with_the_answer_apart(plan_of):
+    plan = plan_of("dataset.template.user='{Patient}'", "dataset.template.assistant='{Doctor}'",
+                   "dataset.format=prompt_completion")  # fmt: skip
+    assert plan.dataset.format == "prompt_completion"
+    row = load_datasets(plan).train[0]
+    assert row == {"prompt": [{"role": "user", "content": "p0 {x}"}],
+                   "completion": [{"role": "assistant", "content": "a0"}]}  # fmt: skip
+
+
 def test_a_column_may_keep_its_name(plan_of):
     plan = plan_of("dataset.template.text='<{text}>'", data=[{"text": "a"}, {"text": "b"}])
     assert load_datasets(plan).train["text"] == ["<a>", "<b>"]
@@ -100,6 +109,8 @@ def test_one_held_out_part_serves_for_both(plan_of):
         (["dataset.template.txt='{Doctor}'"], "a template of txt makes no row"),
         (["dataset.template.text='{Doctor}'", "dataset.columns.text=Doctor"], "both dataset.columns and"),
         (["dataset.template.text='{Doctor}'", "dataset.format=messages"], "the template makes text, not messages"),
+        (["dataset.columns.text=Doctor", "dataset.eval_split=test"], "which has no splits"),
+        (["dataset.columns.text=Doctor", "dataset.split=validation"], "which has no splits"),
         (["dataset.columns.text=Doctor", "dataset.validation_size=0.1"], "validation_size without dataset.test_size"),
         (["dataset.columns.text=Doctor", "dataset.test_size=0.6", "dataset.validation_size=0.4"], "leave no rows"),
         (["dataset.columns.text=Doctor", "dataset.test_size=6", "dataset.validation_size=0.4"], "is a share, the"),
