@@ -1,6 +1,6 @@
 """Which architectures are trained here, why others are not, and what the matrices of the known ones are called.
 
-transformers stays unimported: `architectures.json`, written by tests/config/make_architectures.py, holds its model types.
+transformers stays unimported: its model types stand in `architectures.json` (tests/config/make_architectures.py).
 """
 
 from __future__ import annotations
