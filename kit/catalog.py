@@ -30,7 +30,7 @@ def first_line(file: Path) -> str:
 
 
 def list_group(group: str = RECIPE) -> str:
-    """The choices of a group with their first lines; after the recipes, the names of the groups."""
+    """The choices of a group with their first lines, one to a line."""
     known = groups()
     if group not in known:
         near = difflib.get_close_matches(group, known, 1)
@@ -39,8 +39,6 @@ def list_group(group: str = RECIPE) -> str:
     files = choices(group)
     width = max(len(f.stem) for f in files) + 2
     lines = [f"{f.stem:<{width}}{first_line(f)}".rstrip() for f in files]
-    if group == RECIPE:
-        lines += ["", f"kit list GROUP: {', '.join(g for g in known if g != RECIPE)}"]
     return "\n".join(lines) + "\n"
 
 

@@ -259,6 +259,8 @@ def list_choices(argv: list[str]) -> int:
     from kit import catalog
 
     print(catalog.list_group(a.group), end="")
+    if a.group == catalog.RECIPE:  # not among the names that a script reads
+        print(f"\nkit list GROUP: {', '.join(g for g in catalog.groups() if g != catalog.RECIPE)}", file=sys.stderr)
     return DONE
 
 
