@@ -44,7 +44,7 @@ def list_group(group: str = RECIPE) -> str:
 
 def find(name: str) -> tuple[str, Path]:
     """Group and file of `GROUP/NAME`, of a recipe's name, or of a name that one group alone has."""
-    group, slash, inner = name.rpartition("/")
+    group, _, inner = name.rpartition("/")
     everything = {g: {f.stem: f for f in choices(g)} for g in groups()}
     held_by = [g for g, files in everything.items() if inner in files and group in ("", g)]
     if RECIPE in held_by:
@@ -58,12 +58,9 @@ def find(name: str) -> tuple[str, Path]:
         near = difflib.get_close_matches(group, everything, 1)
         fix = f"kit show {near[0]}/{inner}" if near else f"one of {', '.join(everything)}"
         raise KitError(f"there is no group {group!r}", "command line", fix)
-    known = {
-        f"{g}/{n}" if slash or g != RECIPE else n: n for g in everything for n in everything[g] if group in ("", g)
-    }
-    near_names = difflib.get_close_matches(inner, known.values(), 1)
-    meant = [full for full, n in known.items() if n in near_names]
-    fix = f"did you mean kit show {meant[0]}?" if meant else f"kit list {group}".rstrip()
+    known = {n: n if g == RECIPE else f"{g}/{n}" for g in everything if group in ("", g) for n in everything[g]}
+    near = difflib.get_close_matches(inner, known, 1)
+    fix = f"did you mean kit show {known[near[0]]}?" if near else f"kit list {group}".rstrip()
     raise KitError(f"there is no {group or 'recipe or choice'} named {inner!r}", "command line", fix)
 
 
