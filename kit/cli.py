@@ -22,6 +22,7 @@ usage: kit VERB ...
   generate  RUN | ADAPTER | MODEL        the same prompts from base, adapter and merged model
   eval      RUN | ADAPTER | MODEL        exact match, loss and perplexity on the held-out rows
   list      [GROUP]                      recipes, or the choices of a group
+  show      RECIPE | GROUP/NAME          one of them as it is written, and what a recipe composes to
 
   kit VERB --help shows the options of a verb; all of Hydra's own work on `kit train` (-m, --cfg job, --info, ...).
   Exit codes: 0 done, 2 refused, 3 environment, 4 failed, 75 stopped with a complete checkpoint.
@@ -255,17 +256,23 @@ def list_choices(argv: list[str]) -> int:
     parser = options("list", "Recipes, or the choices of a group, each with its first line.")
     parser.add_argument("group", nargs="?", default="recipe")
     a = parser.parse_args(argv)
-    from kit import paths
+    from kit import catalog
 
-    groups = sorted(p.name for p in paths.CONF.iterdir() if p.is_dir())
-    if a.group not in groups:
-        raise KitError(f"there is no group {a.group!r}", "command line", f"one of {', '.join(groups)}")
-    files = sorted((paths.CONF / a.group).glob("*.yaml"))
-    if a.group == "deepspeed":
-        files += sorted(paths.DS_CONFIGS.glob("*.json"))
-    for file in files:
-        lines = [line for line in file.read_text().splitlines() if line.startswith("#") and "@package" not in line]
-        print(f"{file.stem:<32} {lines[0].lstrip('# ') if lines else ''}".rstrip())
+    print(catalog.list_group(a.group), end="")
+    if a.group == catalog.RECIPE:  # not among the names that a script reads
+        print(f"\nkit list GROUP: {', '.join(g for g in catalog.groups() if g != catalog.RECIPE)}", file=sys.stderr)
+    return DONE
+
+
+def show(argv: list[str]) -> int:
+    parser = options(
+        "show", "A recipe or a choice of a group as it is written; for a recipe also what it composes to."
+    )
+    parser.add_argument("name", metavar="RECIPE | GROUP/NAME | NAME")
+    a = parser.parse_args(argv)
+    from kit import catalog
+
+    print(catalog.show(a.name), end="")
     return DONE
 
 
@@ -362,5 +369,6 @@ VERBS: dict[str, Callable[[list[str]], Any]] = {
     "generate": generate,
     "eval": evaluate,
     "list": list_choices,
+    "show": show,
     "compose": compose,
 }

@@ -20,7 +20,7 @@ HEAVY = (
     "torch transformers trl peft accelerate deepspeed datasets bitsandbytes numpy pandas pyarrow safetensors".split()
 )
 RECIPES = sorted(f.stem for f in (ROOT / "recipes").glob("*.yaml"))
-VERBS = ["train", "check", "resume", "merge", "generate", "eval", "list", "compose"]
+VERBS = ["train", "check", "resume", "merge", "generate", "eval", "list", "show", "compose"]
 
 # Several command lines in one fresh process; the last line it prints: how each ended, and what had been imported then.
 PROBE = """
@@ -75,6 +75,8 @@ SINGLE = {
     "version": (["--version"], DONE),
     "list": (["list"], DONE),
     "list deepspeed": (["list", "deepspeed"], DONE),
+    "show recipe": (["show", "quickstart"], DONE),
+    "show model": (["show", "model/llama3_1_8b"], DONE),
     "check": (["check", "recipe=quickstart"], DONE),
     "check --json": (["check", "recipe=quickstart", "--json"], DONE),
     "train refused": (["train", "recipe=quickstart", "trainer.lerning_rate=1"], REFUSED),

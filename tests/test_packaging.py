@@ -84,7 +84,8 @@ def test_the_wheel_holds_the_package_and_its_configuration(built):
     names = names_in(built[0])
     assert len(names) == len(set(names)), "a file is in the wheel twice"
     expected = {f"kit/{f.relative_to(ROOT / 'kit')}" for f in (ROOT / "kit").rglob("*.py")} | {
-        "kit/config/fields.json"
+        "kit/config/fields.json",
+        "kit/config/architectures.json",
     }
     expected |= {f"kit/ds_configs/{f.name}" for f in (ROOT / "ds_configs").glob("*.json")}
     expected |= {f"kit/hydra_conf/recipe/{f.relative_to(ROOT / 'recipes')}" for f in (ROOT / "recipes").rglob("*.*")}

@@ -9,18 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from kit import paths, weights
+from kit.config import architectures
 from kit.config.schema import Model
 from kit.errors import KitError, Problem
 
-# Leaf names of the linear layers by model_type, for bases whose weights are not here (transformers 5.23's models).
-_LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-LINEARS = {
-    **dict.fromkeys(["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"], _LLAMA),
-    "opt": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
-    "gpt2": ["c_attn", "c_proj", "c_fc"],
-    "phi3": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
-    "glm4": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"],
-}
+DERIVED = ("head_dim", "num_key_value_heads")  # null in config.json: what transformers makes of the other keys
 
 
 @dataclass
@@ -53,6 +46,8 @@ def inspect(model: Model, here: bool) -> tuple[Base, list[Problem]]:
     preset = dict(model.config) or None
     folder = weights.find_model(name, model.revision)
     local = Path(name).expanduser().is_dir()
+    if folder is None and looks_like_hub_id(name) and (refused := architectures.refuse_name(name)):
+        return Base(config=preset), refused
     if folder is None and here and looks_like_hub_id(name):
         try:
             folder = fetch_config(name, model.revision)
@@ -70,21 +65,25 @@ def inspect(model: Model, here: bool) -> tuple[Base, list[Problem]]:
         note = f"{name} is not on this machine: " + (
             "its shape is the preset's" if preset else "what depends on its shape cannot be checked here"
         )
-        linears = LINEARS.get((preset or {}).get("model_type", ""))
-        modules = [f"model.layers.0.{n}" for n in linears] if linears else None
-        return Base(config=preset, modules=modules, notes=[note]), []
+        if preset is None:
+            return Base(notes=[note]), []
+        key = "model.config.model_type"
+        refused, notes = architectures.refuse_config(name, preset, model.trust_remote_code, key)
+        return Base(preset, modules=architectures.modules(preset), notes=[note, *notes]), refused
     try:
         config = weights.read_config(folder)
         tensors = weights.read_tensors(folder)
     except KitError as error:
         return Base(folder=folder), error.problems
     base = Base(config=config, folder=folder)
-    if tensors:
+    refused, base.notes = architectures.refuse_config(name, config, model.trust_remote_code)
+    if refused:
+        return base, refused
+    base.modules = architectures.modules(config)  # stored names differ where transformers renames or fuses them
+    if base.modules is None and tensors:
         base.modules = [
             n.removesuffix(".weight") for n, t in tensors.items() if n.endswith(".weight") and len(t.shape) == 2
         ]
-    elif linears := LINEARS.get(config.get("model_type", "")):
-        base.modules = [f"model.layers.0.{n}" for n in linears]
     if not tensors and not local:
         base.notes.append(f"the weights of {name} are not on this machine: the ranks fetch them")
     elif not tensors and not model.random_init:
@@ -94,13 +93,29 @@ def inspect(model: Model, here: bool) -> tuple[Base, list[Problem]]:
         )
         fix = "convert it to safetensors" if pickles else "give a folder with safetensors, or model.random_init=true"
         return base, [Problem(problem, "model.name_or_path", fix)]
-    differ = {
-        k: (v, config[k]) for k, v in (preset or {}).items() if k in config and config[k] != v and k != "torch_dtype"
-    }
-    if differ:
-        listed = ", ".join(f"{k} {a} against {b}" for k, (a, b) in sorted(differ.items()))
+    if differ := differences(preset or {}, config):
+        listed = ", ".join(f"{key} {a} against {b}" for key, (a, b) in sorted(differ.items()))
         base.notes.append(f"the preset's shape differs from {folder / weights.CONFIG}, which wins: {listed}")
     return base, []
+
+
+def differences(preset: dict[str, Any], config: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Keys of a preset that config.json holds with another value, as (preset's, config.json's).
+
+    A model with towers keeps the shape of its text part in `text_config`, transformers 5 keeps rope_theta and
+    rope_scaling in `rope_parameters`: keys are looked for there too.
+    """
+    rope = config.get("rope_parameters")
+    places = [p for p in (config, config.get("text_config"), rope) if isinstance(p, dict)]
+    elsewhere = {"text_config": config, "rope_scaling": rope if isinstance(rope, dict) else {}}
+    found: dict[str, tuple[Any, Any]] = {}
+    for key, value in preset.items():
+        held = next((p[key] for p in places if key in p), elsewhere.get(key, value))
+        if isinstance(value, dict) and isinstance(held, dict):
+            found |= {f"{key}.{k}": pair for k, pair in differences(value, held).items()}
+        elif held != value and key not in ("torch_dtype", "dtype") and not (held is None and key in DERIVED):
+            found[key] = (value, held)
+    return found
 
 
 def fetch_config(name: str, revision: str | None) -> Path:

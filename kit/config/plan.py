@@ -102,8 +102,9 @@ def build_plan(composed: Composed, *, here: bool = True, world_size: int | None 
     stage = zero.at(resolved["deepspeed"], "zero_optimization.stage")
     stage = int(stage) if isinstance(stage, int) else 0  # a stage of another kind is refused already
     facts = rules.Facts(
-        resolved, set_by, world, stage, precision, base.modules, columns_format, hardware.gpus(), on_cpu
-    )
+        resolved, set_by, world, stage, precision, base.modules, columns_format, hardware.gpus(), on_cpu,
+        base.config or {},
+    )  # fmt: skip
     refused, warned = rules.apply(facts, here)
     problems += refused
     if problems:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from kit.config import architectures
 from kit.errors import Problem
 from kit.hardware import Gpu
 
@@ -28,6 +29,7 @@ class Facts:
     columns_format: str | None  # messages | prompt_completion | text, None where the data is not here
     gpus: tuple[Gpu, ...] = ()
     on_cpu: bool = False
+    config: dict[str, Any] = field(default_factory=dict)  # of the base, empty where it cannot be known
     notes: list[str] = field(default_factory=list)
 
 
@@ -130,8 +132,10 @@ def targets_match_nothing(f: Facts) -> Iterator[tuple[str, str, str]]:
         dead = [t for t in targets if not any(m == t or m.endswith(f".{t}") for m in f.modules)]
     if dead:
         last = sorted({m.rsplit(".", 1)[-1] for m in f.modules if not m.endswith(("lm_head", "norm"))})
+        fused = f.config.get("model_type") in architectures.FUSED_EXPERTS
+        why = ": its experts are fused 3-D parameters, LoRA reaches the attention only" if fused else ""
         yield (
-            f"no module of the base is named {', '.join(map(str, dead))}",
+            f"no module of the base is named {', '.join(map(str, dead))}{why}",
             "peft.target_modules",
             f"all-linear, or some of {', '.join(last)}",
         )

@@ -29,6 +29,7 @@ class Model(Strict):
     attn_implementation: str | None = None  # null: transformers' own choice
     trust_remote_code: bool = False
     random_init: bool = False  # weights drawn from trainer.seed instead of loaded: config.json is all that is needed
+    pad_token: str | None = None  # a token of this base to pad with, where its tokenizer names none
     config: dict[str, Any] = Field(default_factory=dict)  # shape facts of config.json, used when the file is not here
 
 

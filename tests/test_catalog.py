@@ -1,0 +1,94 @@
+"""`kit list` and `kit show`: every recipe and every choice can be found and read."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from kit import catalog, cli, paths
+from kit.errors import DONE, REFUSED
+
+
+def out(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    assert cli.run(list(argv)) == DONE
+    return capsys.readouterr().out
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    assert cli.run(list(argv)) == REFUSED
+    return capsys.readouterr().err
+
+
+def test_list_names_recipes_and_beside_them_the_groups(capsys):
+    assert cli.run(["list"]) == DONE
+    shown = capsys.readouterr()
+    assert [line.split()[0] for line in shown.out.splitlines()] == sorted(f.stem for f in paths.RECIPES.glob("*.yaml"))
+    assert all(group in shown.err for group in ("model", "dataset", "deepspeed", "peft"))
+
+
+@pytest.mark.parametrize("group", catalog.groups())
+def test_list_names_every_choice_with_its_first_line(group, capsys):
+    lines = out(capsys, "list", group).splitlines()
+    for file in catalog.choices(group):
+        [line] = [line for line in lines if line.split()[0:1] == [file.stem]]
+        first = catalog.first_line(file)
+        assert line == f"{line.split()[0]}{' ' * (line.index(first) - len(file.stem))}{first}" if first else file.stem
+
+
+def test_list_of_models_says_what_each_is(capsys):
+    text = out(capsys, "list", "model")
+    [line] = [line for line in text.splitlines() if line.startswith("llama3_1_8b ")]
+    assert "8.0B parameters" in line and "gated" in line
+
+
+def test_show_prints_the_file_as_it_is(capsys):
+    file = paths.CONF / "model" / "llama3_1_8b.yaml"
+    assert out(capsys, "show", "model/llama3_1_8b") == file.read_text()
+    assert out(capsys, "show", "llama3_1_8b") == file.read_text()
+    assert out(capsys, "show", "deepspeed/zero2") == (paths.DS_CONFIGS / "zero2.json").read_text()
+
+
+def test_show_of_a_recipe_says_what_it_composes_to_and_stays_yaml(capsys):
+    text = out(capsys, "show", "quickstart")
+    file = paths.RECIPES / "quickstart.yaml"
+    assert text.startswith(file.read_text())
+    assert yaml.safe_load(text) == yaml.safe_load(file.read_text())
+    added = text[len(file.read_text()) :]
+    for word in ("quickstart/base", "LORA", "local", "16 rows", "letters_train.jsonl"):
+        assert word in added
+
+
+def test_a_recipe_goes_before_a_choice_of_the_same_name(capsys):
+    recipe, preset = (catalog.find(n)[0] for n in ("quickstart_base", "model/quickstart_base"))
+    assert (recipe, preset) == ("recipe", "model")
+    assert out(capsys, "show", "recipe/quickstart_base") == out(capsys, "show", "quickstart_base")
+
+
+def test_show_of_a_recipe_that_cannot_be_composed_says_why(tmp_path, monkeypatch):
+    """A recipe may leave the data to its user."""
+    monkeypatch.setattr(
+        "kit.api.compose", lambda *args: (_ for _ in ()).throw(catalog.KitError("dataset.path is not given"))
+    )
+    assert catalog.summary("quickstart") == ["nothing yet: dataset.path is not given (kit check recipe=quickstart)"]
+
+
+UNKNOWN = [
+    ("quickstrt", "kit show quickstart?"),
+    ("model/llama31_8b", "kit show model/llama3_1_8b?"),
+    ("llama3_1_8", "kit show model/llama3_1_8b?"),
+    ("modl/gpt2", "kit show model/gpt2"),
+    ("zzz", "kit list"),
+    ("model/zzz", "kit list model"),
+    ("none", "kit show model/none or"),
+    ("../train", "one of"),
+    ("", "kit list"),
+]
+
+
+@pytest.mark.parametrize("name, fix", UNKNOWN)
+def test_names_that_are_none_or_several(name, fix, capsys):
+    assert fix in refused(capsys, "show", name)
+
+
+def test_a_group_that_is_none(capsys):
+    assert "kit list model?" in refused(capsys, "list", "modell")
