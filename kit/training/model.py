@@ -25,7 +25,7 @@ def load_tokenizer(plan: RunPlan) -> Any:
         raise KitError(f"{name} has no tokenizer: {first_line(error)}", "tokenizer.name_or_path") from error
     for key in ("pad_token", "eos_token"):
         if token := getattr(t, key):
-            if tokenizer.convert_tokens_to_ids(token) in (None, tokenizer.unk_token_id):
+            if token not in tokenizer.get_vocab():
                 raise KitError(f"{token!r} is not in the vocabulary", f"tokenizer.{key}", "name a token that exists")
             setattr(tokenizer, key, token)
     if tokenizer.eos_token is None:
