@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kit import paths, weights
+from kit import hub, paths, weights
 from kit.config.schema import Model
 from kit.errors import KitError, Problem
 
@@ -40,10 +39,6 @@ class Base:
         return size if isinstance(size, int) else None
 
 
-def looks_like_hub_id(name: str) -> bool:
-    return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", name)) and not Path(name).exists()
-
-
 def inspect(model: Model, here: bool) -> tuple[Base, list[Problem]]:
     """Look at `model.name_or_path` on disk and in the Hub cache; problems where it is there and not a model.
 
@@ -53,7 +48,7 @@ def inspect(model: Model, here: bool) -> tuple[Base, list[Problem]]:
     preset = dict(model.config) or None
     folder = weights.find_model(name, model.revision)
     local = Path(name).expanduser().is_dir()
-    if folder is None and here and looks_like_hub_id(name):
+    if folder is None and here and hub.looks_like_id(name):
         try:
             folder = fetch_config(name, model.revision)
         except KitError as error:
@@ -61,7 +56,7 @@ def inspect(model: Model, here: bool) -> tuple[Base, list[Problem]]:
     if folder is None:
         if preset and paths.made_by_quickstart(name) and not here:
             return Base(config=preset, notes=[f"{name} is not made yet: `make quickstart` makes it"]), []
-        if not looks_like_hub_id(name):
+        if not hub.looks_like_id(name):
             if paths.made_by_quickstart(name):
                 return Base(), [Problem(f"{name} is not made yet", "model.name_or_path", "make quickstart")]
             return Base(), [
@@ -70,12 +65,16 @@ def inspect(model: Model, here: bool) -> tuple[Base, list[Problem]]:
         note = f"{name} is not on this machine: " + (
             "its shape is the preset's" if preset else "what depends on its shape cannot be checked here"
         )
+        if hub.offline():
+            note += f"; {hub.fetch_command('model.name_or_path', name, model.revision)}"
         linears = LINEARS.get((preset or {}).get("model_type", ""))
         modules = [f"model.layers.0.{n}" for n in linears] if linears else None
         return Base(config=preset, modules=modules, notes=[note]), []
     try:
         config = weights.read_config(folder)
-        tensors = weights.read_tensors(folder)
+        # A part of the shards in the cache is a download that was cut short: the model is not here.
+        part = not local and any(not (folder / file).is_file() for file in weights.indexed(folder))
+        tensors = {} if part else weights.read_tensors(folder)
     except KitError as error:
         return Base(folder=folder), error.problems
     base = Base(config=config, folder=folder)
@@ -85,7 +84,11 @@ def inspect(model: Model, here: bool) -> tuple[Base, list[Problem]]:
         ]
     elif linears := LINEARS.get(config.get("model_type", "")):
         base.modules = [f"model.layers.0.{n}" for n in linears]
-    if not tensors and not local:
+    if not tensors and not local and not model.random_init:
+        if here and hub.offline():
+            fix = hub.fetch_command("model.name_or_path", name, model.revision)
+            return base, [Problem(f"the weights of {name} are not in {hub.cache()}, and HF_HUB_OFFLINE is set",
+                                  "model.name_or_path", fix)]  # fmt: skip
         base.notes.append(f"the weights of {name} are not on this machine: the ranks fetch them")
     elif not tensors and not model.random_init:
         pickles = sorted(folder.glob("*.bin"))
@@ -105,27 +108,20 @@ def inspect(model: Model, here: bool) -> tuple[Base, list[Problem]]:
 
 def fetch_config(name: str, revision: str | None) -> Path:
     """config.json of a Hub model, into the cache; the folder it lies in. KitError where the Hub does not give it."""
+    key = "model.name_or_path"
+    if hub.offline():
+        problem = f"{name} is neither a folder nor in {hub.cache()}, and HF_HUB_OFFLINE is set"
+        raise KitError(problem, key, hub.fetch_command(key, name, revision))
     try:
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError
     except ImportError:
         raise KitError(
             f"{name} is not here, and huggingface_hub is not installed", fix="pip install '.[train]'"
         ) from None
     try:
         return Path(hf_hub_download(name, weights.CONFIG, revision=revision)).parent
-    except HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", None)
-        why = {401: "it is gated: log in", 403: "your account has no access yet", 404: "there is no such model"}
-        problem = f"{name} cannot be fetched: {why.get(status or 0, status)}"
-        raise KitError(problem, "model.name_or_path", "hf auth login, and ask for access on its page") from None
-    except Exception as error:  # offline, a proxy, a broken name: the reason stands in the message
-        reason = str(error).strip().splitlines()[0]
-        raise KitError(
-            f"{name} is neither a folder nor in the Hub cache, and cannot be fetched: {reason}",
-            "model.name_or_path",
-            "give a folder, or fetch it where there is a network",
-        ) from None
+    except Exception as error:  # the Hub's refusals, the network's, a broken name: all are put in words
+        raise hub.explain(error, name, hub.MODEL, key) from None
 
 
 def identify(model: Model, folder: Path | None) -> dict[str, Any] | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from kit import hardware
 from kit.config.schema import RunPlan
+from kit.hub import NO_TELEMETRY
 
 WORKER = "kit.worker"
 
@@ -65,8 +66,7 @@ def rank_environment(plan: RunPlan) -> dict[str, str]:
         # One ninja for all: two versions hash command lines differently, and each would compile the operators again.
         "PATH": os.pathsep.join([here, *(p for p in path if p != here)]),
         "PYTHONUNBUFFERED": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "DO_NOT_TRACK": "1",
+        **{key: os.environ.get(key, value) for key, value in NO_TELEMETRY.items()},
         "TOKENIZERS_PARALLELISM": os.environ.get("TOKENIZERS_PARALLELISM", "false"),
         "TORCH_EXTENSIONS_DIR": str(extensions_dir()),
     }
