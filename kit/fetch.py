@@ -1,4 +1,4 @@
-"""`kit fetch`: what a run needs from the Hub, into the Hub cache, where there is a network; the run is offline then."""
+"""`kit fetch`: what a run needs from the Hub, into the Hub cache, where there is a network."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -59,6 +60,8 @@ def fetch(*args: str, config_dir: str | None = None, dry_run: bool = False) -> i
     if hub.offline():
         raise KitError("HF_HUB_OFFLINE is set: nothing can be fetched", "environment", "unset it", code=ENVIRONMENT)
     repos, local = wanted(model, tokenizer, dataset)
+    if not sys.stderr.isatty():
+        no_bars()
     for key, name in local:
         say(f"here      {name} ({key})")
     for repo in repos:
@@ -69,6 +72,8 @@ def fetch(*args: str, config_dir: str | None = None, dry_run: bool = False) -> i
         return DONE
     for repo in repos:
         download(repo)
+    for repo in repos:
+        finish(repo)
     if pins := [repo.pin for repo in repos if repo.pin]:
         say(f"pin it    {' '.join(dict.fromkeys(pins))}")
     say("then      HF_HUB_OFFLINE=1 kit train ..." if repos else "nothing   to fetch: all of it is on this machine")
@@ -156,7 +161,8 @@ def model_files(model: Model) -> Callable[[Repo], list[str]]:
             except (ValueError, KeyError, AttributeError, TypeError):
                 raise KitError(f"{weights.INDEX} of {repo.name} cannot be read", repo.key, "name another") from None
             if absent := [s for s in shards if s not in repo.sizes]:
-                raise KitError(f"{repo.name} lacks {', '.join(absent)}, which its index names", repo.key, "name another")
+                problem = f"{repo.name} lacks {', '.join(absent)}, which its index names"
+                raise KitError(problem, repo.key, "name another")
             return around + shards
         if weights.SINGLE in repo.sizes:
             return [*around, weights.SINGLE]
@@ -200,19 +206,19 @@ def data_files(config: str | None) -> Callable[[Repo], list[str]]:
 def read_file(repo: Repo, name: str) -> str:
     """A small file of the repository, read without touching the cache."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
-    disable_progress_bars()
     try:
         with tempfile.TemporaryDirectory() as folder:
-            file = hf_hub_download(
-                repo.name, name, repo_type=repo.kind, revision=repo.commit, local_dir=folder, library_name="kit"
-            )
+            file = hf_hub_download(repo.name, name, repo_type=repo.kind, revision=repo.commit, local_dir=folder)
             return Path(file).read_text(encoding="utf-8", errors="replace")
     except Exception as error:  # the Hub's refusals and the network's
         raise problem_with(error, repo) from None
-    finally:
-        enable_progress_bars()
+
+
+def no_bars() -> None:
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()
 
 
 def check_disk(repos: list[Repo]) -> None:
@@ -232,37 +238,37 @@ def check_disk(repos: list[Repo]) -> None:
 
 
 def download(repo: Repo) -> None:
-    """The missing files, whole or not at all, then the names under which an offline run finds them."""
-    from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+    """The missing files, each whole or not at all."""
+    from huggingface_hub import hf_hub_download
 
+    forget_partial(repo)
     missing = sorted(repo.missing, key=repo.sizes.__getitem__)  # what is refused is refused before the big files
-    if not (terminal := sys.stderr.isatty()):
-        disable_progress_bars()
+    pool = ThreadPoolExecutor(THREADS)
     try:
-        with ThreadPoolExecutor(THREADS) as pool:
-            jobs = {
-                pool.submit(
-                    hf_hub_download, repo.name, f, repo_type=repo.kind, revision=repo.commit, library_name="kit"
-                ): f
-                for f in missing
-            }
-            try:
-                for number, job in enumerate(as_completed(jobs), 1):
-                    job.result()
-                    if not terminal:  # there each file has a bar of its own
-                        say(f"fetched   {number}/{len(missing)} {jobs[job]} {size(repo.sizes[jobs[job]])}")
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-        # All files are here: this asks for the listing of the commit, by which an offline look sees that none is missing.
-        disable_progress_bars()
-        names = [escape(f) for f in repo.files]
-        snapshot_download(repo.name, repo_type=repo.kind, revision=repo.commit, allow_patterns=names)
+        common = {"repo_type": repo.kind, "revision": repo.commit}
+        jobs = {pool.submit(hf_hub_download, repo.name, f, **common): f for f in missing}
+        for number, job in enumerate(as_completed(jobs), 1):
+            job.result()
+            if not sys.stderr.isatty():  # there each file has a bar of its own
+                say(f"fetched   {number}/{len(missing)} {jobs[job]} {size(repo.sizes[jobs[job]])}")
+    except KeyboardInterrupt:
+        os._exit(130)  # leaving in order would wait for the files that the threads are at
     except Exception as error:  # the Hub's refusals and the network's; a full disk is the system's
         raise problem_with(error, repo) from None
     finally:
-        enable_progress_bars()
+        pool.shutdown(cancel_futures=True)
+
+
+def finish(repo: Repo) -> None:
+    """Note the commit's listing, by which an offline look sees what is missing, and the name of the revision."""
+    from huggingface_hub import snapshot_download
+
+    no_bars()
+    names = [escape(f) for f in repo.files]
+    try:  # every file is there: this asks for the listing alone
+        snapshot_download(repo.name, repo_type=repo.kind, revision=repo.commit, allow_patterns=names)
+    except Exception as error:
+        raise problem_with(error, repo) from None
     if repo.revision != repo.commit:
         note_ref(repo)
     if repo.missing or hub.find_snapshot(repo.name, repo.kind, repo.revision) != repo.snapshot:
@@ -270,6 +276,13 @@ def download(repo: Repo) -> None:
     if repo.kind == hub.DATASET and hub.listing(repo.snapshot) is None:
         problem = "this huggingface_hub keeps no listing of a commit, without which offline data may be a part"
         raise KitError(problem, repo.key, "pip install -U huggingface_hub", code=ENVIRONMENT)
+
+
+def forget_partial(repo: Repo) -> None:
+    """Remove what killed downloads left: huggingface_hub names every try anew, and goes on with none of them."""
+    for file in (hub.repo_folder(repo.name, repo.kind) / "blobs").glob("*.????????.incomplete"):
+        if time.time() - file.stat().st_mtime > 3600:  # one that is at work writes every few seconds
+            file.unlink(missing_ok=True)
 
 
 def note_ref(repo: Repo) -> None:
@@ -287,8 +300,9 @@ def problem_with(error: Exception, repo: Repo) -> Exception:
 
     if isinstance(error, KitError):
         return error
-    disk = isinstance(error, OSError) and error.errno is not None and error.filename is not None
-    return error if disk and not isinstance(error, HfHubHTTPError) else hub.explain(error, repo.name, repo.kind, repo.key)
+    if isinstance(error, OSError) and error.filename is not None and not isinstance(error, HfHubHTTPError):
+        return error
+    return hub.explain(error, repo.name, repo.kind, repo.key)
 
 
 def print_repo(repo: Repo) -> None:

@@ -105,7 +105,8 @@ def explain(error: Exception, repo: str, kind: str, key: str) -> KitError:
         fix = f"ask at {page}; a fine-grained token must also be allowed to read gated repositories"
         return refusal(f"{repo} is gated, and your account has no access to it", fix)
     if isinstance(error, hub.RevisionNotFoundError):
-        return refusal(f"{repo} has no such revision", f"a branch, tag or commit of {page}/commits/main", REFUSED)
+        fix = f"a branch, tag or commit of {page}/commits/main"
+        return KitError(f"{repo} has no such revision", f"{key.partition('.')[0]}.revision", fix)
     if isinstance(error, hub.RepositoryNotFoundError):
         if get_token():
             problem = f"there is no {what} {repo}, or your account may not see it"

@@ -1,4 +1,4 @@
-"""Which files of a data set's Hub repository make its configurations and splits, by the rules of `datasets`, torch-free.
+"""Which files of a data set's Hub repository make its configurations and splits, by the rules of `datasets`.
 
 A repository says it in the YAML head of its README.md (`configs:`), or names its files after the splits:
 https://huggingface.co/docs/datasets/repository_structure
@@ -95,7 +95,10 @@ def patterns(entry: dict[str, Any], split: str | None) -> list[str]:
 
 
 def matches(name: str, globs: list[str]) -> bool:
-    return any(re.fullmatch(regex(g.removeprefix("./")), name) for g in globs)
+    try:
+        return any(re.fullmatch(regex(g.removeprefix("./")), name) for g in globs)
+    except re.error:  # a bracket that is no set of characters
+        return False
 
 
 def regex(glob: str) -> str:

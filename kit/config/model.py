@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kit import hub, paths, weights
-from kit.config.schema import Model
+from kit.config.schema import Model, Tokenizer
 from kit.errors import KitError, Problem
 
 # Leaf names of the linear layers by model_type, for bases whose weights are not here (transformers 5.23's models).
@@ -104,6 +104,17 @@ def inspect(model: Model, here: bool) -> tuple[Base, list[Problem]]:
         listed = ", ".join(f"{k} {a} against {b}" for k, (a, b) in sorted(differ.items()))
         base.notes.append(f"the preset's shape differs from {folder / weights.CONFIG}, which wins: {listed}")
     return base, []
+
+
+def look_at_tokenizer(tokenizer: Tokenizer, here: bool) -> list[Problem]:
+    """The problem of a tokenizer of its own that is not in the Hub cache where the Hub may not be asked."""
+    key, name = "tokenizer.name_or_path", tokenizer.name_or_path
+    if not (here and hub.offline() and name and hub.looks_like_id(name)):
+        return []
+    if hub.find_snapshot(name, hub.MODEL, tokenizer.revision):
+        return []
+    problem = f"the tokenizer {name} is not in {hub.cache()}, and HF_HUB_OFFLINE is set"
+    return [Problem(problem, key, hub.fetch_command(key, name, tokenizer.revision))]
 
 
 def fetch_config(name: str, revision: str | None) -> Path:
