@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from functools import partial
 from glob import escape
 from pathlib import Path
 from typing import Any
@@ -245,8 +246,8 @@ def download(repo: Repo) -> None:
     missing = sorted(repo.missing, key=repo.sizes.__getitem__)  # what is refused is refused before the big files
     pool = ThreadPoolExecutor(THREADS)
     try:
-        common = {"repo_type": repo.kind, "revision": repo.commit}
-        jobs = {pool.submit(hf_hub_download, repo.name, f, **common): f for f in missing}
+        get = partial(hf_hub_download, repo.name, repo_type=repo.kind, revision=repo.commit)
+        jobs = {pool.submit(get, file): file for file in missing}
         for number, job in enumerate(as_completed(jobs), 1):
             job.result()
             if not sys.stderr.isatty():  # there each file has a bar of its own

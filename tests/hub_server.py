@@ -93,8 +93,8 @@ def serve() -> Iterator[Hub]:
                 entries = [{"type": "file", "path": f, "size": len(b), "oid": oid(b)} for f, b in repo.files.items()]
                 return self.json(entries)
             siblings = [{"rfilename": f, "size": len(b), "blobId": oid(b)} for f, b in repo.files.items()]
-            self.json({"id": name, "sha": repo.commit, "siblings": siblings, "gated": "manual" if repo.gated else False,
-                       "private": False, "disabled": False, "downloads": 0, "likes": 0, "tags": []})  # fmt: skip
+            gated = "manual" if repo.gated else False
+            self.json({"id": name, "sha": repo.commit, "siblings": siblings, "gated": gated, "private": False})
 
         def file(self, repo: Repo | None, revision: str, file: str) -> None:
             if repo is None:

@@ -85,7 +85,7 @@ def files_of_split(names: list[str], card: str, config: str | None, split: str) 
 def patterns(entry: dict[str, Any], split: str | None) -> list[str]:
     """The glob patterns of a configuration's entry, of one split or of all."""
     held = entry["data_files"]
-    found: list[str] = []
+    found: list[Any] = []
     for item in held if isinstance(held, list) else [held]:
         place, of = (item.get("path"), item.get("split")) if isinstance(item, dict) else (item, "train")
         if split in (None, of):
