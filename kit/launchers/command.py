@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from kit import hardware
+from kit.config import trackers
 from kit.config.schema import RunPlan
 from kit.hub import NO_TELEMETRY
 
@@ -70,6 +71,7 @@ def rank_environment(plan: RunPlan) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": os.environ.get("TOKENIZERS_PARALLELISM", "false"),
         "TORCH_EXTENSIONS_DIR": str(extensions_dir()),
     }
+    env |= tracker_environment(plan)
     if plan.trainer["use_cpu"]:
         threads = max(1, hardware.cores() // int(plan.launch.num_gpus))
         env |= {
@@ -80,3 +82,19 @@ def rank_environment(plan: RunPlan) -> dict[str, str]:
             "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
         }
     return env
+
+
+def tracker_environment(plan: RunPlan) -> dict[str, str]:
+    """Where trackers write: below the run directory, without a connection. The user's own environment wins.
+
+    Keys and logins are never set here: they come from the environment and stay in it.
+    """
+    run = plan.run_path
+    settings = {
+        "tensorboard": {"TENSORBOARD_LOGGING_DIR": str(run / "tensorboard")},
+        "wandb": {"WANDB_MODE": "offline", "WANDB_DIR": str(run), "WANDB_PROJECT": plan.name},
+        "mlflow": {"MLFLOW_TRACKING_URI": f"sqlite:///{run}/mlflow.db", "MLFLOW_EXPERIMENT_NAME": plan.name},
+        "trackio": {"TRACKIO_DIR": str(run / "trackio")},
+    }
+    chosen = [settings.get(name, {}) for name in trackers.names(plan.trainer.get("report_to"))]
+    return {key: os.environ.get(key, value) for some in chosen for key, value in some.items()}
