@@ -57,17 +57,24 @@ class Repo:
 def fetch(*args: str, config_dir: str | None = None, dry_run: bool = False) -> int:
     """Bring model, tokenizer and data of `[run.yaml] key=value ...` into the Hub cache. KitError: 2, or 3."""
     model, tokenizer, dataset = sections(args, config_dir)
-    need_hub()
-    if hub.offline():
-        raise KitError("HF_HUB_OFFLINE is set: nothing can be fetched", "environment", "unset it", code=ENVIRONMENT)
     repos, local = wanted(model, tokenizer, dataset)
-    if not sys.stderr.isatty():
-        no_bars()
     for key, name in local:
         say(f"here      {name} ({key})")
+    if not repos:
+        say("nothing   to fetch")
+        return DONE
+    need_hub()
+    if not sys.stderr.isatty():
+        no_bars()
+    refused: list[KitError] = []
     for repo in repos:
-        look(repo)
-        print_repo(repo)
+        try:
+            look(repo)
+            print_repo(repo)
+        except KitError as error:
+            refused.append(error)
+    if refused:
+        raise KitError([p for error in refused for p in error.problems], code=min(error.code for error in refused))
     check_disk(repos)
     if dry_run:
         return DONE
@@ -77,7 +84,7 @@ def fetch(*args: str, config_dir: str | None = None, dry_run: bool = False) -> i
         finish(repo)
     if pins := [repo.pin for repo in repos if repo.pin]:
         say(f"pin it    {' '.join(dict.fromkeys(pins))}")
-    say("then      HF_HUB_OFFLINE=1 kit train ..." if repos else "nothing   to fetch: all of it is on this machine")
+    say("then      HF_HUB_OFFLINE=1 kit train ...")
     return DONE
 
 
@@ -89,18 +96,22 @@ def sections(args: tuple[str, ...], config_dir: str | None) -> tuple[Model | Non
         plan = api.compose(*args, config_dir=config_dir)
         return plan.model, plan.tokenizer, plan.dataset
     except KitError as error:
-        if len(error.problems) != 1 or error.problems[0].rule != "missing":
+        absent = {p.problem.partition(".")[0] for p in error.problems}  # "model.name_or_path is not given"
+        if any(p.rule != "missing" for p in error.problems):
             raise
-        section = error.problems[0].problem.partition(".")[0]
         tree = compose(list(args), config_dir).tree
-        if section == "dataset":
-            return Model.model_validate(tree["model"]), Tokenizer.model_validate(tree["tokenizer"]), None
-        if section == "model":
-            return None, Tokenizer.model_validate(tree["tokenizer"]), Dataset.model_validate(tree["dataset"])
-        raise
+        model = None if "model" in absent else Model.model_validate(tree["model"])
+        dataset = None if "dataset" in absent else Dataset.model_validate(tree["dataset"])
+        tokenizer = Tokenizer.model_validate(tree["tokenizer"])
+        if not (model or dataset or tokenizer.name_or_path):
+            raise
+        return model, tokenizer, dataset
 
 
 def need_hub() -> None:
+    """KitError (3) where huggingface_hub is not installed, or may not ask the Hub."""
+    if hub.offline():
+        raise KitError("HF_HUB_OFFLINE is set: nothing can be fetched", "environment", "unset it", code=ENVIRONMENT)
     if not api.installed("huggingface_hub"):
         fix = "make setup in a checkout, or pip install huggingface_hub"
         raise KitError("huggingface_hub is not installed", fix=fix, code=ENVIRONMENT)
@@ -227,8 +238,7 @@ def check_disk(repos: list[Repo]) -> None:
     need = sum(repo.sizes[f] for repo in repos for f in repo.missing)
     place = next(p for p in [hub.cache(), *hub.cache().absolute().parents] if p.exists())
     free = shutil.disk_usage(place).free
-    if repos:
-        say(f"disk      {size(need)} to fetch, {size(free)} free in {hub.cache()}")
+    say(f"disk      {size(need)} to fetch, {size(free)} free in {hub.cache()}")
     if need > free:
         raise KitError(
             f"{size(need)} are to be fetched, {size(free)} are free in {hub.cache()}",

@@ -216,8 +216,9 @@ def test_refusals_name_page_and_fix(place):
         assert got == code, (line, err)
         assert all(word in err for word in words), (line, err)
     assert not list(place.home.glob("hub/*/snapshots/*/*.safetensors"))
-    # refused for its description: nothing was asked
-    assert not any("/api/models/org/tiny" == path.rsplit("/revision")[0] for _, path, _ in place.hub.seen[-1:])
+    assert place.hub.seen[-1][1] == "/datasets/org/several/resolve/" + place.hub.datasets["org/several"].commit + (
+        "/README.md"  # the last line was refused for its description: nothing was asked
+    )
 
 
 def test_with_a_token_that_is_never_shown(place):
@@ -241,6 +242,18 @@ def test_no_network_no_hub_no_room(place):
     place.hub.status = 503
     [(code, _, err)] = place.kit(["fetch", *STOCK])
     assert code == ENVIRONMENT and "the Hub answered 503" in err
+
+
+def test_one_part_alone_and_all_refusals_at_once(place):
+    """As the refusals of an offline run name it; a line that names nothing, or two wrong things, says all of it."""
+    lines = [["fetch", part] for part in ("tokenizer.name_or_path=org/gated", "dataset.path=org/chat")]
+    both = ["fetch", "model.name_or_path=org/bare", "dataset.path=org/nope", "dataset.eval_path=org/chat"]
+    tokenizer, data, nothing, two = place.kit(*lines, ["fetch"], both)
+    assert tokenizer[0] == ENVIRONMENT and "tokenizer.name_or_path" in tokenizer[2]
+    assert "model.safetensors" not in tokenizer[1]
+    assert data[0] == DONE and "dataset.revision=" in data[1]
+    assert nothing[0] == REFUSED and "model.name_or_path is not given" in nothing[2]
+    assert two[0] == REFUSED and "holds no weights" in two[2] and "no data set org/nope" in two[2]
 
 
 def test_local_things_are_passed_over(place, base, chat):

@@ -146,7 +146,7 @@ def columns(d: Dataset, repo: str, revision: str | None, here: bool) -> list[str
         if here and hub.offline() and not prepared(repo):
             key = "dataset.path" if repo == d.path else "dataset.eval_path"
             problem = f"the data set {repo} is not, or not whole, in {hub.cache()}, and HF_HUB_OFFLINE is set"
-            raise KitError(problem, key, hub.fetch_command(key, repo, revision))
+            raise KitError(problem, key, hub.fetch_command("dataset.path", repo, revision))
         return None
     names = files_of_split(hub.listing(folder) or [], read_card(folder), config, d.split)
     files = [folder / n for n in names if Path(n).suffix.lower() in data_files.SUFFIXES]

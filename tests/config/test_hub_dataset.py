@@ -52,3 +52,30 @@ def test_a_choice_is_asked_for_and_checked():
             hub_dataset.files_of(names, card, name)
     assert hub_dataset.files_of(names, "---\n[broken\n---\n", None) == ["a.jsonl", "b.jsonl"]
     assert hub_dataset.files_of_split(names, CONFIGS.format("a", "    '[z-a].jsonl'\n"), None, "train") == []
+
+
+def test_what_datasets_has_prepared_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from datasets.naming import camelcase_to_snakecase
+
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
+    for name in ("chat", "OpenChat-v2", "HTMLPages", "data2Text"):
+        assert not hub_dataset.prepared(f"org/{name}")
+        (tmp_path / f"org___{camelcase_to_snakecase(name)}" / "default" / "0.0.0" / "abc").mkdir(parents=True)
+        assert hub_dataset.prepared(f"org/{name}")
+
+
+def test_a_snapshot_counts_only_whole_and_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A cache of another tool, without the commit's listing, may hold a part: it is not taken for the data set."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    repo = tmp_path / "datasets--org--chat"
+    snapshot = repo / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "1.jsonl").write_text("{}")
+    assert hub_dataset.find_snapshot("org/chat", None, "a" * 40) is None
+    listing = repo / "trees" / f"{'a' * 40}.json"
+    listing.parent.mkdir()
+    listing.write_text('{"format_version": 1, "files": {"1.jsonl": {}, "2.jsonl": {}, "run.py": {}}}')
+    assert hub_dataset.find_snapshot("org/chat", None, "a" * 40) is None
+    (snapshot / "2.jsonl").write_text("{}")
+    assert hub_dataset.find_snapshot("org/chat", None, "a" * 40) == snapshot
+    assert hub_dataset.find_snapshot("org/chat", None, None) is None  # no branch is noted
