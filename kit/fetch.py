@@ -24,6 +24,7 @@ from kit.errors import DONE, ENVIRONMENT, KitError
 AROUND = {".json", ".jinja", ".model", ".txt", ".tiktoken"}  # config, tokenizer, templates
 PICKLES = {".bin", ".pth", ".pt", ".ckpt", ".pkl", ".h5", ".msgpack"}
 THREADS = 4
+TIMEOUT = 30.0  # seconds for the Hub's first answer; downloads have HF_HUB_DOWNLOAD_TIMEOUT
 
 
 @dataclass
@@ -74,7 +75,7 @@ def fetch(*args: str, config_dir: str | None = None, dry_run: bool = False) -> i
         except KitError as error:
             refused.append(error)
     if refused:
-        raise KitError([p for error in refused for p in error.problems], code=min(error.code for error in refused))
+        raise KitError([p for error in refused for p in error.problems], code=min(e.code for e in refused))
     check_disk(repos)
     if dry_run:
         return DONE
@@ -148,7 +149,7 @@ def look(repo: Repo) -> None:
     info: Any
     try:
         ask = HfApi().dataset_info if repo.kind == hub.DATASET else HfApi().model_info
-        info = ask(repo.name, revision=repo.revision, files_metadata=True)
+        info = ask(repo.name, revision=repo.revision, files_metadata=True, timeout=TIMEOUT)
     except Exception as error:  # the Hub's refusals and the network's
         raise problem_with(error, repo) from None
     repo.commit, repo.gated = info.sha, bool(info.gated)

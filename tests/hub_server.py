@@ -1,7 +1,7 @@
 """A Hub on 127.0.0.1: the few routes that huggingface_hub 2.4 asks when it looks at a repository and downloads files.
 
-Faults are set per repository or for the server: `gated` (401 without a token, 403 with one), `missing`, a connection
-that breaks after some bytes of a file, and answers that never come.
+Faults are set per repository or for the server: `gated` (401 without a token, 403 with one), a connection that breaks
+after some bytes of a file, one that stalls, and answers that come late or are errors. The token hf_wrong is unknown.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class Hub:
     break_after: dict[str, int] = field(default_factory=dict)  # file: bytes, once
     stall: dict[str, float] = field(default_factory=dict)  # file: seconds before the second half, once
     status: int = 0  # answer everything with this
+    silent: float = 0  # seconds before any answer
 
     def downloaded(self) -> set[str]:
         return {path.split("/resolve/")[1].split("/", 1)[1] for m, path, _ in self.seen
@@ -71,6 +72,11 @@ def serve() -> Iterator[Hub]:
             url = urlparse(self.path)
             path = unquote(url.path)
             hub.seen.append((self.command, path, self.headers.get("Range") or ""))
+            time.sleep(hub.silent)
+            if self.headers.get("Authorization") == "Bearer hf_wrong":
+                return self.json(
+                    {"error": "x"}, 401, {"X-Error-Message": "Invalid credentials in Authorization header"}
+                )
             if hub.status:
                 return self.json({"error": "fault"}, hub.status)
             if path.startswith("/api/"):

@@ -112,7 +112,7 @@ def place(hub, tmp_path: Path) -> Iterator[Place]:
     hub.seen.clear()
     hub.sent.clear()
     yield Place(hub, tmp_path / "home")
-    hub.status = 0
+    hub.status, hub.silent = 0, 0
 
 
 @pytest.fixture(scope="module")
@@ -226,6 +226,8 @@ def test_with_a_token_that_is_never_shown(place):
     gated, nope = place.kit(*lines, HF_TOKEN="hf_secret_secret")
     assert gated[0] == ENVIRONMENT and "your account has no access" in gated[2]
     assert nope[0] == REFUSED and "your account may not see it" in nope[2]
+    [(code, _, err)] = place.kit(lines[1], HF_TOKEN="hf_wrong")
+    assert code == ENVIRONMENT and "the Hub does not know your token" in err and "hf auth login" in err
     assert "hf_secret" not in json.dumps([gated, nope])
     assert not [f for f in place.home.rglob("*") if f.is_file() and b"hf_secret" in f.read_bytes()]
 
@@ -242,6 +244,9 @@ def test_no_network_no_hub_no_room(place):
     place.hub.status = 503
     [(code, _, err)] = place.kit(["fetch", *STOCK])
     assert code == ENVIRONMENT and "the Hub answered 503" in err
+    place.hub.silent = 3
+    [(code, _, err)] = place.kit(["fetch", STOCK[0]], before="from kit import fetch; fetch.TIMEOUT = 1")
+    assert code == ENVIRONMENT and "cannot be reached: " in err and "timed out" in err, err
 
 
 def test_one_part_alone_and_all_refusals_at_once(place):

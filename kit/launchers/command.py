@@ -85,9 +85,9 @@ def rank_environment(plan: RunPlan) -> dict[str, str]:
 
 
 def tracker_environment(plan: RunPlan) -> dict[str, str]:
-    """Where trackers write: below the run directory, without a connection. The user's own environment wins.
+    """Where trackers write: below the run directory, without a connection. What the user's own environment sets stays.
 
-    Keys and logins are never set here: they come from the environment and stay in it.
+    Nothing is copied from there, since launch.json keeps this: a tracking URI may hold a password.
     """
     run = plan.run_path
     settings = {
@@ -97,4 +97,4 @@ def tracker_environment(plan: RunPlan) -> dict[str, str]:
         "trackio": {"TRACKIO_DIR": str(run / "trackio")},
     }
     chosen = [settings.get(name, {}) for name in trackers.names(plan.trainer.get("report_to"))]
-    return {key: os.environ.get(key, value) for some in chosen for key, value in some.items()}
+    return {key: value for some in chosen for key, value in some.items() if key not in os.environ}
