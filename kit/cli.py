@@ -21,6 +21,7 @@ usage: kit VERB ...
   merge     RUN | ADAPTER --base MODEL   fold the adapter into the base, verified
   generate  RUN | ADAPTER | MODEL        the same prompts from base, adapter and merged model
   eval      RUN | ADAPTER | MODEL        exact match, loss and perplexity on the held-out rows
+  fetch     [run.yaml] [key=value ...]   model, tokenizer and data into the Hub cache, for runs without a network
   list      [GROUP]                      recipes, or the choices of a group
   show      RECIPE | GROUP/NAME          one of them as it is written, and what a recipe composes to
 
@@ -46,6 +47,9 @@ def run(argv: list[str]) -> int:
 
         print(f"kit {__version__}")
         return DONE
+    from kit.hub import no_telemetry
+
+    no_telemetry()
     verb, rest = argv[0], argv[1:]
     try:
         if verb not in VERBS:
@@ -252,6 +256,17 @@ def evaluate(argv: list[str]) -> int:
     return DONE
 
 
+def fetch(argv: list[str]) -> int:
+    parser = options("fetch", "Bring a run's model, tokenizer and data into the Hub cache, where there is a network.")
+    parser.add_argument("overrides", nargs="*", metavar="run.yaml | key=value")
+    parser.add_argument("--config-dir", "-cd", help="a folder with groups and recipes of your own")
+    parser.add_argument("--dry-run", action="store_true", help="only say what would be fetched")
+    a = parser.parse_intermixed_args(argv)
+    from kit.fetch import fetch as fetch_run
+
+    return fetch_run(*a.overrides, config_dir=a.config_dir, dry_run=a.dry_run)
+
+
 def list_choices(argv: list[str]) -> int:
     parser = options("list", "Recipes, or the choices of a group, each with its first line.")
     parser.add_argument("group", nargs="?", default="recipe")
@@ -319,13 +334,11 @@ def progress(what: str) -> Callable[[int, int], None] | None:
 
 
 def quiet() -> None:
-    """The training stack is there; no telemetry and no chatter from it."""
+    """The training stack is there; no chatter from it."""
     from kit.api import need_stack
 
     need_stack()
     for key, value in {
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "DO_NOT_TRACK": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "TRANSFORMERS_VERBOSITY": "error",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -368,6 +381,7 @@ VERBS: dict[str, Callable[[list[str]], Any]] = {
     "merge": merge,
     "generate": generate,
     "eval": evaluate,
+    "fetch": fetch,
     "list": list_choices,
     "show": show,
     "compose": compose,

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kit import hub
 from kit.errors import KitError
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
@@ -32,27 +32,10 @@ class Tensor:
     end: int
 
 
-def hub_cache() -> Path:
-    """The Hub cache that huggingface_hub would use."""
-    home = os.environ.get("HF_HOME") or os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "huggingface"
-    )
-    return Path(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub"))
-
-
 def find_model(name_or_path: str, revision: str | None = None) -> Path | None:
     """The local folder of a model: a path as it is, or a Hub id's snapshot in the cache; None without either."""
     path = Path(name_or_path).expanduser()
-    if path.is_dir():
-        return path.resolve()
-    repo = hub_cache() / ("models--" + name_or_path.replace("/", "--"))
-    wanted = revision or "main"
-    try:
-        ref = repo / "refs" / wanted
-        snapshot = repo / "snapshots" / (ref.read_text().strip() if ref.is_file() else wanted)
-        return snapshot if snapshot.is_dir() else None
-    except OSError:  # a name that is too long for a folder
-        return None
+    return path.resolve() if path.is_dir() else hub.find_snapshot(name_or_path, hub.MODEL, revision)
 
 
 def read_config(folder: Path) -> dict:
@@ -119,17 +102,22 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def shard_files(folder: Path) -> list[Path]:
     """The safetensors files of a model in index order; empty where it has none."""
-    if (folder / INDEX).is_file():
-        try:
-            weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
-            names = list(dict.fromkeys(weight_map.values()))
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise KitError(f"{folder / INDEX} cannot be read: {error}", fix="fetch the file again") from None
-        missing = [n for n in names if not (folder / n).is_file()]
-        if missing:
-            raise KitError(f"{folder} lacks {', '.join(missing)}, which its index names", fix="fetch the model again")
+    names = indexed(folder)
+    if missing := [n for n in names if not (folder / n).is_file()]:
+        raise KitError(f"{folder} lacks {', '.join(missing)}, which its index names", fix="fetch the model again")
+    if names:
         return [folder / n for n in names]
     return [folder / SINGLE] if (folder / SINGLE).is_file() else []
+
+
+def indexed(folder: Path) -> list[str]:
+    """The files that a sharded model's index names, in its order; empty where there is no index."""
+    if not (folder / INDEX).is_file():
+        return []
+    try:
+        return list(dict.fromkeys(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise KitError(f"{folder / INDEX} cannot be read: {error}", fix="fetch the file again") from None
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:

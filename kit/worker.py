@@ -47,9 +47,11 @@ def main(argv: list[str] | None = None, **hooks: Any) -> None:
         plan = load_plan(plan_path).model_copy(update={"run_dir": str(Path(plan_path).absolute().parent)})
         run = plan.run_path
         prepare_process(plan, rank)
+        from kit.training import tracking
         from kit.training.run import train
 
-        code = train(plan, resume=resume, **hooks)
+        with tracking.closing(plan):
+            code = train(plan, resume=resume, **hooks)
         del store
     except KitError as error:
         code = report(run, rank, error.problems, error.code, error)

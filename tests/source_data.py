@@ -15,8 +15,8 @@ WORDS = (
     "pain fever since two days left arm after eating doctor tablet twice a day rest please advise blood test normal "
     "cough chest no worry drink water see me again swelling knee night sleep report attached thank you history age"
 ).split()
-ODD = ['he said "it burns"', "it's", "line one\nline two", "a\ttab", "{not a column}", "50 % < 60 %", "頭が痛い", "боль",
-       "naïve café", "🙂", "C:\\path", "<|endoftext|>", "‏עברית", "e\u0301"]  # fmt: skip
+ODD = ['he said "it burns"', "it's", "line one\nline two", "a\ttab", "{not a column}", "50 % < 60 %", "頭が痛い",
+       "боль", "naïve café", "🙂", "C:\\path", "<|endoftext|>", "‏עברית", "e\u0301"]  # fmt: skip
 
 
 def phrase(draw: random.Random, words: int) -> str:
@@ -46,7 +46,7 @@ def doctor_rows(n: int = ROWS) -> list[dict]:
 def quote_rows(n: int = ROWS) -> list[dict]:
     draw = random.Random(2)
     return [
-        {"quote": f"“{phrase(draw, draw.randint(3, 40))}”", "author": phrase(draw, 2), "tags": ["life", "humor"][: i % 3]}
+        {"quote": f"“{phrase(draw, draw.randint(3, 40))}”", "author": phrase(draw, 2), "tags": ["a", "b"][: i % 3]}
         for i in range(n)
     ]  # fmt: skip
 

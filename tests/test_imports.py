@@ -20,7 +20,7 @@ HEAVY = (
     "torch transformers trl peft accelerate deepspeed datasets bitsandbytes numpy pandas pyarrow safetensors".split()
 )
 RECIPES = sorted(f.stem for f in (ROOT / "recipes").glob("*.yaml"))
-VERBS = ["train", "check", "resume", "merge", "generate", "eval", "list", "show", "compose"]
+VERBS = ["train", "check", "resume", "merge", "generate", "eval", "fetch", "list", "show", "compose"]
 
 # Several command lines in one fresh process; the last line it prints: how each ended, and what had been imported then.
 PROBE = """
@@ -82,6 +82,8 @@ SINGLE = {
     "train refused": (["train", "recipe=quickstart", "trainer.lerning_rate=1"], REFUSED),
     "train --cfg job": (["train", "recipe=quickstart", "--cfg", "job"], DONE),
     "resume refused": (["resume", "nothing"], REFUSED),
+    "fetch refused": (["fetch", "recipe=quickstart", "trainer.lerning_rate=1"], REFUSED),
+    "fetch nothing": (["fetch", "recipe=quickstart"], DONE),
 }
 
 
@@ -123,9 +125,9 @@ def test_compose_and_resume_of_what_it_made(tmp_path: Path):
 
 
 def test_importing_the_package_costs_nothing(tmp_path: Path):
-    for module in ("kit", "kit.worker", "kit.paths", "kit.manifest", "kit.weights"):
+    for module in ("kit", "kit.worker", "kit.paths", "kit.manifest", "kit.weights", "kit.hub"):
         names = imported(f"import {module}", tmp_path)
-        assert not names & {*HEAVY, "hydra", "omegaconf", "pydantic"}, module
+        assert not names & {*HEAVY, "hydra", "omegaconf", "pydantic", "huggingface_hub"}, module
 
 
 def test_the_training_side_imports_no_hydra(tmp_path: Path):

@@ -1,4 +1,4 @@
-"""The tiny twin of a recipe's base: its own config with small numbers, random weights, a small byte-level tokenizer."""
+"""The tiny twin of a recipe's base: its own config with small numbers, random weights, a small tokenizer."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ def make_tokenizer(folder: Path, pad_token: str | None) -> Any:
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=512, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=512, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
     texts = [turn["content"] for row in source_data.chat_rows(100) for turn in row["messages"]]
     raw.train_from_iterator(texts, trainer)
     own = {} if pad_token else {"pad_token": "<pad>"}

@@ -47,8 +47,11 @@ def find_files(path: str) -> list[Path] | None:
 def peek(path: str) -> list[str] | None:
     """The columns of a local data set's first row; None where they cannot be known. KitError where it is empty."""
     files = find_files(path)
-    if files is None:
-        return None
+    return None if files is None else columns(files, path)
+
+
+def columns(files: list[Path], path: str) -> list[str] | None:
+    """The columns of the first row in `files`, which are those of the data set `path`."""
     empty = KitError(f"{path} holds no rows", "dataset.path", "give a file with at least one row")
     file = next((f for f in files if f.stat().st_size > 0), None)
     if file is None:

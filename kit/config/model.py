@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kit import paths, weights
+from kit import hub, paths, weights
 from kit.config import architectures
-from kit.config.schema import Model
+from kit.config.schema import Model, Tokenizer
 from kit.errors import KitError, Problem
 
 DERIVED = ("head_dim", "num_key_value_heads")  # null in config.json: what transformers makes of the other keys
@@ -33,10 +32,6 @@ class Base:
         return size if isinstance(size, int) else None
 
 
-def looks_like_hub_id(name: str) -> bool:
-    return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", name)) and not Path(name).exists()
-
-
 def inspect(model: Model, here: bool) -> tuple[Base, list[Problem]]:
     """Look at `model.name_or_path` on disk and in the Hub cache; problems where it is there and not a model.
 
@@ -46,9 +41,9 @@ def inspect(model: Model, here: bool) -> tuple[Base, list[Problem]]:
     preset = dict(model.config) or None
     folder = weights.find_model(name, model.revision)
     local = Path(name).expanduser().is_dir()
-    if folder is None and looks_like_hub_id(name) and (refused := architectures.refuse_name(name)):
+    if folder is None and hub.looks_like_id(name) and (refused := architectures.refuse_name(name)):
         return Base(config=preset), refused
-    if folder is None and here and looks_like_hub_id(name):
+    if folder is None and here and hub.looks_like_id(name):
         try:
             folder = fetch_config(name, model.revision)
         except KitError as error:
@@ -56,7 +51,7 @@ def inspect(model: Model, here: bool) -> tuple[Base, list[Problem]]:
     if folder is None:
         if preset and paths.made_by_quickstart(name) and not here:
             return Base(config=preset, notes=[f"{name} is not made yet: `make quickstart` makes it"]), []
-        if not looks_like_hub_id(name):
+        if not hub.looks_like_id(name):
             if paths.made_by_quickstart(name):
                 return Base(), [Problem(f"{name} is not made yet", "model.name_or_path", "make quickstart")]
             return Base(), [
@@ -65,6 +60,8 @@ def inspect(model: Model, here: bool) -> tuple[Base, list[Problem]]:
         note = f"{name} is not on this machine: " + (
             "its shape is the preset's" if preset else "what depends on its shape cannot be checked here"
         )
+        if hub.offline():
+            note += f"; {hub.fetch_command('model.name_or_path', name, model.revision)}"
         if preset is None:
             return Base(notes=[note]), []
         key = "model.config.model_type"
@@ -72,7 +69,9 @@ def inspect(model: Model, here: bool) -> tuple[Base, list[Problem]]:
         return Base(preset, modules=architectures.modules(preset), notes=[note, *notes]), refused
     try:
         config = weights.read_config(folder)
-        tensors = weights.read_tensors(folder)
+        # A part of the shards in the cache is a download that was cut short: the model is not here.
+        part = not local and any(not (folder / file).is_file() for file in weights.indexed(folder))
+        tensors = {} if part else weights.read_tensors(folder)
     except KitError as error:
         return Base(folder=folder), error.problems
     base = Base(config=config, folder=folder)
@@ -84,7 +83,11 @@ def inspect(model: Model, here: bool) -> tuple[Base, list[Problem]]:
         base.modules = [
             n.removesuffix(".weight") for n, t in tensors.items() if n.endswith(".weight") and len(t.shape) == 2
         ]
-    if not tensors and not local:
+    if not tensors and not local and not model.random_init:
+        if here and hub.offline():
+            fix = hub.fetch_command("model.name_or_path", name, model.revision)
+            return base, [Problem(f"the weights of {name} are not in {hub.cache()}, and HF_HUB_OFFLINE is set",
+                                  "model.name_or_path", fix)]  # fmt: skip
         base.notes.append(f"the weights of {name} are not on this machine: the ranks fetch them")
     elif not tensors and not model.random_init:
         pickles = sorted(folder.glob("*.bin"))
@@ -118,29 +121,33 @@ def differences(preset: dict[str, Any], config: dict[str, Any]) -> dict[str, tup
     return found
 
 
+def look_at_tokenizer(tokenizer: Tokenizer, here: bool) -> list[Problem]:
+    """The problem of a tokenizer of its own that is not in the Hub cache where the Hub may not be asked."""
+    key, name = "tokenizer.name_or_path", tokenizer.name_or_path
+    if not (here and hub.offline() and name and hub.looks_like_id(name)):
+        return []
+    if hub.find_snapshot(name, hub.MODEL, tokenizer.revision):
+        return []
+    problem = f"the tokenizer {name} is not in {hub.cache()}, and HF_HUB_OFFLINE is set"
+    return [Problem(problem, key, hub.fetch_command(key, name, tokenizer.revision))]
+
+
 def fetch_config(name: str, revision: str | None) -> Path:
     """config.json of a Hub model, into the cache; the folder it lies in. KitError where the Hub does not give it."""
+    key = "model.name_or_path"
+    if hub.offline():
+        problem = f"{name} is neither a folder nor in {hub.cache()}, and HF_HUB_OFFLINE is set"
+        raise KitError(problem, key, hub.fetch_command(key, name, revision))
     try:
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError
     except ImportError:
         raise KitError(
             f"{name} is not here, and huggingface_hub is not installed", fix="pip install '.[train]'"
         ) from None
     try:
         return Path(hf_hub_download(name, weights.CONFIG, revision=revision)).parent
-    except HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", None)
-        why = {401: "it is gated: log in", 403: "your account has no access yet", 404: "there is no such model"}
-        problem = f"{name} cannot be fetched: {why.get(status or 0, status)}"
-        raise KitError(problem, "model.name_or_path", "hf auth login, and ask for access on its page") from None
-    except Exception as error:  # offline, a proxy, a broken name: the reason stands in the message
-        reason = str(error).strip().splitlines()[0]
-        raise KitError(
-            f"{name} is neither a folder nor in the Hub cache, and cannot be fetched: {reason}",
-            "model.name_or_path",
-            "give a folder, or fetch it where there is a network",
-        ) from None
+    except Exception as error:  # the Hub's refusals, the network's, a broken name: all are put in words
+        raise hub.explain(error, name, hub.MODEL, key) from None
 
 
 def identify(model: Model, folder: Path | None) -> dict[str, Any] | None:

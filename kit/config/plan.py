@@ -10,7 +10,7 @@ from typing import Any
 from kit import __version__, hardware
 from kit.config import rules, zero
 from kit.config.compose import Composed
-from kit.config.model import identify, inspect
+from kit.config.model import identify, inspect, look_at_tokenizer
 from kit.config.read import (
     located,
     look_at_data,
@@ -66,6 +66,7 @@ def build_plan(composed: Composed, *, here: bool = True, world_size: int | None 
 
     base, found = inspect(given.model, here)
     problems += located(found, set_by, "model.name_or_path")
+    problems += located(look_at_tokenizer(given.tokenizer, here), set_by)
     columns_format, found = look_at_data(given.dataset, here)
     problems += located(found, set_by)
 

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from kit import paths
 from kit.config import dataset as data_files
-from kit.config import fields, zero
+from kit.config import fields, hub_dataset, zero
 from kit.config import template as templates
 from kit.config.schema import Dataset, RunInput, Strict, leaves
 from kit.errors import KitError, Problem
@@ -59,7 +59,7 @@ def unique(problems: list[Problem]) -> list[Problem]:
 def read_input(tree: dict[str, Any], set_by: Any) -> tuple[RunInput | None, list[Problem]]:
     """The kit's own sections through pydantic; missing values ("???") and unknown keys are named."""
     missing = [k for k, v in leaves(tree).items() if v == "???"]
-    problems = [Problem(f"{k} is not given", set_by(k), f"{k}=...") for k in missing]
+    problems = [Problem(f"{k} is not given", set_by(k), f"{k}=...", "missing") for k in missing]
     try:
         given = RunInput.model_validate(tree)
         return (None if missing else given), problems
@@ -209,7 +209,7 @@ def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def look_at_data(dataset: Dataset, here: bool) -> tuple[str | None, list[Problem]]:
-    """The data's format, from the first row of the file; None for a Hub id that is not a file."""
+    """The data's format, from the first row of the file; None for a Hub id that is not in the cache."""
     problems: list[Problem] = []
     wanted: str | None = None if dataset.format == "auto" else dataset.format
     if dataset.template:  # can be read without the data
@@ -223,7 +223,11 @@ def look_at_data(dataset: Dataset, here: bool) -> tuple[str | None, list[Problem
         if path is None or (paths.made_by_quickstart(path) and not Path(path).exists() and not here):
             continue
         try:
-            columns = data_files.peek(path)
+            if data_files.find_files(path) is None:
+                revision = dataset.revision if path == dataset.path else None
+                columns = hub_dataset.columns(dataset, path, revision, here)
+            else:
+                columns = data_files.peek(path)
             if columns is not None:
                 wanted = data_files.detect_format(columns, dataset)
         except KitError as error:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from kit.config import architectures
+from kit.config import architectures, trackers
 from kit.errors import Problem
 from kit.hardware import Gpu
 
@@ -267,6 +267,9 @@ RULES = [
     Rule("loss-mask-format", "T63", assistant_loss_needs_chat),
     Rule("quantized-zero3", "T42 T43", quantized_zero3),
     Rule("device-map", "T22", device_map),
+    Rule("tracker-all", "transformers integration_utils", trackers.whatever_is_installed),
+    Rule("tracker-missing", "transformers integration_utils", trackers.missing, here=True),
+    Rule("tracker-online", "security", trackers.online, severity="warn"),
     Rule("token-indices-zero3", "T37", token_indices_on_cpu),
 ]
 

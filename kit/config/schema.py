@@ -155,6 +155,8 @@ EXTENDABLE = {
     "trainer.logging_strategy",
     "trainer.logging_first_step",
     "trainer.report_to",
+    "trainer.run_name",
+    "trainer.project",
     "prompts",
     "tracking",
 }

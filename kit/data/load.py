@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from typing import Any, NamedTuple
 
+from kit import hub
+from kit.config import hub_dataset
 from kit.config import template as templates
 from kit.config.dataset import FORMATS, SUFFIXES, detect_format, find_files
 from kit.config.schema import Dataset
@@ -88,9 +91,10 @@ def read(d: Dataset, path: str, split: str | None) -> Any:
     from datasets import load_dataset
 
     files = find_files(path)
+    place, name, revision = hub_place(d, path) if files is None else (path, None, None)
     try:
         if files is None:
-            rows = load_dataset(path, d.name, revision=d.revision, split=split, streaming=d.streaming)
+            rows = load_dataset(place, name, revision=revision, split=split, streaming=d.streaming)
         else:
             kind = SUFFIXES[files[0].suffix.lower()]
             options = {"delimiter": "\t"} if files[0].suffix.lower() == ".tsv" else {}
@@ -113,3 +117,16 @@ def read(d: Dataset, path: str, split: str | None) -> Any:
     if rename:
         rows = rows.rename_columns(rename)
     return rows.select_columns(list(FORMATS[made]))
+
+
+def hub_place(d: Dataset, path: str) -> tuple[str, str | None, str | None]:
+    """What to load for a Hub id: its snapshot in the Hub cache, or the id; with its configuration and revision.
+
+    The snapshot is taken where it cannot have been overtaken: offline, and at a commit hash. `datasets` reads the Hub
+    online only, or its own cache. Configuration and revision belong to `dataset.path`, not to another `eval_path`.
+    """
+    name, revision = (d.name, d.revision) if path == d.path else (None, None)
+    pinned = re.fullmatch(r"[0-9a-f]{40}", revision or "") is not None
+    if (hub.offline() or pinned) and (folder := hub_dataset.find_snapshot(path, name, revision)):
+        return str(folder), name, None
+    return path, name, revision

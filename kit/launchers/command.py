@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 from kit import hardware
+from kit.config import trackers
 from kit.config.schema import RunPlan
+from kit.hub import NO_TELEMETRY
 
 WORKER = "kit.worker"
 
@@ -65,11 +67,11 @@ def rank_environment(plan: RunPlan) -> dict[str, str]:
         # One ninja for all: two versions hash command lines differently, and each would compile the operators again.
         "PATH": os.pathsep.join([here, *(p for p in path if p != here)]),
         "PYTHONUNBUFFERED": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "DO_NOT_TRACK": "1",
+        **{key: os.environ.get(key, value) for key, value in NO_TELEMETRY.items()},
         "TOKENIZERS_PARALLELISM": os.environ.get("TOKENIZERS_PARALLELISM", "false"),
         "TORCH_EXTENSIONS_DIR": str(extensions_dir()),
     }
+    env |= tracker_environment(plan)
     if plan.trainer["use_cpu"]:
         threads = max(1, hardware.cores() // int(plan.launch.num_gpus))
         env |= {
@@ -80,3 +82,19 @@ def rank_environment(plan: RunPlan) -> dict[str, str]:
             "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
         }
     return env
+
+
+def tracker_environment(plan: RunPlan) -> dict[str, str]:
+    """Where trackers write: below the run directory, without a connection. What the user's own environment sets stays.
+
+    Nothing is copied from there, since launch.json keeps this: a tracking URI may hold a password.
+    """
+    run = plan.run_path
+    settings = {
+        "tensorboard": {"TENSORBOARD_LOGGING_DIR": str(run / "tensorboard")},
+        "wandb": {"WANDB_MODE": "offline", "WANDB_DIR": str(run), "WANDB_PROJECT": plan.name},
+        "mlflow": {"MLFLOW_TRACKING_URI": f"sqlite:///{run}/mlflow.db", "MLFLOW_EXPERIMENT_NAME": plan.name},
+        "trackio": {"TRACKIO_DIR": str(run / "trackio")},
+    }
+    chosen = [settings.get(name, {}) for name in trackers.names(plan.trainer.get("report_to"))]
+    return {key: value for some in chosen for key, value in some.items() if key not in os.environ}

@@ -22,7 +22,7 @@ def train(plan: RunPlan, *, resume: str | None = None, callbacks: Sequence[Any] 
     from trl import SFTConfig
 
     from kit.data.load import load_datasets
-    from kit.training import console
+    from kit.training import console, tracking
     from kit.training.model import load_model, load_peft_config, load_tokenizer
     from kit.training.trainer import ModifiedTrainer
 
@@ -33,7 +33,8 @@ def train(plan: RunPlan, *, resume: str | None = None, callbacks: Sequence[Any] 
     fsdp: Any = bool(plan.fsdp) or None  # upstream annotates a string for its command line; True is what it works with
     # Before the model and kept alive: zero.Init looks for the live DeepSpeed config that this object holds (T19).
     args = SFTConfig(
-        **{**plan.trainer, "disable_tqdm": plan.trainer.get("disable_tqdm", not rundir.is_terminal())},
+        # Trackers show the run directory's name, in a project of the plan's name.
+        **{"disable_tqdm": not rundir.is_terminal(), "run_name": run.name, "project": plan.name, **plan.trainer},
         output_dir=str(run / rundir.CHECKPOINTS),
         deepspeed=copy.deepcopy(plan.deepspeed),
         fsdp=fsdp,
@@ -77,6 +78,7 @@ def train(plan: RunPlan, *, resume: str | None = None, callbacks: Sequence[Any] 
     saved = time.monotonic()
     trainer.save_model(str(run / (rundir.ADAPTER if plan.peft else rundir.MODEL)))
     saved = time.monotonic() - saved
+    tracking.reopen_mlflow(plan)
     held_out_metrics = (
         trainer.evaluate(None if data.test is data.validation else data.test) if data.test is not None else {}
     )

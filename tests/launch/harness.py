@@ -37,10 +37,21 @@ def overrides(base: Path, data: Path, runs: Path, *more: str) -> list[str]:
 
 
 def environment(**more: str) -> dict[str, str]:
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **more}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **more}
     env["PATH"] = os.path.dirname(sys.executable) + os.pathsep + env["PATH"]
-    env["PYTHONPATH"] = str(ROOT)
+    if (
+        "KIT_TEST_CONNECTIONS" in env
+    ):  # the kit's own switches are to be seen, not the suite's; TRL reports not under CI
+        for name in ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK", "HF_ENDPOINT", "CI"):
+            if name not in more:
+                env.pop(name, None)
     return env
+
+
+def watched(file: Path) -> dict[str, str]:
+    """Environment in which every attempt to reach another machine is noted in `file`; the Hub may be asked in it."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "connections")])
+    return {"PYTHONPATH": path, "KIT_TEST_CONNECTIONS": str(file), "HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0"}
 
 
 def kit(*args: str, cwd: Path, limit: float = LIMIT, **env: str) -> subprocess.CompletedProcess[str]:

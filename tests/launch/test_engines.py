@@ -39,7 +39,8 @@ def alone(work, base, chat) -> Path:
 @pytest.fixture(scope="session")
 def zero2(work, base, chat) -> Path:
     two = ("deepspeed=zero2", "launch=deepspeed", "launch.num_gpus=2")
-    done = harness.kit("train", *harness.overrides(base, chat, work / "zero2", *two), cwd=work)
+    env = harness.watched(work / "connections.txt")
+    done = harness.kit("train", *harness.overrides(base, chat, work / "zero2", *two), cwd=work, **env)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     run = harness.the_run(work / "zero2")
     harness.assert_nothing_left(run)
@@ -358,3 +359,18 @@ def test_signature_of_the_deepspeed_command():
     used = "--num_gpus --master_port --master_addr --hostfile --no_local_rank --module --log_level"
     for flag in used.split():
         assert flag in out.stdout, flag
+
+
+def test_no_process_of_a_run_reaches_another_machine(zero2, work):
+    """`kit train` with its launcher and two ranks, then merge and generate; the Hub is not switched off in them.
+
+    tests/test_trackers.py shows that the same watch notes an attempt.
+    """
+    env = harness.watched(work / "connections.txt")
+    done = harness.kit("merge", str(zero2), "--out", str(work / "merged"), cwd=work, **env)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    asked = ["--prompt", "the doctor", "--max-new-tokens", "4", "--out", str(work / "samples.json")]
+    done = harness.kit("generate", str(zero2), *asked, cwd=work, **env)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    attempts = work / "connections.txt"
+    assert not attempts.exists(), attempts.read_text()

@@ -1,0 +1,153 @@
+"""Which files of a data set's Hub repository make its configurations and splits, by the rules of `datasets`.
+
+A repository says it in the YAML head of its README.md (`configs:`), or names its files after the splits:
+https://huggingface.co/docs/datasets/repository_structure
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kit import hub
+from kit.config import dataset as data_files
+from kit.config.schema import Dataset
+from kit.errors import KitError
+
+CARD = "README.md"
+READABLE = {*data_files.SUFFIXES, ".arrow", ".txt"}  # what `datasets` reads of text, each also packed:
+PACKED = {".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip"}
+NO_DATA = {"config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+KEYWORDS = {
+    "train": {"train", "training"},
+    "validation": {"validation", "valid", "dev", "val"},
+    "test": {"test", "testing", "eval", "evaluation"},
+}
+
+
+def readable(name: str) -> bool:
+    """Whether a repository's file holds rows; scripts never do: nothing in a data set is run."""
+    path = Path(name)
+    suffix = Path(path.stem).suffix if path.suffix.lower() in PACKED else path.suffix
+    packed = path.suffix.lower() == ".zip"
+    return path.name not in NO_DATA and path.name[:1] != "." and (packed or suffix.lower() in READABLE)
+
+
+def configurations(card: str) -> dict[str, dict[str, Any]]:
+    """Name to entry of every configuration that a README.md lists; empty where it lists none with files."""
+    head = re.match(r"---\s*\n(.*?)\n---", card, re.S)
+    try:
+        listed = (yaml.safe_load(head[1]) or {}).get("configs") if head else None
+        return {str(c["config_name"]): c for c in listed or [] if c.get("data_files")}
+    except (yaml.YAMLError, AttributeError, TypeError, KeyError):
+        return {}
+
+
+def choose(card: str, name: str | None) -> dict[str, Any] | None:
+    """The entry of configuration `name`, or of the default one; None where the README.md lists none. KitError
+    where there are several and none is chosen, or `name` is not among them."""
+    found = configurations(card)
+    if not found:
+        return None
+    if name is None and len(found) > 1:
+        defaults = [c for n, c in found.items() if n == "default" or c.get("default")]
+        if defaults:
+            return defaults[0]
+    if (name or next(iter(found))) not in found or (name is None and len(found) > 1):
+        problem = f"the data set has no configuration {name}" if name else "the data set has several configurations"
+        raise KitError(problem, "dataset.name", f"one of {', '.join(found)}")
+    return found[name or next(iter(found))]
+
+
+def files_of(names: list[str], card: str, config: str | None) -> list[str]:
+    """The repository's files (`names`) that hold the rows of a configuration, of all its splits."""
+    data = [n for n in names if readable(n)]
+    entry = choose(card, config)
+    return data if entry is None else [n for n in data if matches(n, patterns(entry, None))]
+
+
+def files_of_split(names: list[str], card: str, config: str | None, split: str) -> list[str]:
+    """Those of one split; empty where the names do not say it."""
+    data = files_of(names, card, config)
+    split = re.split(r"[\[+]", split)[0]  # "train[:10%]+test": the first part stands for all
+    if entry := choose(card, config):
+        return [n for n in data if matches(n, patterns(entry, split))]
+    words = {n: set(re.split(r"[-._ 0-9/]+", n.lower())) for n in data}
+    if any(w & k for w in words.values() for k in KEYWORDS.values()):
+        return [n for n in data if words[n] & KEYWORDS.get(split, {split})]
+    return data if split == "train" else []
+
+
+def patterns(entry: dict[str, Any], split: str | None) -> list[str]:
+    """The glob patterns of a configuration's entry, of one split or of all."""
+    held = entry["data_files"]
+    found: list[Any] = []
+    for item in held if isinstance(held, list) else [held]:
+        place, of = (item.get("path"), item.get("split")) if isinstance(item, dict) else (item, "train")
+        if split in (None, of):
+            found += place if isinstance(place, list) else [place]
+    folder = entry.get("data_dir")
+    return [f"{folder}/{p}" if folder else str(p) for p in found]
+
+
+def matches(name: str, globs: list[str]) -> bool:
+    try:
+        return any(re.fullmatch(regex(g.removeprefix("./")), name) for g in globs)
+    except re.error:  # a bracket that is no set of characters
+        return False
+
+
+def regex(glob: str) -> str:
+    """A glob in which `**` crosses folders and `*` does not, as a regular expression."""
+    parts = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    return "".join(parts.get(p) or (p if p[:1] == "[" else re.escape(p)) for p in re.split(
+        r"(\*\*/|\*\*|\*|\?|\[[^\]]+\])", glob))  # fmt: skip
+
+
+def find_snapshot(repo: str, config: str | None, revision: str | None) -> Path | None:
+    """The cached snapshot of a data set that holds a configuration whole; None where it does not, or none can know.
+
+    `datasets` itself leaves snapshots with a part of the files: training on those in silence would be wrong.
+    """
+    folder = hub.find_snapshot(repo, hub.DATASET, revision)
+    names = hub.listing(folder) if folder else None
+    if folder is None or not names or (CARD in names and not (folder / CARD).is_file()):
+        return None
+    wanted = files_of(names, read_card(folder), config)
+    return folder if wanted and all((folder / n).is_file() for n in wanted) else None
+
+
+def read_card(folder: Path) -> str:
+    file = folder / CARD
+    return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+
+
+def prepared(repo: str) -> bool:
+    """Whether `datasets` has this data set in its own cache from an earlier load: it takes that one offline."""
+    home = os.environ.get("HF_HOME") or str(hub.cache().parent)
+    folder = Path(os.environ.get("HF_DATASETS_CACHE") or os.path.join(home, "datasets")).expanduser()
+    owner, _, name = repo.rpartition("/")
+    snake = re.sub(r"([a-z\d])([A-Z])", r"\1_\2", re.sub(r"([A-Z]+)([A-Z][a-z])", r"\1_\2", name)).lower()
+    return any((folder / (f"{owner}___{snake}" if owner else snake)).glob("*/*/*"))
+
+
+def columns(d: Dataset, repo: str, revision: str | None, here: bool) -> list[str] | None:
+    """The columns of a Hub data set that is in the cache, None where they cannot be known.
+
+    KitError where the run starts `here`, the environment forbids to ask the Hub, and the data set is not here.
+    """
+    config = d.name if repo == d.path else None
+    folder = find_snapshot(repo, config, revision)
+    if folder is None:
+        if here and hub.offline() and not prepared(repo):
+            key = "dataset.path" if repo == d.path else "dataset.eval_path"
+            problem = f"the data set {repo} is not, or not whole, in {hub.cache()}, and HF_HUB_OFFLINE is set"
+            raise KitError(problem, key, hub.fetch_command("dataset.path", repo, revision))
+        return None
+    names = files_of_split(hub.listing(folder) or [], read_card(folder), config, d.split)
+    files = [folder / n for n in names if Path(n).suffix.lower() in data_files.SUFFIXES]
+    return data_files.columns(files, repo) if files else None
