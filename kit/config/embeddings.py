@@ -66,7 +66,8 @@ def train_embeddings(
     key, kind = "tokenizer.added_tokens", str(peft.get("peft_type", "LORA")).upper()
     table = fields.tables().get(kind, {})
     if "modules_to_save" not in table:
-        return peft, [Problem(f"{kind} cannot train the embeddings of added tokens", key, "peft=lora, or peft=none")], []
+        problem = f"{kind} cannot train the embeddings of added tokens"
+        return peft, [Problem(problem, key, "peft=lora, or peft=none")], []
     if peft.get("trainable_token_indices"):
         problem = "added tokens are trained with the whole embeddings; trainable_token_indices names rows of the same"
         return peft, [Problem(problem, "peft.trainable_token_indices", "leave it out")], []
@@ -89,5 +90,9 @@ def train_embeddings(
     peft = {**peft, "modules_to_save": [*saved, *(n for n in ends if n not in have)]}
     if tied:
         peft["ensure_weight_tying"] = True
-    what = "the tied embedding" if tied else f"{ends[0]} and {ends[1]}"
-    return peft, [], [f"{what} {'is' if tied else 'are'} trained and saved whole with the adapter (peft.modules_to_save)"]
+    what = "the tied embedding is" if tied else f"{ends[0]} and {ends[1]} are"
+    return (
+        peft,
+        [],
+        [f"{what} trained and saved whole with the adapter (peft.modules_to_save)"],
+    )

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from kit import manifest, weights
 from kit.config import fields
 from kit.config.embeddings import OUTPUTS
-from kit.config.model import LINEARS, Base, identify
+from kit.config.model import LINEARS, Base, identify, looks_like_hub_id
 from kit.config.schema import InitFrom, Model
 from kit.errors import KitError, Problem
 
@@ -40,7 +40,7 @@ def take_out(peft: Any) -> tuple[Any, Start | None, list[Problem]]:
     if not isinstance(pickle, bool):
         problems.append(Problem(f"{FLAG} must be true or false, not {pickle!r}", FLAG, f"{FLAG}=true"))
     if name and "peft_type" not in rest:
-        problems.append(Problem(f"peft=none, but {KEY} is given", KEY, "peft=lora, or merge the adapter and train that"))
+        problems.append(Problem(f"peft=none, but {KEY} is given", KEY, "peft=lora, or merge the adapter first"))
     return rest, Start(name, bool(pickle)) if name and not problems else None, problems
 
 
@@ -56,10 +56,13 @@ def find_source(
     except (OSError, ValueError) as error:
         return None, [Problem(f"{KEY} is no path that can be looked at: {error}", KEY, "check it")], []
     if folder is None:
-        if Path(start.name).suffix or start.name.startswith((".", "/", "~")) or start.name.count("/") != 1 or here:
+        hub = looks_like_hub_id(start.name) and "/" in start.name
+        if here or not hub:
             problem = f"{start.name} is neither an adapter folder nor in the Hub cache"
-            return None, [Problem(problem, KEY, f"check the path, or fetch it first: hf download {start.name}")], []
-        return InitFrom(path=start.name), [], [f"{start.name} is not on this machine: it is compared when the run starts"]
+            fix = f"fetch it first: hf download {start.name}" if hub else "check the path"
+            return None, [Problem(problem, KEY, fix)], []
+        note = f"{start.name} is not on this machine: it is compared when the run starts"
+        return InitFrom(path=start.name), [], [note]
     if not (folder / CONFIG).is_file() and (folder / "adapter" / CONFIG).is_file():
         folder = folder / "adapter"  # a run directory stands for what it trained
     try:
@@ -72,7 +75,7 @@ def find_source(
     problems += found
     notes += [f"the adapter starts from {folder}: its weights, not its optimizer", *([remark] if remark else [])]
     if shapes is None:
-        notes.append(f"{file.name} is a pickle: it is read weights-only, and its tensors are compared when the run starts")
+        notes.append(f"{file.name} is a pickle: read weights-only, its tensors are compared when the run starts")
     sha256 = str(manifest.hash_file(file)["sha256"])
     return InitFrom(path=str(folder), weights=file.name, sha256=sha256), problems, notes
 
@@ -135,7 +138,9 @@ def compare(folder: Path, config: dict[str, Any], peft: dict[str, Any], base: Ba
             mend.append(f"peft.{key}={shown(there)}")
     if differ:
         problems.append(
-            Problem(f"the run's adapter is not the one in {folder}: {'; '.join(differ)}", KEY, " ".join(mend), "init-from")
+            Problem(
+                f"the run's adapter is not the one in {folder}: {'; '.join(differ)}", KEY, " ".join(mend), "init-from"
+            )
         )
     return problems
 

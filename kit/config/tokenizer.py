@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from kit import paths, weights
 from kit.config.model import looks_like_hub_id
@@ -62,7 +61,8 @@ def read_files(folder: Path) -> Files | None:
         given = config.get(role, mapping.get(role))
         if given is not None or role in config or config.get("tokenizer_class") in PLAIN_CLASSES:
             roles[role] = given["content"] if isinstance(given, dict) else given
-    tokens, special = None, set()
+    tokens: dict[str, int] | None = None
+    special: set[int] = set()
     if (folder / FAST).is_file():
         tokens, special = read_vocabulary(folder / FAST)
         extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
@@ -93,7 +93,9 @@ def read_vocabulary(path: Path) -> tuple[dict[str, int], set[int]]:
         tokens.update({t["content"]: int(t["id"]) for t in added})
         return tokens, {int(t["id"]) for t in added if t.get("special")}
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise KitError(f"{path} is not a tokenizer: {type(error).__name__} {error}", fix="fetch the file again") from None
+        raise KitError(
+            f"{path} is not a tokenizer: {type(error).__name__} {error}", fix="fetch the file again"
+        ) from None
 
 
 # ---- chat templates ----
@@ -164,7 +166,9 @@ def examine(t: Tokenizer, model: Model, rows: int | None, chat: bool, assistant_
     folder = weights.find_model(name, t.revision or (model.revision if t.name_or_path is None else None))
     if folder is None and t.name_or_path and not looks_like_hub_id(t.name_or_path):
         found.problems.append(
-            Problem(f"there is no tokenizer folder {name}", "tokenizer.name_or_path", "check the path, or give a Hub id")
+            Problem(
+                f"there is no tokenizer folder {name}", "tokenizer.name_or_path", "check the path, or give a Hub id"
+            )
         )
     if folder is not None:
         try:
@@ -232,19 +236,19 @@ def _look_at_tokens(found: Found, t: Tokenizer, name: str, rows: int | None) -> 
     if t.added_tokens and not found.new_tokens:
         found.notes.append("every added token is in the vocabulary already: nothing is added, their rows stay")
     for role in ROLES:
-        token = getattr(t, role)
-        if token and token not in files.tokens and token not in t.added_tokens:
-            near = difflib.get_close_matches(token, [k for k in files.tokens if k[:1] == token[:1]], 3, 0.6)
+        named = getattr(t, role)
+        if named and named not in files.tokens and named not in t.added_tokens:
+            near = difflib.get_close_matches(named, [k for k in files.tokens if k[:1] == named[:1]], 3, 0.6)
             fix = f"did you mean {' or '.join(near)}? " if near else ""
-            problem = f"{role} {token!r} is not among the {files.size:,} tokens of {name}"
-            fix += f"Or add it: tokenizer.added_tokens=['{token}']"
+            problem = f"{role} {named!r} is not among the {files.size:,} tokens of {name}"
+            fix += f"Or add it: tokenizer.added_tokens=['{named}']"
             found.problems.append(Problem(problem, f"tokenizer.{role}", fix))
     pad, eos = (getattr(t, role) or files.roles.get(role, "") for role in ("pad_token", "eos_token"))
-    for role, token, why in (
+    for role, given, why in (
         ("pad_token", pad, "name one that the data never holds, e.g. a reserved token"),
         ("eos_token", eos, "name one: without it a tuned model would never stop"),
     ):
-        if token is None:
+        if given is None:
             problem = f"the tokenizer of {name} has no {role}, and none is guessed"
             found.problems.append(Problem(problem, f"tokenizer.{role}", f"tokenizer.{role}=...: {why}"))
     if pad and pad == eos:

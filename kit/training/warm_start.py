@@ -73,7 +73,7 @@ def adapter_parameters(model: Any) -> dict[str, Tensor]:
 
 
 def copy_into(target: Tensor, value: Tensor) -> None:
-    """Set a parameter; one that ZeRO-3 has sharded already is gathered, set on rank 0 and sharded again. Collective."""
+    """Set a parameter; one that ZeRO-3 sharded is gathered, set on rank 0, sharded again. Collective."""
     with torch.no_grad():
         if not hasattr(target, "ds_id"):
             target.copy_(value)

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import tiny
+from launch.test_engines import port
 
 from kit import weights
 from launch import harness
-from launch.test_engines import port
 
 pytestmark = pytest.mark.launch
 NEW = ["<|im_start|>", "<|im_end|>"]
@@ -89,7 +89,14 @@ def alone(work, base, chat, full, source, pickled) -> Path:
         "full": ("peft=none", f"model.name_or_path={full['untied']}", *TOKENS),
     }
     plans = compose(folder, base, chat, {n: ("launch=local", *c) for n, c in cases.items()})
-    moving = ("launch=local", *SHORT, start, "trainer.max_steps=2", "trainer.save_strategy=steps", "trainer.save_steps=1")
+    moving = (
+        "launch=local",
+        *SHORT,
+        start,
+        "trainer.max_steps=2",
+        "trainer.save_strategy=steps",
+        "trainer.save_steps=1",
+    )
     plans += compose(folder, base, chat, {"resumed": moving})
     plans.append(f"{source_gone(Path(plans[-1]))}@checkpoint-1")
     sequence(work, plans, sys.executable)
@@ -202,7 +209,7 @@ def test_added_tokens_are_trained_saved_and_merged(model, engine, together, full
 
 @pytest.mark.parametrize("model", ["untied", "tied"])
 def test_the_new_rows_moved(model, together):
-    """Both ends of both new tokens, alike under both engines; the start is the same run with a learning rate of zero."""
+    """Both ends of both new tokens, alike under both engines; the start is the same run with learning rate zero."""
     start = ends(harness.the_run(together / f"{model}-start") / "adapter")
     two, three = (ends(harness.the_run(together / f"{model}-{engine}") / "adapter") for engine in ("zero2", "zero3"))
     for name in start:
