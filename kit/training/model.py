@@ -104,7 +104,7 @@ def check_embeddings_train(model: Any, plan: RunPlan) -> None:
     for end, layer in (("input", model.get_input_embeddings()), ("output", model.get_output_embeddings())):
         if not layer.weight.requires_grad:
             raise KitError(
-                f"tokens are added, but the {end} embedding is none of {plan.peft['modules_to_save']}: it would not train",
+                f"tokens are added, but {plan.peft['modules_to_save']} lacks the {end} embedding: it would not train",
                 "peft.modules_to_save",
                 "name the modules of both embeddings",
             )
