@@ -61,6 +61,10 @@ def train_embeddings(
 
     Full fine-tuning trains them anyway.
     """
+    if peft and peft.get("trainable_token_indices") and is_tied(base):
+        problem = "TRL's loss cannot read a tied embedding that PEFT has laid rows over"
+        fix = "leave it out, and train the matrix: peft.modules_to_save=[embed_tokens] peft.ensure_weight_tying=true"
+        return peft, [Problem(problem, "peft.trainable_token_indices", fix, "token-indices-tied")], []
     if not tokens or not peft:
         return peft, [], []
     key, kind = "tokenizer.added_tokens", str(peft.get("peft_type", "LORA")).upper()

@@ -206,6 +206,13 @@ def test_added_tokens_are_trained_at_both_ends(plan, model):
     assert "modules_to_save" not in known.peft and any("already" in note for note in known.notes)
 
 
+def test_rows_over_a_tied_embedding_are_refused(check, model):
+    """TRL 1.16 reads `lm_head.bias`, which PEFT's wrapper of a tied head does not have."""
+    assert check("peft.trainable_token_indices=[5]") == []
+    edit(model / "config.json", tie_word_embeddings=True)
+    only(check("peft.trainable_token_indices=[5]"), "peft.trainable_token_indices", "modules_to_save")
+
+
 REFUSED = [
     (["tokenizer.added_tokens=['<a>','<a>']"], "tokenizer.added_tokens", "twice"),
     (["tokenizer.added_tokens=[' ']"], "tokenizer.added_tokens", "blank"),

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import tiny
-from launch.test_engines import port
 
 from kit import weights
 from launch import harness
@@ -123,7 +122,7 @@ def together(work, base, chat, full, source) -> Path:
     for name, model in full.items():
         cases[f"{name}-start"] = ("deepspeed=zero2", f"model.name_or_path={model}", *TOKENS, "trainer.learning_rate=0")
     plans = compose(folder, base, chat, {n: (*TWO, *c) for n, c in cases.items()})
-    sequence(work, plans, "deepspeed", "--num_gpus", "2", "--no_local_rank", "--master_port", port())
+    sequence(work, plans, "deepspeed", "--num_gpus", "2", "--no_local_rank", "--master_port", harness.free_port())
     return folder
 
 
