@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -64,12 +63,6 @@ def finish(process: subprocess.Popen[str], limit: float = LIMIT) -> subprocess.C
         out, err = process.communicate()
         raise AssertionError(f"took longer than {limit} s\n{out[-3000:]}\n{err[-3000:]}") from None
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
-
-
-def free_port() -> str:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
 
 
 def the_run(runs: Path) -> Path:

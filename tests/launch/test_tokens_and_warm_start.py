@@ -14,6 +14,7 @@ import pytest
 import tiny
 
 from kit import weights
+from kit.launchers.command import free_port
 from launch import harness
 
 pytestmark = pytest.mark.launch
@@ -122,7 +123,7 @@ def together(work, base, chat, full, source) -> Path:
     for name, model in full.items():
         cases[f"{name}-start"] = ("deepspeed=zero2", f"model.name_or_path={model}", *TOKENS, "trainer.learning_rate=0")
     plans = compose(folder, base, chat, {n: (*TWO, *c) for n, c in cases.items()})
-    sequence(work, plans, "deepspeed", "--num_gpus", "2", "--no_local_rank", "--master_port", harness.free_port())
+    sequence(work, plans, "deepspeed", "--num_gpus", "2", "--no_local_rank", "--master_port", str(free_port()))
     return folder
 
 
