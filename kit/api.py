@@ -98,7 +98,9 @@ def changed(plan: RunPlan, overrides: list[str]) -> RunPlan:
     before, after = leaves(plan.composed), leaves(tree)
     touched = sorted(k for k in before.keys() | after.keys() if before.get(k) != after.get(k))
     provenance = {**plan.provenance, **{k: f"command line (resume): {k}" for k in touched}}
-    composed = Composed(tree, [*plan.overrides, *overrides], provenance, plan.recipe)
+    # The adapter that the run once started from may be gone: the checkpoint stands in its place.
+    peft = {k: v for k, v in (tree.get("peft") or {}).items() if not k.startswith("init_from")}
+    composed = Composed({**tree, "peft": peft}, [*plan.overrides, *overrides], provenance, plan.recipe)
     new = build_plan(composed, here=True)
     refused = [k for k in touched if field_class(k) == "identity"]
     if refused:
@@ -120,7 +122,8 @@ def changed(plan: RunPlan, overrides: list[str]) -> RunPlan:
             fix=f"global_batch_size={plan.global_batch_size} derives the accumulation",
         )
     # The name and the base's identity stay: the directory is this run's for good.
-    return new.model_copy(update={"run_dir": plan.run_dir, "hash": plan.hash, "name": plan.name, "base": plan.base})
+    kept = {key: getattr(plan, key) for key in ("run_dir", "hash", "name", "base", "init_from")}
+    return new.model_copy(update={**kept, "composed": {**new.composed, "peft": tree.get("peft")}})
 
 
 def plan_summary(plan: RunPlan) -> dict[str, Any]:

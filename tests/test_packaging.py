@@ -91,7 +91,8 @@ def test_the_wheel_holds_the_package_and_its_configuration(built):
     expected |= {f"kit/hydra_conf/recipe/{f.relative_to(ROOT / 'recipes')}" for f in (ROOT / "recipes").rglob("*.*")}
     groups = [p for p in (ROOT / "hydra_conf").iterdir() if p.is_dir() and not p.is_symlink()]
     expected |= {f"kit/hydra_conf/{p.name}/{f.name}" for p in groups for f in p.glob("*.yaml")} | {
-        "kit/hydra_conf/train.yaml"
+        "kit/hydra_conf/train.yaml",
+        "kit/hydra_conf/tokenizer/chatml.jinja",
     }
     assert len(groups) >= 9 and len(RECIPES) >= 2
     assert sorted(expected - set(names)) == []

@@ -10,6 +10,8 @@ from typing import Any
 from kit import __version__, hardware
 from kit.config import rules, zero
 from kit.config.compose import Composed
+from kit.config.embeddings import train_embeddings, vocabulary_rows
+from kit.config.init_from import find_source, take_out
 from kit.config.model import identify, inspect, look_at_tokenizer
 from kit.config.read import (
     located,
@@ -32,6 +34,7 @@ from kit.config.resolve import (
     resolve_precision,
 )
 from kit.config.schema import RunPlan, identity_hash
+from kit.config.tokenizer import examine
 from kit.errors import KitError, Problem
 
 
@@ -50,7 +53,9 @@ def build_plan(composed: Composed, *, here: bool = True, world_size: int | None 
     trainer, found = read_trainer(tree.get("trainer"), set_by)
     problems += found
     peft_type = tree_at(tree, ("peft", "peft_type")) or "LORA"
-    peft, found = read_table(tree.get("peft"), str(peft_type), "peft", set_by)
+    peft_values, start, found = take_out(tree.get("peft"))
+    problems += located(found, set_by)
+    peft, found = read_table(peft_values, str(peft_type), "peft", set_by)
     problems += found
     quantization, found = read_table(tree.get("quantization"), "BitsAndBytesConfig", "quantization", set_by)
     problems += found
@@ -78,6 +83,18 @@ def build_plan(composed: Composed, *, here: bool = True, world_size: int | None 
     assert isinstance(world, int)
     global_batch, found = resolve_batch(trainer, given.global_batch_size, world, set_by, composed.provenance)
     problems += found
+    chat, assistant_only = columns_format == "messages", trainer.get("assistant_only_loss") is True
+    tokens = examine(given.tokenizer, given.model, vocabulary_rows(base), chat, assistant_only)
+    problems += located(tokens.problems, set_by)
+    notes += tokens.notes
+    peft, found, remarks = train_embeddings(peft, base, tokens.new_tokens)
+    problems += located(found, set_by)
+    notes += remarks
+    init_from = None
+    if start and peft:
+        init_from, found, remarks = find_source(start, peft, given.model, base, here)
+        problems += located(found, set_by)
+        notes += remarks
     for key, value in tracking.items():
         trainer.setdefault(key, value)
 
@@ -89,6 +106,7 @@ def build_plan(composed: Composed, *, here: bool = True, world_size: int | None 
         "tokenizer": given.tokenizer.model_dump(),
         "dataset": given.dataset.model_dump(),
         "peft": peft,
+        "init_from": init_from.model_dump() if init_from else None,
         "quantization": quantization,
         "deepspeed": deepspeed,
         "fsdp": dict(given.fsdp) or None,

@@ -29,6 +29,9 @@ OWNED = {  # fields of SFTConfig that another part of the description holds
     "hub_token": "secrets come from the environment: export HF_TOKEN=...",
     "push_to_hub_token": "secrets come from the environment: export HF_TOKEN=...",
     "resume_from_checkpoint": "kit resume RUN",
+    "chat_template_path": "tokenizer.chat_template=NAME or FILE.jinja, with tokenizer.added_tokens=[...]",
+    "eos_token": "tokenizer.eos_token=...",
+    "pad_token": "tokenizer.pad_token=...",
     "model_init_kwargs.dtype": "model.dtype=...",
 }
 
@@ -134,7 +137,7 @@ def unusable(given: RunInput, set_by: Any) -> list[Problem]:
         name = f"{section}.{key}" if section else key
         try:
             found = Path(text or ".").expanduser().exists()
-            if not found and (section, key) in (("tokenizer", "chat_template"), ("launch", "script")):
+            if not found and (section, key) == ("launch", "script"):
                 problems.append(Problem(f"there is no file {text}", set_by(name), "check the path"))
         except (OSError, RuntimeError, ValueError) as error:
             reason = getattr(error, "strerror", None) or str(error)

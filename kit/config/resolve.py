@@ -11,6 +11,7 @@ from kit.config import zero
 from kit.config.model import Base
 from kit.config.read import located
 from kit.config.schema import Launch
+from kit.config.tokenizer import is_file_name
 from kit.errors import KitError, Problem
 
 PRECISIONS = {"bf16": "bfloat16", "fp16": "float16"}
@@ -138,6 +139,8 @@ def absolute(tree: dict[str, Any]) -> dict[str, Any]:
     ):
         held = tree.get(section) or {}
         for key in keys:
+            if key == "chat_template" and not is_file_name(str(held.get(key))):
+                continue  # a name, whatever lies here under it
             if held.get(key) and (path := Path(str(held[key])).expanduser()).exists():
                 held[key] = str(path.absolute())
     return tree

@@ -36,9 +36,11 @@ class Model(Strict):
 class Tokenizer(Strict):
     name_or_path: str | None = None
     revision: str | None = None
-    chat_template: str | None = None
+    chat_template: str | None = None  # a name (TRL's templates, the kit's own) or a .jinja file
     pad_token: str | None = None
     eos_token: str | None = None
+    bos_token: str | None = None
+    added_tokens: list[str] = Field(default_factory=list)
 
 
 class Dataset(Strict):
@@ -68,6 +70,14 @@ class Launch(Strict):
     script: str | None = None
     grace_seconds: float = Field(default=120, gt=0)
     build_seconds: float = Field(default=900, gt=0)
+
+
+class InitFrom(Strict):
+    """The adapter that a run starts from: its folder (or a Hub id that is not here), its weights and their hash."""
+
+    path: str
+    weights: str | None = None
+    sha256: str | None = None
 
 
 class RunInput(Strict):
@@ -110,6 +120,7 @@ class RunPlan(Strict):
     launch: Launch
     tracking: dict[str, Any]
     prompts: list[str]
+    init_from: InitFrom | None = None  # peft.init_from: whose weights the adapter starts with
     base: dict[str, Any] | None = None  # config_sha256 and fingerprint of the base weights, where they are here
     notes: list[str] = Field(default_factory=list)
     overrides: list[str] = Field(default_factory=list)
@@ -162,6 +173,7 @@ EXTENDABLE = {
 }
 MACHINE = {
     "runs_dir",
+    "init_from.path",
     "launch",
     "model.attn_implementation",
     "trainer.use_cpu",

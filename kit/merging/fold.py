@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from kit.config.tokenizer import read_files
 from kit.errors import ENVIRONMENT, KitError
 from kit.merging.adapter import CONFIG, MANIFEST, WEIGHTS, read_json, sha256
 from kit.merging.parts import Plan
@@ -195,7 +196,7 @@ def _build(
         _write_index(plan, staging)
         _write_config(plan, staging)
     copy_side_files(plan, staging)
-    check_tokenizer(plan, staging)
+    check_tokenizer(plan)
     changes = [f["relative_change"] for f in figures["tensors"] if f["relative_change"] is not None]
     return {
         "method": "peft" if plan.through_peft else "streaming",
@@ -248,6 +249,23 @@ def copy_side_files(plan: Plan, staging: Path) -> None:
     for folder in [trained] if has_own else [plan.base, trained]:
         for pattern in TOKENIZER:
             _copy(folder, pattern, staging)
+    if has_own:
+        name_end_token(plan.config, staging)
+
+
+def name_end_token(config: dict[str, Any], staging: Path) -> None:
+    """Generation stops at the end token that the run trained, and at those that the base knew."""
+    files = read_files(staging)
+    end = files and (files.tokens or {}).get(files.roles.get("eos_token") or "")
+    if end is None:
+        return
+    path = staging / "generation_config.json"
+    generation = read_json(path) if path.is_file() else {}
+    known = generation.get("eos_token_id", config.get("eos_token_id"))
+    known = known if isinstance(known, list) else [] if known is None else [known]
+    if end not in known:
+        generation["eos_token_id"] = [end, *known]
+        path.write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
 
 
 def _copy(folder: Path, pattern: str, staging: Path) -> None:
@@ -258,20 +276,17 @@ def _copy(folder: Path, pattern: str, staging: Path) -> None:
             shutil.copyfile(path, place)
 
 
-def check_tokenizer(plan: Plan, staging: Path) -> None:
+def check_tokenizer(plan: Plan) -> None:
     """KitError where the adapter's tokenizer knows tokens that the embeddings have no row for."""
-    path = plan.adapter.folder / "tokenizer.json"
-    size = plan.vocabulary or (plan.config.get("text_config") or {}).get("vocab_size") or plan.config.get("vocab_size")
-    if not path.is_file() or not size:
+    rows = plan.vocabulary or (plan.config.get("text_config") or {}).get("vocab_size") or plan.config.get("vocab_size")
+    ours = read_files(plan.adapter.folder)
+    if ours is None or not rows or ours.size <= rows:
         return
-    tokenizer = read_json(path)
-    vocabulary = (tokenizer.get("model") or {}).get("vocab") or {}
-    ids = [t.get("id", 0) for t in tokenizer.get("added_tokens") or []]
-    ids += vocabulary.values() if isinstance(vocabulary, dict) else [len(vocabulary) - 1]
-    if ids and max(ids) >= size:
+    before = read_files(plan.base)
+    if before is None or before.size < ours.size:  # some bases name a token that they have no row for themselves
         raise KitError(
-            f"the tokenizer saved with the adapter reaches id {max(ids)}, the embeddings have {size} rows",
-            where=str(path),
+            f"the tokenizer saved with the adapter reaches id {ours.size - 1}, the embeddings have {rows} rows",
+            where=str(plan.adapter.folder / "tokenizer.json"),
             fix="save the adapter with its resized embeddings (save_embedding_layers=true)",
         )
 

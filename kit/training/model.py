@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AddedToken, AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.utils import logging
 
 from kit.config.schema import RunPlan
+from kit.config.tokenizer import find_template
 from kit.errors import KitError
+
+logger = logging.get_logger(__name__)
 
 
 def load_tokenizer(plan: RunPlan) -> Any:
@@ -23,7 +26,9 @@ def load_tokenizer(plan: RunPlan) -> Any:
         )
     except (OSError, ValueError) as error:
         raise KitError(f"{name} has no tokenizer: {first_line(error)}", "tokenizer.name_or_path") from error
-    for key in ("pad_token", "eos_token"):
+    if t.added_tokens:
+        tokenizer.add_tokens([AddedToken(a, special=True, normalized=False) for a in t.added_tokens], True)
+    for key in ("pad_token", "eos_token", "bos_token"):
         if token := getattr(t, key):
             if token not in tokenizer.get_vocab():
                 raise KitError(f"{token!r} is not in the vocabulary", f"tokenizer.{key}", "name a token that exists")
@@ -37,13 +42,16 @@ def load_tokenizer(plan: RunPlan) -> Any:
             "name one that the data never holds, e.g. a reserved token",
         )
     if t.chat_template:
-        tokenizer.chat_template = Path(t.chat_template).read_text(encoding="utf-8")
+        tokenizer.chat_template = find_template(t.chat_template).read_text(encoding="utf-8")
     tokenizer.padding_side = "right"
     return tokenizer
 
 
-def load_model(plan: RunPlan, vocabulary: int) -> Any:
-    """The base model. Under ZeRO-3 its weights arrive sharded, provided that SFTConfig was built before (T19)."""
+def load_model(plan: RunPlan, tokenizer: Any) -> Any:
+    """The base model, its embeddings grown where tokens were added.
+
+    Under ZeRO-3 its weights arrive sharded, provided that SFTConfig was built before (T19).
+    """
     m = plan.model
     kwargs: dict[str, Any] = {**(plan.trainer.get("model_init_kwargs") or {}), "dtype": getattr(torch, m.dtype)}
     if m.attn_implementation:
@@ -61,15 +69,45 @@ def load_model(plan: RunPlan, vocabulary: int) -> Any:
         raise KitError(f"{m.name_or_path} cannot be loaded: {first_line(error)}", "model.name_or_path") from error
     if plan.zero_stage == 3 and not plan.quantization and not hasattr(next(model.parameters()), "ds_id"):
         raise KitError("ZeRO-3 is chosen, but the weights were not sharded while loading", "deepspeed", code=4)
+    fit_embeddings(model, tokenizer, added=bool(plan.tokenizer.added_tokens))
+    return model
+
+
+def fit_embeddings(model: Any, tokenizer: Any, added: bool) -> None:
+    """A row for every token: embeddings grow where tokens were `added`, and never shrink. Collective under ZeRO-3.
+
+    KitError where other tokens of the tokenizer have no row; special ones that no text need hold are only named.
+    """
     rows = model.get_input_embeddings().weight
     rows = getattr(rows, "ds_shape", rows.shape)[0]  # under ZeRO-3 the local shape is empty (T21)
-    if vocabulary > rows:
+    beyond = {token: i for token, i in tokenizer.get_vocab().items() if i >= rows}
+    if beyond and added:
+        model.resize_token_embeddings(max(beyond.values()) + 1)  # new rows are drawn around the mean of the old ones
+        return
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    used = {tokenizer.pad_token_id, tokenizer.eos_token_id}
+    if lost := sorted(token for token, i in beyond.items() if i not in special or i in used):
         raise KitError(
-            f"the tokenizer has {vocabulary} tokens, the model's embedding {rows} rows",
+            f"the tokenizer reaches id {max(beyond.values())}, the model's embedding has {rows} rows: "
+            f"{', '.join(map(repr, lost[:3]))} would have none",
             "tokenizer.name_or_path",
-            "use the tokenizer that belongs to the model",
+            "use the tokenizer that belongs to the model, or list the tokens in tokenizer.added_tokens",
         )
-    return model
+    if beyond:
+        logger.warning(f"no row in the embedding for {', '.join(sorted(beyond)[:3])}: data must not hold them")
+
+
+def check_embeddings_train(model: Any, plan: RunPlan) -> None:
+    """KitError where tokens were added and an embedding at either end would stay as it was drawn."""
+    if not plan.tokenizer.added_tokens or plan.peft is None or not plan.peft.get("modules_to_save"):
+        return
+    for end, layer in (("input", model.get_input_embeddings()), ("output", model.get_output_embeddings())):
+        if not layer.weight.requires_grad:
+            raise KitError(
+                f"tokens are added, but {plan.peft['modules_to_save']} lacks the {end} embedding: it would not train",
+                "peft.modules_to_save",
+                "name the modules of both embeddings",
+            )
 
 
 def load_peft_config(plan: RunPlan) -> Any:

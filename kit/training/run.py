@@ -22,9 +22,10 @@ def train(plan: RunPlan, *, resume: str | None = None, callbacks: Sequence[Any] 
     from trl import SFTConfig
 
     from kit.data.load import load_datasets
-    from kit.training import console, tracking
-    from kit.training.model import load_model, load_peft_config, load_tokenizer
+    from kit.training import console, labels, tracking
+    from kit.training.model import check_embeddings_train, load_model, load_peft_config, load_tokenizer
     from kit.training.trainer import ModifiedTrainer
+    from kit.training.warm_start import load_adapter
 
     run = plan.run_path
     check_world(plan)
@@ -52,7 +53,8 @@ def train(plan: RunPlan, *, resume: str | None = None, callbacks: Sequence[Any] 
     tokenizer = load_tokenizer(plan)
     with args.main_process_first(desc="reading the data"):
         data = load_datasets(plan)
-    model = load_model(plan, len(tokenizer))
+    labels.check_template(tokenizer, data.train)
+    model = load_model(plan, tokenizer)
     trainer = ModifiedTrainer(
         model=model,
         args=args,
@@ -65,6 +67,10 @@ def train(plan: RunPlan, *, resume: str | None = None, callbacks: Sequence[Any] 
         **hooks,
     )
     trainer.remove_callback(console.hf_printer())
+    check_embeddings_train(trainer.model, plan)
+    labels.check_labels(trainer.train_dataset, tokenizer, args)
+    if plan.init_from and not resume:  # a checkpoint knows more than what the run began with
+        load_adapter(trainer.model, plan.init_from)
     console.banner(plan, trainer, data, time.monotonic() - started)
 
     checkpoint = str(find_checkpoint(plan, resume)) if resume else None

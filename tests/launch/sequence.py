@@ -1,5 +1,7 @@
 """Several plans in one launch: it costs half a minute of imports, a tiny run a second. `sequence.py PLAN.json ...`
 
+`PLAN.json@checkpoint-2` goes on from that checkpoint of the run.
+
 Each plan goes through kit.training.run.train exactly as kit.worker calls it; only the libraries' per-process state is
 reset between them, which a user's one-run process never needs.
 """
@@ -14,7 +16,7 @@ from kit.worker import prepare_process
 
 
 def main(paths: list[str]) -> None:
-    first = load_plan(paths[0])
+    first = load_plan(paths[0].partition("@")[0])
     prepare_process(first, int(os.environ.get("RANK", "0")))
     import torch.distributed
     from accelerate.state import AcceleratorState, GradientState
@@ -25,7 +27,8 @@ def main(paths: list[str]) -> None:
     # The process group must outlive a run here; in a user's process it ends with it.
     torch.distributed.destroy_process_group = lambda *a, **k: None
     for path in paths:
-        assert training.train(load_plan(path)) == 0
+        plan, _, checkpoint = path.partition("@")
+        assert training.train(load_plan(plan), resume=checkpoint or None) == 0
         unset_hf_deepspeed_config()
         AcceleratorState._reset_state(reset_partial_state=False)
         GradientState._reset_state()

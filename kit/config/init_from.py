@@ -1,0 +1,190 @@
+"""`peft.init_from`: the adapter that a run starts from, compared with the run's own before anything is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from kit import hub, manifest, weights
+from kit.config import fields
+from kit.config.architectures import LINEARS
+from kit.config.embeddings import OUTPUTS
+from kit.config.model import Base, identify
+from kit.config.schema import InitFrom, Model
+from kit.errors import KitError, Problem
+
+KEY, FLAG = "peft.init_from", "peft.init_from_pickle"
+CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+# What neither changes the adapter's function nor which tensors it has: training's own, bookkeeping, the first values.
+FREE = set(
+    """task_type auto_mapping peft_version base_model_name_or_path revision inference_mode lora_dropout
+    init_lora_weights runtime_config eva_config loftq_config corda_config lora_ga_config megatron_core
+    megatron_config modules_to_tie target_modules_to_tie qalora_group_size""".split()
+)
+PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # the others alter the base's weights
+
+
+class Start(NamedTuple):
+    name: str  # a folder or a Hub id
+    pickle: bool
+
+
+def take_out(peft: Any) -> tuple[Any, Start | None, list[Problem]]:
+    """The section peft without the kit's own keys, and what they say."""
+    if not isinstance(peft, dict) or not {"init_from", "init_from_pickle"} & peft.keys():
+        return peft, None, []
+    rest = {k: v for k, v in peft.items() if k not in ("init_from", "init_from_pickle")}
+    name, pickle = peft.get("init_from"), peft.get("init_from_pickle", False)
+    problems = []
+    if not isinstance(name, str | None) or name == "":
+        problems.append(Problem(f"{KEY} must be a folder or a Hub id, not {name!r}", KEY, f"{KEY}=RUN/adapter"))
+    if not isinstance(pickle, bool):
+        problems.append(Problem(f"{FLAG} must be true or false, not {pickle!r}", FLAG, f"{FLAG}=true"))
+    if name and "peft_type" not in rest:
+        problems.append(Problem(f"peft=none, but {KEY} is given", KEY, "peft=lora, or merge the adapter first"))
+    return rest, Start(name, bool(pickle)) if name and not problems else None, problems
+
+
+def find_source(
+    start: Start, peft: dict[str, Any], model: Model, base: Base, here: bool
+) -> tuple[InitFrom | None, list[Problem], list[str]]:
+    """The adapter to start from, what forbids it, and what cannot be known here.
+
+    `here`: the run is about to start on this machine, so a Hub id must be in the cache.
+    """
+    try:
+        folder = weights.find_model(start.name)
+    except (OSError, ValueError) as error:
+        return None, [Problem(f"{KEY} is no path that can be looked at: {error}", KEY, "check it")], []
+    if folder is None:
+        on_hub = hub.looks_like_id(start.name) and "/" in start.name
+        if here or not on_hub:
+            problem = f"{start.name} is neither an adapter folder nor in the Hub cache"
+            fix = f"fetch it first: hf download {start.name}" if hub else "check the path"
+            return None, [Problem(problem, KEY, fix)], []
+        note = f"{start.name} is not on this machine: it is compared when the run starts"
+        return InitFrom(path=start.name), [], [note]
+    if not (folder / CONFIG).is_file() and (folder / "adapter" / CONFIG).is_file():
+        folder = folder / "adapter"  # a run directory stands for what it trained
+    try:
+        config, file, shapes = read_source(folder, start.pickle)
+        check_damage(folder, file)
+    except KitError as error:
+        return None, [Problem(p.problem, KEY, p.fix) for p in error.problems], []
+    problems, notes = compare(folder, config, peft, base), []
+    found, remark = compare_base(folder, config, model, base)
+    problems += found
+    notes += [f"the adapter starts from {folder}: its weights, not its optimizer", *([remark] if remark else [])]
+    if shapes is None:
+        notes.append(f"{file.name} is a pickle: read weights-only, its tensors are compared when the run starts")
+    sha256 = str(manifest.hash_file(file)["sha256"])
+    return InitFrom(path=str(folder), weights=file.name, sha256=sha256), problems, notes
+
+
+def read_source(folder: Path, pickle: bool) -> tuple[dict[str, Any], Path, dict[str, tuple[int, ...]] | None]:
+    """adapter_config.json, the weights file, and its shapes by name (None of a pickle)."""
+    if not (folder / CONFIG).is_file():
+        raise KitError(f"{folder} is no adapter: it has no {CONFIG}", fix="give an adapter folder or a run directory")
+    config = weights.read_json(folder / CONFIG)
+    if (folder / WEIGHTS).is_file():
+        shapes = {t.name: t.shape for t in weights.read_header(folder / WEIGHTS)}
+        if not shapes:
+            raise KitError(f"{folder / WEIGHTS} holds no tensors", fix="give another adapter")
+        return config, folder / WEIGHTS, shapes
+    if not (folder / PICKLE).is_file():
+        raise KitError(f"{folder} has no {WEIGHTS}", fix="the adapter was not saved whole")
+    if not pickle:
+        raise KitError(
+            f"{folder / PICKLE} is a pickle, and a pickle can hold code",
+            fix=f"{FLAG}=true reads it weights-only (tensors, and nothing that runs), if you know where it comes from",
+        )
+    return config, folder / PICKLE, None
+
+
+def check_damage(folder: Path, file: Path) -> None:
+    """KitError where a file differs from the hash in the adapter's manifest; without one nothing can be said."""
+    if not (folder / manifest.NAME).is_file():
+        return
+    listed = manifest.read_manifest(folder)["files"]
+    for path in (folder / CONFIG, file):
+        if path.name in listed and manifest.hash_file(path)["sha256"] != listed[path.name]["sha256"]:
+            raise KitError(f"{path} is not the file that was saved: its SHA-256 differs", fix="copy the adapter again")
+
+
+def compare(folder: Path, config: dict[str, Any], peft: dict[str, Any], base: Base) -> list[Problem]:
+    """One problem that lists all settings that differ, with the overrides that make the run's equal."""
+    theirs, ours = (str(c.get("peft_type", "LORA")).upper() for c in (config, peft))
+    table = fields.tables().get(ours, {})
+    if theirs != ours:
+        return [Problem(f"{folder} is a {theirs} adapter, the run trains {ours}", KEY, f"peft.peft_type={theirs}")]
+    if "target_modules" not in table:
+        return [Problem(f"{KEY} continues adapters of layers; {ours} has none", KEY, "leave it out")]
+    problems = []
+    for where, said in ((f"{folder / CONFIG}", config), ("the run", peft)):
+        if (init := said.get("init_lora_weights", True)) not in PLAIN_INITS:
+            problem = f"init_lora_weights={init} in {where} alters the base's weights when it begins"
+            problems.append(Problem(problem, KEY, "peft.init_lora_weights=true, with an adapter that was begun so"))
+    differ, mend = [], []
+    for key, entry in table.items():
+        if key in FREE or key == "peft_type" or "instead" in entry:
+            continue
+        default = entry.get("default")
+        there, here = config.get(key, default), peft.get(key, default)
+        if key in ("target_modules", "modules_to_save"):
+            same = same_modules(key, config, peft, base)
+        else:
+            same = (there or None) == (here or None)
+        if not same:
+            differ.append(f"{key} is {shown(there)} there, {shown(here)} here")
+            mend.append(f"peft.{key}={shown(there)}")
+    if differ:
+        problems.append(
+            Problem(
+                f"the run's adapter is not the one in {folder}: {'; '.join(differ)}", KEY, " ".join(mend), "init-from"
+            )
+        )
+    return problems
+
+
+def same_modules(key: str, config: dict[str, Any], peft: dict[str, Any], base: Base) -> bool:
+    """Whether two lists name the same modules by their leaves; true where only the built model could tell."""
+    sides = []
+    for said in (config, peft):
+        value = said.get(key)
+        if value == "all-linear":
+            known = LINEARS.get((base.config or {}).get("model_type", ""))
+            if known is None:
+                return True
+            value = known
+        if isinstance(value, str):
+            return True  # a regular expression: the ranks compare tensor by tensor
+        leaves = {str(v).rpartition(".")[2] for v in value or ()}
+        if key == "modules_to_save" and said.get("ensure_weight_tying"):
+            leaves -= set(OUTPUTS)  # PEFT writes down the one end that holds the tied matrix
+        sides.append(leaves)
+    return sides[0] == sides[1]
+
+
+def shown(value: Any) -> str:
+    """A value as one would type it behind `key=`."""
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    if isinstance(value, list | tuple):
+        return f"[{','.join(sorted(map(str, value)))}]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{k}:{shown(v)}" for k, v in value.items()) + "}"
+    return str(value)
+
+
+def compare_base(folder: Path, config: dict[str, Any], model: Model, base: Base) -> tuple[list[Problem], str]:
+    """Whether the adapter was trained on the run's base: by the fingerprints where both are known, else a remark."""
+    recorded = (manifest.read_manifest(folder).get("base") or {}) if (folder / manifest.NAME).is_file() else {}
+    ours = identify(model, base.folder) if recorded else None
+    if recorded and ours:
+        if recorded.get("fingerprint") == ours["fingerprint"]:
+            return [], ""
+        problem = f"{folder} was trained on other weights than {model.name_or_path}"
+        named = recorded.get("name_or_path")
+        return [Problem(problem, KEY, f"model.name_or_path={named}" if named else "give its own base")], ""
+    named = recorded.get("name_or_path") or config.get("base_model_name_or_path")
+    return [], f"that adapter was trained on {named or 'a base that it does not name'}: not compared with this base"

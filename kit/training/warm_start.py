@@ -1,0 +1,85 @@
+"""`peft.init_from` on the ranks: another adapter's weights into this one, all of them or none."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kit import manifest
+from kit.config.schema import InitFrom
+from kit.errors import KitError
+from kit.training.checkpoint import embeddings_changed, finite, full_shape, raw_tensors
+
+KEY = "peft.init_from"
+
+
+def load_adapter(model: Any, source: InitFrom) -> None:
+    """Copy the tensors of `source` into the PEFT model's adapter, in place, before any engine wraps it. Collective.
+
+    KitError where a tensor is missing, surplus, of another shape or not finite; then nothing has been changed.
+    """
+    tensors = read_tensors(Path(source.path), source)
+    targets = adapter_parameters(model)
+    problems = [f"{key} is missing" for key in sorted(targets.keys() - tensors.keys())]
+    problems += [f"{key} has no place in this run's adapter" for key in sorted(tensors.keys() - targets.keys())]
+    for key in sorted(targets.keys() & tensors.keys()):
+        if tuple(tensors[key].shape) != full_shape(targets[key]):
+            problems.append(f"{key} has shape {tuple(tensors[key].shape)}, the run's {full_shape(targets[key])}")
+        elif not finite(tensors[key]):
+            problems.append(f"{key} holds NaN or infinity")
+    if problems:
+        listed = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        raise KitError(f"{source.path} does not fit this run: {listed}", KEY, "give an adapter of the same settings")
+    for key, target in targets.items():
+        copy_into(target, tensors[key])
+
+
+def read_tensors(folder: Path, source: InitFrom) -> dict[str, Tensor]:
+    """The adapter's tensors on the CPU; a pickle is read weights-only. KitError where the file is not the plan's."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if source.weights is None or not (folder / source.weights).is_file():
+        raise KitError(f"{source.path} holds no adapter on this machine", KEY, "fetch it, then start the run again")
+    path = folder / source.weights
+    if source.sha256 and manifest.hash_file(path)["sha256"] != source.sha256:
+        raise KitError(f"{path} has changed since the run was planned", KEY, "plan the run again")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, SafetensorError, RuntimeError, ValueError, EOFError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise KitError(f"{path} is refused: {reason}", KEY, "give an adapter in safetensors") from error
+    if not isinstance(tensors, dict) or not all(isinstance(v, Tensor) for v in tensors.values()):
+        raise KitError(f"{path} holds other things than tensors by name", KEY, "give an adapter in safetensors")
+    return tensors
+
+
+def adapter_parameters(model: Any) -> dict[str, Tensor]:
+    """The model's own tensors by the key that each has in an adapter file."""
+    from peft import get_peft_model_state_dict
+
+    own = raw_tensors(model)
+    ids = {id(tensor) for tensor in own.values()}
+    chosen = get_peft_model_state_dict(model, state_dict=own, save_embedding_layers=embeddings_changed(model))
+    if made := [key for key, tensor in chosen.items() if id(tensor) not in ids]:
+        raise KitError(f"{made[0]} is computed when it is saved: this method cannot be continued", KEY, "leave it out")
+    return chosen
+
+
+def copy_into(target: Tensor, value: Tensor) -> None:
+    """Set a parameter; one that ZeRO-3 sharded is gathered, set on rank 0, sharded again. Collective."""
+    with torch.no_grad():
+        if not hasattr(target, "ds_id"):
+            target.copy_(value)
+            return
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([target], modifier_rank=0):
+            if torch.distributed.get_rank() == 0:
+                target.copy_(value)

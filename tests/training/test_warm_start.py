@@ -1,0 +1,181 @@
+"""Another adapter's tensors into a PEFT model: all or none, and never code. And what the first rows teach."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from kit import manifest
+from kit.config.schema import InitFrom
+from kit.errors import KitError
+from kit.training import labels
+from kit.training.warm_start import adapter_parameters, load_adapter
+
+
+def adapted(base: Path, seed: int, **settings):
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    settings = {"target_modules": ["q_proj", "v_proj"], "r": 4, "init_lora_weights": False, **settings}
+    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
+
+
+def saved(model, folder: Path) -> InitFrom:
+    model.save_pretrained(folder)
+    return of(folder / "adapter_model.safetensors")
+
+
+def of(file: Path) -> InitFrom:
+    return InitFrom(path=str(file.parent), weights=file.name, sha256=str(manifest.hash_file(file)["sha256"]))
+
+
+SETTINGS = [
+    {},
+    {"use_dora": True},
+    {"bias": "lora_only"},
+    {"modules_to_save": ["embed_tokens", "lm_head"]},
+    {"rank_pattern": {"q_proj": 2}},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_every_tensor_arrives(base, tmp_path, settings):
+    theirs, ours = adapted(base, 1, **settings), adapted(base, 2, **settings)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(0.01 * parameter.requires_grad)
+    ids = torch.arange(8).reshape(1, 8)
+    before = ours(ids).logits
+    load_adapter(ours, saved(theirs, tmp_path))
+    assert torch.equal(ours(ids).logits, theirs(ids).logits)
+    assert not torch.allclose(before, theirs(ids).logits, atol=1e-3)
+
+
+def spoil(tensors: dict, how: str) -> None:
+    key = sorted(tensors)[0]
+    if how == "is missing":
+        del tensors[key]
+    elif how == "no place":
+        tensors[key.replace("layers.0", "layers.7")] = tensors[key].clone()
+    elif how == "has shape":
+        tensors[key] = tensors[key][:1].clone()
+    else:
+        tensors[key][0, 0] = float("nan")
+
+
+@pytest.mark.parametrize("how", ["is missing", "no place", "has shape", "NaN"])
+def test_what_does_not_fit_changes_nothing(base, tmp_path, how):
+    saved(adapted(base, 1), tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    spoil(tensors, how)
+    save_file(tensors, file)
+    ours = adapted(base, 2)
+    before = {k: v.clone() for k, v in adapter_parameters(ours).items()}
+    with pytest.raises(KitError, match=how):
+        load_adapter(ours, of(file))
+    assert all(torch.equal(v, before[k]) for k, v in adapter_parameters(ours).items())
+
+
+def test_a_file_that_changed_since_the_plan_is_refused(base, tmp_path):
+    source = saved(adapted(base, 1), tmp_path)
+    with pytest.raises(KitError, match="changed since"):
+        load_adapter(adapted(base, 2), source.model_copy(update={"sha256": "0" * 64}))
+    with pytest.raises(KitError, match="no adapter on this machine"):
+        load_adapter(adapted(base, 2), InitFrom(path="someone/lora"))
+
+
+class Canary:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_pickle_is_read_weights_only(base, tmp_path):
+    theirs, ours = adapted(base, 1), adapted(base, 2)
+    saved(theirs, tmp_path)
+    file, canary = tmp_path / "adapter_model.bin", tmp_path / "canary"
+    good = load_file(tmp_path / "adapter_model.safetensors")
+    torch.save(good, file)
+    load_adapter(ours, of(file))
+    assert all(torch.equal(v, good[k]) for k, v in adapter_parameters(ours).items())
+
+    torch.save({**good, "extra": Canary(canary)}, file)
+    with pytest.raises(KitError, match="is refused"):
+        load_adapter(ours, of(file))
+    file.write_bytes(pickle.dumps(Canary(canary)))
+    with pytest.raises(KitError, match="is refused"):
+        load_adapter(ours, of(file))
+    assert not canary.exists()
+    pickle.loads(file.read_bytes())
+    assert canary.exists(), "read as a pickle it runs: the canary is a real one"
+
+    torch.save([1, 2], file)
+    with pytest.raises(KitError, match="other things than tensors"):
+        load_adapter(ours, of(file))
+
+
+# ---- the first rows ----
+
+
+@pytest.fixture
+def tokenizer(base):
+    return AutoTokenizer.from_pretrained(base)
+
+
+def row(ids: list[int], learned: list[int]) -> dict:
+    return {"input_ids": ids, "labels": [i if i in learned else -100 for i in ids]}
+
+
+def said(caplog, rows: list[dict], tokenizer, max_length: int = 64) -> str:
+    import logging
+
+    logger = logging.getLogger("kit.training.labels")
+    logger.addHandler(caplog.handler)
+    try:
+        labels.check_labels(rows, tokenizer, SimpleNamespace(max_length=max_length))
+    finally:
+        logger.removeHandler(caplog.handler)
+    return caplog.text
+
+
+def test_rows_that_teach_nothing_are_refused(tokenizer):
+    with pytest.raises(KitError, match="none of the first 2 rows has a token in the loss"):
+        labels.check_labels([row([8, 9], []), row([9], [])], tokenizer, SimpleNamespace(max_length=64))
+
+
+END = 2
+
+
+@pytest.mark.parametrize(
+    ("rows", "limit", "word"),
+    [
+        ([row([8, 9, END], [9, END])], 64, ""),
+        ([row([8, 9], [9]), row([8, 9, END], [END])], 64, ""),
+        ([row([8, 9, END], [9])], 64, "outside its {% generation %} marks"),
+        ([row([8, 9, 10], [9])], 3, "max_length=3"),
+        ([row([8, 9, 10], [9])], 64, "does not write it"),
+    ],
+)
+def test_an_end_token_that_is_never_learned_is_said(caplog, tokenizer, rows, limit, word):
+    text = said(caplog, rows, tokenizer, limit)
+    assert ("may not learn to stop" in text) == bool(word)
+    assert word in text
+
+
+def test_chats_without_a_template_are_refused_before_the_model(tokenizer):
+    labels.check_template(tokenizer, tiny.dataset(tiny.chat_rows(2)))
+    tokenizer.chat_template = None
+    labels.check_template(tokenizer, tiny.dataset(tiny.text_rows(2)))
+    with pytest.raises(KitError, match="no chat template"):
+        labels.check_template(tokenizer, tiny.dataset(tiny.chat_rows(2)))
