@@ -60,7 +60,7 @@ def find_source(
         on_hub = hub.looks_like_id(start.name) and "/" in start.name
         if here or not on_hub:
             problem = f"{start.name} is neither an adapter folder nor in the Hub cache"
-            fix = f"fetch it first: hf download {start.name}" if hub else "check the path"
+            fix = f"fetch it first: hf download {start.name}" if on_hub else "check the path"
             return None, [Problem(problem, KEY, fix)], []
         note = f"{start.name} is not on this machine: it is compared when the run starts"
         return InitFrom(path=start.name), [], [note]
