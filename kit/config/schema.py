@@ -162,6 +162,7 @@ MACHINE = {
     "runs_dir",
     "launch",
     "model.attn_implementation",
+    "quantization.bnb_4bit_quant_storage",  # the same bits under another dtype
     "trainer.use_cpu",
     "trainer.per_device_train_batch_size",
     "trainer.per_device_eval_batch_size",

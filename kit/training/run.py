@@ -23,7 +23,7 @@ def train(plan: RunPlan, *, resume: str | None = None, callbacks: Sequence[Any] 
 
     from kit.data.load import load_datasets
     from kit.training import console
-    from kit.training.model import load_model, load_peft_config, load_tokenizer
+    from kit.training.model import load_model, load_peft_config, load_tokenizer, restore_adapter_dtype
     from kit.training.trainer import ModifiedTrainer
 
     run = plan.run_path
@@ -63,6 +63,7 @@ def train(plan: RunPlan, *, resume: str | None = None, callbacks: Sequence[Any] 
         provenance={"plan": plan.hash, "base": plan.base},
         **hooks,
     )
+    restore_adapter_dtype(trainer.model, plan)
     trainer.remove_callback(console.hf_printer())
     console.banner(plan, trainer, data, time.monotonic() - started)
 

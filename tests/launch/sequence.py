@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 from kit.config.schema import load_plan
 from kit.worker import prepare_process
 
 
-def main(paths: list[str]) -> None:
+def main(paths: list[str], callbacks: Sequence[Any] = ()) -> None:
     first = load_plan(paths[0])
     prepare_process(first, int(os.environ.get("RANK", "0")))
     import torch.distributed
@@ -25,7 +27,7 @@ def main(paths: list[str]) -> None:
     # The process group must outlive a run here; in a user's process it ends with it.
     torch.distributed.destroy_process_group = lambda *a, **k: None
     for path in paths:
-        assert training.train(load_plan(path)) == 0
+        assert training.train(load_plan(path), callbacks=callbacks) == 0
         unset_hf_deepspeed_config()
         AcceleratorState._reset_state(reset_partial_state=False)
         GradientState._reset_state()
