@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -140,6 +141,7 @@ def prepare_process(plan: Any, rank: int) -> None:
     for key, value in rank_environment(plan).items():
         if key == "PATH" or key not in os.environ:
             os.environ[key] = value
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of kernels that nobody asked for
     logs = plan.run_path / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     (logs / f"rank{rank}.pid").write_text(str(os.getpid()))

@@ -26,12 +26,14 @@ from kit.config.read import (
     unusable,
 )
 from kit.config.resolve import (
+    QUANTIZATION_AUTO,
     absolute,
     load_dtype,
     resolve_batch,
     resolve_deepspeed,
     resolve_launch,
     resolve_precision,
+    resolve_quantization,
 )
 from kit.config.schema import RunPlan, identity_hash
 from kit.config.tokenizer import examine
@@ -57,7 +59,9 @@ def build_plan(composed: Composed, *, here: bool = True, world_size: int | None 
     problems += located(found, set_by)
     peft, found = read_table(peft_values, str(peft_type), "peft", set_by)
     problems += found
-    quantization, found = read_table(tree.get("quantization"), "BitsAndBytesConfig", "quantization", set_by)
+    quantization, found = read_table(
+        tree.get("quantization"), "BitsAndBytesConfig", "quantization", set_by, QUANTIZATION_AUTO
+    )
     problems += found
     deepspeed, found = read_deepspeed(tree.get("deepspeed"), set_by)
     problems += found
@@ -120,6 +124,7 @@ def build_plan(composed: Composed, *, here: bool = True, world_size: int | None 
         problems += found
     stage = zero.at(resolved["deepspeed"], "zero_optimization.stage")
     stage = int(stage) if isinstance(stage, int) else 0  # a stage of another kind is refused already
+    resolved["quantization"] = resolve_quantization(quantization, precision, stage == 3 or bool(resolved["fsdp"]))
     facts = rules.Facts(
         resolved, set_by, world, stage, precision, base.modules, columns_format, hardware.gpus(), on_cpu,
         base.config or {},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +103,10 @@ def names_at(loc: tuple[Any, ...]) -> list[str]:
     return list(model.model_fields)
 
 
-def read_table(values: Any, table: str, section: str, set_by: Any) -> tuple[dict[str, Any] | None, list[Problem]]:
-    """A section whose keys are a library's own fields; None where it is empty."""
+def read_table(
+    values: Any, table: str, section: str, set_by: Any, allow_auto: Collection[str] = ()
+) -> tuple[dict[str, Any] | None, list[Problem]]:
+    """A section whose keys are a library's own fields; None where it is empty. `allow_auto`: see fields.check."""
     if not values:
         return None, []
     if not isinstance(values, dict):
@@ -119,7 +122,7 @@ def read_table(values: Any, table: str, section: str, set_by: Any) -> tuple[dict
         fix = f"peft.peft_type={near[0]}" if near else f"one of {known}"
         return None, [Problem(f"there is no PEFT method {table!r}", set_by("peft.peft_type"), fix)]
     table = table.upper() if section == "peft" else table
-    found = fields.check(table, values, section)
+    found = fields.check(table, values, section, allow_auto)
     return fields.cast(table, of_right_kind(values, found, section)), located(found, set_by)
 
 

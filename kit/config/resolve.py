@@ -15,6 +15,7 @@ from kit.config.tokenizer import is_file_name
 from kit.errors import KitError, Problem
 
 PRECISIONS = {"bf16": "bfloat16", "fp16": "float16"}
+QUANTIZATION_AUTO = ("bnb_4bit_compute_dtype", "bnb_4bit_quant_storage")
 
 
 def resolve_launch(
@@ -61,6 +62,15 @@ def load_dtype(asked: str, precision: str, peft: bool, deepspeed: bool) -> Any:
     if asked != "auto":
         return asked
     return "float32" if precision == "float16" and not (peft or deepspeed) else precision
+
+
+def resolve_quantization(quantization: dict[str, Any] | None, precision: str, sharded: bool) -> Any:
+    """The dtypes that are "auto". `sharded`: ranks gather the weights, which they can of one float dtype only (T42)."""
+    if not quantization:
+        return quantization
+    values = (precision, precision if sharded else "uint8")
+    auto = {k: v for k, v in zip(QUANTIZATION_AUTO, values, strict=True) if quantization.get(k) == "auto"}
+    return {**quantization, **auto}
 
 
 def resolve_batch(

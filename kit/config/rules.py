@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kit.config import architectures, trackers
+from kit.config import rules_quantization as quantized
 from kit.errors import Problem
 from kit.hardware import Gpu
 
@@ -209,27 +210,6 @@ def assistant_loss_needs_chat(f: Facts) -> Iterator[tuple[str, str, str]]:
         )
 
 
-def quantized_zero3(f: Facts) -> Iterator[tuple[str, str, str]]:
-    q = f.plan["quantization"]
-    if not q:
-        return
-    if not f.plan["peft"]:
-        yield "a quantized base cannot be fully fine-tuned", "quantization", "peft=lora, or quantization=none"
-    if q.get("load_in_8bit") and f.stage == 3:
-        yield (
-            "an int8 base cannot be sharded by ZeRO-3",
-            "quantization.load_in_8bit",
-            "deepspeed=zero2, or quantization=nf4",
-        )
-    storage = q.get("bnb_4bit_quant_storage") or "uint8"
-    if q.get("load_in_4bit") and f.stage == 3 and storage != f.precision:
-        yield (
-            f"under ZeRO-3 the 4-bit storage dtype ({storage}) must be the training precision",
-            "quantization.bnb_4bit_quant_storage",
-            f"quantization.bnb_4bit_quant_storage={f.precision}",
-        )
-
-
 def device_map(f: Facts) -> Iterator[tuple[str, str, str]]:
     if (f.plan["trainer"].get("model_init_kwargs") or {}).get("device_map") is not None:
         yield (
@@ -265,7 +245,21 @@ RULES = [
     Rule("find-batch-size", "T17", find_batch_size),
     Rule("packing-wrapped", "T60", packing_wrapped),
     Rule("loss-mask-format", "T63", assistant_loss_needs_chat),
-    Rule("quantized-zero3", "T42 T43", quantized_zero3),
+    Rule("quantized-bits", "transformers BitsAndBytesConfig", quantized.bits),
+    Rule("quantized-defaults", "T45", quantized.unsaid_defaults, severity="warn"),
+    Rule("quantized-full", "transformers Trainer.__init__", quantized.full_fine_tuning),
+    Rule("quantized-peft", "peft 0.21, tried", quantized.peft_method),
+    Rule("quantized-saved-module", "peft 0.21, tried", quantized.trained_whole),
+    Rule("quantized-lora-bias", "T50", quantized.lora_bias, severity="warn"),
+    Rule("quantized-int8-sharded", "T43 T46", quantized.int8_sharded),
+    Rule("quantized-int8-main", "transformers BitsAndBytesConfig", quantized.int8_main_weights),
+    Rule("quantized-storage", "T42 T46", quantized.storage_dtype),
+    Rule("quantized-cpu-offload", "transformers BitsAndBytesConfig", quantized.cpu_offload),
+    Rule("quantized-offload-param", "T44", quantized.offload_param, severity="warn"),
+    Rule("quantized-stored", "DeepSpeed#7096", quantized.stored_quantized),
+    Rule("quantized-random", "kit/training/model.py", quantized.nothing_to_quantize),
+    Rule("quantized-init-kwargs", "kit/training/model.py", quantized.given_to_the_model),
+    Rule("bitsandbytes", "transformers", quantized.bitsandbytes_missing, here=True),
     Rule("device-map", "T22", device_map),
     Rule("tracker-all", "transformers integration_utils", trackers.whatever_is_installed),
     Rule("tracker-missing", "transformers integration_utils", trackers.missing, here=True),

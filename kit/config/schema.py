@@ -176,6 +176,7 @@ MACHINE = {
     "init_from.path",
     "launch",
     "model.attn_implementation",
+    "quantization.bnb_4bit_quant_storage",  # the same bits under another dtype
     "trainer.use_cpu",
     "trainer.per_device_train_batch_size",
     "trainer.per_device_eval_batch_size",

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AddedToken, AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AddedToken, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from kit.config.schema import RunPlan
 from kit.config.tokenizer import find_template
 from kit.errors import KitError
+from kit.quantized import bnb_config, settle
 
 logger = logging.get_logger(__name__)
 
@@ -50,7 +51,9 @@ def load_tokenizer(plan: RunPlan) -> Any:
 def load_model(plan: RunPlan, tokenizer: Any) -> Any:
     """The base model, its embeddings grown where tokens were added.
 
-    Under ZeRO-3 its weights arrive sharded, provided that SFTConfig was built before (T19).
+    Under ZeRO-3 its weights arrive sharded, provided that SFTConfig was built before (T19). A quantized base is loaded
+    whole by every rank, tensor by tensor onto its own device, and sharded later (T41): without a device_map
+    transformers takes the current GPU, which SFTConfig has set to this rank's.
     """
     m = plan.model
     kwargs: dict[str, Any] = {**(plan.trainer.get("model_init_kwargs") or {}), "dtype": getattr(torch, m.dtype)}
@@ -63,8 +66,10 @@ def load_model(plan: RunPlan, tokenizer: Any) -> Any:
             model = AutoModelForCausalLM.from_config(config, **kwargs, trust_remote_code=m.trust_remote_code)
         else:
             if plan.quantization:
-                kwargs["quantization_config"] = BitsAndBytesConfig(**plan.quantization)
+                kwargs["quantization_config"] = bnb_config(plan.quantization)
             model = AutoModelForCausalLM.from_pretrained(m.name_or_path, use_safetensors=True, **common, **kwargs)
+            if plan.quantization:
+                settle(model)
     except (OSError, ValueError) as error:
         raise KitError(f"{m.name_or_path} cannot be loaded: {first_line(error)}", "model.name_or_path") from error
     if plan.zero_stage == 3 and not plan.quantization and not hasattr(next(model.parameters()), "ds_id"):
@@ -122,6 +127,18 @@ def load_peft_config(plan: RunPlan) -> Any:
         return PEFT_TYPE_TO_CONFIG_MAPPING[kind](**values)
     except (TypeError, ValueError) as error:
         raise KitError(f"PEFT refuses the adapter: {first_line(error)}", "peft") from error
+
+
+def restore_adapter_dtype(model: Any, plan: RunPlan) -> None:
+    """Give the adapter of a quantized base float32 back where the run does not compute in bfloat16.
+
+    TRL makes it bfloat16 whatever the precision (T47): plain optimizers would lose small updates, fp16's gradient
+    scaling expects float32, and ZeRO-3 gathers one dtype only (T28). DeepSpeed makes fp16 adapters itself.
+    """
+    if plan.quantization and (plan.precision == "float32" or (plan.precision == "float16" and not plan.deepspeed)):
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
 
 
 def first_line(error: BaseException) -> str:

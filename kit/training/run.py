@@ -23,7 +23,13 @@ def train(plan: RunPlan, *, resume: str | None = None, callbacks: Sequence[Any] 
 
     from kit.data.load import load_datasets
     from kit.training import console, labels, tracking
-    from kit.training.model import check_embeddings_train, load_model, load_peft_config, load_tokenizer
+    from kit.training.model import (
+        check_embeddings_train,
+        load_model,
+        load_peft_config,
+        load_tokenizer,
+        restore_adapter_dtype,
+    )
     from kit.training.trainer import ModifiedTrainer
     from kit.training.warm_start import load_adapter
 
@@ -66,6 +72,7 @@ def train(plan: RunPlan, *, resume: str | None = None, callbacks: Sequence[Any] 
         provenance={"plan": plan.hash, "base": plan.base},
         **hooks,
     )
+    restore_adapter_dtype(trainer.model, plan)
     trainer.remove_callback(console.hf_printer())
     check_embeddings_train(trainer.model, plan)
     labels.check_labels(trainer.train_dataset, tokenizer, args)

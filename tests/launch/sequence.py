@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 from kit.config.schema import load_plan
 from kit.worker import prepare_process
 
 
-def main(paths: list[str]) -> None:
+def main(paths: list[str], callbacks: Sequence[Any] = ()) -> None:
     first = load_plan(paths[0].partition("@")[0])
     prepare_process(first, int(os.environ.get("RANK", "0")))
     import torch.distributed
@@ -28,7 +30,7 @@ def main(paths: list[str]) -> None:
     torch.distributed.destroy_process_group = lambda *a, **k: None
     for path in paths:
         plan, _, checkpoint = path.partition("@")
-        assert training.train(load_plan(plan), resume=checkpoint or None) == 0
+        assert training.train(load_plan(plan), resume=checkpoint or None, callbacks=callbacks) == 0
         unset_hf_deepspeed_config()
         AcceleratorState._reset_state(reset_partial_state=False)
         GradientState._reset_state()

@@ -1,0 +1,194 @@
+"""The rules of a quantized base: what bitsandbytes, PEFT, DeepSpeed and FSDP cannot do together.
+
+All of them hold before a weight is loaded; kit/config/rules.py lists them in its table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kit.config.rules import Facts
+
+Found = Iterator[tuple[str, str, str]]
+
+# Methods that compute with the stored weight itself, as if it were a matrix of floats: tried with peft 0.21, each fails
+# in its first step or before. The second list works over int8, whose rows are still rows.
+NOT_OVER_BNB = {"DELORA", "FROD", "GLORA", "PSOFT", "SUPERTUNING", "TINYLORA"}
+NOT_OVER_4BIT = {"DEFT", "HRA", "LOHA", "LOKR", "PEANUT"}
+NEEDS_FLOATS = ("pissa", "loftq", "orthogonal")  # values of init_lora_weights that decompose the weight
+
+
+def _bits(f: Facts) -> int | None:
+    q = f.plan["quantization"] or {}
+    return 4 if q.get("load_in_4bit") else 8 if q.get("load_in_8bit") else None
+
+
+def _storage(f: Facts) -> str:
+    return (f.plan["quantization"] or {}).get("bnb_4bit_quant_storage") or "uint8"
+
+
+def bits(f: Facts) -> Found:
+    q = f.plan["quantization"]
+    if not q:
+        return
+    if q.get("load_in_4bit") and q.get("load_in_8bit"):
+        yield "load_in_4bit and load_in_8bit are both true", "quantization", "quantization=nf4 or quantization=int8"
+    elif not _bits(f):
+        given = ", ".join(f"quantization.{key}" for key in q)
+        yield f"quantization=none, but {given} is given", "quantization", "quantization=nf4 or quantization=int8"
+
+
+def unsaid_defaults(f: Facts) -> Found:
+    q = f.plan["quantization"] or {}
+    if q.get("load_in_4bit") and not q.get("bnb_4bit_quant_type"):
+        yield (
+            "load_in_4bit without bnb_4bit_quant_type is fp4, which is less exact than nf4",
+            "quantization.load_in_4bit",
+            "quantization=nf4, or quantization.bnb_4bit_quant_type=fp4 to mean it",
+        )
+    if q.get("load_in_4bit") and not q.get("bnb_4bit_compute_dtype") and f.precision != "float32":
+        yield (
+            "load_in_4bit without bnb_4bit_compute_dtype multiplies in float32, which is slow",
+            "quantization.load_in_4bit",
+            "quantization.bnb_4bit_compute_dtype=auto",
+        )
+
+
+def full_fine_tuning(f: Facts) -> Found:
+    if _bits(f) and not f.plan["peft"]:
+        yield "a quantized base cannot be fully fine-tuned", "quantization", "peft=lora, or quantization=none"
+
+
+def peft_method(f: Facts) -> Found:
+    peft = f.plan["peft"]
+    if not (bits := _bits(f)) or not peft:
+        return
+    kind = str(peft.get("peft_type")).upper()
+    if kind in NOT_OVER_BNB or (bits == 4 and kind in NOT_OVER_4BIT):
+        fix = "peft.peft_type=LORA, or quantization=none"
+        yield f"PEFT's {kind} does not work over a {bits}-bit base", "peft.peft_type", fix
+    init = peft.get("init_lora_weights")
+    if isinstance(init, str) and init.startswith(NEEDS_FLOATS):
+        yield (
+            f"init_lora_weights={init} decomposes the base's weights, which a quantized base does not have",
+            "peft.init_lora_weights",
+            "peft.init_lora_weights=true, or quantization=none",
+        )
+
+
+def trained_whole(f: Facts) -> Found:
+    """modules_to_save copies a module and trains the copy: of a quantized linear layer nothing can be trained."""
+    saved = (f.plan["peft"] or {}).get("modules_to_save") or []
+    if not _bits(f) or f.modules is None:
+        return
+    kept = (f.plan["quantization"] or {}).get("llm_int8_skip_modules") or ["lm_head"]
+    linears = {m.rsplit(".", 1)[-1] for m in f.modules} - {"embed_tokens", "wte", "wpe", "embed_positions", *kept}
+    for name in sorted(linears.intersection(saved)):
+        yield (
+            f"{name} is quantized, so it cannot be trained whole",
+            "peft.modules_to_save",
+            f"make it a target of LoRA, or keep it: quantization.llm_int8_skip_modules=[lm_head,{name}]",
+        )
+
+
+def lora_bias(f: Facts) -> Found:
+    if _bits(f) and (f.plan["peft"] or {}).get("lora_bias"):
+        yield (
+            "PEFT's own safe_merge fails with lora_bias over a quantized base",
+            "peft.lora_bias",
+            "merge with kit merge, which computes it",
+        )
+
+
+def int8_sharded(f: Facts) -> Found:
+    if _bits(f) != 8:
+        return
+    key = "quantization.load_in_8bit"
+    if f.stage == 3:
+        yield (
+            "an int8 base cannot be sharded by ZeRO-3, which gathers weights of one float dtype",
+            key,
+            "deepspeed=zero2, or quantization=nf4",
+        )
+    if f.plan["fsdp"]:
+        yield "an int8 base cannot be sharded by FSDP", key, "quantization=nf4, or fsdp=none deepspeed=zero2"
+
+
+def int8_main_weights(f: Facts) -> Found:
+    if _bits(f) == 8 and (f.plan["quantization"] or {}).get("llm_int8_has_fp16_weight"):
+        yield (
+            "llm_int8_has_fp16_weight keeps 16-bit weights and quantizes them in every step: nothing is saved",
+            "quantization.llm_int8_has_fp16_weight",
+            "remove it, or quantization=none",
+        )
+
+
+def storage_dtype(f: Facts) -> Found:
+    """DeepSpeed casts every float parameter of another dtype, packed 4-bit data too: numbers instead of bits."""
+    if _bits(f) != 4:
+        return
+    storage, key = _storage(f), "quantization.bnb_4bit_quant_storage"
+    if f.stage == 3 and storage != f.precision:
+        yield (
+            f"under ZeRO-3 the 4-bit storage dtype ({storage}) must be the training precision",
+            key,
+            f"{key}={f.precision}",
+        )
+    elif f.plan["fsdp"] and storage != f.precision:
+        yield f"under FSDP the 4-bit storage dtype ({storage}) must be the training precision", key, f"{key}=auto"
+    elif f.plan["deepspeed"] and storage not in ("uint8", f.precision):
+        yield (
+            f"DeepSpeed would convert the packed 4-bit data from {storage} to {f.precision} and destroy it",
+            key,
+            f"{key}=uint8",
+        )
+
+
+def cpu_offload(f: Facts) -> Found:
+    if (f.plan["quantization"] or {}).get("llm_int8_enable_fp32_cpu_offload"):
+        yield (
+            "llm_int8_enable_fp32_cpu_offload leaves layers on the CPU for inference; training has no use of them",
+            "quantization.llm_int8_enable_fp32_cpu_offload",
+            "remove it; deepspeed=zero2_offload moves the optimizer to the CPU",
+        )
+
+
+def offload_param(f: Facts) -> Found:
+    zero: dict[str, Any] = (f.plan["deepspeed"] or {}).get("zero_optimization") or {}
+    if _bits(f) and (zero.get("offload_param") or {}).get("device") not in (None, "none"):
+        yield (
+            "offload_param with a quantized base takes more GPU memory than leaving it there",
+            "deepspeed.zero_optimization.offload_param.device",
+            "deepspeed=zero3, or quantization=none",
+        )
+
+
+def stored_quantized(f: Facts) -> Found:
+    held = f.config.get("quantization_config")
+    if f.plan["quantization"] and held:
+        kind = held.get("quant_method", "quantized") if isinstance(held, dict) else "quantized"
+        yield (
+            f"{f.plan['model']['name_or_path']} is stored quantized already ({kind}, in its config.json)",
+            "quantization",
+            "give the original model, whose weights are floats",
+        )
+
+
+def nothing_to_quantize(f: Facts) -> Found:
+    if f.plan["quantization"] and f.plan["model"]["random_init"]:
+        yield "random_init has no weights to quantize", "model.random_init", "quantization=none"
+
+
+def given_to_the_model(f: Facts) -> Found:
+    if "quantization_config" in (f.plan["trainer"].get("model_init_kwargs") or {}):
+        key = "trainer.model_init_kwargs.quantization_config"
+        yield "quantization is not set here", key, "quantization=nf4 or quantization=int8"
+
+
+def bitsandbytes_missing(f: Facts) -> Found:
+    from importlib.util import find_spec
+
+    if _bits(f) and find_spec("bitsandbytes") is None:
+        yield "bitsandbytes is not installed", "quantization", "pip install bitsandbytes"
