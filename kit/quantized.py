@@ -38,5 +38,6 @@ def settle(model: Any) -> Any:
             module.support_avx512bf16_for_cpu = False
         elif isinstance(module, Linear8bitLt):
             module.init_8bit_state()
-            module.weight.SCB = module.state.SCB
+            weight: Any = module.weight
+            weight.SCB = module.state.SCB
     return model

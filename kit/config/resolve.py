@@ -65,7 +65,7 @@ def load_dtype(asked: str, precision: str, peft: bool, deepspeed: bool) -> Any:
 
 
 def resolve_quantization(quantization: dict[str, Any] | None, precision: str, sharded: bool) -> Any:
-    """The dtypes that are "auto". `sharded`: ranks gather the weights, which they can of one float dtype only (T42)."""
+    """The dtypes that are "auto". `sharded`: ranks gather the weights, which must then be of one float dtype (T42)."""
     if not quantization:
         return quantization
     values = (precision, precision if sharded else "uint8")

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 Found = Iterator[tuple[str, str, str]]
 
-# Methods that compute with the stored weight itself, as if it were a matrix of floats: tried with peft 0.21, each fails
-# in its first step or before. The second list works over int8, whose rows are still rows.
+# Methods that compute with the stored weight itself, as if it were a matrix of floats: tried with peft 0.21, each
+# fails in its first step or before. The second list works over int8, whose rows are still rows.
 NOT_OVER_BNB = {"DELORA", "FROD", "GLORA", "PSOFT", "SUPERTUNING", "TINYLORA"}
 NOT_OVER_4BIT = {"DEFT", "HRA", "LOHA", "LOKR", "PEANUT"}
 NEEDS_FLOATS = ("pissa", "loftq", "orthogonal")  # values of init_lora_weights that decompose the weight

@@ -186,7 +186,7 @@ def notes(config: dict[str, Any], preset_config: dict[str, Any], folder: Path) -
 
 
 def test_a_config_that_disagrees_wins_and_is_reported(base: Path, data: str):
-    plan = api.compose("model=llama3_1_8b", data, f"model.name_or_path={base}")
+    plan = api.compose("model=llama3_1_8b", data, f"model.name_or_path={base}", "model.pad_token=null")
     [note] = [n for n in plan.notes if "differs" in n]
     held = json.loads((base / "config.json").read_text())
     assert f"hidden_size 4096 against {held['hidden_size']}" in note

@@ -1,4 +1,4 @@
-"""sequence.py over quantized bases: every rank leaves hashes of its packed weights behind. `packed.py PLAN.json ...`"""
+"""sequence.py over quantized bases, `packed.py PLAN.json ...`: each rank leaves hashes of its packed weights."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ if __name__ == "__main__":
     import sequence
 
     class LeaveHashes:
-        """A TrainerCallback by its methods: hashes of the packed weights when training ends, and the adapter's dtypes."""
+        """A TrainerCallback by its methods: hashes of the packed weights at the end, and the adapter's dtypes."""
 
         def __getattr__(self, name):
             if not name.startswith("on_"):

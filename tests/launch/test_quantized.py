@@ -92,7 +92,7 @@ def test_other_bits_exceed_the_tolerance(work):
 
 @pytest.mark.parametrize("case", [*ALONE, *DDP, *ZERO])
 def test_packed_weights_stay_as_they_were_loaded(work, base, case):
-    """On every rank, bit for bit, after training and evaluating: no engine casts them, whatever their dtype is called."""
+    """On every rank, bit for bit, after training and evaluating: no engine casts them, whatever their dtype says."""
     from transformers import AutoModelForCausalLM
 
     from kit.quantized import bnb_config
