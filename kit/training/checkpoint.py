@@ -5,9 +5,10 @@ Functions named "collective" must run on every rank. No function here copies or 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,19 @@ def _chunks(parameters: list[Any]) -> Iterable[list[Any]]:
         size += parameter.ds_numel
     if chunk:
         yield chunk
+
+
+@contextlib.contextmanager
+def same_dtypes(model: nn.Module) -> Iterator[None]:
+    """Trainable parameters keep their dtype while the block loads an adapter into them.
+
+    PEFT makes a loaded adapter float32; that of a quantized base trains in bfloat16 (T47), and would go on otherwise.
+    """
+    before = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
+    yield
+    for name, parameter in model.named_parameters():
+        if name in before and parameter.dtype != before[name]:
+            parameter.data = parameter.data.to(before[name])
 
 
 def embeddings_changed(model: Any, adapter: str = "default") -> bool:

@@ -131,6 +131,14 @@ class ModifiedTrainer(SFTTrainer):
                 )
         return found if found is True else os.fspath(found)
 
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+        with checkpoint.same_dtypes(self.model):
+            return super()._load_from_checkpoint(*args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        with checkpoint.same_dtypes(self.model):
+            super()._load_best_model()
+
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # Upstream looks whether the run is over only after a step, so resuming a finished run would add one.
         if self.state.global_step >= self.state.max_steps:

@@ -19,7 +19,7 @@ from kit.launchers.command import free_port
 from launch import harness
 
 pytestmark = pytest.mark.launch
-LOSS = 1e-5  # absolute, in float32; measured here: at most MEASURED
+LOSS = 1e-5  # absolute, in float32
 BF16 = 2e-2
 STEPS = 6
 SHORT = (f"trainer.max_steps={STEPS}", "trainer.eval_steps=3", "trainer.save_steps=6")
@@ -80,14 +80,12 @@ def test_losses_agree_with_one_process(work, case):
     one, many = harness.rows(run_of(work, alone(case))), harness.rows(run_of(work, case))
     assert one.keys() == many.keys() and len(one) == STEPS
     limit = BF16 if case.endswith("bf16") else LOSS
-    print(case, max(abs(one[s] - many[s]) for s in one))
     assert max(abs(one[s] - many[s]) for s in one) <= limit
 
 
 def test_other_bits_exceed_the_tolerance(work):
     right, wrong = harness.rows(run_of(work, "nf4")), harness.rows(run_of(work, "fp4"))
-    print(max(abs(right[s] - wrong[s]) for s in right))
-    assert max(abs(right[s] - wrong[s]) for s in right) > 5 * BF16
+    assert max(abs(right[s] - wrong[s]) for s in right) > max(2 * BF16, 1000 * LOSS)
 
 
 @pytest.mark.parametrize("case", [*ALONE, *DDP, *ZERO])

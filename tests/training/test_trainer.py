@@ -243,6 +243,30 @@ def test_resume_is_bit_equal(peft, base, tmp_path):
         assert sha(tmp_path / "a" / "checkpoint-14" / name) == sha(tmp_path / "b" / "checkpoint-14" / name)
 
 
+def test_resume_over_a_quantized_base_is_bit_equal(base, tmp_path):
+    """TRL trains such an adapter in bfloat16; upstream loads it as float32 and goes on with other numbers."""
+    from transformers import BitsAndBytesConfig
+
+    from kit.quantized import settle
+
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    args = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "bf16": True, "model_init_kwargs": None,
+            "eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}  # fmt: skip
+
+    def run(out, resume=None):
+        model = settle(AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, quantization_config=nf4))
+        rows = tiny.dataset(tiny.text_rows())
+        trainer = build(ModifiedTrainer, out, model, args=args, eval_dataset=rows.select(range(4)))
+        trainer.train(resume_from_checkpoint=resume)
+        assert {p.dtype for p in weights(trainer).values()} == {torch.bfloat16}
+        return [h["loss"] for h in trainer.state.log_history if "loss" in h]
+
+    whole = run(tmp_path / "a")
+    shutil.copytree(tmp_path / "a" / "checkpoint-2", tmp_path / "b" / "checkpoint-2")
+    assert run(tmp_path / "b", True) == whole and len(whole) == 4
+    assert sha(tmp_path / "a" / "checkpoint-4" / ADAPTER) == sha(tmp_path / "b" / "checkpoint-4" / ADAPTER)
+
+
 def test_resume_of_a_finished_run_adds_no_step(base, tmp_path):
     args = {"save_strategy": "steps", "save_steps": 5, "max_steps": 5}
     first = build(ModifiedTrainer, tmp_path, str(base), args=args)
