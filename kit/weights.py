@@ -17,6 +17,7 @@ from kit import hub
 from kit.errors import KitError
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+PARAMS = "params.json"  # of Meta's checkpoints
 SAMPLE = 4096  # bytes of each tensor that enter the fingerprint
 
 
@@ -38,12 +39,23 @@ def find_model(name_or_path: str, revision: str | None = None) -> Path | None:
     return path.resolve() if path.is_dir() else hub.find_snapshot(name_or_path, hub.MODEL, revision)
 
 
+def holds_meta_checkpoint(folder: Path) -> bool:
+    """Whether this is a download of Meta's own release, which `kit convert` reads."""
+    return (folder / PARAMS).is_file() and any(folder.glob("consolidated.*.pth"))
+
+
 def read_config(folder: Path) -> dict:
     """config.json of a model folder as a dict; KitError where it is missing or not JSON."""
     path = folder / CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        if holds_meta_checkpoint(folder):
+            raise KitError(
+                f"{folder} holds Meta's own checkpoint format ({PARAMS}, consolidated.*.pth)",
+                where="model.name_or_path",
+                fix=f"kit convert {folder} OUT, then give OUT",
+            ) from None
         raise KitError(
             f"{folder} is not a model: it has no {CONFIG}",
             where="model.name_or_path",
@@ -87,6 +99,21 @@ def read_header(file: Path) -> list[Tensor]:
             fix="fetch the file again",
         )
     return tensors
+
+
+def make_header(tensors: list[tuple[str, str, tuple[int, ...], int]]) -> bytes:
+    """The head of a safetensors file whose tensors (name, dtype, shape, bytes) follow in this order.
+
+    Padded to 8 bytes, as the format asks.
+    """
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, dtype, shape, size in tensors:
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
 
 
 def read_json(path: Path) -> dict[str, Any]:

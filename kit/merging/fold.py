@@ -19,9 +19,10 @@ from kit.errors import ENVIRONMENT, KitError
 from kit.merging.adapter import CONFIG, MANIFEST, WEIGHTS, read_json, sha256
 from kit.merging.parts import Plan
 from kit.merging.plan import plan_merge
-from kit.merging.stage import REPORT, make_staging, publish, refuse_target, sync
+from kit.stage import check_room, make_staging, publish, refuse_target, sync
 from kit.weights import INDEX, find_model, fingerprint
 
+REPORT = "merge.json"
 DTYPES = ("float32", "bfloat16", "float16")
 TOKENIZER = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
@@ -58,11 +59,11 @@ def merge(
     name, wanted, base_folder = find_base(base, revision, adapter, manifest, run_plan)
     proven = refuse_other_base(base_folder, name, manifest)
     target = (Path(out).expanduser() if out else default_target(source, adapter, run)).absolute()
-    refuse_target(target, [base_folder, adapter, *([run] if run else [])], overwrite)
+    refuse_target(target, [base_folder, adapter, *([run] if run else [])], overwrite, REPORT)
     plan = plan_merge(base_folder, adapter, dtype=dtype, proven=proven)
     if run_plan.get("quantization"):
         plan.notes.append("trained on a quantized base and merged into the original weights: answers differ a little")
-    check_room(plan, target)
+    check_room(sum(t.end - t.start for t in plan.tensors.values()), target)
     staging = make_staging(target)
     try:
         report = _build(plan, staging, dtype, fsync, progress)
@@ -169,15 +170,6 @@ def refuse_other_base(folder: Path, name: str, manifest: dict) -> bool:
             + (f" at {recorded['revision']})" if recorded.get("revision") else ")"),
         )
     return bool(weights)
-
-
-def check_room(plan: Plan, target: Path) -> None:
-    """KitError (3) where the disk cannot hold the result."""
-    parent = next(p for p in target.parents if p.exists())
-    need = sum(t.end - t.start for t in plan.tensors.values())
-    free = shutil.disk_usage(parent).free
-    if need > free:
-        raise KitError(f"{parent} has {free / 1e9:.1f} GB free, the merge needs {need / 1e9:.1f}", code=ENVIRONMENT)
 
 
 def _build(

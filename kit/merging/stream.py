@@ -7,9 +7,7 @@ about 16 MB per worker whatever the model.
 from __future__ import annotations
 
 import errno
-import json
 import os
-import struct
 import threading
 import time
 from collections.abc import Callable
@@ -21,7 +19,7 @@ from typing import Any
 from kit.errors import FAILED, KitError
 from kit.merging.adapter import read_bytes
 from kit.merging.parts import Lora, Output, Plan
-from kit.weights import Tensor
+from kit.weights import Tensor, make_header
 
 BLOCK = 1 << 21  # values at a time: what one core's cache holds, roughly
 COPY = 64 << 20  # bytes of one file-to-file copy
@@ -62,7 +60,7 @@ def write_shards(
     files, queues, done, total = [], [], 0, 0
     try:
         for name, outputs in plan.shards.items():
-            header = _header(outputs)
+            header = make_header([(o.name, o.dtype, o.shape, _size(o)) for o in outputs])
             fd = os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
             files.append(fd)
             jobs, offset = [], len(header)
@@ -128,19 +126,6 @@ def _size(output: Output) -> int:
     for n in output.shape:
         count *= n
     return count * ITEM[output.dtype]
-
-
-def _header(outputs: list[Output]) -> bytearray:
-    """The safetensors header of a shard, padded to 8 bytes as the format asks."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for o in outputs:
-        end = offset + _size(o)
-        entries[o.name] = {"dtype": o.dtype, "shape": list(o.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return bytearray(struct.pack("<Q", len(text)) + text)
 
 
 def _coalesce(jobs: list[tuple[Output, int]]) -> list[tuple]:

@@ -9,23 +9,35 @@ from pathlib import Path
 
 from kit.errors import ENVIRONMENT, KitError
 
-REPORT = "merge.json"
 OWNER = ".owner"  # the host that a staging folder belongs to
 
 
-def refuse_target(target: Path, sources: list[Path], overwrite: bool) -> None:
-    """KitError where the output exists and may not be replaced, or would swallow what it is made of."""
+def refuse_target(target: Path, sources: list[Path], overwrite: bool, report: str, where: str = "--out") -> None:
+    """KitError where the output exists and may not be replaced, or would swallow what it is made of.
+
+    `report`: the file that marks a folder as made by the same verb; only such a folder, or an empty one, is replaced.
+    """
     if any(s.resolve() == target.resolve() or target.resolve() in s.resolve().parents for s in sources):
-        raise KitError(f"{target} holds what the merge reads", where="--out", fix="choose another folder")
+        raise KitError(f"{target} holds what is read", where=where, fix="choose another folder")
     recover(target)
     if not target.exists():
         return
-    replaceable = target.is_dir() and ((target / REPORT).is_file() or not any(target.iterdir()))
+    replaceable = target.is_dir() and ((target / report).is_file() or not any(target.iterdir()))
     if not overwrite or not replaceable:
         raise KitError(
-            f"{target} exists" + ("" if replaceable else f" and is no merged model (no {REPORT})"),
-            where="--out",
-            fix="choose another folder with --out" + (", or use --overwrite" if replaceable else ""),
+            f"{target} exists" + ("" if replaceable else f" and was made by something else (no {report})"),
+            where=where,
+            fix="choose another folder" + (", or use --overwrite" if replaceable else ""),
+        )
+
+
+def check_room(need: int, target: Path) -> None:
+    """KitError (3) where the disk cannot hold `need` bytes."""
+    parent = next(p for p in target.parents if p.exists())
+    free = shutil.disk_usage(parent).free
+    if need > free:
+        raise KitError(
+            f"{parent} has {free / 1e9:.1f} GB free, {target.name} needs {need / 1e9:.1f}", code=ENVIRONMENT
         )
 
 
@@ -41,7 +53,7 @@ def make_staging(target: Path) -> Path:
         staging.mkdir()
         (staging / OWNER).write_text(socket.gethostname())
     except OSError as error:
-        raise KitError(f"{target.parent} cannot be written: {error}", where="--out", code=ENVIRONMENT) from error
+        raise KitError(f"{target.parent} cannot be written: {error}", where=str(target), code=ENVIRONMENT) from error
     return staging
 
 
@@ -72,7 +84,7 @@ def publish(staging: Path, target: Path, fsync: bool) -> None:
 
 
 def recover(target: Path) -> None:
-    """Put back what a killed merge had moved aside, or remove it where its successor stands."""
+    """Put back what a killed process had moved aside, or remove it where its successor stands."""
     for old in target.parent.glob(f"{target.name}.replaced-*"):
         if target.exists():
             shutil.rmtree(old, ignore_errors=True)
