@@ -22,6 +22,7 @@ usage: kit VERB ...
   generate  RUN | ADAPTER | MODEL        the same prompts from base, adapter and merged model
   eval      RUN | ADAPTER | MODEL        exact match, loss and perplexity on the held-out rows
   fetch     [run.yaml] [key=value ...]   model, tokenizer and data into the Hub cache, for runs without a network
+  convert   META_DIR OUT                 Meta's own checkpoint to safetensors
   list      [GROUP]                      recipes, or the choices of a group
   show      RECIPE | GROUP/NAME          one of them as it is written, and what a recipe composes to
 
@@ -267,6 +268,33 @@ def fetch(argv: list[str]) -> int:
     return fetch_run(*a.overrides, config_dir=a.config_dir, dry_run=a.dry_run)
 
 
+def convert(argv: list[str]) -> int:
+    parser = options("convert", "Meta's own Llama checkpoint to a folder that transformers loads, in bounded memory.")
+    parser.add_argument("meta_dir", metavar="META_DIR", help="the folder of params.json and consolidated.*.pth")
+    parser.add_argument("out", metavar="OUT", help="the folder to make")
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (as stored)")
+    parser.add_argument("--shard-gb", type=float, default=4.0, help="the largest file, in 1e9 bytes (4)")
+    parser.add_argument("--max-position-embeddings", type=int, help="the context length (that of the generation)")
+    parser.add_argument("--verify-checklist", action="store_true", help="first compare md5s with checklist.chk")
+    parser.add_argument("--overwrite", action="store_true", help="replace a folder that this verb made")
+    parser.add_argument("--no-fsync", action="store_true", help="do not wait for the disk")
+    a = parser.parse_args(argv)
+    quiet()
+    from kit import rundir
+    from kit.converting import convert as convert_checkpoint
+
+    report = convert_checkpoint(
+        a.meta_dir, a.out, dtype=a.dtype, shard_gb=a.shard_gb, max_position_embeddings=a.max_position_embeddings,
+        verify_checklist=a.verify_checklist, overwrite=a.overwrite, fsync=not a.no_fsync,
+        progress=progress("converting"),
+    )  # fmt: skip
+    size = f"{report['parameters'] / 1e9:.2f} B parameters, {report['dtype']}, {report['bytes'] / 1e9:.1f} GB"
+    print(f"converted {rundir.shown(report['out'])} ({size}, {report['seconds']:.1f} s)")
+    for note in report["notes"]:
+        print(f"note      {note}")
+    return DONE
+
+
 def list_choices(argv: list[str]) -> int:
     parser = options("list", "Recipes, or the choices of a group, each with its first line.")
     parser.add_argument("group", nargs="?", default="recipe")
@@ -384,6 +412,7 @@ VERBS: dict[str, Callable[[list[str]], Any]] = {
     "generate": generate,
     "eval": evaluate,
     "fetch": fetch,
+    "convert": convert,
     "list": list_choices,
     "show": show,
     "compose": compose,

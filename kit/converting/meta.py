@@ -1,0 +1,145 @@
+"""`kit convert META_DIR OUT`: a download of Meta becomes a folder that transformers loads.
+
+META_DIR holds params.json, tokenizer.model and consolidated.NN.pth, one file for each model-parallel rank that the
+model was made for. Everything is checked before a byte is written; OUT appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import math
+import re
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from kit import stage
+from kit.converting.config import Params, model_config, read_params
+from kit.converting.shards import STORED, join_slices, read_shards
+from kit.converting.stream import drop_tied_output, write_shards
+from kit.converting.tokenizer import Vocabulary, read_vocabulary, write_tokenizer
+from kit.errors import ENVIRONMENT, KitError, Problem
+from kit.merging import peak_rss_gb
+from kit.weights import PARAMS
+
+REPORT = "convert.json"
+
+
+def convert(
+    source: str | Path,
+    out: str | Path,
+    *,
+    dtype: str | None = None,
+    shard_gb: float = 4.0,
+    max_position_embeddings: int | None = None,
+    verify_checklist: bool = False,
+    overwrite: bool = False,
+    fsync: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Convert a Meta checkpoint into a folder that transformers loads; gives what convert.json holds.
+
+    `dtype`: of all tensors, else as stored. `shard_gb`: largest file in 1e9 bytes. `progress(done, total)`: bytes.
+    KitError: 2 for what cannot be converted, before anything is written; 3 for the disk; 4 for values not finite.
+    """
+    started = time.perf_counter()
+    if dtype is not None and dtype not in STORED:
+        raise KitError(f"dtype={dtype!r} is not known", "--dtype", f"one of {', '.join(STORED)}")
+    if not shard_gb > 0:
+        raise KitError(f"{shard_gb} GB is no size of a file", "--shard-gb", "a number above 0")
+    if max_position_embeddings is not None and max_position_embeddings < 1:
+        raise KitError(f"{max_position_embeddings} is no length", "--max-position-embeddings", "a number above 0")
+    folder, target = Path(source).expanduser().absolute(), Path(out).expanduser().absolute()
+    files, params, vocabulary = open_checkpoint(folder)
+    stage.refuse_target(target, [folder], overwrite, REPORT, where="OUT")
+    if verify_checklist:
+        check_checklist(folder)
+    tensors = join_slices(read_shards(files), params, vocabulary, STORED[dtype] if dtype else None)
+    tied = drop_tied_output(tensors)
+    config, generation, notes = model_config(params, vocabulary, tensors, tied, max_position_embeddings)
+    size = sum(t.nbytes for t in tensors)
+    stage.check_room(size, target)
+    staging = stage.make_staging(target)
+    try:
+        write_tokenizer(vocabulary, staging, params.use_scaled_rope, config.max_position_embeddings)
+        config.save_pretrained(staging)
+        generation.save_pretrained(staging)
+        shards = write_shards(tensors, staging, shard_gb, progress)
+        report = {
+            "source": str(folder),
+            "files": [f.name for f in files],
+            "params": params.given,
+            "parameters": sum(math.prod(t.shape) for t in tensors),
+            "dtype": str(config.dtype).removeprefix("torch."),
+            "bytes": size,
+            "shards": shards,
+            "notes": notes,
+            "seconds": time.perf_counter() - started,
+            "peak_rss_gb": peak_rss_gb(),
+            "versions": {p: importlib.metadata.version(p) for p in ("torch", "transformers", "tokenizers")},
+        }
+        (staging / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        if fsync:
+            for path in [*staging.iterdir(), staging]:
+                stage.sync(path)
+        stage.publish(staging, target, fsync)
+    except OSError as error:
+        raise KitError(f"{target} could not be written: {error}", code=ENVIRONMENT) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return {**report, "out": str(target)}
+
+
+def open_checkpoint(folder: Path) -> tuple[list[Path], Params, Vocabulary]:
+    """The shards in order, params.json and the tokenizer; KitError with everything that is missing or unreadable."""
+    if not folder.is_dir():
+        raise KitError(f"there is no folder {folder}", "META_DIR", "give the folder of consolidated.00.pth")
+    problems: list[Problem] = []
+    found = {int(m[1]): f for f in folder.iterdir() if (m := re.fullmatch(r"consolidated\.(\d+)\.pth", f.name))}
+    if missing := sorted(set(range(max(found, default=0) + 1)) - set(found)):
+        lacks = ", ".join(f"consolidated.{n:02}.pth" for n in missing)
+        problems.append(Problem(f"{folder} lacks {lacks}", "META_DIR", "fetch all files of Meta's release"))
+    params = vocabulary = None
+    try:
+        params = read_params(folder / PARAMS)
+    except KitError as error:
+        problems += error.problems
+    places = [folder / "tokenizer.model", folder.parent / "tokenizer.model"]
+    if place := next((p for p in places if p.is_file()), None):
+        try:
+            vocabulary = read_vocabulary(place)
+        except KitError as error:
+            problems += error.problems
+    else:
+        problems.append(
+            Problem(f"there is no tokenizer.model in {folder} or its parent", "META_DIR", "fetch it with the weights")
+        )
+    if problems or params is None or vocabulary is None:
+        raise KitError(problems)
+    return [found[n] for n in sorted(found)], params, vocabulary
+
+
+def check_checklist(folder: Path) -> None:
+    """KitError where a file differs from its md5 in Meta's checklist.chk; reads every file once."""
+    path = folder / "checklist.chk"
+    if not path.is_file():
+        raise KitError(f"there is no {path}", "--verify-checklist", "convert without it")
+    lines = [line.split() for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
+    problems = []
+    for digest, name in [(words[0], words[1].lstrip("*")) for words in lines if len(words) == 2]:
+        file = folder / Path(name).name
+        if not file.is_file():
+            problems.append(Problem(f"{file} is missing, and {path.name} names it", "", "fetch the file"))
+            continue
+        with open(file, "rb") as handle:
+            same = (
+                hashlib.file_digest(handle, lambda: hashlib.md5(usedforsecurity=False)).hexdigest() == digest.lower()
+            )
+        if not same:
+            problems.append(Problem(f"{file} is damaged: its md5 is not that of {path.name}", "", "fetch it again"))
+    if problems:
+        raise KitError(problems)

@@ -1,0 +1,206 @@
+"""The files of a Meta checkpoint: where every tensor lies in them, and how the ranks' slices fit together.
+
+torch's weights-only loader reads nothing but the pickle that says where the tensors lie, and gives their offsets in
+the file (FakeTensorMode, https://docs.pytorch.org/docs/stable/notes/serialization.html); no file is mapped or loaded.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import zipfile
+from pathlib import Path
+
+from kit.converting.config import Params
+from kit.converting.stream import Joined
+from kit.converting.tokenizer import Vocabulary
+from kit.errors import KitError, Problem
+from kit.weights import PARAMS, Tensor
+
+STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+# Meta's name -> transformers' name, and the axis along which ranks split the matrix; None: every rank holds it all.
+LAYER = {
+    "attention_norm": ("input_layernorm", None),
+    "attention.wq": ("self_attn.q_proj", 0),
+    "attention.wk": ("self_attn.k_proj", 0),
+    "attention.wv": ("self_attn.v_proj", 0),
+    "attention.wo": ("self_attn.o_proj", 1),
+    "ffn_norm": ("post_attention_layernorm", None),
+    "feed_forward.w1": ("mlp.gate_proj", 0),
+    "feed_forward.w2": ("mlp.down_proj", 1),
+    "feed_forward.w3": ("mlp.up_proj", 0),
+}
+EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"
+IGNORED = {"rope.freqs"}  # params.json gives them
+AGAIN = "fetch all files of one release again"
+
+
+def read_shard(file: Path) -> dict[str, Tensor]:
+    """Where every tensor of one consolidated.NN.pth lies; KitError where the file is damaged or holds other things."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    try:
+        with zipfile.ZipFile(file) as archive:
+            packed = any(i.compress_type != zipfile.ZIP_STORED for i in archive.infolist())
+        with FakeTensorMode():
+            loaded = torch.load(file, weights_only=True)
+    except pickle.UnpicklingError as error:
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        raise KitError(
+            f"{file} holds more than tensors ({asked[1] if asked else 'an unknown pickle'}):"
+            " torch's weights-only loader refuses it",
+            fix="fetch it from Meta again: a pickle that asks for more could run any code",
+        ) from None
+    except Exception as error:  # zipfile and torch name a cut file in many ways
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise KitError(f"{file} is damaged or cut short: {reason}", fix="fetch the file again") from None
+    if packed or not isinstance(loaded, dict) or not all(isinstance(t, torch.Tensor) for t in loaded.values()):
+        raise KitError(f"{file} is not a dict of tensors as torch.save writes it", fix="fetch it from Meta again")
+    size, tensors, problems = file.stat().st_size, {}, []
+    for name, t in loaded.items():
+        if name in IGNORED:
+            continue
+        dtype = str(t.dtype).removeprefix("torch.")
+        if dtype not in STORED:
+            fix = f"convert a release that is stored in {', '.join(STORED)}"
+            problems.append(Problem(f"{name} is {dtype}", str(file), fix))
+            continue
+        if t.dim() not in (1, 2) or not t.is_contiguous():
+            problems.append(Problem(f"{name} is no plain matrix: {list(t.shape)}", str(file), AGAIN))
+            continue
+        start = t.untyped_storage()._checkpoint_offset + t.storage_offset() * t.itemsize
+        end = start + t.numel() * t.itemsize
+        if end > size:
+            problems.append(Problem(f"{file} is cut short: {name} ends behind it", fix="fetch the file again"))
+        tensors[name] = Tensor(name, file, STORED[dtype], tuple(t.shape), start, end)
+    if problems:
+        raise KitError(first_of(problems))
+    return tensors
+
+
+def read_shards(files: list[Path]) -> list[dict[str, Tensor]]:
+    """All shards; KitError with what is wrong with each of them."""
+    shards, problems = [], []
+    for file in files:
+        try:
+            shards.append(read_shard(file))
+        except KitError as error:
+            problems += error.problems
+    if problems:
+        raise KitError(problems)
+    return shards
+
+
+def join_slices(
+    shards: list[dict[str, Tensor]], params: Params, vocabulary: Vocabulary, stored: str | None
+) -> list[Joined]:
+    """What the converted model holds, embedding first, output last; KitError with all that does not fit params.json.
+
+    `stored`: the safetensors dtype of all tensors, None for each as it is.
+    """
+    wanted: dict[str, tuple[str, int | None]] = {EMBEDDING: ("model.embed_tokens.weight", 0)}
+    for i in range(params.n_layers):
+        wanted |= {f"layers.{i}.{k}.weight": (f"model.layers.{i}.{v[0]}.weight", v[1]) for k, v in LAYER.items()}
+    wanted["norm.weight"] = ("model.norm.weight", None)
+    if any(OUTPUT in shard for shard in shards):
+        wanted[OUTPUT] = ("lm_head.weight", 0)
+    check_names(shards, set(wanted))
+    check_count(shards, params)
+    ranks, dim, head_dim = len(shards), params.dim, params.dim // params.n_heads
+    embedding = shards[0][EMBEDDING].shape
+    by_rows = embedding[-1] == dim  # Llama-3 splits the vocabulary, Llama-2 the hidden size
+    entries = embedding[0] * (ranks if by_rows else 1)
+    problems = check_vocabulary(entries, params, vocabulary)
+    kv, feed = params.n_kv_heads * head_dim, shards[0]["layers.0.feed_forward.w1.weight"].shape[0] * ranks
+    shapes: dict[str, tuple[int, ...]] = {
+        "tok_embeddings": (entries, dim), "output": (entries, dim),
+        "wq": (dim, dim), "wk": (kv, dim), "wv": (kv, dim), "wo": (dim, dim),
+        "w1": (feed, dim), "w2": (dim, feed), "w3": (feed, dim),
+    }  # fmt: skip
+    joined = []
+    for name, (target, axis) in wanted.items():
+        kind = name.split(".")[-2]
+        shape = shapes.get(kind, (dim,))
+        slices = [shard[name] for shard in shards]
+        if kind == "tok_embeddings" and not by_rows:
+            axis = 1
+        if axis is None:
+            slices = distinct(slices, ranks, problems)
+        elif kind in ("wk", "wv") and ranks > params.n_kv_heads:  # a head for several ranks: neighbours hold the same
+            slices = distinct(slices, ranks // params.n_kv_heads, problems)
+        part = list(shape)
+        part[axis or 0] //= len(slices)
+        for s in slices:
+            if list(s.shape) != part:
+                problem = f"{name} is {list(s.shape)}, {PARAMS} and the other tensors ask for {part}"
+                problems.append(Problem(problem, str(s.file), AGAIN))
+        order = head_dim if kind in ("wq", "wk") else None
+        joined.append(Joined(target, stored or slices[0].dtype, shape, slices, axis or 0, order))
+    if problems:
+        raise KitError(first_of(problems))
+    return joined
+
+
+def check_names(shards: list[dict[str, Tensor]], wanted: set[str]) -> None:
+    """KitError where a shard lacks a tensor, or has one that a Llama text model does not."""
+    problems = []
+    for shard in shards:
+        file = next((t.file for t in shard.values()), "a shard")
+        if any(name.startswith("vision_model.") for name in shard):
+            fix = "take the text model of the same generation"
+            raise KitError(f"{file} holds a vision model: the kit trains text models", fix=fix)
+        for what, names in (("lacks", wanted - set(shard)), ("holds unknown tensors:", set(shard) - wanted)):
+            if names:
+                listed = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+                problems.append(Problem(f"{file} {what} {listed}", f"against {PARAMS}", AGAIN))
+    if problems:
+        raise KitError(problems)
+
+
+def check_count(shards: list[dict[str, Tensor]], params: Params) -> None:
+    """KitError where the shards are too few or too many to make up the first layer's query projection."""
+    query = shards[0]["layers.0.attention.wq.weight"]
+    rows = query.shape[0]
+    if rows * len(shards) == params.dim:
+        return
+    parts = params.dim // rows if rows and params.dim % rows == 0 else None
+    raise KitError(
+        f"{query.file} is one of {parts} shards, and {len(shards)} are here"
+        if parts
+        else f"{query.file} and {PARAMS} do not belong together",
+        where=f"wq has {rows} rows, {PARAMS} says dim {params.dim}",
+        fix=AGAIN,
+    )
+
+
+def check_vocabulary(entries: int, params: Params, vocabulary: Vocabulary) -> list[Problem]:
+    problems = []
+    if params.vocab_size not in (-1, entries):
+        problem = f"{PARAMS} says vocab_size {params.vocab_size}, the embeddings have {entries} rows"
+        problems.append(Problem(problem, EMBEDDING, AGAIN))
+    if vocabulary.size > entries:
+        problem = f"{vocabulary.path} has {vocabulary.size} tokens, the embeddings have {entries} rows"
+        problems.append(Problem(problem, EMBEDDING, "give the tokenizer.model of this release"))
+    return problems
+
+
+def distinct(slices: list[Tensor], copies: int, problems: list[Problem]) -> list[Tensor]:
+    """One of each `copies` neighbours; a problem where they are not equal, as in shards of two models."""
+    for i, s in enumerate(slices):
+        original = slices[i - i % copies]
+        if s is not original and (s.shape != original.shape or _bytes(s) != _bytes(original)):
+            problems.append(Problem(f"{s.name} is not that of {original.file.name}", str(s.file), AGAIN))
+    return slices[::copies]
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    with open(tensor.file, "rb") as handle:
+        handle.seek(tensor.start)
+        return handle.read(tensor.end - tensor.start)
+
+
+def first_of(problems: list[Problem]) -> list[Problem]:
+    """The first ten: one wrong number in params.json makes hundreds."""
+    more = len(problems) - 10
+    return problems if more <= 0 else [*problems[:10], Problem(f"and {more} more of this kind")]
