@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from kit import cli
 from kit.converting import convert
 from kit.errors import KitError
 
+ENV = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
 DIM, LAYERS, HEADS, FEED = 64, 2, 4, 96
 ROWS = (("wq", 0), ("wk", 0), ("wv", 0), ("w1", 0), ("w3", 0), ("output", 0), ("wo", 1), ("w2", 1))
 
@@ -204,8 +206,7 @@ def test_sentencepiece_ids_are_the_originals(tmp_path, sentencepiece_file):
 def test_dtype_overwrite_and_the_real_command(tmp_path, sentencepiece_file):
     write_meta(tmp_path / "meta", sentencepiece_file)
     argv = [sys.executable, "-m", "kit", "convert", "meta", "out", "--dtype", "bfloat16", "--no-fsync"]
-    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, timeout=120,
-                          env={**__import__("os").environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])})  # fmt: skip
+    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, timeout=120, env=ENV)
     assert done.returncode == 0 and "bfloat16" in done.stdout, done.stderr
     again = cli.run(["convert", str(tmp_path / "meta"), str(tmp_path / "out")])
     assert again == 2  # exists
@@ -348,8 +349,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path, sentencepiece_file):
             held[f"layers.{i}.feed_forward.{n}.weight"] = torch.randn(wide // 2, DIM)
     torch.save(held, shard)
     size = shard.stat().st_size / 2**20
-    env = {**__import__("os").environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", BIG, str(tmp_path / "meta"), str(tmp_path / "out")],
-                          capture_output=True, text=True, timeout=200, env=env)  # fmt: skip
+                          capture_output=True, text=True, timeout=200, env=ENV)  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert float(done.stdout.split()[-1]) < 120 < size / 2, (done.stdout, size)
