@@ -169,6 +169,10 @@ def merge(argv: list[str]) -> int:
         "--dtype", choices=["float32", "bfloat16", "float16"], help="of the merged weights (the base's)"
     )
     parser.add_argument(
+        "--onto", choices=["original", "dequantized"],
+        help="for a run over a quantized base: the stored weights (default), or what quantizing left of them",
+    )  # fmt: skip
+    parser.add_argument(
         "--verify", choices=["auto", "logits", "tensors", "no"], default="auto", nargs="?", const="logits"
     )
     parser.add_argument("--overwrite", action="store_true")
@@ -180,8 +184,8 @@ def merge(argv: list[str]) -> int:
     verify: bool | str = {"auto": True, "no": False}.get(a.verify, a.verify)
     source = run_or_path(a.source)
     result = merge_adapter(
-        source, a.base, a.out, revision=a.revision, verify=verify, dtype=a.dtype, fsync=not a.no_fsync,
-        overwrite=a.overwrite, progress=progress("merging"),
+        source, a.base, a.out, revision=a.revision, verify=verify, dtype=a.dtype, onto=a.onto,
+        fsync=not a.no_fsync, overwrite=a.overwrite, progress=progress("merging"),
     )  # fmt: skip
     print(format_merge(result))
     return DONE
@@ -194,6 +198,15 @@ def format_merge(report: dict[str, Any]) -> str:
     seconds = report["seconds"]
     lines = [f"merged    {rundir.shown(report['out'])} ({report['method']}, {seconds['all']:.1f} s)"]
     lines += [f"note      {note}" for note in report.get("notes", [])]
+    if report.get("onto"):
+        far = report.get("as_trained")
+        said = (
+            f"by {far['mean_difference']:.3g} on average, {far['max_difference']:.3g} at most, where logits spread by "
+            f"{far['logits_std']:.3g}; the same next token in {far['argmax_agreement']:.0%}"
+            if far
+            else "by what --verify logits would measure"
+        )
+        lines.append(f"differs   from quantized base + adapter, as trained: {said}")
     proof = report.get("verification") or {}
     for kind, found in proof.items():
         figures = [f"{k.replace('_', ' ')} {v:.3g}" for k, v in found.items() if isinstance(v, int | float)]

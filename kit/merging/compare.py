@@ -12,8 +12,9 @@ from typing import Any
 
 from kit.errors import FAILED, KitError
 from kit.merging.adapter import WEIGHTS, Adapter, read_bytes, token_rows
+from kit.merging.dequantize import Quantization, restore_by_bitsandbytes
 from kit.merging.logits import check_logits
-from kit.merging.names import Names
+from kit.merging.parts import Plan
 from kit.merging.plan import plan_merge
 from kit.merging.stream import torch_dtype
 from kit.weights import Tensor, read_config, read_tensors
@@ -29,10 +30,19 @@ SMALL = 2_000_000_000  # bytes of a base below which logits are compared by defa
 
 
 def verify(
-    out: Path, base: Path, adapter: Path, prompts: list[str] | None = None, how: str = "auto"
+    out: Path,
+    base: Path,
+    adapter: Path,
+    prompts: list[str] | None = None,
+    how: str = "auto",
+    *,
+    trained_on: Quantization | None = None,
+    dequantize: bool = False,
 ) -> dict[str, Any]:
     """Figures of the comparison; `how`: tensors | logits (which includes tensors) | auto (logits below 2 GB).
 
+    The base is the stored one, or with `dequantize` what quantizing left of it. Where the run was `trained_on` a
+    quantized base, the logits check also says how far the merged model is from the two that were trained together.
     KitError (4) where the merged model is not what base + adapter are.
     """
     out, base, adapter = Path(out), Path(base), Path(adapter)
@@ -40,9 +50,9 @@ def verify(
     size = sum(t.end - t.start for t in stored.values())
     own_code = bool(read_config(base).get("auto_map"))
     result: dict[str, Any] = {}
-    plan = plan_merge(base, adapter, proven=True)
+    plan = plan_merge(base, adapter, proven=True, trained_on=trained_on, dequantize=dequantize)
     if not plan.through_peft:
-        result["tensors"] = check_tensors(out, plan.adapter, plan.names, stored)
+        result["tensors"] = check_tensors(out, plan, stored)
     if how == "logits" or (how == "auto" and size < SMALL and not own_code):
         result["logits"] = check_logits(out, plan, prompts, whole=size < SMALL)
     if not result:
@@ -50,23 +60,24 @@ def verify(
     return result
 
 
-def check_tensors(out: Path, adapter: Adapter, names: Names, stored: dict[str, Tensor]) -> dict[str, Any]:
-    """Compare every module that the adapter names, and the edges of every tensor that it does not."""
+def check_tensors(out: Path, plan: Plan, stored: dict[str, Tensor]) -> dict[str, Any]:
+    """Compare every module that the adapter names or that was dequantized, and the edges of every other tensor."""
     import torch
     from safetensors import safe_open
 
+    adapter, names = plan.adapter, plan.names
     merged = read_tensors(out)
     named: set[str] = set()
     compared = values = neighbours = 0
     with safe_open(adapter.folder / WEIGHTS, "pt") as weights, torch.no_grad():
-        for parameter in _parameters(adapter):
+        for parameter in _parameters(plan):
             name = names.stored.get(parameter, parameter)
             if name not in merged:
                 name = names.stored.get(names.tied.get(parameter, ""), name)
             if name not in merged:
                 raise KitError(f"{parameter} is not in the merged model", where=str(out), code=FAILED)
             start = stored.get(name) or stored.get(names.stored.get(names.tied.get(parameter, ""), ""))
-            band, expected = _expected(adapter, weights, parameter, start, names)
+            band, expected = _expected(plan, weights, parameter, start)
             found = _rows(merged[name], band).to(expected.dtype)
             differing = _compare(name, expected, found, merged[name].dtype)
             named.add(name)
@@ -88,21 +99,23 @@ def check_tensors(out: Path, adapter: Adapter, names: Names, stored: dict[str, T
     }
 
 
-def _parameters(adapter: Adapter) -> list[str]:
-    """Every parameter that the adapter names, by its own keys."""
+def _parameters(plan: Plan) -> list[str]:
+    """Every parameter that the adapter names, by its own keys, or that starts from a dequantized weight."""
+    adapter = plan.adapter
     found = dict.fromkeys(adapter.full)
     for module, parts in adapter.lora.items():
         found[f"{module}.weight"] = None
         if "lora_B.bias" in parts:
             found[f"{module}.bias"] = None
-    found.update(dict.fromkeys(f"{module}.weight" for module in adapter.rows))
+    found.update(dict.fromkeys(f"{module}.weight" for module in [*adapter.rows, *sorted(plan.dequantized)]))
     return list(found)
 
 
-def _expected(adapter: Adapter, weights: Any, parameter: str, start: Tensor | None, names: Names) -> tuple[slice, Any]:
-    """Which rows, and what base + adapter hold there in float32, by a peft layer."""
+def _expected(plan: Plan, weights: Any, parameter: str, start: Tensor | None) -> tuple[slice, Any]:
+    """Which rows, and what base + adapter hold there in float32, by a peft layer (and by bitsandbytes)."""
     import torch
 
+    adapter, names = plan.adapter, plan.names
     module = parameter.rpartition(".")[0]
     parts = adapter.lora.get(module, {})
     source = adapter.full.get(parameter, start)
@@ -117,7 +130,11 @@ def _expected(adapter: Adapter, weights: Any, parameter: str, start: Tensor | No
     size = rows if whole or len(source.shape) < 2 else min(BAND, rows)
     first = sum(parameter.encode()) % (rows - size + 1)
     band = slice(first, first + size)
-    value = _rows(source, band)
+    restore = plan.restores(parameter) if parameter not in adapter.full else None
+    if restore:
+        value = restore_by_bitsandbytes(_rows(source, slice(0, rows)), *restore)[band].clone()
+    else:
+        value = _rows(source, band)
     if parts and parameter.endswith(".bias") and "lora_B.bias" not in parts:
         pass
     elif parts and parameter.endswith(".bias"):

@@ -17,6 +17,7 @@ from typing import Any
 from kit.config.tokenizer import read_files
 from kit.errors import ENVIRONMENT, KitError
 from kit.merging.adapter import CONFIG, MANIFEST, WEIGHTS, read_json, sha256
+from kit.merging.dequantize import Quantization
 from kit.merging.parts import Plan
 from kit.merging.plan import plan_merge
 from kit.stage import check_room, make_staging, publish, refuse_target, sync
@@ -39,12 +40,15 @@ def merge(
     revision: str | None = None,
     verify: bool | str = True,
     dtype: str | None = None,
+    onto: str | None = None,
     fsync: bool = True,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Merge a run's adapter, an adapter folder or a cached Hub adapter into its base; gives what merge.json holds.
 
+    `onto`, for a run over a quantized base: "original" (the stored weights, the default) or "dequantized" (what
+    quantizing left of them: the model that was trained).
     `verify`: True (logits for a base under 2 GB, else tensors), "tensors", "logits" or False.
     `progress(done, total)` counts bytes. KitError: 2 for what does not fit, 4 where the result is not right.
     """
@@ -55,14 +59,19 @@ def merge(
         raise KitError(f"dtype={dtype!r} is not known", where="--dtype", fix=f"one of {', '.join(DTYPES)}")
     adapter, run = find_adapter(source)
     manifest = read_json(adapter / MANIFEST) if (adapter / MANIFEST).is_file() else {}
-    run_plan = read_json(run / "plan.json") if run and (run / "plan.json").is_file() else {}
+    run_plan = find_plan(adapter, run)
+    trained_on = read_quantization(run_plan, onto)
     name, wanted, base_folder = find_base(base, revision, adapter, manifest, run_plan)
     proven = refuse_other_base(base_folder, name, manifest)
     target = (Path(out).expanduser() if out else default_target(source, adapter, run)).absolute()
     refuse_target(target, [base_folder, adapter, *([run] if run else [])], overwrite, REPORT)
-    plan = plan_merge(base_folder, adapter, dtype=dtype, proven=proven)
-    if run_plan.get("quantization"):
-        plan.notes.append("trained on a quantized base and merged into the original weights: answers differ a little")
+    dequantize = onto == "dequantized"
+    plan = plan_merge(base_folder, adapter, dtype=dtype, proven=proven, trained_on=trained_on, dequantize=dequantize)
+    if trained_on and not dequantize:
+        plan.notes.append(
+            f"trained over the {trained_on.kind} base and merged onto the original weights: not quite the model that "
+            "was trained (--onto dequantized is)"
+        )
     check_room(sum(t.end - t.start for t in plan.tensors.values()), target)
     staging = make_staging(target)
     try:
@@ -71,7 +80,9 @@ def merge(
         report["peak_rss_gb"] = peak_rss_gb()
         if verify:
             begun = time.perf_counter()
-            report["verification"] = _verified(staging, plan, "auto" if verify is True else str(verify))
+            found = _verified(staging, plan, "auto" if verify is True else str(verify))
+            report["as_trained"] = (found.get("logits") or {}).pop("as_trained", None)
+            report["verification"] = found
             report["seconds"]["verify"] = time.perf_counter() - begun
             report["peak_rss_gb_verified"] = peak_rss_gb()
         else:
@@ -110,6 +121,30 @@ def find_adapter(source: str | Path) -> tuple[Path, Path | None]:
             f"{folder} has no finished adapter", fix="finish it with `kit resume`, or give one of its checkpoints"
         )
     raise KitError(f"{folder} is neither a run nor an adapter: it has no {CONFIG}")
+
+
+def find_plan(adapter: Path, run: Path | None) -> dict[str, Any]:
+    """plan.json of the run, also of an adapter or a checkpoint that lies inside one; empty without it."""
+    places = [run] if run else list(adapter.parents)[:2]
+    return next((read_json(p / "plan.json") for p in places if (p / "plan.json").is_file()), {})
+
+
+def read_quantization(run_plan: dict[str, Any], onto: str | None) -> Quantization | None:
+    """How the run quantized its base; KitError where `onto` asks for what there is not."""
+    if onto not in (None, "original", "dequantized"):
+        raise KitError(f"onto={onto!r} is not known", where="--onto", fix="original or dequantized")
+    fields = run_plan.get("quantization")
+    if fields:
+        return Quantization(fields, str((run_plan.get("model") or {}).get("dtype") or "float32"))
+    if onto == "dequantized":
+        raise KitError(
+            "this run's base was not quantized: there is nothing to dequantize"
+            if run_plan
+            else "an adapter alone does not say how its base was quantized",
+            where="--onto dequantized",
+            fix="leave --onto out" if run_plan else "give the run, or leave --onto out",
+        )
+    return None
 
 
 def default_target(source: str | Path, adapter: Path, run: Path | None) -> Path:
@@ -193,6 +228,8 @@ def _build(
     return {
         "method": "peft" if plan.through_peft else "streaming",
         "reason": plan.through_peft or None,
+        "onto": ("dequantized" if plan.dequantized else "original") if plan.trained_on else None,
+        "quantization": plan.trained_on.fields if plan.trained_on else None,
         "adapter": {
             "path": str(plan.adapter.folder),
             "sha256": {name: sha256(plan.adapter.folder / name) for name in (WEIGHTS, CONFIG)},
@@ -286,7 +323,9 @@ def check_tokenizer(plan: Plan) -> None:
 def _verified(staging: Path, plan: Plan, how: str) -> dict[str, Any]:
     from kit.merging.compare import verify as compare
 
-    return compare(staging, plan.base, plan.adapter.folder, how=how)
+    dequantize = bool(plan.dequantized)
+    adapter = plan.adapter.folder
+    return compare(staging, plan.base, adapter, how=how, trained_on=plan.trained_on, dequantize=dequantize)
 
 
 def peak_rss_gb() -> float:

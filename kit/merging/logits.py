@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+import math
 import warnings
 from pathlib import Path
 from typing import Any
 
 from kit.errors import FAILED, KitError
 from kit.merging.adapter import CONFIG, WEIGHTS
+from kit.merging.dequantize import restore_by_bitsandbytes
 from kit.merging.names import forget_deepspeed, model_class
 from kit.merging.parts import Plan
 from kit.merging.stream import torch_dtype
@@ -26,6 +28,8 @@ def check_logits(out: Path, plan: Plan, prompts: list[str] | None, whole: bool) 
     """Run prompts through base + adapter, through the same rounded once, and through the merged model.
 
     One model at a time. `whole`: in float32; else in the base's dtype, where only the looser of the limits applies.
+    The base is the one that was merged onto. For a run over a quantized base, `as_trained` holds the difference from
+    that base + adapter, which no limit judges.
     """
     import torch
 
@@ -34,7 +38,7 @@ def check_logits(out: Path, plan: Plan, prompts: list[str] | None, whole: bool) 
     kept = max(set(dtypes), key=dtypes.count)
     dtype = torch.float32 if whole else torch_dtype(kept)
     tokens = make_prompts(out, read_config(out), prompts)
-    model = load_with_adapter(plan.base, plan.adapter.folder, dtype)
+    model = add_adapter(load_base(plan, dtype), plan.adapter.folder).to(dtype)
     trained = _logits(model, tokens)
     once = None
     if whole:
@@ -50,16 +54,13 @@ def check_logits(out: Path, plan: Plan, prompts: list[str] | None, whole: bool) 
     model = load(out, dtype)
     ours = _logits(model, tokens)
     del model
+    gc.collect()
     spread = float(torch.cat([t.flatten() for t in trained]).std()) or 1.0
-    difference = torch.cat([(a - b).abs().flatten() for a, b in zip(trained, ours, strict=True)])
-    agree = torch.cat([(a.argmax(-1) == b.argmax(-1)).flatten() for a, b in zip(trained, ours, strict=True)])
     result = {
         "prompts": len(tokens),
         "tokens": sum(t.shape[-1] for t in tokens),
         "computed_in": str(dtype).removeprefix("torch."),
-        "max_difference": float(difference.max()),
-        "mean_difference": float(difference.mean()),
-        "argmax_agreement": float(agree.float().mean()),
+        **_apart(trained, ours),
         "logits_std": spread,
         "tolerance": ROUNDED[kept] * spread,
     }
@@ -68,7 +69,7 @@ def check_logits(out: Path, plan: Plan, prompts: list[str] | None, whole: bool) 
         exact = max(float((a - b).abs().max()) for a, b in zip(once, ours, strict=True))
         result |= {"max_difference_from_rounded": exact, "tolerance_from_rounded": LOGITS * spread}
         far = exact > LOGITS * spread or (far and kept in ("F32", "F64"))
-    if far or not bool(torch.isfinite(difference).all()):
+    if far or not math.isfinite(result["max_difference"]):
         raise KitError(
             f"the merged model does not answer as base + adapter do: logits differ by {result['max_difference']:.3g} "
             f"(allowed {result['tolerance']:.3g}), from the rounded sum by "
@@ -77,7 +78,22 @@ def check_logits(out: Path, plan: Plan, prompts: list[str] | None, whole: bool) 
             fix="nothing was published; merge again, and report it if it stays",
             code=FAILED,
         )
+    if plan.trained_on:
+        result["as_trained"] = _apart(_logits(load_as_trained(plan), tokens), ours) | {"logits_std": spread}
     return result
+
+
+def _apart(a: list[Any], b: list[Any]) -> dict[str, float]:
+    """How far two models' logits lie apart. A NaN is the largest difference."""
+    import torch
+
+    difference = torch.cat([(x - y).abs().flatten() for x, y in zip(a, b, strict=True)])
+    agree = torch.cat([(x.argmax(-1) == y.argmax(-1)).flatten() for x, y in zip(a, b, strict=True)])
+    return {
+        "max_difference": float(difference.max()),
+        "mean_difference": float(difference.mean()),
+        "argmax_agreement": float(agree.float().mean()),
+    }
 
 
 def _ties_matter(plan: Plan, out: Path) -> bool:
@@ -102,21 +118,51 @@ def make_prompts(out: Path, config: dict[str, Any], prompts: list[str] | None) -
     return [torch.randint(size, (2, 32), generator=torch.Generator().manual_seed(0))]
 
 
-def load(folder: Path, dtype: Any) -> Any:
+def load(folder: Path, dtype: Any, quantization_config: Any = None) -> Any:
     """A model on the CPU in evaluation mode, whatever DeepSpeed state this process was left in."""
     from transformers import AutoConfig
 
     forget_deepspeed()
     config = AutoConfig.from_pretrained(folder)
-    return model_class(config).from_pretrained(folder, config=config, dtype=dtype).eval()
+    more = {} if quantization_config is None else {"quantization_config": quantization_config, "device_map": "cpu"}
+    return model_class(config).from_pretrained(folder, config=config, dtype=dtype, **more).eval()
 
 
-def load_with_adapter(base: Path, adapter: Path, dtype: Any) -> Any:
+def load_base(plan: Plan, dtype: Any) -> Any:
+    """The base that a plan merges onto: as it is stored, or with what quantizing left of its linear layers."""
+    model = load(plan.base, dtype)
+    for module in plan.dequantized:
+        weight = model.get_submodule(module).weight
+        restore = plan.restores(f"{module}.weight")
+        assert restore is not None
+        weight.data = restore_by_bitsandbytes(weight.data, *restore).to(dtype).contiguous()
+    return model
+
+
+def load_as_trained(plan: Plan) -> Any:
+    """Quantized base + adapter as the run had them, the arithmetic in float32."""
+    import torch
+    from bitsandbytes.nn import Int8Params, Linear4bit, Params4bit
+
+    from kit.quantized import bnb_config, settle
+
+    assert plan.trained_on is not None
+    dtype = getattr(torch, plan.trained_on.dtype)
+    model = add_adapter(settle(load(plan.base, dtype, bnb_config(plan.trained_on.fields))), plan.adapter.folder)
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.compute_dtype = torch.float32
+    for parameter in model.parameters():
+        if not isinstance(parameter, Int8Params | Params4bit):
+            parameter.data = parameter.data.float()
+    return model.eval()
+
+
+def add_adapter(model: Any, adapter: Path) -> Any:
     """Base + adapter in peft; KitError where a tensor of the adapter finds no place in it."""
     from peft import PeftModel
     from safetensors import safe_open
 
-    model = load(base, dtype)
     with safe_open(adapter / WEIGHTS, "pt") as weights:
         sizes = [
             weights.get_slice(k).get_shape()[0]
@@ -137,7 +183,7 @@ def load_with_adapter(base: Path, adapter: Path, dtype: Any) -> Any:
             where=str(adapter / CONFIG),
             fix="give the base that the adapter was trained on with --base",
         )
-    return together.to(dtype).eval()
+    return together.eval()
 
 
 def _logits(model: Any, tokens: list[Any]) -> list[Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kit.merging.adapter import Adapter
+from kit.merging.dequantize import Quantization
 from kit.merging.names import Names
 from kit.weights import Tensor
 
@@ -27,6 +28,7 @@ class Edit:
     """What happens to one stored tensor, in this order."""
 
     replace: Tensor | None = None
+    restore: tuple[Quantization, bool] | None = None  # through this quantization; whether it is a Conv1D's, transposed
     lora: Lora | None = None
     rows: tuple[list[int], Tensor] | None = None
     add: tuple[Tensor, float] | None = None
@@ -58,6 +60,15 @@ class Plan:
     changes: list[str] = field(default_factory=list)  # what config.json will say otherwise
     notes: list[str] = field(default_factory=list)
     vocabulary: int | None = None  # rows of resized embeddings
+    trained_on: Quantization | None = None  # how the run quantized its base
+    dequantized: set[str] = field(default_factory=set)  # linear layers that start from what the quantized ones held
+
+    def restores(self, parameter: str) -> tuple[Quantization, bool] | None:
+        """The quantization that a parameter goes through, and whether it is stored transposed."""
+        module, _, name = parameter.rpartition(".")
+        if self.trained_on is None or name != "weight" or module not in self.dequantized:
+            return None
+        return self.trained_on, self.names.kind(module) == "conv1d"
 
     @property
     def edited(self) -> list[Output]:

@@ -15,6 +15,7 @@ from kit.merging.adapter import (
     token_rows,
     why_not_streamed,
 )
+from kit.merging.dequantize import Quantization, quantized_modules
 from kit.merging.names import Names, read_names
 from kit.merging.parts import Edit, Lora, Output, Plan
 from kit.merging.ties import check_vocabulary, set_everywhere, settle_ties
@@ -24,20 +25,35 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 BINS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
-def plan_merge(base: Path, folder: Path, *, dtype: str | None = None, proven: bool = False) -> Plan:
-    """Plan a merge; `proven`: the base is known to be the adapter's own. KitError lists all that does not fit."""
+def plan_merge(
+    base: Path,
+    folder: Path,
+    *,
+    dtype: str | None = None,
+    proven: bool = False,
+    trained_on: Quantization | None = None,
+    dequantize: bool = False,
+) -> Plan:
+    """Plan a merge; `proven`: the base is known to be the adapter's own. KitError lists all that does not fit.
+
+    trained_on: how the run quantized the base; `dequantize`: merge onto what that left of it.
+    """
     config = read_config(base)
     shards = _read_base(base, config)
     tensors = {t.name: t for file in shards.values() for t in file}
     adapter = read_adapter(folder)
     through_peft = why_not_streamed(adapter)
-    names = Names({}) if through_peft else _names(base, config, tensors)
-    plan = Plan(base, adapter, config, names, tensors, indexed=(base / INDEX).is_file())
+    names = Names({}) if through_peft and not dequantize else _names(base, config, tensors)
+    plan = Plan(base, adapter, config, names, tensors, indexed=(base / INDEX).is_file(), trained_on=trained_on)
+    if dequantize and trained_on:
+        plan.dequantized = quantized_modules(base, trained_on)
     plan.notes += [names.note] if names.note else []
     plan.through_peft = through_peft or _names_missing(plan)
     if plan.through_peft:
         return plan
     edits = _edits(plan)
+    for parameter in (f"{module}.weight" for module in plan.dequantized):
+        edits.setdefault(parameter, Edit()).restore = plan.restores(parameter)
     if not proven:
         _refuse_shallow(plan)
     settle_ties(plan, edits)
@@ -111,7 +127,8 @@ def _names_missing(plan: Plan) -> str:
             return f"{module} is neither a linear layer nor an embedding"
         if parameter not in names.stored and parameter not in names.tied:
             return f"{parameter} has no stored tensor"
-    return next((f"{p} is stored in several parts" for p in adapter.full if p in names.fused), "")
+    whole = [*adapter.full, *(f"{module}.weight" for module in sorted(plan.dequantized))]
+    return next((f"{p} is stored in several parts" for p in whole if p in names.fused), "")
 
 
 def _edits(plan: Plan) -> dict[str, Edit]:

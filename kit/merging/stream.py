@@ -10,7 +10,7 @@ import errno
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from itertools import zip_longest
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 
 from kit.errors import FAILED, KitError
 from kit.merging.adapter import read_bytes
+from kit.merging.dequantize import aligned, restorer
 from kit.merging.parts import Lora, Output, Plan
 from kit.weights import Tensor, make_header
 
@@ -221,17 +222,23 @@ def _change(fd: int, output: Output, offset: int) -> dict[str, Any]:
     for n in output.shape[1:]:
         width *= n
     step = max(1, BLOCK // max(width, 1))
+    restore = None
+    if edit and edit.restore and not edit.replace:
+        step = aligned(step, width, edit.restore[0])
+        restore = restorer(*edit.restore, lambda: _blocks(output.source, rows, width, step, work), width)
     lora = _factors(edit.lora, work) if edit and edit.lora else None
     add = read_tensor(edit.add[0]).to(work).mul_(edit.add[1]) if edit and edit.add else None
     tokens = (torch.tensor(edit.rows[0]), read_tensor(edit.rows[1]).to(work)) if edit and edit.rows else None
     transposed = edit is not None and edit.lora is not None and edit.lora.transposed
-    by_column = _column_factor(output, lora, rows, width, step, work) if lora and transposed else None
+    by_column = _column_factor(output, lora, rows, width, step, work, restore) if lora and transposed else None
     before = moved = 0.0
     limit = torch.finfo(result).max
     with open(output.source.file, "rb", buffering=0) as handle:
         for first in range(0, rows, step):
             last = min(rows, first + step)
             w = _block(handle.fileno(), output.source, first, last, width, work)
+            if restore:
+                w.copy_(restore(w, first))
             flat = w.view(-1)
             before += float(torch.dot(flat, flat))
             if lora:
@@ -278,6 +285,13 @@ def _block(fd: int, source: Tensor, first: int, last: int, width: int, work: Any
     return w.view(last - first, width)
 
 
+def _blocks(source: Tensor, rows: int, width: int, step: int, work: Any) -> Iterator[Any]:
+    """A stored tensor from its start, `step` rows at a time, each in this worker's buffer."""
+    with open(source.file, "rb", buffering=0) as handle:
+        for first in range(0, rows, step):
+            yield _block(handle.fileno(), source, first, min(rows, first + step), width, work)
+
+
 def _factors(lora: Lora, work: Any) -> tuple[Any, Any, Any]:
     """(rows, r), (r, columns) with the scale in it, and the DoRA magnitude or None."""
     a, b = read_tensor(lora.a).to(work), read_tensor(lora.b).to(work)
@@ -285,7 +299,7 @@ def _factors(lora: Lora, work: Any) -> tuple[Any, Any, Any]:
     return left, right * lora.scale, read_tensor(lora.magnitude).to(work) if lora.magnitude else None
 
 
-def _column_factor(output: Output, lora: tuple, rows: int, width: int, step: int, work: Any) -> Any:
+def _column_factor(output: Output, lora: tuple, rows: int, width: int, step: int, work: Any, restore: Any) -> Any:
     """DoRA over columns (Conv1D, embeddings): the norms need a pass of their own. None without a magnitude."""
     import torch
 
@@ -293,9 +307,9 @@ def _column_factor(output: Output, lora: tuple, rows: int, width: int, step: int
     if magnitude is None:
         return None
     squares = torch.zeros(width, dtype=torch.float64)
-    with open(output.source.file, "rb", buffering=0) as handle:
-        for first in range(0, rows, step):
-            last = min(rows, first + step)
-            w = _block(handle.fileno(), output.source, first, last, width, work).addmm_(left[first:last], right)
-            squares += w.square_().sum(0, dtype=torch.float64)
+    for index, w in enumerate(_blocks(output.source, rows, width, step, work)):
+        first = index * step
+        if restore:
+            w.copy_(restore(w, first))
+        squares += w.addmm_(left[first : first + w.shape[0]], right).square_().sum(0, dtype=torch.float64)
     return magnitude / squares.sqrt_().to(work)
