@@ -163,9 +163,7 @@ def run_folder(tmp_path: Path, **fields) -> tuple[Path, Path]:
     base = llama(tmp_path / "base")
     run = tmp_path / "run"
     adapt(base, run / "adapter", record=True, **fields)
-    (run / "plan.json").write_text(
-        json.dumps({"model": {"name_or_path": str(base)}, "quantization": {"load_in_4bit": 1}})
-    )
+    (run / "plan.json").write_text(json.dumps({"model": {"name_or_path": str(base)}}))
     (run / "adapter/chat_template.jinja").write_text("{{ messages }}")
     return run, base
 
@@ -181,7 +179,6 @@ def test_a_run_needs_nothing_else(tmp_path):
     assert saved["base"]["name_or_path"] == str(base) and saved["fsync_seconds"] is not None
     assert all(isinstance(found, dict) for found in saved["verification"].values())
     assert saved["verification"]["logits"]["argmax_agreement"] == 1.0 and saved["peak_rss_gb"] > 0
-    assert any("quantized" in note for note in saved["notes"])
     assert sorted(p.name for p in run.iterdir()) == ["adapter", "merged", "plan.json"]
     with pytest.raises(KitError, match="exists"):
         merge(run)
