@@ -22,7 +22,7 @@ usage: kit VERB ...
   generate  RUN | ADAPTER | MODEL        the same prompts from base, adapter and merged model
   eval      RUN | ADAPTER | MODEL        exact match, loss and perplexity on the held-out rows
   fetch     [run.yaml] [key=value ...]   model, tokenizer and data into the Hub cache, for runs without a network
-  convert   META_DIR OUT                 Meta's own checkpoint to safetensors
+  convert   DIR OUT                      Meta's own checkpoint, or pytorch_model*.bin, to safetensors
   list      [GROUP]                      recipes, or the choices of a group
   show      RECIPE | GROUP/NAME          one of them as it is written, and what a recipe composes to
 
@@ -282,8 +282,12 @@ def fetch(argv: list[str]) -> int:
 
 
 def convert(argv: list[str]) -> int:
-    parser = options("convert", "Meta's own Llama checkpoint to a folder that transformers loads, in bounded memory.")
-    parser.add_argument("meta_dir", metavar="META_DIR", help="the folder of params.json and consolidated.*.pth")
+    parser = options("convert", "Meta's own Llama checkpoint, or pickled weights, to safetensors, in bounded memory.")
+    parser.add_argument(
+        "meta_dir",
+        metavar="META_DIR",
+        help="the folder of params.json and consolidated.*.pth, or of pytorch_model*.bin",
+    )
     parser.add_argument("out", metavar="OUT", help="the folder to make")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (as stored)")
     parser.add_argument("--shard-gb", type=float, default=4.0, help="the largest file, in 1e9 bytes (4)")

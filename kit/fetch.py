@@ -184,7 +184,8 @@ def model_files(model: Model) -> Callable[[Repo], list[str]]:
             raise KitError(
                 f"{repo.name} has no safetensors, only pickles ({pickles[0]}), which can run code when they are read",
                 repo.key,
-                "a pull request of the repository may hold them: model.revision=refs/pr/NUMBER; else name another one",
+                f"hf download {repo.name} --local-dir DIR, kit convert DIR OUT, model.name_or_path=OUT; "
+                "or a pull request of the repository holds them: model.revision=refs/pr/NUMBER",
             )
         raise KitError(f"{repo.name} holds no weights", repo.key, "name another repository")
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 from kit.errors import ENVIRONMENT, KitError
@@ -55,6 +57,25 @@ def make_staging(target: Path) -> Path:
     except OSError as error:
         raise KitError(f"{target.parent} cannot be written: {error}", where=str(target), code=ENVIRONMENT) from error
     return staging
+
+
+@contextlib.contextmanager
+def building(target: Path, fsync: bool) -> Iterator[Path]:
+    """A staging folder that becomes `target` when the block ends well, flushed before; else nothing is left.
+
+    KitError (3) where the disk fails.
+    """
+    staging = make_staging(target)
+    try:
+        yield staging
+        if fsync:
+            for path in [*staging.iterdir(), staging]:
+                sync(path)
+        publish(staging, target, fsync)
+    except OSError as error:
+        raise KitError(f"{target} could not be written: {error}", code=ENVIRONMENT) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _is_stale(staging: Path) -> bool:

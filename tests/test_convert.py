@@ -317,6 +317,59 @@ def test_a_model_path_that_is_a_meta_folder_names_the_command(tmp_path, sentence
     assert "Meta's own checkpoint format" in said and f"kit convert {tmp_path / 'meta'}" in said
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("tied", [False, True])
+def test_pickled_weights_become_safetensors(tmp_path, parts, tied):
+    """Equal logits, tied matrices once, everything else of the folder copied but code."""
+    import tiny
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    old = tiny.make_model(tmp_path / "old", tied=tied)
+    model = AutoModelForCausalLM.from_pretrained(old)
+    held = dict(model.state_dict())
+    (old / "model.safetensors").unlink()
+    (old / "modeling_x.py").write_text("raise SystemExit")
+    names = list(held)
+    groups = [names] if parts == 1 else [names[::2], names[1::2]]
+    files = ["pytorch_model.bin"] if parts == 1 else [f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)]
+    for file, group in zip(files, groups, strict=True):
+        torch.save({n: held[n] for n in group}, old / file)
+    if parts == 2:
+        places = {n: f for f, g in zip(files, groups, strict=True) for n in g}
+        (old / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": places}))
+    report = convert(old, tmp_path / "new", fsync=False)
+    assert len(report["shards"]) == parts and not list((tmp_path / "new").glob("*.py"))
+    assert not list((tmp_path / "new").glob("*.bin*"))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "new", use_safetensors=True)
+    ids = AutoTokenizer.from_pretrained(tmp_path / "new")("the patient has pain", return_tensors="pt")
+    with torch.no_grad():
+        assert torch.equal(again(**ids).logits, model(**ids).logits)
+    if parts == 1 and tied:
+        assert report["parameters"] == sum(p.numel() for p in model.parameters())
+
+
+def test_a_pickled_model_that_would_run_code_is_refused(tmp_path, chat, capsys):
+    import tiny
+
+    old = tiny.make_model(tmp_path / "old")
+    (old / "model.safetensors").unlink()
+    canary = tmp_path / "canary"
+
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (canary,))
+
+    torch.save({"x": Evil()}, old / "pytorch_model.bin", pickle_module=pickle)
+    assert cli.run(["check", f"model.name_or_path={old}", f"dataset.path={chat}"]) == 2
+    assert f"kit convert {old} OUT" in capsys.readouterr().err
+    assert cli.run(["convert", str(old), str(tmp_path / "new")]) == 2
+    assert "weights-only loader refuses it" in capsys.readouterr().err
+    (old / "pytorch_model.bin").write_bytes(b"PK\x03\x04 cut")
+    assert cli.run(["convert", str(old), str(tmp_path / "new")]) == 2
+    assert "damaged or cut short" in capsys.readouterr().err
+    assert not canary.exists() and not (tmp_path / "new").exists()
+
+
 BIG = """
 import resource, sys, threading, time
 from kit.converting import convert

@@ -94,7 +94,11 @@ def inspect(model: Model, here: bool) -> tuple[Base, list[Problem]]:
         problem = (
             f"{folder} holds {pickles[0].name}, a pickle" if pickles else f"{folder} is not a model: it has no weights"
         )
-        fix = "convert it to safetensors" if pickles else "give a folder with safetensors, or model.random_init=true"
+        fix = (
+            f"kit convert {folder} OUT, then give OUT"
+            if pickles
+            else "give a folder with safetensors, or model.random_init=true"
+        )
         return base, [Problem(problem, "model.name_or_path", fix)]
     if differ := differences(preset or {}, config):
         listed = ", ".join(f"{key} {a} against {b}" for key, (a, b) in sorted(differ.items()))

@@ -1,7 +1,7 @@
-"""`kit convert META_DIR OUT`: a download of Meta becomes a folder that transformers loads.
+"""`kit convert DIR OUT`: a download of Meta, or a folder with pickles, becomes one that transformers loads safely.
 
-META_DIR holds params.json, tokenizer.model and consolidated.NN.pth, one file for each model-parallel rank that the
-model was made for. Everything is checked before a byte is written; OUT appears whole or not at all.
+A download of Meta holds params.json, tokenizer.model and consolidated.NN.pth, one for each model-parallel rank that
+its model was made for. Everything is checked before a byte is written; OUT appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import importlib.metadata
 import json
 import math
 import re
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,10 +18,11 @@ from typing import Any
 
 from kit import stage
 from kit.converting.config import Params, model_config, read_params
+from kit.converting.pickles import copy_rest, find_pickles, read_pickle, write_safetensors
 from kit.converting.shards import STORED, join_slices, read_shards
 from kit.converting.stream import drop_tied_output, write_shards
 from kit.converting.tokenizer import Vocabulary, read_vocabulary, write_tokenizer
-from kit.errors import ENVIRONMENT, KitError, Problem
+from kit.errors import KitError, Problem
 from kit.merging import peak_rss_gb
 from kit.weights import PARAMS
 
@@ -41,7 +41,7 @@ def convert(
     fsync: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Convert a Meta checkpoint into a folder that transformers loads; gives what convert.json holds.
+    """Convert a Meta checkpoint, or a folder with pytorch_model*.bin, to safetensors; gives what convert.json holds.
 
     `dtype`: of all tensors, else as stored. `shard_gb`: largest file in 1e9 bytes. `progress(done, total)`: bytes.
     KitError: 2 for what cannot be converted, before anything is written; 3 for the disk; 4 for values not finite.
@@ -54,8 +54,12 @@ def convert(
     if max_position_embeddings is not None and max_position_embeddings < 1:
         raise KitError(f"{max_position_embeddings} is no length", "--max-position-embeddings", "a number above 0")
     folder, target = Path(source).expanduser().absolute(), Path(out).expanduser().absolute()
-    files, params, vocabulary = open_checkpoint(folder)
+    pickled = find_pickles(folder)
+    if not pickled:
+        files, params, vocabulary = open_checkpoint(folder)
     stage.refuse_target(target, [folder], overwrite, REPORT, where="OUT")
+    if pickled:
+        return convert_pickles(pickled, target, dtype, fsync, progress)
     if verify_checklist:
         check_checklist(folder)
     tensors = join_slices(read_shards(files), params, vocabulary, STORED[dtype] if dtype else None)
@@ -63,8 +67,7 @@ def convert(
     config, generation, notes = model_config(params, vocabulary, tensors, tied, max_position_embeddings)
     size = sum(t.nbytes for t in tensors)
     stage.check_room(size, target)
-    staging = stage.make_staging(target)
-    try:
+    with stage.building(target, fsync) as staging:
         write_tokenizer(vocabulary, staging, params.use_scaled_rope, config.max_position_embeddings)
         config.save_pretrained(staging)
         generation.save_pretrained(staging)
@@ -80,18 +83,41 @@ def convert(
             "notes": notes,
             "seconds": time.perf_counter() - started,
             "peak_rss_gb": peak_rss_gb(),
-            "versions": {p: importlib.metadata.version(p) for p in ("torch", "transformers", "tokenizers")},
+            "versions": versions(),
         }
         (staging / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        if fsync:
-            for path in [*staging.iterdir(), staging]:
-                stage.sync(path)
-        stage.publish(staging, target, fsync)
-    except OSError as error:
-        raise KitError(f"{target} could not be written: {error}", code=ENVIRONMENT) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return {**report, "out": str(target)}
+
+
+def convert_pickles(
+    files: list[Path], target: Path, dtype: str | None, fsync: bool, progress: Callable[[int, int], None] | None
+) -> dict[str, Any]:
+    """The safetensors twin of a folder with pytorch_model*.bin, one file for each; gives what convert.json holds."""
+    started, folder = time.perf_counter(), files[0].parent
+    stage.check_room(sum(f.stat().st_size for f in files), target)
+    for file in files:
+        read_pickle(file)  # all of them are looked at before one is written
+    with stage.building(target, fsync) as staging:
+        copy_rest(folder, staging)
+        names, parameters, size, kind = write_safetensors(files, staging, dtype, progress)
+        report = {
+            "source": str(folder),
+            "files": [f.name for f in files],
+            "parameters": parameters,
+            "dtype": kind,
+            "bytes": size,
+            "shards": names,
+            "notes": [],
+            "seconds": time.perf_counter() - started,
+            "peak_rss_gb": peak_rss_gb(),
+            "versions": versions(),
+        }
+        (staging / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return {**report, "out": str(target)}
+
+
+def versions() -> dict[str, str]:
+    return {p: importlib.metadata.version(p) for p in ("torch", "transformers", "tokenizers")}
 
 
 def open_checkpoint(folder: Path) -> tuple[list[Path], Params, Vocabulary]:
