@@ -95,7 +95,7 @@ def inspect(model: Model, here: bool) -> tuple[Base, list[Problem]]:
             f"{folder} holds {pickles[0].name}, a pickle" if pickles else f"{folder} is not a model: it has no weights"
         )
         fix = (
-            f"kit convert {folder} OUT, then give OUT"
+            f"kit convert {folder} OUT makes safetensors of it: give OUT"
             if pickles
             else "give a folder with safetensors, or model.random_init=true"
         )
