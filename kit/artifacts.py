@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from kit.errors import ENVIRONMENT, KitError
+from kit.errors import ENVIRONMENT, KitError, first_line
 from kit.weights import CONFIG, find_model, fingerprint, read_header, read_json, read_tensors
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST, PLAN = (
@@ -222,7 +222,7 @@ def run_datasets(plan: dict[str, Any]) -> tuple[Any, Any]:
     try:
         checked = RunPlan.model_validate(plan)
     except ValueError as error:
-        raise KitError(f"{PLAN} is not a plan: {str(error).splitlines()[0]}", where=PLAN) from None
+        raise KitError(f"{PLAN} is not a plan: {first_line(error)}", where=PLAN) from None
     parts = load_datasets(checked)
     if checked.dataset.streaming:
         return tuple(p and list(islice(p, STREAMED)) for p in (parts.train, parts.test))  # type: ignore[return-value]
@@ -241,5 +241,4 @@ def loading(path: Path) -> Iterator[None]:
     except Exception as error:  # noqa: BLE001 - safetensors, tokenizers and remote code raise their own types
         if "out of memory" in str(error).lower():
             raise KitError(f"{path} does not fit into memory", code=ENVIRONMENT, fix="use a smaller dtype") from error
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise KitError(f"{path} cannot be loaded: {first}", where=str(path)) from error
+        raise KitError(f"{path} cannot be loaded: {first_line(error)}", where=str(path)) from error

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kit.errors import DONE, ENVIRONMENT, FAILED, REFUSED, STOPPED, KitError, Problem
+from kit.terminal import print_problems, progress, quiet, read_prompts
 
 USAGE = """\
 usage: kit VERB ...
@@ -180,6 +181,7 @@ def merge(argv: list[str]) -> int:
     a = parser.parse_args(argv)
     quiet()
     from kit.merging import merge as merge_adapter
+    from kit.merging.report import format_merge
 
     verify: bool | str = {"auto": True, "no": False}.get(a.verify, a.verify)
     source = run_or_path(a.source)
@@ -189,31 +191,6 @@ def merge(argv: list[str]) -> int:
     )  # fmt: skip
     print(format_merge(result))
     return DONE
-
-
-def format_merge(report: dict[str, Any]) -> str:
-    """merge.json in a few lines."""
-    from kit import rundir
-
-    seconds = report["seconds"]
-    lines = [f"merged    {rundir.shown(report['out'])} ({report['method']}, {seconds['all']:.1f} s)"]
-    lines += [f"note      {note}" for note in report.get("notes", [])]
-    if report.get("onto"):
-        far = report.get("as_trained")
-        said = (
-            f"by {far['mean_difference']:.3g} on average, {far['max_difference']:.3g} at most, where logits spread by "
-            f"{far['logits_std']:.3g}; the same next token in {far['argmax_agreement']:.0%}"
-            if far
-            else "by what --verify logits would measure"
-        )
-        lines.append(f"differs   from quantized base + adapter, as trained: {said}")
-    proof = report.get("verification") or {}
-    for kind, found in proof.items():
-        figures = [f"{k.replace('_', ' ')} {v:.3g}" for k, v in found.items() if isinstance(v, int | float)]
-        lines.append(f"verified  {kind}: {', '.join(figures)}")
-    if not proof:
-        lines.append("verified  no: --verify logits compares it with base + adapter")
-    return "\n".join(lines)
 
 
 def generate(argv: list[str]) -> int:
@@ -284,8 +261,8 @@ def fetch(argv: list[str]) -> int:
 def convert(argv: list[str]) -> int:
     parser = options("convert", "Meta's own Llama checkpoint, or pickled weights, to safetensors, in bounded memory.")
     parser.add_argument(
-        "meta_dir",
-        metavar="META_DIR",
+        "source",
+        metavar="DIR",
         help="the folder of params.json and consolidated.*.pth, or of pytorch_model*.bin",
     )
     parser.add_argument("out", metavar="OUT", help="the folder to make")
@@ -301,7 +278,7 @@ def convert(argv: list[str]) -> int:
     from kit.converting import convert as convert_checkpoint
 
     report = convert_checkpoint(
-        a.meta_dir, a.out, dtype=a.dtype, shard_gb=a.shard_gb, max_position_embeddings=a.max_position_embeddings,
+        a.source, a.out, dtype=a.dtype, shard_gb=a.shard_gb, max_position_embeddings=a.max_position_embeddings,
         verify_checklist=a.verify_checklist, overwrite=a.overwrite, fsync=not a.no_fsync,
         progress=progress("converting"),
     )  # fmt: skip
@@ -355,49 +332,6 @@ def run_or_path(name: str) -> str:
     return str(inside) if not Path(name).exists() and (inside / rundir.PLAN).is_file() else name
 
 
-def read_prompts(name: str) -> list[str]:
-    try:
-        text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise KitError(f"{name} cannot be read: {error}", "--prompts") from None
-    prompts = [line for line in text.splitlines() if line.strip()]
-    if not prompts:
-        raise KitError(f"{name} holds no prompts", "--prompts", "one prompt per line")
-    return prompts
-
-
-def progress(what: str) -> Callable[[int, int], None] | None:
-    """A line that is redrawn on a terminal; nothing elsewhere."""
-    if not sys.stderr.isatty():
-        return None
-
-    def show(done: int, total: int) -> None:
-        end = "\n" if done >= total else ""
-        print(f"\r{what} {100 * done // max(total, 1):3d} %", end=end, file=sys.stderr, flush=True)
-
-    return show
-
-
-def quiet() -> None:
-    """The training stack is there; no chatter from it."""
-    from kit.api import need_stack
-
-    need_stack()
-    for key, value in {
-        "TOKENIZERS_PARALLELISM": "false",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-        "PYTHONWARNINGS": "ignore::FutureWarning",
-    }.items():
-        os.environ.setdefault(key, value)
-    import logging
-    import warnings
-
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning)  # names to come, which a user of the kit never types
-
-
 def complete(argv: list[str]) -> int:
     """Hydra's shell completion: it knows overrides, not our verb, so the verb is taken out of the typed line."""
     from kit.config.compose import run_hydra
@@ -408,17 +342,6 @@ def complete(argv: list[str]) -> int:
         if len(words) > 1 and words[1] == "train":
             os.environ["COMP_LINE"] = " ".join([words[0], *words[2:]])
     return run_hydra([a for a in argv if a != "train"])
-
-
-def print_problems(problems: list[Problem], refused: bool) -> None:
-    """Problem, where, fix: one block each, on standard error."""
-    count = len(problems)
-    if refused and count > 1:
-        print(f"refused: {count} problems\n", file=sys.stderr)
-    for number, problem in enumerate(problems):
-        print(
-            ("\n" if number else "") + ("refused: " if refused and count == 1 else "") + str(problem), file=sys.stderr
-        )
 
 
 VERBS: dict[str, Callable[[list[str]], Any]] = {

@@ -8,6 +8,12 @@ from dataclasses import asdict, dataclass
 DONE, REFUSED, ENVIRONMENT, FAILED, STOPPED = 0, 2, 3, 4, 75  # exit codes; 75 = EX_TEMPFAIL, "requeue me"
 
 
+def first_line(error: BaseException | str) -> str:
+    """The first line of an error's message, its type's name where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 @dataclass(frozen=True)
 class Problem:
     """One thing that is wrong: what, where (file, key or row) and the fix."""

@@ -9,9 +9,8 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any
 
-from kit.errors import ENVIRONMENT, REFUSED, KitError
+from kit.errors import ENVIRONMENT, REFUSED, KitError, first_line
 
 MODEL, DATASET = "model", "dataset"  # huggingface_hub's repo_type
 TRUE = {"1", "ON", "YES", "TRUE"}  # as huggingface_hub reads its switches
@@ -130,8 +129,3 @@ def explain(error: Exception, repo: str, kind: str, key: str) -> KitError:
         return refusal(f"the Hub answered {status}: {first_line(error)}", "run it again later; what is here stays")
     problem = f"{constants.ENDPOINT} cannot be reached: {first_line(error)}"
     return refusal(problem, "check network, proxy and HF_ENDPOINT, and run it again: whole files that are here stay")
-
-
-def first_line(error: BaseException) -> str:
-    lines: Any = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kit.errors import FAILED, KitError
+from kit.stage import sync
 
 NAME = "manifest.json"
 FORMAT = 1
@@ -151,15 +152,6 @@ def verify(folder: str | Path) -> list[str]:
     return problems + [f"{folder / name} differs from the file that was saved (SHA-256)" for name in changed]
 
 
-def _flush_folder(folder: Path) -> None:
-    """Flush a directory's entries: without it a rename can outlive the files' names after a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def publish(staging: str | Path, final: str | Path, replace: bool = False) -> None:
     """Rename a finished `staging` folder to `final`. KitError (4) where a complete `final` stands and not `replace`.
 
@@ -178,7 +170,7 @@ def publish(staging: str | Path, final: str | Path, replace: bool = False) -> No
             code=FAILED,
         )
     for folder in [staging, *(p for p in staging.rglob("*") if p.is_dir())]:
-        _flush_folder(folder)
+        sync(folder)
     old = final.parent / (REPLACED + final.name)
     if final.exists():
         shutil.rmtree(old, ignore_errors=True)
@@ -189,7 +181,7 @@ def publish(staging: str | Path, final: str | Path, replace: bool = False) -> No
         if old.exists():
             os.rename(old, final)
         raise
-    _flush_folder(final.parent)
+    sync(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -204,7 +196,7 @@ def publish_into(staging: str | Path, final: str | Path) -> None:
     for name in [*names, NAME]:
         (final / name).parent.mkdir(parents=True, exist_ok=True)
         os.replace(staging / name, final / name)
-    _flush_folder(final)
+    sync(final)
     shutil.rmtree(staging, ignore_errors=True)
 
 

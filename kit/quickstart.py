@@ -14,10 +14,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from kit import api, cli, hardware, manifest, paths, rundir
+from kit import api, hardware, manifest, paths, rundir, terminal
 from kit.config.schema import RunPlan
 from kit.errors import DONE, KitError
 from kit.launchers.run import launch
+from kit.merging.report import format_merge
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -29,12 +30,12 @@ def run(argv: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="on top of recipe=quickstart")
     a = parser.parse_args(argv)
     started = time.monotonic()
-    cli.quiet()
+    terminal.quiet()
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # matrices this small gain nothing from a second thread
     try:
         quickstart(a.overrides)
     except KitError as error:
-        cli.print_problems(error.problems, refused=False)
+        terminal.print_problems(error.problems, refused=False)
         return error.code
     print(f"\nall of it took {time.monotonic() - started:.0f} s")
     return DONE
@@ -52,7 +53,7 @@ def quickstart(overrides: list[str]) -> dict[str, Any]:
     from kit.generate import format_samples, generate
     from kit.merging import merge
 
-    print(cli.format_merge(merge(source, verify="logits")))
+    print(format_merge(merge(source, verify="logits")))
     title("4. held-out questions: exact match of greedy answers")
     scores = evaluate(source, few_shot=5, max_new_tokens=8, batch_size=100)
     print(format_table(scores))

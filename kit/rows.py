@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kit.artifacts import Source
-from kit.errors import KitError
+from kit.errors import KitError, first_line
 
 SEPARATORS = ("\n", "\n\n", "\n\n###\n\n")  # between worked examples: the first that no example holds
 Turns = list[dict[str, Any]]
@@ -162,7 +162,7 @@ def render_ids(tokenizer: Any, turns: Turns, template: dict[str, Any], *, openin
             turns, tokenize=True, return_dict=True, add_generation_prompt=opening, **template
         )
     except Exception as error:  # noqa: BLE001 - jinja errors and whatever a template raises
-        raise KitError(f"the chat template refuses a chat: {str(error).splitlines()[0]}", where="chat") from error
+        raise KitError(f"the chat template refuses a chat: {first_line(error)}", where="chat") from error
     return list(encoded["input_ids"])
 
 

@@ -69,7 +69,7 @@ def building(target: Path, fsync: bool) -> Iterator[Path]:
     try:
         yield staging
         if fsync:
-            for path in [*staging.iterdir(), staging]:
+            for path in [*staging.rglob("*"), staging]:  # what its writer has flushed already costs nothing
                 sync(path)
         publish(staging, target, fsync)
     except OSError as error:
@@ -114,7 +114,7 @@ def recover(target: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Flush a file or a folder to the disk."""
+    """Flush a file, or a folder's entries: without it a rename can outlive the names after a power cut."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)

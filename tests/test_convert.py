@@ -177,14 +177,14 @@ def test_llama3_2_is_tied_and_scaled(tmp_path):
     assert tokens[4]["content"] == "<|finetune_right_pad_id|>"
 
 
-@pytest.mark.parametrize("fault", ["rotation", "axis"])
+@pytest.mark.parametrize("fault", ["rotation", "swapped"])
 def test_a_planted_fault_exceeds_the_tolerance(tmp_path, sentencepiece_file, monkeypatch, fault):
     from kit.converting import shards, stream
 
     w, params = write_meta(tmp_path / "meta", sentencepiece_file, ranks=2)
     if fault == "rotation":
         monkeypatch.setattr(stream, "_reorder", lambda rows, head: rows)
-    else:  # output projection joined along the wrong axis: its shards have the shape of both
+    else:  # keys for values: the same shapes
         monkeypatch.setattr(shards, "LAYER", {**shards.LAYER, "attention.wv": ("self_attn.k_proj", 0),
                                               "attention.wk": ("self_attn.v_proj", 0)})  # fmt: skip
     convert(tmp_path / "meta", tmp_path / "out", fsync=False)

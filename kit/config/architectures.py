@@ -35,7 +35,8 @@ LINEARS = {
     "gpt2": [f"transformer.h.*.{n}" for n in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")],
     **dict.fromkeys(["mixtral", "qwen3_moe"], [f"model.layers.*.{n}" for n in _ATTENTION]),
 }
-EMBEDDINGS = {"gpt2": "transformer.wte", "opt": "model.decoder.embed_tokens"}  # else model.embed_tokens
+EMBEDDING = "model.embed_tokens"
+EMBEDDINGS = {"gpt2": "transformer.wte", "opt": "model.decoder.embed_tokens"}  # else EMBEDDING
 FUSED_EXPERTS = ("mixtral", "qwen3_moe")  # one 3-D parameter for all experts of a layer: no module to target
 MOST_LAYERS = 1000  # a larger count is no model's, and a list of names for it no help
 
@@ -54,7 +55,7 @@ def modules(config: dict[str, Any]) -> list[str] | None:
     if not 0 < layers <= MOST_LAYERS or config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
         return None  # the latter two: some layers of a mixture of experts are dense
     inside = [name.replace("*", str(layer)) for layer in range(layers) for name in LINEARS[model_type]]
-    return [EMBEDDINGS.get(model_type, "model.embed_tokens"), *inside, "lm_head"]
+    return [EMBEDDINGS.get(model_type, EMBEDDING), *inside, "lm_head"]
 
 
 @functools.cache

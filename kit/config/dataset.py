@@ -9,7 +9,7 @@ from pathlib import Path
 
 from kit.config import template as templates
 from kit.config.schema import Dataset
-from kit.errors import KitError
+from kit.errors import KitError, first_line
 
 SUFFIXES = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 FORMATS = {
@@ -44,14 +44,11 @@ def find_files(path: str) -> list[Path] | None:
     )
 
 
-def peek(path: str) -> list[str] | None:
-    """The columns of a local data set's first row; None where they cannot be known. KitError where it is empty."""
-    files = find_files(path)
-    return None if files is None else columns(files, path)
-
-
 def columns(files: list[Path], path: str) -> list[str] | None:
-    """The columns of the first row in `files`, which are those of the data set `path`."""
+    """The columns of the first row in `files`, those of the data set `path`; None where they cannot be known.
+
+    KitError where there is no row, or where a file cannot be read.
+    """
     empty = KitError(f"{path} holds no rows", "dataset.path", "give a file with at least one row")
     file = next((f for f in files if f.stat().st_size > 0), None)
     if file is None:
@@ -81,9 +78,7 @@ def columns(files: list[Path], path: str) -> list[str] | None:
     except KitError:
         raise
     except Exception as error:  # pyarrow and csv have no common base; every one of them means an unreadable file
-        raise KitError(
-            f"{file} cannot be read: {str(error).splitlines()[0]}", "dataset.path", "check the file"
-        ) from None
+        raise KitError(f"{file} cannot be read: {first_line(error)}", "dataset.path", "check the file") from None
 
 
 def first_json(file: Path) -> dict | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from kit.config import fields
-from kit.config.architectures import LINEARS
+from kit.config.architectures import EMBEDDING, EMBEDDINGS, LINEARS
 from kit.config.model import Base
 from kit.errors import Problem
 
@@ -19,21 +19,18 @@ INPUTS = ("embed_tokens", "wte", "embed_in", "word_embeddings")
 OUTPUTS = ("lm_head", "embed_out")
 # transformers' configs that tie where config.json does not say (a value that is the class's default is not written).
 TIED = ("gpt2", "opt", "gemma", "gemma2", "gemma3_text")
-NAMES = {"gpt2": ("wte", "lm_head")}
 
 
 def vocabulary_rows(base: Base) -> int | None:
     """Rows of the base's embedding, from its config; None where that is not known."""
-    text = (base.config or {}).get("text_config") or base.config or {}
-    rows = text.get("vocab_size")
+    rows = base.text.get("vocab_size")
     return rows if isinstance(rows, int) else None
 
 
 def is_tied(base: Base) -> bool | None:
     """Whether one matrix serves both ends; None where that is not known."""
-    config = base.config or {}
-    kind = (config.get("text_config") or config).get("model_type")
-    for part in (config, config.get("text_config") or {}):
+    kind = base.text.get("model_type")
+    for part in (base.config or {}, base.text):
         if isinstance(part.get("tie_word_embeddings"), bool):
             return bool(part["tie_word_embeddings"])
     if kind in TIED or kind in LINEARS:
@@ -43,10 +40,9 @@ def is_tied(base: Base) -> bool | None:
 
 def find_ends(base: Base) -> tuple[str, str] | None:
     """The leaf names of the input and output embedding; None where they cannot be known."""
-    config = base.config or {}
-    kind = (config.get("text_config") or config).get("model_type", "")
+    kind = base.text.get("model_type", "")
     if kind in LINEARS:
-        return NAMES.get(kind, ("embed_tokens", "lm_head"))
+        return EMBEDDINGS.get(kind, EMBEDDING).rpartition(".")[2], "lm_head"
     leaves = {m.rpartition(".")[2] for m in base.modules or ()}
     first = [n for n in INPUTS if n in leaves]
     last = [n for n in OUTPUTS if n in leaves]

@@ -25,9 +25,14 @@ class Base:
     notes: list[str] = field(default_factory=list)
 
     @property
-    def hidden_size(self) -> int | None:
+    def text(self) -> dict[str, Any]:
+        """The config of the language model, which lies inside where the base has towers; empty where not known."""
         config = self.config or {}
-        text = config.get("text_config") or config
+        return config.get("text_config") or config
+
+    @property
+    def hidden_size(self) -> int | None:
+        text = self.text
         size = text.get("hidden_size") or text.get("n_embd") or text.get("d_model")
         return size if isinstance(size, int) else None
 

@@ -229,11 +229,11 @@ def look_at_data(dataset: Dataset, here: bool) -> tuple[str | None, list[Problem
         if path is None or (paths.made_by_quickstart(path) and not Path(path).exists() and not here):
             continue
         try:
-            if data_files.find_files(path) is None:
+            if (files := data_files.find_files(path)) is None:
                 revision = dataset.revision if path == dataset.path else None
                 columns = hub_dataset.columns(dataset, path, revision, here)
             else:
-                columns = data_files.peek(path)
+                columns = data_files.columns(files, path)
             if columns is not None:
                 wanted = data_files.detect_format(columns, dataset)
         except KitError as error:

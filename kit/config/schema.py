@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from kit.errors import KitError
+from kit.errors import KitError, first_line
 
 PLAN_FORMAT = 1
 
@@ -149,7 +149,7 @@ def load_plan(path: str | Path) -> RunPlan:
     except FileNotFoundError:
         raise KitError(f"there is no plan at {path}", fix="name a run directory made by `kit train`") from None
     except (OSError, ValueError) as error:
-        raise KitError(f"{path} is not a plan: {str(error).splitlines()[0]}") from None
+        raise KitError(f"{path} is not a plan: {first_line(error)}") from None
 
 
 # Field classes: a change of an identity key is another run; extendable and machine keys may change on resume.

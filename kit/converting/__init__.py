@@ -1,4 +1,4 @@
-"""Meta's own Llama checkpoints to safetensors.
+"""Meta's own Llama checkpoints, and pickled weights, to safetensors.
 
 Called converting so that no module bears the name of the function.
 """

@@ -39,14 +39,14 @@ def read_params(path: Path) -> Params:
         given = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise KitError(
-            f"{path.parent} has no {path.name}: it is not a Meta checkpoint", "META_DIR", "fetch it with the weights"
+            f"{path.parent} has no {path.name}: it is not a Meta checkpoint", "DIR", "fetch it with the weights"
         ) from None
     except (OSError, ValueError) as error:
-        raise KitError(f"{path} is not JSON: {error}", "META_DIR", "fetch the file again") from None
+        raise KitError(f"{path} is not JSON: {error}", "DIR", "fetch the file again") from None
     if isinstance(given, dict) and isinstance(given.get("model"), dict):
         given = given["model"]
     if not isinstance(given, dict):
-        raise KitError(f"{path} does not hold a JSON object", "META_DIR", "fetch the file again")
+        raise KitError(f"{path} does not hold a JSON object", "DIR", "fetch the file again")
     problems = _other_architectures(path, given)
     for key in NEEDED:
         if key not in given:
@@ -132,7 +132,7 @@ def model_config(
         theta = theta or 10000.0
         length, why = (16384, "Code Llama") if theta > 10000 else (4096, "Llama-2")
     elif theta is None:
-        raise KitError("params.json lacks rope_theta, which every Llama-3 has", "META_DIR", "fetch the file again")
+        raise KitError("params.json lacks rope_theta, which every Llama-3 has", "DIR", "fetch the file again")
     else:
         length, why = (131072, "Llama-3.1 and later") if params.use_scaled_rope else (8192, "Llama-3")
     if max_position_embeddings is None:

@@ -72,20 +72,14 @@ def convert(
         config.save_pretrained(staging)
         generation.save_pretrained(staging)
         shards = write_shards(tensors, staging, shard_gb, progress)
-        report = {
-            "source": str(folder),
-            "files": [f.name for f in files],
-            "params": params.given,
-            "parameters": sum(math.prod(t.shape) for t in tensors),
-            "dtype": str(config.dtype).removeprefix("torch."),
-            "bytes": size,
+        kept = str(config.dtype).removeprefix("torch.")
+        found = {
             "shards": shards,
-            "notes": notes,
-            "seconds": time.perf_counter() - started,
-            "peak_rss_gb": peak_rss_gb(),
-            "versions": versions(),
+            "parameters": sum(math.prod(t.shape) for t in tensors),
+            "bytes": size,
+            "dtype": kept,
         }
-        (staging / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        report = write_report(staging, started, files, {**found, "notes": notes, "params": params.given})
     return {**report, "out": str(target)}
 
 
@@ -100,35 +94,34 @@ def convert_pickles(
     with stage.building(target, fsync) as staging:
         copy_rest(folder, staging)
         names, parameters, size, kind = write_safetensors(files, staging, dtype, progress)
-        report = {
-            "source": str(folder),
-            "files": [f.name for f in files],
-            "parameters": parameters,
-            "dtype": kind,
-            "bytes": size,
-            "shards": names,
-            "notes": [],
-            "seconds": time.perf_counter() - started,
-            "peak_rss_gb": peak_rss_gb(),
-            "versions": versions(),
-        }
-        (staging / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        found = {"shards": names, "parameters": parameters, "bytes": size, "dtype": kind, "notes": []}
+        report = write_report(staging, started, files, found)
     return {**report, "out": str(target)}
 
 
-def versions() -> dict[str, str]:
-    return {p: importlib.metadata.version(p) for p in ("torch", "transformers", "tokenizers")}
+def write_report(staging: Path, started: float, files: list[Path], found: dict[str, Any]) -> dict[str, Any]:
+    """convert.json: what was read, what was found in it, and what it took."""
+    report = {
+        "source": str(files[0].parent),
+        "files": [f.name for f in files],
+        **found,
+        "seconds": time.perf_counter() - started,
+        "peak_rss_gb": peak_rss_gb(),
+        "versions": {p: importlib.metadata.version(p) for p in ("torch", "transformers", "tokenizers")},
+    }
+    (staging / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return report
 
 
 def open_checkpoint(folder: Path) -> tuple[list[Path], Params, Vocabulary]:
     """The shards in order, params.json and the tokenizer; KitError with everything that is missing or unreadable."""
     if not folder.is_dir():
-        raise KitError(f"there is no folder {folder}", "META_DIR", "give the folder of consolidated.00.pth")
+        raise KitError(f"there is no folder {folder}", "DIR", "give the folder of consolidated.00.pth")
     problems: list[Problem] = []
     found = {int(m[1]): f for f in folder.iterdir() if (m := re.fullmatch(r"consolidated\.(\d+)\.pth", f.name))}
     if missing := sorted(set(range(max(found, default=0) + 1)) - set(found)):
         lacks = ", ".join(f"consolidated.{n:02}.pth" for n in missing)
-        problems.append(Problem(f"{folder} lacks {lacks}", "META_DIR", "fetch all files of Meta's release"))
+        problems.append(Problem(f"{folder} lacks {lacks}", "DIR", "fetch all files of Meta's release"))
     params = vocabulary = None
     try:
         params = read_params(folder / PARAMS)
@@ -142,7 +135,7 @@ def open_checkpoint(folder: Path) -> tuple[list[Path], Params, Vocabulary]:
             problems += error.problems
     else:
         problems.append(
-            Problem(f"there is no tokenizer.model in {folder} or its parent", "META_DIR", "fetch it with the weights")
+            Problem(f"there is no tokenizer.model in {folder} or its parent", "DIR", "fetch it with the weights")
         )
     if problems or params is None or vocabulary is None:
         raise KitError(problems)

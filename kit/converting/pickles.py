@@ -12,8 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kit.errors import KitError, Problem
-from kit.weights import CONFIG, INDEX, SINGLE, make_header
+from kit.converting.stream import raw, shard_names, write_index
+from kit.errors import KitError, Problem, first_line
+from kit.weights import CONFIG, make_header
 
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 DTYPES = {
@@ -32,10 +33,10 @@ def find_pickles(folder: Path) -> list[Path]:
     try:
         named = json.loads((folder / BIN_INDEX).read_text(encoding="utf-8"))["weight_map"].values()
     except (ValueError, KeyError, AttributeError) as error:
-        raise KitError(f"{folder / BIN_INDEX} is damaged: {error}", "META_DIR", "fetch the file again") from None
+        raise KitError(f"{folder / BIN_INDEX} is damaged: {error}", "DIR", "fetch the file again") from None
     files = [folder / Path(name).name for name in sorted(set(named))]
     if missing := [f.name for f in files if not f.is_file()]:
-        raise KitError(f"{folder} lacks {', '.join(missing)}", "META_DIR", "fetch all files of the model")
+        raise KitError(f"{folder} lacks {', '.join(missing)}", "DIR", "fetch all files of the model")
     return files
 
 
@@ -51,16 +52,15 @@ def read_pickle(file: Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         raise KitError(
             f"{file} holds more than tensors: torch's weights-only loader refuses it",
-            str(error).splitlines()[0][:200],
+            first_line(error)[:200],
             "take the model from somebody you trust, or its safetensors",
         ) from None
     except Exception as error:  # torch and zipfile name a cut file in many ways
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise KitError(f"{file} is damaged or cut short: {reason}", "META_DIR", "fetch the file again") from None
+        raise KitError(f"{file} is damaged or cut short: {first_line(error)}", "DIR", "fetch the file again") from None
     if not isinstance(loaded, dict) or not all(isinstance(t, torch.Tensor) for t in loaded.values()):
-        raise KitError(f"{file} is not a dict of tensors", "META_DIR", "it is no model of transformers")
+        raise KitError(f"{file} is not a dict of tensors", "DIR", "it is no model of transformers")
     if strange := sorted({str(t.dtype) for t in loaded.values()} - {f"torch.{d}" for d in DTYPES}):
-        raise KitError([Problem(f"{file} holds {', '.join(strange)}", "META_DIR", "convert an unquantized model")])
+        raise KitError([Problem(f"{file} holds {', '.join(strange)}", "DIR", "convert an unquantized model")])
     found: dict[str, Any] = {}
     seen: set[tuple[Any, ...]] = set()
     # The output projection of a tied model comes last, so it is the embedding that stays.
@@ -80,8 +80,8 @@ def write_safetensors(
     """One safetensors file for each pickle, tensor by tensor; (names, parameters, bytes, commonest dtype)."""
     import torch
 
-    count, done, parameters, total = len(files), 0, 0, sum(f.stat().st_size for f in files)
-    names = [SINGLE] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+    done, parameters, total = 0, 0, sum(f.stat().st_size for f in files)
+    names = shard_names(len(files))
     places: dict[str, str] = {}
     sizes: dict[str, int] = {}
     for name, file in zip(names, files, strict=True):
@@ -94,17 +94,15 @@ def write_safetensors(
         with open(folder / name, "wb") as out:
             out.write(make_header(entries))
             for key, _, _, size in entries:
-                value = tensors[key].to(getattr(torch, kinds[key])).contiguous().reshape(-1)
-                out.write(value.view(torch.uint8).numpy().data if value.numel() else b"")
+                value = tensors[key].to(getattr(torch, kinds[key]))
+                out.write(raw(value) if value.numel() else b"")
                 places[key] = name
                 sizes[kinds[key]] = sizes.get(kinds[key], 0) + size
                 parameters, done = parameters + value.numel(), done + size
                 if progress:
                     progress(min(done, total), total)
     written = sum(sizes.values())
-    if count > 1:
-        index = {"metadata": {"total_size": written}, "weight_map": places}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_index(folder, places, written)
     return names, parameters, written, max(sizes, key=sizes.__getitem__)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from kit.converting.config import Params
 from kit.converting.stream import Joined
 from kit.converting.tokenizer import Vocabulary
-from kit.errors import KitError, Problem
+from kit.errors import KitError, Problem, first_line
 from kit.weights import PARAMS, Tensor
 
 STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -53,8 +53,7 @@ def read_shard(file: Path) -> dict[str, Tensor]:
             fix="fetch it from Meta again: a pickle that asks for more could run any code",
         ) from None
     except Exception as error:  # zipfile and torch name a cut file in many ways
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise KitError(f"{file} is damaged or cut short: {reason}", fix="fetch the file again") from None
+        raise KitError(f"{file} is damaged or cut short: {first_line(error)}", fix="fetch the file again") from None
     if packed or not isinstance(loaded, dict) or not all(isinstance(t, torch.Tensor) for t in loaded.values()):
         raise KitError(f"{file} is not a dict of tensors as torch.save writes it", fix="fetch it from Meta again")
     size, tensors, problems = file.stat().st_size, {}, []

@@ -51,6 +51,18 @@ def drop_tied_output(tensors: list[Joined]) -> bool:
     return False
 
 
+def shard_names(count: int) -> list[str]:
+    """The files of a model in `count` parts."""
+    return [SINGLE] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+
+
+def write_index(folder: Path, places: dict[str, str], size: int) -> None:
+    """Which file holds each tensor, for a model in several; `size`: bytes of all tensors."""
+    if len(set(places.values())) > 1:
+        index = {"metadata": {"total_size": size}, "weight_map": places}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
 def write_shards(
     tensors: list[Joined], folder: Path, shard_gb: float, progress: Callable[[int, int], None] | None
 ) -> list[str]:
@@ -63,8 +75,8 @@ def write_shards(
         if groups[-1] and sum(g.nbytes for g in groups[-1]) + t.nbytes > shard_gb * 1e9:
             groups.append([])
         groups[-1].append(t)
-    count, total, done = len(groups), sum(t.nbytes for t in tensors), 0
-    names = [SINGLE] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+    total, done = sum(t.nbytes for t in tensors), 0
+    names = shard_names(len(groups))
     for name, group in zip(names, groups, strict=True):
         with open(folder / name, "wb") as file, ExitStack() as stack:
             file.write(make_header([(t.name, t.dtype, t.shape, t.nbytes) for t in group]))
@@ -79,13 +91,10 @@ def write_shards(
                             fix="fetch the files again (see --verify-checklist), or give a wider --dtype",
                             code=FAILED,
                         )
-                    done += file.write(_raw(block))
+                    done += file.write(raw(block))
                     if progress:
                         progress(done, total)
-    if count > 1:
-        places = {t.name: name for name, group in zip(names, groups, strict=True) for t in group}
-        index = {"metadata": {"total_size": total}, "weight_map": places}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_index(folder, {t.name: name for name, group in zip(names, groups, strict=True) for t in group}, total)
     return names
 
 
@@ -126,7 +135,7 @@ def _read(s: Tensor, first: int, last: int, handle: BinaryIO) -> Any:
     stored = torch_dtype(s.dtype)
     stride = math.prod(s.shape[1:]) * stored.itemsize
     block = torch.empty(last - first, *s.shape[1:], dtype=stored)
-    view, offset = _raw(block), s.start + first * stride
+    view, offset = raw(block), s.start + first * stride
     while view:
         handle.seek(offset)
         count = handle.readinto(view)  # type: ignore[attr-defined]
@@ -136,7 +145,7 @@ def _read(s: Tensor, first: int, last: int, handle: BinaryIO) -> Any:
     return block
 
 
-def _raw(block: Any) -> memoryview:
+def raw(block: Any) -> memoryview:
     """The bytes of a contiguous tensor."""
     import torch
 

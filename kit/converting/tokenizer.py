@@ -59,7 +59,7 @@ def read_vocabulary(path: Path) -> Vocabulary:
         return Vocabulary(path, len(ranks) + RESERVED, ranks)
     model = _sentencepiece(path)
     if min(model.bos_id(), model.eos_id()) < 0:
-        raise KitError(f"{path} has no <s> or no </s>", "META_DIR", "give the tokenizer.model of Meta's release")
+        raise KitError(f"{path} has no <s> or no </s>", "DIR", "give the tokenizer.model of Meta's release")
     return Vocabulary(path, model.get_piece_size())
 
 
@@ -76,7 +76,7 @@ def _ranks(path: Path, data: bytes) -> dict[bytes, int]:
                 ) from None
     complete = sorted(ranks.values()) == list(range(len(ranks))) and all(bytes([b]) in ranks for b in range(256))
     if not complete:
-        raise KitError(f"{path} is damaged or cut short: ranks are missing", "META_DIR", "fetch the file again")
+        raise KitError(f"{path} is damaged or cut short: ranks are missing", "DIR", "fetch the file again")
     return ranks
 
 
@@ -88,7 +88,7 @@ def _sentencepiece(path: Path) -> Any:
     except (RuntimeError, OSError):
         raise KitError(
             f"{path} is damaged: neither a sentencepiece model nor tiktoken's ranks",
-            "META_DIR",
+            "DIR",
             "fetch the file again",
         ) from None
 
@@ -114,7 +114,7 @@ def write_tokenizer(vocabulary: Vocabulary, folder: Path, scaled_rope: bool, max
     else:
         wrong = [text for text in PROBES if tokenizer.decode(tokenizer.encode(text)[1:]) != text]
     if wrong:
-        raise KitError(f"{vocabulary.path} cannot be converted: {wrong[0]!r} is encoded differently", "META_DIR")
+        raise KitError(f"{vocabulary.path} cannot be converted: {wrong[0]!r} is encoded differently", "DIR")
     tokenizer.save_pretrained(folder)
 
 

@@ -11,7 +11,7 @@ from kit.config import hub_dataset
 from kit.config import template as templates
 from kit.config.dataset import FORMATS, SUFFIXES, detect_format, find_files
 from kit.config.schema import Dataset
-from kit.errors import KitError
+from kit.errors import KitError, first_line
 
 
 class Splits(NamedTuple):
@@ -62,8 +62,8 @@ def split(d: Dataset, rows: Any) -> tuple[Any, Any, Any]:
         share = d.test_size / held_out if held_out < 1 else int(d.test_size)
         rest = parts["test"].train_test_split(test_size=share, seed=d.seed)
     except ValueError as error:  # a share of too few rows
-        reason = str(error).splitlines()[0]
-        raise KitError(f"{len(rows)} rows cannot be split: {reason}", "dataset.test_size") from error
+        problem = f"{len(rows)} rows cannot be split: {first_line(error)}"
+        raise KitError(problem, "dataset.test_size") from error
     return parts["train"], rest["train"], rest["test"]
 
 
@@ -102,10 +102,7 @@ def read(d: Dataset, path: str, split: str | None) -> Any:
                 kind, data_files=[str(f) for f in files], split="train", streaming=d.streaming, **options
             )
     except Exception as error:  # datasets raises many kinds; every one of them means unreadable data
-        reason = str(error.__cause__ or error).strip().splitlines()
-        raise KitError(
-            f"{path} cannot be read: {reason[0] if reason else type(error).__name__}", "dataset.path"
-        ) from error
+        raise KitError(f"{path} cannot be read: {first_line(error.__cause__ or error)}", "dataset.path") from error
     columns = list(rows.column_names or next(iter(rows)).keys())
     made = detect_format(columns, d)
     if d.template:

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from kit.config.tokenizer import read_files
-from kit.errors import ENVIRONMENT, KitError
+from kit.errors import KitError
+from kit.hub import fetch_command
 from kit.merging.adapter import CONFIG, MANIFEST, WEIGHTS, read_json, sha256
 from kit.merging.dequantize import Quantization
 from kit.merging.parts import Plan
 from kit.merging.plan import plan_merge
-from kit.stage import check_room, make_staging, publish, refuse_target, sync
+from kit.stage import building, check_room, refuse_target
 from kit.weights import INDEX, find_model, fingerprint
 
 REPORT = "merge.json"
@@ -73,8 +74,7 @@ def merge(
             "was trained (--onto dequantized is)"
         )
     check_room(sum(t.end - t.start for t in plan.tensors.values()), target)
-    staging = make_staging(target)
-    try:
+    with building(target, fsync) as staging:
         report = _build(plan, staging, dtype, fsync, progress)
         report["base"] = {"name_or_path": name, "revision": wanted, "fingerprint": fingerprint(base_folder)}
         report["peak_rss_gb"] = peak_rss_gb()
@@ -89,15 +89,6 @@ def merge(
             report["verification"] = None
         report["seconds"]["all"] = time.perf_counter() - started
         (staging / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        if fsync:
-            for path in [p for p in staging.rglob("*") if p.is_file() and p.suffix != ".safetensors"]:
-                sync(path)
-            sync(staging)
-        publish(staging, target, fsync)
-    except OSError as error:
-        raise KitError(f"{target} could not be written: {error}", code=ENVIRONMENT) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     report["out"] = str(target)
     return report
 
@@ -108,7 +99,7 @@ def find_adapter(source: str | Path) -> tuple[Path, Path | None]:
     if folder is None:
         raise KitError(
             f"{source} is neither a folder nor an adapter in the local Hub cache",
-            fix="give a run, an adapter folder or a cached Hub id; `kit fetch` fetches one",
+            fix="give a run, an adapter folder or a Hub id that `hf download` has fetched",
         )
     if (folder / CONFIG).is_file():
         return folder, None
@@ -183,7 +174,7 @@ def find_base(
         raise KitError(
             f"the base {name}{f' at {wanted}' if wanted else ''} is not on this machine",
             where="--base" if base else str(adapter / CONFIG),
-            fix=f"`kit fetch {name}`, or give its folder with --base",
+            fix=f"{fetch_command('model.name_or_path', name, wanted)}; or give its folder with --base",
         )
     return name, wanted, folder
 

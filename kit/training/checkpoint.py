@@ -6,7 +6,6 @@ Functions named "collective" must run on every rank. No function here copies or 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -25,7 +24,6 @@ ADAPTER = "adapter_model.safetensors"
 Shapes = dict[str, tuple[int, ...]]
 CHUNK = 64 * 1024**2  # elements gathered at once under ZeRO-3; 128 MB in bf16
 # Written into a model's config by Trainer or TRL for the duration of training only.
-TRAINING_ONLY = ("use_cache", "output_router_logits", "router_aux_loss_coef")
 
 
 # ---- ranks ----
@@ -322,47 +320,3 @@ def check_model(folder: Path, state_dict: dict[str, Tensor], ignored: Iterable[s
 def stored_tensors(folder: Path) -> list[StoredTensor]:
     """The headers of every adapter or model file directly in a save, for the manifest's counts."""
     return [t for file in sorted(folder.rglob("*.safetensors")) for t in read_header(file)]
-
-
-# ---- the config of a fully tuned model ----
-
-
-def config_before(model: Any, revision: str | None = None) -> dict[str, dict]:
-    """config and generation_config as they were before a trainer touched them; empty where that cannot be known.
-
-    model: a folder, a Hub id, or a model that no trainer has had yet.
-    """
-    if isinstance(model, str):
-        folder = find_model(model, revision)
-        files = {name: folder / f"{name}.json" for name in ("config", "generation_config")} if folder else {}
-        return {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items() if file.is_file()}
-    found = {name: getattr(model, name, None) for name in ("config", "generation_config")}
-    return {name: json.loads(value.to_json_string()) for name, value in found.items() if value is not None}
-
-
-def restore_config(folder: Path, before: dict[str, dict], tokenizer: Any, keep_pad: bool = False) -> None:
-    """Undo in a saved model's JSON what training set for its own sake. Rewrites config.json, generation_config.json.
-
-    Trainer sets use_cache (T92) and copies the tokenizer's special ids into both configs, TRL sets the padding id and
-    the router keys. An end token that the base did not know was given by the run's tokenizer and stays.
-    keep_pad: the run named a padding token itself.
-    """
-    end = getattr(tokenizer, "eos_token_id", None)
-    for name, original in before.items():
-        path = folder / f"{name}.json"
-        if not path.is_file():
-            continue
-        now = json.loads(path.read_text(encoding="utf-8"))
-        for part, was in [(now, original), *((now.get(k), original.get(k)) for k in ("text_config",))]:
-            if not isinstance(part, dict) or not isinstance(was, dict):
-                continue
-            keys = [*TRAINING_ONLY, "bos_token_id", *([] if keep_pad else ["pad_token_id"])]
-            known_end = was.get("eos_token_id")
-            if end in (known_end if isinstance(known_end, list) else [known_end]):
-                keys.append("eos_token_id")
-            for key in keys:
-                if key in was and (key in part or was[key] is not None):
-                    part[key] = was[key]
-                elif key not in was:
-                    part.pop(key, None)
-        path.write_text(json.dumps(now, indent=2, sort_keys=True) + "\n", encoding="utf-8")

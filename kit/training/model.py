@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 from kit.config.schema import RunPlan
 from kit.config.tokenizer import find_template
-from kit.errors import KitError
+from kit.errors import KitError, first_line
 from kit.quantized import bnb_config, settle
 
 logger = logging.get_logger(__name__)
@@ -139,8 +139,3 @@ def restore_adapter_dtype(model: Any, plan: RunPlan) -> None:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
-
-
-def first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -27,7 +27,7 @@ from trl import SFTTrainer
 
 from kit import manifest
 from kit.errors import FAILED, REFUSED, KitError
-from kit.training import checkpoint, stopping
+from kit.training import checkpoint, saved_config, stopping
 
 logger = logging.get_logger(__name__)
 
@@ -80,7 +80,7 @@ class ModifiedTrainer(SFTTrainer):
         self, model: Any, args: Any = None, *rest: Any, provenance: dict | None = None, **kwargs: Any
     ) -> None:
         revision = (getattr(args, "model_init_kwargs", None) or {}).get("revision")
-        self.config_before = {} if isinstance(model, PeftModel) else checkpoint.config_before(model, revision)
+        self.config_before = {} if isinstance(model, PeftModel) else saved_config.config_before(model, revision)
         self.provenance = provenance or {}
         self.stopped_by_signal = False
         self.saved_step: int | None = None
@@ -227,7 +227,7 @@ class ModifiedTrainer(SFTTrainer):
         # save_pretrained takes the tensors out of the dict that it is given
         self.model.save_pretrained(str(folder), state_dict=dict(tensors))
         checkpoint.check_model(folder, tensors, self.model._keys_to_ignore_on_save or ())
-        checkpoint.restore_config(folder, self.config_before, self.processing_class, bool(self.args.pad_token))
+        saved_config.restore_config(folder, self.config_before, self.processing_class, bool(self.args.pad_token))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         step = self.state.global_step

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kit import manifest
 from kit.config.schema import InitFrom
-from kit.errors import KitError
+from kit.errors import KitError, first_line
 from kit.training.checkpoint import embeddings_changed, finite, full_shape, raw_tensors
 
 KEY = "peft.init_from"
@@ -53,8 +53,7 @@ def read_tensors(folder: Path, source: InitFrom) -> dict[str, Tensor]:
             return load_file(path)
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, SafetensorError, RuntimeError, ValueError, EOFError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise KitError(f"{path} is refused: {reason}", KEY, "give an adapter in safetensors") from error
+        raise KitError(f"{path} is refused: {first_line(error)}", KEY, "give an adapter in safetensors") from error
     if not isinstance(tensors, dict) or not all(isinstance(v, Tensor) for v in tensors.values()):
         raise KitError(f"{path} holds other things than tensors by name", KEY, "give an adapter in safetensors")
     return tensors

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -120,9 +119,3 @@ def wait_for(condition, seconds: float, process: subprocess.Popen[str]) -> None:
         assert process.poll() is None, finish(process)
         assert time.monotonic() < deadline, "did not happen in time"
         time.sleep(0.1)
-
-
-def free_port() -> str:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])

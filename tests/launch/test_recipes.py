@@ -17,6 +17,7 @@ import source_data
 import twins
 
 from kit import api, manifest, paths
+from kit.launchers.command import free_port
 from launch import harness
 
 pytestmark = pytest.mark.launch
@@ -43,7 +44,7 @@ def plans(tmp_path_factory, ops_dir) -> dict[str, Path]:
         if asked.dataset.path in files:
             over.append(f"dataset.path={files[asked.dataset.path]}")
         elif name == "quickstart_base":  # its data is made by the quickstart
-            (work / "corpus.jsonl").write_text(json.dumps({"text": "B comes after A."}) * 1 + "\n")
+            (work / "corpus.jsonl").write_text(json.dumps({"text": "B comes after A."}) + "\n")
             over.append(f"dataset.path={work / 'corpus.jsonl'}")
         done = harness.kit("compose", *over, cwd=work)
         assert done.returncode == 0, f"{name}: {done.stdout}{done.stderr}"
@@ -59,7 +60,7 @@ def trained(plans) -> dict[str, Path]:
     alone = [str(plans[n]) for n in RECIPES if world[n] == 1]
     several = [str(plans[n]) for n in RECIPES if world[n] > 1]
     work = plans[RECIPES[0]].parents[2]
-    port = harness.free_port()
+    port = str(free_port())
     for argv in (
         [sys.executable, script, *alone],
         ["deepspeed", "--num_gpus", "2", "--no_local_rank", "--master_port", port, script, *several],

@@ -1,0 +1,64 @@
+"""What the verbs share of a terminal: quiet libraries, a progress line, problems in words, prompts from a file."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from kit.errors import KitError, Problem
+
+
+def read_prompts(name: str) -> list[str]:
+    try:
+        text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise KitError(f"{name} cannot be read: {error}", "--prompts") from None
+    prompts = [line for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise KitError(f"{name} holds no prompts", "--prompts", "one prompt per line")
+    return prompts
+
+
+def progress(what: str) -> Callable[[int, int], None] | None:
+    """A line that is redrawn on a terminal; nothing elsewhere."""
+    if not sys.stderr.isatty():
+        return None
+
+    def show(done: int, total: int) -> None:
+        end = "\n" if done >= total else ""
+        print(f"\r{what} {100 * done // max(total, 1):3d} %", end=end, file=sys.stderr, flush=True)
+
+    return show
+
+
+def quiet() -> None:
+    """The training stack is there; no chatter from it."""
+    from kit.api import need_stack
+
+    need_stack()
+    for key, value in {
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        "PYTHONWARNINGS": "ignore::FutureWarning",
+    }.items():
+        os.environ.setdefault(key, value)
+    import logging
+    import warnings
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)  # names to come, which a user of the kit never types
+
+
+def print_problems(problems: list[Problem], refused: bool) -> None:
+    """Problem, where, fix: one block each, on standard error."""
+    count = len(problems)
+    if refused and count > 1:
+        print(f"refused: {count} problems\n", file=sys.stderr)
+    for number, problem in enumerate(problems):
+        print(
+            ("\n" if number else "") + ("refused: " if refused and count == 1 else "") + str(problem), file=sys.stderr
+        )
