@@ -29,7 +29,7 @@ check: $(STAMP)
 	PYTHONPATH=. $(BIN)/lint-imports
 
 test-fast: $(STAMP)
-	$(BIN)/python -m pytest -m "not launch"
+	$(BIN)/python -m pytest -m "not launch" -n 2 --dist loadfile
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

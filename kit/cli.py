@@ -267,7 +267,9 @@ def convert(argv: list[str]) -> int:
     )
     parser.add_argument("out", metavar="OUT", help="the folder to make")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (as stored)")
-    parser.add_argument("--shard-gb", type=float, default=4.0, help="the largest file, in 1e9 bytes (4)")
+    parser.add_argument(
+        "--shard-gb", type=float, default=4.0, help="the largest file, in 1e9 bytes (4); pickles stay one file each"
+    )
     parser.add_argument("--max-position-embeddings", type=int, help="the context length (that of the generation)")
     parser.add_argument("--verify-checklist", action="store_true", help="first compare md5s with checklist.chk")
     parser.add_argument("--overwrite", action="store_true", help="replace a folder that this verb made")

@@ -344,6 +344,8 @@ def test_pickled_weights_become_safetensors(tmp_path, parts, tied):
     ids = AutoTokenizer.from_pretrained(tmp_path / "new")("the patient has pain", return_tensors="pt")
     with torch.no_grad():
         assert torch.equal(again(**ids).logits, model(**ids).logits)
+    with pytest.raises(KitError, match="has a config.json of its own"):
+        convert(old, tmp_path / "other", max_position_embeddings=64)
     if parts == 1 and tied:
         assert report["parameters"] == sum(p.numel() for p in model.parameters())
 

@@ -59,6 +59,9 @@ def convert(
         files, params, vocabulary = open_checkpoint(folder)
     stage.refuse_target(target, [folder], overwrite, REPORT, where="OUT")
     if pickled:
+        if max_position_embeddings or verify_checklist:
+            problem = f"{folder} has a config.json of its own and no checklist of Meta's"
+            raise KitError(problem, "--max-position-embeddings, --verify-checklist", "leave them out")
         return convert_pickles(pickled, target, dtype, fsync, progress)
     if verify_checklist:
         check_checklist(folder)
