@@ -80,7 +80,8 @@ def merge(
         report["peak_rss_gb"] = peak_rss_gb()
         if verify:
             begun = time.perf_counter()
-            found = _verified(staging, plan, "auto" if verify is True else str(verify))
+            how = "auto" if verify is True else str(verify)
+            found = _verified(staging, plan, how, run_plan.get("prompts") or [])
             report["as_trained"] = (found.get("logits") or {}).pop("as_trained", None)
             report["verification"] = found
             report["seconds"]["verify"] = time.perf_counter() - begun
@@ -311,12 +312,13 @@ def check_tokenizer(plan: Plan) -> None:
         )
 
 
-def _verified(staging: Path, plan: Plan, how: str) -> dict[str, Any]:
+def _verified(staging: Path, plan: Plan, how: str, own: list[str]) -> dict[str, Any]:
     from kit.merging.compare import verify as compare
+    from kit.merging.logits import PROMPTS
 
     dequantize = bool(plan.dequantized)
-    adapter = plan.adapter.folder
-    return compare(staging, plan.base, adapter, how=how, trained_on=plan.trained_on, dequantize=dequantize)
+    prompts, adapter = [*PROMPTS, *own], plan.adapter.folder  # and the run's own questions
+    return compare(staging, plan.base, adapter, prompts, how, trained_on=plan.trained_on, dequantize=dequantize)
 
 
 def peak_rss_gb() -> float:

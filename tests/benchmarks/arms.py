@@ -1,0 +1,193 @@
+"""What the training benchmarks share: a random base, rows, and one run of the kit or of plain TRL with its figures."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+SHAPES = {
+    "8b": dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+               num_key_value_heads=8, vocab_size=128256, rope_theta=500000.0, max_position_embeddings=8192),
+    "7b": dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
+               num_key_value_heads=32, vocab_size=32000, rope_theta=10000.0, max_position_embeddings=4096),
+    "1b7": dict(hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16, head_dim=128,
+                num_key_value_heads=8, vocab_size=151936, rope_theta=1000000.0, max_position_embeddings=40960,
+                model_type="qwen3", tie_word_embeddings=True),
+    "tiny": dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=2, vocab_size=1024, max_position_embeddings=8192),
+}  # fmt: skip
+LORA = dict(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", bias="none", task_type="CAUSAL_LM")
+
+
+def make_base(folder: Path, shape: str, device: str) -> None:
+    """A random bf16 base with a word tokenizer, saved in shards; kept when it is there."""
+    if (folder / "done").exists():
+        return
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(1000))]
+    raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    fields = {"model_type": "llama", "tie_word_embeddings": False, **SHAPES[shape]}
+    config = AutoConfig.for_model(**fields, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder, max_shard_size="5GB")
+    (folder / "done").touch()
+
+
+def make_data(path: Path, rows: int, words: int) -> None:
+    """Rows of random words, as JSON lines of `text`, or as parquet of Description, Patient and Doctor."""
+    draw = random.Random(0)
+
+    def text(count: int) -> str:
+        return " ".join(f"w{draw.randrange(1000)}" for _ in range(count))
+
+    if path.suffix == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        table = [{"Description": text(16), "Patient": text(words // 2), "Doctor": text(words)} for _ in range(rows)]
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table), path)
+        return
+    with open(path, "w") as f:
+        for _ in range(rows):
+            f.write(json.dumps({"text": text(words)}) + "\n")
+
+
+def environment(cpu: bool = False) -> dict[str, str]:
+    env = {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    env["PATH"] = os.path.dirname(sys.executable) + os.pathsep + env["PATH"]
+    return env | ({"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""} if cpu else {})
+
+
+def call(argv: Sequence[str], env: Mapping[str, str], log: Path, limit: float) -> tuple[int, float]:
+    """Run in a process group of its own; exit code (-9: past `limit`) and seconds."""
+    start = time.time()
+    with open(log, "w") as out:
+        process = subprocess.Popen(argv, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True)
+        try:
+            code = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, 9)
+            code = -9
+    return code, time.time() - start
+
+
+def run_kit(
+    folder: Path, overrides: Sequence[str], env: Mapping[str, str], limit: float
+) -> tuple[dict[str, Any], Path | None]:
+    """`kit train` with a clock in it: its figures and its run directory, which lies in `folder`."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    log, start = folder / "log", time.time()
+    script = f"launch.script={HERE / 'kit_clock.py'}"
+    argv = [sys.executable, "-m", "kit", "train", *overrides, f"runs_dir={folder}", "name=kit", script]
+    code, seconds = call(argv, {**env, "KIT_BENCH_OUT": str(folder)}, log, limit)
+    run = next((f.parent for f in folder.glob("kit-*/metrics.json")), None)
+    if code or run is None:
+        return failure(code, log), None
+    metrics = json.loads((run / "metrics.json").read_text())
+    history = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    raw = json.loads((folder / "clock.json").read_text()) | {
+        "losses": [row["loss"] for row in history if "loss" in row],
+        "checkpoint_seconds": metrics["checkpoint_seconds"],
+        "peak_gb": metrics["peak_memory_gb"],
+    }
+    return figures(raw, start, seconds, folder), run
+
+
+def run_trl(
+    folder: Path, settings: Mapping[str, Any], ranks: int, deepspeed: bool, env: Mapping[str, str], limit: float
+) -> dict[str, Any]:
+    """trl_plain.py with these settings, under `deepspeed` where asked for."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    log, out, file = folder / "log", folder / "figures.json", folder / "settings.json"
+    sft = {**settings["sft"], "output_dir": str(folder / "out"), "disable_tqdm": True}
+    file.write_text(json.dumps({**settings, "sft": sft, "out": str(out)}))
+    argv = [sys.executable]
+    if deepspeed:
+        port = str(20000 + random.randrange(20000))
+        argv += ["-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", port]
+    start = time.time()
+    code, seconds = call(
+        [*argv, str(HERE / "trl_plain.py"), str(file)], {**env, "KIT_BENCH_OUT": str(folder)}, log, limit
+    )
+    if code or not out.exists():
+        return failure(code, log)
+    return figures(json.loads(out.read_text()), start, seconds, folder)
+
+
+def same_settings(plan_file: Path) -> dict[str, Any]:
+    """What a plan says, as settings of trl_plain.py: an expert's own script for the same run."""
+    plan = json.loads(plan_file.read_text())
+    init = {"dtype": plan["model"]["dtype"]}
+    sft = {**plan["trainer"], "model_init_kwargs": init}
+    if plan.get("deepspeed"):
+        sft["deepspeed"] = str(plan_file.parent / "ds_config.json")
+    return {
+        "sft": sft, "model": plan["model"]["name_or_path"], "peft": plan.get("peft"),
+        "quantization": plan.get("quantization"),
+    }  # fmt: skip
+
+
+def failure(code: int, log: Path) -> dict[str, Any]:
+    return {"failed": code, "tail": log.read_text(errors="replace")[-1500:]}
+
+
+def figures(raw: dict, start: float, seconds: float, folder: Path) -> dict[str, Any]:
+    """Median step time without the first 3 steps and without those that follow a checkpoint; what loading took."""
+    ends, saves = raw["step_ends"], raw.get("save_steps", [])
+    deltas = [b - a for a, b in zip(ends, ends[1:], strict=False)]
+    timed = [d for i, d in enumerate(deltas, 2) if i > 3 and i - 1 not in saves] or deltas
+    loads = [json.loads(f.read_text()) for f in sorted(folder.glob("load-*.json"))]
+    return {
+        "tokens_per_second": round(raw["tokens_per_step"] / statistics.median(timed), 1),
+        "step_seconds": [round(d, 4) for d in deltas],
+        "first_step_after_seconds": round(ends[0] - start, 1),
+        "all_seconds": round(seconds, 1),
+        "peak_gb": raw["peak_gb"] and round(raw["peak_gb"], 2),
+        "checkpoint_seconds": [round(s, 3) for s in raw["checkpoint_seconds"]],
+        "losses": [round(x, 5) for x in raw["losses"]],
+        "load": loads,
+    }
+
+
+def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    lines = [f"{'case':<16}{'arm':<10}{'tok/s':>10}{'peak GB':>9}{'to step 1, s':>14}{'load s':>8}{'host GB a rank':>16}"]
+    for key, row in rows.items():
+        case, arm = key.split()
+        if "tokens_per_second" not in row:
+            lines.append(f"{case:<16}{arm:<10} {row.get('skipped') or 'failed'}")
+            continue
+        peak = f"{row['peak_gb']:.1f}" if row["peak_gb"] else "-"
+        load = max((one["seconds"] for one in row["load"]), default=0.0)
+        host = " ".join(f"{one['peak_anonymous_gb']:.1f}" for one in row["load"])
+        lines.append(
+            f"{case:<16}{arm:<10}{row['tokens_per_second']:>10,.0f}{peak:>9}{row['first_step_after_seconds']:>14.1f}"
+            f"{load:>8.1f}{host:>16}"
+        )
+    return "\n".join(lines)
