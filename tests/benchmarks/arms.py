@@ -177,7 +177,8 @@ def figures(raw: dict, start: float, seconds: float, folder: Path) -> dict[str, 
 
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    lines = [f"{'case':<16}{'arm':<10}{'tok/s':>10}{'peak GB':>9}{'to step 1, s':>14}{'load s':>8}{'host GB a rank':>16}"]
+    heads = f"{'tok/s':>10}{'peak GB':>9}{'to step 1, s':>14}{'load s':>8}{'host GB a rank':>16}"
+    lines = [f"{'case':<16}{'arm':<10}{heads}"]
     for key, row in rows.items():
         case, arm = key.split()
         if "tokens_per_second" not in row:

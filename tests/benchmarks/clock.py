@@ -45,7 +45,7 @@ def saves_at(args: Any, step: int) -> bool:
 
 
 def memory_gb(field: str) -> float:
-    """A line of /proc/self/status. RssAnon is what a process cannot give back; RssFile is the page cache it looks at."""
+    """A line of /proc/self/status. RssAnon is what a process holds itself; RssFile is page cache that it looks at."""
     for line in open("/proc/self/status"):
         if line.startswith(field + ":"):
             return int(line.split()[1]) / 1e6

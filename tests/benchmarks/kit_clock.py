@@ -8,8 +8,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from kit.worker import main
 
 if __name__ == "__main__":
-    import kit.training.model
     from clock import Clock, watched
+
+    import kit.training.model
 
     kit.training.model.load_model = watched(kit.training.model.load_model)
     main(callbacks=[Clock()])

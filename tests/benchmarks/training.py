@@ -3,9 +3,9 @@
     python tests/benchmarks/training.py --cases lora nf4 int8 doctor full --out results.json       (2 GPUs of 80 GB)
     python tests/benchmarks/training.py --tiny --cpu --cases lora nf4 zero2 --out /tmp/x.json      (rehearsal)
 
-Arms: `kit` (the plan), `trl` (SFTTrainer as it comes: its own defaults, a string model, an "auto" JSON of the stage) and
-`same` (the same script with the plan's own settings and its resolved DeepSpeed JSON). Bases are random, made once. One
-process group per arm. Cases of one GPU run side by side, one on each; the others alone, the base's files dropped from
+Arms: `kit` (the plan), `trl` (SFTTrainer as it comes: its own defaults, a string model, an "auto" JSON of the stage)
+and `same` (the same script with the plan's own settings and its resolved DeepSpeed JSON). Bases are random, made once.
+One process group per arm. Cases of one GPU run side by side, one on each; the others alone, the base's files dropped from
 the page cache before each arm. JSON is written after each arm; an arm that it holds is not run again.
 """
 
@@ -77,8 +77,8 @@ class Bench:
         base, data = self.work / f"base-{shape}", self.work / f"{name}.{'parquet' if name == 'doctor' else 'jsonl'}"
         make_data(data, 2 * gpus * micro * a.steps, length + 8)
         saves = name.startswith("zero")
-        common = dict(per_device_train_batch_size=micro, max_length=length, max_steps=a.steps, logging_steps=1, seed=42,
-                      report_to="none", save_strategy="steps" if saves else "no")  # fmt: skip
+        common = dict(per_device_train_batch_size=micro, max_length=length, max_steps=a.steps, logging_steps=1,
+                      seed=42, report_to="none", save_strategy="steps" if saves else "no")  # fmt: skip
         if saves:
             common["save_steps"] = a.steps // 2
         env = environment(a.cpu)
@@ -92,7 +92,8 @@ class Bench:
             if gpu is None:
                 evict(base)
             if arm.startswith("kit"):
-                settings = [*overrides, f"model.name_or_path={base}", f"dataset.path={data}", f"launch.num_gpus={gpus}"]
+                settings = [*overrides, f"model.name_or_path={base}", f"dataset.path={data}"]
+                settings += [f"launch.num_gpus={gpus}"]
                 settings += [f"trainer.{k}={v}" for k, v in common.items()]
                 settings += ["launch=local"] if gpus == 1 else ["launch=deepspeed"]
                 settings += [f"prompts={json.dumps(PROMPTS)}"]
@@ -162,8 +163,8 @@ def machine() -> dict[str, Any]:
     import torch
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    names = ("torch", "transformers", "trl", "peft", "deepspeed", "bitsandbytes")
-    return {"gpus": gpus, "cores": os.cpu_count(), "python": platform.python_version()} | {n: version(n) for n in names}
+    found = {"gpus": gpus, "cores": os.cpu_count(), "python": platform.python_version()}
+    return found | {n: version(n) for n in ("torch", "transformers", "trl", "peft", "deepspeed", "bitsandbytes")}
 
 
 def in_lanes(jobs: Sequence[Callable[[int], None]], lanes: int) -> None:

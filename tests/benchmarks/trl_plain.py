@@ -35,7 +35,7 @@ def main(path: str) -> None:
         fields = {k: v for k, v in quantization.items() if k != "quant_method" and v is not None}
         init = settings["sft"].setdefault("model_init_kwargs", {})
         init["quantization_config"] = BitsAndBytesConfig(**fields)
-    if settings["sft"].get("deepspeed") and settings["sft"].get("use_cpu"):  # the rehearsal: zero.Init asks for the world
+    if settings["sft"].get("deepspeed") and settings["sft"].get("use_cpu"):  # zero.Init asks it
         import deepspeed
 
         deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
