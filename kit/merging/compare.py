@@ -16,7 +16,7 @@ from kit.merging.dequantize import Quantization, restore_by_bitsandbytes
 from kit.merging.logits import check_logits
 from kit.merging.parts import Plan
 from kit.merging.plan import plan_merge
-from kit.merging.stream import torch_dtype
+from kit.merging.stream import side_by_side, torch_dtype
 from kit.weights import Tensor, read_config, read_tensors
 
 BAND = 64  # rows of each module that are computed again
@@ -67,21 +67,22 @@ def check_tensors(out: Path, plan: Plan, stored: dict[str, Tensor]) -> dict[str,
 
     adapter, names = plan.adapter, plan.names
     merged = read_tensors(out)
-    named: set[str] = set()
-    compared = values = neighbours = 0
-    with safe_open(adapter.folder / WEIGHTS, "pt") as weights, torch.no_grad():
-        for parameter in _parameters(plan):
+    with safe_open(adapter.folder / WEIGHTS, "pt") as weights:
+
+        def compare(parameter: str) -> tuple[str, int, int]:
             name = names.stored.get(parameter, parameter)
             if name not in merged:
                 name = names.stored.get(names.tied.get(parameter, ""), name)
             if name not in merged:
                 raise KitError(f"{parameter} is not in the merged model", where=str(out), code=FAILED)
             start = stored.get(name) or stored.get(names.stored.get(names.tied.get(parameter, ""), ""))
-            band, expected = _expected(plan, weights, parameter, start)
-            found = _rows(merged[name], band).to(expected.dtype)
-            differing = _compare(name, expected, found, merged[name].dtype)
-            named.add(name)
-            compared, values, neighbours = compared + 1, values + expected.numel(), neighbours + differing
+            with torch.no_grad():  # a thread's own setting
+                band, expected = _expected(plan, weights, parameter, start)
+                found = _rows(merged[name], band).to(expected.dtype)
+                return name, expected.numel(), _compare(name, expected, found, merged[name].dtype)
+
+        compared = side_by_side(compare, _parameters(plan))
+    named = {name for name, _, _ in compared}
     if lost := sorted(stored.keys() - merged.keys()):
         raise KitError(f"{lost[0]} is not in the merged model", where=str(out), code=FAILED)
     untouched = [n for n in stored if n not in named and n not in names.tied]
@@ -91,9 +92,9 @@ def check_tensors(out: Path, plan: Plan, stored: dict[str, Tensor]) -> dict[str,
         if other in merged and other not in stored and other not in named and main not in adapter.full:
             _same_edges(stored[names.stored[main]], merged[other])
     return {
-        "named_by_the_adapter": compared,
-        "values": values,
-        "neighbouring_values": neighbours,
+        "named_by_the_adapter": len(compared),
+        "values": sum(values for _, values, _ in compared),
+        "neighbouring_values": sum(neighbours for _, _, neighbours in compared),
         "tolerance": NEIGHBOURS,
         "untouched": len(untouched),
     }

@@ -13,7 +13,7 @@ from kit.merging.adapter import CONFIG, WEIGHTS
 from kit.merging.dequantize import restore_by_bitsandbytes
 from kit.merging.names import forget_deepspeed, model_class
 from kit.merging.parts import Plan
-from kit.merging.stream import torch_dtype
+from kit.merging.stream import side_by_side, torch_dtype
 from kit.weights import read_config, read_tensors
 
 # Logits of two models with equal weights are equal; the few neighbours above move them by up to 2.3e-4 of their spread
@@ -38,7 +38,8 @@ def check_logits(out: Path, plan: Plan, prompts: list[str] | None, whole: bool) 
     kept = max(set(dtypes), key=dtypes.count)
     dtype = torch.float32 if whole else torch_dtype(kept)
     tokens = make_prompts(out, read_config(out), prompts)
-    model = add_adapter(load_base(plan, dtype), plan.adapter.folder).to(dtype)
+    device = _device(merged, dtype)
+    model = add_adapter(load_base(plan, dtype, device), plan.adapter.folder).to(dtype)
     trained = _logits(model, tokens)
     once = None
     if whole:
@@ -51,7 +52,7 @@ def check_logits(out: Path, plan: Plan, prompts: list[str] | None, whole: bool) 
         once = None if _ties_matter(plan, out) else _logits(model, tokens)
     del model
     gc.collect()
-    model = load(out, dtype)
+    model = load(out, dtype, device)
     ours = _logits(model, tokens)
     del model
     gc.collect()
@@ -60,6 +61,7 @@ def check_logits(out: Path, plan: Plan, prompts: list[str] | None, whole: bool) 
         "prompts": len(tokens),
         "tokens": sum(t.shape[-1] for t in tokens),
         "computed_in": str(dtype).removeprefix("torch."),
+        "computed_on": device,
         **_apart(trained, ours),
         "logits_std": spread,
         "tolerance": ROUNDED[kept] * spread,
@@ -79,7 +81,7 @@ def check_logits(out: Path, plan: Plan, prompts: list[str] | None, whole: bool) 
             code=FAILED,
         )
     if plan.trained_on:
-        result["as_trained"] = _apart(_logits(load_as_trained(plan), tokens), ours) | {"logits_std": spread}
+        result["as_trained"] = _apart(_logits(load_as_trained(plan, device), tokens), ours) | {"logits_std": spread}
     return result
 
 
@@ -118,28 +120,41 @@ def make_prompts(out: Path, config: dict[str, Any], prompts: list[str] | None) -
     return [torch.randint(size, (2, 32), generator=torch.Generator().manual_seed(0))]
 
 
-def load(folder: Path, dtype: Any, quantization_config: Any = None) -> Any:
-    """A model on the CPU in evaluation mode, whatever DeepSpeed state this process was left in."""
+def _device(tensors: dict[str, Any], dtype: Any) -> str:
+    """The GPU where a model of these tensors in `dtype` leaves half of its free memory, else the CPU."""
+    import torch
+
+    needed = sum(math.prod(t.shape) for t in tensors.values()) * dtype.itemsize
+    return "cuda" if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 2 * needed else "cpu"
+
+
+def load(folder: Path, dtype: Any, device: str = "cpu", quantization_config: Any = None) -> Any:
+    """A model in evaluation mode, whatever DeepSpeed state this process was left in."""
     from transformers import AutoConfig
 
     forget_deepspeed()
     config = AutoConfig.from_pretrained(folder)
-    more = {} if quantization_config is None else {"quantization_config": quantization_config, "device_map": "cpu"}
-    return model_class(config).from_pretrained(folder, config=config, dtype=dtype, **more).eval()
+    if quantization_config is not None:  # such a model may not be moved afterwards
+        more = {"quantization_config": quantization_config, "device_map": device}
+        return model_class(config).from_pretrained(folder, config=config, dtype=dtype, **more).eval()
+    return model_class(config).from_pretrained(folder, config=config, dtype=dtype).eval().to(device)
 
 
-def load_base(plan: Plan, dtype: Any) -> Any:
+def load_base(plan: Plan, dtype: Any, device: str = "cpu") -> Any:
     """The base that a plan merges onto: as it is stored, or with what quantizing left of its linear layers."""
     model = load(plan.base, dtype)
-    for module in plan.dequantized:
+
+    def restore(module: str) -> None:
         weight = model.get_submodule(module).weight
-        restore = plan.restores(f"{module}.weight")
-        assert restore is not None
-        weight.data = restore_by_bitsandbytes(weight.data, *restore).to(dtype).contiguous()
-    return model
+        how = plan.restores(f"{module}.weight")
+        assert how is not None
+        weight.data = restore_by_bitsandbytes(weight.data, *how).to(dtype).contiguous()
+
+    side_by_side(restore, plan.dequantized)
+    return model.to(device)
 
 
-def load_as_trained(plan: Plan) -> Any:
+def load_as_trained(plan: Plan, device: str) -> Any:
     """Quantized base + adapter as the run had them, the arithmetic in float32."""
     import torch
     from bitsandbytes.nn import Int8Params, Linear4bit, Params4bit
@@ -148,7 +163,9 @@ def load_as_trained(plan: Plan) -> Any:
 
     assert plan.trained_on is not None
     dtype = getattr(torch, plan.trained_on.dtype)
-    model = add_adapter(settle(load(plan.base, dtype, bnb_config(plan.trained_on.fields))), plan.adapter.folder)
+    model = add_adapter(
+        settle(load(plan.base, dtype, device, bnb_config(plan.trained_on.fields))), plan.adapter.folder
+    )
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.compute_dtype = torch.float32
@@ -190,4 +207,4 @@ def _logits(model: Any, tokens: list[Any]) -> list[Any]:
     import torch
 
     with torch.no_grad():
-        return [model(input_ids=ids).logits.float() for ids in tokens]
+        return [model(input_ids=ids.to(model.device)).logits.float().cpu() for ids in tokens]

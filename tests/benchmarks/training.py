@@ -5,8 +5,8 @@
 
 Arms: `kit` (the plan), `trl` (SFTTrainer as it comes: its own defaults, a string model, an "auto" JSON of the stage)
 and `same` (the same script with the plan's own settings and its resolved DeepSpeed JSON). Bases are random, made once.
-One process group per arm. Cases of one GPU run side by side, one on each; the others alone, the base's files dropped from
-the page cache before each arm. JSON is written after each arm; an arm that it holds is not run again.
+One process group per arm. Cases of one GPU run side by side, one on each; the others alone, the base's files dropped
+from the page cache before each arm. JSON is written after each arm; an arm that it holds is not run again.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import platform
+import subprocess
 import sys
 import threading
 import time
@@ -23,7 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from arms import LORA, call, environment, make_base, make_data, run_kit, run_trl, same_settings, table
+from arms import HERE, LORA, call, environment, make_data, run_kit, run_trl, same_settings, table
 
 LORA_RUN = [*(f"peft.{k}={v}" for k, v in LORA.items()), "trainer.bf16=true"]
 FULL = ["recipe=llama3_1_8b_full_zero3", "trainer.assistant_only_loss=false", "trainer.gradient_accumulation_steps=1"]
@@ -116,7 +117,7 @@ class Bench:
                 row = run_trl(folder, chosen, gpus, gpus > 1, env, a.limit)
             self.keep(key, row)
 
-    def merge(self, onto: str) -> None:
+    def merge(self, onto: str, gpu: int) -> None:
         """`kit merge` of the nf4 run, with the prompts' logits compared."""
         key = f"merge_nf4 {onto}"
         run = next(self.work.glob("nf4-kit/kit-*/plan.json"), None)
@@ -124,7 +125,8 @@ class Bench:
             return
         out, log = self.work / f"merged-{onto}", self.work / f"merge-{onto}.log"
         argv = [sys.executable, "-m", "kit", "merge", str(run.parent), "--onto", onto, "--out", str(out)]
-        code, seconds = call([*argv, "--overwrite", "--verify", "logits"], environment(True), log, self.a.limit)
+        env = environment(self.a.cpu) | ({} if self.a.cpu else {"CUDA_VISIBLE_DEVICES": str(gpu)})
+        code, seconds = call([*argv, "--overwrite", "--verify", "logits"], env, log, self.a.limit)
         report = out / "merge.json"
         row: dict[str, Any] = {"all_seconds": round(seconds, 1), "said": log.read_text(errors="replace")[-1500:]}
         row |= {"report": json.loads(report.read_text())} if code == 0 and report.exists() else {"failed": code}
@@ -202,12 +204,16 @@ def main() -> None:
     bench = Bench(a)
     for shape in dict.fromkeys("tiny" if a.tiny else CASES[c][1] for c in a.cases if c in CASES):
         start = time.time()
-        make_base(bench.work / f"base-{shape}", shape, "cpu" if a.cpu else "cuda")
+        made = f"import sys; sys.path.insert(0, {str(HERE)!r}); import arms; from pathlib import Path; "
+        made += (
+            f"arms.make_base(Path({str(bench.work / f'base-{shape}')!r}), {shape!r}, {'cpu' if a.cpu else 'cuda'!r})"
+        )
+        subprocess.run([sys.executable, "-c", made], check=True)  # a process of its own: it leaves no GPU memory taken
         print(f"base {shape}: {time.time() - start:.1f} s", flush=True)
     alone = [c for c in a.cases if c in CASES and CASES[c][0] == 1]
     in_lanes([lambda gpu, c=c: bench.case(c, a.arms, gpu) for c in alone], a.lanes)
     if "merge_nf4" in a.cases:
-        in_lanes([lambda _, o=o: bench.merge(o) for o in ("original", "dequantized")], a.lanes)
+        in_lanes([lambda gpu, o=o: bench.merge(o, gpu) for o in ("original", "dequantized")], a.lanes)
     for name in a.cases:
         if name in CASES and name not in alone:
             bench.case(name, a.arms, None)
