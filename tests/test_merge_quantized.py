@@ -152,3 +152,23 @@ def test_onto_without_a_quantized_base_is_refused(base, chat, tmp_path):
             assert onto == "original"
     with pytest.raises(KitError, match="onto='elsewhere' is not known"):
         merge(run, onto="elsewhere")
+
+
+def test_scales_quantized_twice_hang_on_no_number_of_threads():
+    """A mean of 900,000 scales in another order moves codes; writer and check sum in one (seen on an 8B base)."""
+    from kit.merging.dequantize import quantize_scales
+    from kit.merging.stream import side_by_side
+
+    scales = torch.rand(917_504, generator=torch.Generator().manual_seed(0)) * 0.01 + 0.05
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        alone = quantize_scales(scales)
+        torch.set_num_threads(2)
+        by_two = quantize_scales(scales)
+        together = side_by_side(quantize_scales, [scales, scales])
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(alone, found) for found in together)
+    assert not torch.equal(alone, by_two), "two threads sum as one does here: this test shows nothing"
