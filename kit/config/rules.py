@@ -90,7 +90,7 @@ READING = [
     read_by("read", "count", "T69", "launch.num_gpus"),
     read_by("resolve", "batch", "T5", "global_batch_size", "trainer.per_device_train_batch_size",
             "trainer.gradient_accumulation_steps", "launch.num_gpus"),
-    read_by("read", "peft-none", "T57", "peft"),
+    read_by("read", "peft-none", "kit/config/schema.py", "peft"),
     read_by("read", "peft-type", "peft PEFT_TYPE_TO_CONFIG_MAPPING", "peft.peft_type"),
     read_by("dataset", "dataset-files", "fault 31", "dataset.path", "dataset.eval_path"),
     read_by("dataset", "dataset-rows", "fault 24", "dataset.path", "dataset.eval_path"),

@@ -27,6 +27,10 @@ def evaluates(f: Facts) -> bool:
     return setting(f, "eval_strategy") != "no"
 
 
+def holds_out(f: Facts) -> bool:
+    return any(f.plan["dataset"][key] for key in ("eval_path", "eval_split", "test_size"))
+
+
 def best_model(f: Facts) -> Found:
     if not setting(f, "load_best_model_at_end"):
         return
@@ -68,8 +72,7 @@ def best_metric(f: Facts) -> Found:
 
 
 def eval_without_data(f: Facts) -> Found:
-    d = f.plan["dataset"]
-    if evaluates(f) and not (d["eval_path"] or d["eval_split"] or d["test_size"]):
+    if evaluates(f) and not holds_out(f):
         yield "evaluation is on, but there is no held-out data", "trainer.eval_strategy", "dataset.test_size=0.1"
 
 
@@ -86,7 +89,8 @@ def eval_never(f: Facts) -> Found:
 
 def eval_batch(f: Facts) -> Found:
     train, held = setting(f, "per_device_train_batch_size"), setting(f, "per_device_eval_batch_size")
-    if evaluates(f) and held > 4 * train and not f.chosen("trainer.per_device_eval_batch_size"):
+    scored = evaluates(f) or holds_out(f)  # what is held out is scored at the end in any case
+    if scored and held > 4 * train and not f.chosen("trainer.per_device_eval_batch_size"):
         yield (
             f"evaluation takes {held} rows at once, training {train}: it may run out of memory alone",
             "trainer.per_device_eval_batch_size",
