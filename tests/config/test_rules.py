@@ -229,7 +229,7 @@ QUIET = [
     [*MOE, "deepspeed=zero2", *GPU],
     [*TIED, "peft.modules_to_save=[lm_head]", "peft.ensure_weight_tying=true"],
     ["peft.modules_to_save=[norm,embed_tokens,lm_head]"],
-    ["peft.rank_pattern={q_proj: 4}", 'peft.alpha_pattern={"self_attn.v_proj": 8}'],
+    ["peft.rank_pattern={q_proj: 4}", "peft.alpha_pattern={v_proj: 8}"],
     ["model.attn_implementation=kernels-community/flash-attn2", *GPU],
     ["model.attn_implementation=eager"],
     ["trainer.max_steps=100", "trainer.warmup_steps=0.03"],
