@@ -133,8 +133,8 @@ def read_table(
 
 
 def of_right_kind(values: dict[str, Any], found: list[Problem], section: str) -> dict[str, Any]:
-    """`values` without what was refused for its kind: the rules that follow count, compare and split what is left."""
-    wrong = {re.split(r"[.\[]", p.where.removeprefix(section + "."))[0] for p in found if p.rule == "kind"}
+    """`values` without what was refused for its kind or size: the rules compute with what is left."""
+    wrong = {re.split(r"[.\[]", p.where.removeprefix(section + "."))[0] for p in found if p.rule in ("kind", "range")}
     return {key: value for key, value in values.items() if key not in wrong}
 
 

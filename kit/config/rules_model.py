@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from kit.config import architectures
+from kit.config import architectures, zero
 
 if TYPE_CHECKING:
     from kit.config.rules import Facts
@@ -100,9 +100,8 @@ def moe_leaf(f: Facts) -> Found:
     kind = family(f)
     if f.stage != 3 or experts < 2 or kind in KNOWN_LEAVES:
         return
-    zero = (f.plan["deepspeed"] or {}).get("zero_optimization") or {}
-    leaves = zero.get("leaf_module") or {}
-    if any(leaves.get(key) for key in ("classes", "names", "name_suffixes")):
+    leaves = zero.at(f.plan["deepspeed"], "zero_optimization.leaf_module")
+    if any(zero.at(leaves, key) for key in ("classes", "names", "name_suffixes")):
         return
     key = "deepspeed.zero_optimization.leaf_module"
     yield (
@@ -114,7 +113,7 @@ def moe_leaf(f: Facts) -> Found:
 
 
 def autotp_experts(f: Facts) -> Found:
-    size = ((f.plan["deepspeed"] or {}).get("tensor_parallel") or {}).get("autotp_size") or 0
+    size = zero.at(f.plan["deepspeed"], "tensor_parallel.autotp_size")
     if isinstance(size, int) and size > 1 and any(whole(text(f).get(key)) for key in EXPERTS):
         yield (
             "transformers cannot fuse the stored experts of this base under DeepSpeed's tensor parallelism",
@@ -124,7 +123,7 @@ def autotp_experts(f: Facts) -> Found:
 
 
 def autotp_heads(f: Facts) -> Found:
-    size = ((f.plan["deepspeed"] or {}).get("tensor_parallel") or {}).get("autotp_size") or 0
+    size = zero.at(f.plan["deepspeed"], "tensor_parallel.autotp_size")
     config = text(f)
     heads = whole(config.get("num_key_value_heads")) or whole(config.get("num_attention_heads", config.get("n_head")))
     if isinstance(size, int) and size > 1 and heads and heads % size:

@@ -92,7 +92,7 @@ def eval_batch(f: Facts) -> Found:
     scored = evaluates(f) or holds_out(f)  # what is held out is scored at the end in any case
     if scored and held > 4 * train and not f.chosen("trainer.per_device_eval_batch_size"):
         yield (
-            f"evaluation takes {held} rows at once, training {train}: it may run out of memory alone",
+            f"evaluation takes {held} rows at once and training {train}: it may run out of memory first",
             "trainer.per_device_eval_batch_size",
             f"trainer.per_device_eval_batch_size={train}",
         )

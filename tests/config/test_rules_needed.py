@@ -296,7 +296,8 @@ ELSEWHERE = {
         quantized-gpu-memory quantized-cpu-offload""",
     "about time, memory or ports of a machine": "bf16-slow-cpu port-taken host-memory",
     "needs a quantized base; tried by tests/launch/test_quantized.py and tests/test_merge_quantized.py": """
-        quantized-full quantized-peft quantized-saved-module quantized-lora-bias quantized-int8-main quantized-stored bitsandbytes""",
+        quantized-full quantized-peft quantized-saved-module quantized-lora-bias quantized-int8-main
+        quantized-stored bitsandbytes""",
     "read in transformers' source; training apart would take a model of that family": "packing-recurrent",
     "says what cannot have an effect": "sampling",
     "needs liger-kernel, which is not among the pinned packages": "liger-loss",
