@@ -139,4 +139,10 @@ def plan_summary(plan: RunPlan) -> dict[str, Any]:
         f"{plan.trainer['gradient_accumulation_steps']} x {plan.world_size}",
         "data": Path(plan.dataset.path).name,
         "notes": plan.notes,
+        "warnings": warnings(plan),
     }
+
+
+def warnings(plan: RunPlan) -> list[str]:
+    """What the rules say about a plan that they do not refuse, a line to each, with the rule's id."""
+    return [f"{w['problem']} ({w['where']}); {w['fix']} [{w['rule']}]" for w in plan.warnings]

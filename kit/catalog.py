@@ -82,6 +82,6 @@ def summary(recipe: str) -> list[str]:
         facts = api.plan_summary(api.compose(f"recipe={recipe}"))
     except KitError as error:
         return [f"nothing yet: {error.problems[0].problem} (kit check recipe={recipe})"]
-    notes = facts.pop("notes")
+    notes = facts.pop("notes") + facts.pop("warnings")
     del facts["run"]
     return [f"{key:<10} {value}" for key, value in facts.items()] + [f"note       {note}" for note in notes]

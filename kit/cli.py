@@ -112,7 +112,14 @@ def check(argv: list[str]) -> int:
     parser.add_argument("--config-dir", "-cd", help="a folder with groups and recipes of your own")
     parser.add_argument("--json", action="store_true", help="the problems, or the plan, as JSON")
     parser.add_argument("--here", action="store_true", help="also ask whether this machine's hardware will do")
+    parser.add_argument("--rules", action="store_true", help="every rule, a line to each")
+    parser.add_argument("--explain", metavar="RULE", help="what a rule is about, and where the knowledge comes from")
     a = parser.parse_intermixed_args(argv)
+    if a.rules or a.explain:
+        from kit.config import explain
+
+        print(explain.explain(a.explain) if a.explain else explain.listing())
+        return DONE
     from kit import api
 
     try:
@@ -128,6 +135,8 @@ def check(argv: list[str]) -> int:
     for key, value in api.plan_summary(plan).items():
         for line in [value] if isinstance(value, str) or not isinstance(value, list) else value:
             print(f"{key:<10} {line}")
+    if plan.warnings:
+        print("\nkit check --explain RULE tells more about a [rule]", file=sys.stderr)
     print("valid")
     return DONE
 
@@ -143,6 +152,8 @@ def compose(argv: list[str]) -> int:
 
     try:
         plan = rundir.create(api.compose(*a.overrides, here=True, world_size=a.world_size), a.fresh)
+        for line in api.warnings(plan):  # standard error reaches the user, standard output the ranks
+            print(f"kit: warning: {line}", file=sys.stderr)
         print(json.dumps({"plan": str(plan.run_path / rundir.PLAN)}))
         return DONE
     except KitError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 DONE, REFUSED, ENVIRONMENT, FAILED, STOPPED = 0, 2, 3, 4, 75  # exit codes; 75 = EX_TEMPFAIL, "requeue me"
 
@@ -16,7 +16,7 @@ def first_line(error: BaseException | str) -> str:
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong: what, where (file, key or row) and the fix."""
+    """One thing that is wrong: what, where (file, key or row), the fix, and the rule (`kit check --explain`)."""
 
     problem: str
     where: str = ""
@@ -29,17 +29,30 @@ class Problem:
             lines.append(f"  where: {self.where}")
         if self.fix:
             lines.append(f"  fix:   {self.fix}")
+        if self.rule:
+            lines.append(f"  rule:  {self.rule}")
         return "\n".join(lines)
+
+
+def named(problems: Iterable[Problem], rule: str) -> list[Problem]:
+    """The problems with `rule` where they name none: what a reader of files found does not know whose file it is."""
+    return [p if p.rule else replace(p, rule=rule) for p in problems]
 
 
 class KitError(Exception):
     """A refusal that a person can act on; `code` is the exit code of the command."""
 
     def __init__(
-        self, problem: str | Iterable[Problem], where: str = "", fix: str = "", *, code: int = REFUSED
+        self,
+        problem: str | Iterable[Problem],
+        where: str = "",
+        fix: str = "",
+        *,
+        code: int = REFUSED,
+        rule: str = "",
     ) -> None:
         if isinstance(problem, str):
-            problem = [Problem(problem, where, fix)]
+            problem = [Problem(problem, where, fix, rule)]
         self.problems = list(problem)
         self.code = code
         super().__init__("\n".join(str(p) for p in self.problems))

@@ -62,3 +62,5 @@ def print_problems(problems: list[Problem], refused: bool) -> None:
         print(
             ("\n" if number else "") + ("refused: " if refused and count == 1 else "") + str(problem), file=sys.stderr
         )
+    if any(problem.rule for problem in problems):
+        print("\nkit check --explain RULE tells more", file=sys.stderr)

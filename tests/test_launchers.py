@@ -73,7 +73,7 @@ def test_precision_and_count_follow_this_machine(plan_of, monkeypatch):
     machine()
     monkeypatch.setattr(hardware, "cpu_multiplies_bf16", lambda: False)
     assert (plan_of(here=True).precision, plan_of(here=True).trainer["use_cpu"]) == ("float32", True)
-    assert any("25-50 times slower" in note for note in plan_of("trainer.bf16=true", here=True).notes)
+    assert any("25-50 times slower" in w["problem"] for w in plan_of("trainer.bf16=true", here=True).warnings)
 
 
 def test_dead_lock_is_named_and_a_living_one_is_left_alone(tmp_path, monkeypatch):

@@ -86,6 +86,8 @@ def test_the_wheel_holds_the_package_and_its_configuration(built):
     expected = {f"kit/{f.relative_to(ROOT / 'kit')}" for f in (ROOT / "kit").rglob("*.py")} | {
         "kit/config/fields.json",
         "kit/config/architectures.json",
+        "kit/config/stories.yaml",
+        "kit/config/RULES.md",
     }
     expected |= {f"kit/ds_configs/{f.name}" for f in (ROOT / "ds_configs").glob("*.json")}
     expected |= {f"kit/hydra_conf/recipe/{f.relative_to(ROOT / 'recipes')}" for f in (ROOT / "recipes").rglob("*.*")}

@@ -73,7 +73,8 @@ def test_refused_at_check(compose, monkeypatch):
             compose(line)
         assert refused.value.code == REFUSED and all(word in str(refused.value) for word in words), refused.value
     assert any(
-        "comet_ml sends what its own settings say" in note for note in compose("tracking.report_to=comet_ml").notes
+        "comet_ml sends what its own settings say" in w["problem"]
+        for w in compose("tracking.report_to=comet_ml").warnings
     )
     monkeypatch.setattr(trackers, "find_spec", lambda package: None)
     compose("trainer.report_to=[wandb,trackio]")  # for another machine

@@ -94,7 +94,7 @@ def apply(tree: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     try:
         for override in OverridesParser.create().parse_overrides(overrides):
             if override.is_delete() or override.is_sweep_override():
-                raise KitError(f"{override.input_line} cannot be used here", fix="give key=value")
+                raise KitError(f"{override.input_line} cannot be used here", fix="give key=value", rule="override")
             OmegaConf.update(cfg, override.key_or_group, override.value(), force_add=True)
         return plain(cfg)
     except (HydraException, OmegaConfBaseException) as error:
@@ -133,6 +133,7 @@ def read_args(args: list[str], flags: list[str] | None = None) -> tuple[list[str
                 f"{arg!r} is neither key=value nor a YAML file",
                 where="command line",
                 fix=f"recipe={arg}" if re.fullmatch(r"[\w-]+", arg) else "give key=value",
+                rule="override",
             )
         if key == "deepspeed" and value.strip("\"'").endswith(".json"):
             overrides += ["deepspeed=none", f"++deepspeed.file={value}"]
@@ -152,20 +153,27 @@ def store_run_file(path: Path, given: set[str]) -> list[str]:
     """Put a user's run.yaml in place of a recipe; `deepspeed: zero2` in it chooses a group as on the command line."""
     if "recipe" in given:
         raise KitError(
-            f"both {path} and recipe= are given", where="command line", fix="name the recipe inside the file"
+            f"both {path} and recipe= are given",
+            where="command line",
+            fix="name the recipe inside the file",
+            rule="run-file",
         )
     try:
         tree = OmegaConf.load(path)
     except FileNotFoundError:
         raise KitError(
-            f"there is no file {path}", "command line", "check the path; it is taken from where you stand"
+            f"there is no file {path}",
+            "command line",
+            "check the path; it is taken from where you stand",
+            rule="run-file",
         ) from None
     except RecursionError:
-        raise KitError(f"{path} is nested too deeply", str(path), "write it flat") from None
+        raise KitError(f"{path} is nested too deeply", str(path), "write it flat", rule="run-file") from None
     except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise KitError(f"{path} is not YAML: {' '.join(str(error).split())}", str(path), "mend the line") from None
+        said = f"{path} is not YAML: {' '.join(str(error).split())}"
+        raise KitError(said, str(path), "mend the line", rule="run-file") from None
     if not isinstance(tree, DictConfig):
-        raise KitError(f"{path} must hold key: value lines", str(path), "trainer:\n  max_steps: 10")
+        raise KitError(f"{path} must hold key: value lines", str(path), "trainer:\n  max_steps: 10", rule="run-file")
     content: dict[str, Any] = OmegaConf.to_container(tree)  # type: ignore[assignment]
     chosen: list[str] = []
     for group in GROUPS:
@@ -271,14 +279,22 @@ def refusal(error: Exception, args: list[str]) -> KitError:
         near = difflib.get_close_matches(name, names, 1)
         fix = f"did you mean {group}={near[0]}? " if near else ""
         return KitError(
-            f"there is no {group} named {name!r}", f"command line: {group}={name}", f"{fix}known: {', '.join(names)}"
+            f"there is no {group} named {name!r}",
+            f"command line: {group}={name}",
+            f"{fix}known: {', '.join(names)}",
+            rule="group-choice",
         )
     variable = re.search(r"Environment variable '(\w+)' not found", text)
     if variable:
-        return KitError(f"the environment variable {variable[1]} is not set", fix=f"export {variable[1]}=...")
+        said = f"the environment variable {variable[1]} is not set"
+        return KitError(said, fix=f"export {variable[1]}=...", rule="environment-variable")
     culprit = next((a for a in args if a and a in text), "command line")
     return KitError(
-        [Problem(text, culprit, "Hydra's override grammar: key=value, key=[a,b], key={a:1}, 'key=\"a b\"'")]
+        [
+            Problem(
+                text, culprit, "Hydra's override grammar: key=value, key=[a,b], key={a:1}, 'key=\"a b\"'", "override"
+            )
+        ]
     )
 
 
@@ -288,11 +304,13 @@ def misread(error: Exception, args: list[str]) -> KitError:
         group, equals, value = arg.lstrip("+~").partition("=")
         if equals and group in GROUPS and not re.fullmatch(r"[A-Za-z][\w./-]*", value.strip("\"'")):
             names = ", ".join(options(group))
-            return KitError(f"{group}={value} names no choice of {group}", f"command line: {arg}", f"known: {names}")
+            said = f"{group}={value} names no choice of {group}"
+            return KitError(said, f"command line: {arg}", f"known: {names}", rule="group-choice")
     if isinstance(error, RecursionError):
-        return KitError("a value is nested too deeply", "command line", "leave out the inner brackets")
+        said = "a value is nested too deeply"
+        return KitError(said, "command line", "leave out the inner brackets", rule="override")
     text = " ".join(str(error).split())
-    return KitError(f"the overrides cannot be composed: {text}", "command line", "check the values")
+    return KitError(f"the overrides cannot be composed: {text}", "command line", "check the values", rule="override")
 
 
 def options(group: str) -> list[str]:

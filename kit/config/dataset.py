@@ -25,22 +25,36 @@ def find_files(path: str) -> list[Path] | None:
     if place.is_file():
         if place.suffix.lower() not in SUFFIXES:
             raise KitError(
-                f"{place} has a suffix that is not known", "dataset.path", f"use one of {' '.join(sorted(SUFFIXES))}"
+                f"{place} has a suffix that is not known",
+                "dataset.path",
+                f"use one of {' '.join(sorted(SUFFIXES))}",
+                rule="dataset-files",
             )
         return [place]
     if place.is_dir():
         files = sorted(f for f in place.iterdir() if f.suffix.lower() in SUFFIXES)
         if not files:
             raise KitError(
-                f"the folder {place} holds no data file", "dataset.path", f"put {', '.join(SUFFIXES)} in it"
+                f"the folder {place} holds no data file",
+                "dataset.path",
+                f"put {', '.join(SUFFIXES)} in it",
+                rule="dataset-files",
             )
         if len({SUFFIXES[f.suffix.lower()] for f in files}) > 1:
-            raise KitError(f"the folder {place} mixes file kinds", "dataset.path", "name one file, or keep one kind")
+            raise KitError(
+                f"the folder {place} mixes file kinds",
+                "dataset.path",
+                "name one file, or keep one kind",
+                rule="dataset-files",
+            )
         return files
     if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and place.suffix.lower() not in SUFFIXES and not path.startswith("."):
         return None
     raise KitError(
-        f"there is no data file {place}", "dataset.path", "check the path; it is taken from where you stand"
+        f"there is no data file {place}",
+        "dataset.path",
+        "check the path; it is taken from where you stand",
+        rule="dataset-files",
     )
 
 
@@ -49,7 +63,7 @@ def columns(files: list[Path], path: str) -> list[str] | None:
 
     KitError where there is no row, or where a file cannot be read.
     """
-    empty = KitError(f"{path} holds no rows", "dataset.path", "give a file with at least one row")
+    empty = KitError(f"{path} holds no rows", "dataset.path", "give a file with at least one row", rule="dataset-rows")
     file = next((f for f in files if f.stat().st_size > 0), None)
     if file is None:
         raise empty
@@ -78,7 +92,9 @@ def columns(files: list[Path], path: str) -> list[str] | None:
     except KitError:
         raise
     except Exception as error:  # pyarrow and csv have no common base; every one of them means an unreadable file
-        raise KitError(f"{file} cannot be read: {first_line(error)}", "dataset.path", "check the file") from None
+        raise KitError(
+            f"{file} cannot be read: {first_line(error)}", "dataset.path", "check the file", rule="dataset-unreadable"
+        ) from None
 
 
 def first_json(file: Path) -> dict | None:
@@ -97,7 +113,10 @@ def first_json(file: Path) -> dict | None:
                 except ValueError as error:
                     if file.suffix.lower() != ".json":
                         raise KitError(
-                            f"{file} line {number} is not JSON: {error}", "dataset.path", "mend the line"
+                            f"{file} line {number} is not JSON: {error}",
+                            "dataset.path",
+                            "mend the line",
+                            rule="dataset-unreadable",
                         ) from None
                     f.seek(0)  # one pretty-printed object
                     row = json.load(f)
@@ -106,6 +125,7 @@ def first_json(file: Path) -> dict | None:
                     f"{file} line {number} holds {type(row).__name__}, not an object",
                     "dataset.path",
                     "one object per row",
+                    rule="dataset-unreadable",
                 )
             return row
     return None
@@ -115,13 +135,23 @@ def detect_format(columns: list[str], d: Dataset) -> str:
     """Which of FORMATS the columns make, after `columns` or `template` has renamed or written them; KitError else."""
     if d.template:
         if d.columns:
-            raise KitError("both dataset.columns and dataset.template are given", "dataset.template", "keep one")
+            raise KitError(
+                "both dataset.columns and dataset.template are given",
+                "dataset.template",
+                "keep one",
+                rule="dataset-template",
+            )
         made = templates.format_of(d.template)
         templates.check(d.template, columns)
         if (made, d.format) == ("messages", "prompt_completion"):
             return d.format
         if d.format not in ("auto", made):
-            raise KitError(f"the template makes {made}, not {d.format}", "dataset.format", "dataset.format=auto")
+            raise KitError(
+                f"the template makes {made}, not {d.format}",
+                "dataset.format",
+                "dataset.format=auto",
+                rule="dataset-format",
+            )
         return made
     missing = [theirs for theirs in d.columns.values() if theirs not in columns]
     if missing:
@@ -129,6 +159,7 @@ def detect_format(columns: list[str], d: Dataset) -> str:
             f"the data has no column {', '.join(map(repr, missing))}; it has {', '.join(columns)}",
             "dataset.columns",
             "name columns that exist",
+            rule="dataset-columns",
         )
     ours = {c for c in columns if c not in d.columns.values()} | set(d.columns)
     if d.format != "auto":
@@ -139,6 +170,7 @@ def detect_format(columns: list[str], d: Dataset) -> str:
                 f"the data has {', '.join(columns)}",
                 "dataset.format",
                 f"dataset.columns.{lacking[0]}=THEIR_COLUMN",
+                rule="dataset-format",
             )
         return d.format
     for name, needs in FORMATS.items():
@@ -148,4 +180,5 @@ def detect_format(columns: list[str], d: Dataset) -> str:
         f"the columns {', '.join(columns)} are none of messages | prompt + completion | text",
         "dataset.columns",
         "map them, e.g. dataset.columns.text=" + (columns[0] if columns else "COLUMN") + ", or write dataset.template",
+        rule="dataset-columns",
     )

@@ -68,25 +68,29 @@ def train_embeddings(
     table = fields.tables().get(kind, {})
     if "modules_to_save" not in table:
         problem = f"{kind} cannot train the embeddings of added tokens"
-        return peft, [Problem(problem, key, "peft=lora, or peft=none")], []
+        return peft, [Problem(problem, key, "peft=lora, or peft=none", "added-tokens")], []
     if peft.get("trainable_token_indices"):
         problem = "added tokens are trained with the whole embeddings; trainable_token_indices names rows of the same"
-        return peft, [Problem(problem, "peft.trainable_token_indices", "leave it out")], []
+        return peft, [Problem(problem, "peft.trainable_token_indices", "leave it out", "added-tokens")], []
     ends, tied = find_ends(base), is_tied(base)
     saved = list(peft.get("modules_to_save") or [])
     if ends is None or tied is None:
         if saved:  # the person has named them; the ranks verify that they are the embeddings
             return peft, [], []
         problem = "which modules embed the tokens of this base is not known here, so the added ones cannot be trained"
-        return peft, [Problem(problem, key, "name them: peft.modules_to_save=[embed_tokens,lm_head]")], []
+        return (
+            peft,
+            [Problem(problem, key, "name them: peft.modules_to_save=[embed_tokens,lm_head]", "added-tokens")],
+            [],
+        )
     targets = peft.get("target_modules")
     named = targets if isinstance(targets, list) else []
     if clash := [t for t in named if str(t).rpartition(".")[2] in ends]:
         problem = f"{', '.join(clash)} is a LoRA target, and added tokens need it trained whole"
-        return peft, [Problem(problem, "peft.target_modules", f"take {', '.join(clash)} out")], []
+        return peft, [Problem(problem, "peft.target_modules", f"take {', '.join(clash)} out", "added-tokens")], []
     if tied and "ensure_weight_tying" not in table:
         problem = f"the base ties its embeddings, and {kind} cannot train them tied"
-        return peft, [Problem(problem, key, "peft=lora, or peft=none")], []
+        return peft, [Problem(problem, key, "peft=lora, or peft=none", "added-tokens")], []
     have = {str(m).rpartition(".")[2] for m in saved}
     peft = {**peft, "modules_to_save": [*saved, *(n for n in ends if n not in have)]}
     if tied:

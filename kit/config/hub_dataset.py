@@ -59,7 +59,7 @@ def choose(card: str, name: str | None) -> dict[str, Any] | None:
             return defaults[0]
     if (name or next(iter(found))) not in found or (name is None and len(found) > 1):
         problem = f"the data set has no configuration {name}" if name else "the data set has several configurations"
-        raise KitError(problem, "dataset.name", f"one of {', '.join(found)}")
+        raise KitError(problem, "dataset.name", f"one of {', '.join(found)}", rule="dataset-configuration")
     return found[name or next(iter(found))]
 
 
@@ -146,7 +146,7 @@ def columns(d: Dataset, repo: str, revision: str | None, here: bool) -> list[str
         if here and hub.offline() and not prepared(repo):
             key = "dataset.path" if repo == d.path else "dataset.eval_path"
             problem = f"the data set {repo} is not, or not whole, in {hub.cache()}, and HF_HUB_OFFLINE is set"
-            raise KitError(problem, key, hub.fetch_command("dataset.path", repo, revision))
+            raise KitError(problem, key, hub.fetch_command("dataset.path", repo, revision), rule="offline")
         return None
     names = files_of_split(hub.listing(folder) or [], read_card(folder), config, d.split)
     files = [folder / n for n in names if Path(n).suffix.lower() in data_files.SUFFIXES]

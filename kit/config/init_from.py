@@ -37,11 +37,15 @@ def take_out(peft: Any) -> tuple[Any, Start | None, list[Problem]]:
     name, pickle = peft.get("init_from"), peft.get("init_from_pickle", False)
     problems = []
     if not isinstance(name, str | None) or name == "":
-        problems.append(Problem(f"{KEY} must be a folder or a Hub id, not {name!r}", KEY, f"{KEY}=RUN/adapter"))
+        problems.append(
+            Problem(f"{KEY} must be a folder or a Hub id, not {name!r}", KEY, f"{KEY}=RUN/adapter", "init-from")
+        )
     if not isinstance(pickle, bool):
-        problems.append(Problem(f"{FLAG} must be true or false, not {pickle!r}", FLAG, f"{FLAG}=true"))
+        problems.append(Problem(f"{FLAG} must be true or false, not {pickle!r}", FLAG, f"{FLAG}=true", "init-from"))
     if name and "peft_type" not in rest:
-        problems.append(Problem(f"peft=none, but {KEY} is given", KEY, "peft=lora, or merge the adapter first"))
+        problems.append(
+            Problem(f"peft=none, but {KEY} is given", KEY, "peft=lora, or merge the adapter first", "init-from")
+        )
     return rest, Start(name, bool(pickle)) if name and not problems else None, problems
 
 
@@ -55,13 +59,13 @@ def find_source(
     try:
         folder = weights.find_model(start.name)
     except (OSError, ValueError) as error:
-        return None, [Problem(f"{KEY} is no path that can be looked at: {error}", KEY, "check it")], []
+        return None, [Problem(f"{KEY} is no path that can be looked at: {error}", KEY, "check it", "init-from")], []
     if folder is None:
         on_hub = hub.looks_like_id(start.name) and "/" in start.name
         if here or not on_hub:
             problem = f"{start.name} is neither an adapter folder nor in the Hub cache"
             fix = f"fetch it first: hf download {start.name}" if on_hub else "check the path"
-            return None, [Problem(problem, KEY, fix)], []
+            return None, [Problem(problem, KEY, fix, "init-from")], []
         note = f"{start.name} is not on this machine: it is compared when the run starts"
         return InitFrom(path=start.name), [], [note]
     if not (folder / CONFIG).is_file() and (folder / "adapter" / CONFIG).is_file():
@@ -70,7 +74,7 @@ def find_source(
         config, file, shapes = read_source(folder, start.pickle)
         check_damage(folder, file)
     except KitError as error:
-        return None, [Problem(p.problem, KEY, p.fix) for p in error.problems], []
+        return None, [Problem(p.problem, KEY, p.fix, "init-from-files") for p in error.problems], []
     problems, notes = compare(folder, config, peft, base), []
     found, remark = compare_base(folder, config, model, base)
     problems += found
@@ -116,14 +120,19 @@ def compare(folder: Path, config: dict[str, Any], peft: dict[str, Any], base: Ba
     theirs, ours = (str(c.get("peft_type", "LORA")).upper() for c in (config, peft))
     table = fields.tables().get(ours, {})
     if theirs != ours:
-        return [Problem(f"{folder} is a {theirs} adapter, the run trains {ours}", KEY, f"peft.peft_type={theirs}")]
+        return [
+            Problem(
+                f"{folder} is a {theirs} adapter, the run trains {ours}", KEY, f"peft.peft_type={theirs}", "init-from"
+            )
+        ]
     if "target_modules" not in table:
-        return [Problem(f"{KEY} continues adapters of layers; {ours} has none", KEY, "leave it out")]
+        return [Problem(f"{KEY} continues adapters of layers; {ours} has none", KEY, "leave it out", "init-from")]
     problems = []
     for where, said in ((f"{folder / CONFIG}", config), ("the run", peft)):
         if (init := said.get("init_lora_weights", True)) not in PLAIN_INITS:
             problem = f"init_lora_weights={init} in {where} alters the base's weights when it begins"
-            problems.append(Problem(problem, KEY, "peft.init_lora_weights=true, with an adapter that was begun so"))
+            fix = "peft.init_lora_weights=true, with an adapter that was begun so"
+            problems.append(Problem(problem, KEY, fix, "init-from"))
     differ, mend = [], []
     for key, entry in table.items():
         if key in FREE or key == "peft_type" or "instead" in entry:
@@ -185,6 +194,7 @@ def compare_base(folder: Path, config: dict[str, Any], model: Model, base: Base)
             return [], ""
         problem = f"{folder} was trained on other weights than {model.name_or_path}"
         named = recorded.get("name_or_path")
-        return [Problem(problem, KEY, f"model.name_or_path={named}" if named else "give its own base")], ""
+        fix = f"model.name_or_path={named}" if named else "give its own base"
+        return [Problem(problem, KEY, fix, "init-from-base")], ""
     named = recorded.get("name_or_path") or config.get("base_model_name_or_path")
     return [], f"that adapter was trained on {named or 'a base that it does not name'}: not compared with this base"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from kit import hub, paths, weights
 from kit.config import architectures
 from kit.config.schema import Model, Tokenizer
-from kit.errors import KitError, Problem
+from kit.errors import KitError, Problem, named
 
 DERIVED = ("head_dim", "num_key_value_heads")  # null in config.json: what transformers makes of the other keys
 
@@ -22,6 +23,8 @@ class Base:
     config: dict[str, Any] | None = None
     folder: Path | None = None
     modules: list[str] | None = None
+    bytes: int | None = None  # of the weights as they are stored
+    numbers: int | None = None  # parameters, as they are stored
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -52,16 +55,16 @@ def inspect(model: Model, here: bool) -> tuple[Base, list[Problem]]:
         try:
             folder = fetch_config(name, model.revision)
         except KitError as error:
-            return Base(), error.problems
+            return Base(), named(error.problems, "hub")
     if folder is None:
         if preset and paths.made_by_quickstart(name) and not here:
             return Base(config=preset, notes=[f"{name} is not made yet: `make quickstart` makes it"]), []
         if not hub.looks_like_id(name):
             if paths.made_by_quickstart(name):
-                return Base(), [Problem(f"{name} is not made yet", "model.name_or_path", "make quickstart")]
-            return Base(), [
-                Problem(f"there is no model folder {name}", "model.name_or_path", "check the path, or give a Hub id")
-            ]
+                said = f"{name} is not made yet"
+                return Base(), [Problem(said, "model.name_or_path", "make quickstart", "model-folder")]
+            said, fix = f"there is no model folder {name}", "check the path, or give a Hub id"
+            return Base(), [Problem(said, "model.name_or_path", fix, "model-folder")]
         note = f"{name} is not on this machine: " + (
             "its shape is the preset's" if preset else "what depends on its shape cannot be checked here"
         )
@@ -78,11 +81,14 @@ def inspect(model: Model, here: bool) -> tuple[Base, list[Problem]]:
         part = not local and any(not (folder / file).is_file() for file in weights.indexed(folder))
         tensors = {} if part else weights.read_tensors(folder)
     except KitError as error:
-        return Base(folder=folder), error.problems
+        return Base(folder=folder), named(error.problems, "model-files")
     base = Base(config=config, folder=folder)
     refused, base.notes = architectures.refuse_config(name, config, model.trust_remote_code)
     if refused:
         return base, refused
+    if tensors:
+        base.bytes = sum(t.end - t.start for t in tensors.values())
+        base.numbers = sum(math.prod(t.shape) for t in tensors.values())
     base.modules = architectures.modules(config)  # stored names differ where transformers renames or fuses them
     if base.modules is None and tensors:
         base.modules = [
@@ -92,7 +98,7 @@ def inspect(model: Model, here: bool) -> tuple[Base, list[Problem]]:
         if here and hub.offline():
             fix = hub.fetch_command("model.name_or_path", name, model.revision)
             return base, [Problem(f"the weights of {name} are not in {hub.cache()}, and HF_HUB_OFFLINE is set",
-                                  "model.name_or_path", fix)]  # fmt: skip
+                                  "model.name_or_path", fix, "offline")]  # fmt: skip
         base.notes.append(f"the weights of {name} are not on this machine: the ranks fetch them")
     elif not tensors and not model.random_init:
         pickles = sorted(folder.glob("*.bin"))
@@ -104,7 +110,7 @@ def inspect(model: Model, here: bool) -> tuple[Base, list[Problem]]:
             if pickles
             else "give a folder with safetensors, or model.random_init=true"
         )
-        return base, [Problem(problem, "model.name_or_path", fix)]
+        return base, [Problem(problem, "model.name_or_path", fix, "model-files")]
     if differ := differences(preset or {}, config):
         listed = ", ".join(f"{key} {a} against {b}" for key, (a, b) in sorted(differ.items()))
         base.notes.append(f"the preset's shape differs from {folder / weights.CONFIG}, which wins: {listed}")
@@ -138,7 +144,7 @@ def look_at_tokenizer(tokenizer: Tokenizer, here: bool) -> list[Problem]:
     if hub.find_snapshot(name, hub.MODEL, tokenizer.revision):
         return []
     problem = f"the tokenizer {name} is not in {hub.cache()}, and HF_HUB_OFFLINE is set"
-    return [Problem(problem, key, hub.fetch_command(key, name, tokenizer.revision))]
+    return [Problem(problem, key, hub.fetch_command(key, name, tokenizer.revision), "offline")]
 
 
 def fetch_config(name: str, revision: str | None) -> Path:
@@ -146,7 +152,7 @@ def fetch_config(name: str, revision: str | None) -> Path:
     key = "model.name_or_path"
     if hub.offline():
         problem = f"{name} is neither a folder nor in {hub.cache()}, and HF_HUB_OFFLINE is set"
-        raise KitError(problem, key, hub.fetch_command(key, name, revision))
+        raise KitError(problem, key, hub.fetch_command(key, name, revision), rule="offline")
     try:
         from huggingface_hub import hf_hub_download
     except ImportError:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from kit import __version__, hardware
 from kit.config import rules, zero
 from kit.config.compose import Composed
-from kit.config.embeddings import train_embeddings, vocabulary_rows
+from kit.config.embeddings import is_tied, train_embeddings, vocabulary_rows
 from kit.config.init_from import find_source, take_out
 from kit.config.model import identify, inspect, look_at_tokenizer
 from kit.config.read import (
+    chosen_by_person,
     located,
     look_at_data,
     origin,
@@ -48,7 +50,7 @@ def build_plan(composed: Composed, *, here: bool = True, world_size: int | None 
     """
     tree = composed.tree
     problems: list[Problem] = []
-    set_by = origin(composed.provenance)
+    set_by, chosen = origin(composed.provenance), chosen_by_person(composed.provenance)
 
     given, found = read_input(tree, set_by)
     problems += found
@@ -119,7 +121,7 @@ def build_plan(composed: Composed, *, here: bool = True, world_size: int | None 
     }
     if deepspeed:
         resolved["deepspeed"], found = resolve_deepspeed(
-            deepspeed, trainer, world, base, precision, set_by, here, notes
+            deepspeed, trainer, world, base, precision, set_by, here, notes, ["optim"] * chosen("trainer.optim")
         )
         problems += found
     stage = zero.at(resolved["deepspeed"], "zero_optimization.stage")
@@ -127,7 +129,7 @@ def build_plan(composed: Composed, *, here: bool = True, world_size: int | None 
     resolved["quantization"] = resolve_quantization(quantization, precision, stage == 3 or bool(resolved["fsdp"]))
     facts = rules.Facts(
         resolved, set_by, world, stage, precision, base.modules, columns_format, hardware.gpus(), on_cpu,
-        base.config or {},
+        base.config or {}, is_tied(base), base.bytes, base.numbers, chosen,
     )  # fmt: skip
     refused, warned = rules.apply(facts, here)
     problems += refused
@@ -152,7 +154,8 @@ def build_plan(composed: Composed, *, here: bool = True, world_size: int | None 
         tracking=dict(given.tracking),
         prompts=given.prompts,
         base=identify(given.model, base.folder) if here else None,
-        notes=[*notes, *(str(w.problem) + f" ({w.where}); {w.fix}" for w in warned)],
+        notes=notes,
+        warnings=[asdict(w) for w in unique(warned)],
         overrides=composed.overrides,
         provenance=composed.provenance,
         composed=absolute(copy.deepcopy(tree)),

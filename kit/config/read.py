@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from kit.config import dataset as data_files
 from kit.config import fields, hub_dataset, zero
 from kit.config import template as templates
 from kit.config.schema import Dataset, RunInput, Strict, leaves
-from kit.errors import KitError, Problem
+from kit.errors import KitError, Problem, named
 
 PATHS = (  # (section, key) of what is looked for on the disk
     ("model", "name_or_path"), ("model", "revision"), ("tokenizer", "name_or_path"), ("tokenizer", "chat_template"),
@@ -49,6 +49,12 @@ def origin(provenance: dict[str, str]) -> Any:
         return f"{key} in {inside[0].rsplit(':', 1)[0]}" if inside and ":" in inside[0] else key
 
     return set_by
+
+
+def chosen_by_person(provenance: dict[str, str]) -> Callable[[str], bool]:
+    """A function that says whether a dotted key was set by a recipe, a file or the command line, and not by a group
+    of the kit's own, whose values are defaults."""
+    return lambda key: not provenance.get(key, f"{key.split('.')[0]}/").startswith(f"{key.split('.')[0]}/")
 
 
 def located(problems: list[Problem], set_by: Any, key: str = "") -> list[Problem]:
@@ -110,25 +116,25 @@ def read_table(
     if not values:
         return None, []
     if not isinstance(values, dict):
-        return None, [Problem(f"{section} must hold keys", set_by(section), f"{section}=none, or {section}.KEY=VALUE")]
+        fix = f"{section}=none, or {section}.KEY=VALUE"
+        return None, [Problem(f"{section} must hold keys", set_by(section), fix, "section")]
     if section == "peft" and "peft_type" not in values:
-        named = ", ".join(f"peft.{k}" for k in values)
-        return None, [
-            Problem(f"peft=none, but {named} is given", set_by(f"peft.{next(iter(values))}"), "peft=lora, or drop it")
-        ]
+        keys = ", ".join(f"peft.{k}" for k in values)
+        at = set_by(f"peft.{next(iter(values))}")
+        return None, [Problem(f"peft=none, but {keys} is given", at, "peft=lora, or drop it", "peft-none")]
     if section == "peft" and table.upper() not in fields.peft_types():
         near = difflib.get_close_matches(table.upper(), fields.peft_types(), 1)
         known = ", ".join(fields.peft_types())
         fix = f"peft.peft_type={near[0]}" if near else f"one of {known}"
-        return None, [Problem(f"there is no PEFT method {table!r}", set_by("peft.peft_type"), fix)]
+        return None, [Problem(f"there is no PEFT method {table!r}", set_by("peft.peft_type"), fix, "peft-type")]
     table = table.upper() if section == "peft" else table
     found = fields.check(table, values, section, allow_auto)
     return fields.cast(table, of_right_kind(values, found, section)), located(found, set_by)
 
 
 def of_right_kind(values: dict[str, Any], found: list[Problem], section: str) -> dict[str, Any]:
-    """`values` without what was refused for its kind: the rules that follow count, compare and split what is left."""
-    wrong = {re.split(r"[.\[]", p.where.removeprefix(section + "."))[0] for p in found if p.rule == "kind"}
+    """`values` without what was refused for its kind or size: the rules compute with what is left."""
+    wrong = {re.split(r"[.\[]", p.where.removeprefix(section + "."))[0] for p in found if p.rule in ("kind", "range")}
     return {key: value for key, value in values.items() if key not in wrong}
 
 
@@ -141,7 +147,7 @@ def unusable(given: RunInput, set_by: Any) -> list[Problem]:
         try:
             found = Path(text or ".").expanduser().exists()
             if not found and (section, key) == ("launch", "script"):
-                problems.append(Problem(f"there is no file {text}", set_by(name), "check the path"))
+                problems.append(Problem(f"there is no file {text}", set_by(name), "check the path", "script"))
         except (OSError, RuntimeError, ValueError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             said = f"{name} is no path that can be looked at: {reason}"
@@ -153,9 +159,8 @@ def unusable(given: RunInput, set_by: Any) -> list[Problem]:
     for name, value, own in (("split", given.dataset.split, "train"), ("eval_split", given.dataset.eval_split, None)):
         if value != own and Path(given.dataset.path).expanduser().exists():
             said = f"dataset.{name}={value}, but {given.dataset.path} is a file or folder, which has no splits"
-            problems.append(
-                Problem(said, set_by(f"dataset.{name}"), "dataset.eval_path=FILE, or dataset.test_size=0.1")
-            )
+            fix = "dataset.eval_path=FILE, or dataset.test_size=0.1"
+            problems.append(Problem(said, set_by(f"dataset.{name}"), fix, "dataset-split"))
     return problems + split_sizes(given.dataset, set_by)
 
 
@@ -166,16 +171,19 @@ def split_sizes(dataset: Dataset, set_by: Any) -> list[Problem]:
     for name, size in sizes.items():
         if size is not None and not (0 < size < 1 or (size >= 1 and size == int(size))):
             said = f"dataset.{name} must be a share between 0 and 1 or a whole number of rows, not {size}"
-            problems.append(Problem(said, set_by(f"dataset.{name}"), f"dataset.{name}=0.1, or leave it out"))
+            fix = f"dataset.{name}=0.1, or leave it out"
+            problems.append(Problem(said, set_by(f"dataset.{name}"), fix, "held-out"))
     if problems or dataset.validation_size is None:
         return problems
     key = set_by("dataset.validation_size")
     if dataset.test_size is None:
-        return [Problem("dataset.validation_size without dataset.test_size", key, "dataset.test_size holds rows out")]
+        said, fix = "dataset.validation_size without dataset.test_size", "dataset.test_size holds rows out"
+        return [Problem(said, key, fix, "held-out")]
     if (dataset.test_size < 1) != (dataset.validation_size < 1):
-        return [Problem("one of test_size and validation_size is a share, the other a number", key, "give one kind")]
+        said = "one of test_size and validation_size is a share, the other a number"
+        return [Problem(said, key, "give one kind", "held-out")]
     if dataset.test_size < 1 <= dataset.test_size + dataset.validation_size:
-        return [Problem("test_size and validation_size leave no rows to train on", key, "0.1 and 0.1")]
+        return [Problem("test_size and validation_size leave no rows to train on", key, "0.1 and 0.1", "held-out")]
     return []
 
 
@@ -195,15 +203,16 @@ def read_deepspeed(values: Any, set_by: Any) -> tuple[dict[str, Any] | None, lis
     if not values:
         return None, []
     if not isinstance(values, dict):
-        return None, [
-            Problem("deepspeed must hold keys", set_by("deepspeed"), "deepspeed=none, or deepspeed=FILE.json")
-        ]
+        fix = "deepspeed=none, or deepspeed=FILE.json"
+        return None, [Problem("deepspeed must hold keys", set_by("deepspeed"), fix, "section")]
     values = dict(values)
     if file := values.pop("file", None):
         try:
             values = merge(zero.load(Path(os.path.expanduser(str(file)))), values)
         except KitError as error:
-            return None, [Problem(p.problem, p.where or set_by("deepspeed.file"), p.fix) for p in error.problems]
+            at = set_by("deepspeed.file")
+            found = [Problem(p.problem, p.where or at, p.fix, p.rule) for p in error.problems]
+            return None, named(found, "deepspeed-file")
     return values, located(zero.check(values), set_by)
 
 
@@ -224,7 +233,7 @@ def look_at_data(dataset: Dataset, here: bool) -> tuple[str | None, list[Problem
             wanted = made if wanted is None or made != "messages" else wanted
             templates.columns_of(dataset.template)
         except KitError as error:
-            return None, error.problems
+            return None, named(error.problems, "dataset-template")
     for key, path in (("dataset.path", dataset.path), ("dataset.eval_path", dataset.eval_path)):
         if path is None or (paths.made_by_quickstart(path) and not Path(path).exists() and not here):
             continue
@@ -237,7 +246,7 @@ def look_at_data(dataset: Dataset, here: bool) -> tuple[str | None, list[Problem
             if columns is not None:
                 wanted = data_files.detect_format(columns, dataset)
         except KitError as error:
-            problems += [
-                Problem(p.problem, key if p.where == "dataset.path" else p.where, p.fix) for p in error.problems
-            ]
+            at = [Problem(p.problem, key if p.where == "dataset.path" else p.where, p.fix, p.rule)
+                  for p in error.problems]  # fmt: skip
+            problems += named(at, "dataset-unreadable")
     return wanted, problems

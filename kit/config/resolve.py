@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,7 @@ def resolve_batch(
                 f"global_batch_size={wanted} is not {micro} rows x {steps} accumulation steps x {world} processes",
                 set_by("global_batch_size"),
                 "leave out trainer.gradient_accumulation_steps: it is derived",
+                "batch",
             )
         ]
     if wanted % (micro * world):
@@ -121,6 +123,7 @@ def resolve_deepspeed(
     set_by: Any,
     here: bool,
     notes: list[str],
+    chosen: Collection[str] = (),
 ) -> tuple[dict[str, Any], list[Problem]]:
     """Every "auto" of the JSON as a plain value; a literal that disagrees with the trainer is a problem.
 
@@ -128,7 +131,12 @@ def resolve_deepspeed(
     """
     try:
         return zero.resolve(
-            deepspeed, trainer=trainer, world_size=world, hidden_size=base.hidden_size, precision=precision
+            deepspeed,
+            trainer=trainer,
+            world_size=world,
+            hidden_size=base.hidden_size,
+            precision=precision,
+            chosen=chosen,
         ), []
     except KitError as error:
         unknown = [p for p in error.problems if p.rule == "hidden-size"]

@@ -1,18 +1,21 @@
-"""The rules between keys: what each refuses or warns of, the fix, and where the knowledge comes from.
+"""The one table of rules: everything that `kit check` refuses or warns of, and where the knowledge comes from.
 
-A rule is a function of the resolved facts that yields nothing where all is well. `here` rules ask about this machine
-and hold only where the run is about to start on it.
+A rule with a check is a function of the resolved facts that yields nothing where all is well; `here` rules ask about
+this machine and hold only where the run is about to start on it. A rule without one is made while the configuration
+is read, by the module that stands as its maker. What each rule is about is told in stories.yaml (explain.py).
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-from kit.config import architectures, trackers
+from kit.config import rules_launch as launch
+from kit.config import rules_model as model
 from kit.config import rules_quantization as quantized
+from kit.config import rules_trainer as trainer
+from kit.config import trackers
 from kit.errors import Problem
 from kit.hardware import Gpu
 
@@ -31,249 +34,227 @@ class Facts:
     gpus: tuple[Gpu, ...] = ()
     on_cpu: bool = False
     config: dict[str, Any] = field(default_factory=dict)  # of the base, empty where it cannot be known
-    notes: list[str] = field(default_factory=list)
+    tied: bool | None = None  # one matrix at both ends of the base; None where it cannot be known
+    base_bytes: int | None = None  # of the base's weights as they are stored; None where they are not here
+    base_numbers: int | None = None
+    chosen: Callable[[str], bool] = lambda key: False  # dotted key -> whether a person set it, not the kit's groups
+
+
+Check = Callable[[Facts], Iterator[tuple[str, str, str]]]  # (problem, key, fix)
 
 
 @dataclass(frozen=True)
 class Rule:
+    """`source`: a trap of tests/config/coverage.yaml, or the library that says so. `keys`: what the rule reads."""
+
     id: str
     source: str
-    check: Callable[[Facts], Iterator[tuple[str, str, str]]]  # (problem, key, fix)
-    severity: str = "refuse"
+    keys: tuple[str, ...]
+    check: Check | None = None
+    severity: Literal["refuse", "warn"] = "refuse"
     here: bool = False
+    maker: str = ""  # of a rule without a check: the module that finds it
+
+    @property
+    def story(self) -> str:
+        """What the libraries do by themselves, why it hurts, and what to do; read from stories.yaml when asked for."""
+        from kit.config import explain
+
+        return explain.stories()[self.id]["story"]
 
 
-def fsdp_and_deepspeed(f: Facts) -> Iterator[tuple[str, str, str]]:
-    if f.plan["fsdp"] and f.plan["deepspeed"]:
-        yield "deepspeed and fsdp are both chosen; they shard the same weights", "fsdp", "fsdp=none or deepspeed=none"
+def read_by(maker: str, id: str, source: str, *keys: str) -> Rule:
+    return Rule(id, source, keys, maker=maker)
 
 
-def fsdp_on_cpu(f: Facts) -> Iterator[tuple[str, str, str]]:
-    if f.plan["fsdp"] and f.on_cpu:
-        yield (
-            "accelerate applies FSDP on GPUs only: on a CPU it is silently left out",
-            "fsdp",
-            "fsdp=none deepspeed=zero3",
-        )
+Z = "deepspeed.zero_optimization"
+READING = [
+    read_by("compose", "override", "hydra override grammar"),
+    read_by("compose", "group-choice", "hydra, T86"),
+    read_by("compose", "run-file", "T80"),
+    read_by("compose", "environment-variable", "fault 23"),
+    read_by("read", "missing", "T79"),
+    read_by("read", "unknown-key", "T4 T62, fault 20"),
+    read_by("fields", "renamed-key", "T12 T15 T62"),
+    read_by("fields", "removed-key", "T12"),
+    read_by("fields", "missing-key", "the libraries' own classes"),
+    read_by("fields", "kind", "T79 T80"),
+    read_by("fields", "range", "T14 T18"),
+    read_by("fields", "choice", "the libraries' own classes"),
+    read_by("read", "type", "kit/config/schema.py"),
+    read_by("read", "section", "T79", "peft", "quantization", "deepspeed"),
+    read_by("read", "owned", "T76 T79, security", "trainer.output_dir", "trainer.deepspeed", "trainer.fsdp",
+            "trainer.hub_token", "trainer.eos_token", "trainer.pad_token", "trainer.chat_template_path"),
+    read_by("read", "path", "T80", "model.name_or_path", "tokenizer.name_or_path", "dataset.path", "runs_dir"),
+    read_by("read", "script", "T80", "launch.script"),
+    read_by("read", "count", "T69", "launch.num_gpus"),
+    read_by("resolve", "batch", "T5", "global_batch_size", "trainer.per_device_train_batch_size",
+            "trainer.gradient_accumulation_steps", "launch.num_gpus"),
+    read_by("read", "peft-none", "kit/config/schema.py", "peft"),
+    read_by("read", "peft-type", "peft PEFT_TYPE_TO_CONFIG_MAPPING", "peft.peft_type"),
+    read_by("dataset", "dataset-files", "fault 31", "dataset.path", "dataset.eval_path"),
+    read_by("dataset", "dataset-rows", "fault 24", "dataset.path", "dataset.eval_path"),
+    read_by("dataset", "dataset-unreadable", "fault 31", "dataset.path", "dataset.eval_path"),
+    read_by("dataset", "dataset-columns", "fault 30", "dataset.columns", "dataset.path"),
+    read_by("dataset", "dataset-format", "fault 30", "dataset.format", "dataset.columns"),
+    read_by("template", "dataset-template", "fault 30", "dataset.template", "dataset.columns"),
+    read_by("hub_dataset", "dataset-configuration", "datasets", "dataset.name"),
+    read_by("read", "dataset-split", "datasets", "dataset.split", "dataset.eval_split", "dataset.path"),
+    read_by("read", "held-out", "datasets train_test_split", "dataset.test_size", "dataset.validation_size"),
+    read_by("model", "model-folder", "T40", "model.name_or_path"),
+    read_by("model", "model-files", "T25, security", "model.name_or_path"),
+    read_by("model", "hub", "huggingface_hub", "model.name_or_path", "model.revision"),
+    read_by("model", "offline", "T39", "model.name_or_path", "tokenizer.name_or_path", "dataset.path"),
+    read_by("architectures", "architecture", "transformers' models", "model.name_or_path", "model.config.model_type"),
+    read_by("tokenizer", "tokenizer-files", "fault 34", "tokenizer.name_or_path"),
+    read_by("tokenizer", "chat-template", "T93, fault 34", "tokenizer.chat_template", "dataset.format"),
+    read_by("tokenizer", "chat-template-name", "T93", "tokenizer.chat_template"),
+    read_by("tokenizer", "generation-marks", "T63", "trainer.assistant_only_loss", "tokenizer.chat_template"),
+    read_by("tokenizer", "special-token", "fault 34", "tokenizer.pad_token", "tokenizer.eos_token",
+            "tokenizer.bos_token"),
+    read_by("tokenizer", "special-token-missing", "fault 34", "tokenizer.pad_token", "tokenizer.eos_token"),
+    read_by("tokenizer", "vocabulary", "fault 35", "tokenizer.name_or_path", "tokenizer.added_tokens"),
+    read_by("embeddings", "added-tokens", "T26 T33 T65", "tokenizer.added_tokens", "peft.modules_to_save",
+            "peft.target_modules", "peft.trainable_token_indices"),
+    read_by("embeddings", "token-indices-tied", "T51 T65", "peft.trainable_token_indices"),
+    read_by("init_from", "init-from", "T57, fault 36", "peft.init_from", "peft.init_from_pickle"),
+    read_by("init_from", "init-from-files", "fault 36, security", "peft.init_from"),
+    read_by("init_from", "init-from-base", "fault 36", "peft.init_from", "model.name_or_path"),
+    read_by("zero", "deepspeed-file", "T4", "deepspeed.file"),
+    read_by("zero", "zero-block", "T4 T12", Z),
+    read_by("zero", "deepspeed", "T11 T18", "deepspeed"),
+    read_by("zero", "mismatch", "T1 T5 T8", "deepspeed", "trainer"),
+    read_by("zero", "hidden-size", "T2 T3 T16", f"{Z}.reduce_bucket_size", f"{Z}.stage3_prefetch_bucket_size",
+            f"{Z}.stage3_param_persistence_threshold", "model.config.hidden_size"),
+    read_by("zero", "optimizer", "T9", "deepspeed.optimizer", "trainer.optim"),
+    read_by("zero", "offload-optimizer", "T10", f"{Z}.offload_optimizer.device", "trainer.optim",
+            "deepspeed.zero_force_ds_cpu_optimizer"),
+    read_by("zero", "scheduler", "T14", "deepspeed.scheduler", "trainer.max_steps", "trainer.warmup_steps"),
+]  # fmt: skip
 
-
-def fp16_and_bf16(f: Facts) -> Iterator[tuple[str, str, str]]:
-    if f.plan["trainer"].get("fp16") is True and f.plan["trainer"].get("bf16") is True:
-        yield "fp16 and bf16 are both true", "trainer.fp16", "keep one: trainer.fp16=false or trainer.bf16=false"
-
-
-def fp16_on_cpu(f: Facts) -> Iterator[tuple[str, str, str]]:
-    if f.on_cpu and f.precision == "float16":
-        yield "fp16 training needs a GPU: CPUs have no float16 gradient scaling", "trainer.fp16", "trainer.fp16=false"
-
-
-def bf16_lacking(f: Facts) -> Iterator[tuple[str, str, str]]:
-    old = [g for g in f.gpus if g.capability and g.capability < (8, 0)]
-    if f.precision == "bfloat16" and not f.on_cpu and old:
-        yield f"{old[0].name} has no bfloat16", "trainer.bf16", "trainer.bf16=false trainer.fp16=true"
-
-
-def bf16_slow_cpu(f: Facts) -> Iterator[tuple[str, str, str]]:
-    from kit import hardware
-
-    if f.on_cpu and f.precision == "bfloat16" and not hardware.cpu_multiplies_bf16():
-        yield (
-            "this CPU has no bfloat16 instructions: 25-50 times slower than float32",
-            "trainer.bf16",
-            "trainer.bf16=false",
-        )
-
-
-def gpus_missing(f: Facts) -> Iterator[tuple[str, str, str]]:
-    wanted = f.plan["launch"]["num_gpus"]
-    if not f.on_cpu and wanted > len(f.gpus):
-        yield (
-            f"{wanted} GPU{'s' * (wanted != 1)} asked for, this machine shows {len(f.gpus)}",
-            "launch.num_gpus",
-            f"launch.num_gpus={len(f.gpus)}" if f.gpus else "run it where the GPUs are, or trainer.use_cpu=true",
-        )
-
-
-def one_process_local(f: Facts) -> Iterator[tuple[str, str, str]]:
-    if f.plan["launch"]["launcher"] == "local" and f.plan["launch"]["num_gpus"] > 1:
-        yield (
-            "launch=local starts one process",
-            "launch.num_gpus",
-            "launch=deepspeed, launch=torchrun or launch.num_gpus=1",
-        )
-
-
-def lm_head_target(f: Facts) -> Iterator[tuple[str, str, str]]:
-    targets = (f.plan["peft"] or {}).get("target_modules")
-    named = [targets] if isinstance(targets, str) else targets or []
-    if any(t == "lm_head" or str(t).endswith(".lm_head") for t in named):
-        yield (
-            "lm_head cannot be a LoRA target: the trainer's fused loss reads its weight directly",
-            "peft.target_modules",
-            "drop it, or train it whole: peft.modules_to_save=[lm_head]",
-        )
-
-
-def targets_match_nothing(f: Facts) -> Iterator[tuple[str, str, str]]:
-    targets = (f.plan["peft"] or {}).get("target_modules")
-    if not targets or targets == "all-linear" or f.modules is None:
-        return
-    if isinstance(targets, str):
-        try:
-            matched = [m for m in f.modules if re.fullmatch(targets, m)]
-        except re.error as error:
-            yield (
-                f"target_modules is no regular expression: {error}",
-                "peft.target_modules",
-                "list names, or all-linear",
-            )
-            return
-        dead = [] if matched else [targets]
-    else:
-        dead = [t for t in targets if not any(m == t or m.endswith(f".{t}") for m in f.modules)]
-    if dead:
-        last = sorted({m.rsplit(".", 1)[-1] for m in f.modules if not m.endswith(("lm_head", "norm"))})
-        fused = f.config.get("model_type") in architectures.FUSED_EXPERTS
-        why = ": its experts are fused 3-D parameters, LoRA reaches the attention only" if fused else ""
-        yield (
-            f"no module of the base is named {', '.join(map(str, dead))}{why}",
-            "peft.target_modules",
-            f"all-linear, or some of {', '.join(last)}",
-        )
-
-
-def trust_remote_code(f: Facts) -> Iterator[tuple[str, str, str]]:
-    for key, value in (("model.trust_remote_code", f.plan["model"]["trust_remote_code"]),
-                       ("trainer.trust_remote_code", f.plan["trainer"].get("trust_remote_code"))):  # fmt: skip
-        if value and not f.set_by(key).startswith("command line"):
-            yield "a file must not switch on remote code", key, f"say it yourself, on the command line: {key}=true"
-
-
-def best_model(f: Facts) -> Iterator[tuple[str, str, str]]:
-    t = f.plan["trainer"]
-    if not t.get("load_best_model_at_end"):
-        return
-    if t.get("eval_strategy", "no") != t.get("save_strategy", "steps") and t.get("save_strategy") != "best":
-        yield (
-            f"load_best_model_at_end needs eval_strategy ({t.get('eval_strategy', 'no')}) and save_strategy "
-            f"({t.get('save_strategy', 'steps')}) to agree",
-            "trainer.load_best_model_at_end",
-            f"trainer.eval_strategy={t.get('save_strategy', 'steps')}",
-        )
-    if t.get("save_only_model") and f.plan["deepspeed"]:
-        yield (
-            "save_only_model with load_best_model_at_end does not work under DeepSpeed",
-            "trainer.save_only_model",
-            "trainer.save_only_model=false",
-        )
-
-
-def eval_without_data(f: Facts) -> Iterator[tuple[str, str, str]]:
-    d = f.plan["dataset"]
-    if f.plan["trainer"].get("eval_strategy", "no") != "no" and not (
-        d["eval_path"] or d["eval_split"] or d["test_size"]
-    ):
-        yield "evaluation is on, but there is no held-out data", "trainer.eval_strategy", "dataset.test_size=0.1"
-
-
-def find_batch_size(f: Facts) -> Iterator[tuple[str, str, str]]:
-    if f.plan["trainer"].get("auto_find_batch_size") and f.plan["deepspeed"]:
-        yield (
-            "auto_find_batch_size cannot restart a DeepSpeed engine",
-            "trainer.auto_find_batch_size",
-            "set trainer.per_device_train_batch_size",
-        )
-
-
-def packing_wrapped(f: Facts) -> Iterator[tuple[str, str, str]]:
-    if f.plan["trainer"].get("packing") and f.plan["trainer"].get("packing_strategy") == "wrapped":
-        yield (
-            "packing_strategy=wrapped lets documents attend to each other",
-            "trainer.packing_strategy",
-            "trainer.packing_strategy=bfd",
-        )
-
-
-def assistant_loss_needs_chat(f: Facts) -> Iterator[tuple[str, str, str]]:
-    t = f.plan["trainer"]
-    if t.get("assistant_only_loss") and f.columns_format not in (None, "messages"):
-        yield (
-            f"assistant_only_loss needs chat data, this is {f.columns_format}",
-            "trainer.assistant_only_loss",
-            "trainer.assistant_only_loss=false",
-        )
-    if t.get("completion_only_loss") and f.columns_format not in (None, "prompt_completion"):
-        yield (
-            f"completion_only_loss needs prompt and completion, this is {f.columns_format}",
-            "trainer.completion_only_loss",
-            "trainer.completion_only_loss=null",
-        )
-
-
-def device_map(f: Facts) -> Iterator[tuple[str, str, str]]:
-    if (f.plan["trainer"].get("model_init_kwargs") or {}).get("device_map") is not None:
-        yield (
-            "device_map places layers for inference; training places the model itself",
-            "trainer.model_init_kwargs.device_map",
-            "remove it",
-        )
-
-
-def token_indices_on_cpu(f: Facts) -> Iterator[tuple[str, str, str]]:
-    if f.stage == 3 and f.on_cpu and (f.plan["peft"] or {}).get("trainable_token_indices"):
-        yield (
-            "PEFT gathers trainable_token_indices under ZeRO-3 on CUDA only",
-            "peft.trainable_token_indices",
-            "deepspeed=zero2",
-        )
-
-
-RULES = [
-    Rule("deepspeed-fsdp", "T18", fsdp_and_deepspeed),
-    Rule("fsdp-cpu", "T88", fsdp_on_cpu),
-    Rule("fp16-bf16", "T8", fp16_and_bf16),
-    Rule("fp16-cpu", "T72", fp16_on_cpu),
-    Rule("bf16-hardware", "T72", bf16_lacking, here=True),
-    Rule("bf16-slow-cpu", "T83", bf16_slow_cpu, severity="warn", here=True),
-    Rule("gpus-missing", "T69", gpus_missing, here=True),
-    Rule("local-one-process", "T66", one_process_local),
-    Rule("lm-head-target", "T38", lm_head_target),
-    Rule("targets-match", "reliability 37", targets_match_nothing),
-    Rule("remote-code", "security", trust_remote_code),
-    Rule("best-model", "T17", best_model),
-    Rule("eval-data", "transformers Trainer.__init__", eval_without_data),
-    Rule("find-batch-size", "T17", find_batch_size),
-    Rule("packing-wrapped", "T60", packing_wrapped),
-    Rule("loss-mask-format", "T63", assistant_loss_needs_chat),
-    Rule("quantized-bits", "transformers BitsAndBytesConfig", quantized.bits),
-    Rule("quantized-defaults", "T45", quantized.unsaid_defaults, severity="warn"),
-    Rule("quantized-full", "transformers Trainer.__init__", quantized.full_fine_tuning),
-    Rule("quantized-peft", "peft 0.21, tried", quantized.peft_method),
-    Rule("quantized-saved-module", "peft 0.21, tried", quantized.trained_whole),
-    Rule("quantized-lora-bias", "T50", quantized.lora_bias, severity="warn"),
-    Rule("quantized-int8-sharded", "T43 T46", quantized.int8_sharded),
-    Rule("quantized-int8-main", "transformers BitsAndBytesConfig", quantized.int8_main_weights),
-    Rule("quantized-storage", "T42 T46", quantized.storage_dtype),
-    Rule("quantized-cpu-offload", "transformers BitsAndBytesConfig", quantized.cpu_offload),
-    Rule("quantized-offload-param", "T44", quantized.offload_param, severity="warn"),
-    Rule("quantized-stored", "DeepSpeed#7096", quantized.stored_quantized),
-    Rule("quantized-random", "kit/training/model.py", quantized.nothing_to_quantize),
-    Rule("quantized-init-kwargs", "kit/training/model.py", quantized.given_to_the_model),
-    Rule("bitsandbytes", "transformers", quantized.bitsandbytes_missing, here=True),
-    Rule("device-map", "T22", device_map),
-    Rule("tracker-all", "transformers integration_utils", trackers.whatever_is_installed),
-    Rule("tracker-missing", "transformers integration_utils", trackers.missing, here=True),
-    Rule("tracker-online", "security", trackers.online, severity="warn"),
-    Rule("token-indices-zero3", "T37", token_indices_on_cpu),
-]
+T, P, Q = "trainer", "peft", "quantization"
+SIZES = (f"{T}.per_device_eval_batch_size", f"{T}.per_device_train_batch_size", f"{T}.eval_strategy")
+WARMUP = (f"{T}.warmup_steps", f"{T}.max_steps", f"{T}.lr_scheduler_type")
+LENGTH = (f"{T}.max_length", "model.config.max_position_embeddings", "model.config.n_positions")
+CHECKPOINTING = (f"{T}.gradient_checkpointing", f"{T}.gradient_checkpointing_kwargs", f"{T}.activation_checkpointing",
+                 f"{T}.activation_checkpointing_kwargs")  # fmt: skip
+BITS = (f"{Q}.load_in_4bit", f"{Q}.load_in_8bit")
+CHECKS = [
+    Rule("deepspeed-fsdp", "T18", ("deepspeed", "fsdp"), launch.fsdp_and_deepspeed),
+    Rule("fsdp-cpu", "T88", ("fsdp", f"{T}.use_cpu"), launch.fsdp_on_cpu),
+    Rule("fsdp-alone", "transformers Trainer.__init__", ("fsdp", "launch.num_gpus"), launch.fsdp_alone),
+    Rule("fsdp-checkpointing", "transformers Trainer", ("fsdp.activation_checkpointing", *CHECKPOINTING[::2]),
+         launch.fsdp_checkpointing),
+    Rule("fp16-bf16", "T8", (f"{T}.fp16", f"{T}.bf16"), launch.fp16_and_bf16),
+    Rule("full-eval", "transformers TrainingArguments", (f"{T}.fp16_full_eval", f"{T}.bf16_full_eval"),
+         launch.full_eval),
+    Rule("fp16-cpu", "T72", (f"{T}.fp16", f"{T}.use_cpu"), launch.fp16_on_cpu),
+    Rule("tf32-cpu", "transformers TrainingArguments", (f"{T}.tf32", f"{T}.use_cpu"), launch.tf32_on_cpu),
+    Rule("bf16-hardware", "T72, fault 22", (f"{T}.bf16",), launch.bf16_lacking, here=True),
+    Rule("bf16-slow-cpu", "T83", (f"{T}.bf16", f"{T}.use_cpu"), launch.bf16_slow_cpu, "warn", here=True),
+    Rule("gpus-missing", "T69", ("launch.num_gpus",), launch.gpus_missing, here=True),
+    Rule("local-one-process", "T66", ("launch.launcher", "launch.num_gpus"), launch.one_process_local),
+    Rule("port-taken", "T70", ("launch.master_port",), launch.port_taken, here=True),
+    Rule("host-memory", "T24", (f"{Z}.stage", "model.name_or_path"), launch.host_memory, here=True),
+    Rule("quantized-gpu-memory", "T41", (*BITS, "model.name_or_path"), launch.quantized_gpu_memory, here=True),
+    Rule("token-indices-zero3", "T37", ("peft.trainable_token_indices", f"{Z}.stage"), launch.token_indices_on_cpu),
+    # the base model
+    Rule("length-learned", "transformers GPT-2, OPT", LENGTH, model.length_learned),
+    Rule("length-uncut", "transformers GPT-2, OPT", LENGTH, model.length_uncut, "warn"),
+    Rule("length-range", "transformers modeling_rope_utils", LENGTH, model.length_range, "warn"),
+    Rule("moe-leaf", "T27", (f"{Z}.leaf_module", f"{Z}.stage", "model.config.num_experts"), model.moe_leaf, "warn"),
+    Rule("autotp-experts", "T24", ("deepspeed.tensor_parallel.autotp_size",), model.autotp_experts),
+    Rule("autotp-heads", "deepspeed engine", ("deepspeed.tensor_parallel.autotp_size",), model.autotp_heads, "warn"),
+    Rule("attention-name", "transformers AttentionInterface", ("model.attn_implementation",), model.attention_name),
+    Rule("attention-precision", "flash-attn", ("model.attn_implementation", f"{T}.bf16"), model.attention_precision),
+    Rule("packing-recurrent", "T60", (f"{T}.packing", f"{T}.padding_free"), model.packing_recurrent, "warn"),
+    # the adapter against the base
+    Rule("lm-head-target", "T38", ("peft.target_modules",), model.lm_head_target),
+    Rule("targets-match", "fault 37", ("peft.target_modules",), model.targets_match_nothing),
+    Rule("patterns-match", "T52", ("peft.rank_pattern", "peft.alpha_pattern"), model.patterns_match_nothing),
+    Rule("saved-match", "peft 0.21, tried", ("peft.modules_to_save",), model.saved_match_nothing),
+    Rule("layers-range", "peft 0.21, tried", ("peft.layers_to_transform", "peft.target_modules"), model.layers_range),
+    Rule("tied-target", "T51", ("peft.target_modules",), model.tied_target, "warn"),
+    Rule("tied-saved", "T51", ("peft.modules_to_save", "peft.ensure_weight_tying"), model.tied_saved, "warn"),
+    Rule("prefix-checkpointing", "peft PeftModel", ("peft.peft_type", *CHECKPOINTING[::2]),
+         model.prefix_checkpointing),
+    # the trainer
+    Rule("remote-code", "security", ("model.trust_remote_code", f"{T}.trust_remote_code"), trainer.trust_remote_code),
+    Rule("best-model", "T17", (f"{T}.load_best_model_at_end", f"{T}.eval_strategy", f"{T}.save_strategy",
+                               f"{T}.save_only_model"), trainer.best_model),
+    Rule("best-steps", "transformers TrainingArguments", (f"{T}.load_best_model_at_end", f"{T}.save_steps",
+                                                          f"{T}.eval_steps"), trainer.best_steps),
+    Rule("best-metric", "transformers Trainer.__init__", (f"{T}.save_strategy", f"{T}.metric_for_best_model"),
+         trainer.best_metric),
+    Rule("eval-data", "transformers Trainer.__init__", (f"{T}.eval_strategy", "dataset.test_size",
+                                                        "dataset.eval_path"), trainer.eval_without_data),
+    Rule("eval-never", "transformers Trainer", (f"{T}.eval_steps", f"{T}.max_steps"), trainer.eval_never, "warn"),
+    Rule("eval-batch", "source fault n", SIZES, trainer.eval_batch, "warn"),
+    Rule("eval-schedule", "transformers TrainingArguments", (f"{T}.lr_scheduler_type", f"{T}.eval_strategy"),
+         trainer.eval_for_schedule),
+    Rule("warmup-longer", "source fault f", WARMUP, trainer.warmup_longer),
+    Rule("warmup-half", "source fault f", WARMUP, trainer.warmup_half, "warn"),
+    Rule("warmup-constant", "transformers optimization", WARMUP, trainer.warmup_unused, "warn"),
+    Rule("full-learning-rate", "source fault f", (f"{T}.learning_rate", "peft"), trainer.full_learning_rate, "warn"),
+    Rule("step-counts", "transformers TrainingArguments", (f"{T}.logging_steps", f"{T}.eval_steps",
+                                                           f"{T}.save_steps"), trainer.step_counts),
+    Rule("prefetch", "transformers TrainingArguments", (f"{T}.dataloader_prefetch_factor",
+                                                        f"{T}.dataloader_num_workers"), trainer.prefetch),
+    Rule("empty-cache", "transformers TrainingArguments", (f"{T}.torch_empty_cache_steps",), trainer.empty_cache),
+    Rule("find-batch-size", "T17", (f"{T}.auto_find_batch_size", "deepspeed"), trainer.find_batch_size),
+    Rule("parallelism", "accelerate, tried", (f"{T}.parallelism_config",), trainer.parallelism),
+    Rule("stream-length", "transformers Trainer.__init__", ("dataset.streaming", f"{T}.max_steps"),
+         trainer.stream_length),
+    Rule("stream-split", "datasets", ("dataset.streaming", "dataset.test_size"), trainer.stream_split),
+    Rule("sampling", "transformers Trainer", (f"{T}.train_sampling_strategy", f"{T}.packing", "dataset.streaming"),
+         trainer.grouping, "warn"),
+    Rule("packing-wrapped", "T60", (f"{T}.packing", f"{T}.packing_strategy"), trainer.packing_wrapped),
+    Rule("packing-length", "T61", (f"{T}.packing", f"{T}.eval_packing", f"{T}.max_length"), trainer.packing_length),
+    Rule("padding-free", "T61", (f"{T}.padding_free", f"{T}.packing", f"{T}.max_length"), trainer.padding_free),
+    Rule("loss-mask-format", "T63", (f"{T}.assistant_only_loss", f"{T}.completion_only_loss", "dataset.path"),
+         trainer.loss_mask),
+    Rule("neftune", "transformers neftune, tried", (f"{T}.neftune_noise_alpha",), trainer.neftune),
+    Rule("liger-loss", "T62", (f"{T}.use_liger_kernel", f"{T}.liger_kernel_config"), trainer.liger_loss),
+    Rule("device-map", "T22", (f"{T}.model_init_kwargs",), trainer.device_map),
+    Rule("checkpointing-names", "T15", CHECKPOINTING, launch.checkpointing_names),
+    Rule("selective-checkpointing", "T29", (*CHECKPOINTING, "peft", f"{Z}.stage"), launch.selective),
+    Rule("reentrant", "T29 T30", (*CHECKPOINTING, "peft", f"{Z}.stage"), launch.reentrant, "warn"),
+    # a quantized base
+    Rule("quantized-bits", "transformers BitsAndBytesConfig", BITS, quantized.bits),
+    Rule("quantized-defaults", "T45", (BITS[0], f"{Q}.bnb_4bit_quant_type", f"{Q}.bnb_4bit_compute_dtype"),
+         quantized.unsaid_defaults, "warn"),
+    Rule("quantized-full", "transformers Trainer.__init__", (*BITS, "peft"), quantized.full_fine_tuning),
+    Rule("quantized-peft", "peft 0.21, tried", (*BITS, "peft.peft_type", "peft.init_lora_weights"),
+         quantized.peft_method),
+    Rule("quantized-saved-module", "peft 0.21, tried", (*BITS, "peft.modules_to_save", f"{Q}.llm_int8_skip_modules"),
+         quantized.trained_whole),
+    Rule("quantized-lora-bias", "T50", (*BITS, "peft.lora_bias"), quantized.lora_bias, "warn"),
+    Rule("quantized-int8-sharded", "T43 T46", (BITS[1], f"{Z}.stage", "fsdp"), quantized.int8_sharded),
+    Rule("quantized-int8-main", "transformers BitsAndBytesConfig", (BITS[1], f"{Q}.llm_int8_has_fp16_weight"),
+         quantized.int8_main_weights),
+    Rule("quantized-storage", "T42 T46", (BITS[0], f"{Q}.bnb_4bit_quant_storage", f"{T}.bf16", "deepspeed", "fsdp"),
+         quantized.storage_dtype),
+    Rule("quantized-cpu-offload", "transformers BitsAndBytesConfig", (f"{Q}.llm_int8_enable_fp32_cpu_offload",),
+         quantized.cpu_offload),
+    Rule("quantized-offload-param", "T44", (*BITS, f"{Z}.offload_param.device"), quantized.offload_param, "warn"),
+    Rule("quantized-stored", "DeepSpeed#7096", (Q, "model.config.quantization_config"), quantized.stored_quantized),
+    Rule("quantized-random", "kit/training/model.py", (Q, "model.random_init"), quantized.nothing_to_quantize),
+    Rule("quantized-init-kwargs", "kit/training/model.py", (f"{T}.model_init_kwargs",), quantized.given_to_the_model),
+    Rule("bitsandbytes", "transformers", BITS, quantized.bitsandbytes_missing, here=True),
+    # trackers
+    Rule("tracker-all", "transformers integration_utils", (trackers.KEY,), trackers.whatever_is_installed),
+    Rule("tracker-missing", "transformers integration_utils", (trackers.KEY,), trackers.missing, here=True),
+    Rule("tracker-online", "security", (trackers.KEY,), trackers.online, "warn"),
+]  # fmt: skip
+RULES = [*READING, *CHECKS]
 
 
 def apply(facts: Facts, here: bool) -> tuple[list[Problem], list[Problem]]:
     """All refusals and all warnings of the table."""
     refused: list[Problem] = []
     warned: list[Problem] = []
-    for rule in RULES:
-        if rule.here and not here:
+    for rule in CHECKS:
+        if rule.check is None or (rule.here and not here):
             continue
         for problem, key, fix in rule.check(facts):
             found = Problem(problem, facts.set_by(key), fix, rule.id)

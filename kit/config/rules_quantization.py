@@ -6,7 +6,9 @@ All of them hold before a weight is loaded; kit/config/rules.py lists them in it
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from kit.config.zero import at
 
 if TYPE_CHECKING:
     from kit.config.rules import Facts
@@ -156,8 +158,8 @@ def cpu_offload(f: Facts) -> Found:
 
 
 def offload_param(f: Facts) -> Found:
-    zero: dict[str, Any] = (f.plan["deepspeed"] or {}).get("zero_optimization") or {}
-    if _bits(f) and (zero.get("offload_param") or {}).get("device") not in (None, "none"):
+    device = at(f.plan["deepspeed"], "zero_optimization.offload_param.device")
+    if _bits(f) and device not in (None, "none"):
         yield (
             "offload_param with a quantized base takes more GPU memory than leaving it there",
             "deepspeed.zero_optimization.offload_param.device",

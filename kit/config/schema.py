@@ -123,6 +123,7 @@ class RunPlan(Strict):
     init_from: InitFrom | None = None  # peft.init_from: whose weights the adapter starts with
     base: dict[str, Any] | None = None  # config_sha256 and fingerprint of the base weights, where they are here
     notes: list[str] = Field(default_factory=list)
+    warnings: list[dict[str, str]] = Field(default_factory=list)  # problem, where, fix and rule of each
     overrides: list[str] = Field(default_factory=list)
     provenance: dict[str, str] = Field(default_factory=dict)
     # The tree before resolution: `kit resume key=value` starts here.

@@ -28,6 +28,7 @@ def format_of(template: Mapping[str, str]) -> str:
         f"a template of {', '.join(sorted(keys))} makes no row",
         WHERE,
         "give text, or prompt and completion, or user and assistant (and system)",
+        rule="dataset-template",
     )
 
 
@@ -39,7 +40,9 @@ def columns_of(template: Mapping[str, str]) -> list[str]:
             if name is not None:
                 found[name] = None
     if not found:
-        raise KitError("the template names no column", WHERE, "write column names in braces: {Question}")
+        raise KitError(
+            "the template names no column", WHERE, "write column names in braces: {Question}", rule="dataset-template"
+        )
     return list(found)
 
 
@@ -49,11 +52,15 @@ def parts(key: str, text: str) -> list[tuple[str, str | None]]:
         pieces = list(Formatter().parse(text))
     except ValueError as error:
         raise KitError(
-            f"{key}: {error}", f"{WHERE}.{key}", "double a brace that is meant as text: {{ and }}"
+            f"{key}: {error}",
+            f"{WHERE}.{key}",
+            "double a brace that is meant as text: {{ and }}",
+            rule="dataset-template",
         ) from None
     for _, name, spec, conversion in pieces:
         if name is not None and (spec or conversion or not name):
-            raise KitError(f"{key}: only {{column}} can stand in braces", f"{WHERE}.{key}", "name a column")
+            said = f"{key}: only {{column}} can stand in braces"
+            raise KitError(said, f"{WHERE}.{key}", "name a column", rule="dataset-template")
     return [(before, name) for before, name, _, _ in pieces]
 
 
@@ -65,6 +72,7 @@ def check(template: Mapping[str, str], columns: list[str]) -> None:
             f"the template names {', '.join(map(repr, missing))}; the data has {', '.join(columns)}",
             WHERE,
             "name columns that exist",
+            rule="dataset-template",
         )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from kit import hub, paths, weights
 from kit.config.schema import Model, Tokenizer
-from kit.errors import KitError, Problem
+from kit.errors import KitError, Problem, named
 
 FAST, CONFIG, MAP = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 OTHERS = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json", "*.tiktoken")
@@ -166,14 +166,18 @@ def examine(t: Tokenizer, model: Model, rows: int | None, chat: bool, assistant_
     if folder is None and t.name_or_path and not hub.looks_like_id(t.name_or_path):
         found.problems.append(
             Problem(
-                f"there is no tokenizer folder {name}", "tokenizer.name_or_path", "check the path, or give a Hub id"
+                f"there is no tokenizer folder {name}",
+                "tokenizer.name_or_path",
+                "check the path, or give a Hub id",
+                "tokenizer-files",
             )
         )
     if folder is not None:
         try:
             found.files = read_files(folder)
         except KitError as error:
-            found.problems += [Problem(p.problem, "tokenizer.name_or_path", p.fix) for p in error.problems]
+            key = "tokenizer.name_or_path"
+            found.problems += [Problem(p.problem, key, p.fix, "tokenizer-files") for p in error.problems]
             return found
     _look_at_template(found, t, chat, assistant_only_loss)
     _look_at_tokens(found, t, name, rows)
@@ -189,10 +193,11 @@ def _look_at_template(found: Found, t: Tokenizer, chat: bool, assistant_only_los
             if trl_templates() is None and not is_file_name(t.chat_template):
                 found.notes.append(f"chat template {t.chat_template}: TRL, which ships it, is not installed here")
             else:
-                found.problems += error.problems
+                found.problems += named(error.problems, "chat-template-name")
             return
         except (OSError, UnicodeDecodeError) as error:
-            found.problems.append(Problem(f"the chat template cannot be read: {error}", "tokenizer.chat_template"))
+            said, key = f"the chat template cannot be read: {error}", "tokenizer.chat_template"
+            found.problems.append(Problem(said, key, "check the file", "chat-template-name"))
             return
     elif chat and found.files and text is None:
         found.problems.append(
@@ -225,7 +230,8 @@ def _look_at_tokens(found: Found, t: Tokenizer, name: str, rows: int | None) -> 
     for token in t.added_tokens:
         if not token.strip() or t.added_tokens.count(token) > 1:
             problem = f"added token {token!r} is {'blank' if not token.strip() else 'listed twice'}"
-            found.problems.append(Problem(problem, "tokenizer.added_tokens", "list each token once"))
+            fix = "list each token once"
+            found.problems.append(Problem(problem, "tokenizer.added_tokens", fix, "added-tokens"))
     files = found.files
     if files is None or files.tokens is None:
         found.new_tokens = list(t.added_tokens)
@@ -241,7 +247,7 @@ def _look_at_tokens(found: Found, t: Tokenizer, name: str, rows: int | None) -> 
             fix = f"did you mean {' or '.join(near)}? " if near else ""
             problem = f"{role} {named!r} is not among the {files.size:,} tokens of {name}"
             fix += f"Or add it: tokenizer.added_tokens=['{named}']"
-            found.problems.append(Problem(problem, f"tokenizer.{role}", fix))
+            found.problems.append(Problem(problem, f"tokenizer.{role}", fix, "special-token"))
     pad, eos = (getattr(t, role) or files.roles.get(role, "") for role in ("pad_token", "eos_token"))
     for role, given, why in (
         ("pad_token", pad, "name one that the data never holds, e.g. a reserved token"),
@@ -249,7 +255,8 @@ def _look_at_tokens(found: Found, t: Tokenizer, name: str, rows: int | None) -> 
     ):
         if given is None:
             problem = f"the tokenizer of {name} has no {role}, and none is guessed"
-            found.problems.append(Problem(problem, f"tokenizer.{role}", f"tokenizer.{role}=...: {why}"))
+            fix = f"tokenizer.{role}=...: {why}"
+            found.problems.append(Problem(problem, f"tokenizer.{role}", fix, "special-token-missing"))
     if pad and pad == eos:
         found.notes.append(
             f"pad_token and eos_token are both {pad}: this trainer masks padding by position, so end tokens stay in "

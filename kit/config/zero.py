@@ -67,10 +67,13 @@ def check(ds: Mapping[str, Any], where: str = "deepspeed") -> list[Problem]:
     problems = []
     if isinstance(rest.get("zero_optimization"), bool):
         key = f"{where}.zero_optimization"
-        problems.append(Problem(f"{key} must be a block", key, f"{key}.stage={int(rest.pop('zero_optimization'))}"))
+        problems.append(
+            Problem(f"{key} must be a block", key, f"{key}.stage={int(rest.pop('zero_optimization'))}", "zero-block")
+        )
     elif "zero_optimization" not in rest:
         key = f"{where}.zero_optimization"
-        problems.append(Problem(f"{key} is missing: accelerate refuses that", key, f"{key}.stage=2 (or 0, 1, 3)"))
+        said = f"{key} is missing: accelerate refuses that"
+        problems.append(Problem(said, key, f"{key}.stage=2 (or 0, 1, 3)", "zero-block"))
     problems += fields.check("deepspeed", rest, where)
     scheduler = at(rest, "scheduler.type")
     if isinstance(scheduler, str) and f"deepspeed.scheduler.{scheduler}" in fields.tables():
@@ -163,7 +166,8 @@ def resolve(
         fill.match(f"{name}.enabled", on, f"the precision of the run ({precision})", mend=mend)
     if at(out, "fp16.enabled") and at(out, "bf16.enabled"):
         said = f"evaluation in another half precision than the run's {precision}"
-        problems.append(Problem(said, "trainer.fp16_full_eval", "leave fp16_full_eval and bf16_full_eval out"))
+        fix = "leave fp16_full_eval and bf16_full_eval out"
+        problems.append(Problem(said, "trainer.fp16_full_eval", fix, "full-eval"))
     _fill_zero(fill, hidden_size)
     _fill_optimizer(fill)
     if "scheduler" in out:

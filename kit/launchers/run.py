@@ -28,6 +28,8 @@ from kit.launchers.command import command, rank_environment
 def launch(plan: RunPlan, resume: str | None = None) -> int:
     """Run a plan whose directory exists; the exit code of the command. Blocks until no process is left."""
     run = plan.run_path
+    for w in plan.warnings:
+        say(f"warning: {w['problem']} ({w['where']}); {w['fix']} [{w['rule']}]")
     with rundir.locked(run):
         stop = Stop()
         with stop:
