@@ -107,11 +107,16 @@ def train(argv: list[str]) -> int:
 
 
 def check(argv: list[str]) -> int:
+    if any(a.partition("=")[0] == "--deepspeed" for a in argv):  # somebody's DeepSpeed JSON by itself
+        from kit.config import deepspeed_cli
+
+        return deepspeed_cli.main(argv)
     parser = options("check", "Everything that can be known about a run without weights; imports no torch.")
     parser.add_argument("overrides", nargs="*", metavar="run.yaml | key=value")
     parser.add_argument("--config-dir", "-cd", help="a folder with groups and recipes of your own")
     parser.add_argument("--json", action="store_true", help="the problems, or the plan, as JSON")
     parser.add_argument("--here", action="store_true", help="also ask whether this machine's hardware will do")
+    parser.add_argument("--deepspeed", metavar="FILE", help="a DeepSpeed JSON by itself: its faults, autos and --fix")
     a = parser.parse_intermixed_args(argv)
     from kit import api
 
