@@ -110,7 +110,7 @@ def look(overrides: list[str], model: str | None, config_dir: str | None) -> Set
     if not overrides:
         if not model:
             return Setting()
-        base, found = inspect(Model(name_or_path=model), here=False)
+        base, found = inspect(Model(name_or_path=model, random_init=True), here=False)  # its shape is enough
         if found:
             raise KitError([Problem(p.problem, "--model", p.fix) for p in found])
         return Setting(base.hidden_size, notes=base.notes)
@@ -204,7 +204,7 @@ def with_run(found: list[Finding], tree: Dict, text: str, setting: Setting, agai
 def autos(tree: Dict, text: str, setting: Setting, out: Dict, against: list[Problem]) -> list[Dict]:
     """Every "auto" that is filled: the line, the key, what it becomes where that is known, and where it comes from."""
     root, rows = json_text.parse(text), []
-    needs = {p.where.removeprefix("deepspeed."): p.problem for p in against if p.rule in ("scheduler", "hidden-size")}
+    needs = {p.where.removeprefix("deepspeed."): p.problem for p in against if p.rule == "scheduler"}
 
     def walk(block: Dict, above: json_text.Path) -> None:
         for name, value in block.items():

@@ -92,7 +92,9 @@ def _checked(tree: Dict) -> Iterator[Finding]:
         edits = mend.edits(problem.rule, path, tree)
         said, fix = (text.replace("deepspeed.", "") for text in (problem.problem, problem.fix))
         if (path, problem.rule) not in seen:
-            keep = f"max_grad_norm={mend.shown(at(tree, '.'.join(path)))}" if path[-1] == "max_grad_norm" else ""
+            key = "gradient_clipping" if path[-1] == "max_grad_norm" else ".".join(path)
+            value = at(tree, ".".join(path))
+            keep = mend.instead(key, value) if key in OWNED and edits and value not in (None, "auto") else ""
             yield Finding(problem.rule or "kind", REFUSE, path, 0, said, fix, edits, keep)
         seen.add((path, problem.rule))
 
@@ -124,8 +126,8 @@ def _missing(tree: Dict) -> Iterator[Finding]:
         edit = _add_auto(tree, key)
         if at(tree, key) is None and edit:
             said = f"{key} is missing: {why.format(clipping=clipping)}"
-            block, _, last = key.rpartition(".")
-            shown = f'"{block}": {{"{last}": "auto"}}' if block else f'"{last}": "auto"'
+            outer, _, last = key.rpartition(".")
+            shown = f'"{outer}": {{"{last}": "auto"}}' if outer else f'"{last}": "auto"'
             yield Finding("missing", REFUSE, tuple(key.split(".")), 0, said, f"add {shown}", (edit,))
     kind, params = at(tree, "scheduler.type"), at(tree, "scheduler.params")
     table = fields.tables().get(f"deepspeed.scheduler.{kind}", {}) if isinstance(kind, str) else {}

@@ -35,6 +35,7 @@ TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 UNREAD = {  # conflicts in which DeepSpeed does not read the key, or refuses it where leaving it out changes nothing
     "zero_optimization.offload_param", "zero_optimization.offload_optimizer", "zero_optimization.compute_grad_norm",
     "zero_optimization.elastic_checkpoint", "zero_optimization.legacy_stage1",
+    "tensor_parallel.dtype",
 }  # fmt: skip
 
 
@@ -243,7 +244,7 @@ def _candidates(entry: dict[str, Any], kinds: list[str], block: dict[str, Any], 
     if isinstance(value, bool) and "int" in kinds and "choices" in entry:
         out.append(int(value))  # stage: true
     if isinstance(value, float) and math.isfinite(value) and "int" in kinds:
-        out.append(round(value))
+        out.append("auto" if abs(value) < 1 and own_auto(entry) else round(value))  # a share of the model's size
     if isinstance(value, int) and not isinstance(value, bool) and value in (0, 1) and "bool" in kinds:
         out.append(bool(value))
     return out

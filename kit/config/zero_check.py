@@ -166,6 +166,8 @@ def _conflicts(ds: Dict) -> Iterator[tuple[str, str, str]]:
     no_sum = stage == 3 or zero.get("zenflow") or at(ds, "compile.deepcompile")
     if no_sum and str(ds.get("gradient_allreduce_op")).lower() == "sum":
         yield "gradient_allreduce_op", "sum is not for stage 3, ZenFlow or DeepCompile", "gradient_allreduce_op=mean"
+    if at(ds, "tensor_parallel.dtype") is not None:
+        yield "tensor_parallel.dtype", "it takes a torch.dtype, which no JSON holds: DeepSpeed refuses it", "remove it"
     if (ds.get("sequence_parallel_size") or 1) != 1:
         yield ("sequence_parallel_size", "with transformers, sequence parallelism is accelerate's to set up",
                "remove it and use trainer.parallelism_config")  # fmt: skip
