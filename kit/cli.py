@@ -108,9 +108,9 @@ def train(argv: list[str]) -> int:
 
 def check(argv: list[str]) -> int:
     if any(a.partition("=")[0] == "--deepspeed" for a in argv):  # somebody's DeepSpeed JSON by itself
-        from kit.config import deepspeed_cli
+        from kit import check_deepspeed
 
-        return deepspeed_cli.main(argv)
+        return check_deepspeed.main(argv)
     parser = options("check", "Everything that can be known about a run without weights; imports no torch.")
     parser.add_argument("overrides", nargs="*", metavar="run.yaml | key=value")
     parser.add_argument("--config-dir", "-cd", help="a folder with groups and recipes of your own")

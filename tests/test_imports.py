@@ -79,6 +79,10 @@ SINGLE = {
     "show model": (["show", "model/llama3_1_8b"], DONE),
     "check": (["check", "recipe=quickstart"], DONE),
     "check --json": (["check", "recipe=quickstart", "--json"], DONE),
+    "check --deepspeed": (
+        ["check", "--deepspeed", str(ROOT / "ds_configs" / "zero3.json"), "model=llama3_1_8b"],
+        DONE,
+    ),
     "train refused": (["train", "recipe=quickstart", "trainer.lerning_rate=1"], REFUSED),
     "train --cfg job": (["train", "recipe=quickstart", "--cfg", "job"], DONE),
     "resume refused": (["resume", "nothing"], REFUSED),

@@ -207,8 +207,9 @@ def _conflict(key: str, path: json_text.Path, tree: Dict) -> tuple[Edit, ...]:
 def _value(path: json_text.Path, table: str, entry: dict[str, Any], value: Any) -> tuple[Edit, ...]:
     """Another value of the right kind, or none: the key goes where its default is what happened anyway."""
     key, kinds = path[-1], entry.get("kinds", [])
-    if path == ("zero_optimization",) and isinstance(value, int) and value in (0, 1, 2, 3):
-        return (Edit("replace", path, {"stage": int(value)}),)
+    if path == ("zero_optimization",):
+        staged = isinstance(value, int) and value in (0, 1, 2, 3)  # true was stage 1 in old files
+        return (Edit("replace", path, {"stage": int(value)}),) if staged else ()
     block = fields.tables().get(str(entry.get("table")), {}) if kinds and "dict" in kinds else {}
     for new in _candidates(entry, kinds, block, value):
         if table and _good(table, key, new) or (new == "auto" and own_auto(entry)):

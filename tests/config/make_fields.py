@@ -246,7 +246,7 @@ def deepspeed_tables() -> dict[str, Table]:
     def block(name: str, model: type | None = None, /, **own: Field) -> Field:
         """Add the table of one block, from its model or from the fields given; returns the block's own entry."""
         tables[name] = pydantic_table(model, tables, "deepspeed") if model else own
-        return {"kinds": ["dict"], "default": None, "table": name}
+        return {"kinds": ["dict"], "table": name}
 
     wide = ["fp32", "fp16", "bf16"]
     dtypes = f("str|none", choices=wide, fold=True)
@@ -460,7 +460,8 @@ def deepspeed_tables() -> dict[str, Table]:
             single_submit=f("bool", False),
             overlap_events=f("bool", True),
             use_gds=f("bool", False),
-        ),
+        )
+        | {"kinds": ["dict", "none"]},
         "dataloader_drop_last": f("bool", False),
         "vocabulary_size": f("int|none"),
         "autotuning": autotuning,
@@ -478,7 +479,7 @@ def deepspeed_tables() -> dict[str, Table]:
         "weight_quantization": block("deepspeed.weight_quantization", WeightQuantConfig),
         "compile": block("deepspeed.compile", CompileConfig),
         "tensor_parallel": block("deepspeed.tensor_parallel", TPTrainingConfig),
-        "expert_parallel": {"kinds": ["dict"], "default": None, "table": "deepspeed.expert_parallel"},
+        "expert_parallel": {"kinds": ["dict"], "table": "deepspeed.expert_parallel"},
         "use_data_before_expert_parallelism": f("bool", False),
         "sequence_parallel_size": f("int", 1, ge=1),
         "data_parallel_size": f("int|none", ge=1),

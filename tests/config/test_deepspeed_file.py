@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import random
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kit import cli
-from kit.config import deepspeed_mend, fields, json_text, zero_check
+from kit.config import deepspeed_mend, fields, json_text, zero, zero_check
 from kit.config.deepspeed_file import examine
+from kit.config.deepspeed_run import Setting, autos, compare
 from kit.errors import DONE, REFUSED, KitError
 
 ROOT = Path(__file__).parents[2]
@@ -101,6 +104,8 @@ MENDED = [
      {"bf16.enabled": "auto", "bfloat16": MISSING}),
     (whole(True), "zero_optimization", {"zero_optimization.stage": 1}),
     (whole(False), "zero_optimization", {"zero_optimization.stage": 0}),
+    ({**AUTOS, "zero_optimization": None}, "zero_optimization", LEFT),
+    (whole(fp16=None), "fp16", {"fp16.enabled": "auto"}),
     (whole(3), "zero_optimization", {"zero_optimization.stage": 3}),
     (whole({"stage": "2"}), "zero_optimization.stage", {"zero_optimization.stage": 2}),
     (whole({"stage": 2, "cpu_offload": True}), "zero_optimization.cpu_offload",
@@ -267,6 +272,11 @@ def test_edits(text: str, edit: tuple[Any, ...], after: str) -> None:
 
 BASES = [*source_ds.FILES.values(), *(json.loads(f.read_text()) for f in OURS)]
 NAMES = sorted({k for t, table in fields.tables().items() if t.startswith("deepspeed") for k in table})
+TOP = list(fields.tables()["deepspeed"])
+SOME: list[Any] = [
+    None, True, False, 0, 1, -1, 7, 10**10, 0.9, 5e8, "auto", "true", "cpu", "5e8", "bf16", "", {}, [1, "auto"],
+    {"enabled": "auto"}, {"enabled": True}, {"device": "cpu"}, {"stage": 2}, {"x": 1}, {"type": "WarmupLR"},
+]  # fmt: skip
 VALUES = st.one_of(
     st.none(), st.booleans(), st.integers(-2, 10**10), st.floats(-1e10, 1e10), st.sampled_from(
         ["auto", "true", "cpu", "5e8", "1", "bf16", "", "AdamW", "é\n"]), st.just({}), st.just([1, "auto"]),
@@ -279,22 +289,29 @@ def blocks(tree: dict[str, Any]) -> list[dict[str, Any]]:
     return [tree, *(b for v in tree.values() if isinstance(v, dict) for b in blocks(v))]
 
 
-@settings(max_examples=250, deadline=None)
-@given(st.integers(0, len(BASES) - 1), st.randoms(use_true_random=False), st.data())
-def test_mutated_files_are_mended_once_and_for_all(base: int, draw: random.Random, data: st.DataObject) -> None:
-    """Never another exception; what is mended stays mended; every untouched value of the file is still there."""
-    tree = copy.deepcopy(BASES[base])
+def mutate(draw: random.Random, value: Any) -> dict[str, Any]:
+    """One of the files with 1 to 4 faults: another value, a key less, a letter less. `value()`: a value."""
+    tree = copy.deepcopy(draw.choice(BASES))
     for _ in range(draw.randint(1, 4)):
         block = draw.choice(blocks(tree))
-        key = draw.choice([*block, draw.choice(NAMES), "my.key"])
-        how = draw.choice(["value", "drop", "spell"])
+        key = draw.choice([*block, draw.choice(NAMES), draw.choice(TOP), "my.key"])
+        how = draw.choice(["value", "value", "drop", "spell"])
         if how == "value":
-            block[key] = copy.deepcopy(data.draw(VALUES))
+            block[key] = copy.deepcopy(value())
         elif how == "drop":
             block.pop(key, None)
-        elif key in block:
+        elif key in block and key:
             at = draw.randrange(len(key))
             block[key[:at] + key[at + 1 :]] = block.pop(key)
+    return tree
+
+
+@settings(max_examples=250, deadline=None)
+@given(st.integers(0, 2**32), st.data())
+def test_mutated_files_are_mended_once_and_for_all(seed: int, data: st.DataObject) -> None:
+    """Never another exception; what is mended stays mended; every untouched value of the file is still there."""
+    draw = random.Random(seed)
+    tree = mutate(draw, lambda: data.draw(VALUES))
     text = json.dumps(tree, indent=draw.choice([None, 1, 4]))
     found = examine(text)
     assert all(f.problem and f.fix and f.line >= 1 for f in found)
@@ -305,6 +322,35 @@ def test_mutated_files_are_mended_once_and_for_all(base: int, draw: random.Rando
             assert got.get(key) == value, (key, did)
     if not did:
         assert got == tree
+
+
+def test_deepspeed_itself_reads_what_is_left_without_fault() -> None:
+    """Mended files in which nothing is left, resolved and read by the installed DeepSpeed: no false "valid"."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    read = 0
+    for seed in range(400):
+        draw = random.Random(seed)
+        tree, _, left = mended(mutate(draw, partial(draw.choice, SOME)))
+        if not left:
+            settled = zero.resolve(tree, trainer={"max_steps": 10}, world_size=1, hidden_size=64, precision="float32")
+            DeepSpeedConfig(settled)
+            read += 1
+    assert read > 100
+
+
+@pytest.mark.parametrize("file", OURS, ids=lambda f: f.stem)
+def test_what_auto_becomes_is_what_deepspeed_gets(file: Path) -> None:
+    """The values that are shown for a run are those of zero.resolve, which the ranks use."""
+    text, tree = file.read_text(), zero.load(file)
+    setting = Setting(64, {"per_device_train_batch_size": 3, "max_grad_norm": 0.3}, 2, "bfloat16")
+    out, against = compare(tree, setting)
+    given = zero.resolve(tree, trainer=setting.trainer, world_size=2, hidden_size=64, precision="bfloat16")
+    rows = autos(tree, text, setting, out, against)
+    assert len(rows) == text.count('"auto"') and against == []
+    assert [r["becomes"] for r in rows] == [zero_check.at(given, r["key"]) for r in rows]
+    assert [r["line"] for r in rows] == [n for n, line in enumerate(text.splitlines(), 1) if '"auto"' in line]
 
 
 def test_the_scanner_reads_what_json_reads() -> None:
