@@ -107,6 +107,10 @@ def train(argv: list[str]) -> int:
 
 
 def check(argv: list[str]) -> int:
+    if any(a.partition("=")[0] == "--deepspeed" for a in argv):  # somebody's DeepSpeed JSON by itself
+        from kit import check_deepspeed
+
+        return check_deepspeed.main(argv)
     parser = options("check", "Everything that can be known about a run without weights; imports no torch.")
     parser.add_argument("overrides", nargs="*", metavar="run.yaml | key=value")
     parser.add_argument("--config-dir", "-cd", help="a folder with groups and recipes of your own")
@@ -114,6 +118,7 @@ def check(argv: list[str]) -> int:
     parser.add_argument("--here", action="store_true", help="also ask whether this machine's hardware will do")
     parser.add_argument("--rules", action="store_true", help="every rule, a line to each")
     parser.add_argument("--explain", metavar="RULE", help="what a rule is about, and where the knowledge comes from")
+    parser.add_argument("--deepspeed", metavar="FILE", help="a DeepSpeed JSON by itself: its faults, autos and --fix")
     a = parser.parse_intermixed_args(argv)
     if a.rules or a.explain:
         from kit.config import explain

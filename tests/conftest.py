@@ -23,7 +23,8 @@ os.environ.pop("TORCH_EXTENSIONS_DIR", None)
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the suite is the same on every machine: CPU processes
 
 
-OPERATORS = ["deepspeed_shm_comm", "cpu_adam", "async_io"]  # the last takes longest, and only the NVMe test needs it
+# In the order in which tests need them; the last takes longest, and only the NVMe test needs it.
+OPERATORS = ["deepspeed_shm_comm", "cpu_adam", "fused_adam", "async_io"]
 
 
 def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -74,6 +75,12 @@ def compile_operators(names: list[str]) -> Path:
 def ops_dir() -> Path:
     """TORCH_EXTENSIONS_DIR with what launches on CPU need."""
     return compile_operators(OPERATORS[:2])
+
+
+@pytest.fixture(scope="session")
+def adam_ops_dir() -> Path:
+    """The same with fused_adam, for a DeepSpeed JSON that names AdamW itself."""
+    return compile_operators(OPERATORS[:3])
 
 
 @pytest.fixture(scope="session")

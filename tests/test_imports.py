@@ -81,6 +81,10 @@ SINGLE = {
     "check --json": (["check", "recipe=quickstart", "--json"], DONE),
     "check --rules": (["check", "--rules"], DONE),
     "check --explain": (["check", "--explain", "lm-head-target"], DONE),
+    "check --deepspeed": (
+        ["check", "--deepspeed", str(ROOT / "ds_configs" / "zero3.json"), "model=llama3_1_8b"],
+        DONE,
+    ),
     "train refused": (["train", "recipe=quickstart", "trainer.lerning_rate=1"], REFUSED),
     "train --cfg job": (["train", "recipe=quickstart", "--cfg", "job"], DONE),
     "resume refused": (["resume", "nothing"], REFUSED),

@@ -137,6 +137,9 @@ def test_operators_of_a_plan(plan_of):
     assert ops.needed(plan_of()) == []
     assert ops.needed(plan_of("deepspeed=zero2", cpu)) == ["deepspeed_shm_comm"]
     assert ops.needed(plan_of("deepspeed=zero3_offload", "launch.num_gpus=2")) == ["cpu_adam"]
+    adamw = "+deepspeed.optimizer={type:AdamW,params:{lr:auto}}"  # a file with an optimizer of DeepSpeed's own
+    assert ops.needed(plan_of("deepspeed=zero2", cpu, adamw)) == ["deepspeed_shm_comm", "fused_adam"]
+    assert ops.needed(plan_of("deepspeed=zero2_offload", cpu, adamw)) == ["deepspeed_shm_comm", "cpu_adam"]
     nvme = plan_of("deepspeed=zero3_nvme", "deepspeed.zero_optimization.offload_optimizer.nvme_path=/x", cpu)
     assert ops.needed(nvme) == ["deepspeed_shm_comm", "cpu_adam", "async_io"]
 

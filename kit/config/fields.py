@@ -204,10 +204,10 @@ def _check_value(entry: dict[str, Any], value: Any, path: str) -> list[Problem]:
 
 def _check_number(entry: dict[str, Any], value: float, path: str) -> list[Problem]:
     if (numbers := [c for c in entry.get("choices", ()) if isinstance(c, int)]) and value not in numbers:
-        return [Problem(f"{path} must be one of {_join(numbers)}, not {value}", path, "", "choice")]
+        return [Problem(f"{path} must be one of {_join(numbers)}, not {value}", path, "give one of them", "choice")]
     for bound, (sign, holds) in BOUNDS.items():
         if bound in entry and not holds(value, entry[bound]):
-            return [Problem(f"{path} must be {sign} {entry[bound]}, not {value}", path, "", "range")]
+            return [Problem(f"{path} must be {sign} {entry[bound]}, not {value}", path, "give such a number", "range")]
     return []
 
 
@@ -248,7 +248,7 @@ def _kind_fix(entry: dict[str, Any], value: Any) -> str:
     if isinstance(value, int) and not isinstance(value, bool) and wanted == ["bool"] and value in (0, 1):
         return f"write {'true' if value else 'false'}"
     if isinstance(value, float) and "int" in wanted:
-        return f"round it: {round(value)}" if math.isfinite(value) else ""
+        return f"round it: {round(value)}" if math.isfinite(value) else "give a finite number"
     if "list" in wanted and isinstance(value, str):
         return f"write a list: [{value}]"
     return f"give {_wanted(entry)}"

@@ -55,8 +55,11 @@ def needed(plan: RunPlan) -> list[str]:
     names = ["deepspeed_shm_comm"] if plan.trainer["use_cpu"] else []
     zero = plan.deepspeed.get("zero_optimization", {})
     devices = {part: (zero.get(part) or {}).get("device", "none") for part in ("offload_optimizer", "offload_param")}
+    own = plan.deepspeed.get("optimizer") or {}  # DeepSpeed's own optimizer, from a file that names one
     if devices["offload_optimizer"] in ("cpu", "nvme"):
         names.append("cpu_adam")
+    elif str(own.get("type")).lower() in ("adam", "adamw") and not (own.get("params") or {}).get("torch_adam"):
+        names.append("fused_adam")
     if "nvme" in devices.values():
         names.append("async_io")
     return names

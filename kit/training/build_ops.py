@@ -15,7 +15,7 @@ def main(names: list[str]) -> None:
             builder = ShareMemCommBuilder()
         else:
             builder = get_accelerator().create_op_builder(
-                {"cpu_adam": "CPUAdamBuilder", "async_io": "AsyncIOBuilder"}[name]
+                {"cpu_adam": "CPUAdamBuilder", "fused_adam": "FusedAdamBuilder", "async_io": "AsyncIOBuilder"}[name]
             )
         builder.load(verbose=False)
 

@@ -195,6 +195,33 @@ REMOVED = {  # top-level blocks that DeepSpeed 0.19 refuses -> what to write now
 }
 
 
+def optimizer_types() -> Field:
+    """DeepSpeed's own optimizers in any case; everything else is looked up in torch.optim as it is written."""
+    import torch
+    from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
+
+    base = torch.optim.Optimizer
+    others = [n for n, c in vars(torch.optim).items() if isinstance(c, type) and issubclass(c, base) and c is not base]
+    names = [n for n in others if n.lower() not in DEEPSPEED_OPTIMIZERS]
+    spelled = {n.lower(): n for n in "Adam AdamW Adagrad Lamb Lion Muon MuAdam MuAdamW MuSGD".split()}
+    own = [spelled.get(n, n) for n in DEEPSPEED_OPTIMIZERS]
+    return {"choices": [*own, *sorted(names)], "patterns": [f"(?i:{'|'.join(DEEPSPEED_OPTIMIZERS)})"]}
+
+
+def adam_table(shared: Table) -> Table:
+    """What any of the classes takes that the engine may choose for Adam and AdamW, and what the engine takes out."""
+    import torch
+    from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+
+    table: Table = dict(shared)
+    for cls in (torch.optim.AdamW, FusedAdam, DeepSpeedCPUAdam):
+        for name, parameter in inspect.signature(cls.__init__).parameters.items():
+            if name not in ("self", "params", "model_params") and parameter.kind is not parameter.VAR_KEYWORD:
+                table.setdefault(name, {"kinds": ANY, "default": plain(parameter.default)})
+    own = {"torch_adam": False, "adam_w_mode": True}
+    return table | {name: {"kinds": ["bool"], "default": value} for name, value in own.items()}
+
+
 def deepspeed_tables() -> dict[str, Table]:
     """The keys that DeepSpeed 0.19 reads from its JSON. Pydantic blocks come from their models, the rest
     (plain `dict.get` readers upstream) is listed here; test_zero.py searches the installed source for keys."""
@@ -219,7 +246,7 @@ def deepspeed_tables() -> dict[str, Table]:
     def block(name: str, model: type | None = None, /, **own: Field) -> Field:
         """Add the table of one block, from its model or from the fields given; returns the block's own entry."""
         tables[name] = pydantic_table(model, tables, "deepspeed") if model else own
-        return {"kinds": ["dict"], "default": None, "table": name}
+        return {"kinds": ["dict"], "table": name}
 
     wide = ["fp32", "fp16", "bf16"]
     dtypes = f("str|none", choices=wide, fold=True)
@@ -268,22 +295,53 @@ def deepspeed_tables() -> dict[str, Table]:
         min_train_micro_batch_size_per_gpu=f("int", 1),
         num_tuning_micro_batch_sizes=f("int", 3),
     )
+    sampling, routing = "deepspeed.data_efficiency.data_sampling", "deepspeed.data_efficiency.data_routing"
+    orders = ["random", "seqlen", "dataloader"]
+    curriculum = block(
+        f"{sampling}.curriculum_learning",
+        enabled=f("bool", False),
+        data_cluster_path=f("str|none"),
+        curriculum_metrics=f("dict", {}),  # {a metric of one's own: {its files, difficulty, schedule}}
+    )
+    batching = block(
+        f"{sampling}.dynamic_batching",
+        enabled=f("bool", False),
+        metrics_path=f("str|none"),
+        lr_scaling_method=f("str", "linear", choices=["linear", "sqrt", "none"]),
+        min_batch_size=f("int", 1, ge=1),
+        max_batch_size=f("int|none", ge=1),
+        sequence_picking_order=f("str", "dataloader", choices=orders),
+        max_tokens=f("int|none", ge=1),
+        verbose=f("bool", False),
+    )
+    random_ltd = block(
+        f"{routing}.random_ltd",
+        enabled=f("bool", False),
+        total_layer_num=f("int|none", ge=1),
+        random_ltd_layer_num=f("int|none", ge=1),
+        random_ltd_layer_id=f("list|none", items={"kinds": ["int"]}),
+        model_mask_name=f("str|none"),
+        model_type=f("str|none", choices=["encoder", "decoder"]),
+        hidden_state_order=f("str|none"),
+        micro_batch_size=f("int|none", ge=1),
+        global_batch_size=f("int|none", ge=1),
+        random_ltd_schedule=f("dict", {}),
+        layer_token_lr_schedule=f("dict", {}),
+    )
     data_efficiency = block(
         "deepspeed.data_efficiency",
         enabled=f("bool", False),
         seed=f("int", 1234),
         data_sampling=block(
-            "deepspeed.data_efficiency.data_sampling",
+            sampling,
             enabled=f("bool", False),
             num_epochs=f("int", 1000),
             num_workers=f("int", 0),
             pin_memory=f("bool", False),
-            curriculum_learning=f("dict", {}),
-            dynamic_batching=f("dict", {}),
+            curriculum_learning=curriculum,
+            dynamic_batching=batching,
         ),
-        data_routing=block(
-            "deepspeed.data_efficiency.data_routing", enabled=f("bool", False), random_ltd=f("dict", {})
-        ),
+        data_routing=block(routing, enabled=f("bool", False), random_ltd=random_ltd),
     )
     experts = dataclass_table(AutoEPConfig, tables, "deepspeed")
     tables["deepspeed.expert_parallel"] = {k: v for k, v in experts.items() if not k.startswith("_")}
@@ -338,7 +396,7 @@ def deepspeed_tables() -> dict[str, Table]:
         ),
         "optimizer": block(
             "deepspeed.optimizer",
-            type=f("str", required=True),
+            type=f("str", required=True, **optimizer_types()),
             params=block(
                 "deepspeed.optimizer.params",
                 lr=f("float", auto=True, ge=0),
@@ -402,7 +460,8 @@ def deepspeed_tables() -> dict[str, Table]:
             single_submit=f("bool", False),
             overlap_events=f("bool", True),
             use_gds=f("bool", False),
-        ),
+        )
+        | {"kinds": ["dict", "none"]},
         "dataloader_drop_last": f("bool", False),
         "vocabulary_size": f("int|none"),
         "autotuning": autotuning,
@@ -420,11 +479,13 @@ def deepspeed_tables() -> dict[str, Table]:
         "weight_quantization": block("deepspeed.weight_quantization", WeightQuantConfig),
         "compile": block("deepspeed.compile", CompileConfig),
         "tensor_parallel": block("deepspeed.tensor_parallel", TPTrainingConfig),
-        "expert_parallel": {"kinds": ["dict"], "default": None, "table": "deepspeed.expert_parallel"},
+        "expert_parallel": {"kinds": ["dict"], "table": "deepspeed.expert_parallel"},
         "use_data_before_expert_parallelism": f("bool", False),
         "sequence_parallel_size": f("int", 1, ge=1),
         "data_parallel_size": f("int|none", ge=1),
     }
+    tables["deepspeed.optimizer.adam"] = adam_table(tables["deepspeed.optimizer.params"])  # others' params are free
+
     for key in runtime._REMOVED_TOP_LEVEL_CONFIG_KEYS:
         tables["deepspeed"][key] = {"kinds": ANY, "instead": REMOVED[key], "removed": True}
     zero_table = tables["deepspeed.zero_optimization"]

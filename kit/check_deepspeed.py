@@ -1,0 +1,125 @@
+"""`kit check --deepspeed FILE`: somebody's DeepSpeed JSON by itself, explained and mended; imports no torch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from kit.config import deepspeed_mend, zero_check
+from kit.config.deepspeed_file import REFUSE, Finding, examine, problem_of
+from kit.config.deepspeed_run import autos, compare, look, with_run
+from kit.errors import DONE, REFUSED, KitError
+from kit.terminal import print_problems
+
+Dict = dict[str, Any]
+
+
+def main(argv: list[str]) -> int:
+    """The exit code: 2 where something is wrong (after --fix: where something is left that it could not mend)."""
+    parser = argparse.ArgumentParser(
+        prog="kit check", allow_abbrev=False, description="A DeepSpeed JSON by itself: what is wrong in it, and what "
+        'each "auto" becomes for a model or a run, where one is named.',
+    )  # fmt: skip
+    parser.add_argument("overrides", nargs="*", metavar="run.yaml | key=value", help="a model=NAME, or a whole run")
+    parser.add_argument("--deepspeed", required=True, metavar="FILE", help="the DeepSpeed JSON")
+    parser.add_argument("--model", metavar="DIR | HUB_ID", help='the model for which "auto" is worked out')
+    parser.add_argument("--config-dir", "-cd", help="a folder with groups and recipes of your own")
+    parser.add_argument(
+        "--fix", nargs="?", const="", metavar="OUT", help="write a mended file (FILE with .fixed.json)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="OUT may be there already")
+    parser.add_argument("--json", action="store_true", help="everything as JSON")
+    a = parser.parse_intermixed_args(argv)
+    if a.fix and "=" in a.fix and not a.fix.endswith(".json"):
+        a.overrides, a.fix = [*a.overrides, a.fix], ""  # `--fix recipe=...`
+    try:
+        answer = answer_for(a.deepspeed, a.overrides, a.model, a.config_dir, a.fix, a.overwrite)
+    except KitError as error:
+        if not a.json:
+            raise
+        print(json.dumps({"valid": False, "problems": error.to_json()}, indent=1))
+        return error.code
+    if a.json:
+        shown = {k: [row(f) for f in v] if k in ("problems", "remaining") else v for k, v in answer.items()}
+        print(json.dumps(shown, indent=1, ensure_ascii=False))
+    else:
+        say(answer, a.fix is not None)
+    left = answer["remaining"] if a.fix is not None else answer["problems"]
+    return REFUSED if any(f.severity == REFUSE for f in left) else DONE
+
+
+def answer_for(
+    file: str, overrides: list[str], model: str | None, config_dir: str | None, fix: str | None, overwrite: bool
+) -> Dict:
+    """Findings, autos and, where `fix` is not None, the changes; the mended file is written."""
+    text = zero_check.read(file)
+    tree = zero_check.parse(text, file, twice=True)
+    setting = look(overrides, model, config_dir)
+    out, against = compare(tree, setting)
+    found = with_run(examine(text, file), tree, text, setting, against)
+    answer: Dict = {"file": file, "valid": not any(f.severity == REFUSE for f in found), "problems": found}
+    answer["auto"] = autos(tree, text, setting, out, against)
+    answer["notes"] = setting.notes
+    if fix is not None:
+        mended, changes = deepspeed_mend.mend(text, examine)
+        tree = zero_check.parse(mended, file, twice=True)
+        left = with_run(examine(mended, file), tree, mended, setting, compare(tree, setting)[1])
+        answer |= {"changes": [vars(c) for c in changes], "remaining": left, "written": None}
+        if changes:
+            answer["written"] = write(fix or str(Path(file).with_suffix(".fixed.json")), mended, overwrite)
+    return answer
+
+
+def write(out: str, text: str, overwrite: bool) -> str:
+    """The mended file, whole or not at all; KitError where a file of that name is there."""
+    path = Path(out).expanduser()
+    if path.exists() and not overwrite:
+        raise KitError(f"{out} is there already", "--fix", "--fix OTHER.json, or --overwrite")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(text.encode("utf-8"))
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return out
+
+
+def row(finding: Finding) -> Dict:
+    return {
+        "rule": finding.rule, "severity": finding.severity, "key": finding.key, "line": finding.line,
+        "problem": finding.problem, "fix": finding.fix, "mendable": bool(finding.edits),
+    }  # fmt: skip
+
+
+def say(answer: Dict, fixing: bool) -> None:
+    """The answer in words: autos and changes on standard output, problems on standard error."""
+    file = answer["file"]
+    for r in answer["auto"]:
+        becomes = r["from"] if r["becomes"] is None else f"{json.dumps(r['becomes'])}  ({r['from']})"
+        print(f"{file}:{r['line']}: {r['key']}: auto -> {becomes}")
+    for note in answer["notes"]:
+        print(f"note       {note}")
+    findings = answer["remaining"] if fixing else answer["problems"]
+    if fixing:
+        for c in answer["changes"]:
+            print(f"{file}:{c['line']}: {c['did']}\n  why:   {c['why']}")
+            if c["keep"]:
+                print(f"  then:  give the trainer {c['keep']}")
+        print(f"written    {answer['written']}" if answer["written"] else "nothing to mend")
+        if findings:
+            print(f"left       {len(findings)}: what follows has no single answer")
+    sys.stdout.flush()
+    print_problems([problem_of(f, file) for f in findings], refused=any(f.severity == REFUSE for f in findings))
+    if not findings and not fixing:
+        print("valid")
+    mendable = sum(bool(f.edits) for f in findings)
+    if mendable and not fixing:
+        print(f"\n--fix mends {mendable} of {len(findings)}")

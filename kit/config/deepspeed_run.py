@@ -1,0 +1,174 @@
+"""A DeepSpeed JSON beside a model or a run: what each "auto" becomes, and which literals the run's trainer refuses."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from kit.config import deepspeed_mend, json_text, zero, zero_check
+from kit.config.deepspeed_file import REFUSE, Finding, path_of
+from kit.config.deepspeed_mend import OWNED
+from kit.errors import KitError, Problem
+
+Dict = dict[str, Any]
+PLACEHOLDER = "not-given"  # for what a run must name and this check does not need
+FORMULA = {
+    "zero_optimization.reduce_bucket_size": "hidden_size x hidden_size",
+    "zero_optimization.stage3_prefetch_bucket_size": "int(0.9 x hidden_size x hidden_size)",
+    "zero_optimization.stage3_param_persistence_threshold": "10 x hidden_size",
+}
+FIXED = {  # what accelerate and transformers put there whatever the run is
+    "zero_optimization.stage3_gather_16bit_weights_on_model_save": False,
+    "zero_optimization.offload_optimizer.device": "none",
+    "zero_optimization.offload_param.device": "none",
+    "zero_optimization.offload_optimizer.nvme_path": None,
+    "zero_optimization.offload_param.nvme_path": None,
+    "scheduler.params.warmup_min_lr": 0,
+}
+
+
+@dataclass
+class Setting:
+    """What is known beside the file: a model's width, and a run's trainer where one was named."""
+
+    hidden_size: int | None = None
+    trainer: Dict | None = None
+    world_size: int = 1
+    precision: Any = "float32"
+    notes: list[str] = field(default_factory=list)
+
+
+def look(overrides: list[str], model: str | None, config_dir: str | None) -> Setting:
+    """The width of the model and the trainer's values; KitError where what was named is wrong."""
+    from kit.config.model import inspect
+    from kit.config.schema import Model
+
+    if not overrides:
+        if not model:
+            return Setting()
+        base, found = inspect(Model(name_or_path=model, random_init=True), here=False)  # its shape is enough
+        if found:
+            raise KitError([Problem(p.problem, "--model", p.fix) for p in found])
+        return Setting(base.hidden_size, notes=base.notes)
+    heads = [o.lstrip("+~").partition("=")[0].split(".")[0].split("@")[0] for o in overrides]
+    if "deepspeed" in heads:
+        raise KitError("deepspeed is what --deepspeed gives", "command line", "change the file itself")
+    from kit.config.compose import compose
+    from kit.config.read import located, origin, read_input, read_trainer
+    from kit.config.resolve import resolve_batch, resolve_launch, resolve_precision
+
+    composed = compose(overrides, config_dir)
+    set_by, tree = origin(composed.provenance), copy.deepcopy(composed.tree)
+    if model and isinstance(tree.get("model"), dict):
+        tree["model"] |= {"name_or_path": model, "config": {}}
+    for section, key in (("model", "name_or_path"), ("dataset", "path")):
+        if isinstance(tree.get(section), dict) and tree[section].get(key) == "???":
+            tree[section][key] = PLACEHOLDER
+    given, problems = read_input(tree, set_by)
+    if given is None:
+        raise KitError(problems)
+    setting = Setting()
+    if given.model.name_or_path != PLACEHOLDER:
+        base, found = inspect(given.model, here=False)
+        problems += located(found, set_by, "model.name_or_path")
+        setting.hidden_size, setting.notes = base.hidden_size, list(base.notes)
+    if set(heads) - {"model"}:  # a run
+        trainer, found = read_trainer(tree.get("trainer"), set_by)
+        problems += found
+        launch, trainer["use_cpu"] = resolve_launch(given.launch, trainer, True, False, None, setting.notes)
+        setting.precision = resolve_precision(trainer, trainer["use_cpu"], setting.notes)
+        setting.world_size = launch.num_gpus if isinstance(launch.num_gpus, int) else 1
+        wanted = given.global_batch_size
+        problems += resolve_batch(trainer, wanted, setting.world_size, set_by, composed.provenance)[1]
+        setting.trainer = trainer
+    if problems:
+        raise KitError(problems)
+    return setting
+
+
+def compare(tree: Dict, setting: Setting) -> tuple[Dict, list[Problem]]:
+    """The file filled as for a run, and what disagrees with the run; without what is wrong by itself."""
+    return zero.attempt(
+        sound(tree), trainer=setting.trainer or {}, world_size=setting.world_size, hidden_size=setting.hidden_size,
+        precision=setting.precision,
+    )  # fmt: skip
+
+
+def sound(tree: Dict) -> Dict:
+    """The file without what is wrong in it: what is left can be compared and filled."""
+    tree = copy.deepcopy(tree)
+    for _ in range(10):
+        problems = zero_check.check(tree)
+        if not problems:
+            return tree
+        for problem in problems:
+            path = path_of(tree, problem.where.removeprefix("deepspeed."))
+            if problem.rule == "missing-key":
+                path = path[:-1]
+            holder: Any = tree
+            for key in path[:-1]:
+                holder = holder.get(key) if isinstance(holder, dict) else None
+            if isinstance(holder, dict) and path:
+                holder.pop(path[-1], None)
+        tree.setdefault("zero_optimization", {})
+    return {"zero_optimization": {}}
+
+
+def with_run(found: list[Finding], tree: Dict, text: str, setting: Setting, against: list[Problem]) -> list[Finding]:
+    """Literals that differ from what the run's trainer would set, in place of the remark that they are literals."""
+    if setting.trainer is None:
+        return found
+    at_path = {f.path: f for f in found}
+    root = json_text.parse(text)
+    for p in against:
+        if p.rule not in ("mismatch", "optimizer", "offload-optimizer"):
+            continue
+        inside = p.where.startswith("deepspeed.")
+        path = path_of(tree, p.where.removeprefix("deepspeed.")) if inside else (p.where,)
+        held = zero_check.at(tree, ".".join(path))
+        if inside and p.rule == "mismatch" and (held is None or held == "auto"):
+            continue  # mended, or in a block that goes
+        said, fix = (t.replace("deepspeed.", "") for t in (p.problem, p.fix))
+        before = at_path.get(path)
+        line = json_text.line(text, root, path if inside else ("zero_optimization", "offload_optimizer"))
+        edits = (deepspeed_mend.Edit("replace", path, "auto"),) if p.rule == "mismatch" else ()
+        new = Finding(p.rule, REFUSE, path, line, said, fix, edits)
+        at_path[path] = replace(new, edits=before.edits, fix=before.fix, keep=before.keep) if before else new
+    return sorted(at_path.values(), key=lambda f: f.line)
+
+
+def autos(tree: Dict, text: str, setting: Setting, out: Dict, against: list[Problem]) -> list[Dict]:
+    """Every "auto" that is filled: the line, the key, what it becomes where that is known, and where it comes from."""
+    root, rows = json_text.parse(text), []
+    needs = {p.where.removeprefix("deepspeed."): p.problem for p in against if p.rule == "scheduler"}
+
+    def walk(block: Dict, above: json_text.Path) -> None:
+        for name, value in block.items():
+            path = (*above, name)
+            if isinstance(value, dict):
+                walk(value, path)
+            if value != "auto" or not zero_check.own_auto(deepspeed_mend.entry_at(path, tree)[1]):
+                continue
+            key = ".".join(path)
+            becomes, source = filled(key, out, setting)
+            if becomes is None and key in needs:
+                source = needs[key].replace("deepspeed.", "")
+            rows.append({"line": json_text.line(text, root, path), "key": key, "becomes": becomes, "from": source})
+
+    walk(tree, ())
+    return rows
+
+
+def filled(key: str, out: Dict, setting: Setting) -> tuple[Any, str]:
+    """(value or None, where it comes from) of one "auto"."""
+    value = zero_check.at(out, key)
+    if key in FORMULA:
+        if setting.hidden_size is None:
+            return None, f"{FORMULA[key]}: needs the model (model=NAME or --model DIR)"
+        return value, f"{FORMULA[key]}, hidden_size {setting.hidden_size}"
+    if key in OWNED:
+        return (value if setting.trainer is not None else None), f"the trainer's {OWNED[key]}"
+    if key in FIXED:
+        return FIXED[key], "accelerate and transformers, always"
+    return None, "a word of DeepSpeed's own: it decides by itself"

@@ -1,0 +1,190 @@
+"""What a DeepSpeed JSON is by itself, without DeepSpeed: read it, and say all that is wrong in it.
+
+DeepSpeed ignores unknown top-level keys and drops an "auto" that nobody filled; `check` says so beforehand.
+Upstream: deepspeed runtime/config.py and zero/config.py.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from kit.config import fields
+from kit.errors import KitError, Problem
+
+Dict = dict[str, Any]
+ADAMS = ("adam", "adamw")
+UNUSABLE = ("kind", "choice", "auto")  # rules that leave no value to compare
+
+
+def load(path: str | Path) -> Dict:
+    """One DeepSpeed JSON file. KitError with line and column for bad JSON, and for a key given twice."""
+    return parse(read(path), path)
+
+
+def read(path: str | Path) -> str:
+    """The file's text with its own line ends, without a byte order mark; KitError where it is not to be had."""
+    try:
+        return Path(path).read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise KitError(f"cannot read {path}: {reason}", str(path), "give the path of a DeepSpeed JSON file") from None
+
+
+def parse(text: str, path: str | Path, twice: bool = False) -> Dict:
+    """The block of a DeepSpeed JSON; `twice`: a key may be given twice (the last one counts, as elsewhere)."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> Dict:
+        seen: Dict = {}
+        for key, value in pairs:
+            if key in seen and not twice:
+                lines = [str(n) for n, line in enumerate(text.splitlines(), 1) if f'"{key}"' in line]
+                place = f"{path} lines {', '.join(lines)}"
+                raise KitError(f"the key {key!r} is given twice in one block", place, "keep one of them")
+            seen[key] = value
+        return seen
+
+    def refuse(constant: str) -> float:
+        raise KitError(f"{constant} is not JSON", str(path), "give a finite number")
+
+    try:
+        data = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+    except json.JSONDecodeError as error:
+        place = f"{path} line {error.lineno} column {error.colno}"
+        lines = text.splitlines()[error.lineno - 1 : error.lineno] or [""]
+        comment = lines[0].strip().startswith(("//", "#", "/*"))
+        fix = "JSON has no comments: remove it" if comment else f"mend: {lines[0].strip()[:80]}"
+        raise KitError(f"not valid JSON: {error.msg}", place, fix) from None
+    except RecursionError:
+        raise KitError("not a DeepSpeed JSON: it is nested too deeply", str(path), "check the file") from None
+    except ValueError:  # a whole number of more digits than Python reads
+        raise KitError("not a DeepSpeed JSON: a number has too many digits", str(path), "check the file") from None
+    if not isinstance(data, dict):
+        raise KitError("a DeepSpeed JSON is one block of keys", str(path), 'start the file with "{"')
+    return data
+
+
+def check(ds: Mapping[str, Any], where: str = "deepspeed") -> list[Problem]:
+    """All that is wrong in the JSON by itself: unknown and old keys, kinds, an "auto" that nobody fills, conflicts."""
+    rest = dict(ds)
+    problems = []
+    if isinstance(rest.get("zero_optimization"), bool):
+        key = f"{where}.zero_optimization"
+        stage = int(rest.pop("zero_optimization"))
+        problems.append(Problem(f"{key} must be a block", key, f"{key}.stage={stage}", "zero-block"))
+    elif "zero_optimization" not in rest:
+        key = f"{where}.zero_optimization"
+        fix = f"{key}.stage=2 (or 0, 1, 3)"
+        problems.append(Problem(f"{key} is missing: accelerate refuses that", key, fix, "zero-block"))
+    problems += fields.check("deepspeed", rest, where)
+    for block, table in typed_params(rest).items():
+        told = {p.where for p in problems}
+        problems += [p for p in fields.check(table, at(rest, block), f"{where}.{block}") if p.where not in told]
+    told = {p.where for p in problems}
+    problems += [p for p in _unfilled("deepspeed", rest, where, typed_params(rest)) if p.where not in told]
+    wrong = {re.sub(r"\[\d+\].*", "", p.where).removeprefix(f"{where}.") for p in problems if p.rule in UNUSABLE}
+    if wrong & {"zero_optimization", "zero_optimization.stage"} or isinstance(ds.get("zero_optimization"), bool):
+        return problems  # most of the rules below ask for the stage
+    usable = copy.deepcopy(rest)
+    for key in wrong:
+        parent, _, last = key.rpartition(".")
+        holder = at(usable, parent) if parent else usable
+        if isinstance(holder, dict):
+            holder.pop(last, None)
+    return problems + [Problem(said, f"{where}.{key}", fix, "deepspeed") for key, said, fix in _conflicts(usable)]
+
+
+def typed_params(ds: Mapping[str, Any]) -> dict[str, str]:
+    """{dotted block: table} of the params of an optimizer and a scheduler whose type has a table of its own."""
+    found = {}
+    for name in ("optimizer", "scheduler"):
+        kind = at(ds, f"{name}.type")
+        if isinstance(kind, str) and isinstance(at(ds, f"{name}.params"), Mapping):
+            table = f"deepspeed.{name}.{'adam' if name == 'optimizer' and kind.lower() in ADAMS else kind}"
+            if table in fields.tables():
+                found[f"{name}.params"] = table
+    return found
+
+
+def _unfilled(table: str | None, values: Mapping[str, Any], where: str, typed: Mapping[str, str]) -> Iterator[Problem]:
+    """Every "auto" that is text to DeepSpeed's reader: nobody fills it, and no kind tells (T3)."""
+    known = fields.tables()[table] if table else {}
+    for key, value in values.items():
+        path, entry = f"{where}.{key}", known.get(key, {})
+        if isinstance(value, Mapping):
+            inner = next((t for block, t in typed.items() if path.endswith(f".{block}")), entry.get("table"))
+            yield from _unfilled(inner, value, path, typed)
+        elif value == "auto" and isinstance(value, str) and not own_auto(entry):
+            yield Problem(f'nobody fills the "auto" of {path}', path, "give a value or leave the key out", "auto")
+
+
+def own_auto(entry: Mapping[str, Any]) -> bool:
+    """Whether "auto" is a value here: filled by transformers or accelerate, or DeepSpeed's own word."""
+    return bool(entry.get("auto")) or "auto" in entry.get("choices", ()) or entry.get("default") == "auto"
+
+
+def _conflicts(ds: Dict) -> Iterator[tuple[str, str, str]]:
+    """(key, problem, fix) for keys that do not go together; each stands in DeepSpeed's validators or engine."""
+    zero: Dict = dict(ds.get("zero_optimization") or {})
+    stage = zero.get("stage", 0)
+    optimizer, param = (dict(zero.get(f"offload_{what}") or {}) for what in ("optimizer", "param"))
+    z = "zero_optimization"
+    if param.get("device", "none") not in ("none", "auto") and stage != 3:
+        yield f"{z}.offload_param", f"stage {stage} does not read offload_param", "zero_optimization.stage=3"
+    if optimizer.get("device", "none") not in ("none", "auto") and stage == 0:
+        yield f"{z}.offload_optimizer", "stage 0 does not read offload_optimizer", "zero_optimization.stage=2"
+    if optimizer.get("device") == "nvme" and stage in (1, 2):
+        yield (f"{z}.offload_optimizer.device", f"stage {stage} offloads to the CPU, not to NVMe",
+               "device=cpu, or zero_optimization.stage=3")  # fmt: skip
+    for name, block in (("offload_optimizer", optimizer), ("offload_param", param)):
+        if block.get("device") == "nvme" and block.get("nvme_path") in (None, "", "none", "auto"):
+            yield f"{z}.{name}.nvme_path", f"{name} to NVMe needs nvme_path", "give a folder on a local NVMe disk"
+    if optimizer.get("ratio", 1.0) < 1 and stage != 3:
+        yield f"{z}.offload_optimizer.ratio", "a ratio below 1 needs stage 3", "zero_optimization.stage=3, or ratio=1"
+    if optimizer.get("super_offload") and stage != 3:
+        yield f"{z}.offload_optimizer.super_offload", "super_offload needs stage 3", "zero_optimization.stage=3"
+    if zero.get("compute_grad_norm") is False and stage not in (1, 2):
+        yield f"{z}.compute_grad_norm", "compute_grad_norm=false needs stage 1 or 2", "compute_grad_norm=true"
+    if zero.get("compute_grad_norm") is False and ds.get("gradient_clipping", "auto") not in (0, "auto"):
+        yield f"{z}.compute_grad_norm", "clipping needs the gradient norm", "gradient_clipping=0"
+    if zero.get("elastic_checkpoint") and stage == 3:
+        yield f"{z}.elastic_checkpoint", "stage 3 has no elastic checkpoints", "remove it"
+    if zero.get("legacy_stage1"):
+        yield f"{z}.legacy_stage1", "the engine refuses legacy_stage1", "remove it"
+    for what in ("fp16", "bf16"):
+        block = dict(ds.get(what) or {})
+        if block.get(f"{what}_master_weights_and_grads") and stage == 0:
+            yield f"{what}.{what}_master_weights_and_grads", "it needs ZeRO 1, 2 or 3", "zero_optimization.stage=1"
+    if at(ds, "bf16.bf16_optimizer_states") and not at(ds, "bf16.bf16_master_weights_and_grads"):
+        yield "bf16.bf16_optimizer_states", "it needs bf16_master_weights_and_grads", "set both"
+    if at(ds, "fp16.enabled") is True and at(ds, "bf16.enabled") is True:
+        yield "fp16.enabled", "fp16 and bf16 cannot both be enabled", 'set both to "auto"'
+    no_sum = stage == 3 or zero.get("zenflow") or at(ds, "compile.deepcompile")
+    if no_sum and str(ds.get("gradient_allreduce_op")).lower() == "sum":
+        yield "gradient_allreduce_op", "sum is not for stage 3, ZenFlow or DeepCompile", "gradient_allreduce_op=mean"
+    if at(ds, "tensor_parallel.dtype") is not None:
+        yield "tensor_parallel.dtype", "it takes a torch.dtype, which no JSON holds: DeepSpeed refuses it", "remove it"
+    if (ds.get("sequence_parallel_size") or 1) != 1:
+        yield ("sequence_parallel_size", "with transformers, sequence parallelism is accelerate's to set up",
+               "remove it")  # fmt: skip
+
+
+def at(tree: Any, key: str) -> Any:
+    """The value at a dotted key, None where any part is absent."""
+    for part in key.split("."):
+        tree = tree.get(part) if isinstance(tree, Mapping) else None
+    return tree
+
+
+def put(tree: Dict, key: str, value: Any) -> None:
+    """Set a dotted key, making the blocks on the way."""
+    *blocks, last = key.split(".")
+    for part in blocks:
+        if not isinstance(tree.get(part), dict):
+            tree[part] = {}
+        tree = tree[part]
+    tree[last] = value
