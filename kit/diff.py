@@ -1,9 +1,10 @@
-"""`kit diff A B`: what differs between two resolved runs, and what each difference means for a run that has started."""
+"""`kit diff A B`: what differs between two resolved runs, and what it means for a run that has started."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ from typing import Any
 from kit import rundir
 from kit.config import fields, keys
 from kit.config.schema import RunPlan, field_class, leaves, load_plan
+from kit.effects import shown
 from kit.errors import DONE, KitError, Problem
-from kit.why import shown
 
 # In the order in which they are printed; the DeepSpeed JSON is the resolved one. `tracking` is in `trainer` by then.
 SECTIONS = (
@@ -96,7 +97,7 @@ def differences(a: RunPlan, b: RunPlan) -> list[dict[str, Any]]:
             if said[0][0] == said[1][0]:
                 continue
             known = RUN.get(key) or ("identity" if section == "base" else field_class(key))
-            entry = {"section": section, "key": key, "class": known}
+            entry: dict[str, Any] = {"section": section, "key": key, "class": known}
             for side, (value, is_default) in zip("ab", said, strict=True):
                 entry[side] = value
                 entry[f"{side}_is_default"] = is_default
@@ -137,14 +138,18 @@ def as_text(told: dict[str, Any]) -> str:
             title = "deepspeed (as resolved)" if section == "deepspeed" else section
             lines += ["", title]
         for d in some:
-            values = [value(d[s], d[f"{s}_is_default"]) for s in "ab"]
-            lines.append(f"  {d['key']:<{width}}  {values[0]}  ->  {values[1]}  [{d['class']}]")
+            lines.append(f"  {d['key']:<{width}}  {'  ->  '.join(pair(d))}  [{d['class']}]")
     return "\n".join([*lines, "", verdict(told)])
 
 
-def value(held: Any, is_default: bool) -> str:
-    text = "-" if held is None else shown(held)
-    return f"{text} (default)" if is_default else text
+def pair(d: dict[str, Any]) -> list[str]:
+    """Both values in a line; long ones from where they part."""
+    texts = ["-" if d[s] is None else shown(d[s]) for s in "ab"]
+    if texts[0] == texts[1]:
+        whole = [d[s] if isinstance(d[s], str) else json.dumps(d[s], ensure_ascii=False) for s in "ab"]
+        start = max(len(os.path.commonprefix(whole)) - 20, 0)
+        texts = ["..." + shown(w[start:]) for w in whole]
+    return [f"{t} (default)" if d[f"{s}_is_default"] else t for s, t in zip("ab", texts, strict=True)]
 
 
 def verdict(told: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ from kit.errors import KitError
 # Where a bare name stands in several sections, the first of these is meant.
 SECTIONS = "trainer peft quantization model tokenizer dataset launch tracking deepspeed fsdp".split()
 TABLES = {"trainer": "SFTConfig", "quantization": "BitsAndBytesConfig", "deepspeed": "deepspeed"}
-OURS = {  # keys of the kit's own inside the libraries' sections
+OURS: dict[str, dict[str, Any]] = {  # keys of the kit's own inside the libraries' sections
     "peft.init_from": {"default": None},
     "peft.init_from_pickle": {"default": False},
     "deepspeed.file": {"default": None},
