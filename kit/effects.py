@@ -78,7 +78,7 @@ USED = {
     "dataset.test_size": "Dataset.train_test_split holds out {}",
     "dataset.validation_size": "Dataset.train_test_split holds out {}",
     "dataset": "kit/data/load.py reads the rows with {name}={}",
-    "launch.num_gpus": "the launcher starts {} processes",
+    "launch.num_gpus": "how many processes the launcher starts: {}",
     "launch.launcher": "the ranks are started by {}",
     "launch": "kit/launchers starts the ranks with {name}={}",
     "global_batch_size": "trainer.gradient_accumulation_steps is derived from it",
@@ -116,15 +116,14 @@ def default_of(key: str, kind: str) -> str:
     return f"{LIBRARY.get(table, f'PEFT, {table}')}: its default"
 
 
-def derived(key: str, written: Any, resolved: Any, tree: dict[str, Any]) -> str:
-    """How the plan came to another value than the composed one; "" where it did not."""
+def derived(key: str, written: Any, resolved: Any, literal: str | None) -> str:
+    """How the plan came to another value than the composed one; "" where it did not. `literal`: as a file has it."""
     if resolved is ABSENT or resolved == written:
         return ""
     if key.startswith("deepspeed."):
-        sources = FILLED.get(key.removeprefix("deepspeed."))
-        if sources and at(tree, "deepspeed.file") is ABSENT or written == "auto":
-            return f"filled from {' and '.join(sources or ['the trainer'])}"
-        return f"filled from {' and '.join(sources)}" if sources else ""
+        if literal not in (None, "auto", '"auto"'):
+            return ""
+        return f"filled from {' and '.join(FILLED.get(key.removeprefix('deepspeed.'), ['the trainer']))}"
     if written in (ABSENT, None, "auto") or key == "trainer.gradient_accumulation_steps":
         return RESOLVED.get(key, "") if resolved is not None else ""
     if isinstance(resolved, str) and isinstance(written, str) and resolved.endswith(Path(written).name):
@@ -135,15 +134,20 @@ def derived(key: str, written: Any, resolved: Any, tree: dict[str, Any]) -> str:
 def becomes(key: str, value: Any, plan: RunPlan | None, kind: str, tree: dict[str, Any]) -> list[str]:
     """What the libraries are handed, one line each."""
     section, _, name = key.partition(".")
+    if value == "???":
+        return []
+    if plan and name and section in ("peft", "quantization", "fsdp") and not getattr(plan, section):
+        return [f"nothing: {section}=none"]
     lines = []
-    if section == "trainer" and name:
-        lines.append(f"SFTConfig({name}={shown(value)})")
-    elif key in USED:
+    target = {"trainer": "SFTConfig", "quantization": "BitsAndBytesConfig", "peft": f"PEFT's {kind} config"}.get(
+        section
+    )
+    if key in USED:
         lines.append(USED[key].format(shown(value)))
-    elif section == "peft" and name:
-        lines.append(f"PEFT's {kind} config ({name}={shown(value)})")
-    elif section == "quantization" and name:
-        lines.append(f"BitsAndBytesConfig({name}={shown(value)})")
+    elif target and name:
+        known = WORKER if section == "trainer" else {}
+        left_out = plan and name not in known and at(plan.model_dump(), key) is ABSENT
+        lines.append(f"{target}({name}={shown(value)})" + (", by itself: the run says nothing" if left_out else ""))
     elif section == "tracking" and name:
         lines.append(f"trainer.{name}={shown(value)}, where trainer.{name} is not given")
     elif section == "fsdp" and name:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
-from kit import rundir
+from kit import paths, rundir
 from kit.config import keys, rules
 from kit.config.schema import RunPlan, field_class, leaves, load_plan
 from kit.effects import ABSENT, WORKER, at, becomes, default_of, derived, shown, upstream
@@ -53,6 +54,8 @@ def read(args: list[str], config_dir: str | None) -> tuple[Any, RunPlan | None, 
     if args and "=" not in args[0] and not args[0].endswith((".yaml", ".yml")):
         if len(args) > 1:
             raise KitError(f"{args[0]} is a run: its values stand", args[1], "name the run alone, or overrides alone")
+        if (paths.RECIPES / f"{args[0]}.yaml").is_file() and not (Path(args[0]) / rundir.PLAN).is_file():
+            raise KitError(f"{args[0]} is a recipe", args[0], f"recipe={args[0]}")
         run = rundir.find_run(args[0])
         plan = load_plan(run)
         layers = [{k: (place, "") for k, place in plan.provenance.items()}]
@@ -75,10 +78,13 @@ def one(
     worker = WORKER.get(key.removeprefix("trainer.")) if key.startswith("trainer.") else None
     value = next((v for v in (resolved, written, entry.get("default")) if v is not ABSENT), None)
     origin = chain[0]["where"] if chain else "nothing sets it"
+    if chain and "${" in str(chain[0]["value"]):
+        taken = [k for k in re.findall(r"[\w.]+", chain[0]["value"]) if k in composed.provenance]
+        origin += "".join(f", which takes {k} from {composed.provenance[k]}" for k in taken)
     if worker:
         value, origin = worker, "the worker sets it"
         chain = [{"where": origin, "value": worker}, *chain]
-    elif how := derived(key, written, resolved, composed.tree):
+    elif how := derived(key, written, resolved, chain[0]["value"] if len(chain) > bool(entry) else None):
         chain = [{"where": how, "value": resolved}, *chain]
         origin = how
     return {
@@ -132,7 +138,8 @@ def as_text(told: dict[str, Any]) -> str:
         width = min(max((len(k["key"]) for k in told["keys"]), default=0), 50)
         lines += [f"{k['key']:<{width}}  {shown(k['value']):<24}  {k['set']}" for k in told["keys"]]
     else:
-        lines.append(f"{told['key']} = {shown(told['value'])}")
+        given = "not given" if told["value"] == "???" else shown(told["value"])
+        lines.append(f"{told['key']} = {given}")
         lines.append(f"  set by    {told['set']}")
         lines += [f"  over      {o['where']}: {shown(o['value'])}" for o in told["over"]]
         lines += [f"  becomes   {line}" for line in told["becomes"]]

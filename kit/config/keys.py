@@ -73,9 +73,6 @@ def find(typed: str, tree: Mapping[str, Any], peft_type: str = "LORA") -> list[s
     if key.split(".")[0] in fields.tables()["deepspeed"] and (f"deepspeed.{key}" in entries):
         others = [f"trainer.{key}"] if f"trainer.{key}" in entries else []
         return [*others, f"deepspeed.{key}"]
-    owned = [k for k in OWNED if key in (k, f"trainer.{k}")]
-    if owned:
-        return [f"trainer.{owned[0]}"]
     held = [k for k in entries if key.startswith(k + ".") and "dict" in entries[k].get("kinds", ["dict"])]
     if any(not entries[k].get("table") and isinstance(entries[k].get("default"), dict | None) for k in held):
         return [key]  # a table that is open: a chat template's columns, a pattern by layers
@@ -86,6 +83,8 @@ def find(typed: str, tree: Mapping[str, Any], peft_type: str = "LORA") -> list[s
     ] + matches
     if matches:
         return matches
+    if owned := [k for k in OWNED if key in (k, f"trainer.{k}")]:
+        return [f"trainer.{owned[0]}"]
     raise unknown(key, entries, peft_type)
 
 
@@ -105,8 +104,9 @@ def misspelt(key: str, peft_type: str) -> bool:
 
 def unknown(key: str, entries: Mapping[str, Any], peft_type: str) -> KitError:
     section, _, name = key.rpartition(".")
-    if section in (*TABLES, "peft") and (to := new_name(section, name)):
-        return KitError(f"there is no key {key}", key, f"kit why {to}" if to in entries else f"it is now {to}")
+    for held in [section] if section else [*TABLES, "peft"]:
+        if held in (*TABLES, "peft") and (to := new_name(held, name)):
+            return KitError(f"there is no key {key}", key, f"kit why {to}" if to in entries else f"it is now {to}")
     tails = {
         k.rpartition(".")[2]: k for k in sorted(entries, key=lambda k: (k.startswith("deepspeed."), k), reverse=True)
     }

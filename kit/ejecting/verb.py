@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from kit import rundir
+from kit import paths, rundir
 from kit.config import template
 from kit.config.schema import RunPlan, load_plan
 from kit.config.tokenizer import find_template
@@ -40,6 +40,8 @@ def read(words: list[str], config_dir: str | None = None) -> tuple[RunPlan, Path
     bare = [w for w in words if w not in composed]
     if composed:
         plan = api.compose(*composed, config_dir=config_dir)
+    elif bare and (paths.RECIPES / f"{bare[0]}.yaml").is_file() and not (Path(bare[0]) / rundir.PLAN).is_file():
+        raise KitError(f"{bare[0]} is a recipe", bare[0], f"kit eject recipe={bare[0]}")
     elif bare:
         plan = load_plan(rundir.find_run(bare.pop(0)))
     else:
