@@ -86,7 +86,7 @@ SINGLE = {
     "fetch refused": (["fetch", "recipe=quickstart", "trainer.lerning_rate=1"], REFUSED),
     "why": (["why", "learning_rate", "recipe=quickstart"], DONE),
     "why refused": (["why", "lerning_rate", "recipe=quickstart"], REFUSED),
-    "diff": (["diff", "quickstart", "recipe=quickstart deepspeed=zero3 launch.num_gpus=2"], DONE),
+    "diff": (["diff", "quickstart", "recipe=quickstart deepspeed=zero3 launch=deepspeed launch.num_gpus=2"], DONE),
     "eject refused": (["eject", "recipe=quickstart", "trainer.lerning_rate=1"], REFUSED),
     "fetch nothing": (["fetch", "recipe=quickstart"], DONE),
 }

@@ -47,7 +47,7 @@ def lines_of(plan: RunPlan, packed: bool) -> list[str]:
     if ds:
         body.append("# Before the model, and kept: from_pretrained looks for the DeepSpeed config that this holds.")
     body += call("args = SFTConfig(", arguments(plan), packed)
-    body += ["set_seed(args.seed)  # the adapter is drawn before the trainer seeds", ""]
+    body += ["set_seed(args.seed)  # before anything is drawn: new weights, new rows of embeddings, the adapter", ""]
     body += [*tokenizer_lines(plan), "", *data_lines(plan, packed), "", *model_lines(plan, packed)]
     given = ["model=model", "args=args", "train_dataset=train"]
     given += ["eval_dataset=validation"] if held_out(plan.dataset) else []
