@@ -26,6 +26,9 @@ usage: kit VERB ...
   convert   DIR OUT                      Meta's own checkpoint, or pytorch_model*.bin, to safetensors
   list      [GROUP]                      recipes, or the choices of a group
   show      RECIPE | GROUP/NAME          one of them as it is written, and what a recipe composes to
+  why       KEY [RUN | overrides]        a value: where it was set and over what, what it becomes, which rules read it
+  diff      A B                          what differs between two recipes, run.yaml files, plans or runs
+  eject     [RUN | overrides] [OUT_DIR]  the plain TRL script, ds_config.json and launch command of a plan
 
   kit VERB --help shows the options of a verb; all of Hydra's own work on `kit train` (-m, --cfg job, --info, ...).
   Exit codes: 0 done, 2 refused, 3 environment, 4 failed, 75 stopped with a complete checkpoint.
@@ -331,6 +334,24 @@ def show(argv: list[str]) -> int:
     return DONE
 
 
+def why(argv: list[str]) -> int:
+    from kit.why import main as why_main
+
+    return why_main(argv)
+
+
+def diff(argv: list[str]) -> int:
+    from kit.diff import main as diff_main
+
+    return diff_main(argv)
+
+
+def eject(argv: list[str]) -> int:
+    from kit.ejecting.verb import main as eject_main
+
+    return eject_main(argv)
+
+
 def source_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="a run directory, an adapter folder, a model folder, or a Hub id in the cache")
     parser.add_argument("--base", help="the base model of an adapter folder")
@@ -373,5 +394,8 @@ VERBS: dict[str, Callable[[list[str]], Any]] = {
     "convert": convert,
     "list": list_choices,
     "show": show,
+    "why": why,
+    "diff": diff,
+    "eject": eject,
     "compose": compose,
 }

@@ -20,7 +20,8 @@ HEAVY = (
     "torch transformers trl peft accelerate deepspeed datasets bitsandbytes numpy pandas pyarrow safetensors".split()
 )
 RECIPES = sorted(f.stem for f in (ROOT / "recipes").glob("*.yaml"))
-VERBS = ["train", "check", "resume", "merge", "generate", "eval", "fetch", "convert", "list", "show", "compose"]
+VERBS = ["train", "check", "resume", "merge", "generate", "eval", "fetch", "convert", "list", "show"]
+VERBS += ["why", "diff", "eject", "compose"]
 
 # Several command lines in one fresh process; the last line it prints: how each ended, and what had been imported then.
 PROBE = """
@@ -89,6 +90,10 @@ SINGLE = {
     "train --cfg job": (["train", "recipe=quickstart", "--cfg", "job"], DONE),
     "resume refused": (["resume", "nothing"], REFUSED),
     "fetch refused": (["fetch", "recipe=quickstart", "trainer.lerning_rate=1"], REFUSED),
+    "why": (["why", "learning_rate", "recipe=quickstart"], DONE),
+    "why refused": (["why", "lerning_rate", "recipe=quickstart"], REFUSED),
+    "diff": (["diff", "quickstart", "recipe=quickstart deepspeed=zero3 launch=deepspeed launch.num_gpus=2"], DONE),
+    "eject refused": (["eject", "recipe=quickstart", "trainer.lerning_rate=1"], REFUSED),
     "fetch nothing": (["fetch", "recipe=quickstart"], DONE),
 }
 
@@ -108,6 +113,7 @@ def test_every_recipe_and_every_help(tmp_path: Path):
     """One process: modules only ever come in, so the last look holds for all."""
     lines = [[verb, "--help"] for verb in VERBS]
     lines += [["check", f"recipe={name}"] for name in RECIPES] + [["check", "recipe=quickstart", *OVERRIDDEN]]
+    lines += [["eject", "recipe=quickstart", "deepspeed=zero2", "ejected"]]
     found = answers(lines, tmp_path)
     assert [code for code, _ in found] == [DONE] * len(lines)
     assert not found[-1][1] & set(HEAVY)

@@ -29,6 +29,9 @@ from kit.errors import KitError, Problem
 
 GROUPS = ("model tokenizer dataset peft quantization deepspeed fsdp trainer launch tracking recipe").split()
 RUN_FILE = "file-"  # what a user's run.yaml is called among the recipes
+Layer = dict[
+    str, tuple[str, str]
+]  # dotted key: where one file (or the command line) sets it, and what is written there
 
 
 @dataclass
@@ -39,6 +42,7 @@ class Composed:
     overrides: list[str] = field(default_factory=list)
     provenance: dict[str, str] = field(default_factory=dict)
     recipe: str | None = None
+    layers: list[Layer] = field(default_factory=list)  # each goes over those before it
 
 
 def compose(args: list[str], config_dir: str | None = None) -> Composed:
@@ -206,12 +210,15 @@ def read_cfg(cfg: DictConfig, hydra: Any, overrides: list[str], run_file: Path |
     keys: Any = [k for k in cfg if k != "hydra"]  # a YAML key may be a number; the schema refuses it by name
     tree = plain(OmegaConf.masked_copy(cfg, keys))
     recipe = run_file.stem if run_file is not None else choices.get("recipe")
-    provenance = origins(choices, sources, run_file)
+    below = layers_of(choices, sources, run_file)
+    provenance = {key: place for layer in below for key, (place, _) in layer.items()}
+    typed: Layer = {}
     for override in overrides:
-        key, equals, _ = override.partition("=")
+        key, equals, value = override.partition("=")
         if equals and key not in GROUPS:
-            provenance[key.lstrip("+")] = f"command line: {override.lstrip('+')}"
-    return Composed(tree, overrides, provenance, None if recipe in (None, "null") else recipe)
+            typed[key.lstrip("+")] = (f"command line: {override.lstrip('+')}", value)
+    provenance |= {key: place for key, (place, _) in typed.items()}
+    return Composed(tree, overrides, provenance, None if recipe in (None, "null") else recipe, [*below, typed])
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
@@ -220,8 +227,8 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     return json.loads(json.dumps(tree))
 
 
-def origins(choices: dict[str, Any], sources: list[Path], run_file: Path | None) -> dict[str, str]:
-    """Dotted key to file:line for the primary config, each chosen group file, and the recipe."""
+def layers_of(choices: dict[str, Any], sources: list[Path], run_file: Path | None) -> list[Layer]:
+    """What the primary config, each chosen group file, and the recipe set, in this order."""
 
     def find(group: str, name: str) -> Path | None:
         if group == "recipe" and run_file is not None and name.startswith(RUN_FILE):
@@ -230,10 +237,10 @@ def origins(choices: dict[str, Any], sources: list[Path], run_file: Path | None)
             return file
         return next((f for s in sources if (f := s / group / f"{name}.yaml").is_file()), None)
 
-    found = lines_of(paths.CONF / "train.yaml", "")
+    found = [lines_of(paths.CONF / "train.yaml", "")]
     for group in [g for g in GROUPS if g != "recipe"]:
         if (name := choices.get(group)) and (file := find(group, str(name))):
-            found.update(lines_of(file, group))
+            found.append(lines_of(file, group))
     pending, seen = [str(choices["recipe"])] if choices.get("recipe") else [], []
     while pending:  # a recipe may stand on another one; the outer one wins, so it is read last
         name = pending.pop()
@@ -241,9 +248,7 @@ def origins(choices: dict[str, Any], sources: list[Path], run_file: Path | None)
             continue
         seen.append(file)
         pending += [d for d in (yaml_of(file).get("defaults") or []) if isinstance(d, str) and d != "_self_"]
-    for file in reversed(seen):
-        found.update(lines_of(file, ""))
-    return found
+    return found + [lines_of(file, "") for file in reversed(seen)]
 
 
 def yaml_of(file: Path) -> dict[str, Any]:
@@ -251,11 +256,11 @@ def yaml_of(file: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}  # type: ignore[return-value]
 
 
-def lines_of(file: Path, prefix: str) -> dict[str, str]:
-    """Dotted key to `folder/file:line` for every leaf of a YAML or JSON file."""
+def lines_of(file: Path, prefix: str) -> Layer:
+    """Dotted key to (`folder/file:line`, value as written) for every leaf of a YAML or JSON file."""
     text = file.read_text(encoding="utf-8")
     label = f"{file.parent.name}/{file.name}" if paths.ROOT in file.resolve().parents else str(file)
-    found: dict[str, str] = {}
+    found: Layer = {}
 
     def walk(node: yaml.Node | None, key: str) -> None:
         if isinstance(node, yaml.MappingNode) and node.value:
@@ -263,7 +268,8 @@ def lines_of(file: Path, prefix: str) -> dict[str, str]:
                 if not (key == "" and name.value in ("defaults", "hydra")):
                     walk(value, f"{key}.{name.value}" if key else str(name.value))
         elif node is not None and key:
-            found[key] = f"{label}:{node.start_mark.line + 1}"
+            written = text[node.start_mark.index : node.end_mark.index].strip()
+            found[key] = (f"{label}:{node.start_mark.line + 1}", written)
 
     walk(yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)), prefix)
     return found

@@ -1,0 +1,119 @@
+"""Every key that a run can set, by its dotted name, and the one that was meant where another was typed."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic_core import PydanticUndefined
+
+from kit.config import fields
+from kit.config.read import OWNED
+from kit.config.schema import RunInput, Strict, leaves
+from kit.errors import KitError
+
+# Where a bare name stands in several sections, the first of these is meant.
+SECTIONS = "trainer peft quantization model tokenizer dataset launch tracking deepspeed fsdp".split()
+TABLES = {"trainer": "SFTConfig", "quantization": "BitsAndBytesConfig", "deepspeed": "deepspeed"}
+OURS: dict[str, dict[str, Any]] = {  # keys of the kit's own inside the libraries' sections
+    "peft.init_from": {"default": None},
+    "peft.init_from_pickle": {"default": False},
+    "deepspeed.file": {"default": None},
+}
+RESOLVED = ("precision", "world_size")  # of the plan alone: nothing sets them directly
+
+
+def table_of(section: str, peft_type: str = "LORA") -> str | None:
+    """The library's table behind a section, None for the kit's own."""
+    if section == "peft":
+        return peft_type if peft_type in fields.tables() else "LORA"
+    return TABLES.get(section)
+
+
+def known(peft_type: str = "LORA") -> dict[str, dict[str, Any]]:
+    """Dotted key to its entry in the field tables; for the kit's own keys an entry with the default alone."""
+    found: dict[str, dict[str, Any]] = {}
+    for section, field in RunInput.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Strict):
+            for name, inner in kind.model_fields.items():
+                found[f"{section}.{name}"] = own(inner)
+        elif section not in SECTIONS:
+            found[section] = own(field)
+    for section in ("trainer", "peft", "quantization", "deepspeed"):
+        walk(str(table_of(section, peft_type)), section, found)
+    return {**found, **OURS, **{key: {} for key in RESOLVED}}
+
+
+def own(field: Any) -> dict[str, Any]:
+    default = field.get_default(call_default_factory=True)
+    return {"default": None if default is PydanticUndefined else default}
+
+
+def walk(table: str, prefix: str, found: dict[str, dict[str, Any]]) -> None:
+    for name, entry in fields.tables()[table].items():
+        if "instead" not in entry:
+            found[f"{prefix}.{name}"] = entry
+            if entry.get("table"):
+                walk(entry["table"], f"{prefix}.{name}", found)
+
+
+def find(typed: str, tree: Mapping[str, Any], peft_type: str = "LORA") -> list[str]:
+    """The keys that a word can mean, the likeliest first: dotted, a DeepSpeed key, or a bare field name.
+
+    KitError with the likeliest intention where there is none.
+    """
+    key = re.sub(r"\[\d+\]$", "", typed.strip())
+    entries = known(peft_type)
+    here = {".".join(k.split(".")[:n]) for k in leaves(dict(tree)) for n in range(1, k.count(".") + 2)}
+    if key in entries or key in here and not misspelt(key, peft_type) or key in SECTIONS:
+        return [key]
+    if key.split(".")[0] in fields.tables()["deepspeed"] and (f"deepspeed.{key}" in entries):
+        others = [f"trainer.{key}"] if f"trainer.{key}" in entries else []
+        return [*others, f"deepspeed.{key}"]
+    held = [k for k in entries if key.startswith(k + ".") and "dict" in entries[k].get("kinds", ["dict"])]
+    if any(not entries[k].get("table") and isinstance(entries[k].get("default"), dict | None) for k in held):
+        return [key]  # a table that is open: a chat template's columns, a pattern by layers
+    matches = [k for k in entries if k.endswith(f".{key}")]
+    matches.sort(key=lambda k: (k.removeprefix("trainer.") in OWNED, SECTIONS.index(k.split(".")[0]), k.count(".")))
+    matches = [
+        k for k in [new_name("trainer", key), new_name("peft", key)] if k in entries and k not in matches
+    ] + matches
+    if matches:
+        return matches
+    if owned := [k for k in OWNED if key in (k, f"trainer.{k}")]:
+        return [f"trainer.{owned[0]}"]
+    raise unknown(key, entries, peft_type)
+
+
+def new_name(section: str, name: str) -> str:
+    """The key that an older release of the library called `name`, "" where there is none."""
+    table = "peft" if section == "peft" else str(TABLES[section])
+    to = fields.RENAMED.get(table, {}).get(name, "")
+    return to if to.startswith(tuple(f"{s}." for s in SECTIONS)) or not to else f"{section}.{to}"
+
+
+def misspelt(key: str, peft_type: str) -> bool:
+    """Whether a key that is in the tree is one that no library has."""
+    section, _, name = key.partition(".")
+    table = table_of(section, peft_type)
+    return bool(table and name and name.split(".")[0] not in fields.names(table))
+
+
+def unknown(key: str, entries: Mapping[str, Any], peft_type: str) -> KitError:
+    section, _, name = key.rpartition(".")
+    for held in [section] if section else [*TABLES, "peft"]:
+        if held in (*TABLES, "peft") and (to := new_name(held, name)):
+            return KitError(f"there is no key {key}", key, f"kit why {to}" if to in entries else f"it is now {to}")
+    tails = {
+        k.rpartition(".")[2]: k for k in sorted(entries, key=lambda k: (k.startswith("deepspeed."), k), reverse=True)
+    }
+    for cutoff in (0.8, 0.6):
+        close = difflib.get_close_matches(key, entries, 2, cutoff) if section else []
+        close += [tails[t] for t in difflib.get_close_matches(name, tails, 2, cutoff) if tails[t] not in close]
+        if close:
+            break
+    fix = f"did you mean {' or '.join(close[:3])}?" if close else "the keys are the libraries' own: kit show RECIPE"
+    return KitError(f"there is no key {key}", key, fix)

@@ -1,0 +1,161 @@
+"""`kit diff A B`: what differs between two resolved runs, and what it means for a run that has started."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+from pathlib import Path
+from typing import Any
+
+from kit import rundir
+from kit.config import fields, keys
+from kit.config.schema import RunPlan, field_class, leaves, load_plan
+from kit.effects import shown
+from kit.errors import DONE, KitError, Problem
+
+# In the order in which they are printed; the DeepSpeed JSON is the resolved one. `tracking` is in `trainer` by then.
+SECTIONS = (
+    """run model tokenizer dataset peft init_from quantization deepspeed fsdp trainer launch prompts base""".split()
+)
+RUN = {"precision": "identity", "global_batch_size": "identity", "world_size": "machine", "kit_version": "machine"}
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="kit diff", description=__doc__, allow_abbrev=False)
+    help = 'a recipe, run.yaml, run directory, plan.json, or overrides in quotes: "recipe=quickstart peft.r=8"'
+    parser.add_argument("a", metavar="A", help=help)
+    parser.add_argument("b", metavar="B", help="the same")
+    parser.add_argument("--config-dir", "-cd", help="a folder with groups and recipes of your own")
+    parser.add_argument("--json", action="store_true")
+    a = parser.parse_args(argv)
+    told = compare(a.a, a.b, config_dir=a.config_dir)
+    print(json.dumps(told, indent=1, ensure_ascii=False) if a.json else as_text(told))
+    return DONE
+
+
+def compare(a: str, b: str, config_dir: str | None = None) -> dict[str, Any]:
+    """The differing keys of two runs, each with both values and its class; KitError where one cannot be read."""
+    one, two = read_both(a, b, config_dir)
+    found = differences(one, two)
+    return {
+        "a": {"name": a, "run": one.name, "hash": one.hash},
+        "b": {"name": b, "run": two.name, "hash": two.hash},
+        "same_run": one.hash == two.hash,
+        "differences": found,
+    }
+
+
+def read_both(a: str, b: str, config_dir: str | None) -> tuple[RunPlan, RunPlan]:
+    plans, problems, codes = [], [], []
+    for name in (a, b):
+        try:
+            plans.append(read(name, config_dir))
+        except KitError as error:
+            problems += [Problem(f"{name}: {p.problem}", p.where, p.fix, p.rule) for p in error.problems]
+            codes.append(error.code)
+    if problems:
+        raise KitError(problems, code=codes[0])
+    return plans[0], plans[1]
+
+
+def read(name: str, config_dir: str | None = None) -> RunPlan:
+    """The plan behind a word: a run directory, plan.json, run.yaml, overrides, or a recipe's name."""
+    from kit import api, catalog
+
+    if "=" in name and not Path(name).exists():
+        return api.compose(*shlex.split(name), config_dir=config_dir)
+    if name.endswith((".yaml", ".yml")):
+        return api.compose(name, config_dir=config_dir)
+    if name.endswith(".json"):
+        return load_plan(name)
+    own = [Path(config_dir) / "recipe" / f"{name}.yaml"] if config_dir else []
+    recipes = {f.stem for f in catalog.choices(catalog.RECIPE)} | {f.stem for f in own if f.is_file()}
+    if name in recipes and not (Path(name) / rundir.PLAN).is_file():
+        return api.compose(f"recipe={name}", config_dir=config_dir)
+    try:
+        return load_plan(rundir.find_run(name))
+    except KitError:
+        if (Path(name) / rundir.PLAN).is_file():
+            raise
+    import difflib
+
+    near = difflib.get_close_matches(name, recipes, 1)
+    fix = f"did you mean {near[0]}?" if near else "kit list names the recipes"
+    raise KitError(f"there is neither a recipe nor a run named {name!r}", "command line", fix)
+
+
+def differences(a: RunPlan, b: RunPlan) -> list[dict[str, Any]]:
+    """One entry per key whose effective value differs: what is not said has the library's default."""
+    found = []
+    for section in SECTIONS:
+        ours, theirs = part(a, section), part(b, section)
+        tables = [keys.table_of(section, str((p.peft or {}).get("peft_type", "LORA")).upper()) for p in (a, b)]
+        for key in dict.fromkeys([*ours, *theirs]):
+            said = (effective(ours, key, tables[0]), effective(theirs, key, tables[1]))
+            if said[0][0] == said[1][0]:
+                continue
+            known = RUN.get(key) or ("identity" if section == "base" else field_class(key))
+            entry: dict[str, Any] = {"section": section, "key": key, "class": known}
+            for side, (value, is_default) in zip("ab", said, strict=True):
+                entry[side] = value
+                entry[f"{side}_is_default"] = is_default
+            found.append(entry)
+    return found
+
+
+def part(plan: RunPlan, section: str) -> dict[str, Any]:
+    """The dotted leaves of one section; lists of a mapping's values are values."""
+    if section == "run":
+        return {key: getattr(plan, key) for key in RUN}
+    value = plan.model_dump()[section]
+    if section == "prompts":
+        return {section: value}
+    return leaves({section: value}) if value else {}
+
+
+def effective(held: dict[str, Any], key: str, table: str | None) -> tuple[Any, bool]:
+    """The value of a key, and whether it is the library's default because nobody says it."""
+    if key in held:
+        return held[key], False
+    name = key.partition(".")[2]
+    if table and held and name in fields.tables()[table]:
+        return fields.default(table, name), True
+    return None, False
+
+
+def as_text(told: dict[str, Any]) -> str:
+    a, b = told["a"], told["b"]
+    lines = [f"A  {a['name']}  ({a['run']}-{a['hash']})", f"B  {b['name']}  ({b['run']}-{b['hash']})"]
+    found = told["differences"]
+    if not found:
+        return "\n".join([*lines, "", "nothing differs"])
+    width = min(max(len(d["key"]) for d in found), 60)
+    for section in SECTIONS:
+        some = [d for d in found if d["section"] == section]
+        if some:
+            title = "deepspeed (as resolved)" if section == "deepspeed" else section
+            lines += ["", title]
+        for d in some:
+            lines.append(f"  {d['key']:<{width}}  {'  ->  '.join(pair(d))}  [{d['class']}]")
+    return "\n".join([*lines, "", verdict(told)])
+
+
+def pair(d: dict[str, Any]) -> list[str]:
+    """Both values in a line; long ones from where they part."""
+    texts = ["-" if d[s] is None else shown(d[s]) for s in "ab"]
+    if texts[0] == texts[1]:
+        whole = [d[s] if isinstance(d[s], str) else json.dumps(d[s], ensure_ascii=False) for s in "ab"]
+        start = max(len(os.path.commonprefix(whole)) - 20, 0)
+        texts = ["..." + shown(w[start:]) for w in whole]
+    return [f"{t} (default)" if d[f"{s}_is_default"] else t for s, t in zip("ab", texts, strict=True)]
+
+
+def verdict(told: dict[str, Any]) -> str:
+    """What the differences amount to."""
+    classes = [d["class"] for d in told["differences"]]
+    counts = ", ".join(f"{classes.count(c)} {c}" for c in ("identity", "extendable", "machine") if c in classes)
+    if told["same_run"]:
+        return f"the same run ({counts}): kit resume could change A into B"
+    return f"another run ({counts})"

@@ -1,0 +1,206 @@
+"""How a key's value comes about and what the libraries get of it, in words: what `kit why` says."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from kit.config import fields, keys
+from kit.config.read import OWNED
+from kit.config.schema import RunPlan
+
+ABSENT: Any = object()
+LIBRARY = {"SFTConfig": "TRL's SFTConfig", "BitsAndBytesConfig": "transformers' BitsAndBytesConfig",
+           "deepspeed": "DeepSpeed"}  # fmt: skip
+# Keys of DeepSpeed's JSON that are filled from elsewhere (kit/config/zero.py), and from what.
+FILLED = {
+    "train_micro_batch_size_per_gpu": ["trainer.per_device_train_batch_size"],
+    "gradient_accumulation_steps": ["trainer.gradient_accumulation_steps"],
+    "train_batch_size": [
+        "trainer.per_device_train_batch_size",
+        "trainer.gradient_accumulation_steps",
+        "launch.num_gpus",
+    ],
+    "gradient_clipping": ["trainer.max_grad_norm"],
+    "bf16.enabled": ["trainer.bf16", "trainer.bf16_full_eval", "precision"],
+    "fp16.enabled": ["trainer.fp16", "trainer.fp16_full_eval", "precision"],
+    "optimizer.params.lr": ["trainer.learning_rate"],
+    "optimizer.params.betas": ["trainer.adam_beta1", "trainer.adam_beta2"],
+    "optimizer.params.eps": ["trainer.adam_epsilon"],
+    "optimizer.params.weight_decay": ["trainer.weight_decay"],
+    "scheduler.params.warmup_max_lr": ["trainer.learning_rate"],
+    "scheduler.params.warmup_num_steps": ["trainer.warmup_steps"],
+    "scheduler.params.total_num_steps": ["trainer.max_steps"],
+    "zero_allow_untested_optimizer": ["trainer.optim"],
+    "checkpoint.use_node_local_storage": ["trainer.save_on_each_node"],
+    "zero_optimization.reduce_bucket_size": ["model.config.hidden_size"],
+    "zero_optimization.stage3_prefetch_bucket_size": ["model.config.hidden_size"],
+    "zero_optimization.stage3_param_persistence_threshold": ["model.config.hidden_size"],
+}
+# How a value comes about that nobody wrote down (kit/config/plan.py, resolve.py, embeddings.py).
+RESOLVED = {
+    "trainer.bf16": "auto: what the hardware is fast at; true but for GPUs without bfloat16 and most CPUs",
+    "trainer.fp16": "auto: true only on GPUs that have no bfloat16",
+    "trainer.use_cpu": "auto: true where there is no GPU and no number of GPUs is asked for",
+    "trainer.gradient_accumulation_steps": "global_batch_size / (per_device_train_batch_size x processes)",
+    "launch.launcher": "auto: a plain process for one, the deepspeed command with a DeepSpeed config, else torchrun",
+    "launch.num_gpus": "auto: one process per GPU that is there, one on a CPU",
+    "model.dtype": "auto: the precision; float32 for full fine-tuning in float16 without DeepSpeed",
+    "dataset.format": "auto: what the columns or the template of the data make",
+    "quantization.bnb_4bit_compute_dtype": "auto: the precision",
+    "quantization.bnb_4bit_quant_storage": "auto: the precision under ZeRO-3 and FSDP, else uint8",
+    "peft.modules_to_save": "tokenizer.added_tokens: the embeddings at both ends are trained",
+    "peft.ensure_weight_tying": "tokenizer.added_tokens, and the base ties its embeddings",
+    "precision": "trainer.bf16 and trainer.fp16",
+    "world_size": "launch.num_gpus",
+    "global_batch_size": "rows per process x accumulation x processes",
+    "name": "the recipe's name, else the model's",
+    "tokenizer.pad_token": "model.pad_token",
+}
+# What the worker does with the keys that are the kit's own (kit/training/, kit/data/load.py, kit/launchers/).
+USED = {
+    "model.name_or_path": "AutoModelForCausalLM.from_pretrained({})",
+    "model.revision": "AutoModelForCausalLM.from_pretrained(revision={})",
+    "model.dtype": "AutoModelForCausalLM.from_pretrained(dtype={})",
+    "model.attn_implementation": "AutoModelForCausalLM.from_pretrained(attn_implementation={})",
+    "model.trust_remote_code": "from_pretrained(trust_remote_code={})",
+    "model.random_init": "AutoModelForCausalLM.from_config instead of from_pretrained: {}",
+    "model.pad_token": "tokenizer.pad_token, where tokenizer.pad_token is not given: {}",
+    "model.config": "shape facts for planning, used where config.json is not here",
+    "tokenizer.name_or_path": "AutoTokenizer.from_pretrained({}), the model's own where null",
+    "tokenizer.revision": "AutoTokenizer.from_pretrained(revision={})",
+    "tokenizer.chat_template": "tokenizer.chat_template is read from {}",
+    "tokenizer.added_tokens": "tokenizer.add_tokens({}), and resize_token_embeddings where rows are missing",
+    "tokenizer": "tokenizer.{name} = {}",
+    "dataset.path": "datasets.load_dataset of {}",
+    "dataset.test_size": "Dataset.train_test_split holds out {}",
+    "dataset.validation_size": "Dataset.train_test_split holds out {}",
+    "dataset": "kit/data/load.py reads the rows with {name}={}",
+    "launch.num_gpus": "how many processes the launcher starts: {}",
+    "launch.launcher": "the ranks are started by {}",
+    "launch": "kit/launchers starts the ranks with {name}={}",
+    "global_batch_size": "trainer.gradient_accumulation_steps is derived from it",
+    "runs_dir": "the run directory is made in {}",
+    "name": "the run directory is called {}-HASH",
+    "prompts": "kit generate asks them; training does not see them",
+    "peft.init_from": "the adapter's weights are copied from {} before the first step",
+    "peft.init_from_pickle": "whether adapter_model.bin may be read, weights-only: {}",
+    "deepspeed.file": "the DeepSpeed JSON is read from {}, deepspeed.* on top",
+    "precision": "the autocast of the trainer, and the dtype of the weights: {}",
+    "world_size": "WORLD_SIZE={} of the ranks",
+}
+# What the worker itself hands to SFTConfig (kit/training/run.py).
+WORKER = {
+    "output_dir": "the checkpoints folder of the run directory",
+    "deepspeed": "the resolved DeepSpeed JSON",
+    "fsdp": "true where the group fsdp is given",
+    "fsdp_config": "the group fsdp",
+}
+
+
+def at(tree: Any, key: str) -> Any:
+    for part in key.split("."):
+        if not isinstance(tree, dict) or part not in tree:
+            return ABSENT
+        tree = tree[part]
+    return tree
+
+
+def default_of(key: str, kind: str) -> str:
+    section = key.partition(".")[0]
+    table = keys.table_of(section, kind)
+    if table is None or key in keys.OURS:
+        return "the kit's default"
+    return f"{LIBRARY.get(table, f'PEFT, {table}')}: its default"
+
+
+def derived(key: str, written: Any, resolved: Any, literal: str | None) -> str:
+    """How the plan came to another value than the composed one; "" where it did not. `literal`: as a file has it."""
+    if resolved is ABSENT or resolved == written:
+        return ""
+    if key.startswith("deepspeed."):
+        if literal not in (None, "auto", '"auto"'):
+            return ""
+        return f"filled from {' and '.join(FILLED.get(key.removeprefix('deepspeed.'), ['the trainer']))}"
+    if written in (ABSENT, None, "auto") or key == "trainer.gradient_accumulation_steps":
+        return RESOLVED.get(key, "") if resolved is not None else ""
+    if isinstance(resolved, str) and isinstance(written, str) and resolved.endswith(Path(written).name):
+        return "the path made absolute"
+    return RESOLVED.get(key, "")
+
+
+def becomes(key: str, value: Any, plan: RunPlan | None, kind: str, tree: dict[str, Any]) -> list[str]:
+    """What the libraries are handed, one line each."""
+    section, _, name = key.partition(".")
+    if value == "???":
+        return []
+    if plan and name and section in ("peft", "quantization", "fsdp") and not getattr(plan, section):
+        return [f"nothing: {section}=none"]
+    lines = []
+    target = {"trainer": "SFTConfig", "quantization": "BitsAndBytesConfig", "peft": f"PEFT's {kind} config"}.get(
+        section
+    )
+    if key in USED:
+        lines.append(USED[key].format(shown(value)))
+    elif target and name:
+        known = WORKER if section == "trainer" else {}
+        left_out = plan and name not in known and at(plan.model_dump(), key) is ABSENT
+        lines.append(f"{target}({name}={shown(value)})" + (", by itself: the run says nothing" if left_out else ""))
+    elif section == "tracking" and name:
+        lines.append(f"trainer.{name}={shown(value)}, where trainer.{name} is not given")
+    elif section == "fsdp" and name:
+        lines.append(f"SFTConfig(fsdp_config={{{name}: {shown(value)}}})")
+    elif held := next((k for k in (key.rpartition(".")[0], section) if k in USED), None):
+        lines.append(USED[held].format(shown(value), name=name))
+    return lines + in_json(key, plan, tree)
+
+
+def in_json(key: str, plan: RunPlan | None, tree: dict[str, Any]) -> list[str]:
+    """What stands in the DeepSpeed JSON because of a key."""
+    section, _, name = key.partition(".")
+    if section == "deepspeed" and name not in ("", "file"):
+        if plan is None:
+            return ["ds_config.json is not known: the run is refused"]
+        held = at(plan.deepspeed or {}, name)
+        if held is ABSENT:
+            return [
+                "ds_config.json has no such key: DeepSpeed's default" if plan.deepspeed else "nothing: deepspeed=none"
+            ]
+        twins = [s for s in FILLED.get(name, ()) if s.startswith("trainer.")]
+        said = f", as {' and '.join(twins)} to SFTConfig" if twins else ""
+        return [f"ds_config.json: {name} = {shown(held)}{said}"]
+    found = []
+    for k, sources in FILLED.items():
+        held = at(plan.deepspeed, k) if plan else ABSENT
+        # A literal size in the JSON stays; the other keys are checked to agree.
+        follows = section != "model" or at(tree, f"deepspeed.{k}") in ("auto", ABSENT)
+        if key in sources and follows and held is not ABSENT:
+            found.append(f"ds_config.json: {k} = {shown(held)}")
+    return found
+
+
+def upstream(key: str, entry: dict[str, Any], kind: str) -> str:
+    """Kind, range, choices and default of the library's field."""
+    owner = OWNED.get(key.removeprefix("trainer.")) if key.startswith("trainer.") else None
+    if not entry.get("kinds"):
+        return owner or ""
+    words = [fields.WORDS.get(k, k) for k in entry["kinds"]]
+    bounds = [f"{sign} {entry[name]}" for name, (sign, _) in fields.BOUNDS.items() if name in entry]
+    choices = [str(c) for c in entry.get("choices", ())]
+    parts = [" or ".join(words), *bounds]
+    if choices:
+        parts.append("one of " + ", ".join(choices[:12]) + (f" and {len(choices) - 12} more" if choices[12:] else ""))
+    table = keys.table_of(key.partition(".")[0], kind) or ""
+    parts.append(f"default {shown(entry.get('default'))} ({LIBRARY.get(table, f'PEFT, {table}')})")
+    return "; ".join([*parts, *([owner] if owner else [])])
+
+
+def shown(value: Any) -> str:
+    """A value as YAML would have it in one line, shortened."""
+    if value is ABSENT:
+        return "nothing"
+    text = value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False, default=str)
+    text = re.sub(r"\s+", " ", text)
+    return text if len(text) <= 100 else text[:97] + "..."

@@ -1,0 +1,148 @@
+"""The verb: the plan that is meant, what cannot be ejected, and the files."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+from kit import paths, rundir
+from kit.config import template
+from kit.config.schema import RunPlan, load_plan
+from kit.config.tokenizer import find_template
+from kit.ejecting.script import JSON, SCRIPT, START, TEMPLATE, script
+from kit.errors import DONE, KitError, Problem
+from kit.hub import NO_TELEMETRY
+from kit.launchers.command import rank_environment
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="kit eject", description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("words", nargs="*", metavar="RUN | run.yaml | key=value | OUT_DIR")
+    parser.add_argument("--config-dir", "-cd", help="a folder with groups and recipes of your own")
+    parser.add_argument("--overwrite", action="store_true", help="write into a folder that is not empty")
+    a = parser.parse_intermixed_args(argv)
+    plan, out = read(a.words, a.config_dir)
+    for line in write(plan, out, a.overwrite):
+        print(line)
+    return DONE
+
+
+def read(words: list[str], config_dir: str | None = None) -> tuple[RunPlan, Path]:
+    """The plan and the folder to write: from overrides, or from the run directory that the first bare word names."""
+    from kit import api
+
+    composed = [w for w in words if "=" in w or w.startswith("~") or w.endswith((".yaml", ".yml"))]
+    bare = [w for w in words if w not in composed]
+    if composed:
+        plan = api.compose(*composed, config_dir=config_dir)
+    elif bare and (paths.RECIPES / f"{bare[0]}.yaml").is_file() and not (Path(bare[0]) / rundir.PLAN).is_file():
+        raise KitError(f"{bare[0]} is a recipe", bare[0], f"kit eject recipe={bare[0]}")
+    elif bare:
+        plan = load_plan(rundir.find_run(bare.pop(0)))
+    else:
+        raise KitError(
+            "nothing to eject", "command line", "kit eject recipe=NAME [OUT_DIR], or kit eject RUN [OUT_DIR]"
+        )
+    if len(bare) > 1:
+        raise KitError(f"one folder to write is enough, not {', '.join(bare)}", "command line", "name one")
+    return plan, Path(bare[0] if bare else f"{plan.name}-trl")
+
+
+def write(plan: RunPlan, out: Path, overwrite: bool = False) -> list[str]:
+    """Write the files of a plan into `out`; returns what to print. KitError where the plan cannot be ejected."""
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not overwrite):
+        raise KitError(f"{out} is not an empty folder", "OUT_DIR", "name another one, or --overwrite")
+    refuse(plan)
+    text = script(plan)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / SCRIPT).write_text(text, encoding="utf-8")
+    notes: list[str] = []
+    if plan.deepspeed:
+        ds, notes = deepspeed_json(plan)
+        (out / JSON).write_text(json.dumps(ds, indent=2) + "\n", encoding="utf-8")
+    if plan.tokenizer.chat_template:
+        shutil.copyfile(find_template(plan.tokenizer.chat_template), out / TEMPLATE)
+    (out / START).write_text(run_sh(plan, out), encoding="utf-8")
+    (out / START).chmod(0o755)
+    if plan.prompts:
+        notes.append("prompts are asked by kit generate, after training: they are not in the script")
+    written = ", ".join(f.name for f in sorted(out.iterdir()) if f.name in (SCRIPT, JSON, START, TEMPLATE))
+    lines = len(text.splitlines())
+    return [f"ejected   {rundir.shown(out)}: {written} ({lines} lines of Python)", *(f"note      {n}" for n in notes)]
+
+
+def refuse(plan: RunPlan) -> None:
+    """KitError with everything that a plain script of this length cannot do."""
+    problems = []
+    if plan.launch.script:
+        fix = "call SFTTrainer with your hooks yourself: eject without it, then add them"
+        problems.append(Problem("a script of yours starts the kit's worker with its own hooks", "launch.script", fix))
+    if start := plan.init_from:
+        if start.weights is None:
+            problems.append(Problem(f"{start.path} is not here", "peft.init_from", "fetch it, then eject again"))
+        elif not start.weights.endswith(".safetensors"):
+            problems.append(Problem("the run starts from a pickle", "peft.init_from", "convert it to safetensors"))
+        elif not (Path(start.path) / start.weights).is_file():
+            problems.append(Problem(f"{start.path} is gone", "peft.init_from", "put the adapter back"))
+        if plan.zero_stage == 3:
+            said = "PEFT cannot load an adapter into weights that ZeRO-3 has sharded"
+            problems.append(Problem(said, "peft.init_from", "deepspeed=zero2, or train with the kit"))
+    d = plan.dataset
+    if d.streaming and d.test_size:
+        problems.append(Problem("a stream cannot be split", "dataset.test_size", "dataset.eval_path=FILE"))
+    if d.streaming and d.format == "auto":
+        problems.append(Problem("the columns of the stream are not known", "dataset.format", "dataset.format=text"))
+    odd = (
+        [n for n in template.columns_of(d.template) if not re.fullmatch(r"[^\W\d][^.\[\]]*", n)] if d.template else []
+    )
+    if odd:
+        said = f"str.format cannot read the columns {', '.join(odd)}"
+        problems.append(Problem(said, "dataset.template", "rename the columns in the data"))
+    if problems:
+        raise KitError(problems)
+
+
+def deepspeed_json(plan: RunPlan) -> tuple[dict[str, Any], list[str]]:
+    """The plan's JSON, with the one switch that a plain trainer needs in order to save anything under ZeRO-3."""
+    ds = json.loads(json.dumps(plan.deepspeed))
+    gather = "stage3_gather_16bit_weights_on_model_save"
+    if plan.zero_stage != 3 or ds["zero_optimization"].get(gather):
+        return ds, []
+    ds["zero_optimization"][gather] = True
+    said = (
+        f"{gather} is true: a plain trainer saves nothing under ZeRO-3 without it; the kit gathers the adapter alone"
+    )
+    return ds, [said]
+
+
+def run_sh(plan: RunPlan, out: Path) -> str:
+    """The environment and the command line with which `kit train` would start the ranks."""
+    env = rank_environment(plan.model_copy(update={"run_dir": str(out.absolute())}))
+    env = {k: v for k, v in env.items() if k not in ("PATH", "PYTHONUNBUFFERED", "TORCH_EXTENSIONS_DIR")}
+    quiet = " ".join(f"{k}={shlex.quote(env.pop(k))}" for k in NO_TELEMETRY)
+    port = str(plan.launch.master_port or '"${MASTER_PORT:-29500}"')
+    where = f"--master_addr 127.0.0.1 --master_port {port}"
+    count = plan.launch.num_gpus
+    if plan.launch.launcher == "deepspeed":
+        # An absent hostfile means this machine; the default is one that a cluster may have left in /job.
+        command = f"deepspeed --num_gpus {count} --hostfile no-hostfile {where} --no_local_rank {SCRIPT}"
+    elif plan.launch.launcher == "torchrun":
+        command = f"torchrun --nnodes 1 --nproc_per_node {count} {where} {SCRIPT}"
+    else:
+        command = f"python {SCRIPT}"
+    exports = [f"export {k}={shlex.quote(v)}" for k, v in env.items()]
+    if plan.launch.launcher == "local" and plan.deepspeed:  # it asks MPI for its rank where these are not set
+        exports.append(
+            f"export RANK=0 LOCAL_RANK=0 WORLD_SIZE=1 LOCAL_SIZE=1 MASTER_ADDR=127.0.0.1 MASTER_PORT={port}"
+        )
+    if plan.launch.launcher == "local" and not plan.trainer["use_cpu"]:
+        # One process that sees several GPUs would be wrapped in DataParallel: the first of them is enough.
+        exports.append('CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-0}"')
+        exports.append('export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES%%,*}"')
+    lines = ["#!/bin/sh", "set -e", 'cd "$(dirname "$0")"', f"export {quiet}", *exports, f"exec {command}"]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,161 @@
+"""`kit why KEY`: a value, where it was set and over what, what the libraries get of it, and which rules read it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from kit import paths, rundir
+from kit.config import keys, rules
+from kit.config.schema import RunPlan, field_class, leaves, load_plan
+from kit.effects import ABSENT, WORKER, at, becomes, default_of, derived, shown, upstream
+from kit.errors import DONE, KitError, Problem
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="kit why", description=__doc__, allow_abbrev=False)
+    parser.add_argument("key", help="trainer.learning_rate, learning_rate, zero_optimization.stage, a section, ...")
+    parser.add_argument("overrides", nargs="*", metavar="RUN | run.yaml | key=value")
+    parser.add_argument("--config-dir", "-cd", help="a folder with groups and recipes of your own")
+    parser.add_argument("--json", action="store_true")
+    a = parser.parse_intermixed_args(argv)
+    told = explain(a.key, *a.overrides, config_dir=a.config_dir)
+    print(json.dumps(told, indent=1, ensure_ascii=False) if a.json else as_text(told))
+    return DONE
+
+
+def explain(typed: str, *args: str, config_dir: str | None = None) -> dict[str, Any]:
+    """All that is known of a key in a run: value, origin, chain, targets, rules. KitError for a key that is none."""
+    composed, plan, problems, run = read(list(args), config_dir)
+    resolved = plan.model_dump() if plan else {}
+    kind = str((composed.tree.get("peft") or {}).get("peft_type", "LORA")).upper()
+    key, *also = keys.find(typed, composed.tree, kind)
+    told: dict[str, Any] = {"key": key, "also": also, "run": str(run) if run else None, "refused": []}
+    entries = keys.known(kind)
+    inside = sorted(k for k in {**leaves(composed.tree), **leaves(resolved)} if k.startswith(key + "."))
+    if inside and key not in entries:  # a section: its keys, one by one
+        told["keys"] = [one(k, entries, composed, plan, kind, run) for k in inside if k.split(".")[0] in keys.SECTIONS]
+    else:
+        told |= one(key, entries, composed, plan, kind, run)
+    told["rules"] = rules_reading(key)
+    told["refused"] = [vars(p) for p in sorted(problems, key=lambda p: key not in p.where + p.problem)]
+    return told
+
+
+def read(args: list[str], config_dir: str | None) -> tuple[Any, RunPlan | None, list[Problem], Path | None]:
+    """The composed tree and its plan (None with the problems, where it is refused); of a run what it froze."""
+    from kit.config.compose import Composed, compose
+    from kit.config.plan import build_plan
+
+    if args and "=" not in args[0] and not args[0].endswith((".yaml", ".yml")):
+        if len(args) > 1:
+            raise KitError(f"{args[0]} is a run: its values stand", args[1], "name the run alone, or overrides alone")
+        if (paths.RECIPES / f"{args[0]}.yaml").is_file() and not (Path(args[0]) / rundir.PLAN).is_file():
+            raise KitError(f"{args[0]} is a recipe", args[0], f"recipe={args[0]}")
+        run = rundir.find_run(args[0])
+        plan = load_plan(run)
+        layers = [{k: (place, "") for k, place in plan.provenance.items()}]
+        return Composed(plan.composed, plan.overrides, plan.provenance, plan.recipe, layers), plan, [], run
+    composed = compose(args, config_dir)
+    try:
+        return composed, build_plan(composed, here=False), [], None
+    except KitError as error:
+        return composed, None, error.problems, None
+
+
+def one(
+    key: str, entries: dict[str, Any], composed: Any, plan: RunPlan | None, kind: str, run: Path | None
+) -> dict[str, Any]:
+    """One key: value, where it comes from, what was below, what it becomes."""
+    entry = entries.get(key) or {}
+    written = at(composed.tree, key)
+    resolved = at(plan.model_dump(), key) if plan else ABSENT
+    chain = chain_of(key, composed, entry, kind, run)
+    worker = WORKER.get(key.removeprefix("trainer.")) if key.startswith("trainer.") else None
+    value = next((v for v in (resolved, written, entry.get("default")) if v is not ABSENT), None)
+    origin = chain[0]["where"] if chain else "nothing sets it"
+    if chain and "${" in str(chain[0]["value"]):
+        taken = [k for k in re.findall(r"[\w.]+", chain[0]["value"]) if k in composed.provenance]
+        origin += "".join(f", which takes {k} from {composed.provenance[k]}" for k in taken)
+    if worker:
+        value, origin = worker, "the worker sets it"
+        chain = [{"where": origin, "value": worker}, *chain]
+    elif how := derived(key, written, resolved, chain[0]["value"] if len(chain) > bool(entry) else None):
+        chain = [{"where": how, "value": resolved}, *chain]
+        origin = how
+    return {
+        "key": key,
+        "value": value,
+        "set": origin,
+        "over": chain[1:],
+        "becomes": becomes(key, value, plan, kind, composed.tree),
+        "upstream": upstream(key, entry, kind),
+        "class": None if worker or key in keys.RESOLVED else field_class(key),
+    }
+
+
+def chain_of(key: str, composed: Any, entry: dict[str, Any], kind: str, run: Path | None) -> list[dict[str, Any]]:
+    """Where the key is set, the winner first, down to the library's default. A run keeps only the winner."""
+    layers = list(composed.layers)
+    file = (composed.tree.get("deepspeed") or {}).get("file") if key.startswith("deepspeed.") else None
+    if isinstance(file, str) and os.path.isfile(os.path.expanduser(file)):
+        from kit.config.compose import lines_of
+
+        layers.insert(max(len(layers) - 1, 0), lines_of(Path(file).expanduser(), "deepspeed"))
+    found = []
+    section, _, name = key.partition(".")
+    for layer in layers:
+        parents = [k for k in layer if key.startswith(k + ".") and layer[k][1] not in ("{}", "", "null")]
+        for k in [*parents, *([key] if key in layer else [])]:
+            found.append({"where": layer[k][0], "value": layer[k][1] or None})
+        if section == "trainer" and (k := f"tracking.{name}") in layer:
+            found.insert(0, {"where": f"tracking.{name} in {layer[k][0]}", "value": layer[k][1] or None})
+    removed = [o for o in composed.overrides if o.startswith("~") and o[1:].partition("=")[0] in (key, section)]
+    found += [{"where": f"command line: {o}", "value": "removed"} for o in removed]
+    if run and found and found[-1]["value"] is None:
+        found[-1]["value"] = at(composed.tree, key) if at(composed.tree, key) is not ABSENT else None
+    below = {"where": default_of(key, kind), "value": entry.get("default")}
+    return [*reversed(found), *([below] if entry else [])]
+
+
+def rules_reading(key: str, table: Any = None) -> list[dict[str, str]]:
+    """The rules that look at a key, at what stands in it, or at what it stands in."""
+    found = []
+    for rule in rules.RULES if table is None else table:
+        read = getattr(rule, "keys", ())
+        if any(k == key or key.startswith(k + ".") or k.startswith(key + ".") for k in read):
+            found.append({"id": rule.id, "severity": rule.severity, "source": rule.source})
+    return found
+
+
+def as_text(told: dict[str, Any]) -> str:
+    lines = []
+    if "keys" in told:
+        width = min(max((len(k["key"]) for k in told["keys"]), default=0), 50)
+        lines += [f"{k['key']:<{width}}  {shown(k['value']):<24}  {k['set']}" for k in told["keys"]]
+    else:
+        given = "not given" if told["value"] == "???" else shown(told["value"])
+        lines.append(f"{told['key']} = {given}")
+        lines.append(f"  set by    {told['set']}")
+        lines += [f"  over      {o['where']}: {shown(o['value'])}" for o in told["over"]]
+        lines += [f"  becomes   {line}" for line in told["becomes"]]
+        lines += [f"  is        {told['upstream']}"] if told["upstream"] else []
+        meaning = {
+            "identity": "another value is another run",
+            "extendable": "kit resume may change it",
+            "machine": "about the machine: kit resume may change it",
+        }
+        lines += [f"  class     {told['class']}: {meaning[told['class']]}"] if told["class"] else []
+    read = [r["id"] + (" (warns)" if r["severity"] == "warn" else "") for r in told["rules"]]
+    lines += [f"  rules     {', '.join(read)}"] if read else []
+    lines += [f"  also      kit why {k}" for k in told["also"]]
+    if told["refused"]:
+        count = len(told["refused"])
+        lines.append(f"  refused   this run has {count} problem{'s' * (count != 1)}: values may still change")
+        for p in told["refused"]:
+            lines.append(f"            {p['problem']}" + (f" ({p['where']})" if p["where"] else ""))
+    return "\n".join(lines)
