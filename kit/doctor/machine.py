@@ -171,7 +171,7 @@ def check_ports(env: Mapping[str, str], port: int | None = None) -> list[Finding
     port = port or (int(given) if given.isdigit() else MASTER_PORT)
     try:
         listening = [
-            c for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN and c.laddr.port == port
+            c for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN and c.laddr[1:2] == (port,)
         ]
     except (psutil.Error, OSError):
         return [Finding(OK, "port", f"who listens on {port} is not visible here; the kit takes a free one")]

@@ -11,11 +11,14 @@ STAGES = (
     ("saving", r"in (save_model|_save_checkpoint|_write_full|_write_adapter|save_checkpoint|full_state_dict)\b"),
     ("evaluation", r"in (evaluation_loop|evaluate|prediction_step)\b"),
     ("the backward pass", r"in backward\b|\.backward\(|torch/autograd/__init__|_engine_run_backward"),
-    ("the optimizer step", r"in (_take_model_step|step|_optimizer_step|optimizer_step)\b.*|optim/\w+\.py"),
-    ("the forward pass", r"in (compute_loss|training_step|forward|_call_impl)\b(?![\s\S]*in from_pretrained)"),
-    ("deepspeed.initialize", r"in (_configure_zero_optimizer|_configure_optimizer|deepspeed_init|initialize|_prepare_deepspeed)\b"),
-    ("loading the model", r"in (load_model|from_pretrained|_load_pretrained_model|get_peft_model|_post_init_method)\b|partition_parameters"),
-)  # fmt: skip
+    ("the optimizer step", r"in (_take_model_step|step|_optimizer_step|optimizer_step)\b|optim/\w+\.py"),
+    ("the forward pass", r"in (compute_loss|training_step|forward|_call_impl)\b"),
+    ("deepspeed.initialize", r"in (_configure_\w*optimizer|deepspeed_init|initialize|_prepare_deepspeed)\b"),
+    (
+        "loading the model",
+        r"in (load_model|from_pretrained|_load_pretrained_model|get_peft_model)\b|partition_parameters",
+    ),
+)
 ORDER = {
     "loading the model": ("others", "zero3", "quantize", "offload_param"),
     "deepspeed.initialize": ("zero", "offload", "buckets"),
@@ -51,9 +54,8 @@ def levers(where: str, plan: dict[str, Any], message: str) -> list[str]:
     say = {
         "others": "other processes hold memory of this GPU: nvidia-smi shows whose they are"
         if total and mine < 0.8 * total - (gigabytes["free"] or 0) else "",
-        "batch": f"trainer.per_device_train_batch_size={max(1, batch // 2)} (and twice the accumulation: the global batch"
-        " stays)" if batch > 1 else "",
-        "eval": f"trainer.per_device_eval_batch_size={max(1, eval_batch // 2)}" if eval_batch > 1 else "",
+        "batch": f"trainer.per_device_train_batch_size={batch // 2} (and twice the accumulation)" if batch > 1 else "",
+        "eval": f"trainer.per_device_eval_batch_size={eval_batch // 2}" if eval_batch > 1 else "",
         "checkpointing": "" if checkpointing else "trainer.gradient_checkpointing=true",
         "length": f"trainer.max_length={max(128, int(length) // 2)} if few rows are that long" if length else "",
         "zero": f"deepspeed={NEXT[min(zero, 3)]}" if not (alone and zero < 2) and not (zero == 3 and offloads) else "",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,17 +15,22 @@ from kit import rundir
 from kit.doctor import causes, oom
 from kit.doctor.run_logs import (
     Rank,
+    ago,
+    aside,
     ended,
+    first_sentence,
     hung,
     last_metrics,
     line_number,
     newest_checkpoint,
+    own_fixes,
     read_ranks,
     signal_of,
 )
 from kit.errors import DONE, FAILED, STOPPED
 
 LAST = 15  # lines that are shown where no cause is known
+FULL = 256 * 1024  # bytes: no error report or log line fits for sure
 STILL = 600.0  # seconds without a line after which a living run is called quiet
 
 
@@ -105,12 +111,20 @@ def failed(run: Path, ranks: list[Rank], status: dict[str, Any], facts: dict[str
     if own:
         first = min(own, key=lambda rank: (rank.failed or rank.written, rank.number))
         return named(run, first, ranks, status, facts)
+    if (free := shutil.disk_usage(run).free) < FULL:  # the ranks could not even write why they ended
+        row = next(cause for cause in causes.CAUSES if cause.id == "disk_full")
+        sentence = f"{row.cause}: {free // 1024} KiB are left below {rundir.shown(run)}"
+        return Diagnosis(**facts, cause="disk_full", sentence=sentence, fixes=[row.fix])
     known = [problem for problem in status.get("problems") or [] if not causes.FELL_AFTER.search(problem)]
     end, waiting = ended(run), [rank for rank in ranks if rank.kind == "waited"]
     silent = [rank for rank in ranks if rank.kind == "silent"]
     fell = [rank for rank in ranks if rank.kind == "fell"]
     gone = min(silent, key=lambda rank: rank.died or rank.written, default=None)
     killed = signal_of(end.get("returncode")) in (9, 4, 6, 7, 11) or bool(end.get("oom_kills"))
+    if end.get("asked"):
+        return cut_short(ranks, facts)
+    if status.get("state") == "running" and not (end or fell or waiting):
+        return launcher_gone(status, facts)
     if gone is not None and (fell or killed or not waiting):
         return without_a_word(run, gone, ranks, status, facts)
     if waiting:
@@ -126,8 +140,6 @@ def failed(run: Path, ranks: list[Rank], status: dict[str, Any], facts: dict[str
 def named(run: Path, rank: Rank, ranks: list[Rank], status: dict[str, Any], facts: dict[str, Any]) -> Diagnosis:
     """A rank that said why, in its own words."""
     found = causes.find(rank.said) or causes.find(rank.text)
-    if found is None and rank.code is not None and not rank.trace.strip().splitlines()[-1:]:
-        found = None
     said = first_sentence(rank)
     facts = {
         **facts,
@@ -137,7 +149,7 @@ def named(run: Path, rank: Rank, ranks: list[Rank], status: dict[str, Any], fact
         "others": [aside(other) for other in ranks if other.number != rank.number and other.kind != "silent"],
         "code": rank.code or FAILED,
     }
-    advice = own_fixes(run, rank)
+    advice = own_fixes(rank)
     if found is None:
         if "kit.errors.KitError" in rank.trace or "KitError" in said or advice:
             return Diagnosis(**facts, cause="refused", sentence=said, fixes=advice)
@@ -148,7 +160,7 @@ def named(run: Path, rank: Rank, ranks: list[Rank], status: dict[str, Any], fact
     sentence = cause.cause.format_map(groups)
     fixes = [cause.fix.format_map(groups), *advice]
     if cause.id == "non_finite":
-        rows = rows_of(run, facts["run"])
+        rows = rows_of(run)
         return Diagnosis(
             **{**facts, "others": [*rows, *facts["others"]]}, cause=cause.id, sentence=sentence, fixes=fixes
         )
@@ -185,7 +197,7 @@ def without_a_word(
         "last_lines": rank.lines[-LAST:],
     }
     memory = [
-        "deepspeed=zero3 loads shards instead of a whole model per rank; fewer ranks, or more RAM (kit doctor shows the limit)",
+        "deepspeed=zero3 loads shards, no whole model per rank; fewer ranks, or more RAM (kit doctor shows it)",
         "trainer.dataloader_num_workers=0; offload moves memory from the GPU to the host",
     ]
     if kills:
@@ -204,16 +216,6 @@ def without_a_word(
         return Diagnosis(
             **facts, cause=kind, sentence=f"{row.cause}, in rank {rank.number} (signal {number})", fixes=[row.fix]
         )
-    if status.get("state") == "running" and not end:
-        return launcher_gone(status, facts)
-    if number == 15:
-        sentence = "SIGTERM ended the launcher before the ranks could save: preempted, or out of time"
-        return Diagnosis(
-            **facts,
-            cause="preempted",
-            sentence=sentence,
-            fixes=["more grace: launch.grace_seconds, and the scheduler's own"],
-        )
     sentence = f"rank {rank.number} ended first and without a word: most likely it was killed from outside (SIGKILL)"
     return Diagnosis(
         **facts,
@@ -221,6 +223,17 @@ def without_a_word(
         sentence=sentence,
         fixes=["dmesg | grep -i 'killed process' tells whether for memory", *memory],
     )
+
+
+def cut_short(ranks: list[Rank], facts: dict[str, Any]) -> Diagnosis:
+    """Asked to stop (preemption, a time limit, Ctrl-C), and ended before a checkpoint was whole."""
+    last = max(ranks, key=lambda rank: rank.written, default=None)
+    sentence = (
+        "it was told to stop (preemption, a time limit, Ctrl-C), and no checkpoint was whole when its time was up"
+    )
+    fixes = ["a larger launch.grace_seconds, and a signal that comes earlier (sbatch --signal=TERM@300)"]
+    lines = last.lines[-LAST:] if last else []
+    return Diagnosis(**facts, cause="preempted", sentence=sentence, fixes=fixes, last_lines=lines)
 
 
 def launcher_gone(status: dict[str, Any], facts: dict[str, Any]) -> Diagnosis:
@@ -243,10 +256,11 @@ def hanging(rank: Rank, ranks: list[Rank], facts: dict[str, Any]) -> Diagnosis:
     waited = [other for other in ranks if other.kind == "waited" and other is not rank]
     said = next((line for other in waited or [rank] for line in other.lines if causes.WAITED.search(line)), "")
     numbers = ", ".join(str(other.number) for other in waited) or "all"
-    sentence = f"rank {rank.number} stayed behind: rank(s) {numbers} waited for it until the limit; it wrote last {ago(rank.written)}"
+    sentence = f"rank {rank.number} stayed behind: rank(s) {numbers} waited for it until the limit; "
+    sentence += f"it wrote last {ago(rank.written)}"
     fixes = [
-        "its last lines show what it did: a slow save, evaluation or tokenising (raise trainer.ddp_timeout), or a step that"
-        " only some ranks take (a callback with `if rank == 0:` around a collective)",
+        "its last lines show what it did: a slow save, evaluation or tokenising (raise trainer.ddp_timeout), or a step"
+        " that only some ranks take (a callback with `if rank == 0:` around a collective)",
         "mixture-of-experts under ZeRO-3: the expert block must be a leaf module (T27)",
         "TORCH_NCCL_TRACE_BUFFER_SIZE=2000 and TORCH_NCCL_DUMP_ON_TIMEOUT=1 record every collective",
     ]
@@ -280,43 +294,12 @@ def unknown(
     return Diagnosis(**facts, cause="unknown", sentence=sentence)
 
 
-def rows_of(run: Path, name: str) -> list[str]:
+def rows_of(run: Path) -> list[str]:
     """Which rows were in the steps before a loss that is not finite, as the trainer wrote them down."""
     found = rundir.read_json(run / rundir.LOGS / "nonfinite.json")
     if not found:
         return []
-    lines = [
-        f"steps {found['first_step']} to {found['last_step']} read {found['count']} rows of {found['of']} of the training split"
-    ]
-    return lines + [f"row {row['row']}: {row['why']}: {row['text']}" for row in found.get("suspects", [])]
-
-
-def own_fixes(run: Path, rank: Rank) -> list[str]:
-    """The fixes that the kit's own refusal holds; not the general one of an unforeseen error."""
-    problems = rundir.read_json(run / rundir.LOGS / f"rank{rank.number}.error.json").get("problems") or []
-    general = ("the log holds the traceback", "lower trainer.per_device_train_batch_size")
-    return [p["fix"] for p in problems if p.get("fix") and not p["fix"].startswith(general)]
-
-
-def first_sentence(rank: Rank) -> str:
-    """The error itself: the last line of the traceback, else the first of what was reported, else of the log."""
-    lines = [line for line in (rank.said or rank.trace).splitlines() if line.strip()]
-    if rank.said:
-        return lines[0].removeprefix(f"rank {rank.number}: ")[:400]
-    if lines:
-        return lines[-1][:400]
-    telling = [line for line in rank.lines if causes.find(line)]
-    return (telling or rank.lines or [""])[-1][:400]
-
-
-def aside(rank: Rank) -> str:
-    words = {"fell": "fell after it", "waited": "waited for it", "error": "failed too"}.get(rank.kind, "said nothing")
-    return f"rank {rank.number} {words}: {first_sentence(rank)[:160]}"
-
-
-def ago(moment: float) -> str:
-    seconds = max(0.0, time.time() - moment)
-    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit} ago"
-    return f"{seconds:.0f} s ago"
+    steps = f"{found['first_step']} to {found['last_step']}"
+    listed = ", ".join(map(str, found["rows"][:24])) + (", ..." if found["count"] > 24 else "")
+    read = f"steps {steps} read {found['count']} of the {found['of']} prepared rows: {listed}"
+    return [read, *(f"row {row}: {text[:120]!r}" for row, text in found.get("texts", {}).items())]

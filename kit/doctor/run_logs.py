@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from kit.doctor import causes
 
 TAIL = 400_000  # bytes of a log that are read: the last start of a long run
 HEADER = re.compile(r"^--- plan \w+ rank \d+ .*$", re.M)
-STAMP = re.compile(r"\[(?:[EWI]\d+|\d{4}-\d\d-\d\d) (\d\d:\d\d:\d\d[.,]\d+)")
+# What native code says on its way out, without a Python traceback.
+NATIVE = {"crash", "illegal_instruction", "gpu_fault", "nccl", "cuda_oom", "host_memory", "device_assert"}
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,10 @@ class Rank:
             return "waited"
         if causes.FELL_AFTER.search(self.said or text):
             return "fell"
-        native = causes.find(text) if not self.said and not self.trace else None
-        return "error" if self.said or self.trace or native else "silent"
+        if self.said or self.trace:
+            return "error"
+        native = causes.find(text)
+        return "error" if native and native[0].id in NATIVE else "silent"
 
 
 def read_ranks(run: Path) -> list[Rank]:
@@ -113,7 +117,7 @@ def signal_of(returncode: int | None) -> int | None:
         return None
     if returncode < 0:
         return -returncode
-    if returncode > 192:
+    if 192 < returncode < 255:
         return 256 - returncode
     return returncode - 128 if 128 < returncode < 193 else None
 
@@ -138,7 +142,7 @@ def newest_checkpoint(run: Path) -> str | None:
 
 
 def hung(ranks: list[Rank]) -> Rank:
-    """Whom the others waited for: who itself waited for nobody, else who enqueued least, else who wrote last longest ago.
+    """Whom the others waited for: who itself waited for nobody, else who enqueued least, else who fell silent first.
 
     NCCL's watchdog tells each rank's last enqueued work: the lowest number belongs to the one that stayed behind.
     """
@@ -168,3 +172,34 @@ def line_number(rank: Rank, wanted: str) -> str:
         except OSError:
             number = 0
     return f"{rundir.shown(rank.log)}{f':{number}' if number else ''}"
+
+
+def own_fixes(rank: Rank) -> list[str]:
+    """The fixes that the kit's own refusal holds; not the general one of an unforeseen error."""
+    problems = rundir.read_json(rank.log.with_name(f"rank{rank.number}.error.json")).get("problems") or []
+    general = ("the log holds the traceback", "lower trainer.per_device_train_batch_size")
+    return [p["fix"] for p in problems if p.get("fix") and not p["fix"].startswith(general)]
+
+
+def first_sentence(rank: Rank) -> str:
+    """The error itself: the last line of the traceback, else the first of what was reported, else of the log."""
+    lines = [line for line in (rank.said or rank.trace).splitlines() if line.strip()]
+    if rank.said:
+        return lines[0].removeprefix(f"rank {rank.number}: ")[:400]
+    if lines:
+        return lines[-1][:400]
+    telling = [line for line in rank.lines if causes.find(line)]
+    return (telling or rank.lines or [""])[-1][:400]
+
+
+def aside(rank: Rank) -> str:
+    words = {"fell": "fell after it", "waited": "waited for it", "error": "failed too"}.get(rank.kind, "said nothing")
+    return f"rank {rank.number} {words}: {first_sentence(rank)[:160]}"
+
+
+def ago(moment: float) -> str:
+    seconds = max(0.0, time.time() - moment)
+    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit} ago"
+    return f"{seconds:.0f} s ago"

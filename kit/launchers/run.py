@@ -51,7 +51,12 @@ def launch(plan: RunPlan, resume: str | None = None) -> int:
                 kill_all(process, run)
                 # For `kit doctor RUN`: the launchers' own exit codes do not tell which rank went first, or why.
                 killed = (hardware.oom_kills() or 0) - kills
-                end = {"returncode": process.returncode, "oom_kills": killed, "deaths": deaths.seen}
+                end = {
+                    "returncode": process.returncode,
+                    "oom_kills": killed,
+                    "deaths": deaths.seen,
+                    "asked": stop.asked,
+                }
                 rundir.write_json(run / rundir.LAUNCH, {**record, "ended": end})
     return outcome(run, process.returncode)
 

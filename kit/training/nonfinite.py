@@ -1,4 +1,4 @@
-"""Which rows were read before a loss that is not finite, and which of them cannot give a finite one."""
+"""Which rows the steps before a loss that is not finite had read."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-IGNORED = -100
 FILE = "nonfinite.json"
-MOST = 256  # row numbers that are listed
+MOST, SHOWN, TOKENS = 256, 8, 60  # row numbers that are listed, rows that are shown, how much of each
 
 
 def rows_of_steps(trainer: Any, first: int, last: int) -> list[int]:
     """The rows of `trainer.train_dataset` that the optimizer steps first..last read, by all ranks; [] if unknown.
 
-    Follows accelerate's SeedableRandomSampler (one permutation per epoch, seeded by epoch + seed) and its shards, which
-    hand out consecutive batches to consecutive ranks.
+    Follows accelerate's SeedableRandomSampler (one permutation per epoch, seeded by epoch + seed) and its shards,
+    which hand out consecutive batches to consecutive ranks.
     """
     loader, args, total = trainer.callback_handler.train_dataloader, trainer.args, len(trainer.train_dataset)
     sampler = loader.get_sampler() if hasattr(loader, "get_sampler") else loader.sampler
@@ -47,23 +46,7 @@ def note(trainer: Any) -> None:
     logged = [row["step"] for row in trainer.state.log_history if "loss" in row and row["step"] < last]
     first = logged[-1] + 1 if logged else 1
     rows = rows_of_steps(trainer, first, last)
-    found = {
-        "first_step": first, "last_step": last, "count": len(rows), "of": len(trainer.train_dataset),
-        "rows": rows[:MOST], "suspects": [s for s in (suspect(trainer, row) for row in rows[:MOST]) if s][:10],
-    }  # fmt: skip
-    (folder / FILE).write_text(json.dumps(found, ensure_ascii=False), encoding="utf-8")
-
-
-def suspect(trainer: Any, number: int) -> dict[str, Any] | None:
-    """A row without a token in the loss: a batch of such rows divides by zero."""
-    row = trainer.train_dataset[number]
-    ids = list(row.get("input_ids") or [])
-    labels = row.get("labels")
-    if labels is None and (mask := row.get("completion_mask") or row.get("assistant_masks")) is not None:
-        labels = [i if m else IGNORED for i, m in zip(ids, mask, strict=False)]
-    limit = trainer.args.max_length or len(ids)
-    trained = sum(label != IGNORED for label in (ids if labels is None else labels)[:limit])
-    if trained:
-        return None
-    text = trainer.processing_class.decode(ids[:60]) if ids else ""
-    return {"row": number, "why": "no token of it is in the loss", "text": text[:160]}
+    data, decode = trainer.train_dataset, trainer.processing_class.decode
+    texts = {row: decode(list(data[row].get("input_ids") or [])[:TOKENS]) for row in rows[-SHOWN:]}  # the last step's
+    found = {"first_step": first, "last_step": last, "count": len(rows), "of": len(data), "rows": rows[:MOST]}
+    (folder / FILE).write_text(json.dumps({**found, "texts": texts}, ensure_ascii=False), encoding="utf-8")
