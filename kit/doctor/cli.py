@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from kit.doctor.findings import BAD, OK, WARN, Finding
@@ -166,8 +166,13 @@ def build_operators(names: list[str], seconds: float) -> None:
         raise KitError("ninja is not here", "--build-ops", "pip install ninja", code=ENVIRONMENT)
     env = {"PATH": path, **({"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""} if cpu else {})}
     tick = Ticker(ops.extensions_dir())
-    ops.prepare(names, seconds, tick.say, env, tick)
-    tick.clear()
+    try:
+        ops.prepare(names, seconds, tick.say, env, tick)
+    except KitError as error:  # its limit is set here by an option, not by a run's key
+        fixes = {p: p.fix.replace("launch.build_seconds=1800", "a larger --limit") for p in error.problems}
+        raise KitError([replace(p, fix=fix) for p, fix in fixes.items()], code=error.code) from None
+    finally:
+        tick.clear()
     print(f"built     {', '.join(names)} in {ops.extensions_dir()}", file=sys.stderr)
 
 

@@ -11,6 +11,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,7 @@ def diagnosis(run: Path, cwd: Path) -> dict:
 def test_a_rank_that_is_killed(base, chat, tmp_path, ops_dir):
     """SIGKILL to rank 1 of two; rank 0 falls after it and says so at more length."""
     two = ("deepspeed=zero2", "launch=deepspeed", "launch.num_gpus=2", "trainer.max_steps=100000", "name=killed")
-    argv = [harness.sys.executable, "-m", "kit", "train", *harness.overrides(base, chat, tmp_path / "runs", *two)]
+    argv = [sys.executable, "-m", "kit", "train", *harness.overrides(base, chat, tmp_path / "runs", *two)]
     process = harness.start(argv, tmp_path)
     runs = tmp_path / "runs"
     harness.wait_for(lambda: any(runs.glob("*/metrics.jsonl")), harness.LIMIT, process)
