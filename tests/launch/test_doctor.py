@@ -54,7 +54,8 @@ def test_a_rank_that_is_killed(base, chat, tmp_path, ops_dir):
     assert (found["state"], found["cause"], found["rank"]) == ("failed", "killed", 1)
     assert "SIGKILL" in found["sentence"] and found["where"].endswith("rank1.log")
     ended = json.loads((run / "launch.json").read_text())["ended"]
-    assert ended["returncode"] in (247, -9) and "1" in ended["deaths"] and ended["asked"] == 0
+    # deepspeed ends with the code of whichever rank it looks at first: -9 as a byte, or rank 0's own failure
+    assert ended["returncode"] in (247, 4) and "1" in ended["deaths"] and ended["asked"] == 0
 
 
 def test_a_loss_that_is_not_finite(base, chat, tmp_path):
