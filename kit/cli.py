@@ -24,6 +24,7 @@ usage: kit VERB ...
   eval      RUN | ADAPTER | MODEL        exact match, loss and perplexity on the held-out rows
   fetch     [run.yaml] [key=value ...]   model, tokenizer and data into the Hub cache, for runs without a network
   convert   DIR OUT                      Meta's own checkpoint, or pytorch_model*.bin, to safetensors
+  doctor    [RUN]                        what on this machine would stop a run; of a failed run, the cause and the fix
   list      [GROUP]                      recipes, or the choices of a group
   show      RECIPE | GROUP/NAME          one of them as it is written, and what a recipe composes to
   why       KEY [RUN | overrides]        a value: where it was set and over what, what it becomes, which rules read it
@@ -310,6 +311,12 @@ def convert(argv: list[str]) -> int:
     return DONE
 
 
+def doctor(argv: list[str]) -> int:
+    from kit.doctor.cli import main as doctor_main
+
+    return doctor_main(argv)
+
+
 def list_choices(argv: list[str]) -> int:
     parser = options("list", "Recipes, or the choices of a group, each with its first line.")
     parser.add_argument("group", nargs="?", default="recipe")
@@ -392,6 +399,7 @@ VERBS: dict[str, Callable[[list[str]], Any]] = {
     "eval": evaluate,
     "fetch": fetch,
     "convert": convert,
+    "doctor": doctor,
     "list": list_choices,
     "show": show,
     "why": why,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from dataclasses import dataclass
 from functools import lru_cache
@@ -55,3 +56,56 @@ def cpu_multiplies_bf16() -> bool:
 def cores() -> int:
     """CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# ---- the control group: what of this machine is granted ----
+
+
+def control_group(name: str, controller: str, root: Path = Path("/")) -> str | None:
+    """A file of this process's control group; `controller` where version 1 mounts one folder each."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        lines = []
+    top = root / "sys/fs/cgroup"
+    places: list[Path] = []
+    for _, controllers, path in (line.split(":", 2) for line in lines if line.count(":") >= 2):
+        if controllers == "":
+            places += [top / path.lstrip("/"), top]
+        elif controller in controllers.split(","):
+            places += [top / controller / path.lstrip("/"), top / controller]
+    for folder in places:
+        try:
+            return (folder / name).read_text().strip()
+        except OSError:
+            continue
+    return None
+
+
+def memory_limit(root: Path = Path("/")) -> int | None:
+    """Bytes of RAM beyond which the kernel kills, None where there is no limit below the machine's own."""
+    text = control_group("memory.max", "memory", root) or control_group("memory.limit_in_bytes", "memory", root)
+    return int(text) if text and text.isdigit() and int(text) < 2**60 else None
+
+
+def memory_used(root: Path = Path("/")) -> int | None:
+    """Bytes that count against the limit."""
+    text = control_group("memory.current", "memory", root) or control_group("memory.usage_in_bytes", "memory", root)
+    return int(text) if text and text.isdigit() else None
+
+
+def oom_kills(root: Path = Path("/")) -> int | None:
+    """How many processes of this control group the kernel has killed for want of memory, None where it is not told."""
+    text = control_group("memory.events", "memory", root) or control_group("memory.oom_control", "memory", root)
+    found = re.search(r"^oom_kill (\d+)$", text or "", re.M)
+    return int(found[1]) if found else None
+
+
+def cpu_quota(root: Path = Path("/")) -> float | None:
+    """Cores' worth of time that are granted, None without a limit."""
+    text = control_group("cpu.max", "cpu", root)
+    quota, _, period = (text or "").partition(" ")
+    if text is None:
+        quota = control_group("cpu.cfs_quota_us", "cpu", root) or ""
+        period = control_group("cpu.cfs_period_us", "cpu", root) or ""
+    return int(quota) / int(period) if quota.isdigit() and period.isdigit() and int(period) else None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from kit.errors import ENVIRONMENT, REFUSED, KitError, first_line
@@ -42,12 +43,12 @@ def looks_like_id(name: str) -> bool:
     return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", name)) and not Path(name).exists()
 
 
-def cache() -> Path:
+def cache(env: Mapping[str, str] = os.environ) -> Path:
     """The folder that huggingface_hub would use."""
-    home = os.environ.get("HF_HOME") or os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "huggingface"
+    home = env.get("HF_HOME") or os.path.join(
+        env.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "huggingface"
     )
-    return Path(os.path.expanduser(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")))
+    return Path(os.path.expanduser(env.get("HF_HUB_CACHE") or os.path.join(home, "hub")))
 
 
 def repo_folder(repo: str, kind: str) -> Path:

@@ -13,7 +13,7 @@ from benchmarks import cli_latency
 from soak import make_inputs
 
 from kit import cli
-from kit.errors import DONE, REFUSED
+from kit.errors import DONE, ENVIRONMENT, FAILED, REFUSED
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = (
@@ -21,7 +21,7 @@ HEAVY = (
 )
 RECIPES = sorted(f.stem for f in (ROOT / "recipes").glob("*.yaml"))
 VERBS = ["train", "check", "resume", "merge", "generate", "eval", "fetch", "convert", "list", "show"]
-VERBS += ["why", "diff", "eject", "compose"]
+VERBS += ["why", "diff", "eject", "doctor", "compose"]
 
 # Several command lines in one fresh process; the last line it prints: how each ended, and what had been imported then.
 PROBE = """
@@ -79,6 +79,7 @@ SINGLE = {
     "show recipe": (["show", "quickstart"], DONE),
     "show model": (["show", "model/llama3_1_8b"], DONE),
     "check": (["check", "recipe=quickstart"], DONE),
+    "doctor refused": (["doctor", "no-such-run"], REFUSED),
     "check --json": (["check", "recipe=quickstart", "--json"], DONE),
     "check --rules": (["check", "--rules"], DONE),
     "check --explain": (["check", "--explain", "lm-head-target"], DONE),
@@ -123,6 +124,12 @@ OVERRIDDEN = ["deepspeed=zero3", "launch=deepspeed", "launch.num_gpus=2", "quant
 OVERRIDDEN += ["quantization.bnb_4bit_quant_storage=bfloat16", "trainer.bf16=true", "trainer.fp16=false"]
 
 
+def test_the_doctor_sees_torch_without_importing_it(tmp_path: Path):
+    """The machine may be found wanting (3); a run may not be there or be one that never started."""
+    [(code, names)] = answers([["doctor", "--json"]], tmp_path)
+    assert code in (DONE, ENVIRONMENT) and "psutil" in names and not names & {*HEAVY, "hydra", "omegaconf"}
+
+
 def test_compose_and_resume_of_what_it_made(tmp_path: Path):
     """`kit compose` hashes the weights and writes the run directory; resuming it is refused: no checkpoint."""
     stock = make_inputs(tmp_path / "in")
@@ -134,6 +141,8 @@ def test_compose_and_resume_of_what_it_made(tmp_path: Path):
     assert len(plan["base"]["fingerprint"]) == 64
     [(code, names)] = answers([["resume", str(run)]], tmp_path)
     assert code == REFUSED and not names & set(HEAVY)
+    [(code, names)] = answers([["doctor", str(run)]], tmp_path)
+    assert code == FAILED and not names & set(HEAVY)
 
 
 def test_importing_the_package_costs_nothing(tmp_path: Path):

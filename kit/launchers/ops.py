@@ -112,9 +112,14 @@ def wait_for_turn(
             time.sleep(0.5)
 
 
+def locks(folder: Path, name: str) -> list[Path]:
+    """An operator's lock: torch builds in NAME below TORCH_EXTENSIONS_DIR, one folder deeper below its default."""
+    return [*folder.glob(f"{name}/lock"), *folder.glob(f"*/{name}/lock")]
+
+
 def check_locks(folder: Path, name: str, say: Callable[[str], None]) -> None:
     """A lock that no living build owns is removed from the kit's own folder and refused in anybody else's."""
-    for lock in folder.glob(f"*/{name}/lock"):
+    for lock in locks(folder, name):
         owner = builder_in(lock.parent)
         age = int(time.time() - lock.stat().st_mtime)
         if owner:
@@ -179,7 +184,7 @@ def build(
             if process.poll() is None:
                 kill_tree(process.pid)
                 process.wait()
-                for lock in folder.glob(f"*/{name}/lock"):  # ours, and its builder is gone
+                for lock in locks(folder, name):  # ours, and its builder is gone
                     lock.unlink(missing_ok=True)
     if process.returncode != 0:
         last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-1:]

@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 
-from kit import rundir
+from kit import hardware, rundir
 from kit.config.schema import RunPlan
 from kit.errors import DONE, FAILED, STOPPED, KitError, Problem
 from kit.launchers import ops
@@ -40,15 +40,26 @@ def launch(plan: RunPlan, resume: str | None = None) -> int:
                 return 128 + signal.SIGINT
             forget(run)
             argv, env = command(plan, run / rundir.PLAN, resume)
-            rundir.write_json(run / rundir.LAUNCH, {"argv": argv, "env": env, "cwd": os.getcwd(), "resume": resume})
+            record = {"argv": argv, "env": env, "cwd": os.getcwd(), "resume": resume}
+            rundir.write_json(run / rundir.LAUNCH, record)
             rundir.set_status(run, "running")
+            kills, deaths = hardware.oom_kills() or 0, Deaths(run)
             process = subprocess.Popen(
                 argv, env={**os.environ, **env}, stdin=subprocess.DEVNULL, start_new_session=True
             )
             try:
-                wait(process, run, stop, plan.launch.grace_seconds)
+                wait(process, run, stop, plan.launch.grace_seconds, deaths)
             finally:
                 kill_all(process, run)
+                # For `kit doctor RUN`: the launchers' own exit codes do not tell which rank went first, or why.
+                killed = (hardware.oom_kills() or 0) - kills
+                end = {
+                    "returncode": process.returncode,
+                    "oom_kills": killed,
+                    "deaths": deaths.seen,
+                    "asked": stop.asked,
+                }
+                rundir.write_json(run / rundir.LAUNCH, {**record, "ended": end})
     return outcome(run, process.returncode)
 
 
@@ -72,10 +83,34 @@ class Stop:
         self.asked += 1
 
 
-def wait(process: subprocess.Popen[bytes], run: Path, stop: Stop, grace: float) -> None:
+class Deaths:
+    """When each rank was first seen gone, by rank: zombies count, which a launcher only collects a second later."""
+
+    def __init__(self, run: Path) -> None:
+        self.logs = run / rundir.LOGS
+        self.seen: dict[str, float] = {}
+
+    def look(self) -> None:
+        for file in self.logs.glob("rank*.pid"):
+            rank = file.stem.removeprefix("rank")
+            if rank not in self.seen and (pid := file.read_text().strip()).isdigit() and not lives(int(pid)):
+                self.seen[rank] = time.time()
+
+
+def lives(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.Error:
+        return True
+
+
+def wait(process: subprocess.Popen[bytes], run: Path, stop: Stop, grace: float, deaths: Deaths) -> None:
     """Until the launcher ends. The first request lets the ranks save; the second, or `grace` seconds, ends them."""
     deadline = None
     while process.poll() is None:
+        deaths.look()
         if stop.asked and deadline is None:
             deadline = time.monotonic() + grace
             pids = ranks(run)
@@ -108,8 +143,8 @@ def send(pid: int, number: int) -> None:
 
 
 def forget(run: Path) -> None:
-    """Remove what an earlier start left in logs/: pids and errors."""
-    for pattern in ("rank*.pid", "rank*.error.json"):
+    """Remove what an earlier start left in logs/: pids, errors, notes."""
+    for pattern in ("rank*.pid", "rank*.error.json", "nonfinite.json"):
         for file in (run / rundir.LOGS).glob(pattern):
             file.unlink(missing_ok=True)
 

@@ -27,7 +27,7 @@ from trl import SFTTrainer
 
 from kit import manifest
 from kit.errors import FAILED, REFUSED, KitError
-from kit.training import checkpoint, saved_config, stopping
+from kit.training import checkpoint, nonfinite, saved_config, stopping
 
 logger = logging.get_logger(__name__)
 
@@ -153,6 +153,10 @@ class ModifiedTrainer(SFTTrainer):
             value = logs.get(name)
             if value is None or math.isfinite(value) or (name == "grad_norm" and self.args.fp16):
                 continue  # fp16's loss scaler meets infinite gradients and skips those steps
+            try:
+                nonfinite.note(self)
+            except Exception as problem:  # a note for `kit doctor`: the stop itself matters more
+                logger.warning(f"the rows before it could not be noted: {problem}")
             raise KitError(
                 f"{name} is {value} at step {self.state.global_step}: training stopped, nothing of it is saved",
                 where=f"step {self.state.global_step}",

@@ -1,0 +1,134 @@
+"""GPUs, their driver, and whether driver, nvcc and torch speak of the same CUDA."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from kit.doctor.findings import BAD, OK, WARN, Finding, answer, which
+from kit.doctor.versions import numbers
+
+QUERY = "index,name,memory.total,memory.used,compute_cap,driver_version"
+# cuDriverGetVersion needs no initialised device. A process of its own: a sick driver can hang whoever asks it.
+DRIVER_CUDA = """
+import ctypes
+number = ctypes.c_int()
+ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number))
+print(f"{number.value // 1000}.{number.value % 1000 // 10}")
+"""
+# The oldest compute capability in torch's wheels, by CUDA major version.
+OLDEST = {12: (5, 0), 13: (7, 5)}
+
+
+def check_gpus(torch_cuda: str | None, root: Path, env: Mapping[str, str]) -> list[Finding]:
+    """torch_cuda: as versions.torch_cuda gives it."""
+    devices = sorted((root / "dev").glob("nvidia[0-9]*")) or [d for d in [root / "dev" / "dxg"] if d.exists()]
+    if not devices:
+        if cards(root):
+            fix = "install NVIDIA's driver (in a container: start it with --gpus all)"
+            return [Finding(WARN, "gpu", f"{cards(root)} NVIDIA card(s) in this machine, and no driver for them", fix)]
+        return [Finding(OK, "gpu", "none: runs use the CPU")]
+    smi = which("nvidia-smi", env)
+    if smi is None:
+        fix = "put nvidia-smi on the PATH: the kit counts GPUs with it"
+        return [Finding(BAD, "gpu", f"{len(devices)} device(s) in /dev, and no nvidia-smi", fix)]
+    good, text = answer([smi, f"--query-gpu={QUERY}", "--format=csv,noheader,nounits"], env)
+    rows = [[part.strip() for part in line.split(",")] for line in text.splitlines() if line.count(",") == 5]
+    if not good or not rows:
+        said = text.splitlines()[0] if text else "no output"
+        fix = "the driver was replaced under the running kernel: reload its modules, or reboot"
+        return [Finding(BAD, "gpu", said, fix if "mismatch" in said else "nvidia-smi must work first")]
+    return [*one_by_one(rows, torch_cuda), *check_driver(rows[0][5], torch_cuda, root, env), *hidden(len(rows), env)]
+
+
+def cards(root: Path) -> int:
+    """NVIDIA display controllers on the PCI bus."""
+    found = 0
+    for device in (root / "sys" / "bus" / "pci" / "devices").glob("*"):
+        try:
+            vendor, kind = (device / "vendor").read_text().strip(), (device / "class").read_text().strip()
+        except OSError:
+            continue
+        found += vendor == "0x10de" and kind.startswith("0x03")
+    return found
+
+
+def one_by_one(rows: list[list[str]], torch_cuda: str | None) -> list[Finding]:
+    findings = []
+    for index, name, total, used, capability, _ in rows:
+        what, size = f"gpu {index}", f"{float(total) / 1024:.0f} GiB" if total.isdigit() else "memory unknown"
+        found = f"{name}, {size}, compute capability {capability}"
+        version = numbers(capability)
+        oldest = OLDEST.get(numbers(torch_cuda)[0]) if torch_cuda else None
+        if version and oldest and version < oldest:
+            why = f"; torch for CUDA {torch_cuda} begins at {oldest[0]}.{oldest[1]}"
+            findings.append(Finding(BAD, what, found + why, "a torch wheel for an older CUDA (2.11 has cu126)"))
+        elif total.isdigit() and used.isdigit() and int(used) > max(1024, int(total) // 20):
+            found += f"; {int(used) / 1024:.1f} GiB are in use already"
+            findings.append(Finding(WARN, what, found, "nvidia-smi shows whose they are"))
+        elif version and version < (8, 0):
+            findings.append(Finding(OK, what, found + "; no bfloat16: precision is float16 there"))
+        else:
+            findings.append(Finding(OK, what, found))
+    return findings
+
+
+def check_driver(driver: str, torch_cuda: str | None, root: Path, env: Mapping[str, str]) -> list[Finding]:
+    good, served = answer([sys.executable, "-I", "-c", DRIVER_CUDA], env)
+    serves = served if good and numbers(served) > (0,) else ""
+    found = f"{driver}, serves CUDA {serves or 'unknown'}"
+    if torch_cuda is None:
+        return [Finding(OK, "driver", found)]
+    if torch_cuda == "":
+        fix = "pip install torch from an index of CUDA builds (https://download.pytorch.org/whl/)"
+        return [Finding(BAD, "driver", f"{found}, but the installed torch is a CPU build", fix)]
+    if serves and numbers(serves)[0] < numbers(torch_cuda)[0]:
+        fix = f"a newer driver, or a torch wheel for CUDA {serves} or older"
+        return [Finding(BAD, "driver", f"{found}; torch was built for CUDA {torch_cuda}", fix)]
+    return [Finding(OK, "driver", f"{found}; torch was built for CUDA {torch_cuda}")]
+
+
+def hidden(count: int, env: Mapping[str, str]) -> list[Finding]:
+    visible = env.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return []
+    names = [v for v in visible.split(",") if v.strip() not in ("", "-1", "NoDevFiles")]
+    wrong = [v for v in names if v.strip().isdigit() and int(v) >= count]
+    if wrong:
+        found = f"CUDA_VISIBLE_DEVICES={visible}, and there are {count}: {', '.join(wrong)} and all after it are lost"
+        return [Finding(BAD, "gpus seen", found, "name devices that are there")]
+    if len(names) < count:
+        found = f"CUDA_VISIBLE_DEVICES={visible} hides {count - len(names)} of {count}"
+        return [Finding(WARN, "gpus seen", found, "unset CUDA_VISIBLE_DEVICES, unless a scheduler set it")]
+    return []
+
+
+def check_nvcc(torch_cuda: str | None, root: Path, env: Mapping[str, str]) -> list[Finding]:
+    """nvcc compiles DeepSpeed's operators on a GPU machine, and must be of torch's own CUDA (T74)."""
+    home = env.get("CUDA_HOME") or env.get("CUDA_PATH")
+    places = [Path(home) / "bin" / "nvcc"] if home else []
+    on_path = which("nvcc", env)
+    places += [Path(on_path)] if on_path else []
+    places += [root / "usr" / "local" / "cuda" / "bin" / "nvcc"]
+    nvcc = next((p for p in places if os.access(p, os.X_OK)), None)
+    needs = "offload to CPU or NVMe compiles with it"
+    if not torch_cuda:  # a CPU build of torch compiles without nvcc
+        return [Finding(OK, "nvcc", "not needed: torch is a CPU build" if torch_cuda == "" else "not needed here")]
+    if nvcc is None:
+        fix = f"install the CUDA {torch_cuda} toolkit and set CUDA_HOME"
+        return [Finding(WARN, "nvcc", f"not found; {needs}", fix)]
+    _, text = answer([str(nvcc), "--version"], env)
+    release = re.search(r"release (\d+\.\d+)", text)
+    if release is None:
+        return [Finding(WARN, "nvcc", f"{nvcc} does not say its version", f"{nvcc} --version must work")]
+    found = f"{release[1]} ({nvcc}), torch was built for CUDA {torch_cuda}"
+    if numbers(release[1])[0] == numbers(torch_cuda)[0]:
+        return [Finding(OK, "nvcc", found)]
+    if env.get("DS_SKIP_CUDA_CHECK") == "1":
+        return [Finding(WARN, "nvcc", f"{found}; DS_SKIP_CUDA_CHECK=1 lets it compile all the same")]
+    return [
+        Finding(WARN, "nvcc", f"{found}; {needs}, and DeepSpeed refuses", f"CUDA_HOME of a CUDA {torch_cuda} toolkit")
+    ]

@@ -1,0 +1,205 @@
+"""What the ranks of a run left behind: one `Rank` each, from logs/rank*.log, rank*.error.json and launch.json."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kit import rundir
+from kit.doctor import causes
+
+TAIL = 400_000  # bytes of a log that are read: the last start of a long run
+HEADER = re.compile(r"^--- plan \w+ rank \d+ .*$", re.M)
+# What native code says on its way out, without a Python traceback.
+NATIVE = {"crash", "illegal_instruction", "gpu_fault", "nccl", "cuda_oom", "host_memory", "device_assert"}
+
+
+@dataclass(frozen=True)
+class Rank:
+    """One rank's last start.
+
+    said: its own error in words, "" where it left none; trace: the traceback; written: when its log last grew;
+    failed: when it wrote its error; died: when the launcher saw it gone.
+    """
+
+    number: int
+    log: Path
+    lines: list[str]
+    said: str
+    trace: str
+    code: int | None
+    written: float
+    failed: float | None
+    died: float | None
+
+    @property
+    def text(self) -> str:
+        """All that can name a cause: its error, its traceback, else the end of its log."""
+        return "\n".join([self.said, self.trace]) if self.said or self.trace else "\n".join(self.lines[-60:])
+
+    @property
+    def kind(self) -> str:
+        """`error` of its own, `fell` after another rank, `waited` for one in vain, `silent` (no word of an error)."""
+        text = self.text
+        if causes.WAITED.search(text):
+            return "waited"
+        if causes.FELL_AFTER.search(self.said or text):
+            return "fell"
+        if self.said or self.trace:
+            return "error"
+        native = causes.find(text)
+        return "error" if native and native[0].id in NATIVE else "silent"
+
+
+def read_ranks(run: Path) -> list[Rank]:
+    """Every rank that wrote a log, by number."""
+    logs = run / rundir.LOGS
+    deaths = ended(run).get("deaths") or {}
+    found = [read_rank(log, deaths) for log in logs.glob("rank*.log") if re.fullmatch(r"rank\d+", log.stem)]
+    return sorted(found, key=lambda rank: rank.number)
+
+
+def read_rank(log: Path, deaths: dict[str, float]) -> Rank:
+    number = int(log.stem.removeprefix("rank"))
+    text = HEADER.split(tail(log))[-1]  # a resumed run appends: only its last start matters
+    report = log.with_name(f"rank{number}.error.json")
+    error = rundir.read_json(report)
+    problems = error.get("problems") or []
+    traces = re.findall(r"Traceback \(most recent call last\):\n(?:[ \t].*\n|\n)*(?:\S.*(?:\n|$))?", text)
+    return Rank(
+        number=number,
+        log=log,
+        lines=[line for line in text.splitlines() if line.strip()],
+        said="\n".join(sentence(p) for p in problems),
+        trace=traces[-1] if traces and (problems or not went_on(text, traces[-1])) else "",
+        code=error.get("code"),
+        written=log.stat().st_mtime,
+        failed=report.stat().st_mtime if problems else None,
+        died=deaths.get(str(number)),
+    )
+
+
+def went_on(text: str, trace: str) -> bool:
+    """Whether a rank trained on after a traceback: somebody caught that error."""
+    after = text[text.rindex(trace) + len(trace) :]
+    return bool(re.search(r"^step \d+/\d+", after, re.M))
+
+
+def sentence(problem: dict[str, Any]) -> str:
+    where = problem.get("where") or ""
+    return str(problem.get("problem", "")) + (f" ({where})" if where and not where.endswith(".log") else "")
+
+
+def tail(path: Path) -> str:
+    """The last part of a file, whole where it is short; "" where it cannot be read."""
+    try:
+        with open(path, "rb") as f:
+            f.seek(0, 2)
+            f.seek(max(0, f.tell() - TAIL))
+            return f.read().decode("utf-8", "replace").replace("\r", "\n")
+    except OSError:
+        return ""
+
+
+def ended(run: Path) -> dict[str, Any]:
+    """What the launching `kit` wrote at the end: return code, kills for memory, when each rank was gone."""
+    found = rundir.read_json(run / rundir.LAUNCH)
+    return (found.get("ended") or {}) if isinstance(found, dict) else {}
+
+
+def signal_of(returncode: int | None) -> int | None:
+    """The signal in a return code: -9 of the process itself, 137 of a shell, 247 of deepspeed's launcher."""
+    if returncode is None or returncode == 0:
+        return None
+    if returncode < 0:
+        return -returncode
+    if 192 < returncode < 255:
+        return 256 - returncode
+    return returncode - 128 if 128 < returncode < 193 else None
+
+
+def last_metrics(run: Path) -> dict[str, Any]:
+    """The newest whole row of metrics.jsonl."""
+    for line in reversed(tail(run / rundir.METRICS_LOG).splitlines()):
+        try:
+            return dict(json.loads(line))
+        except ValueError:
+            continue
+    return {}
+
+
+def newest_checkpoint(run: Path) -> str | None:
+    """The name of the newest checkpoint with a manifest, as `kit resume` takes it."""
+    from kit import manifest
+
+    found = [p.parent for p in (run / rundir.CHECKPOINTS).glob(f"checkpoint-*/{manifest.NAME}")]
+    numbers = {int(p.name.split("-")[1]): p.name for p in found if p.name.split("-")[1].isdigit()}
+    return numbers[max(numbers)] if numbers else None
+
+
+def hung(ranks: list[Rank]) -> Rank:
+    """Whom the others waited for: who itself waited for nobody, else who enqueued least, else who fell silent first.
+
+    NCCL's watchdog tells each rank's last enqueued work: the lowest number belongs to the one that stayed behind.
+    """
+    quiet = [rank for rank in ranks if rank.kind != "waited"]
+    if quiet:
+        return min(quiet, key=lambda rank: rank.written)
+    counts = {rank.number: enqueued(rank) for rank in ranks}
+    known = {number: count for number, count in counts.items() if count is not None}
+    if len(set(known.values())) > 1:
+        least = min(known, key=lambda number: known[number])
+        return next(rank for rank in ranks if rank.number == least)
+    return min(ranks, key=lambda rank: rank.written)
+
+
+def enqueued(rank: Rank) -> int | None:
+    found = re.findall(r"last enqueued(?: NCCL)? work: (\d+)", "\n".join(rank.lines))
+    return int(found[-1]) if found else None
+
+
+def line_number(rank: Rank, wanted: str) -> str:
+    """LOG:LINE of the last line that holds `wanted`."""
+    number = 0
+    if wanted:
+        try:
+            with open(rank.log, encoding="utf-8", errors="replace") as f:
+                number = max((i for i, line in enumerate(f, 1) if wanted in line), default=0)
+        except OSError:
+            number = 0
+    return f"{rundir.shown(rank.log)}{f':{number}' if number else ''}"
+
+
+def own_fixes(rank: Rank) -> list[str]:
+    """The fixes that the kit's own refusal holds; not the general one of an unforeseen error."""
+    problems = rundir.read_json(rank.log.with_name(f"rank{rank.number}.error.json")).get("problems") or []
+    general = ("the log holds the traceback", "lower trainer.per_device_train_batch_size")
+    return [p["fix"] for p in problems if p.get("fix") and not p["fix"].startswith(general)]
+
+
+def first_sentence(rank: Rank) -> str:
+    """The error itself: the last line of the traceback, else the first of what was reported, else of the log."""
+    lines = [line for line in (rank.said or rank.trace).splitlines() if line.strip()]
+    if rank.said:
+        return lines[0].removeprefix(f"rank {rank.number}: ")[:400]
+    if lines:
+        return lines[-1][:400]
+    telling = [line for line in rank.lines if causes.find(line)]
+    return (telling or rank.lines or [""])[-1][:400]
+
+
+def aside(rank: Rank) -> str:
+    words = {"fell": "fell after it", "waited": "waited for it", "error": "failed too"}.get(rank.kind, "said nothing")
+    return f"rank {rank.number} {words}: {first_sentence(rank)[:160]}"
+
+
+def ago(moment: float) -> str:
+    seconds = max(0.0, time.time() - moment)
+    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit} ago"
+    return f"{seconds:.0f} s ago"
