@@ -24,6 +24,7 @@ usage: kit VERB ...
   eval      RUN | ADAPTER | MODEL        exact match, loss and perplexity on the held-out rows
   fetch     [run.yaml] [key=value ...]   model, tokenizer and data into the Hub cache, for runs without a network
   convert   DIR OUT                      Meta's own checkpoint, or pytorch_model*.bin, to safetensors
+  import    FILE... | COMMAND ...        another tool's config or command line as a recipe, and what is not in it
   list      [GROUP]                      recipes, or the choices of a group
   show      RECIPE | GROUP/NAME          one of them as it is written, and what a recipe composes to
 
@@ -346,6 +347,12 @@ def complete(argv: list[str]) -> int:
     return run_hydra([a for a in argv if a != "train"])
 
 
+def import_config(argv: list[str]) -> int:
+    from kit.importing.main import main as import_main
+
+    return import_main(argv)
+
+
 VERBS: dict[str, Callable[[list[str]], Any]] = {
     "train": train,
     "check": check,
@@ -357,5 +364,6 @@ VERBS: dict[str, Callable[[list[str]], Any]] = {
     "convert": convert,
     "list": list_choices,
     "show": show,
+    "import": import_config,
     "compose": compose,
 }
