@@ -20,7 +20,20 @@ HEAVY = (
     "torch transformers trl peft accelerate deepspeed datasets bitsandbytes numpy pandas pyarrow safetensors".split()
 )
 RECIPES = sorted(f.stem for f in (ROOT / "recipes").glob("*.yaml"))
-VERBS = ["train", "check", "resume", "merge", "generate", "eval", "fetch", "convert", "list", "show", "compose"]
+VERBS = [
+    "train",
+    "check",
+    "resume",
+    "merge",
+    "generate",
+    "eval",
+    "fetch",
+    "convert",
+    "list",
+    "show",
+    "import",
+    "compose",
+]
 
 # Several command lines in one fresh process; the last line it prints: how each ended, and what had been imported then.
 PROBE = """
@@ -83,6 +96,8 @@ SINGLE = {
     "train --cfg job": (["train", "recipe=quickstart", "--cfg", "job"], DONE),
     "resume refused": (["resume", "nothing"], REFUSED),
     "fetch refused": (["fetch", "recipe=quickstart", "trainer.lerning_rate=1"], REFUSED),
+    "import": (["import", str(ROOT / "tests" / "importing" / "trl_lora.yaml")], DONE),
+    "import refused": (["import", "nothing.yaml"], REFUSED),
     "fetch nothing": (["fetch", "recipe=quickstart"], DONE),
 }
 

@@ -13,7 +13,8 @@ import yaml
 
 from kit.errors import KitError, Problem
 from kit.importing import accelerate, axolotl, fsdp_qlora, llamafactory, trl
-from kit.importing.read import SUFFIXES, detect, read_command, read_file
+from kit.importing.command import read_command
+from kit.importing.read import SUFFIXES, detect, read_file
 from kit.importing.report import Entry, Reading, Recipe, Source, shown
 
 READERS = {

@@ -9,7 +9,7 @@ import re
 from typing import Any
 
 from kit.errors import KitError
-from kit.importing import trl
+from kit.importing import sharding
 from kit.importing.report import Reading
 
 PROCESSES = "several machines are started by a batch system"
@@ -91,7 +91,7 @@ def read(r: Reading) -> None:
     deepspeed(r, kind)
     if isinstance(r.get("fsdp_config"), dict) and r.get("fsdp_config"):
         if kind == "FSDP":
-            trl.fsdp(r, "fsdp_config")
+            sharding.fsdp(r, "fsdp_config")
         else:
             r.same(("fsdp_config",), f"not read: distributed_type is {kind}")
     elif r.has("fsdp_config"):
@@ -174,7 +174,7 @@ def deepspeed(r: Reading, kind: str) -> None:
     r.equal({"deepspeed_multinode_launcher": "one machine needs none",
              "zero3_init_flag": "the kit loads under zero.Init wherever stage 3 asks for it"}, at)  # fmt: skip
     if block.get("deepspeed_config_file"):
-        trl.deepspeed(r, at, "deepspeed_config_file")
+        sharding.deepspeed(r, at, "deepspeed_config_file")
         for name in list(block):
             if r.has(at, name):
                 r.leave((at, name), "the file stands: accelerate refuses both", "put it into the JSON")

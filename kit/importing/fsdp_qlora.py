@@ -1,4 +1,4 @@
-"""fsdp_qlora's command line (`python train.py --model_name ... --train_type qlora`). Upstream: its train.py (June 2024)."""
+"""fsdp_qlora's command line, `python train.py --train_type qlora ...`. Upstream: its train.py (June 2024)."""
 
 from __future__ import annotations
 
@@ -138,9 +138,9 @@ def method(r: Reading) -> None:
     all_of_theirs = ["k_proj", "q_proj", "v_proj", "up_proj", "down_proj", "gate_proj"]
     if r.has("lora_target_modules"):
         asked = str(r.get("lora_target_modules")).lower()
-        value = all_of_theirs if asked == "all" else None if asked == "default" else r.get("lora_target_modules")
+        named: Any = {"all": all_of_theirs, "default": None}.get(asked, r.get("lora_target_modules"))
         r.carry(
-            ("lora_target_modules",), "peft.target_modules", value, "all leaves o_proj out" if asked == "all" else ""
+            ("lora_target_modules",), "peft.target_modules", named, "all leaves o_proj out" if asked == "all" else ""
         )
     else:
         r.recipe.default("peft.target_modules", all_of_theirs, f"{WHO}, without o_proj")
@@ -241,17 +241,18 @@ def optimizer(r: Reading) -> None:
         r.same(("grad_norm",), "apply_gradient_clipping says it" if clip else "not read: no clipping")
     r.recipe.default("trainer.max_grad_norm", 0.0, f"{WHO}: no clipping")
     schedule = str(r.get("lr_scheduler", default="constant"))
-    made: dict[str, Any] = {
+    schedules: dict[str, dict[str, Any]] = {
         "constant": {"lr_scheduler_type": "constant"},
         "linear": {"lr_scheduler_type": "linear", "warmup_steps": 0.1},
         "cosine": {"lr_scheduler_type": "cosine_with_min_lr", "warmup_steps": 0.1,
                    "lr_scheduler_kwargs": {"min_lr_rate": 0.1}},
-    }.get(schedule, {})  # fmt: skip
+    }  # fmt: skip
+    made = schedules.get(schedule, {})
     if r.has("lr_scheduler"):
         if not made:
             r.leave(("lr_scheduler",), f"{schedule} is not one of fsdp_qlora's", "trainer.lr_scheduler_type=cosine")
-        for name, value in made.items():
-            r.carry(("lr_scheduler",), f"trainer.{name}", value)
+        for name, given in made.items():
+            r.carry(("lr_scheduler",), f"trainer.{name}", given)
     else:
         r.recipe.default("trainer.lr_scheduler_type", "constant", WHO)
 
