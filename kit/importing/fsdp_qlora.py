@@ -17,6 +17,7 @@ NAMES = {
     "lr": "trainer.learning_rate",
     "seed": "trainer.seed",
     "name": "trainer.run_name",
+    "use_activation_cpu_offload": "trainer.activation_offloading",
 }
 SAME = {
     "verbose": "metrics.jsonl holds every figure",
@@ -46,7 +47,6 @@ LEFT = {
     "group": ("the environment says it", "export WANDB_RUN_GROUP=..."),
     "entity": ("the environment says it", "export WANDB_ENTITY=..."),
     "llama_pro_path": ("no block expansion here", "--train_type qlora"),
-    "use_activation_cpu_offload": ("", ""),
 }
 DATA: dict[str, dict[str, Any]] = {
     "alpaca": {"path": "yahma/alpaca-cleaned", "template": prompts.ALPACA_TIGHT},
@@ -85,8 +85,6 @@ def read(r: Reading) -> None:
     optimizer(r)
     r.table(NAMES)
     r.equal(SAME)
-    if r.get("use_activation_cpu_offload") is True and r.has("use_activation_cpu_offload"):
-        r.carry(("use_activation_cpu_offload",), "trainer.activation_offloading", True)
     r.left(LEFT)
     if r.has("world_size"):
         count = r.get("world_size")

@@ -107,6 +107,7 @@ class Reading:
         self.tree: dict[Any, Any] = {}
         self.sources: dict[Any, Source] = {}
         self.entries: dict[Key, Entry] = {}
+        self.hidden: set[Key] = set()  # secrets and names of code: what is carried around them is carried without
         self.extra: list[Entry] = []  # keys that a later source of the same format gives again
         for source in sources:
             for name, value in source.tree.items():
@@ -121,17 +122,20 @@ class Reading:
                 self.leave(path, "a secret is never copied", secret_fix(path))
             elif "_target_" in path:
                 self.leave(path, "no config names code to run here", "remove it")
+        self.hidden = set(self.entries)
 
     def has(self, *path: str | int) -> bool:
-        """Whether a key is given and not dealt with yet."""
-        return exists(self.tree, path) and not any(path[:n] in self.entries for n in range(1, len(path) + 1))
+        """Whether a key is given and neither it, nor a block around it, nor a key inside it is dealt with yet."""
+        if not exists(self.tree, path) or any(path[:n] in self.entries for n in range(1, len(path) + 1)):
+            return False
+        return not any(p[: len(path)] == path for p in self.entries if p not in self.hidden)
 
     def get(self, *path: str | int, default: Any = None) -> Any:
         """A value, without secrets and code names inside it, wherever it has been noted already."""
         if not exists(self.tree, path):
             return default
         value = at(self.tree, path)
-        hidden = [p for p in self.entries if len(p) > len(path) and p[: len(path)] == path]
+        hidden = [p for p in self.hidden if len(p) > len(path) and p[: len(path)] == path]
         return without(value, [p[len(path) :] for p in hidden]) if hidden else value
 
     def source(self, path: Key) -> Source:
