@@ -484,7 +484,7 @@ BLOCKS = {
         "datasets[0].type.format": "carried",
         "datasets[0].type.no_input_format": "left",
     },
-    "distributed_type: DEEPSPEED\ndeepspeed_config: {zero_stage: 3, zero3_save_16bit_model: true, zero3_init_flag: 1}": {
+    "distributed_type: DEEPSPEED\ndeepspeed_config: {zero_stage: 3, zero3_save_16bit_model: 1, zero3_init_flag: 1}": {
         "deepspeed_config.zero_stage": "carried", "deepspeed_config.zero3_save_16bit_model": "carried",
         "deepspeed_config.zero3_init_flag": "default",
     },

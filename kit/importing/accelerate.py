@@ -217,7 +217,7 @@ def deepspeed(r: Reading, kind: str) -> None:
     name = "zero3_save_16bit_model"
     if r.has(at, name) and not r.empty(at, name):
         if stage == 3:
-            r.carry((at, name), zero + "stage3_gather_16bit_weights_on_model_save", block[name] in (True, "true"))
+            r.carry((at, name), zero + "stage3_gather_16bit_weights_on_model_save", block[name] in (True, "true", 1))
         else:
             r.same((at, name), f"not read at stage {stage}")
     # What accelerate writes into the JSON that it makes of these flags.
