@@ -25,6 +25,7 @@ usage: kit VERB ...
   fetch     [run.yaml] [key=value ...]   model, tokenizer and data into the Hub cache, for runs without a network
   convert   DIR OUT                      Meta's own checkpoint, or pytorch_model*.bin, to safetensors
   doctor    [RUN]                        what on this machine would stop a run; of a failed run, the cause and the fix
+  import    FILE... | COMMAND ...        another tool's config or command line as a recipe, and what is not in it
   list      [GROUP]                      recipes, or the choices of a group
   show      RECIPE | GROUP/NAME          one of them as it is written, and what a recipe composes to
   why       KEY [RUN | overrides]        a value: where it was set and over what, what it becomes, which rules read it
@@ -390,6 +391,12 @@ def complete(argv: list[str]) -> int:
     return run_hydra([a for a in argv if a != "train"])
 
 
+def import_config(argv: list[str]) -> int:
+    from kit.importing.main import main as import_main
+
+    return import_main(argv)
+
+
 VERBS: dict[str, Callable[[list[str]], Any]] = {
     "train": train,
     "check": check,
@@ -405,5 +412,6 @@ VERBS: dict[str, Callable[[list[str]], Any]] = {
     "why": why,
     "diff": diff,
     "eject": eject,
+    "import": import_config,
     "compose": compose,
 }

@@ -21,7 +21,7 @@ HEAVY = (
 )
 RECIPES = sorted(f.stem for f in (ROOT / "recipes").glob("*.yaml"))
 VERBS = ["train", "check", "resume", "merge", "generate", "eval", "fetch", "convert", "list", "show"]
-VERBS += ["why", "diff", "eject", "doctor", "compose"]
+VERBS += ["why", "diff", "eject", "doctor", "import", "compose"]
 
 # Several command lines in one fresh process; the last line it prints: how each ended, and what had been imported then.
 PROBE = """
@@ -95,6 +95,8 @@ SINGLE = {
     "why refused": (["why", "lerning_rate", "recipe=quickstart"], REFUSED),
     "diff": (["diff", "quickstart", "recipe=quickstart deepspeed=zero3 launch=deepspeed launch.num_gpus=2"], DONE),
     "eject refused": (["eject", "recipe=quickstart", "trainer.lerning_rate=1"], REFUSED),
+    "import": (["import", str(ROOT / "tests" / "importing" / "trl_lora.yaml")], DONE),
+    "import refused": (["import", "nothing.yaml"], REFUSED),
     "fetch nothing": (["fetch", "recipe=quickstart"], DONE),
 }
 

@@ -1,0 +1,242 @@
+"""`kit import`: other tools' configs and command lines as a recipe, with what could not be carried over."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kit.errors import KitError, Problem
+from kit.importing import accelerate, axolotl, fsdp_qlora, llamafactory, trl
+from kit.importing.command import read_command
+from kit.importing.read import SUFFIXES, detect, read_file
+from kit.importing.report import Entry, Reading, Recipe, Source, shown
+
+READERS = {
+    "accelerate": accelerate.read,
+    "launcher": accelerate.read_launcher,
+    "environment": accelerate.read_environment,
+    "axolotl": axolotl.read,
+    "llamafactory": llamafactory.read,
+    "fsdp_qlora": fsdp_qlora.read,
+    "trl": trl.read,
+}
+FORMATS = ("trl", "accelerate", "axolotl", "llamafactory", "fsdp_qlora")
+RUNS = ("trl", "axolotl", "llamafactory", "fsdp_qlora")  # each describes a whole run; one of them at a time
+ORDER = (*(name for name in READERS if name not in RUNS), "deepspeed", *RUNS)  # the run's own words stand last
+
+
+@dataclass
+class Imported:
+    """A recipe as text, and what became of every source key."""
+
+    text: str
+    tree: dict[str, Any]
+    entries: list[Entry]
+    detected: list[tuple[str, str]]  # (source, format)
+    theirs: dict[str, str]
+    notes: list[str]
+    problems: list[Problem] = field(default_factory=list)  # what kit check says of the recipe
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "detected": [{"source": s, "format": f} for s, f in self.detected],
+            "recipe": self.text,
+            "keys": [asdict(e) for e in self.entries],
+            "their_defaults": self.theirs,
+            "notes": self.notes,
+            "problems": [asdict(p) for p in self.problems],
+        }
+
+
+def import_config(*words: str, form: str | None = None, check: bool = True) -> Imported:
+    """The recipe of config files or of one command line; KitError where they are no description of an SFT run."""
+    sources = find_sources(list(words), form)
+    given = {s.format for s in sources} & set(RUNS)
+    if len(given) > 1:
+        named = ", ".join(f"{s.name} ({s.format})" for s in sources if s.format in given)
+        raise KitError(f"these describe two runs: {named}", "command line", "import them one by one")
+    recipe, entries = Recipe(), []
+    for name in ORDER:
+        if not (same := [s for s in sources if s.format == name]):
+            continue
+        reading = Reading(same, recipe)
+        if name == "deepspeed":
+            for source in same:
+                entries.append(json_file(source, recipe))
+            continue
+        READERS[name](reading)
+        entries += reading.finish()
+    settle(recipe)
+    tree = recipe_tree(recipe)
+    text = write(tree, recipe, entries, sources)
+    made = Imported(text, tree, entries, [(s.name, s.format) for s in sources], recipe.theirs, recipe.notes)
+    if not given:
+        recipe.notes.append(
+            "no model and no data are named here: add model=... and dataset=..., or the tool's own file"
+        )
+    if check:
+        made.problems = checked(made.text, recipe, bool(given))
+    return made
+
+
+def find_sources(words: list[str], form: str | None) -> list[Source]:
+    if not words:
+        raise KitError("nothing is given", "command line", "kit import FILE.yaml, or kit import COMMAND ...")
+    files = all(w.endswith(SUFFIXES) or (not re.search(r"[\s=]", w) and Path(w).is_file() and "." in w and
+                                         not w.endswith((".py", ".sh"))) for w in words)  # fmt: skip
+    if not files and len(words) == 1 and (words[0].startswith(("/", "./", "~")) or Path(words[0]).exists()):
+        files = not words[0].endswith(".py")
+    if files:
+        sources = []
+        for word in words:
+            path = Path(word).expanduser()
+            tree = read_file(path)
+            try:
+                found = detect(tree)
+            except KitError as error:
+                raise KitError(error.problems[0].problem, word, error.problems[0].fix) from None
+            if found is None and form is None:
+                raise KitError(
+                    f"{word} has no key of TRL, accelerate, Axolotl, LLaMA-Factory or fsdp_qlora",
+                    word,
+                    "check the file, or say whose it is: --from trl|accelerate|axolotl|llamafactory|fsdp_qlora",
+                )
+            chosen = form if form and found not in ("accelerate", "deepspeed") else found
+            chosen = form if form and len(words) == 1 else chosen
+            sources.append(Source(word, str(chosen), tree, path.parent))
+    else:
+        sources = read_command(words)
+        if form:
+            for source in sources:
+                source.format = form if source.format in RUNS else source.format
+    return follow(sources)
+
+
+def follow(sources: list[Source]) -> list[Source]:
+    """A TRL file may name another one by `config`."""
+    for source in list(sources):
+        name = source.tree.get("config") if source.format == "trl" else None
+        if isinstance(name, str) and name.endswith(SUFFIXES):
+            place = next((p for p in (Path(name), source.folder / name) if p.is_file()), Path(name))
+            del source.tree["config"]
+            sources.insert(0, Source(str(place), "trl", read_file(place), place.parent))
+    return sources
+
+
+def json_file(source: Source, recipe: Recipe) -> Entry:
+    """A DeepSpeed JSON is used as it is."""
+    entry = Entry(source.name, "(the whole file)", "carried", ["deepspeed.file"], "kit check reads it too")
+    recipe.set("deepspeed.file", source.name, entry)
+    return entry
+
+
+def settle(recipe: Recipe) -> None:
+    """What only shows when all sources are together."""
+    if "deepspeed.file" in recipe.values or "deepspeed" in recipe.values:
+        for key in [k for k in recipe.values if k.startswith("deepspeed.") and k != "deepspeed.file"]:
+            recipe.drop(key, f"{shown(recipe.values.get('deepspeed.file', 'the JSON of the run'))} stands")
+    if recipe.groups.get("peft") == "none":
+        for key in [k for k in recipe.values if k.startswith("peft.")]:
+            recipe.drop(key, "no adapter is trained")
+    if not recipe.groups.get("quantization"):
+        for key in [k for k in recipe.values if k.startswith("quantization.")]:
+            recipe.drop(key, "the base is not quantized")
+
+
+def recipe_tree(recipe: Recipe) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    groups = {k: v for k, v in recipe.groups.items() if (k, v) != ("peft", "lora")}
+    if groups:
+        tree["defaults"] = [{f"override /{name}": choice} for name, choice in sorted(groups.items())]
+    order = "model tokenizer dataset peft quantization deepspeed fsdp trainer launch".split()
+    made = recipe.nested()
+    for section in sorted(made, key=lambda s: (order.index(s) if s in order else 99, s)):
+        tree[section] = literal(made[section])
+    return tree
+
+
+def literal(value: Any) -> Any:
+    """Foreign text is text: what OmegaConf would look up in it is escaped, keys are words."""
+    if isinstance(value, dict):
+        return {str(k): literal(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [literal(v) for v in value]
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + "\\${", value)
+    return value if value is None or isinstance(value, bool | int | float) else str(value)
+
+
+class Dumper(yaml.SafeDumper):
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def text_node(dumper: Dumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if "\n" in text else None)
+
+
+Dumper.add_representer(str, text_node)
+
+
+def write(tree: dict[str, Any], recipe: Recipe, entries: list[Entry], sources: list[Source]) -> str:
+    """The recipe as YAML; its head says where it is from, its end what could not be carried over."""
+    lines = ["# @package _global_"]
+    lines += [f"# Imported from {comment(s.name)} ({s.format}) by kit import." for s in sources]
+    body = yaml.dump(tree, Dumper=Dumper, sort_keys=False, width=110, allow_unicode=True) if tree else ""
+    left = [e for e in entries if e.outcome == "left"]
+    ends = []
+    if recipe.theirs:
+        ends += ["", "# Their defaults, written out because the kit's differ:"]
+        ends += [f"#   {comment(key)}: {comment(why)}" for key, why in recipe.theirs.items()]
+    if left:
+        ends += ["", "# Not carried over:"]
+        ends += [f"#   {comment(e.key)}: {comment(e.note)}{'; ' * bool(e.fix)}{comment(e.fix)}" for e in left]
+    ends += [f"# Note: {comment(n)}" for n in recipe.notes]
+    return "\n".join([*lines, body.rstrip("\n"), *ends]).rstrip() + "\n"
+
+
+def comment(text: str) -> str:
+    return shown_line(text)[:300]
+
+
+def shown_line(text: str) -> str:
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def checked(text: str, recipe: Recipe, whole: bool) -> list[Problem]:
+    """What `kit check` says of the recipe, meant for a machine with GPUs unless it says otherwise.
+
+    `whole`: a run was described; an accelerate config alone names no model and no data, and is checked with others'.
+    """
+    from kit import api
+
+    more = [] if "trainer.use_cpu" in recipe.values else ["trainer.use_cpu=false"]
+    if not whole:
+        more += ["model=llama3_1_8b", "dataset=alpaca_chat"]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "imported.yaml"
+        file.write_text(text, encoding="utf-8")
+        problems = api.check(str(file), *more)
+    return [Problem(p.problem, p.where.replace(str(file), "the recipe"), p.fix, p.rule) for p in problems]
+
+
+def save(made: Imported, out: str, overwrite: bool = False) -> None:
+    """Write the recipe; KitError where the place will not do."""
+    path = Path(out).expanduser()
+    if path.suffix not in (".yaml", ".yml"):
+        raise KitError(f"{out} is no name for a recipe", "--out", "--out NAME.yaml")
+    if path.exists() and not overwrite:
+        raise KitError(f"{out} is there already", "--out", "another name, or --overwrite")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(path.name + f".{os.getpid()}.part")
+        part.write_text(made.text, encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        raise KitError(f"{out} cannot be written: {error.strerror or error}", "--out", "another place") from None

@@ -1,0 +1,23 @@
+"""The prompt of the alpaca data sets, which three of the tools write into every row, as templates of the kit."""
+
+from __future__ import annotations
+
+NO_INPUT = "rows without an input keep an empty input block"
+HEAD = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+)
+ASK = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
+ALPACA = {"prompt": f"{HEAD}{ASK}\n", "completion": "{output}"}
+ALPACA_TIGHT = {"prompt": f"{HEAD}{ASK}", "completion": "{output}"}
+ALPACA_CHAT = {
+    "prompt": f"SYSTEM: {HEAD.strip()}\nUSER: {{instruction}}\n{{input}}\nASSISTANT:",
+    "completion": "{output}",
+}
+
+
+def turns(prompt: str, query: str | None, response: str, system: str | None) -> dict[str, str]:
+    """Instruction, input and output as a chat, which the tokenizer's own template then writes."""
+    made = {"system": "{" + system + "}"} if system else {}
+    user = "{" + prompt + "}" + ("\n{" + query + "}" if query else "")
+    return {**made, "user": user, "assistant": "{" + response + "}"}

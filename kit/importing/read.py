@@ -1,0 +1,141 @@
+"""Foreign files and command lines as plain trees: YAML and JSON by the safe loader only, everything else refused."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kit.errors import KitError
+from kit.importing.report import MOST_KEYS
+
+LARGEST = 4_000_000  # bytes
+SUFFIXES = (".yaml", ".yml", ".json")
+LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class Loader(LOADER):
+    """The safe loader, with 2e-5 as a number, dates as text, and a key given twice refused."""
+
+    def flatten_mapping(self, node: Any) -> None:  # merges of merges grow by powers
+        super().flatten_mapping(node)
+        if len(node.value) > MOST_KEYS:
+            raise KitError(
+                f"merge keys make more than {MOST_KEYS} keys", f"line {node.start_mark.line + 1}", "write them out"
+            )
+
+
+def mapping(loader: Any, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    seen: dict[Any, int] = {}
+    for name, _ in node.value:
+        line = name.start_mark.line + 1
+        if isinstance(name, yaml.ScalarNode) and name.tag != "tag:yaml.org,2002:merge":
+            if name.value in seen:
+                raise KitError(
+                    f"the key {name.value!r} is given twice",
+                    f"lines {seen[name.value]} and {line}",
+                    "keep one of them",
+                )
+            seen[name.value] = line
+    loader.flatten_mapping(node)
+    return {loader.construct_object(k, deep=True): loader.construct_object(v, deep=True) for k, v in node.value}
+
+
+Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in pairs if not tag.endswith((":timestamp", ":float"))]
+    for first, pairs in LOADER.yaml_implicit_resolvers.items()
+}
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^(?:[-+]?(?:\d[\d_]*\.[\d_]*|\.\d[\d_]*)(?:[eE][-+]?\d+)?|[-+]?\d+[eE][-+]?\d+"
+               r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"),
+    list("-+0123456789."),
+)  # fmt: skip
+Loader.add_constructor("tag:yaml.org,2002:map", mapping)
+
+
+def text_of(path: Path) -> str:
+    """The text of a config file; KitError for what cannot be one."""
+    where = str(path)
+    try:
+        if path.is_dir():
+            raise KitError(f"{path} is a folder", where, "name the file in it")
+        if not path.exists():
+            raise KitError(f"there is no file {path}", where, "check the path; it is taken from where you stand")
+        if not path.is_file():
+            raise KitError(f"{path} is no plain file", where, "name a YAML or JSON file")
+        if (size := path.stat().st_size) > LARGEST:
+            raise KitError(f"{path} holds {size / 1e6:.0f} MB: this is no config of a run", where, "check the path")
+        data = path.read_bytes()
+    except ValueError as error:  # a name with a NUL byte
+        raise KitError(f"{where!r} is no path: {error}", "command line", "check it") from None
+    if b"\0" in data:
+        raise KitError(f"{path} is not text", where, "name a YAML or JSON file")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise KitError(f"{path} is not UTF-8 text", where, "save it as UTF-8") from None
+    if not text.strip():
+        raise KitError(f"{path} is empty", where, "name a file with key: value lines")
+    return text
+
+
+def read_file(path: Path) -> dict[Any, Any]:
+    """The tree of one YAML or JSON file; KitError where it is broken, is no block of keys, or asks for code."""
+    text, where = text_of(path), str(path)
+    try:
+        tree = yaml.load(text, Loader=Loader)  # noqa: S506  a safe loader, see above
+    except KitError as error:
+        problem = error.problems[0]
+        raise KitError(problem.problem, f"{where} {problem.where}", problem.fix) from None
+    except yaml.constructor.ConstructorError as error:
+        line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        tag = re.search(r"tag '([^']+)'", str(error.problem or ""))
+        said = f"the tag {tag[1]} makes objects, and a config holds only values" if tag else str(error.problem)
+        raise KitError(said, where + line, "remove the tag") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        line = f" line {mark.line + 1} column {mark.column + 1}" if mark else ""
+        raise KitError(f"not valid YAML: {error.problem or error.context}", where + line, "mend the line") from None
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        raise KitError(f"not valid YAML: {' '.join(str(error).split())}", where, "mend it") from None
+    except RecursionError:
+        raise KitError(f"{path} is nested too deeply", where, "write it flat") from None
+    if not isinstance(tree, dict):
+        kind = {list: "a list", str: "text", type(None): "nothing"}.get(type(tree), "one value")
+        raise KitError(f"{path} holds {kind}, not key: value lines", where, "name the tool's own config file")
+    return tree
+
+
+MARKS = {  # keys that only one format has
+    "accelerate": "compute_environment distributed_type main_training_function downcast_bf16 rdzv_backend "
+    "machine_rank same_network num_machines",
+    "axolotl": "base_model micro_batch_size sequence_len lora_target_linear val_set_size sample_packing "
+    "dataset_prepared_path num_epochs base_model_config lora_model_dir",
+    "llamafactory": "stage finetuning_type cutoff_len lora_target lora_rank quantization_bit dataset_dir template "
+    "additional_target neat_packing preprocessing_num_workers overwrite_cache",
+    "fsdp_qlora": "train_type model_name context_length sharding_strategy use_cpu_offload low_memory",
+    "deepspeed": "zero_optimization train_micro_batch_size_per_gpu train_batch_size",
+    "trl": "model_name_or_path dataset_name use_peft lora_r lora_target_modules per_device_train_batch_size "
+    "learning_rate num_train_epochs max_length max_seq_length gradient_accumulation_steps output_dir "
+    "lr_scheduler_type eval_strategy evaluation_strategy save_strategy load_in_4bit dataset_train_split "
+    "warmup_ratio max_steps",
+}
+STRONG = {"accelerate": ("compute_environment", "distributed_type"), "axolotl": ("base_model",),
+          "llamafactory": ("stage", "finetuning_type", "cutoff_len"), "fsdp_qlora": ("train_type",),
+          "deepspeed": ("zero_optimization",)}  # fmt: skip
+KITS_OWN = ("defaults", "trainer", "peft", "dataset", "model", "launch", "runs_dir")
+
+
+def detect(tree: dict[Any, Any]) -> str | None:
+    """Which tool's keys these are; None where they are nobody's. KitError for the kit's own form."""
+    if sum(name in tree and isinstance(tree[name], dict | list) for name in KITS_OWN) >= 2:
+        raise KitError("this is the kit's own form already", "", "kit check FILE.yaml")
+    for name, keys in STRONG.items():
+        if any(key in tree for key in keys):
+            return name
+    score = {name: sum(key in tree for key in keys.split()) for name, keys in MARKS.items()}
+    best = max(score, key=lambda name: score[name])
+    return best if score[best] else None

@@ -1,0 +1,344 @@
+"""The books of an import: every key of the foreign files ends as carried, default-equal or not carried, once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from kit import paths
+from kit.config import fields
+from kit.errors import KitError
+
+Key = tuple[str | int, ...]
+SECRET_NAME = re.compile(
+    r"(^|_)(api_?key|secret|password|passwd|credentials?|webhook(_url)?)$|(^|_)(hub|auth|access|hf|wandb|api)_token$"
+    r"|^(token|use_auth_token|key)$|(^|_)private_key$|_secret(_|$)",
+    re.IGNORECASE,
+)
+SECRET_VALUE = re.compile(
+    r"\b(hf|api_org|sk|ghp|gho|glpat|xox[abp])[_-][A-Za-z0-9_-]{16,}|\bAKIA[A-Z0-9]{16}\b|://[^/\s@]+:[^/\s@]+@"
+)
+WHOLE = {"true": True, "yes": True, "y": True, "t": True, "false": False, "no": False, "n": False, "f": False}
+MOST_KEYS = 20_000  # a config of a run has hundreds; aliases of aliases make millions of a short file
+DEEPEST = 40
+
+
+@dataclass
+class Entry:
+    """What became of one source key."""
+
+    source: str  # the file, or the command
+    key: str
+    outcome: Literal["carried", "default", "left"]
+    to: list[str] = field(default_factory=list)  # kit keys, for "carried"
+    note: str = ""  # for "left": the reason
+    fix: str = ""
+    value: str = ""
+
+
+@dataclass
+class Source:
+    """One file or command line, read: its keys and where paths in it are looked for."""
+
+    name: str
+    format: str
+    tree: dict[Any, Any]
+    folder: Path = Path()
+
+
+class Recipe:
+    """The kit's own keys as they are collected; a later source's value stands where two speak of one key."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {}
+        self.groups: dict[str, str] = {}
+        self.theirs: dict[str, str] = {}  # kit key: why it is written although no source says it
+        self.notes: list[str] = []
+        self.setter: dict[str, Entry] = {}
+
+    def set(self, key: str, value: Any, entry: Entry) -> None:
+        before = self.setter.get(key)
+        if before is not None and before is not entry and before.outcome == "carried":
+            if alike(key, self.values[key], value):
+                if before.source != entry.source:
+                    entry.note = entry.note or f"{before.source} says the same"
+            else:
+                overrule(before, key, f"{entry.source} says {shown(value)} in {entry.key}, and that stands")
+        self.values[key] = value
+        self.setter[key] = entry
+        self.theirs.pop(key, None)
+
+    def default(self, key: str, value: Any, why: str) -> None:
+        """A default of the foreign tool, written out where it differs from the kit's and no source gives the key."""
+        if key not in self.values and not same_value(kit_default(key), value):
+            self.values[key] = value
+            self.theirs[key] = why
+
+    def drop(self, key: str, why: str) -> None:
+        """Take a key back that another one makes meaningless."""
+        if key in self.values:
+            del self.values[key]
+            self.theirs.pop(key, None)
+            if entry := self.setter.pop(key, None):
+                overrule(entry, key, why)
+
+    def nested(self) -> dict[str, Any]:
+        tree: dict[str, Any] = {}
+        for key, value in self.values.items():
+            at, parts = tree, key.split(".")
+            for part in parts[:-1]:
+                at = at.setdefault(part, {})
+            at[parts[-1]] = value
+        return tree
+
+
+class Reading:
+    """All sources of one format as one tree, with the entry of each key that has been dealt with."""
+
+    def __init__(self, sources: list[Source], recipe: Recipe) -> None:
+        self.format = sources[0].format
+        self.recipe = recipe
+        self.tree: dict[Any, Any] = {}
+        self.sources: dict[Any, Source] = {}
+        self.entries: dict[Key, Entry] = {}
+        self.hidden: set[Key] = set()  # secrets and names of code: what is carried around them is carried without
+        self.extra: list[Entry] = []  # keys that a later source of the same format gives again
+        for source in sources:
+            for name, value in source.tree.items():
+                if name in self.tree:
+                    old = Entry(self.sources[name].name, str(name), "left", note=f"given again in {source.name}")
+                    self.extra.append(old)
+                self.tree[name], self.sources[name] = value, source
+        self.name = sources[-1].name
+        self.leaves = list(leaves(self.tree, self.name))
+        for path, value in self.leaves:
+            if is_secret(path, value):
+                self.leave(path, "a secret is never copied", secret_fix(path))
+            elif "_target_" in path:
+                self.leave(path, "no config names code to run here", "remove it")
+        self.hidden = set(self.entries)
+
+    def has(self, *path: str | int) -> bool:
+        """Whether a key is given and neither it, nor a block around it, nor a key inside it is dealt with yet."""
+        if not exists(self.tree, path) or any(path[:n] in self.entries for n in range(1, len(path) + 1)):
+            return False
+        return not any(p[: len(path)] == path for p in self.entries if p not in self.hidden)
+
+    def get(self, *path: str | int, default: Any = None) -> Any:
+        """A value, without secrets and code names inside it, wherever it has been noted already."""
+        if not exists(self.tree, path):
+            return default
+        value = at(self.tree, path)
+        hidden = [p for p in self.hidden if len(p) > len(path) and p[: len(path)] == path]
+        return without(value, [p[len(path) :] for p in hidden]) if hidden else value
+
+    def source(self, path: Key) -> Source:
+        return self.sources[path[0]] if path else next(iter(self.sources.values()))
+
+    def carry(self, path: Key, key: str, value: Any, note: str = "") -> None:
+        """This source key sets that kit key; a second call for the same source key adds a kit key to its entry."""
+        entry = self.entries.get(path)
+        if entry is None:
+            entry = self.note(path, "carried", note)
+        elif note and note not in entry.note:
+            entry.note = f"{entry.note}; {note}" if entry.note else note
+        entry.to.append(key)
+        self.recipe.set(key, typed(key, value), entry)
+
+    def choose(self, path: Key, group: str, choice: str, note: str = "") -> None:
+        """This source key chooses a group, as `quantization=nf4` does."""
+        entry = self.entries.get(path) or self.note(path, "carried", note)
+        entry.to.append(f"{group}={choice}")
+        self.recipe.groups[group] = choice
+
+    def same(self, path: Key, why: str = "the same here") -> None:
+        self.note(path, "default", why)
+
+    def leave(self, path: Key, why: str, fix: str = "") -> None:
+        self.note(path, "left", why, fix)
+
+    def note(self, path: Key, outcome: Any, note: str, fix: str = "") -> Entry:
+        assert exists(self.tree, path), path
+        assert path not in self.entries, path
+        value = at(self.tree, path)
+        secret = is_secret(path, value)
+        told = "(a secret)" if secret else shown(self.get(*path) if path else "")
+        entry = Entry(self.source(path).name, dotted(path), outcome, [], note, fix, told)
+        self.entries[path] = entry
+        return entry
+
+    def table(self, names: dict[str, str], *at: str | int) -> None:
+        """Keys that only have another name here."""
+        for name, key in names.items():
+            if self.has(*at, name) and not self.empty(*at, name):
+                self.carry((*at, name), key, self.get(*at, name))
+
+    def left(self, names: dict[str, tuple[str, str]], *at: str | int) -> None:
+        """Keys that are known and have no counterpart here; switched off, they need none."""
+        for name, (why, fix) in names.items():
+            if self.has(*at, name):
+                if self.get(*at, name) in (None, False, "", [], {}, 0):
+                    self.same((*at, name), "switched off, as here")
+                else:
+                    self.leave((*at, name), why, fix)
+
+    def equal(self, names: dict[str, str], *at: str | int) -> None:
+        """Keys that need nothing here, whatever their value."""
+        for name, why in names.items():
+            if self.has(*at, name):
+                self.same((*at, name), why)
+
+    def empty(self, *path: str | int) -> bool:
+        """Null in a source is what a missing key is; notes it."""
+        if self.has(*path) and self.get(*path) is None:
+            self.same(path, "null: nothing is set")
+            return True
+        return False
+
+    def finish(self) -> list[Entry]:
+        """What is left over is named as unknown; every entry, in the order of the sources."""
+        for path, _ in self.leaves:
+            if not any(path[:n] in self.entries for n in range(len(path) + 1)):
+                why = f"not a key of {self.format} that is known here"
+                self.leave(path, why, "check its name, or set what it means by hand")
+        order = {path: n for n, (path, _) in enumerate(self.leaves)}
+
+        def place(path: Key) -> int:
+            return order.get(path, next((n for p, n in order.items() if p[: len(path)] == path), 0))
+
+        return [*(self.entries[p] for p in sorted(self.entries, key=place)), *self.extra]
+
+
+def leaves(tree: Any, where: str, path: Key = (), count: list[int] | None = None) -> Iterator[tuple[Key, Any]]:
+    """(path, value) of every leaf; a list is opened where it holds blocks. KitError where it is no config."""
+    count = [0] if count is None else count
+    if len(path) > DEEPEST:
+        raise KitError(f"{where} is nested too deeply", dotted(path[:4]), "write it flat")
+    blocks = isinstance(tree, list) and any(isinstance(item, dict) for item in tree)
+    if (isinstance(tree, dict) and tree) or blocks:
+        for name, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from leaves(value, where, (*path, name), count)
+        return
+    count[0] += 1
+    if count[0] > MOST_KEYS or (isinstance(tree, list) and len(tree) > MOST_KEYS):
+        raise KitError(
+            f"{where} holds more than {MOST_KEYS} keys: this is no config of a run", where, "check the file"
+        )
+    if path:
+        yield path, tree
+
+
+def exists(tree: Any, path: Key) -> bool:
+    for part in path:
+        if isinstance(tree, dict) and part in tree:
+            tree = tree[part]
+        elif isinstance(tree, list) and type(part) is int and part < len(tree):
+            tree = tree[part]
+        else:
+            return False
+    return True
+
+
+def at(tree: Any, path: Key) -> Any:
+    for part in path:
+        tree = tree[part]
+    return tree
+
+
+def without(value: Any, hidden: list[Key]) -> Any:
+    """A copy without the named places."""
+    gone = {p[0] for p in hidden if len(p) == 1}
+    inner = {k: [p[1:] for p in hidden if p[0] == k and len(p) > 1] for k in {p[0] for p in hidden}}
+    pairs = value.items() if isinstance(value, dict) else enumerate(value)
+    kept = {k: without(v, inner[k]) if inner.get(k) else v for k, v in pairs if k not in gone}
+    return kept if isinstance(value, dict) else list(kept.values())
+
+
+def dotted(path: Key) -> str:
+    text = ""
+    for part in path:
+        text += f"[{part}]" if type(part) is int and text else f".{part}" if text else str(part)
+    return " ".join(text.split())[:200]
+
+
+def is_secret(path: Key, value: Any) -> bool:
+    if value is None or isinstance(value, bool) or value == "":
+        return False
+    texts = value if isinstance(value, list) else [value]
+    named = bool(path) and isinstance(path[-1], str) and SECRET_NAME.search(path[-1]) is not None
+    return named or any(isinstance(text, str) and SECRET_VALUE.search(text) is not None for text in texts)
+
+
+def secret_fix(path: Key) -> str:
+    name = str(path[-1]).lower()
+    known = {"wandb": "WANDB_API_KEY", "comet": "COMET_API_KEY", "swanlab": "SWANLAB_API_KEY"}
+    variable = next((v for k, v in known.items() if k in name), "HF_TOKEN")
+    return f"give it in the environment alone: export {variable}=..."
+
+
+def shown(value: Any) -> str:
+    """A value on one line, short, with secrets inside it blotted out."""
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    text = SECRET_VALUE.sub("(a secret)", " ".join(text.split()))
+    return text if len(text) <= 70 else text[:67] + "..."
+
+
+def overrule(entry: Entry, key: str, why: str) -> None:
+    entry.to = [k for k in entry.to if k != key]
+    if entry.to:
+        entry.note = f"{entry.note}; " * bool(entry.note) + f"{key}: {why}"
+    else:
+        entry.outcome, entry.note, entry.fix = "left", why, ""
+
+
+def same_value(a: Any, b: Any) -> bool:
+    return a == b and isinstance(a, bool) == isinstance(b, bool)
+
+
+def alike(key: str, a: Any, b: Any) -> bool:
+    if key == "deepspeed.file":
+        return Path(str(a)).expanduser().resolve() == Path(str(b)).expanduser().resolve()
+    return same_value(a, b)
+
+
+TABLES = {"trainer": "SFTConfig", "peft": "LORA", "quantization": "BitsAndBytesConfig"}
+
+
+@cache
+def group_file(name: str) -> dict[str, Any]:
+    return yaml.safe_load((paths.CONF / name).read_text(encoding="utf-8")) or {}
+
+
+def kit_default(key: str) -> Any:
+    """What the kit does where a run says nothing: the default groups, else the library's own default."""
+    section, _, name = key.partition(".")
+    held = {"trainer": "trainer/sft.yaml", "peft": "peft/lora.yaml"}.get(section)
+    if held and name in group_file(held):
+        return group_file(held)[name]
+    table = TABLES.get(section)
+    return fields.default(table, name) if table and name in fields.tables()[table] else None
+
+
+def typed(key: str, value: Any) -> Any:
+    """Words as the numbers and truth values that a field takes: the foreign parsers convert them too."""
+    section, _, name = key.partition(".")
+    entry = fields.tables().get(TABLES.get(section, ""), {}).get(name)
+    if entry is None or "str" in entry["kinds"]:
+        return value
+    if isinstance(value, str):
+        if "bool" in entry["kinds"] and value.lower() in WHOLE:
+            return WHOLE[value.lower()]
+        try:
+            number = float(value)
+        except ValueError:
+            return value
+        return int(value) if re.fullmatch(r"[+-]?\d+", value) else number
+    if type(value) is int and entry["kinds"] == ["bool"] and value in (0, 1):
+        return bool(value)
+    return value
