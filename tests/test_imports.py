@@ -20,8 +20,8 @@ HEAVY = (
     "torch transformers trl peft accelerate deepspeed datasets bitsandbytes numpy pandas pyarrow safetensors".split()
 )
 RECIPES = sorted(f.stem for f in (ROOT / "recipes").glob("*.yaml"))
-VERBS = ["train", "check", "resume", "merge", "generate", "eval", "fetch", "convert", "list", "show"]
-VERBS += ["why", "diff", "eject", "doctor", "import", "compose"]
+VERBS = ["train", "check", "resume", "merge", "generate", "eval", "fetch", "convert", "doctor", "list", "show"]
+VERBS += ["why", "diff", "eject", "import", "compose"]
 
 # Several command lines in one fresh process; the last line it prints: how each ended, and what had been imported then.
 PROBE = """

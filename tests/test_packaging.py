@@ -87,6 +87,7 @@ def test_the_wheel_holds_the_package_and_its_configuration(built):
         "kit/config/fields.json",
         "kit/config/architectures.json",
         "kit/config/stories.yaml",
+        "kit/doctor/tested.json",
         "kit/config/RULES.md",
     }
     expected |= {f"kit/ds_configs/{f.name}" for f in (ROOT / "ds_configs").glob("*.json")}

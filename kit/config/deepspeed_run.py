@@ -49,7 +49,7 @@ def look(overrides: list[str], model: str | None, config_dir: str | None) -> Set
             return Setting()
         base, found = inspect(Model(name_or_path=model, random_init=True), here=False)  # its shape is enough
         if found:
-            raise KitError([Problem(p.problem, "--model", p.fix) for p in found])
+            raise KitError([Problem(p.problem, "--model", p.fix, p.rule) for p in found])
         return Setting(base.hidden_size, notes=base.notes)
     heads = [o.lstrip("+~").partition("=")[0].split(".")[0].split("@")[0] for o in overrides]
     if "deepspeed" in heads:

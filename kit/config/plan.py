@@ -129,7 +129,7 @@ def build_plan(composed: Composed, *, here: bool = True, world_size: int | None 
     resolved["quantization"] = resolve_quantization(quantization, precision, stage == 3 or bool(resolved["fsdp"]))
     facts = rules.Facts(
         resolved, set_by, world, stage, precision, base.modules, columns_format, hardware.gpus(), on_cpu,
-        base.config or {}, is_tied(base), base.bytes, base.numbers, chosen,
+        base.config or {}, is_tied(base), base.bytes, base.numbers, chosen, here,
     )  # fmt: skip
     refused, warned = rules.apply(facts, here)
     problems += refused

@@ -38,6 +38,12 @@ class Facts:
     base_bytes: int | None = None  # of the base's weights as they are stored; None where they are not here
     base_numbers: int | None = None
     chosen: Callable[[str], bool] = lambda key: False  # dotted key -> whether a person set it, not the kit's groups
+    here: bool = False  # the run is about to start on this machine
+
+    @property
+    def surely_on_cpu(self) -> bool:
+        """Not only because the machine that looks at the run has no GPU."""
+        return self.on_cpu and (self.here or self.chosen("trainer.use_cpu"))
 
 
 Check = Callable[[Facts], Iterator[tuple[str, str, str]]]  # (problem, key, fix)
@@ -81,6 +87,9 @@ READING = [
     read_by("fields", "kind", "T79 T80"),
     read_by("fields", "range", "T14 T18"),
     read_by("fields", "choice", "the libraries' own classes"),
+    read_by("zero_check", "auto", "T3", "deepspeed"),
+    read_by("deepspeed_file", "doubled", "json, RFC 8259", "deepspeed"),
+    Rule("literal", "T1 T5", ("deepspeed.train_batch_size",), severity="warn", maker="deepspeed_file"),
     read_by("read", "type", "kit/config/schema.py"),
     read_by("read", "section", "T79", "peft", "quantization", "deepspeed"),
     read_by("read", "owned", "T76 T79, security", "trainer.output_dir", "trainer.deepspeed", "trainer.fsdp",

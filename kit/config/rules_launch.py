@@ -22,7 +22,7 @@ def fsdp_and_deepspeed(f: Facts) -> Found:
 
 
 def fsdp_on_cpu(f: Facts) -> Found:
-    if f.plan["fsdp"] and f.on_cpu:
+    if f.plan["fsdp"] and f.surely_on_cpu:
         yield (
             "accelerate applies FSDP on GPUs only: on a CPU it is silently left out",
             "fsdp",
@@ -31,7 +31,8 @@ def fsdp_on_cpu(f: Facts) -> Found:
 
 
 def fsdp_alone(f: Facts) -> Found:
-    if f.plan["fsdp"] and not f.on_cpu and f.world_size == 1:
+    counted = bool(f.gpus) or f.chosen("launch.num_gpus")  # where neither is so, another machine will count its GPUs
+    if f.plan["fsdp"] and not f.on_cpu and f.world_size == 1 and counted:
         yield "FSDP needs several processes: the trainer refuses it in one", "fsdp", "launch.num_gpus=2, or fsdp=none"
 
 
@@ -64,12 +65,12 @@ def full_eval(f: Facts) -> Found:
 
 
 def fp16_on_cpu(f: Facts) -> Found:
-    if f.on_cpu and f.precision == "float16":
+    if f.surely_on_cpu and f.precision == "float16":
         yield "fp16 training needs a GPU: CPUs have no float16 gradient scaling", "trainer.fp16", "trainer.fp16=false"
 
 
 def tf32_on_cpu(f: Facts) -> Found:
-    if f.on_cpu and f.plan["trainer"].get("tf32"):
+    if f.surely_on_cpu and f.plan["trainer"].get("tf32"):
         yield "tf32 is a mode of GPUs: on a CPU the trainer refuses it", "trainer.tf32", "leave it out"
 
 
@@ -123,7 +124,7 @@ def port_taken(f: Facts) -> Found:
 
 
 def token_indices_on_cpu(f: Facts) -> Found:
-    if f.stage == 3 and f.on_cpu and (f.plan["peft"] or {}).get("trainable_token_indices"):
+    if f.stage == 3 and f.surely_on_cpu and (f.plan["peft"] or {}).get("trainable_token_indices"):
         yield (
             "PEFT gathers trainable_token_indices under ZeRO-3 on CUDA only",
             "peft.trainable_token_indices",

@@ -160,9 +160,9 @@ def attention_precision(f: Facts) -> Found:
     if "flash" not in str(f.plan["model"]["attn_implementation"] or ""):
         return
     key, fix = "model.attn_implementation", "model.attn_implementation=sdpa"
-    if f.on_cpu:
+    if f.surely_on_cpu:
         yield "flash attention runs on GPUs", key, fix
-    elif f.precision == "float32":
+    elif f.precision == "float32" and not f.on_cpu:
         yield (
             "flash attention computes in bfloat16 or float16, the run in float32",
             key,

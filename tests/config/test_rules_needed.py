@@ -283,6 +283,7 @@ ELSEWHERE = {
         quantized-random quantized-init-kwargs tracker-all tracker-online full-learning-rate eval-never""",
     "of the Hub: shown against a server of its own by tests/test_fetch.py": "hub offline model-folder",
     "shown beside the files by tests/test_cli_check.py": "model-files deepspeed-file",
+    "shown beside the installed DeepSpeed by tests/config/test_deepspeed_file.py": "auto doubled literal",
     "shown by tests/config/test_architectures.py": "architecture",
     "shown beside the installed classes by tests/config/test_tokenizer.py": """tokenizer-files chat-template
         chat-template-name generation-marks special-token special-token-missing vocabulary added-tokens
