@@ -27,8 +27,8 @@ def commands() -> list[str]:
     """The lines of all fenced blocks that start with a command, without their comments."""
     found = []
     for page in PAGES:
-        for block in re.findall(r"```\n(.*?)```", (ROOT / page).read_text(), re.S):
-            for line in block.splitlines():
+        for language, block in re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / page).read_text(), re.S | re.M):
+            for line in block.splitlines() if not language else ():
                 command = line.split("  #")[0].strip()
                 if command.startswith(("kit ", "make ", "deepspeed ", "launch/")):
                     found.append(command)
@@ -59,8 +59,30 @@ def test_every_command_is_known():
             assert words[1] in cli.VERBS
 
 
+LOOKS = ("kit doctor", "kit check --", "kit why", "kit diff", "kit import", "kit eject")
+
+
+@pytest.mark.parametrize("command", [c for c in dict.fromkeys(commands()) if c.startswith(LOOKS)])
+def test_what_only_looks_is_run_as_it_stands(command, there, capsys):
+    (there / "my_ds.json").write_text(
+        '{"zero_optimization": {"stage": 2, "cpu_offload": true}, "gradient_cliping": 1}'
+    )
+    (there / "axolotl.yaml").write_text(
+        "base_model: a/b\nadapter: lora\nlora_r: 8\nlora_alpha: 16\nlora_target_linear: true\nsequence_len: 512\n"
+        "micro_batch_size: 1\nnum_epochs: 1\ndatasets: [{path: chats.jsonl, type: chat_template}]\n"
+    )
+    assert cli.run(shlex.split(command)[1:]) in ((0, 3) if "doctor" in command else (0,)), capsys.readouterr().err
+    made = {"--fix": "my_ds.fixed.json", "import": "imported.yaml", "eject": "plain/train.py"}
+    assert all((there / file).is_file() for word, file in made.items() if word in command.split())
+
+
+def test_the_looking_commands_are_all_there():
+    assert len([c for c in commands() if c.startswith(LOOKS)]) >= 7
+
+
 @pytest.mark.parametrize(
-    "command", [c for c in dict.fromkeys(commands()) if c.startswith(("kit check", "kit train", "kit list"))]
+    "command",
+    [c for c in dict.fromkeys(commands()) if c.startswith(("kit check", "kit train", "kit list")) and " --" not in c],
 )
 def test_descriptions_are_valid(command, there, capsys):
     """`kit check` takes the overrides of every `kit train` in the READMEs."""
