@@ -191,6 +191,14 @@ def make_inputs(folder: Path) -> list[str]:
     ).encode()
     data = header + bytes(64 * len(names))
     (model / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + data)
+    vocabulary = {"model": {"vocab": {"<pad>": 0, "</s>": 1, "a": 2, "b": 3}}, "added_tokens": []}
+    (model / "tokenizer.json").write_text(json.dumps(vocabulary))
+    settings = {
+        "pad_token": "<pad>",
+        "eos_token": "</s>",
+        "chat_template": "{% generation %}{{ messages }}{% endgeneration %}",
+    }
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
     rows = folder / "chat.jsonl"
     row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     rows.write_text((json.dumps(row) + "\n") * 8)

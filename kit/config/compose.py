@@ -295,6 +295,8 @@ def refusal(error: Exception, args: list[str]) -> KitError:
         said = f"the environment variable {variable[1]} is not set"
         return KitError(said, fix=f"export {variable[1]}=...", rule="environment-variable")
     culprit = next((a for a in args if a and a in text), "command line")
+    if "LexerNoViableAlt" in text or "ParserNoViableAlt" in text:  # the parser's own words tell a user nothing
+        text = "the value has a character that Hydra's grammar takes only between quotes"
     return KitError(
         [
             Problem(

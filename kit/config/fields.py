@@ -145,14 +145,11 @@ def unknown(table: str, key: str, where: str) -> Problem:
     path = f"{where}.{key}" if where else key
     renamed = RENAMED.get("peft" if table in peft_types() else table, {})
     given = names(table)
-    if key in renamed and renamed[key] not in given:
-        return Problem(f"unknown key {path}", path, f"use {renamed[key]}", "renamed-key")
     if key in renamed:
-        close = [renamed[key]]
-    else:
-        folded = {name.lower(): name for name in given}
-        close = difflib.get_close_matches(key.lower().replace("-", "_"), folded, 3, 0.6)
-        close = [folded[c] for c in close]
+        own = f"{where}." if where and renamed[key] in given else ""
+        return Problem(f"unknown key {path}", path, f"use {own}{renamed[key]}", "renamed-key")
+    folded = {name.lower(): name for name in given}
+    close = [folded[c] for c in difflib.get_close_matches(key.lower().replace("-", "_"), folded, 3, 0.6)]
     if close:
         fix = "did you mean " + " or ".join(f"{where}.{c}" if where else c for c in close) + "?"
     else:

@@ -179,6 +179,10 @@ def examine(t: Tokenizer, model: Model, rows: int | None, chat: bool, assistant_
             key = "tokenizer.name_or_path"
             found.problems += [Problem(p.problem, key, p.fix, "tokenizer-files") for p in error.problems]
             return found
+        if found.files is None and Path(name).expanduser().is_dir():  # a snapshot in the cache may be a part only
+            key = "tokenizer.name_or_path" if t.name_or_path else "model.name_or_path"
+            said = f"{name} holds no tokenizer"
+            found.problems.append(Problem(said, key, "tokenizer.name_or_path=FOLDER or Hub id", "tokenizer-files"))
     _look_at_template(found, t, chat, assistant_only_loss)
     _look_at_tokens(found, t, name, rows)
     return found

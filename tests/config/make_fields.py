@@ -145,6 +145,8 @@ TRAINER_EXTRA: Table = {
     "learning_rate": {"ge": 0},
     "warmup_steps": {"ge": 0},
     "max_grad_norm": {"ge": 0},
+    "weight_decay": {"ge": 0},
+    "adam_epsilon": {"ge": 0},
     "adam_beta1": {"ge": 0, "lt": 1},
     "adam_beta2": {"ge": 0, "lt": 1},
     "label_smoothing_factor": {"ge": 0, "le": 1},

@@ -47,6 +47,8 @@ def test_gemma_3_with_a_tower_has_no_class_that_loads_its_text_part(tmp_path: Pa
 def write_config(folder: Path, **config: object) -> str:
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
+    settings = {"pad_token": "<pad>", "eos_token": "</s>", "chat_template": "x"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return f"model.name_or_path={folder}"
 
 
