@@ -1,8 +1,9 @@
 """Campaigns that are too long for the suite; `make soak`. A small instance of each is in the suite.
 
-    python tests/soak.py [--only fuzz|kill|resume] [--n N] [--seed S] --out FILE
+    python tests/soak.py [--only fuzz|honour|kill|resume] [--n N] [--seed S] --out FILE
 
 fuzz    N spoiled command lines and files through the checks: a plan or a list of problems, never another exception.
+honour  N valid runs with one key changed (tests/mutate.py): refused by name, or found in what the libraries are given.
 kill    N runs that save every 2 steps, each killed (SIGKILL, the whole tree) at a random moment: what is found then is
         nothing or a complete checkpoint, and `kit resume` goes on from it.
 resume  one run killed N times and resumed until it is done: losses and adapter are those of a run left alone.
@@ -31,7 +32,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-COUNTS = {"fuzz": 2000, "kill": 20, "resume": 5}
+COUNTS = {"fuzz": 2000, "honour": 10_000, "kill": 20, "resume": 5}
 LIMIT = 20  # seconds that the checks of one spoiled command line may take
 
 # ------------------------------------------------------------------------------------------------------------ fuzz
@@ -274,6 +275,30 @@ def fuzz(n: int, seed: int, out: Callable[[str], None] = print) -> dict[str, Any
     return {"mutations": n, "seed": seed, "seconds": round(seconds, 1), "counts": dict(counts), "crashes": crashes}
 
 
+def honour(n: int, seed: int, out: Callable[[str], None] = print) -> dict[str, Any]:
+    """Counts of verdicts, and the first mutation of each kind that was neither refused by name nor honoured."""
+    import mutate
+
+    counts: Counter[str] = Counter()
+    crashes: dict[str, dict[str, Any]] = {}
+    begun = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        base, data = inputs(Path(folder))
+        runs = mutate.valid_runs(base, data)
+        for number in range(n):
+            rng = random.Random(f"{seed} {number}")
+            run = rng.choice(runs)
+            key, value = mutate.mutation(rng, run.tree)
+            verdict, details = mutate.judge(run, key, value)
+            counts[verdict] += 1
+            if verdict not in ("refused", "honoured"):
+                counts["failures"] += 1
+                if crashes.setdefault(f"{verdict} {key}", {"value": repr(value), "details": details[-2000:]}):
+                    out(f"{verdict}: {key}={value!r}")
+    seconds = time.monotonic() - begun
+    return {"mutations": n, "seed": seed, "seconds": round(seconds, 1), "counts": dict(counts), "crashes": crashes}
+
+
 # ------------------------------------------------------------------------------------------------- kill and resume
 
 
@@ -486,7 +511,7 @@ def main() -> None:
     from benchmarks.cli_latency import machine
 
     result: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "machine": machine()}
-    campaigns = {"fuzz": fuzz, "kill": kill, "resume": resume}
+    campaigns = {"fuzz": fuzz, "honour": honour, "kill": kill, "resume": resume}
     failed = 0
     for name in a.only or COUNTS:
         result[name] = campaigns[name](a.n or COUNTS[name], a.seed)

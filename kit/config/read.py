@@ -118,7 +118,7 @@ def read_table(
     if not isinstance(values, dict):
         fix = f"{section}=none, or {section}.KEY=VALUE"
         return None, [Problem(f"{section} must hold keys", set_by(section), fix, "section")]
-    if section == "peft" and "peft_type" not in values:
+    if section == "peft" and values.get("peft_type") is None:
         keys = ", ".join(f"peft.{k}" for k in values)
         at = set_by(f"peft.{next(iter(values))}")
         return None, [Problem(f"peft=none, but {keys} is given", at, "peft=lora, or drop it", "peft-none")]

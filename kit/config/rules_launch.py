@@ -69,6 +69,14 @@ def fp16_on_cpu(f: Facts) -> Found:
         yield "fp16 training needs a GPU: CPUs have no float16 gradient scaling", "trainer.fp16", "trainer.fp16=false"
 
 
+def ddp_backend(f: Facts) -> Found:
+    given, key = f.plan["trainer"].get("ddp_backend"), "trainer.ddp_backend"
+    if given and f.surely_on_cpu and f.world_size == 1:
+        yield f"ddp_backend={given} in one process asks for a group that nobody starts", key, "leave it out"
+    elif given and f.surely_on_cpu and given not in ("gloo", "mpi"):
+        yield f"{given} does not run on CPUs", key, "trainer.ddp_backend=gloo, or leave it out"
+
+
 def tf32_on_cpu(f: Facts) -> Found:
     if f.surely_on_cpu and f.plan["trainer"].get("tf32"):
         yield "tf32 is a mode of GPUs: on a CPU the trainer refuses it", "trainer.tf32", "leave it out"

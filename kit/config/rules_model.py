@@ -246,16 +246,28 @@ def saved_match_nothing(f: Facts) -> Found:
             yield said, "peft.modules_to_save", fix
 
 
+def loftq_packages(f: Facts) -> Found:
+    from importlib.util import find_spec
+
+    if (f.plan["peft"] or {}).get("init_lora_weights") == "loftq" and find_spec("scipy") is None:
+        yield (
+            "init_lora_weights=loftq needs scipy, which is not installed",
+            "peft.init_lora_weights",
+            "pip install scipy",
+        )
+
+
 def layers_range(f: Facts) -> Found:
-    given = (f.plan["peft"] or {}).get("layers_to_transform")
-    if given is None:
-        return
+    peft = f.plan["peft"] or {}
+    given, pattern = peft.get("layers_to_transform"), peft.get("layers_pattern")
     key, asked = "peft.layers_to_transform", given if isinstance(given, list) else [given]
-    if (
-        isinstance((f.plan["peft"] or {}).get("target_modules"), str)
-        and f.plan["peft"]["target_modules"] != "all-linear"
-    ):
-        yield "layers_to_transform needs target_modules as a list", key, "peft.target_modules=[q_proj,v_proj]"
+    if isinstance(peft.get("target_modules"), str):
+        for name, value in (("layers_to_transform", given), ("layers_pattern", pattern)):
+            if value is not None:
+                fix = "peft.target_modules=[q_proj,v_proj]"
+                yield f"{name} needs target_modules as a list of names", f"peft.{name}", fix
+    elif pattern and not given:
+        yield "layers_pattern without layers_to_transform", "peft.layers_pattern", "peft.layers_to_transform=[0,1]"
     layers = whole(text(f).get("num_hidden_layers", text(f).get("n_layer")))
     beyond = [n for n in asked if isinstance(n, int) and layers and not 0 <= n < layers]
     if beyond:

@@ -197,12 +197,20 @@ def parallelism(f: Facts) -> Found:
 
 def stream_length(f: Facts) -> Found:
     if f.plan["dataset"]["streaming"] and setting(f, "max_steps") <= 0:
-        yield "a stream has no length: the number of steps is not known", "trainer.max_steps", "trainer.max_steps=N"
+        yield (
+            "a stream (dataset.streaming) has no length: the number of steps is not known",
+            "trainer.max_steps",
+            "trainer.max_steps=N",
+        )
 
 
 def stream_split(f: Facts) -> Found:
     if f.plan["dataset"]["streaming"] and f.plan["dataset"]["test_size"]:
-        yield "a stream cannot be split", "dataset.test_size", "dataset.eval_path=FILE, or dataset.eval_split=NAME"
+        yield (
+            "a stream (dataset.streaming) cannot be split",
+            "dataset.test_size",
+            "dataset.eval_path=FILE, or dataset.eval_split=NAME",
+        )
 
 
 def grouping(f: Facts) -> Found:

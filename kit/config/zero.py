@@ -149,6 +149,10 @@ def _fill_optimizer(fill: _Fill) -> None:
     """DeepSpeed's optimizer from the trainer, or the permission to use the trainer's own."""
     out, optim = fill.out, fill.setting("optim")
     if "optimizer" not in out:
+        if out.get("zero_allow_untested_optimizer") is False:
+            fix = "leave it out: transformers sets it for an optimizer of the trainer's"
+            said = "zero_allow_untested_optimizer=false refuses every optimizer but DeepSpeed's own"
+            fill.refuse("zero_allow_untested_optimizer", said, fix, "optimizer")
         out["zero_allow_untested_optimizer"] = True  # transformers sets it as well
         offloads = at(out, "zero_optimization.offload_optimizer.device") in ("cpu", "nvme")
         if offloads and optim not in SURVIVES_OFFLOAD and out.get("zero_force_ds_cpu_optimizer", True):

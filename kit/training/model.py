@@ -56,17 +56,13 @@ def load_model(plan: RunPlan, tokenizer: Any) -> Any:
     transformers takes the current GPU, which SFTConfig has set to this rank's.
     """
     m = plan.model
-    kwargs: dict[str, Any] = {**(plan.trainer.get("model_init_kwargs") or {}), "dtype": getattr(torch, m.dtype)}
-    if m.attn_implementation:
-        kwargs["attn_implementation"] = m.attn_implementation
     common = {"revision": m.revision, "trust_remote_code": m.trust_remote_code}
+    kwargs = base_arguments(plan)
     try:
         config = AutoConfig.from_pretrained(m.name_or_path, **common)
         if m.random_init:
             model = AutoModelForCausalLM.from_config(config, **kwargs, trust_remote_code=m.trust_remote_code)
         else:
-            if plan.quantization:
-                kwargs["quantization_config"] = bnb_config(plan.quantization)
             model = AutoModelForCausalLM.from_pretrained(m.name_or_path, use_safetensors=True, **common, **kwargs)
             if plan.quantization:
                 settle(model)
@@ -76,6 +72,16 @@ def load_model(plan: RunPlan, tokenizer: Any) -> Any:
         raise KitError("ZeRO-3 is chosen, but the weights were not sharded while loading", "deepspeed", code=4)
     fit_embeddings(model, tokenizer, added=bool(plan.tokenizer.added_tokens))
     return model
+
+
+def base_arguments(plan: RunPlan) -> dict[str, Any]:
+    """How the base is loaded: `trainer.model_init_kwargs`, dtype, attention and quantization."""
+    kwargs = {**(plan.trainer.get("model_init_kwargs") or {}), "dtype": getattr(torch, plan.model.dtype)}
+    if plan.model.attn_implementation:
+        kwargs["attn_implementation"] = plan.model.attn_implementation
+    if plan.quantization:
+        kwargs["quantization_config"] = bnb_config(plan.quantization)
+    return kwargs
 
 
 def fit_embeddings(model: Any, tokenizer: Any, added: bool) -> None:

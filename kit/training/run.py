@@ -37,17 +37,8 @@ def train(plan: RunPlan, *, resume: str | None = None, callbacks: Sequence[Any] 
     check_world(plan)
     console.quiet()
     start_process_group(plan)
-    fsdp: Any = bool(plan.fsdp) or None  # upstream annotates a string for its command line; True is what it works with
     # Before the model and kept alive: zero.Init looks for the live DeepSpeed config that this object holds (T19).
-    args = SFTConfig(
-        # Trackers show the run directory's name, in a project of the plan's name.
-        **{"disable_tqdm": not rundir.is_terminal(), "run_name": run.name, "project": plan.name, **plan.trainer},
-        output_dir=str(run / rundir.CHECKPOINTS),
-        deepspeed=copy.deepcopy(plan.deepspeed),
-        fsdp=fsdp,
-        fsdp_config=copy.deepcopy(plan.fsdp),
-        ddp_backend="gloo" if plan.trainer["use_cpu"] and plan.world_size > 1 else None,
-    )
+    args = SFTConfig(**sft_arguments(plan))
     check_ranks(plan)
     writer = args.process_index == 0
     lock = rundir.locked(run, rundir.LOCK + ".rank0") if writer else None
@@ -104,6 +95,22 @@ def train(plan: RunPlan, *, resume: str | None = None, callbacks: Sequence[Any] 
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return DONE
+
+
+def sft_arguments(plan: RunPlan) -> dict[str, Any]:
+    """What SFTConfig is given: the plan's `trainer` as it is, and what other sections hold."""
+    return {
+        # Trackers show the run directory's name, in a project of the plan's name.
+        **{"disable_tqdm": not rundir.is_terminal(), "run_name": plan.run_path.name, "project": plan.name},
+        **plan.trainer,
+        "output_dir": str(plan.run_path / rundir.CHECKPOINTS),
+        "deepspeed": copy.deepcopy(plan.deepspeed),
+        # Upstream annotates a string for its command line; True is what it works with.
+        "fsdp": bool(plan.fsdp) or None,
+        "fsdp_config": copy.deepcopy(plan.fsdp),
+        "ddp_backend": plan.trainer.get("ddp_backend")
+        or ("gloo" if plan.trainer["use_cpu"] and plan.world_size > 1 else None),
+    }
 
 
 def start_process_group(plan: RunPlan) -> None:

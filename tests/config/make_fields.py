@@ -134,6 +134,19 @@ def pydantic_table(cls: type, tables: dict[str, Table], prefix: str) -> Table:
 # --- what an annotation does not say -------------------------------------------------------------------------------
 
 TRAINER_EXTRA: Table = {
+    # JSON text and paths are for a command line; a mapping says the same here, and its keys can be checked.
+    **{
+        name: {"kinds": ["dict", "none"]}
+        for name in (
+            "lr_scheduler_kwargs",
+            "activation_checkpointing_kwargs",
+            "gradient_checkpointing_kwargs",
+            "model_init_kwargs",
+            "dataset_kwargs",
+        )
+    },
+    "accelerator_config": {"kinds": ["dict", "none"], "table": "SFTConfig.AcceleratorConfig"},
+    "debug": {"choices": ["", "underflow_overflow", "tpu_metrics_debug"]},
     "include_num_input_tokens_seen": {"choices": ["all", "non_padding", "no"]},
     "pad_to_multiple_of": {"choices": ["auto"], "ge": 1},
     "fsdp": {"kinds": ["bool", "str", "list", "none"]},
@@ -517,6 +530,7 @@ def build() -> dict[str, Any]:
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
     from transformers import BitsAndBytesConfig
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+    from transformers.trainer_pt_utils import AcceleratorConfig
     from trl import SFTConfig
 
     tables: dict[str, Table] = {}
@@ -526,6 +540,7 @@ def build() -> dict[str, Any]:
     reporters = ["all", "none", *sorted(INTEGRATION_TO_CALLBACK)]
     trainer["report_to"] |= {"choices": reporters, "items": {"kinds": ["str"], "choices": reporters}}
     tables["SFTConfig"] = trainer
+    tables["SFTConfig.AcceleratorConfig"] = dataclass_table(AcceleratorConfig, tables, "SFTConfig")
 
     for peft_type, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items():
         table = dataclass_table(cls, tables, "peft")

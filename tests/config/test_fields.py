@@ -69,7 +69,7 @@ def test_reading_is_torch_free_and_quick() -> None:
 ACCEPTED: list[tuple[str, dict[str, Any]]] = [
     ("SFTConfig", {"learning_rate": 1, "logging_steps": 0.1, "max_steps": 2e2, "eval_steps": 5, "seed": 1.0}),
     ("SFTConfig", {"report_to": ["wandb", "tensorboard"], "lr_scheduler_kwargs": {"num_cycles": 1}}),
-    ("SFTConfig", {"report_to": "none", "lr_scheduler_kwargs": '{"num_cycles": 1}', "max_length": None}),
+    ("SFTConfig", {"report_to": "none", "lr_scheduler_kwargs": {"num_cycles": 1}, "max_length": None}),
     ("SFTConfig", {"pad_to_multiple_of": "auto", "packing_strategy": "bfd_split", "save_strategy": "best"}),
     ("SFTConfig", {"pad_to_multiple_of": 8, "gradient_checkpointing": True, "optim": "galore_adamw"}),
     ("SFTConfig", {"optim_target_modules": "all-linear", "optim_args": "rank=64, scale=2", "bf16": "auto"}),

@@ -112,7 +112,7 @@ CPU = ["trainer.use_cpu=true"]
 EVAL = ["trainer.eval_strategy=steps", "dataset.test_size=0.2"]
 STREAM = ["dataset.streaming=true"]
 HERE = {"bf16-hardware", "bf16-slow-cpu", "gpus-missing", "port-taken", "host-memory", "quantized-gpu-memory",
-        "bitsandbytes", "tracker-missing"}  # fmt: skip
+        "bitsandbytes", "tracker-missing", "loftq-packages"}  # fmt: skip
 FIRES: dict[str, list[str]] = {
     "deepspeed-fsdp": ["deepspeed=zero2", "fsdp.fsdp_version=2", *GPU],
     "fsdp-cpu": ["fsdp.fsdp_version=2", *CPU],
@@ -121,6 +121,7 @@ FIRES: dict[str, list[str]] = {
     "fp16-bf16": ["trainer.fp16=true", "trainer.bf16=true"],
     "full-eval": ["trainer.fp16_full_eval=true", "trainer.bf16_full_eval=true"],
     "fp16-cpu": ["trainer.fp16=true", *CPU],
+    "ddp-backend": ["trainer.ddp_backend=nccl", *CPU],
     "tf32-cpu": ["trainer.tf32=true", *CPU],
     "local-one-process": ["launch=local", "launch.num_gpus=2"],
     "token-indices-zero3": ["deepspeed=zero3", "peft.trainable_token_indices=[1]", *CPU],
@@ -311,7 +312,8 @@ def test_packages_that_are_not_installed(facts: Facts, monkeypatch: pytest.Monke
     monkeypatch.setattr("kit.config.trackers.find_spec", lambda name: None)
     facts.plan["quantization"] = {"load_in_8bit": True}
     facts.plan["trainer"]["report_to"] = ["wandb"]
-    assert {"bitsandbytes", "tracker-missing"} <= fired(facts)
+    facts.plan["peft"]["init_lora_weights"] = "loftq"
+    assert {"bitsandbytes", "tracker-missing", "loftq-packages"} <= fired(facts)
 
 
 def test_remote_code_in_a_file(base: Path, chat: Path, tmp_path: Path):

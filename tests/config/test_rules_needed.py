@@ -292,10 +292,11 @@ ELSEWHERE = {
         init-from-base""",
     "raised by an engine in a launch; compared with the installed DeepSpeed by tests/config/test_zero.py": """mismatch
         optimizer offload-optimizer scheduler deepspeed-fsdp find-batch-size autotp-experts autotp-heads reentrant
-        token-indices-zero3 quantized-int8-sharded quantized-offload-param""",
+        token-indices-zero3 ddp-backend quantized-int8-sharded quantized-offload-param""",
     "needs GPUs": """fsdp-cpu fsdp-checkpointing fp16-cpu bf16-hardware gpus-missing local-one-process device-map
         quantized-gpu-memory quantized-cpu-offload""",
     "about time, memory or ports of a machine": "bf16-slow-cpu port-taken host-memory",
+    "about a package that is not there": "loftq-packages",
     "needs a quantized base; tried by tests/launch/test_quantized.py and tests/test_merge_quantized.py": """
         quantized-full quantized-peft quantized-saved-module quantized-lora-bias quantized-int8-main
         quantized-stored bitsandbytes""",
