@@ -77,7 +77,7 @@ def find_source(
         return None, [Problem(p.problem, KEY, p.fix, "init-from-files") for p in error.problems], []
     problems, notes = compare(folder, config, peft, base), []
     found, remark = compare_base(folder, config, model, base)
-    problems += found
+    problems += found or compare_shapes(folder, shapes or {}, model)
     notes += [f"the adapter starts from {folder}: its weights, not its optimizer", *([remark] if remark else [])]
     if shapes is None:
         notes.append(f"{file.name} is a pickle: read weights-only, its tensors are compared when the run starts")
@@ -183,6 +183,26 @@ def shown(value: Any) -> str:
     if isinstance(value, dict):
         return "{" + ",".join(f"{k}:{shown(v)}" for k, v in value.items()) + "}"
     return str(value)
+
+
+def compare_shapes(folder: Path, shapes: dict[str, tuple[int, ...]], model: Model) -> list[Problem]:
+    """The first LoRA matrix that fits no side of the base's weight, where the base's files are here."""
+    place = weights.find_model(model.name_or_path, model.revision)
+    try:
+        stored = weights.read_tensors(place) if place else {}
+    except KitError:
+        return []  # the base itself is refused elsewhere
+    for name, shape in shapes.items():
+        module, _, part = name.removeprefix("base_model.model.").partition(".lora_")
+        weight = stored.get(f"{module}.weight")
+        if weight is None or len(weight.shape) != 2 or part not in ("A.weight", "B.weight"):
+            continue
+        side = shape[1] if part == "A.weight" else shape[0]
+        if side not in weight.shape:
+            rows, columns = weight.shape
+            said = f"{folder} is an adapter of another base: {module} is {rows} x {columns} here, and it has {side}"
+            return [Problem(said, KEY, "the base that it was trained on, or another adapter", "init-from-base")]
+    return []
 
 
 def compare_base(folder: Path, config: dict[str, Any], model: Model, base: Base) -> tuple[list[Problem], str]:
