@@ -207,8 +207,9 @@ def read_cfg(cfg: DictConfig, hydra: Any, overrides: list[str], run_file: Path |
     sources = [Path(s.path) for s in runtime.config_sources if s.schema == "file"]
     with contextlib.suppress(Exception):
         OmegaConf.set_struct(cfg, False)
-    keys: Any = [k for k in cfg if k != "hydra"]  # a YAML key may be a number; the schema refuses it by name
-    tree = plain(OmegaConf.masked_copy(cfg, keys))
+    OmegaConf.set_readonly(cfg, False)
+    cfg.pop("hydra", None)  # a copy without it would cost as much as all other work here
+    tree = plain(cfg)
     recipe = run_file.stem if run_file is not None else choices.get("recipe")
     below = layers_of(choices, sources, run_file)
     provenance = {key: place for layer in below for key, (place, _) in layer.items()}
@@ -252,8 +253,8 @@ def layers_of(choices: dict[str, Any], sources: list[Path], run_file: Path | Non
 
 
 def yaml_of(file: Path) -> dict[str, Any]:
-    content = OmegaConf.to_container(OmegaConf.load(file))
-    return content if isinstance(content, dict) else {}  # type: ignore[return-value]
+    content = yaml.load(file.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    return content if isinstance(content, dict) else {}
 
 
 def lines_of(file: Path, prefix: str) -> Layer:

@@ -22,8 +22,11 @@ from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-TARGET_RATIO, TARGET_HELP = 1.6, 0.2  # of a check against its floor; seconds for `kit --help`
+TARGET_RATIO, TARGET_HELP = 1.4, 0.2  # of a check against its floor; seconds for `kit --help`
 QUIET = 1.5  # load average above which figures say little on two cores
+
+LOOKS = ["check --deepspeed DS model=llama3_1_8b", "why learning_rate recipe=llama3_1_8b_lora",
+         "diff llama3_1_8b_lora llama3_1_8b_qlora", "check --explain lm-head-target", "doctor"]  # fmt: skip
 
 FLOOR = """
 import json, sys
@@ -46,6 +49,8 @@ def arms(recipes: list[str]) -> dict[str, list[str]]:
     """Arm to argv; a check stands next to its floor."""
     python = sys.executable
     found = {"python -c pass": [python, "-c", "pass"], "kit --help": [python, "-m", "kit", "--help"]}
+    for line in LOOKS:
+        found[f"kit {line}"] = [python, "-m", "kit", *line.replace("DS", str(ROOT / "ds_configs/zero3.json")).split()]
     for name in recipes:
         found[f"floor {name}"] = [python, "-c", FLOOR, str(ROOT), name]
         found[f"check {name}"] = [python, "-m", "kit", "check", f"recipe={name}"]
