@@ -34,7 +34,16 @@ def train(*args: str, config_dir: str | None = None, fresh: bool = False, plan: 
 
     plan = plan or compose(*args, config_dir=config_dir, here=True)
     need_stack()
-    return launch(rundir.create(plan, fresh))
+    if plan.launch.node_rank:
+        raise KitError(
+            f"node {plan.launch.node_rank} cannot compose the run: node 0 does, and makes its directory",
+            "launch.node_rank",
+            "kit train ... launch.node_rank=0 there, and here the kit launch-node command that it prints",
+        )
+    placed = {"node_rank": plan.launch.node_rank}  # which is this command's, not the plan's
+    plan = plan.model_copy(update={"launch": plan.launch.model_copy(update={"node_rank": None})})
+    plan = rundir.create(plan, fresh)
+    return launch(plan.model_copy(update={"launch": plan.launch.model_copy(update=placed)}))
 
 
 def need_stack() -> None:

@@ -20,6 +20,7 @@ usage: kit VERB ...
   train     [run.yaml] [key=value ...]   compose, check, launch, train, save the adapter
   check     [run.yaml] [key=value ...]   everything that can be known without weights, all problems at once
   resume    RUN [key=value ...]          continue from the newest complete checkpoint
+  launch-node PLAN --node-rank N         the ranks of one node of several, where no ssh starts them
   merge     RUN | ADAPTER --base MODEL   fold the adapter into the base, verified
   generate  RUN | ADAPTER | MODEL        the same prompts from base, adapter and merged model
   eval      RUN | ADAPTER | MODEL        exact match, loss and perplexity on the held-out rows
@@ -401,6 +402,12 @@ def import_config(argv: list[str]) -> int:
     return import_main(argv)
 
 
+def launch_node(argv: list[str]) -> int:
+    from kit.launchers.node import main as launch_node_main
+
+    return launch_node_main(argv)
+
+
 VERBS: dict[str, Callable[[list[str]], Any]] = {
     "train": train,
     "check": check,
@@ -417,5 +424,6 @@ VERBS: dict[str, Callable[[list[str]], Any]] = {
     "diff": diff,
     "eject": eject,
     "import": import_config,
+    "launch-node": launch_node,
     "compose": compose,
 }

@@ -107,10 +107,7 @@ def status(run: Path) -> dict[str, Any]:
 
 def in_use(run: Path) -> int | None:
     """The process that holds the run directory's lock, None where it is free. Dead holders hold nothing."""
-    for name in (LOCK, LOCK + ".rank0"):
-        path = run / name
-        if not path.exists():
-            continue
+    for path in run.glob(LOCK + "*"):  # of this command, of other nodes, of rank 0
         with open(path) as f:
             try:
                 fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -3,6 +3,8 @@
     deepspeed --num_gpus 2 --module kit.worker runs/x/plan.json
     deepspeed --num_gpus 2 --module kit.worker recipe=quickstart deepspeed=zero3
 
+The rank comes from RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, which every launcher sets; from SLURM_*
+and OMPI_* where `srun` or `mpirun` started a process for each rank (`set_ranks`).
 A script of one's own calls `main(callbacks=[...], compute_metrics=...)` and is started in this module's place
 (`launch.script=my_train.py`). Nothing heavy is imported until the environment and the signal handlers are in place.
 """
@@ -10,9 +12,12 @@ A script of one's own calls `main(callbacks=[...], compute_metrics=...)` and is 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
+import re
+import socket
 import subprocess
 import sys
 import threading
@@ -32,6 +37,7 @@ def main(argv: list[str] | None = None, **hooks: Any) -> None:
 
     stopping.install_handlers()
     watch_launcher()
+    set_ranks()
     rank = int(os.environ.get("RANK", "0"))
     args, resume = read_argv(sys.argv[1:] if argv is None else argv)
     run: Path | None = None
@@ -84,6 +90,33 @@ def read_argv(argv: list[str]) -> tuple[list[str], str | None]:
     return words, resume
 
 
+def set_ranks() -> None:
+    """RANK and its companions, where a batch system or MPI has started one process for each rank."""
+    env = os.environ
+    if "WORLD_SIZE" in env:
+        return
+    if "SLURM_STEP_ID" in env and int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_LOCALID" in env:
+        from kit.launchers.node import first_of_slurm
+
+        rank, local, world = env["SLURM_PROCID"], env["SLURM_LOCALID"], env["SLURM_NTASKS"]
+        address, mark = first_of_slurm(env), f"{env.get('SLURM_JOB_ID')}.{env['SLURM_STEP_ID']}"
+        size = env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_TASKS_PER_NODE", "1"))
+    elif "OMPI_COMM_WORLD_RANK" in env and int(env.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
+        rank, local, world = (env[f"OMPI_COMM_WORLD_{name}"] for name in ("RANK", "LOCAL_RANK", "SIZE"))
+        address, mark, size = "", "", env.get("OMPI_COMM_WORLD_LOCAL_SIZE", "1")
+    else:
+        return
+    env.update(RANK=rank, LOCAL_RANK=local, WORLD_SIZE=world, LOCAL_SIZE=re.match(r"\d*", size)[0] or "1")  # type: ignore[index]
+    if address and "MASTER_ADDR" not in env:
+        env["MASTER_ADDR"] = address
+    if mark and "MASTER_PORT" not in env:
+        env["MASTER_PORT"] = str(20_000 + int(hashlib.sha256(mark.encode()).hexdigest(), 16) % 10_000)
+    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in env]:
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+            del env[name]
+        raise SystemExit(f"kit: rank {rank} of {world}, and no {' and no '.join(missing)}: export it for all ranks")
+
+
 def check_launcher() -> None:
     """Refuse several SLURM tasks without ranks: each would train alone (T68)."""
     if (
@@ -105,6 +138,9 @@ def compose_on_rank0(args: list[str], rank: int) -> tuple[str, Any]:
     Returns the plan's path and the store, which must live until the process group is made on the same port.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
+    here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world)  # torchrun, deepspeed
+    if world > here and not any(a.startswith("launch.num_nodes=") for a in args):
+        args = [*args, f"launch.num_nodes={world // here}"]
     if world == 1:
         return read_child(compose_child(args, world)), None
     from torch.distributed import rendezvous
@@ -138,13 +174,23 @@ def prepare_process(plan: Any, rank: int) -> None:
     """Environment, log file and process id, before torch is imported."""
     from kit.launchers.command import rank_environment
 
-    for key, value in rank_environment(plan).items():
+    if devices := os.environ.pop("KIT_VISIBLE_DEVICES", None):
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices
+    own = rank_environment(plan)
+    several = plan.launch.num_nodes not in (1, "auto") or plan.launch.hostfile
+    if several:  # the operators of a node that no `kit` has prepared
+        from kit.launchers import ops
+
+        ops.prepare(ops.needed(plan), plan.launch.build_seconds, lambda line: None, own)
+    for key, value in own.items():
         if key == "PATH" or key not in os.environ:
             os.environ[key] = value
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of kernels that nobody asked for
     logs = plan.run_path / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    (logs / f"rank{rank}.pid").write_text(str(os.getpid()))
+    (logs / f"rank{rank}.pid").write_text(f"{os.getpid()} {socket.gethostname()}" if several else str(os.getpid()))
+    if several:
+        watch_stop(plan.run_path)
     log = open(logs / f"rank{rank}.log", "a", buffering=1, encoding="utf-8", errors="replace")
     log.write(f"--- plan {plan.hash} rank {rank} {time.strftime('%Y-%m-%dT%H:%M:%S%z')}\n")
     if rank == 0:
@@ -218,7 +264,9 @@ def watch_launcher() -> None:
     try:
         family = [parent]
         if any("deepspeed.launcher.launch" in part for part in parent.cmdline()) and (runner := parent.parent()):
-            family.append(runner)
+            family.append(runner)  # or, on a node that was reached with ssh, its shell, which outlives the connection
+            sessions = [p for p in runner.parents() if p.name().startswith("sshd")]
+            family += sessions[:1] if "SSH_CONNECTION" in os.environ else []
     except psutil.Error:
         return
 
@@ -232,6 +280,26 @@ def watch_launcher() -> None:
         os._exit(FAILED)
 
     threading.Thread(target=watch, daemon=True, name="watch-launcher").start()
+
+
+def watch_stop(run: Path) -> None:
+    """Ranks that were reached with ssh are asked to stop by a file: nobody there can be signalled (remote.py)."""
+    from kit.launchers import remote
+
+    def watch() -> None:
+        from kit.training import stopping
+
+        seen = remote.asked(run) if remote.is_old(run) else ""
+        while True:
+            if (word := remote.asked(run)) != seen:
+                seen = word
+                if word == "now":
+                    os._exit(FAILED)
+                if word:
+                    stopping.request()
+            time.sleep(1)
+
+    threading.Thread(target=watch, daemon=True, name="watch-stop").start()
 
 
 def alive(family: list[Any]) -> bool:

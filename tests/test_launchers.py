@@ -47,7 +47,7 @@ def test_argv_of_each_launcher(plan_of, monkeypatch):
     assert len(ports) == 5  # two runs at once do not meet
     # --num_gpus makes deepspeed forget CUDA_VISIBLE_DEVICES
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
-    assert command.chosen_devices("2") == ["--include", "localhost:2,3"]
+    assert command.chosen_devices(plan.launch) == ["--include", "localhost:2,3"]
 
 
 def argv_index(plan) -> int:

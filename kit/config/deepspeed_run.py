@@ -55,6 +55,7 @@ def look(overrides: list[str], model: str | None, config_dir: str | None) -> Set
     if "deepspeed" in heads:
         raise KitError("deepspeed is what --deepspeed gives", "command line", "change the file itself")
     from kit.config.compose import compose
+    from kit.config.nodes import resolve_nodes
     from kit.config.read import located, origin, read_input, read_trainer
     from kit.config.resolve import resolve_batch, resolve_launch, resolve_precision
 
@@ -76,9 +77,12 @@ def look(overrides: list[str], model: str | None, config_dir: str | None) -> Set
     if set(heads) - {"model"}:  # a run
         trainer, found = read_trainer(tree.get("trainer"), set_by)
         problems += found
-        launch, trainer["use_cpu"] = resolve_launch(given.launch, trainer, True, False, None, setting.notes)
+        launch, found = resolve_nodes(given.launch, None, set_by)
+        problems += found
+        launch, trainer["use_cpu"] = resolve_launch(launch, trainer, True, False, None, setting.notes)
         setting.precision = resolve_precision(trainer, trainer["use_cpu"], setting.notes)
-        setting.world_size = launch.num_gpus if isinstance(launch.num_gpus, int) else 1
+        nodes = launch.num_nodes if isinstance(launch.num_nodes, int) else 1
+        setting.world_size = nodes * (launch.num_gpus if isinstance(launch.num_gpus, int) else 1)
         wanted = given.global_batch_size
         problems += resolve_batch(trainer, wanted, setting.world_size, set_by, composed.provenance)[1]
         setting.trainer = trainer

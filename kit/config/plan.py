@@ -14,6 +14,7 @@ from kit.config.compose import Composed
 from kit.config.embeddings import is_tied, train_embeddings, vocabulary_rows
 from kit.config.init_from import find_source, take_out
 from kit.config.model import identify, inspect, look_at_tokenizer
+from kit.config.nodes import resolve_nodes
 from kit.config.read import (
     chosen_by_person,
     located,
@@ -86,11 +87,13 @@ def build_plan(composed: Composed, *, here: bool = True, world_size: int | None 
     problems += located(found, set_by)
 
     notes = list(base.notes)
-    launch, on_cpu = resolve_launch(given.launch, trainer, bool(deepspeed), here, world_size, notes)
+    launch, found = resolve_nodes(given.launch, world_size, set_by)
+    problems += found
+    launch, on_cpu = resolve_launch(launch, trainer, bool(deepspeed), here, world_size, notes)
     trainer["use_cpu"] = on_cpu
     precision = resolve_precision(trainer, on_cpu, notes)
-    world = world_size or launch.num_gpus
-    assert isinstance(world, int)
+    assert isinstance(launch.num_gpus, int) and isinstance(launch.num_nodes, int)
+    world = world_size or launch.num_gpus * launch.num_nodes
     global_batch, found = resolve_batch(trainer, given.global_batch_size, world, set_by, composed.provenance)
     problems += found
     chat, assistant_only = columns_format == "messages", trainer.get("assistant_only_loss") is True

@@ -21,7 +21,7 @@ from kit.errors import KitError, Problem, named
 
 PATHS = (  # (section, key) of what is looked for on the disk
     ("model", "name_or_path"), ("model", "revision"), ("tokenizer", "name_or_path"), ("tokenizer", "chat_template"),
-    ("dataset", "path"), ("dataset", "eval_path"), ("launch", "script"), ("", "runs_dir"),
+    ("dataset", "path"), ("dataset", "eval_path"), ("launch", "script"), ("launch", "hostfile"), ("", "runs_dir"),
 )  # fmt: skip
 FSDP = (  # what transformers' _process_fsdp_args reads, with or without "fsdp_" before it
     "version", "cpu_offload", "auto_wrap_policy", "min_num_params", "transformer_layer_cls_to_wrap",
@@ -189,10 +189,10 @@ def unusable(given: RunInput, set_by: Any) -> list[Problem]:
             reason = getattr(error, "strerror", None) or str(error)
             said = f"{name} is no path that can be looked at: {reason}"
             problems.append(Problem(said, set_by(name), "check it", "path"))
-    count = given.launch.num_gpus
-    if isinstance(count, int) and count < 1:
-        said = f"launch.num_gpus must be at least 1, not {count}"
-        problems.append(Problem(said, set_by("launch.num_gpus"), "launch.num_gpus=auto", "count"))
+    for key, count in (("num_gpus", given.launch.num_gpus), ("num_nodes", given.launch.num_nodes)):
+        if isinstance(count, int) and count < 1:
+            said = f"launch.{key} must be at least 1, not {count}"
+            problems.append(Problem(said, set_by(f"launch.{key}"), f"launch.{key}=auto", "count"))
     for name, value, own in (("split", given.dataset.split, "train"), ("eval_split", given.dataset.eval_split, None)):
         if value != own and Path(given.dataset.path).expanduser().exists():
             said = f"dataset.{name}={value}, but {given.dataset.path} is a file or folder, which has no splits"

@@ -22,10 +22,11 @@ QUANTIZATION_AUTO = ("bnb_4bit_compute_dtype", "bnb_4bit_quant_storage")
 def resolve_launch(
     launch: Launch, trainer: dict[str, Any], deepspeed: bool, here: bool, world: int | None, notes: list[str]
 ) -> tuple[Launch, bool]:
-    """The launcher, the process count, and whether it is on CPU."""
+    """The launcher, the processes on each node, and whether it is on CPU. num_nodes is a number already."""
     gpus = len(hardware.gpus())
     on_cpu = trainer.get("use_cpu", "auto")
-    count = world or launch.num_gpus
+    nodes = launch.num_nodes if isinstance(launch.num_nodes, int) else 1
+    count = max(1, world // nodes) if world else launch.num_gpus
     if on_cpu == "auto":
         # A count that was asked for on a machine without GPUs is meant for another machine.
         on_cpu = gpus == 0 and (count == "auto" or (world is not None))
@@ -36,7 +37,9 @@ def resolve_launch(
     launcher = launch.launcher
     # Ranks that a launcher has already started are no plain process, whatever the recipe would start.
     if launcher == "auto" or (launcher == "local" and (world or 1) > 1):
-        launcher = "local" if count == 1 else ("deepspeed" if deepspeed else "torchrun")
+        launcher = "local" if count * nodes == 1 else ("deepspeed" if deepspeed else "torchrun")
+        if launch.hostfile or launch.include or launch.exclude:  # nobody else reads them
+            launcher = "deepspeed"
     return launch.model_copy(update={"launcher": launcher, "num_gpus": count}), bool(on_cpu)
 
 
@@ -152,7 +155,7 @@ def absolute(tree: dict[str, Any]) -> dict[str, Any]:
         ("model", ["name_or_path"]),
         ("tokenizer", ["name_or_path", "chat_template"]),
         ("dataset", ["path", "eval_path"]),
-        ("launch", ["script"]),
+        ("launch", ["script", "hostfile"]),
         ("deepspeed", ["file"]),
     ):
         held = tree.get(section) or {}

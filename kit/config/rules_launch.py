@@ -99,7 +99,8 @@ def bf16_slow_cpu(f: Facts) -> Found:
 
 def gpus_missing(f: Facts) -> Found:
     wanted = f.plan["launch"]["num_gpus"]
-    if not f.on_cpu and wanted > len(f.gpus):
+    elsewhere = f.plan["launch"]["hostfile"] and not f.plan["launch"]["no_ssh"]  # their slots say what there is
+    if not f.on_cpu and not elsewhere and wanted > len(f.gpus):
         yield (
             f"{wanted} GPU{'s' * (wanted != 1)} asked for, this machine shows {len(f.gpus)}",
             "launch.num_gpus",
@@ -108,17 +109,38 @@ def gpus_missing(f: Facts) -> Found:
 
 
 def one_process_local(f: Facts) -> Found:
-    if f.plan["launch"]["launcher"] == "local" and f.plan["launch"]["num_gpus"] > 1:
-        yield (
-            "launch=local starts one process",
-            "launch.num_gpus",
-            "launch=deepspeed, launch=torchrun or launch.num_gpus=1",
-        )
+    for key in ("num_gpus", "num_nodes"):
+        if f.plan["launch"]["launcher"] == "local" and f.plan["launch"][key] > 1:
+            fix = f"launch=deepspeed, launch=torchrun or launch.{key}=1"
+            yield "launch=local starts one process", f"launch.{key}", fix
+
+
+def hostfile_unread(f: Facts) -> Found:
+    launcher = f.plan["launch"]["launcher"]
+    for key in ("hostfile", "include", "exclude"):
+        if f.plan["launch"][key] and launcher != "deepspeed":
+            name = "torchrun" if launcher == "torchrun" else "a plain process"
+            fix = "launch=deepspeed, or leave it out (CUDA_VISIBLE_DEVICES names GPUs; launch.num_nodes counts nodes)"
+            yield f"{name} knows no launch.{key}", f"launch.{key}", fix
+
+
+def node_rank(f: Facts) -> Found:
+    launch = f.plan["launch"]
+    rank, nodes, key = launch["node_rank"], launch["num_nodes"], "launch.node_rank"
+    if rank is None:
+        return
+    if rank >= nodes:
+        yield f"node {rank} of {nodes}: they are numbered from 0 to {nodes - 1}", key, "launch.num_nodes=NODES"
+    elif launch["hostfile"] and not launch["no_ssh"]:
+        said = "launch.node_rank, but one command reaches all nodes of the hostfile with ssh"
+        yield said, key, "leave it out, or launch.no_ssh=true where each node is started by itself"
 
 
 def port_taken(f: Facts) -> Found:
-    port = f.plan["launch"]["master_port"]
-    if not port or f.plan["launch"]["launcher"] == "local":
+    launch = f.plan["launch"]
+    port = launch["master_port"]
+    elsewhere = (launch["hostfile"] and not launch["no_ssh"]) or launch["node_rank"]  # node 0 will listen, not this
+    if not port or launch["launcher"] == "local" or elsewhere:
         return
     import socket
 

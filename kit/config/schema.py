@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from kit.errors import KitError, first_line
 
 PLAN_FORMAT = 1
+FILTER = r"^[A-Za-z0-9][A-Za-z0-9._-]*(:\d+(,\d+)*)?(@[A-Za-z0-9][A-Za-z0-9._-]*(:\d+(,\d+)*)?)*$"  # DeepSpeed's
 
 
 class Strict(BaseModel):
@@ -66,6 +67,14 @@ class Dataset(Strict):
 class Launch(Strict):
     launcher: Literal["auto", "local", "deepspeed", "torchrun"] = "auto"
     num_gpus: int | Literal["auto"] = "auto"
+    num_nodes: int | Literal["auto"] = 1
+    hostfile: str | None = None
+    include: str | None = Field(default=None, pattern=FILTER)
+    exclude: str | None = Field(default=None, pattern=FILTER)
+    deepspeed_launcher: Literal["pdsh", "openmpi"] = "pdsh"
+    no_ssh: bool = False
+    node_rank: int | None = Field(default=None, ge=0)
+    master_addr: str | None = Field(default=None, pattern=r"^[A-Za-z0-9:][A-Za-z0-9._:-]*$")
     master_port: int | None = Field(default=None, ge=1, le=65535)
     script: str | None = None
     grace_seconds: float = Field(default=120, gt=0)

@@ -12,6 +12,7 @@ from typing import Any
 
 from kit import paths, rundir
 from kit.config import template
+from kit.config.nodes import over_ssh
 from kit.config.schema import RunPlan, load_plan
 from kit.config.tokenizer import find_template
 from kit.ejecting.script import JSON, SCRIPT, START, TEMPLATE, script
@@ -127,8 +128,16 @@ def run_sh(plan: RunPlan, out: Path) -> str:
     quiet = " ".join(f"{k}={shlex.quote(env.pop(k))}" for k in NO_TELEMETRY)
     port = str(plan.launch.master_port or '"${MASTER_PORT:-29500}"')
     where = f"--master_addr 127.0.0.1 --master_port {port}"
-    count = plan.launch.num_gpus
-    if plan.launch.launcher == "deepspeed":
+    count, nodes = plan.launch.num_gpus, plan.launch.num_nodes
+    if nodes not in (1, "auto"):  # one command on each of them, or with ssh for all
+        where = f'--master_addr "${{MASTER_ADDR:?}}" --master_port {port}'
+        rank = '--node_rank "${NODE_RANK:?}"'
+        command = f"torchrun --nnodes {nodes} {rank} --nproc_per_node {count} {where} {SCRIPT}"
+        if plan.launch.launcher == "deepspeed":
+            hosts = shlex.quote(plan.launch.hostfile) if plan.launch.hostfile else '"${HOSTFILE:?}"'
+            command = f"deepspeed{'' if over_ssh(plan.launch) else f' --no_ssh {rank}'} --hostfile {hosts}"
+            command += f" --num_nodes {nodes} --num_gpus {count} {where} --no_local_rank {SCRIPT}"
+    elif plan.launch.launcher == "deepspeed":
         # An absent hostfile means this machine; the default is one that a cluster may have left in /job.
         command = f"deepspeed --num_gpus {count} --hostfile no-hostfile {where} --no_local_rank {SCRIPT}"
     elif plan.launch.launcher == "torchrun":

@@ -1,25 +1,40 @@
-"""What is typed to start the ranks: one argv and the environment it needs, for each launcher."""
+"""What is typed to start the ranks: one argv and the environment it needs, for each launcher.
+
+One node: `deepspeed`, `torchrun` or plain Python, with a free port of this machine.
+A hostfile: one `deepspeed` here, which reaches the nodes with ssh through pdsh (remote.py).
+Several nodes without ssh (torchrun; launch.no_ssh; a batch system): on every node one command with the node's rank,
+`kit launch-node PLAN --node-rank N --master-addr A --master-port P`, or `launch(plan)` of run.py (node.py).
+"""
 
 from __future__ import annotations
 
 import os
+import random
 import socket
 import sys
 from pathlib import Path
 
 from kit import hardware
 from kit.config import trackers
-from kit.config.schema import RunPlan
+from kit.config.nodes import by_node, over_ssh
+from kit.config.schema import Launch, RunPlan
 from kit.hub import NO_TELEMETRY
 
 WORKER = "kit.worker"
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on now."""
+    """A TCP port that nobody holds now, below those that the system gives to outgoing connections meanwhile."""
+    for port in random.SystemRandom().sample(range(20_000, 30_000), 100):
+        with socket.socket() as s:
+            try:
+                s.bind(("", port))
+            except OSError:
+                continue
+            return port
     with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+        s.bind(("", 0))
+        return int(s.getsockname()[1])
 
 
 def command(plan: RunPlan, plan_path: Path, resume: str | None = None) -> tuple[list[str], dict[str, str]]:
@@ -30,14 +45,31 @@ def command(plan: RunPlan, plan_path: Path, resume: str | None = None) -> tuple[
     tail = [str(plan_path), *(["--resume", resume] if resume else [])]
     module = [] if launch.script else ["--module"]
     env = rank_environment(plan)
+    address = (launch.master_addr or "127.0.0.1") if by_node(launch) else "127.0.0.1"
     if launch.launcher == "deepspeed":
-        argv = [sys.executable, "-m", "deepspeed.launcher.runner", *chosen_devices(count), "--master_port", port]
-        # A hostfile left in /job would turn one node into a cluster; an absent file means this machine.
-        argv += ["--hostfile", str(plan.run_path / "no-hostfile"), "--master_addr", "127.0.0.1"]
+        argv = [sys.executable, "-m", "deepspeed.launcher.runner"]
+        if over_ssh(launch):
+            argv += [*hostfile_options(launch), "--launcher", launch.deepspeed_launcher, "--force_multi"]
+            argv += ["--launcher_args=-N"] if launch.deepspeed_launcher == "pdsh" else []  # lines without host names
+            argv += ["--no_ssh_check", "--master_port", port]  # checked already, all nodes and not the first alone
+            argv += ["--master_addr", launch.master_addr] if launch.master_addr else []
+        elif by_node(launch):
+            own = node_hostfile(plan) if not launch.hostfile else launch
+            argv += ["--no_ssh", "--node_rank", str(launch.node_rank), *hostfile_options(own)]
+            argv += ["--master_addr", address, "--master_port", port]
+            if not launch.hostfile:
+                env |= own_devices(plan)
+        else:
+            argv += [*chosen_devices(launch), "--master_port", port]
+            env |= {} if "--include" in argv or "--exclude" in argv else own_devices(plan)
+            # A hostfile left in /job would turn one node into a cluster; an absent file means this machine.
+            argv += ["--hostfile", str(plan.run_path / "no-hostfile"), "--master_addr", address]
         argv += ["--log_level", "error", "--no_local_rank", *module, *target, *tail]
     elif launch.launcher == "torchrun":
-        argv = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", count, "--nnodes", "1"]
-        argv += ["--master_addr", "127.0.0.1", "--master_port", port, *module, *target, *tail]
+        argv = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", count]
+        argv += ["--nnodes", str(launch.num_nodes if by_node(launch) else 1)]
+        argv += ["--node_rank", str(launch.node_rank)] if by_node(launch) else []
+        argv += ["--master_addr", address, "--master_port", port, *module, *target, *tail]
     else:
         argv = [sys.executable, *(target if launch.script else ["-m", *target]), *tail]
         if plan.deepspeed:  # DeepSpeed asks MPI for its rank where these are not set
@@ -49,12 +81,47 @@ def command(plan: RunPlan, plan_path: Path, resume: str | None = None) -> tuple[
     return argv, env
 
 
-def chosen_devices(count: str) -> list[str]:
+def filters(launch: Launch) -> list[str]:
+    """DeepSpeed takes either a filter or counts, never both."""
+    if launch.include or launch.exclude:
+        return ["--include", launch.include] if launch.include else ["--exclude", str(launch.exclude)]
+    return []
+
+
+def hostfile_options(launch: Launch) -> list[str]:
+    counts = ["--num_nodes", str(launch.num_nodes), "--num_gpus", str(launch.num_gpus)]
+    if launch.deepspeed_launcher == "openmpi" and not launch.no_ssh:  # it takes no counts: the whole file
+        counts = []
+    return ["--hostfile", str(launch.hostfile), *(filters(launch) or counts)]
+
+
+def node_hostfile(plan: RunPlan) -> Launch:
+    """DeepSpeed numbers nodes by a hostfile even without ssh; the names in it mean nothing then."""
+    from kit import rundir
+
+    file = plan.run_path / rundir.LOGS / f"hostfile.node{plan.launch.node_rank}"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lines = [f"node{n} slots={plan.launch.num_gpus}\n" for n in range(int(plan.launch.num_nodes))]
+    rundir.write_atomic(file, "".join(lines))
+    return plan.launch.model_copy(update={"hostfile": str(file), "no_ssh": True})
+
+
+def own_devices(plan: RunPlan) -> dict[str, str]:
+    """The devices that a batch system gave to this node: DeepSpeed counts from 0, the worker puts them right (T69)."""
+    visible = [v.strip() for v in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if v.strip()]
+    if plan.trainer["use_cpu"] or not visible:
+        return {}
+    return {"KIT_VISIBLE_DEVICES": ",".join(visible[: int(plan.launch.num_gpus)])}
+
+
+def chosen_devices(launch: Launch) -> list[str]:
     """The deepspeed command forgets CUDA_VISIBLE_DEVICES beside --num_gpus (T69): the devices are named instead."""
+    if launch.include or launch.exclude:
+        return filters(launch)
     visible = [v.strip() for v in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if v.strip()]
     if visible and all(v.isdigit() for v in visible):
-        return ["--include", "localhost:" + ",".join(visible[: int(count)])]
-    return ["--num_gpus", count]
+        return ["--include", "localhost:" + ",".join(visible[: int(launch.num_gpus)])]
+    return ["--num_gpus", str(launch.num_gpus)]
 
 
 def rank_environment(plan: RunPlan) -> dict[str, str]:
@@ -78,10 +145,31 @@ def rank_environment(plan: RunPlan) -> dict[str, str]:
             "DS_ACCELERATOR": "cpu",
             "CUDA_VISIBLE_DEVICES": "",
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
-            # Inter-process traffic of CPU ranks stays on this machine.
-            "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
+            # Traffic of CPU ranks stays on this machine where there is one.
+            "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME") or interface(plan),
         }
     return env
+
+
+def interface(plan: RunPlan) -> str:
+    """The network interface of CPU ranks: this machine's own, or the one that leads to node 0.
+
+    gloo would take the one that the host's name resolves to, which is often the loopback.
+    """
+    address = os.environ.get("MASTER_ADDR") or plan.launch.master_addr
+    if plan.launch.num_nodes in (1, "auto") or not address:
+        return "lo"
+    import psutil
+
+    try:
+        family, _, _, _, place = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:  # nothing is sent: the system only chooses a route
+            probe.connect(place)
+            source = probe.getsockname()[0]
+    except OSError:
+        return "lo"
+    held = {a.address: name for name, addresses in psutil.net_if_addrs().items() for a in addresses}
+    return held.get(source, "lo")
 
 
 def tracker_environment(plan: RunPlan) -> dict[str, str]:

@@ -124,6 +124,8 @@ FIRES: dict[str, list[str]] = {
     "ddp-backend": ["trainer.ddp_backend=nccl", *CPU],
     "tf32-cpu": ["trainer.tf32=true", *CPU],
     "local-one-process": ["launch=local", "launch.num_gpus=2"],
+    "hostfile-unread": ["launch=torchrun", "launch.include=localhost:0", "launch.num_gpus=1"],
+    "node-rank": ["launch=torchrun", "launch.num_nodes=2", "launch.node_rank=2"],
     "token-indices-zero3": ["deepspeed=zero3", "peft.trainable_token_indices=[1]", *CPU],
     "length-learned": [*GPT2, "trainer.max_length=2048"],
     "length-uncut": ["model=opt_6b7", "trainer.max_length=null"],

@@ -1,0 +1,130 @@
+"""How many nodes, and how many processes on each: from DeepSpeed's hostfile and its filters, or as it is said."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from kit import hardware
+from kit.config.schema import Launch
+from kit.errors import Problem
+
+LINE = re.compile(r"^(\S+)\s+slots=(\d+)\s*(#.*)?$")
+Hosts = dict[str, list[int]]  # in the file's order; the numbers of the GPUs
+
+
+class Unfit(ValueError):
+    """What is wrong with a hostfile or a filter: the message, the key, and the fix."""
+
+    def __init__(self, said: str, key: str, fix: str) -> None:
+        super().__init__(said)
+        self.key, self.fix = key, fix
+
+
+def resolve_nodes(launch: Launch, world: int | None, set_by: Callable[[str], str]) -> tuple[Launch, list[Problem]]:
+    """num_nodes as a number, and num_gpus where a hostfile or a filter gives it. `world`: processes that run already.
+
+    DeepSpeed takes nodes of unequal size; the plan has one number for all, so they are refused.
+    """
+    nodes = launch.num_nodes
+    if not (launch.hostfile or launch.include or launch.exclude) or world is not None:
+        return launch.model_copy(update={"num_nodes": 1 if nodes == "auto" else nodes}), []
+    try:
+        if launch.hostfile:
+            hosts = read_hostfile(Path(launch.hostfile).expanduser())
+        else:
+            hosts = {"localhost": list(range(len(hardware.gpus()) or slots_named(launch)))}
+        count, each = counted(chosen(hosts, launch.include, launch.exclude), launch, len(hosts))
+    except Unfit as wrong:
+        where = set_by(f"launch.{wrong.key}")
+        return launch.model_copy(update={"num_nodes": 1}), [Problem(str(wrong), where, wrong.fix, "hostfile")]
+    return launch.model_copy(update={"num_nodes": count, "num_gpus": each}), []
+
+
+def read_hostfile(path: Path) -> Hosts:
+    """The hosts of a file and the GPUs of each, as DeepSpeed reads it."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise Unfit(f"{path} cannot be read: {reason}", "hostfile", "check the path") from None
+    hosts: Hosts = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or line.strip().startswith("#"):
+            continue
+        found = LINE.match(line.strip())
+        if not found or int(found[2]) < 1:
+            raise Unfit(f"{path}:{number} is not a line of a hostfile: {line.strip()[:80]!r}", "hostfile",
+                        "one line for each node: HOST slots=GPUS")  # fmt: skip
+        if not re.fullmatch(r"[A-Za-z0-9:][A-Za-z0-9._:@-]*", found[1]):  # it is put into a command line for ssh
+            raise Unfit(f"{path}:{number}: {found[1]!r} is no host's name", "hostfile", "HOST slots=GPUS")
+        if found[1] in hosts:
+            raise Unfit(f"{path}:{number} names {found[1]} again", "hostfile", "one line for each node")
+        hosts[found[1]] = list(range(int(found[2])))
+    if not hosts:
+        raise Unfit(f"{path} names no host", "hostfile", "one line for each node: HOST slots=GPUS")
+    return hosts
+
+
+def chosen(hosts: Hosts, include: str | None, exclude: str | None) -> Hosts:
+    """What DeepSpeed's --include or --exclude leave of the hosts."""
+    if include and exclude:
+        raise Unfit("launch.include and launch.exclude are both given: DeepSpeed takes one", "exclude", "keep one")
+    key, text = ("include", include) if include else ("exclude", exclude)
+    if not text:
+        return hosts
+    named: Hosts = {}
+    for part in text.split("@"):
+        host, _, slots = part.partition(":")
+        if host not in hosts:
+            raise Unfit(f"launch.{key} names {host}, which is not among {', '.join(hosts)}", key, "check the name")
+        numbers = [int(n) for n in slots.split(",")] if slots else hosts[host]
+        if wrong := [n for n in numbers if n not in hosts[host]]:
+            raise Unfit(f"{host} has no slot {wrong[0]}: they are 0 to {len(hosts[host]) - 1}", key, "check the slots")
+        named[host] = sorted({*named.get(host, []), *numbers})
+    if include:
+        return {host: named[host] for host in hosts if host in named}
+    left = {host: [n for n in slots if n not in named.get(host, [])] for host, slots in hosts.items()}
+    if not any(left.values()):
+        raise Unfit("launch.exclude leaves nothing", "exclude", "leave some of it out")
+    return {host: slots for host, slots in left.items() if slots}
+
+
+def counted(hosts: Hosts, launch: Launch, listed: int) -> tuple[int, int]:
+    """(nodes, processes on each) of what is chosen, cut to what is asked for."""
+    nodes, count = launch.num_nodes, launch.num_gpus
+    filtered = bool(launch.include or launch.exclude)
+    whole = filtered or launch.deepspeed_launcher == "openmpi"  # DeepSpeed cuts neither of these down
+    if nodes != "auto" and (nodes > len(hosts) or (whole and nodes != len(hosts))):
+        said = f"launch.num_nodes={nodes}, but the hostfile and its filters give {len(hosts)}"
+        raise Unfit(said, "num_nodes", f"leave it out: {len(hosts)}")
+    nodes = len(hosts) if nodes == "auto" else nodes
+    sizes = {len(slots) for slots in list(hosts.values())[:nodes]}
+    if count == "auto" and len(sizes) > 1:
+        raise Unfit(f"the nodes have {', '.join(map(str, sorted(sizes)))} slots: all must have as many", "hostfile",
+                    f"launch.num_gpus={min(sizes)} takes as many on each")  # fmt: skip
+    each = min(sizes) if count == "auto" else count
+    if each > min(sizes) or (whole and sizes != {each}):
+        said = f"launch.num_gpus={each}, but the hostfile and its filters give {', '.join(map(str, sorted(sizes)))}"
+        raise Unfit(said, "num_gpus", f"launch.num_gpus={min(sizes)}, or leave it out")
+    if launch.deepspeed_launcher == "openmpi" and (filtered or nodes != listed):
+        raise Unfit("DeepSpeed's openmpi launcher starts on the whole hostfile", "deepspeed_launcher",
+                    "a hostfile with the nodes that are meant, or launch.deepspeed_launcher=pdsh")  # fmt: skip
+    return nodes, each
+
+
+def slots_named(launch: Launch) -> int:
+    """For a machine whose GPUs cannot be counted here: as many as a filter of localhost speaks of."""
+    slots = (launch.include or launch.exclude or "").partition(":")[2]
+    return max((int(n) for n in slots.split(",") if n.isdigit()), default=0) + 1
+
+
+def over_ssh(launch: Launch) -> bool:
+    """Whether one command starts the ranks of all nodes."""
+    return bool(launch.hostfile) and not launch.no_ssh and launch.launcher == "deepspeed"
+
+
+def by_node(launch: Launch) -> bool:
+    """Whether each node is told its rank and starts its own ranks."""
+    return launch.num_nodes not in (1, "auto") and not over_ssh(launch)

@@ -1,0 +1,128 @@
+"""Several nodes that each start their own ranks (no ssh): which one this is, and where node 0 is met.
+
+    kit launch-node runs/x/plan.json --node-rank 1 --master-addr node0 --master-port 29500
+
+starts the ranks of one node of a frozen plan, whose directory all nodes share, and ends when they do. What is not said
+comes from the environment: NODE_RANK, MASTER_ADDR and MASTER_PORT, else what SLURM (one task per node) or an indexed
+Kubernetes Job says. `launch(plan)` in run.py is the same for one's own code: it asks `placed` itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import re
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+
+from kit.config.nodes import by_node, read_hostfile
+from kit.config.schema import RunPlan, load_plan
+from kit.errors import ENVIRONMENT, REFUSED, KitError, Problem
+
+FIRST_PORT, PORTS = 20_000, 10_000  # below what systems give to outgoing connections, and below Kubernetes' own
+
+
+def placed(plan: RunPlan, env: Mapping[str, str] = os.environ) -> RunPlan:
+    """The plan with node_rank, master_addr and master_port filled in; as it is where one command starts all ranks."""
+    launch = plan.launch
+    if not by_node(launch):
+        return plan
+    rank = launch.node_rank
+    if rank is None:
+        rank = number(env, "NODE_RANK", "SLURM_NODEID", "JOB_COMPLETION_INDEX")
+    problems = []
+    if rank is None:
+        said = f"the run has {launch.num_nodes} nodes, each of which starts its own ranks, and this one has no number"
+        problems.append(
+            Problem(said, "launch.node_rank", "launch.node_rank=0 here; NODE_RANK and SLURM_NODEID do too")
+        )
+    elif rank >= int(launch.num_nodes):
+        said = f"node {rank} of {launch.num_nodes}: they are numbered from 0"
+        problems.append(Problem(said, "launch.node_rank", f"0 to {int(launch.num_nodes) - 1}"))
+    address = launch.master_addr or env.get("MASTER_ADDR") or first_of_slurm(env)
+    if not address and launch.hostfile:
+        address = next(iter(read_hostfile(Path(launch.hostfile))))
+    if not address:
+        said = "nobody says where node 0 is"
+        problems.append(Problem(said, "launch.master_addr", "launch.master_addr=HOST, the same on every node"))
+    if problems:
+        raise KitError(problems, code=REFUSED)
+    port = launch.master_port or number(env, "MASTER_PORT") or port_of(plan, env)
+    told = {"node_rank": rank, "master_addr": address, "master_port": port}
+    return plan.model_copy(update={"launch": launch.model_copy(update=told)})
+
+
+def number(env: Mapping[str, str], *names: str) -> int | None:
+    return next((int(env[name]) for name in names if env.get(name, "").isdigit()), None)
+
+
+def first_of_slurm(env: Mapping[str, str]) -> str:
+    """The first host of SLURM's list, as in `gpu[03-07,11],login1`."""
+    text = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or ""
+    found = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\]([^,\[]*))?", text)
+    return "".join(part or "" for part in found.groups()) if found else ""
+
+
+def port_of(plan: RunPlan, env: Mapping[str, str]) -> int:
+    """A port that every node finds by itself, without a word between them; another for each run and job."""
+    mark = f"{env.get('SLURM_JOB_ID', '')}:{plan.run_dir}"
+    return FIRST_PORT + int(hashlib.sha256(mark.encode()).hexdigest(), 16) % PORTS
+
+
+def own_ranks(plan: RunPlan) -> range | None:
+    """The ranks that this node starts; None: all of the run's, or all that a launcher reaches."""
+    if not by_node(plan.launch) or plan.launch.node_rank is None:
+        return None
+    count = int(plan.launch.num_gpus)
+    return range(plan.launch.node_rank * count, (plan.launch.node_rank + 1) * count)
+
+
+def check_port(plan: RunPlan) -> None:
+    """KitError on node 0 where somebody else listens at the port that the nodes have agreed on."""
+    port = int(plan.launch.master_port or 0)
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            said = f"port {port} cannot be taken: {error.strerror}"
+            fix = "launch.master_port=PORT, another one, the same on every node"
+            raise KitError(said, "launch.master_port", fix, code=ENVIRONMENT, rule="port-taken") from None
+
+
+def others_command(plan: RunPlan) -> str:
+    """What is to be typed on the other nodes."""
+    launch = plan.launch
+    where = f"--master-addr {launch.master_addr} --master-port {launch.master_port}"
+    ranks = "1" if launch.num_nodes == 2 else f"N   (N = 1 to {int(launch.num_nodes) - 1})"
+    return f"kit launch-node {plan.run_path / 'plan.json'} {where} --node-rank {ranks}"
+
+
+def main(argv: list[str]) -> int:
+    """`kit launch-node PLAN`: the ranks of one node of a frozen plan."""
+    parser = argparse.ArgumentParser(
+        prog="kit launch-node", description="Start the ranks of one node of a frozen plan.", allow_abbrev=False
+    )
+    parser.add_argument("plan", help="plan.json, or the run directory, on a file system that all nodes share")
+    parser.add_argument("--node-rank", type=int, help="0 to NODES - 1 (NODE_RANK, SLURM_NODEID, JOB_COMPLETION_INDEX)")
+    parser.add_argument("--master-addr", help="host name or address of node 0 (MASTER_ADDR, SLURM's first node)")
+    parser.add_argument("--master-port", type=int, help="the same on every node (MASTER_PORT, else from the run)")
+    parser.add_argument("--resume", metavar="CHECKPOINT", help="go on from it; `newest`: if there is one")
+    a = parser.parse_args(argv)
+    from kit import api, manifest, rundir
+    from kit.launchers.run import launch
+
+    path = Path(a.plan)
+    run = rundir.find_run(str(path.parent if path.name == rundir.PLAN else path))
+    plan = load_plan(run)
+    told = {"node_rank": a.node_rank, "master_addr": a.master_addr, "master_port": a.master_port}
+    told = {key: value for key, value in told.items() if value is not None or key == "node_rank"}
+    plan = plan.model_copy(update={"run_dir": str(run), "launch": plan.launch.model_copy(update=told)})
+    api.need_stack()
+    resume = a.resume
+    if resume == "newest":
+        newest = manifest.newest_complete(run / rundir.CHECKPOINTS)
+        resume = newest.path.name if newest.path else None
+    return launch(plan, resume=resume)

@@ -1,0 +1,159 @@
+"""Nodes that the deepspeed command reaches with ssh: what it needs there, and the environment that must come along.
+
+DeepSpeed hands on PYTHON*, MLFLOW* and NCCL*, and what a file `.deepspeed_env` names (trap T70). The kit writes such a
+file into the run directory and points DS_ENV_FILE to it. Names and values that look like secrets never enter it: it
+would be a file, and DeepSpeed puts its lines on a command line that everybody on the node can read.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from kit import rundir
+from kit.config.nodes import chosen, read_hostfile
+from kit.config.schema import RunPlan
+from kit.errors import ENVIRONMENT, KitError, Problem
+
+ENV_FILE = "deepspeed_env"
+# What a rank asks its environment for, by the beginning of the name. Devices, paths of a home, and places for
+# temporary files are each node's own; TORCH_EXTENSIONS_DIR comes along only where a person has set it.
+PASSED = (
+    "HF_", "HUGGINGFACE_", "TRANSFORMERS_", "TOKENIZERS_", "DATASETS_", "ACCELERATE_", "TRL_", "BNB_", "TORCH",
+    "PYTORCH_", "CUDA_HOME", "CUDA_PATH", "CUDA_DEVICE_", "CUDA_LAUNCH_", "NCCL_", "GLOO_", "UCX_", "OMP_", "MKL_",
+    "TRITON_", "KIT_", "WANDB_", "MLFLOW_", "TRACKIO_", "DS_", "DO_NOT_TRACK", "LD_LIBRARY_PATH", "XDG_CACHE_HOME",
+)  # fmt: skip
+OWN = ("DS_ENV_FILE", "TRL_LAUNCHER", "TORCHELASTIC_RUN_ID")
+SECRET = re.compile(r"(^|_)(API_?KEY|KEY|TOKEN|SECRETS?|PASSWORD|PASSWD|PASS|CREDENTIALS?|AUTH)(_|$)", re.I)
+URL_PASSWORD = re.compile(r"://[^/\s@]+@|\b(hf|sk|ghp|gho)_[A-Za-z0-9]{16,}")
+HANDED_ON = ("PYTHON", "MLFLOW", "MV2", "UCX", "NCCL")  # by DeepSpeed itself, secret or not
+PLAIN = re.compile(r"[\w@%+=:,./ -]*")  # DeepSpeed puts anything else into double quotes for a shell, unescaped
+
+
+def is_secret(name: str, value: str) -> bool:
+    return bool(SECRET.search(name) or URL_PASSWORD.search(value))
+
+
+def environment(plan: RunPlan, own: Mapping[str, str], say: Callable[[str], None]) -> dict[str, str]:
+    """Write the file and return what the deepspeed command itself needs. `own`: the kit's settings for the ranks.
+
+    The lines of a person's `.deepspeed_env` (home, then working directory) come along as well.
+    """
+    mine = {name: value for name, value in os.environ.items() if name.startswith(PASSED) and name not in OWN}
+    given = persons_lines()
+    kept: dict[str, str] = {}
+    for name, value in {**{k: own[k] for k in ("DS_ACCELERATOR",) if k in own}, **mine, **given}.items():
+        if is_secret(name, value):
+            say(f"{name} looks like a secret and is not sent to the nodes: log in there, or keep it in a file")
+        elif not re.fullmatch(r"[A-Za-z_]\w*", name) or not PLAIN.fullmatch(value):
+            say(f"{name} is not sent to the nodes: its value has characters that a shell would read")
+        else:
+            kept[name] = value
+    if plan.launch.deepspeed_launcher == "openmpi":  # its ranks ask OMPI_* for the rest (kit/worker.py)
+        address = plan.launch.master_addr or next(iter(read_hostfile(Path(str(plan.launch.hostfile)))))
+        kept |= {"MASTER_ADDR": address, "MASTER_PORT": str(plan.launch.master_port)}
+    file = plan.run_path / ENV_FILE
+    rundir.write_atomic(file, "".join(f"{name}={value}\n" for name, value in sorted(kept.items())))
+    hidden = {k: "" for k, v in os.environ.items() if k.startswith(HANDED_ON) and is_secret(k, v)}
+    return {"DS_ENV_FILE": str(file), **hidden}
+
+
+def persons_lines() -> dict[str, str]:
+    """What is in a `.deepspeed_env` of one's own, which DS_ENV_FILE would hide."""
+    name = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
+    found: dict[str, str] = {}
+    for file in (Path.home() / name, Path(name)):
+        if file.is_file() and os.access(file, os.R_OK):
+            for line in file.read_text(errors="replace").splitlines():
+                key, equals, value = line.strip().partition("=")
+                if equals and not key.startswith("#"):
+                    found[key.strip()] = value.strip().strip("\"'")
+    return found
+
+
+def hosts(plan: RunPlan) -> list[str]:
+    launch = plan.launch
+    listed = chosen(read_hostfile(Path(str(launch.hostfile)).expanduser()), launch.include, launch.exclude)
+    return list(listed)[: int(launch.num_nodes)]
+
+
+def check(plan: RunPlan) -> None:
+    """KitError (3) where a node cannot be reached, or lacks the run directory or this Python; all nodes at once."""
+    tool = {"pdsh": "pdsh", "openmpi": "ompi_info"}[plan.launch.deepspeed_launcher]
+    problems = []
+    if not shutil.which(tool):
+        fix = f"apt install {'pdsh' if tool == 'pdsh' else 'openmpi-bin'}, or launch.no_ssh=true"
+        problems.append(Problem(f"{tool} is not installed", "launch.deepspeed_launcher", fix))
+    for path in (os.getcwd(), str(plan.run_path), sys.executable):
+        if not re.fullmatch(r"[\w@%+=:,./-]+", path):
+            problems.append(Problem(f"{path!r} goes into a command for other nodes and has a space or a sign in it",
+                                    "runs_dir", "a plain path"))  # fmt: skip
+    if not problems:
+        problems = [p for p in map(reached, probes(plan)) if p]
+    if problems:
+        raise KitError(problems, code=ENVIRONMENT)
+
+
+def probes(plan: RunPlan) -> list[tuple[str, subprocess.Popen[str]]]:
+    """One ssh to each node, side by side: does it see the plan, and has it this Python?"""
+    asks = f"test -r {plan.run_path / rundir.PLAN} && echo plan; test -x {sys.executable} && echo python"
+    options = ["-o", "BatchMode=yes", "-o", "ConnectTimeout=10"]
+    return [
+        (host, subprocess.Popen(["ssh", *options, host, asks], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE, text=True))
+        for host in hosts(plan)
+    ]  # fmt: skip
+
+
+def reached(probe: tuple[str, subprocess.Popen[str]]) -> Problem | None:
+    host, process = probe
+    try:
+        out, err = process.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        out, err = process.communicate()
+        err = err or "no answer within 60 s"
+    if "plan" in out and "python" in out:
+        return None
+    if process.returncode and not out:
+        last = (err.strip().splitlines() or ["no answer"])[-1]
+        return Problem(f"{host} is not reached with ssh: {last[:200]}", "launch.hostfile",
+                       f"`ssh {host} true` must work without a password, or launch.no_ssh=true")  # fmt: skip
+    if "plan" not in out:
+        return Problem(f"{host} does not see the run directory", "runs_dir", "a folder that all nodes share")
+    return Problem(f"{host} has no {sys.executable}", "launch.hostfile", "the same environment on every node")
+
+
+# ---- stopping: the ranks are on other machines, where this one has no process to signal ----
+
+STOP = "stop"
+
+
+def ask_ranks(run: Path, what: str) -> None:
+    """`save`: a checkpoint and an end, as after a signal; `now`: an end. Every rank looks once a second."""
+    rundir.write_atomic(run / rundir.LOGS / STOP, what)
+
+
+def forget(run: Path) -> None:
+    (run / rundir.LOGS / STOP).unlink(missing_ok=True)
+
+
+def is_old(run: Path) -> bool:
+    """Whether the word is of an earlier start, whose ranks have long seen it."""
+    try:
+        return time.time() - (run / rundir.LOGS / STOP).stat().st_mtime > 120
+    except OSError:
+        return True
+
+
+def asked(run: Path) -> str:
+    try:
+        return (run / rundir.LOGS / STOP).read_text()
+    except OSError:
+        return ""
