@@ -1,0 +1,110 @@
+"""The lines of launch/README.md and the scripts, as they stand there: what they start, and that it can be started."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kit import api, cli, rundir
+from kit.errors import DONE
+from kit.launchers import run as launching
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = (ROOT / "launch/README.md").read_text()
+LINES = [
+    line
+    for block in re.findall(r"^```\n(.*?)^```$", PAGE, re.S | re.M)
+    for line in block.splitlines()
+    if line.startswith(("launch/deepspeed", "launch/torchrun", "launch/node", "kit launch-node"))
+]
+STUB = """#!{python}
+import json, os, sys
+print(json.dumps([os.path.basename(sys.argv[0]), *sys.argv[1:]]))
+"""
+
+
+@pytest.fixture
+def there(base, chat, tmp_path, monkeypatch) -> Path:
+    """A folder as the README means it: launch/, a hostfile in it, and a frozen run of two nodes of eight."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "launch", tmp_path / "launch")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    (tmp_path / "bin").mkdir()
+    for name in ("kit", "deepspeed", "torchrun"):
+        (tmp_path / "bin" / name).write_text(STUB.format(python=sys.executable))
+        (tmp_path / "bin" / name).chmod(0o755)
+    two = ("launch=torchrun", "launch.num_nodes=2", "launch.num_gpus=8", "trainer.use_cpu=true")
+    plan = api.compose(f"model.name_or_path={base}", f"dataset.path={chat}", "name=quickstart", *two)
+    rundir.create(plan.model_copy(update={"run_dir": str(tmp_path / "runs" / "quickstart-1a2b3c4d")}))
+    return tmp_path
+
+
+def test_the_page_speaks_of_every_script_and_of_no_other():
+    scripts = {p.name for p in (ROOT / "launch").glob("*.sh")}
+    assert set(re.findall(r"`(?:launch/)?(\w+\.sh)", PAGE)) == scripts
+    assert {line.split()[0].removeprefix("launch/") for line in LINES if line.startswith("launch/")} <= scripts
+    assert len(LINES) >= 7
+    for script in scripts:
+        assert (ROOT / "launch" / script).stat().st_mode & 0o111
+        assert subprocess.run(["bash", "-n", str(ROOT / "launch" / script)]).returncode == 0
+
+
+def started(line: str) -> list[str]:
+    """The argv that a line comes down to."""
+    if line.startswith("kit"):
+        return shlex.split(line)
+    done = subprocess.run(shlex.split(line), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_a_line_starts_what_it_says(line: str, there: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    argv = started(line)
+    if argv[:2] == ["kit", "train"]:
+        assert cli.run(["check", *argv[2:]]) == DONE, capsys.readouterr().err
+    elif argv[:2] == ["kit", "launch-node"]:
+        seen = []
+        monkeypatch.setattr(launching, "launch", lambda plan, resume=None: seen.append((plan, resume)) or DONE)
+        monkeypatch.setenv("MASTER_ADDR", "gpu-01")
+        assert cli.run(argv[1:]) == DONE
+        placed = launching.node.placed(seen[0][0])
+        assert (placed.launch.node_rank, placed.launch.master_addr, seen[0][1]) == (1, "gpu-01", None)
+        assert placed.launch.master_port == (29500 if "29500" in line else placed.launch.master_port)
+    elif argv[0] == "torchrun":
+        from torch.distributed.run import get_args_parser
+
+        read = get_args_parser().parse_args(argv[1:])
+        assert (read.module, read.training_script) == (True, "kit.worker")
+        world = int(read.nnodes) * int(read.nproc_per_node)
+        described(read.training_script_args, world)
+    else:
+        from deepspeed.launcher.runner import parse_args
+
+        read = parse_args(argv[1:])
+        assert (read.module, read.user_script, read.num_gpus) == (True, "kit.worker", 2)
+        described(read.user_args, 2)
+
+
+def described(words: list[str], world: int) -> None:
+    """What stands behind kit.worker is composed as rank 0 would, or is a frozen plan."""
+    if words[-1].endswith("plan.json"):
+        assert len(words) == 1
+    else:
+        assert api.compose(*words, world_size=world).world_size == world
+
+
+@pytest.mark.parametrize("script", sorted(p.name for p in (ROOT / "launch").glob("*.sh")))
+def test_a_script_without_words_says_what_it_wants(script: str):
+    if script in ("slurm.sh", "pbs.sh"):
+        pytest.skip("for a batch system")
+    done = subprocess.run([str(ROOT / "launch" / script)], capture_output=True, text=True, timeout=30)
+    assert done.returncode != 0 and "usage:" in done.stderr
