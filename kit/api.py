@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,27 @@ def check(*args: str, config_dir: str | None = None) -> list[Problem]:
     return []
 
 
-def train(*args: str, config_dir: str | None = None, fresh: bool = False, plan: RunPlan | None = None) -> int:
-    """Compose, make the run directory, launch, and stay until it is done; the exit code. KitError when it failed."""
+def train(
+    *args: str,
+    config_dir: str | None = None,
+    fresh: bool = False,
+    plan: RunPlan | None = None,
+    follow: bool = False,
+    then: Sequence[str] = (),
+) -> int:
+    """Compose, make the run directory, launch, and stay until it is done; the exit code. KitError when it failed.
+
+    With launch=slurm it is submitted; `follow` stays with the job, `then` are the verbs that come after it.
+    """
     from kit.launchers.run import launch
 
     plan = plan or compose(*args, config_dir=config_dir, here=True)
+    if plan.launch.slurm:
+        from kit.launchers import slurm
+
+        return slurm.start(plan, fresh, follow, then)
+    if follow or then:
+        raise KitError("--follow and --then are for batch jobs", "command line", "launch=slurm")
     need_stack()
     return launch(rundir.create(plan, fresh))
 
@@ -61,7 +78,6 @@ def resume(run: str, *overrides: str) -> int:
     from kit.launchers.run import launch, say
 
     path = rundir.find_run(run)
-    need_stack()
     plan = load_plan(path).model_copy(update={"run_dir": str(path)})
     state = rundir.status(path)
     if pid := rundir.in_use(path):
@@ -84,6 +100,11 @@ def resume(run: str, *overrides: str) -> int:
         )
     rundir.write_plan(plan)
     say(f"resuming from {newest.path.name}")
+    if plan.launch.slurm:  # the job looks for the newest checkpoint itself
+        from kit.launchers import slurm
+
+        return slurm.submit(plan)
+    need_stack()
     return launch(plan, resume=newest.path.name)
 
 

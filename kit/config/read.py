@@ -15,7 +15,7 @@ from kit import paths
 from kit.config import dataset as data_files
 from kit.config import fields, hub_dataset, zero
 from kit.config import template as templates
-from kit.config.schema import Dataset, RunInput, Strict, leaves
+from kit.config.schema import Dataset, RunInput, Slurm, Strict, leaves
 from kit.errors import KitError, Problem, named
 
 PATHS = (  # (section, key) of what is looked for on the disk
@@ -91,6 +91,23 @@ def read_input(tree: dict[str, Any], set_by: Any) -> tuple[RunInput | None, list
                 value = f": {e['input']!r}" if not isinstance(e["input"], dict) else ""
                 problems.append(Problem(f"{key}: {e['msg'][0].lower()}{e['msg'][1:]}{value}", set_by(key), "", "type"))
         return None, problems
+
+
+def read_slurm(tree: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a batch job by themselves; KitError with every key that there is not and every wrong kind."""
+    try:
+        return Slurm.model_validate(tree).model_dump()
+    except ValidationError as error:
+        found = []
+        for e in error.errors():
+            key = ".".join(["launch.slurm", *map(str, e["loc"])])
+            if e["type"] == "extra_forbidden":
+                near = difflib.get_close_matches(str(e["loc"][-1]), Slurm.model_fields, 1)
+                fix = f"did you mean launch.slurm.{near[0]}?" if near else "remove it"
+                found.append(Problem(f"there is no key {key}", key, fix, "unknown-key"))
+            else:
+                found.append(Problem(f"{key}: {e['msg'][0].lower()}{e['msg'][1:]}: {e['input']!r}", key, "", "type"))
+        raise KitError(found) from None
 
 
 def tree_at(tree: Any, loc: tuple[Any, ...]) -> Any:

@@ -44,9 +44,11 @@ def launch(plan: RunPlan, resume: str | None = None) -> int:
             rundir.write_json(run / rundir.LAUNCH, record)
             rundir.set_status(run, "running")
             kills, deaths = hardware.oom_kills() or 0, Deaths(run)
+            # SLURM signals all processes of a step: SIGUSR1 is for us and for the ranks, and would end a launcher.
             process = subprocess.Popen(
-                argv, env={**os.environ, **env}, stdin=subprocess.DEVNULL, start_new_session=True
-            )
+                argv, env={**os.environ, **env}, stdin=subprocess.DEVNULL, start_new_session=True,
+                preexec_fn=lambda: signal.signal(signal.SIGUSR1, signal.SIG_IGN),
+            )  # fmt: skip
             try:
                 wait(process, run, stop, plan.launch.grace_seconds, deaths)
             finally:
@@ -64,14 +66,14 @@ def launch(plan: RunPlan, resume: str | None = None) -> int:
 
 
 class Stop:
-    """Turns Ctrl-C and SIGTERM into a flag while ranks run, and gives the handlers back afterwards."""
+    """Turns Ctrl-C, SIGTERM and SIGUSR1 into a flag while ranks run, and gives the handlers back afterwards."""
 
     def __init__(self) -> None:
         self.asked = 0
         self.before: dict[int, Any] = {}
 
     def __enter__(self) -> Stop:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
             self.before[number] = signal.signal(number, self.ask)
         return self
 

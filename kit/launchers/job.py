@@ -1,0 +1,56 @@
+"""What a batch system starts on a node: the ranks of a frozen run, from its newest complete checkpoint if it has one.
+
+    python -m kit.launchers.job RUN
+
+The same command starts a run and, after the job was queued again, goes on with it. Exit codes are those of `kit`.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from kit import hardware, manifest, rundir
+from kit.config.schema import RunPlan, load_plan
+from kit.errors import DONE, ENVIRONMENT, REFUSED, KitError
+from kit.launchers.run import launch, say
+
+
+def main(argv: list[str]) -> int:
+    from kit.terminal import print_problems
+
+    try:
+        if len(argv) != 1:
+            raise KitError("one run directory is needed", "command line", "python -m kit.launchers.job RUN")
+        return start(argv[0])
+    except KitError as error:
+        print_problems(error.problems, refused=error.code == REFUSED)
+        return error.code
+
+
+def start(name: str) -> int:
+    """Launch a run on this node, or go on with it; nothing to do for one that is done."""
+    run = rundir.find_run(name)
+    plan = load_plan(run).model_copy(update={"run_dir": str(run)})
+    if rundir.status(run).get("state") == "done":
+        say(f"{run} is finished")
+        return DONE
+    enough_gpus(plan)
+    newest = manifest.newest_complete(run / rundir.CHECKPOINTS)
+    for reason in newest.skipped:
+        say(reason)
+    say(f"resuming from {newest.path.name}" if newest.path else "no checkpoint yet: from the beginning")
+    return launch(plan, resume=newest.path.name if newest.path else None)
+
+
+def enough_gpus(plan: RunPlan) -> None:
+    """The plan was made on another machine, whose GPUs did not count."""
+    seen = len(hardware.gpus())
+    if not plan.trainer["use_cpu"] and int(plan.launch.num_gpus) > seen:
+        raise KitError(
+            f"{plan.launch.num_gpus} GPUs asked for, this node shows {seen}", "launch.num_gpus",
+            "launch.slurm.gres=gpu:N asks for them", code=ENVIRONMENT, rule="gpus-missing",
+        )  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,114 @@
+"""The text of the scripts that are given to sbatch. Values come in by two ways only: patterns and shlex.quote."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kit import __version__
+from kit.config import slurm as values
+from kit.config.schema import RunPlan
+from kit.errors import FAILED, STOPPED, KitError, Problem
+
+JOB = "kit.launchers.job"
+MODULE = [sys.executable, "-m"]
+
+# bash runs a trap only between commands: the step is put into the background and waited for, again after each signal.
+STEP = """\
+# Preempted, or its node lost: SLURM queues the job again by itself. That counts too.
+[ "${{SLURM_RESTART_COUNT:-0}}" -le {requeues} ] || {{ echo "kit: queued again {requeues} times"; exit {failed}; }}
+
+asked=no
+trap 'asked=yes; kill -USR1 "$step" 2>/dev/null' USR1  # near the time limit, or scancel --batch --signal=USR1
+trap : TERM                                            # scancel, preemption: SLURM tells the step itself
+{srun} "$run" &
+step=$!
+wait "$step"; while kill -0 "$step" 2>/dev/null; do wait "$step"; done; wait "$step"; code=$?
+
+# {stopped}: every rank stopped at one step, with a complete checkpoint.
+if [ "$asked" = yes ] && {{ [ "$code" -eq {stopped} ] || [ "$code" -ge 128 ]; }}; then
+  if [ "${{SLURM_RESTART_COUNT:-0}}" -lt {requeues} ]; then
+    echo "kit: queued again, start $((${{SLURM_RESTART_COUNT:-0}} + 1)) of {requeues}"
+    trap - TERM
+    scontrol requeue "$job" && sleep 60  # which ends this script
+  fi
+  echo "kit: not queued again: launch.slurm.max_requeues={requeues}"
+fi
+exit "$code"
+"""
+
+
+def srun(plan: RunPlan) -> list[str]:
+    """One task per node, which starts the ranks of its node; it may use all of the job's CPUs there."""
+    assert plan.launch.slurm
+    nodes = str(nodes_of(plan))
+    argv = ["srun", "--nodes", nodes, "--ntasks", nodes, "--ntasks-per-node", "1", "--kill-on-bad-exit=1", "--overlap"]
+    if cpus := plan.launch.slurm.cpus_per_task:  # srun no longer takes it from sbatch
+        argv += ["--cpus-per-task", str(cpus)]
+    return [*argv, "--cpu-bind=none", *MODULE, JOB]
+
+
+def nodes_of(plan: RunPlan) -> int:
+    return int(getattr(plan.launch, "num_nodes", 1))
+
+
+def train_script(plan: RunPlan, runs: Sequence[Path], output: str, at_once: int | None = None) -> str:
+    """The script of one run, or of an array with a task to each of `runs`."""
+    assert plan.launch.slurm
+    slurm, nodes = plan.launch.slurm.model_dump(), nodes_of(plan)
+    most, name = slurm["max_requeues"], f"{plan.name}-{plan.hash}" if len(runs) == 1 else f"{plan.name}-array"
+    own = [f"--signal=B:USR1@{slurm['signal_seconds']}", "--requeue", "--open-mode=append"]
+    if len(runs) > 1:
+        own.append(f"--array=0-{len(runs) - 1}" + (f"%{int(at_once)}" if at_once else ""))
+    lines = header(f"kit train of {len(runs)} run{'s' * (len(runs) > 1)}", name, output, slurm, nodes, own)
+    if len(runs) == 1:
+        lines += [f"run={shlex.quote(str(runs[0]))}", "job=$SLURM_JOB_ID"]
+    else:
+        lines += ["runs=(", *(f"  {shlex.quote(str(run))}" for run in runs), ")"]
+        lines += ["run=${runs[$SLURM_ARRAY_TASK_ID]}", "job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"]
+    if nodes > 1:
+        lines += ["# Where the ranks meet: the first node, at a port of this job's own.",
+                  'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
+                  "export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))"]  # fmt: skip
+    step = STEP.format(srun=shlex.join(srun(plan)), stopped=STOPPED, failed=FAILED, requeues=most)
+    return "\n".join(lines) + "\n" + step
+
+
+def verb_script(verb: str, argv: Sequence[str], slurm: dict[str, Any], folder: Path) -> str:
+    """The script of a step after training, which is one process."""
+    lines = header(f"kit {verb}", f"kit-{verb}", str(folder / "logs" / f"{verb}-%j.out"), slurm, 1, [])
+    step = ["srun", "--nodes", "1", "--ntasks", "1", "--overlap"]
+    if cpus := slurm.get("cpus_per_task"):
+        step += ["--cpus-per-task", str(cpus)]
+    return "\n".join([*lines, shlex.join(["exec", *step, "--cpu-bind=none", *MODULE, "kit", verb, *argv])]) + "\n"
+
+
+def header(about: str, name: str, output: str, slurm: dict[str, Any], nodes: int, own: Sequence[str]) -> list[str]:
+    """The lines before the work: options for sbatch, modules and set-up. KitError for a value that is not plain."""
+    found = [*values.value_problems(slurm), *values.extra_problems(slurm)]
+    if found:
+        raise KitError([Problem(problem, key, fix, "slurm-value") for problem, key, fix in found])
+    if not values.JOB_NAME.fullmatch(name):
+        raise KitError(f"{name!r} cannot be a job's name", "name", "letters, digits, . _ -", rule="slurm-value")
+    options = [f"--job-name={name}", f"--output={output}", f"--nodes={int(nodes)}", "--ntasks-per-node=1", *own]
+    if slurm.get("cpus_per_task"):
+        options.append(f"--cpus-per-task={int(slurm['cpus_per_task'])}")
+    options += [f"--{key}={slurm[key]}" for key in values.PATTERNS if slurm.get(key) is not None]
+    options += slurm.get("extra") or []
+    lines = ["#!/bin/bash", f"# {about}, written by kit {__version__}; sbatch takes it again as it is."]
+    lines += [f"#SBATCH {option}" for option in options] + [""]
+    lines += [shlex.join(["module", "load", module]) for module in slurm.get("modules") or []]
+    lines += [shlex.join(shlex.split(command)) for command in slurm.get("setup") or []]
+    return lines
+
+
+def plain(path: Path) -> None:
+    """KitError where a directory's name cannot stand behind --output."""
+    if not values.PATH.fullmatch(str(path)):
+        raise KitError(
+            f"{str(path)!r} cannot stand in an #SBATCH line", "runs_dir, name",
+            "a folder whose path has letters, digits and . _ , + @ = : - only", rule="slurm-value",
+        )  # fmt: skip
