@@ -21,6 +21,11 @@ STEP = """\
 # Preempted, or its node lost: SLURM queues the job again by itself. That counts too.
 [ "${{SLURM_RESTART_COUNT:-0}}" -le {requeues} ] || {{ echo "kit: queued again {requeues} times"; exit {failed}; }}
 
+preempted() {{  # since this start; scancel by hand ends it without a new one
+  facts=$(scontrol show job -o "$job") && [[ $facts =~ JobState=RUNNING ]] &&
+    [[ $facts =~ \ StartTime=([^ ]+) ]] && start=${{BASH_REMATCH[1]}} &&
+    [[ $facts =~ PreemptTime=(2[^ ]+) ]] && ! [[ ${{BASH_REMATCH[1]}} < $start ]]
+}}
 asked=no
 trap 'asked=yes; kill -USR1 "$step" 2>/dev/null' USR1  # near the time limit, or scancel --batch --signal=USR1
 trap : TERM                                            # scancel, preemption: SLURM tells the step itself
@@ -28,7 +33,8 @@ trap : TERM                                            # scancel, preemption: SL
 step=$!
 wait "$step"; while kill -0 "$step" 2>/dev/null; do wait "$step"; done; wait "$step"; code=$?
 
-# {stopped}: every rank stopped at one step, with a complete checkpoint.
+# {stopped}: every rank stopped at one step, with a complete checkpoint. A preempted job may only have been sent SIGTERM.
+[ "$code" -eq {stopped} ] && preempted && asked=yes
 if [ "$asked" = yes ] && {{ [ "$code" -eq {stopped} ] || [ "$code" -ge 128 ]; }}; then
   if [ "${{SLURM_RESTART_COUNT:-0}}" -lt {requeues} ]; then
     echo "kit: queued again, start $((${{SLURM_RESTART_COUNT:-0}} + 1)) of {requeues}"

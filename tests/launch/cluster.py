@@ -46,10 +46,13 @@ SchedulerParameters=bf_interval=2,sched_interval=2,batch_sched_delay=0
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 KillWait=20
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 MinJobAge=3600
 MaxArraySize=100
 NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} RealMemory={memory} State=UNKNOWN
-PartitionName=main Nodes={host} Default=YES MaxTime=60 State=UP
+PartitionName=main Nodes={host} Default=YES MaxTime=60 State=UP PriorityTier=1 GraceTime=30
+PartitionName=urgent Nodes={host} MaxTime=60 State=UP PriorityTier=9 GraceTime=0
 """
 
 
@@ -76,7 +79,8 @@ def running(home: Path, cpus: int = 2) -> Iterator[dict[str, str]]:
     memory = psutil.virtual_memory().total // 2**20 // 2
     ports = [free_port(), free_port()]
     conf = home / "slurm.conf"
-    conf.write_text(CONF.format(home=home, host=host, controller=ports[0], daemon=ports[1], cpus=cpus, memory=memory))
+    settings = {"controller": ports[0], "daemon": ports[1], "cpus": cpus, "memory": memory}
+    conf.write_text(CONF.format(home=home, host=host, **settings))
     env = {**os.environ, "SLURM_CONF": str(conf), "PATH": path}
     # The socket's folder need not be trusted here: --force; the key is this cluster's own.
     munge = [
