@@ -7,7 +7,8 @@ import os
 import re
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
@@ -15,7 +16,7 @@ from kit import paths
 from kit.config import dataset as data_files
 from kit.config import fields, hub_dataset, zero
 from kit.config import template as templates
-from kit.config.schema import Dataset, RunInput, Slurm, Strict, leaves
+from kit.config.schema import Dataset, RunInput, Strict, leaves
 from kit.errors import KitError, Problem, named
 
 PATHS = (  # (section, key) of what is looked for on the disk
@@ -93,21 +94,13 @@ def read_input(tree: dict[str, Any], set_by: Any) -> tuple[RunInput | None, list
         return None, problems
 
 
-def read_slurm(tree: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a batch job by themselves; KitError with every key that there is not and every wrong kind."""
-    try:
-        return Slurm.model_validate(tree).model_dump()
-    except ValidationError as error:
-        found = []
-        for e in error.errors():
-            key = ".".join(["launch.slurm", *map(str, e["loc"])])
-            if e["type"] == "extra_forbidden":
-                near = difflib.get_close_matches(str(e["loc"][-1]), Slurm.model_fields, 1)
-                fix = f"did you mean launch.slurm.{near[0]}?" if near else "remove it"
-                found.append(Problem(f"there is no key {key}", key, fix, "unknown-key"))
-            else:
-                found.append(Problem(f"{key}: {e['msg'][0].lower()}{e['msg'][1:]}: {e['input']!r}", key, "", "type"))
-        raise KitError(found) from None
+def read_slurm(settings: dict[str, Any]) -> dict[str, Any]:
+    """launch.slurm by itself, complete; KitError with every key that there is not and every value of a wrong kind."""
+    stub = {"model": {"name_or_path": ""}, "dataset": {"path": ""}, "launch": {"slurm": settings}}
+    given, problems = read_input(stub, lambda key: f"command line: {key}")
+    if given is None or given.launch.slurm is None:
+        raise KitError(problems)
+    return given.launch.slurm.model_dump()
 
 
 def tree_at(tree: Any, loc: tuple[Any, ...]) -> Any:
@@ -122,7 +115,8 @@ def names_at(loc: tuple[Any, ...]) -> list[str]:
     """The keys that are known at a place in RunInput."""
     model: type[Strict] = RunInput
     for part in loc:
-        model = model.model_fields[str(part)].annotation  # type: ignore[assignment]
+        kind = model.model_fields[str(part)].annotation
+        model = next(m for m in (*get_args(kind), kind) if m is not NoneType)  # a section may be null
     return list(model.model_fields)
 
 

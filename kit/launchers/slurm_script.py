@@ -71,15 +71,15 @@ def train_script(plan: RunPlan, runs: Sequence[Path], output: str, at_once: int 
         own.append(f"--array=0-{len(runs) - 1}" + (f"%{int(at_once)}" if at_once else ""))
     lines = header(f"kit train of {len(runs)} run{'s' * (len(runs) > 1)}", name, output, slurm, nodes, own)
     if len(runs) == 1:
-        lines += [f"run={shlex.quote(str(runs[0]))}", "job=$SLURM_JOB_ID"]
+        lines += [f"run={quoted([str(runs[0])])}", "job=$SLURM_JOB_ID"]
     else:
-        lines += ["runs=(", *(f"  {shlex.quote(str(run))}" for run in runs), ")"]
+        lines += ["runs=(", *(f"  {quoted([str(run)])}" for run in runs), ")"]
         lines += ["run=${runs[$SLURM_ARRAY_TASK_ID]}", "job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"]
     if nodes > 1:
         lines += ["# Where the ranks meet: the first node, at a port of this job's own.",
                   'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
                   "export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))"]  # fmt: skip
-    step = STEP.format(srun=shlex.join(srun(plan)), stopped=STOPPED, failed=FAILED, requeues=most)
+    step = STEP.format(srun=quoted(srun(plan)), stopped=STOPPED, failed=FAILED, requeues=most)
     return "\n".join(lines) + "\n" + step
 
 
@@ -89,7 +89,7 @@ def verb_script(verb: str, argv: Sequence[str], slurm: dict[str, Any], folder: P
     step = ["srun", "--nodes", "1", "--ntasks", "1", "--overlap"]
     if cpus := slurm.get("cpus_per_task"):
         step += ["--cpus-per-task", str(cpus)]
-    return "\n".join([*lines, shlex.join(["exec", *step, "--cpu-bind=none", *MODULE, "kit", verb, *argv])]) + "\n"
+    return "\n".join([*lines, quoted(["exec", *step, "--cpu-bind=none", *MODULE, "kit", verb, *argv])]) + "\n"
 
 
 def header(about: str, name: str, output: str, slurm: dict[str, Any], nodes: int, own: Sequence[str]) -> list[str]:
@@ -106,9 +106,19 @@ def header(about: str, name: str, output: str, slurm: dict[str, Any], nodes: int
     options += slurm.get("extra") or []
     lines = ["#!/bin/bash", f"# {about}, written by kit {__version__}; sbatch takes it again as it is."]
     lines += [f"#SBATCH {option}" for option in options] + [""]
-    lines += [shlex.join(["module", "load", module]) for module in slurm.get("modules") or []]
-    lines += [shlex.join(shlex.split(command)) for command in slurm.get("setup") or []]
+    lines += [quoted(["module", "load", module]) for module in slurm.get("modules") or []]
+    lines += [quoted(shlex.split(command)) for command in slurm.get("setup") or []]
     return lines
+
+
+def quoted(words: Sequence[str]) -> str:
+    """Words for bash on one line: nothing in them is the shell's, and a newline does not begin a line."""
+    return " ".join(ansi(word) if values.CONTROL.search(word) else shlex.quote(word) for word in words)
+
+
+def ansi(word: str) -> str:
+    plain = word.replace("\\", "\\\\").replace("'", "\\'")
+    return "$'" + values.CONTROL.sub(lambda m: "".join(f"\\x{b:02x}" for b in m[0].encode()), plain) + "'"
 
 
 def plain(path: Path) -> None:
