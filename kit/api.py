@@ -80,6 +80,10 @@ def resume(run: str, *overrides: str) -> int:
     path = rundir.find_run(run)
     plan = load_plan(path).model_copy(update={"run_dir": str(path)})
     state = rundir.status(path)
+    if plan.launch.slurm:
+        from kit.launchers import slurm
+
+        slurm.refuse_twice(path)
     if pid := rundir.in_use(path):
         raise KitError(f"{path} is in use by process {pid}", fix="wait for it")
     if state.get("state") == "done" and not overrides:

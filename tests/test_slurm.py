@@ -19,9 +19,10 @@ from kit.errors import DONE, ENVIRONMENT, REFUSED, KitError
 from kit.launchers import job, slurm, slurm_script
 
 HOSTILE = [
-    "x\n#SBATCH --uid=0", "x\ntouch canary", "x; touch canary", "$(touch canary)", "`touch canary`", "x & touch canary",
-    "x | touch canary", "x > canary", "x\rtouch canary", "x\u2028touch canary", "x' ; touch canary ; '", "--wrap=id", "-x",
-    'x" ; touch canary ; "', "x #y", "a b", "x\\", "x\0y", "~/x", "${HOME}", "*", "", " ", "x\t", "!x", "{a,b}", "(x)", "é",
+    "x\n#SBATCH --uid=0", "x\ntouch canary", "x; touch canary", "$(touch canary)", "`touch canary`", "(x)", "é", "-x",
+    "x | touch canary", "x > canary", "x\rtouch canary", "x\u2028touch canary", "x' ; touch canary ; '", "--wrap=id",
+    'x" ; touch canary ; "', "x #y", "a b", "x\\", "x\0y", "~/x", "${HOME}", "*", "", " ", "x\t", "!x", "{a,b}",
+    "x & touch canary",
 ]  # fmt: skip
 
 
@@ -71,8 +72,8 @@ def test_words_of_a_verb_arrive_as_they_are(value: str, tmp_path: Path):
     assert not list(tmp_path.iterdir())
 
 
-OWN = ["--export=ALL", "--expor=ALL", "--export-file=x", "--output=x", "--out=x", "--array=0-9", "--partition=x", "--no"]
-OWN += ["--nodes=2", "--dependency=afterok:1", "--job-name=x", "--signal=9@1", "--get-user-env", "--uid=0", "--mem=1", "--e"]
+OWN = """--export=ALL --expor=ALL --export-file=x --output=x --out=x --array=0-9 --partition=x --no --nodes=2 --e
+    --mem=1 --dependency=afterok:1 --job-name=x --signal=9@1 --get-user-env --uid=0""".split()
 
 
 @pytest.mark.parametrize("option", OWN)
@@ -82,8 +83,8 @@ def test_options_that_the_script_sets_itself(option: str):
 
 
 GOOD = {
-    "partition": "gpu,long", "account": "team-1", "qos": "high", "gres": "gpu:a100:4", "time": "1-12:00:00", "mem": "64G",
-    "constraint": "[rack1|rack2]&nvlink", "exclude": "node[01-04,07],gpu3", "cpus_per_task": 8,
+    "partition": "gpu,long", "account": "team-1", "qos": "high", "gres": "gpu:a100:4", "time": "1-12:00:00",
+    "mem": "64G",    "constraint": "[rack1|rack2]&nvlink", "exclude": "node[01-04,07],gpu3", "cpus_per_task": 8,
 }  # fmt: skip
 
 
@@ -91,7 +92,9 @@ def test_what_is_given_stands_in_the_script():
     text = script_of(**GOOD, modules=["cuda/12.4"], setup=["source '/opt/my env/activate'"], extra=["--nice=10"])
     lines = text.splitlines()
     assert all(f"#SBATCH --{key.replace('_', '-')}={value}" in lines for key, value in GOOD.items())
-    assert "#SBATCH --nice=10" in lines and "module load cuda/12.4" in lines and "source '/opt/my env/activate'" in lines
+    assert (
+        "#SBATCH --nice=10" in lines and "module load cuda/12.4" in lines and "source '/opt/my env/activate'" in lines
+    )
     first = next(n for n, line in enumerate(lines) if line and not line.startswith("#"))
     assert all(not line.startswith("#SBATCH") for line in lines[first:])  # where sbatch stops to look
     assert "--cpus-per-task 8" in lines[-1]
@@ -107,7 +110,15 @@ def test_a_time_that_yaml_made_a_number_of(value, fine: bool):
 
 @pytest.mark.parametrize(
     ("gres", "count"),
-    [("gpu", 1), ("gpu:4", 4), ("gpu:a100:2", 2), ("gpu:a100", 1), ("shard:2", None), ("shard:1,gpu:2", 2), (None, None)],
+    [
+        ("gpu", 1),
+        ("gpu:4", 4),
+        ("gpu:a100:2", 2),
+        ("gpu:a100", 1),
+        ("shard:2", None),
+        ("shard:1,gpu:2", 2),
+        (None, None),
+    ],
 )
 def test_gpus_of_a_gres(gres, count):
     assert values.gpus_of(gres) == count
@@ -143,7 +154,9 @@ def test_gpus_are_said_once_and_need_not_be_here(plan_of):
 
 
 def test_settings_are_no_part_of_what_a_run_is(plan_of, base: Path, chat: Path, tmp_path: Path):
-    plain = api.compose(f"model.name_or_path={base}", f"dataset.path={chat}", f"runs_dir={tmp_path}", "trainer.use_cpu=true")
+    plain = api.compose(
+        f"model.name_or_path={base}", f"dataset.path={chat}", f"runs_dir={tmp_path}", "trainer.use_cpu=true"
+    )
     assert plan_of("trainer.use_cpu=true", "launch.slurm.partition=gpu").hash == plain.hash
 
 
@@ -196,6 +209,25 @@ def test_when_a_job_is_queued_again(case, plan_of, tmp_path: Path):
     assert (done.returncode, "scontrol requeue 5" in asked) == (expected, again), (done.stdout, done.stderr, asked)
 
 
+@pytest.mark.parametrize(
+    ("env", "found"),
+    [
+        ({}, (0, 1)),
+        ({"SLURM_NODEID": "1", "SLURM_STEP_NUM_NODES": "2", "SLURM_NNODES": "4"}, (1, 2)),
+        ({"NNODES": "2", "JOB_COMPLETION_INDEX": "1"}, (1, 2)),
+        ({"NNODES": "3", "NODE_RANK": "2", "JOB_COMPLETION_INDEX": "1"}, (2, 3)),
+        ({"JOB_COMPLETION_INDEX": "3"}, (0, 1)),  # four jobs of one node
+    ],
+)
+def test_which_node_this_is(env, found, plan_of):
+    assert job.node(env) == found
+    plan = plan_of("trainer.use_cpu=true")
+    if found[1] == 1:
+        return job.right_nodes(plan, env)
+    with pytest.raises(KitError, match=f"the job has {found[1]} nodes, the run was planned for 1"):
+        job.right_nodes(plan, env)
+
+
 # ---- submitting ----
 
 
@@ -217,7 +249,11 @@ def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_run_with_its_chain(plan_of, sbatch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
-    for name, value in {"HF_TOKEN": "canary-1", "WANDB_API_KEY": "canary-2", "MY_URL": "http://me:canary-3@host/"}.items():
+    for name, value in {
+        "HF_TOKEN": "canary-1",
+        "WANDB_API_KEY": "canary-2",
+        "MY_URL": "http://me:canary-3@host/",
+    }.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("HF_TOKEN_PATH", "/home/me/token")
     plan = plan_of("launch.num_gpus=2", "deepspeed=zero2", "launch.slurm.partition=gpu")
@@ -226,12 +262,17 @@ def test_a_run_with_its_chain(plan_of, sbatch: Path, tmp_path: Path, monkeypatch
     out, err = capsys.readouterr()
     assert [line.split()[1].strip(":") for line in out.splitlines()] == ["41", "42", "43"] and "HF_TOKEN" in err
     argv = (sbatch / "argv").read_text().splitlines()
-    assert argv[0] == f"--parsable {run}/train.sbatch" and "--dependency afterok:42 --kill-on-invalid-dep=yes" in argv[2]
+    assert (
+        argv[0] == f"--parsable {run}/train.sbatch" and "--dependency afterok:42 --kill-on-invalid-dep=yes" in argv[2]
+    )
     env = (sbatch / "env").read_text()
     assert "canary" not in env and "HF_TOKEN_PATH=/home/me/token" in env
     written = "".join(f.read_text() for f in run.glob("*.sbatch")) + (run / "plan.json").read_text()
     assert "canary" not in written
-    assert "--gres=gpu:2" in (run / "train.sbatch").read_text() and "--partition=gpu" in (run / "merge.sbatch").read_text()
+    assert (
+        "--gres=gpu:2" in (run / "train.sbatch").read_text()
+        and "--partition=gpu" in (run / "merge.sbatch").read_text()
+    )
     assert "gres" not in (run / "merge.sbatch").read_text() and "--gres=gpu:1" in (run / "eval.sbatch").read_text()
     assert oct((run / "train.sbatch").stat().st_mode)[-3:] == "700"
     with pytest.raises(KitError, match="is job 41"):
@@ -254,7 +295,9 @@ def test_an_array_needs_one_kind_of_job(plan_of, sbatch: Path, tmp_path: Path):
         slurm.submit_array([*plans, other], tmp_path / "sweep")
 
 
-def test_what_is_refused_before_anything_is_made(plan_of, sbatch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_what_is_refused_before_anything_is_made(
+    plan_of, sbatch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     with pytest.raises(KitError, match="no step after training"):
         slurm.start(plan_of("trainer.use_cpu=true"), then=["mrge"])
     with pytest.raises(KitError, match="cannot stand in an #SBATCH line"):

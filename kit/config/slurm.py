@@ -44,7 +44,8 @@ def value_problems(slurm: dict[str, Any]) -> Found:
         value, key = slurm.get(name), f"launch.slurm.{name}"
         # YAML 1.1 reads 12:00:00 as a number to the base of 60, which SLURM would take for minutes.
         if isinstance(value, int) and name == "time" and value % 60 == 0 and value >= 3600:
-            said = f"{key}={value} minutes are {value / 1440:.1f} days, or {value // 3600}:{value // 60 % 60:02}:00 without quotes"
+            hours = f"{value // 3600}:{value // 60 % 60:02}:00"
+            said = f"{key}={value} minutes are {value / 1440:.1f} days; YAML reads an unquoted {hours} so"
             yield said, key, f"{key}='D-HH:MM:SS', in quotes"
         elif value is not None and not re.fullmatch(pattern, str(value), re.ASCII):
             yield f"{key}={value!r} cannot stand in an #SBATCH line", key, like

@@ -23,7 +23,7 @@ STEP = """\
 
 preempted() {{  # since this start; scancel by hand ends it without a new one
   facts=$(scontrol show job -o "$job") && [[ $facts =~ JobState=RUNNING ]] &&
-    [[ $facts =~ \ StartTime=([^ ]+) ]] && start=${{BASH_REMATCH[1]}} &&
+    [[ $facts =~ " StartTime="([^ ]+) ]] && start=${{BASH_REMATCH[1]}} &&
     [[ $facts =~ PreemptTime=(2[^ ]+) ]] && ! [[ ${{BASH_REMATCH[1]}} < $start ]]
 }}
 asked=no
@@ -33,7 +33,7 @@ trap : TERM                                            # scancel, preemption: SL
 step=$!
 wait "$step"; while kill -0 "$step" 2>/dev/null; do wait "$step"; done; wait "$step"; code=$?
 
-# {stopped}: every rank stopped at one step, with a complete checkpoint. A preempted job may only have been sent SIGTERM.
+# {stopped}: all ranks stopped at one step, with a complete checkpoint. A preempted job may have got SIGTERM alone.
 [ "$code" -eq {stopped} ] && preempted && asked=yes
 if [ "$asked" = yes ] && {{ [ "$code" -eq {stopped} ] || [ "$code" -ge 128 ]; }}; then
   if [ "${{SLURM_RESTART_COUNT:-0}}" -lt {requeues} ]; then

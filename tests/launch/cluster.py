@@ -100,10 +100,11 @@ def running(home: Path, cpus: int = 2) -> Iterator[dict[str, str]]:
         yield env
     finally:
         if len(daemons) == 3:
-            subprocess.run(["scancel", "--user=root"], env=env, timeout=30, capture_output=True)
-            end = time.monotonic() + 40
-            while answers(env, "squeue", "-h", expect=" ") and time.monotonic() < end:
-                time.sleep(0.3)
+            with contextlib.suppress(subprocess.SubprocessError):
+                subprocess.run(["scancel", "--user=root"], env=env, timeout=30, capture_output=True)
+                end = time.monotonic() + 40
+                while answers(env, "squeue", "-h", expect=" ") and time.monotonic() < end:
+                    time.sleep(0.3)
         for daemon in reversed(daemons):
             end_tree(daemon)
 
@@ -123,16 +124,13 @@ def wait_until(ready, seconds: float, daemon: subprocess.Popen[bytes], home: Pat
 
 
 def end_tree(process: subprocess.Popen[bytes]) -> None:
+    """At once: nothing of this cluster is kept."""
     with contextlib.suppress(psutil.Error):
         for child in psutil.Process(process.pid).children(recursive=True):
             with contextlib.suppress(psutil.Error):
                 child.kill()
-    process.terminate()
-    try:
-        process.wait(10)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+    process.kill()
+    process.wait()
 
 
 def free_port() -> int:

@@ -1,4 +1,4 @@
-"""A user's own training script (`launch.script=`): every step takes at least KIT_TEST_STEP seconds, to be caught in."""
+"""A user's own training script (`launch.script=`): every step takes KIT_TEST_STEP seconds more."""
 
 import os
 import time

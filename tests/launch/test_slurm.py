@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from kit.launchers.slurm import OVER
 from launch import cluster, harness
 
 pytestmark = [pytest.mark.launch, pytest.mark.skipif(bool(cluster.missing()), reason=cluster.missing())]
@@ -47,12 +48,17 @@ class Slurm:
         return dict(re.findall(r"(\w+)=(\S*)", self.ask("scontrol", "show", "job", "-o", job)))
 
     def wait(self, job: str, *states: str, seconds: float = 150) -> dict[str, str]:
-        """Until the job is in one of `states`. A job that is queued again need not wait its two minutes here."""
-        until = time.monotonic() + seconds
+        """Until the job is in one of `states`. SLURM holds a job that is queued again for two minutes: here for 6 s.
+
+        Sooner slurmd would take it for the start that has just been ended, and refuse it.
+        """
+        until, held = time.monotonic() + seconds, 0.0
         while (facts := self.facts(job))["JobState"] not in states:
-            if facts["JobState"] == "PENDING" and facts["Reason"] == "BeginTime":
+            waits = facts["JobState"] == "PENDING" and facts["Reason"] == "BeginTime"
+            held = (held or time.monotonic()) if waits else 0.0
+            if held and time.monotonic() - held > 6:
                 self.ask("scontrol", "update", f"JobId={job}", "StartTime=now")
-            assert time.monotonic() < until, (facts, self.logs())
+            assert time.monotonic() < until and facts["JobState"] not in OVER, (facts, self.logs())
             time.sleep(0.3)
         return facts
 
@@ -73,10 +79,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory, base: Path, chat: Path) -> I
         yield Slurm(home, env, base, chat)
 
 
-def job_of(done: subprocess.CompletedProcess[str]) -> str:
-    return re.findall(r"^job (\d+):", done.stdout, re.M)[0]
-
-
+FEW = ["trainer.max_steps=2", "trainer.eval_strategy=no", "trainer.load_best_model_at_end=false"]
 SUBMIT = """
 import json, sys
 from pathlib import Path
@@ -130,8 +133,8 @@ def test_interrupted_twice_and_a_chain_behind_it(slurm: Slurm, array: tuple[str,
     slurm.wait(train, "RUNNING")
     slurm.reach(log, "resuming from checkpoint-")
     slurm.reach(log, "step 9/20")
-    urgent = ["sbatch", "--parsable", "--partition=urgent", "--cpus-per-task=2", "--output=urgent.out", "--wrap=sleep 1"]
-    better = slurm.ask(*urgent).strip()
+    urgent = "--partition=urgent --cpus-per-task=2 --output=urgent.out".split()
+    better = slurm.ask("sbatch", "--parsable", *urgent, "--wrap=sleep 1").strip()
     slurm.reach(log, "queued again, start 2 of 10")
     slurm.wait(better, "COMPLETED")
     assert slurm.wait(train, "COMPLETED")["Restarts"] == "2"
@@ -167,18 +170,28 @@ def test_scancel_leaves_no_process_and_the_follower_says_so(slurm: Slurm):
 
 def test_inside_an_allocation_it_is_a_step(slurm: Slurm):
     argv = ["salloc", "--quiet", "--ntasks=1", sys.executable, "-m", "kit", "train"]
-    argv += slurm.run("inside", "trainer.max_steps=2", "trainer.eval_strategy=no", "trainer.load_best_model_at_end=false")
+    argv += slurm.run("inside", *FEW)
     done = harness.finish(harness.start(argv, slurm.home, **slurm.env), 120)
     run = harness.the_run(slurm.home / "inside")
     assert done.returncode == 0 and "inside the allocation" in done.stderr, done.stdout + done.stderr
     assert harness.status(run)["state"] == "done" and not (run / "slurm.json").exists()
 
 
+def test_the_ready_script(slurm: Slurm):
+    """launch/slurm.sh with a plan that was made for no batch system."""
+    made = slurm.kit("compose", *harness.overrides(slurm.base, slurm.data, slurm.home / "ready", *FEW))
+    run = Path(json.loads(made.stdout)["plan"]).parent
+    env = {**slurm.env, "PYTHON": sys.executable, "PYTHONPATH": str(harness.ROOT)}
+    argv = ["sbatch", "--wait", "--output=ready.out", str(harness.ROOT / "launch" / "slurm.sh"), str(run)]
+    done = subprocess.run(argv, env=env, cwd=slurm.home, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr + slurm.logs()
+    assert harness.status(run)["state"] == "done"
+
+
 def test_a_later_step_of_its_own(slurm: Slurm, array: tuple[str, list[Path]]):
-    prompt = ["--prompt", 'the $(touch canary) `touch canary`; touch canary "\'\n#SBATCH --x']
+    prompt = ["--prompt", "the $(touch canary) `touch canary`; touch canary \"'\n#SBATCH --x"]
     done = slurm.kit("generate", str(array[1][1]), *prompt, "--max-new-tokens", "4", "launch=slurm", "--follow")
     assert "touch canary" in done.stdout
     assert not (slurm.home / "canary").exists()
     refused = slurm.kit("eval", str(array[1][1]), "launch=slurm", "launch.slurm.partition=nowhere", code=3)
     assert "sbatch refused" in refused.stderr and "partition" in refused.stderr
-
