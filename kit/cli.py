@@ -103,17 +103,26 @@ def train(argv: list[str]) -> int:
     from kit.config.plan import build_plan
 
     codes: list[int] = []
+    batch: list[Any] = []  # plans of a multirun with launch=slurm: one job array, once all of them are composed
 
     def one(composed: Composed) -> None:
         if STOPPED in codes:  # Ctrl-C ends a multirun, not only the point that was running
             return
         try:
-            codes.append(api.train(plan=build_plan(composed, here=True), fresh=fresh, follow=follow, then=then))
+            plan = build_plan(composed, here=True)
+            if plan.launch.slurm and any(a in ("-m", "--multirun") for a in argv):
+                batch.append(plan)
+                return
+            codes.append(api.train(plan=plan, fresh=fresh, follow=follow, then=then))
         except KitError as error:  # one failing job of a multirun does not stop the others
             print_problems(error.problems, refused=error.code == REFUSED)
             codes.append(error.code)
 
     code = run_hydra(argv, one)
+    if batch and not codes:
+        from kit.launchers import slurm
+
+        return slurm.start_array(batch, fresh)
     return next((c for c in codes if c != DONE), DONE) if codes else (REFUSED if code else DONE)
 
 

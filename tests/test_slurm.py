@@ -295,6 +295,19 @@ def test_an_array_needs_one_kind_of_job(plan_of, sbatch: Path, tmp_path: Path):
         slurm.submit_array([*plans, other], tmp_path / "sweep")
 
 
+def test_a_multirun_is_one_array(sbatch: Path, tmp_path: Path, base: Path, chat: Path, monkeypatch, capsys):
+    """All points are composed and frozen first; one that is refused keeps all of them from being submitted."""
+    monkeypatch.chdir(tmp_path)
+    line = [f"model.name_or_path={base}", f"dataset.path={chat}", "launch=slurm", "trainer.use_cpu=true", "-m"]
+    assert cli.run(["train", *line, "peft.r=4,0"]) == REFUSED
+    assert not (sbatch / "argv").exists()
+    assert cli.run(["train", *line, "peft.r=4,8"]) == DONE
+    assert "job 41: 2 runs" in capsys.readouterr().out
+    script = next(tmp_path.glob("runs/*-sweep-*/array.sbatch")).read_text()
+    runs = sorted(f.parent.name for f in tmp_path.glob("runs/*/plan.json"))
+    assert len(runs) == 2 and all(run in script for run in runs) and "--array=0-1" in script
+
+
 def test_what_is_refused_before_anything_is_made(
     plan_of, sbatch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -6,6 +6,7 @@ would train alone (T68). Inside an allocation (salloc) the same task is started 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import signal
@@ -60,6 +61,19 @@ def submit(plan: RunPlan, follow: bool = False, then: Sequence[str] = ()) -> int
     if not follow:
         return DONE
     return ended(run, job, *watch(job, log))
+
+
+def start_array(plans: Sequence[RunPlan], fresh: bool = False) -> int:
+    """Make the run directories of a multirun's plans and submit them as one array; the exit code."""
+    need(())
+    for plan in plans:
+        plain(Path(plan.run_dir))
+    made = [rundir.create(plan, fresh) for plan in plans]
+    digest = hashlib.sha256("".join(plan.hash for plan in made).encode()).hexdigest()[:8]
+    folder = made[0].run_path.with_name(f"{made[0].name}-sweep-{digest}")
+    job = submit_array(made, folder)
+    print(f"job {job}: {len(made)} runs, {rundir.shown(folder)}")
+    return DONE
 
 
 def submit_array(plans: Sequence[RunPlan], folder: Path, at_once: int | None = None) -> str:

@@ -28,14 +28,14 @@ class Slurm:
 
     def __init__(self, home: Path, env: dict[str, str], base: Path, data: Path) -> None:
         self.home, self.base, self.data = home, base, data
-        self.env = {**env, "HF_TOKEN": TOKEN, "KIT_TEST_STEP": "0.4"}
+        self.env = {**env, "KIT_TEST_STEP": "0.4"}
 
     def run(self, runs: str, *more: str) -> list[str]:
         own = ["launch=slurm", f"launch.script={harness.ROOT / 'tests/launch/slow.py'}", "launch.slurm.time=30"]
         return harness.overrides(self.base, self.data, self.home / runs, *own, *more)
 
     def kit(self, *args: str, limit: float = 120, code: int = 0) -> subprocess.CompletedProcess[str]:
-        done = harness.kit(*args, cwd=self.home, limit=limit, **self.env)
+        done = harness.kit(*args, cwd=self.home, limit=limit, HF_TOKEN=TOKEN, **self.env)
         assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
         return done
 
