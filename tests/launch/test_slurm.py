@@ -182,9 +182,10 @@ def test_the_ready_script(slurm: Slurm):
     made = slurm.kit("compose", *harness.overrides(slurm.base, slurm.data, slurm.home / "ready", *FEW))
     run = Path(json.loads(made.stdout)["plan"]).parent
     env = {**slurm.env, "PYTHON": sys.executable, "PYTHONPATH": str(harness.ROOT)}
-    argv = ["sbatch", "--wait", "--output=ready.out", str(harness.ROOT / "launch" / "slurm.sh"), str(run)]
+    argv = ["sbatch", "--parsable", "--output=ready.out", str(harness.ROOT / "launch" / "slurm.sh"), str(run)]
     done = subprocess.run(argv, env=env, cwd=slurm.home, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr + slurm.logs()
+    assert done.returncode == 0, done.stderr
+    slurm.wait(done.stdout.strip(), "COMPLETED")
     assert harness.status(run)["state"] == "done"
 
 
