@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,27 @@ def check(*args: str, config_dir: str | None = None) -> list[Problem]:
     return []
 
 
-def train(*args: str, config_dir: str | None = None, fresh: bool = False, plan: RunPlan | None = None) -> int:
-    """Compose, make the run directory, launch, and stay until it is done; the exit code. KitError when it failed."""
+def train(
+    *args: str,
+    config_dir: str | None = None,
+    fresh: bool = False,
+    plan: RunPlan | None = None,
+    follow: bool = False,
+    then: Sequence[str] = (),
+) -> int:
+    """Compose, make the run directory, launch, and stay until it is done; the exit code. KitError when it failed.
+
+    With launch=slurm it is submitted; `follow` stays with the job, `then` are the verbs that come after it.
+    """
     from kit.launchers.run import launch
 
     plan = plan or compose(*args, config_dir=config_dir, here=True)
+    if plan.launch.slurm:
+        from kit.launchers import slurm
+
+        return slurm.start(plan, fresh, follow, then)
+    if follow or then:
+        raise KitError("--follow and --then are for batch jobs", "command line", "launch=slurm")
     need_stack()
     if plan.launch.node_rank:
         raise KitError(
@@ -67,12 +84,16 @@ def installed(name: str) -> bool:
 def resume(run: str, *overrides: str) -> int:
     """Continue from the newest complete checkpoint; `overrides` may change extendable and machine keys only."""
     from kit import manifest
-    from kit.launchers.run import launch, say
+    from kit.launchers.run import launch
+    from kit.terminal import say
 
     path = rundir.find_run(run)
-    need_stack()
     plan = load_plan(path).model_copy(update={"run_dir": str(path)})
     state = rundir.status(path)
+    if plan.launch.slurm:
+        from kit.launchers import slurm
+
+        slurm.refuse_twice(path)
     if pid := rundir.in_use(path):
         raise KitError(f"{path} is in use by process {pid}", fix="wait for it")
     if state.get("state") == "done" and not overrides:
@@ -93,6 +114,11 @@ def resume(run: str, *overrides: str) -> int:
         )
     rundir.write_plan(plan)
     say(f"resuming from {newest.path.name}")
+    if plan.launch.slurm:  # the job looks for the newest checkpoint itself
+        from kit.launchers import slurm
+
+        return slurm.submit(plan)
+    need_stack()
     return launch(plan, resume=newest.path.name)
 
 

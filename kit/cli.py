@@ -88,32 +88,56 @@ def train(argv: list[str]) -> int:
     """`kit train`: our own flags first; any other flag hands the line to Hydra."""
     if argv in (["--help"], ["-h"]):
         print("usage: kit train [run.yaml] [key=value ...] [--fresh] [--config-dir DIR] [Hydra's own flags]\n")
-        print("  --fresh   a new directory although the same run is there, unfinished\n\nHydra's own flags:")
+        print("  --fresh   a new directory although the same run is there, unfinished")
+        print("  --follow  with launch=slurm: stay, show the job's log and end as it ends")
+        print("  --then merge,eval,generate   with launch=slurm: jobs that start once the one before is done")
+        print("\nHydra's own flags:")
         from kit.config.compose import run_hydra
 
         return run_hydra(["--hydra-help"])
-    fresh = "--fresh" in argv
-    argv = [a for a in argv if a != "--fresh"]
+    fresh, follow, then, argv = train_flags(argv)
     from kit import api
 
     if not any(a.startswith("-") for a in argv):
-        return api.train(*argv, fresh=fresh)
+        return api.train(*argv, fresh=fresh, follow=follow, then=then)
     from kit.config.compose import Composed, run_hydra
     from kit.config.plan import build_plan
 
     codes: list[int] = []
+    batch: list[Any] = []  # plans of a multirun with launch=slurm: one job array, once all of them are composed
 
     def one(composed: Composed) -> None:
         if STOPPED in codes:  # Ctrl-C ends a multirun, not only the point that was running
             return
         try:
-            codes.append(api.train(plan=build_plan(composed, here=True), fresh=fresh))
+            plan = build_plan(composed, here=True)
+            if plan.launch.slurm and any(a in ("-m", "--multirun") for a in argv):
+                batch.append(plan)
+                return
+            codes.append(api.train(plan=plan, fresh=fresh, follow=follow, then=then))
         except KitError as error:  # one failing job of a multirun does not stop the others
             print_problems(error.problems, refused=error.code == REFUSED)
             codes.append(error.code)
 
     code = run_hydra(argv, one)
+    if batch and not codes:
+        from kit.launchers import slurm
+
+        return slurm.start_array(batch, fresh)
     return next((c for c in codes if c != DONE), DONE) if codes else (REFUSED if code else DONE)
+
+
+def train_flags(argv: list[str]) -> tuple[bool, bool, list[str], list[str]]:
+    """(--fresh, --follow, the verbs of --then, the words that are left)."""
+    then: list[str] = []
+    rest: list[str] = []
+    words = iter(argv)
+    for word in words:
+        if word == "--then" or word.startswith("--then="):
+            then += [v for v in (word[7:] or next(words, "")).split(",") if v]
+        elif word not in ("--fresh", "--follow"):
+            rest.append(word)
+    return "--fresh" in argv, "--follow" in argv, then, rest
 
 
 def check(argv: list[str]) -> int:
@@ -204,7 +228,7 @@ def merge(argv: list[str]) -> int:
     )
     parser.add_argument("--overwrite", action="store_true")
     parser.add_argument("--no-fsync", action="store_true", help="leave flushing to the system")
-    a = parser.parse_args(argv)
+    a = parse_or_submit(parser, "merge", argv)
     quiet()
     from kit.merging import merge as merge_adapter
     from kit.merging.report import format_merge
@@ -232,7 +256,7 @@ def generate(argv: list[str]) -> int:
     parser.add_argument("--raw", action="store_true", help="no chat template: the prompt as it is")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--out", help="samples.json goes here (RUN)")
-    a = parser.parse_args(argv)
+    a = parse_or_submit(parser, "generate", argv)
     quiet()
     from kit.generate import format_samples
     from kit.generate import generate as generate_samples
@@ -260,7 +284,7 @@ def evaluate(argv: list[str]) -> int:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--few-shot", type=int, default=0, help="also the base with this many worked examples")
     parser.add_argument("--json", action="store_true")
-    a = parser.parse_args(argv)
+    a = parse_or_submit(parser, "eval", argv)
     quiet()
     from kit.evaluate import evaluate as evaluate_models
     from kit.evaluate import format_table
@@ -374,6 +398,22 @@ def source_options(parser: argparse.ArgumentParser) -> None:
 
 def options(verb: str, description: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(prog=f"kit {verb}", description=description, allow_abbrev=False)
+
+
+def parse_or_submit(parser: argparse.ArgumentParser, verb: str, argv: list[str]) -> argparse.Namespace:
+    """The parsed words; with launch=slurm among them the rest is submitted as a batch job, and this process ends."""
+    parser.epilog = (
+        "launch=slurm [launch.slurm.KEY=VALUE ...] makes it a SLURM job, with the run's own launch.slurm.* below; "
+        "--follow then shows its log."
+    )
+    words = [a for a in argv if a.startswith(("launch=", "launch."))]
+    a = parser.parse_args([x for x in argv if x not in words and not (words and x == "--follow")])
+    if words:
+        from kit.launchers import slurm
+
+        rest = [x for x in argv if x not in words and x != "--follow"]
+        sys.exit(slurm.submit_verb(verb, run_or_path(a.source), rest, words, "--follow" in argv))
+    return a
 
 
 def run_or_path(name: str) -> str:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from kit.errors import KitError, Problem
+
+
+def say(line: str) -> None:
+    """A line for the user, on standard error. A terminal that is gone must not cost a run its checkpoint."""
+    with contextlib.suppress(OSError):
+        print(f"kit: {line}", file=sys.stderr, flush=True)
 
 
 def read_prompts(name: str) -> list[str]:

@@ -1,12 +1,14 @@
 """Campaigns that are too long for the suite; `make soak`. A small instance of each is in the suite.
 
-    python tests/soak.py [--only fuzz|honour|kill|resume] [--n N] [--seed S] --out FILE
+    python tests/soak.py [--only fuzz|honour|kill|resume|slurm] [--n N] [--seed S] --out FILE
 
 fuzz    N spoiled command lines and files through the checks: a plan or a list of problems, never another exception.
 honour  N valid runs with one key changed (tests/mutate.py): refused by name, or found in what the libraries are given.
 kill    N runs that save every 2 steps, each killed (SIGKILL, the whole tree) at a random moment: what is found then is
         nothing or a complete checkpoint, and `kit resume` goes on from it.
 resume  one run killed N times and resumed until it is done: losses and adapter are those of a run left alone.
+slurm   N jobs under a SLURM of our own, each signalled at a random step, preempted at another, and queued again both
+        times, with the two minutes that SLURM holds such a job; losses and adapter are those of a run left alone.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-COUNTS = {"fuzz": 2000, "honour": 10_000, "kill": 20, "resume": 5}
+COUNTS = {"fuzz": 2000, "honour": 10_000, "kill": 20, "resume": 5, "slurm": 10}
 LIMIT = 20  # seconds that the checks of one spoiled command line may take
 
 # ------------------------------------------------------------------------------------------------------------ fuzz
@@ -493,6 +495,83 @@ def resume(n: int, seed: int, out: Callable[[str], None] = print) -> dict[str, A
     }
 
 
+# ----------------------------------------------------------------------------------------------------------- slurm
+
+
+def slurm(n: int, seed: int, out: Callable[[str], None] = print) -> dict[str, Any]:
+    """Counts of `n` jobs that were interrupted twice each, and the failures; nothing where there can be no SLURM."""
+    from launch import cluster
+
+    if reason := cluster.missing():
+        return {"jobs": 0, "seed": seed, "seconds": 0.0, "counts": {"failures": 0}, "skipped": reason}
+    begun, jobs, home = time.monotonic(), [], Path(tempfile.mkdtemp())
+    try:
+        base, data = inputs(home)
+        with cluster.running(home / "cluster") as env:
+            jobs_env = {**env, "KIT_TEST_STEP": "0.4"}
+            wanted = interrupted(home / "alone", base, data, jobs_env, [])
+            for number in range(n):
+                rng = random.Random(f"{seed} {number}")
+                steps = [rng.randrange(2, 9), rng.randrange(11, 17)]  # a stop takes effect a step or two later
+                try:
+                    one = interrupted(home / str(number), base, data, jobs_env, steps)
+                    same = {key: one[key] == wanted[key] for key in ("losses", "adapter")}
+                    assert all(same.values()), f"not as a run left alone: {same}"
+                    one = {"interrupted_at": steps, "restarts": one["restarts"], "seconds": one["seconds"]}
+                except AssertionError as error:
+                    one = {"interrupted_at": steps, "failure": str(error)[-3000:]}
+                jobs.append(one)
+                out(f"job {number + 1}: {one}")
+    finally:
+        shutil.rmtree(home, ignore_errors=True)
+    counts = {"completed": sum("failure" not in j for j in jobs), "failures": sum("failure" in j for j in jobs)}
+    return {"jobs": n, "seed": seed, "seconds": round(time.monotonic() - begun, 1), "counts": counts, "each": jobs}
+
+
+def interrupted(work: Path, base: Path, data: Path, env: dict[str, str], steps: list[int]) -> dict[str, Any]:
+    """One job to its end: at the first of `steps` signalled as before a time limit, at the second one preempted."""
+    import subprocess
+
+    from launch import harness
+
+    def ask(*argv: str) -> str:
+        return subprocess.run(argv, env=env, capture_output=True, text=True, timeout=60, check=True).stdout
+
+    def until(condition: Callable[[], bool], seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, (ask("scontrol", "show", "job", "-o", job), log.read_text()[-2000:])
+            time.sleep(0.1)
+
+    def holds(*words: str) -> Callable[[], bool]:
+        return lambda: log.exists() and all(word in log.read_text() for word in words)
+
+    work.mkdir()
+    begun = time.monotonic()
+    own = ["launch=slurm", f"launch.script={ROOT / 'tests/launch/slow.py'}", "launch.slurm.cpus_per_task=2"]
+    done = harness.kit("train", *harness.overrides(base, data, work / "runs", *own), cwd=work, **env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    job, run = done.stdout.split()[1].strip(":"), harness.the_run(work / "runs")
+    log = run / "logs" / f"slurm-{job}.out"
+    for number, step in enumerate(steps, 1):
+        until(holds(f"step {step}/"), 300)
+        if number == 1:
+            ask("scancel", "--batch", "--signal=USR1", job)
+        else:
+            ask("sbatch", "--partition=urgent", "--cpus-per-task=2", f"--output={work}/urgent.out", "--wrap=sleep 1")
+        until(holds(f"queued again, start {number} of"), 60)
+    until(lambda: f"JobId={job} " in (text := ask("scontrol", "show", "job", "-o", job))
+          and any(f"JobState={s}" in text for s in ("COMPLETED", "FAILED", "CANCELLED")), 400)  # fmt: skip
+    text = ask("scontrol", "show", "job", "-o", job)
+    assert "JobState=COMPLETED" in text and harness.status(run)["state"] == "done", text
+    restarts = int(re.findall(r"Restarts=(\d+)", text)[0])
+    assert restarts == len(steps), text
+    harness.assert_nothing_left(run)
+    adapter = (run / "adapter" / "adapter_model.safetensors").read_bytes()
+    seconds = round(time.monotonic() - begun, 1)
+    return {"losses": harness.rows(run), "adapter": adapter, "restarts": restarts, "seconds": seconds}
+
+
 def newest_name(run: Path | None) -> int | None:
     """The highest step among finished names; cheap, for polling."""
     return max((int(n.partition("-")[2]) for n in saves(run) if re.fullmatch(r"checkpoint-\d+", n)), default=None)
@@ -511,7 +590,7 @@ def main() -> None:
     from benchmarks.cli_latency import machine
 
     result: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "machine": machine()}
-    campaigns = {"fuzz": fuzz, "honour": honour, "kill": kill, "resume": resume}
+    campaigns = {"fuzz": fuzz, "honour": honour, "kill": kill, "resume": resume, "slurm": slurm}
     failed = 0
     for name in a.only or COUNTS:
         result[name] = campaigns[name](a.n or COUNTS[name], a.seed)

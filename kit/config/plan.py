@@ -134,11 +134,14 @@ def build_plan(composed: Composed, *, here: bool = True, world_size: int | None 
     stage = zero.at(resolved["deepspeed"], "zero_optimization.stage")
     stage = int(stage) if isinstance(stage, int) else 0  # a stage of another kind is refused already
     resolved["quantization"] = resolve_quantization(quantization, precision, stage == 3 or bool(resolved["fsdp"]))
+    # A batch job finds its files here and its GPUs elsewhere: kit/launchers/node.py looks at the node's.
+    runs_here = here and (launch.slurm is None or world_size is not None)
     facts = rules.Facts(
-        resolved, set_by, world, stage, precision, base.modules, columns_format, hardware.gpus(), on_cpu,
-        base.config or {}, is_tied(base), base.bytes, base.numbers, chosen, here,
+        resolved, set_by, world, stage, precision, base.modules, columns_format,
+        hardware.gpus() if runs_here or not launch.slurm else (), on_cpu, base.config or {}, is_tied(base), base.bytes,
+        base.numbers, chosen, runs_here,
     )  # fmt: skip
-    refused, warned = rules.apply(facts, here)
+    refused, warned = rules.apply(facts, runs_here)
     problems += refused
     if problems:
         raise KitError(unique(problems))

@@ -8,7 +8,8 @@ import os
 import re
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
@@ -130,6 +131,15 @@ def read_fsdp(values: Any, set_by: Any) -> list[Problem]:
     return problems
 
 
+def read_slurm(settings: dict[str, Any]) -> dict[str, Any]:
+    """launch.slurm by itself, complete; KitError with every key that there is not and every value of a wrong kind."""
+    stub = {"model": {"name_or_path": ""}, "dataset": {"path": ""}, "launch": {"slurm": settings}}
+    given, problems = read_input(stub, lambda key: f"command line: {key}")
+    if given is None or given.launch.slurm is None:
+        raise KitError(problems)
+    return given.launch.slurm.model_dump()
+
+
 def tree_at(tree: Any, loc: tuple[Any, ...]) -> Any:
     for part in loc:
         if not isinstance(tree, dict) or part not in tree:
@@ -142,7 +152,8 @@ def names_at(loc: tuple[Any, ...]) -> list[str]:
     """The keys that are known at a place in RunInput."""
     model: type[Strict] = RunInput
     for part in loc:
-        model = model.model_fields[str(part)].annotation  # type: ignore[assignment]
+        kind = model.model_fields[str(part)].annotation
+        model = next(m for m in (*get_args(kind), kind) if m is not NoneType)  # a section may be null
     return list(model.model_fields)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kit import hardware
-from kit.config import zero
+from kit.config import slurm, zero
 from kit.config.model import Base
 from kit.config.read import located
 from kit.config.schema import Launch
@@ -25,6 +25,9 @@ def resolve_launch(
     """The launcher, the processes on each node, and whether it is on CPU. num_nodes is a number already."""
     gpus = len(hardware.gpus())
     on_cpu = trainer.get("use_cpu", "auto")
+    if launch.slurm and world is None:
+        launch = resolve_slurm(launch, on_cpu is True)
+        on_cpu, here = on_cpu is True, False  # the nodes have the GPUs; this machine need not
     nodes = launch.num_nodes if isinstance(launch.num_nodes, int) else 1
     count = max(1, world // nodes) if world else launch.num_gpus
     if on_cpu == "auto":
@@ -41,6 +44,17 @@ def resolve_launch(
         if launch.hostfile or launch.include or launch.exclude:  # nobody else reads them
             launcher = "deepspeed"
     return launch.model_copy(update={"launcher": launcher, "num_gpus": count}), bool(on_cpu)
+
+
+def resolve_slurm(launch: Launch, on_cpu: bool) -> Launch:
+    """GPUs per node are said once: by launch.slurm.gres or by launch.num_gpus (1 where neither says it)."""
+    assert launch.slurm
+    count, gres = launch.num_gpus, launch.slurm.gres
+    if count == "auto":
+        count = 1 if on_cpu else (slurm.gpus_of(gres) or 1)
+    if gres == "auto":
+        gres = None if on_cpu else f"gpu:{count}"
+    return launch.model_copy(update={"num_gpus": count, "slurm": launch.slurm.model_copy(update={"gres": gres})})
 
 
 def resolve_precision(trainer: dict[str, Any], on_cpu: bool, notes: list[str]) -> Any:

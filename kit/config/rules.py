@@ -15,7 +15,7 @@ from kit.config import rules_launch as launch
 from kit.config import rules_model as model
 from kit.config import rules_quantization as quantized
 from kit.config import rules_trainer as trainer
-from kit.config import trackers
+from kit.config import slurm, trackers
 from kit.errors import Problem
 from kit.hardware import Gpu
 
@@ -175,6 +175,10 @@ CHECKS = [
     Rule("host-memory", "T24", (f"{Z}.stage", "model.name_or_path"), launch.host_memory, here=True),
     Rule("quantized-gpu-memory", "T41", (*BITS, "model.name_or_path"), launch.quantized_gpu_memory, here=True),
     Rule("token-indices-zero3", "T37", ("peft.trainable_token_indices", f"{Z}.stage"), launch.token_indices_on_cpu),
+    Rule("slurm-value", "security rule 8", tuple(f"launch.slurm.{k}" for k in (*slurm.PATTERNS, "modules", "setup")),
+         launch.slurm_values),
+    Rule("slurm-extra", "security rule 8", ("launch.slurm.extra",), launch.slurm_extra),
+    Rule("slurm-gpus", "T69", ("launch.slurm.gres", "launch.num_gpus"), launch.slurm_gpus),
     # the base model
     Rule("length-learned", "transformers GPT-2, OPT", LENGTH, model.length_learned),
     Rule("length-uncut", "transformers GPT-2, OPT", LENGTH, model.length_uncut, "warn"),

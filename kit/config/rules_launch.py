@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from kit import hardware
+from kit.config import slurm
 
 if TYPE_CHECKING:
     from kit.config.rules import Facts
@@ -122,6 +123,9 @@ def hostfile_unread(f: Facts) -> Found:
             name = "torchrun" if launcher == "torchrun" else "a plain process"
             fix = "launch=deepspeed, or leave it out (CUDA_VISIBLE_DEVICES names GPUs; launch.num_nodes counts nodes)"
             yield f"{name} knows no launch.{key}", f"launch.{key}", fix
+        elif f.plan["launch"][key] and f.plan["launch"]["slurm"]:
+            fix = "leave it out: launch.num_nodes and launch.slurm.* ask for nodes"
+            yield f"launch=slurm, which chooses the nodes itself, and launch.{key}", f"launch.{key}", fix
 
 
 def node_rank(f: Facts) -> Found:
@@ -233,3 +237,23 @@ def options(f: Facts) -> dict[str, Any]:
     t = f.plan["trainer"]
     given = t.get("activation_checkpointing_kwargs") or t.get("gradient_checkpointing_kwargs")
     return given if isinstance(given, dict) else {}
+
+
+def slurm_values(f: Facts) -> Found:
+    yield from slurm.value_problems(f.plan["launch"]["slurm"] or {})
+
+
+def slurm_extra(f: Facts) -> Found:
+    yield from slurm.extra_problems(f.plan["launch"]["slurm"] or {})
+
+
+def slurm_gpus(f: Facts) -> Found:
+    given = (f.plan["launch"]["slurm"] or {}).get("gres")
+    count = slurm.gpus_of(given)
+    if count is not None and not f.on_cpu and count != f.plan["launch"]["num_gpus"]:
+        yield (
+            f"launch.slurm.gres={given} asks for {count} GPUs per node, launch.num_gpus for "
+            f"{f.plan['launch']['num_gpus']}",
+            "launch.slurm.gres",
+            "give one of them: the other is derived",
+        )

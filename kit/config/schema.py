@@ -64,6 +64,25 @@ class Dataset(Strict):
     eval_limit: int | None = Field(default=None, ge=1)
 
 
+class Slurm(Strict):
+    """A batch job; the patterns of what may stand in its script are those of kit/config/slurm.py."""
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    gres: str | None = None
+    time: str | int | None = None
+    mem: str | int | None = None
+    constraint: str | None = None
+    exclude: str | None = None
+    cpus_per_task: int | None = Field(default=None, ge=1)
+    modules: list[str] = Field(default_factory=list)
+    setup: list[str] = Field(default_factory=list)
+    extra: list[str] = Field(default_factory=list)
+    signal_seconds: int = Field(default=300, ge=1, le=65535)
+    max_requeues: int = Field(default=10, ge=0)
+
+
 class Launch(Strict):
     launcher: Literal["auto", "local", "deepspeed", "torchrun"] = "auto"
     num_gpus: int | Literal["auto"] = "auto"
@@ -79,6 +98,7 @@ class Launch(Strict):
     script: str | None = None
     grace_seconds: float = Field(default=120, gt=0)
     build_seconds: float = Field(default=900, gt=0)
+    slurm: Slurm | None = None  # the run is a batch job
 
 
 class InitFrom(Strict):

@@ -4,7 +4,9 @@
 
 starts the ranks of one node of a frozen plan, whose directory all nodes share, and ends when they do. What is not said
 comes from the environment: NODE_RANK, MASTER_ADDR and MASTER_PORT, else what SLURM (one task per node) or an indexed
-Kubernetes Job says. `launch(plan)` in run.py is the same for one's own code: it asks `placed` itself.
+Kubernetes Job says. With `--resume newest` the same words start a run and, after a job was queued again, go on with
+it: they are what a batch job starts on each of its nodes, one or several. `launch(plan)` in run.py is the same for
+one's own code: it asks `placed` itself.
 """
 
 from __future__ import annotations
@@ -17,9 +19,11 @@ import socket
 from collections.abc import Mapping
 from pathlib import Path
 
+from kit import hardware, manifest, rundir
 from kit.config.nodes import by_node, read_hostfile
 from kit.config.schema import RunPlan, load_plan
-from kit.errors import ENVIRONMENT, REFUSED, KitError, Problem
+from kit.errors import DONE, ENVIRONMENT, REFUSED, KitError, Problem
+from kit.terminal import say
 
 FIRST_PORT, PORTS = 20_000, 10_000  # below what systems give to outgoing connections, and below Kubernetes' own
 
@@ -100,6 +104,35 @@ def others_command(plan: RunPlan) -> str:
     return f"kit launch-node {plan.run_path / 'plan.json'} {where} --node-rank {ranks}"
 
 
+def right_nodes(plan: RunPlan, env: Mapping[str, str]) -> None:
+    """KitError where the batch system has other nodes than the plan: each would train alone, into one place (T68)."""
+    given, planned = number(env, "NNODES", "SLURM_STEP_NUM_NODES"), int(plan.launch.num_nodes)
+    if given is not None and planned != given:
+        raise KitError(
+            f"the job has {given} node{'s' * (given != 1)}, the run was planned for {planned}", "launch.num_nodes",
+            "ask for as many nodes as the plan has", code=ENVIRONMENT,
+        )  # fmt: skip
+
+
+def enough_gpus(plan: RunPlan) -> None:
+    """KitError where this node has fewer GPUs than the plan, which was made on another machine."""
+    seen = len(hardware.gpus())
+    if not plan.trainer["use_cpu"] and int(plan.launch.num_gpus) > seen:
+        raise KitError(
+            f"{plan.launch.num_gpus} GPUs asked for, this node shows {seen}", "launch.num_gpus",
+            "a batch job asks for them: launch.slurm.gres=gpu:N", code=ENVIRONMENT, rule="gpus-missing",
+        )  # fmt: skip
+
+
+def newest_checkpoint(run: Path) -> str | None:
+    """The name of the checkpoint to go on from, None where there is none yet."""
+    newest = manifest.newest_complete(run / rundir.CHECKPOINTS)
+    for reason in newest.skipped:
+        say(reason)
+    say(f"resuming from {newest.path.name}" if newest.path else "no checkpoint yet: from the beginning")
+    return newest.path.name if newest.path else None
+
+
 def main(argv: list[str]) -> int:
     """`kit launch-node PLAN`: the ranks of one node of a frozen plan."""
     parser = argparse.ArgumentParser(
@@ -111,7 +144,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--master-port", type=int, help="the same on every node (MASTER_PORT, else from the run)")
     parser.add_argument("--resume", metavar="CHECKPOINT", help="go on from it; `newest`: if there is one")
     a = parser.parse_args(argv)
-    from kit import api, manifest, rundir
+    from kit import api
     from kit.launchers.run import launch
 
     path = Path(a.plan)
@@ -120,9 +153,10 @@ def main(argv: list[str]) -> int:
     told = {"node_rank": a.node_rank, "master_addr": a.master_addr, "master_port": a.master_port}
     told = {key: value for key, value in told.items() if value is not None or key == "node_rank"}
     plan = plan.model_copy(update={"run_dir": str(run), "launch": plan.launch.model_copy(update=told)})
+    if a.resume == "newest" and rundir.status(run).get("state") == "done":
+        say(f"{run} is finished")
+        return DONE
+    right_nodes(plan, os.environ)
+    enough_gpus(plan)
     api.need_stack()
-    resume = a.resume
-    if resume == "newest":
-        newest = manifest.newest_complete(run / rundir.CHECKPOINTS)
-        resume = newest.path.name if newest.path else None
-    return launch(plan, resume=resume)
+    return launch(plan, resume=newest_checkpoint(run) if a.resume == "newest" else a.resume)

@@ -15,7 +15,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 from types import FrameType
@@ -29,6 +28,7 @@ from kit.config.schema import RunPlan
 from kit.errors import DONE, FAILED, STOPPED, KitError, Problem
 from kit.launchers import node, ops, remote
 from kit.launchers.command import command, rank_environment
+from kit.terminal import say
 
 PEER_SECONDS = 20  # what the ranks here get to notice by themselves that another node has failed
 SETTLE_SECONDS = 90  # a shared file system may show node 0's last word late
@@ -67,9 +67,11 @@ def launch(plan: RunPlan, resume: str | None = None) -> int:
                 rundir.set_status(run, "running")
             kills, deaths = hardware.oom_kills() or 0, Deaths(run, mine)
             peers = Peers(run, mine) if mine is not None or ssh else None
+            # SLURM signals all processes of a step: SIGUSR1 is for us and for the ranks, and would end a launcher.
             process = subprocess.Popen(
-                argv, env={**os.environ, **env}, stdin=subprocess.DEVNULL, start_new_session=True
-            )
+                argv, env={**os.environ, **env}, stdin=subprocess.DEVNULL, start_new_session=True,
+                preexec_fn=lambda: signal.signal(signal.SIGUSR1, signal.SIG_IGN),
+            )  # fmt: skip
             try:
                 wait(process, run, stop, plan.launch.grace_seconds, deaths, peers, ssh)
             finally:
@@ -93,14 +95,14 @@ def launch(plan: RunPlan, resume: str | None = None) -> int:
 
 
 class Stop:
-    """Turns Ctrl-C and SIGTERM into a flag while ranks run, and gives the handlers back afterwards."""
+    """Turns Ctrl-C, SIGTERM and SIGUSR1 into a flag while ranks run, and gives the handlers back afterwards."""
 
     def __init__(self) -> None:
         self.asked = 0
         self.before: dict[int, Any] = {}
 
     def __enter__(self) -> Stop:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
             self.before[number] = signal.signal(number, self.ask)
         return self
 
@@ -292,9 +294,3 @@ def read_errors(run: Path) -> tuple[list[Problem], int]:
     reports = [rundir.read_json(f) for f in files]
     problems = {p["problem"]: Problem(**p) for report in reports for p in report.get("problems", [])}
     return list(problems.values())[:3], next((r["code"] for r in reports if r.get("code")), FAILED)
-
-
-def say(line: str) -> None:
-    """A line for the user. A terminal that is gone must not cost the run its checkpoint."""
-    with contextlib.suppress(OSError):
-        print(f"kit: {line}", file=sys.stderr, flush=True)

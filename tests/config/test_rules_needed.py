@@ -297,6 +297,7 @@ ELSEWHERE = {
     "needs GPUs": """fsdp-cpu fsdp-checkpointing fp16-cpu bf16-hardware gpus-missing local-one-process device-map
         quantized-gpu-memory quantized-cpu-offload""",
     "about time, memory or ports of a machine": "bf16-slow-cpu port-taken host-memory",
+    "about what sbatch reads; the scripts are run by tests/test_slurm.py": "slurm-value slurm-extra slurm-gpus",
     "about a package that is not there": "loftq-packages",
     "needs a quantized base; tried by tests/launch/test_quantized.py and tests/test_merge_quantized.py": """
         quantized-full quantized-peft quantized-saved-module quantized-lora-bias quantized-int8-main

@@ -182,7 +182,7 @@ def test_torchrun_on_two_nodes_stops_and_goes_on(work, base, chat, spaces, at_on
 
 @pytest.fixture(scope="module")
 def sshd(tmp_path_factory) -> Iterator[Path]:
-    """A folder with `ssh` (our configuration, keys and known hosts only) and `hostfile`; the nodes have other names."""
+    """A folder with `ssh` (with our own configuration, keys and known hosts) and `hostfile`, of nodes with names."""
     tools = {name: shutil.which(name, path=os.environ["PATH"] + ":/usr/sbin") for name in ("sshd", "ssh", "pdsh")}
     if missing := [name for name, path in tools.items() if not path]:
         pytest.skip(f"{', '.join(missing)} not installed (apt-get install openssh-server pdsh)")
@@ -232,7 +232,7 @@ def reach(folder: Path, name: str) -> None:
 
 
 def test_deepspeed_over_ssh(work, base, chat, sshd, at_once):
-    """One command; the environment arrives, secrets do not; Ctrl-C here is a checkpoint there; `kit resume` goes on."""
+    """One command; the environment arrives, secrets do not; Ctrl-C here saves there; `kit resume` goes on."""
     runs = work / "ssh"
     wanted = ("launch=deepspeed", f"launch.hostfile={sshd / 'hostfile'}", "launch.master_addr=127.0.0.2")
     more = (*TWO, *wanted, "trainer.save_steps=50", "trainer.load_best_model_at_end=false")

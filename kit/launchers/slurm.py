@@ -1,0 +1,269 @@
+"""SLURM: write a script that anyone can read, submit it, follow it.
+
+One task per node starts that node's ranks (node.py): DeepSpeed's own slurm launcher sets no ranks, so that each task
+would train alone (T68). Inside an allocation (salloc) the same task is started at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kit import rundir
+from kit.config.schema import RunPlan, load_plan
+from kit.errors import DONE, ENVIRONMENT, FAILED, STOPPED, KitError, Problem
+from kit.launchers.run import Stop, outcome, read_errors
+from kit.launchers.slurm_script import RESUME, plain, srun, train_script, verb_script
+from kit.terminal import say
+
+JOBS = "slurm.json"  # in the run directory: what was submitted
+VERBS = ("merge", "eval", "generate")
+# Names of variables that hold secrets: the job's environment is kept in SLURM's own files.
+SECRET = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|(API|ACCESS|PRIVATE)_?KEY)(_(?!PATH$|FILE$)|$)")
+PASSWORD_IN_URL = re.compile(r"://[^/\s:@]*:[^/\s@]+@")
+OVER = tuple("COMPLETED FAILED CANCELLED TIMEOUT NODE_FAIL OUT_OF_MEMORY PREEMPTED BOOT_FAIL DEADLINE".split())
+
+
+def start(plan: RunPlan, fresh: bool = False, follow: bool = False, then: Sequence[str] = ()) -> int:
+    """Make the run directory of a plan and submit it; the exit code. KitError where sbatch refuses."""
+    need(then)
+    plain(Path(plan.run_dir))
+    return submit(rundir.create(plan, fresh), follow, then)
+
+
+def submit(plan: RunPlan, follow: bool = False, then: Sequence[str] = ()) -> int:
+    """Submit a run whose directory exists, new or to be continued, and the verbs that come after it (afterok)."""
+    run = plan.run_path
+    need(then)
+    refuse_twice(run)
+    if allocated():
+        if then:
+            raise KitError("--then chains batch jobs", "--then", "outside of the allocation", code=ENVIRONMENT)
+        return run_here(plan)
+    script = write(run / "train.sbatch", train_script(plan, [run], str(run / rundir.LOGS / "slurm-%j.out")))
+    job = record(run, "train", sbatch(script), script)
+    log = run / rundir.LOGS / f"slurm-{job}.out"
+    print(f"job {job}: {rundir.shown(run)}")
+    say(f"log: {rundir.shown(log)}; stop with a checkpoint: scancel --signal=USR1 {job}; end: scancel {job}")
+    before = job
+    for verb in then:
+        chained = write(run / f"{verb}.sbatch", verb_script(verb, [str(run)], settings_of(plan, verb), run))
+        after = sbatch(chained, "--dependency", f"afterok:{before}", "--kill-on-invalid-dep=yes")
+        before = record(run, verb, after, chained)
+        print(f"job {before}: kit {verb}, once the one before is done")
+    if not follow:
+        return DONE
+    return ended(run, job, *watch(job, log))
+
+
+def start_array(plans: Sequence[RunPlan], fresh: bool = False) -> int:
+    """Make the run directories of a multirun's plans and submit them as one array; the exit code."""
+    need(())
+    for plan in plans:
+        plain(Path(plan.run_dir))
+    made = [rundir.create(plan, fresh) for plan in plans]
+    digest = hashlib.sha256("".join(plan.hash for plan in made).encode()).hexdigest()[:8]
+    folder = made[0].run_path.with_name(f"{made[0].name}-sweep-{digest}")
+    job = submit_array(made, folder)
+    print(f"job {job}: {len(made)} runs, {rundir.shown(folder)}")
+    return DONE
+
+
+def submit_array(plans: Sequence[RunPlan], folder: Path, at_once: int | None = None) -> str:
+    """One job array over frozen plans, a task to each; every run directory must exist. Returns the job's id.
+
+    `folder` (of a sweep) takes the script and SLURM's logs; `at_once`: how many tasks may run together.
+    """
+    need(())
+    if len({plan.launch.model_dump_json() for plan in plans}) != 1:
+        raise KitError("the tasks of an array share one script, so launch.* must be the same", fix="sweep other keys")
+    for path in (folder, *(plan.run_path for plan in plans)):
+        plain(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = train_script(plans[0], [plan.run_path for plan in plans], str(folder / "slurm-%A_%a.out"), at_once)
+    script = write(folder / "array.sbatch", text)
+    job = sbatch(script)
+    for number, plan in enumerate(plans):
+        record(plan.run_path, "train", f"{job}_{number}", script)
+    return job
+
+
+def submit_verb(verb: str, source: str, argv: Sequence[str], words: Sequence[str], follow: bool = False) -> int:
+    """`kit VERB argv` as a batch job. `words`: launch=slurm and launch.slurm.KEY=VALUE, over those of the run."""
+    need(())
+    plan = load_plan(source) if Path(source, rundir.PLAN).is_file() else None
+    slurm = chosen(settings_of(plan, verb), words)
+    run = plan.run_path if plan else Path.cwd() / "slurm-logs"
+    if plan:
+        run = Path(source).absolute()
+    plain(run)
+    (run / rundir.LOGS).mkdir(parents=True, exist_ok=True)
+    script = write(run / f"{verb}.sbatch", verb_script(verb, argv, slurm, run))
+    job = record(run, verb, sbatch(script), script)
+    log = run / rundir.LOGS / f"{verb}-{job}.out"
+    print(f"job {job}: kit {verb} {source}")
+    say(f"its log: {rundir.shown(log)}")
+    if not follow:
+        return DONE
+    state, code = watch(job, log)
+    return code if state in ("COMPLETED", "FAILED") else FAILED
+
+
+def settings_of(plan: RunPlan | None, verb: str) -> dict[str, Any]:
+    """launch.slurm for a later verb of a run: on one GPU, as all of them are one process; a merge takes none."""
+    if plan is None or plan.launch.slurm is None:
+        return {}
+    slurm = plan.launch.slurm.model_dump()
+    gpu = re.match(r"gpu(:[A-Za-z][^:,]*)?", slurm["gres"] or "")
+    return {**slurm, "gres": f"{gpu[0]}:1" if gpu and verb != "merge" else None}
+
+
+def chosen(slurm: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
+    """The settings with `launch.slurm.KEY=VALUE` on top; KitError for what is no setting of a job."""
+    from kit.config.compose import apply
+    from kit.config.read import read_slurm
+
+    other = [w for w in words if w.startswith("launch=") and w != "launch=slurm"]
+    other += [w for w in words if not w.startswith(("launch=", "launch.slurm."))]
+    if other:
+        raise KitError(f"{other[0]}: a later step runs here or with launch=slurm", "command line", "launch=slurm")
+    tree = apply({"launch": {"slurm": slurm}}, [w for w in words if w != "launch=slurm"])
+    return read_slurm(tree["launch"]["slurm"])
+
+
+def allocated() -> bool:
+    """Whether this process stands inside an allocation, as salloc makes it."""
+    return "SLURM_JOB_ID" in os.environ
+
+
+def run_here(plan: RunPlan) -> int:
+    """The job's step in the allocation that we stand in, in the foreground; Ctrl-C lets it save."""
+    job = os.environ["SLURM_JOB_ID"]
+    say(f"inside the allocation {job}: started as a step of it")
+    stop, asked = Stop(), 0
+    with stop:
+        step = subprocess.Popen([*srun(plan), str(plan.run_path), *RESUME], start_new_session=True)
+        while step.poll() is None:
+            if stop.asked > asked:
+                step.send_signal(signal.SIGUSR1 if asked == 0 else signal.SIGTERM)  # srun passes the first one on
+                asked = stop.asked
+            time.sleep(0.2)
+    return outcome(plan.run_path, step.returncode)
+
+
+def need(then: Sequence[str]) -> None:
+    wrong = [verb for verb in then if verb not in VERBS]
+    if wrong:
+        raise KitError(f"--then {wrong[0]}: no step after training", "--then", f"some of {','.join(VERBS)}")
+    from shutil import which
+
+    absent = [name for name in ("sbatch", "srun", "scontrol") if not which(name)]
+    if absent:
+        raise KitError(
+            f"launch=slurm, but there is no {absent[0]} on the PATH", "PATH",
+            "a login node of the cluster, or launch=auto", code=ENVIRONMENT,
+        )  # fmt: skip
+
+
+def refuse_twice(run: Path) -> None:
+    """KitError where a job of this run still waits or runs: two would write into one directory."""
+    jobs = [j["id"] for j in rundir.read_json(run / JOBS).get("jobs", []) if j["verb"] == "train"]
+    if jobs and jobs[-1] != own_job() and (state := look(jobs[-1])[0]) and not state.startswith(OVER):
+        raise KitError(f"{run} is job {jobs[-1]} ({state.lower()})", fix=f"wait for it, or scancel {jobs[-1]}")
+
+
+def own_job() -> str:
+    return os.environ.get("SLURM_JOB_ID", "")
+
+
+def write(script: Path, text: str) -> Path:
+    rundir.write_atomic(script, text)
+    script.chmod(0o700)
+    return script
+
+
+def record(run: Path, verb: str, job: str, script: Path) -> str:
+    jobs = rundir.read_json(run / JOBS).get("jobs", [])
+    jobs.append({"verb": verb, "id": job, "script": str(script), "submitted": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
+    rundir.write_json(run / JOBS, {"jobs": jobs})
+    return job
+
+
+def without_secrets(env: dict[str, str]) -> tuple[dict[str, str], list[str]]:
+    """The environment that a job may be given, and the names that were left out of it."""
+    hidden = sorted(k for k, v in env.items() if SECRET.search(k.upper()) or PASSWORD_IN_URL.search(v))
+    return {k: v for k, v in env.items() if k not in hidden}, hidden
+
+
+def sbatch(script: Path, *options: str) -> str:
+    """Submit a script; its job id. Tokens stay behind: SLURM writes a job's environment into files of its own."""
+    env, hidden = without_secrets(dict(os.environ))
+    if hidden:
+        say(f"not given to the job: {', '.join(hidden)} (hf auth login keeps a token in a file that the job can read)")
+    done = ask("sbatch", "--parsable", *options, str(script), env=env)
+    job = done.stdout.strip().partition(";")[0]
+    if done.returncode or not job.isdigit():
+        said = done.stderr.strip().removeprefix("sbatch: error: ") or f"sbatch ended with {done.returncode}"
+        raise KitError(f"sbatch refused: {said}", str(script), "mend launch.slurm.*", code=ENVIRONMENT)
+    return job
+
+
+def ask(*argv: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(argv, env=env, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL)
+    except subprocess.TimeoutExpired:
+        return subprocess.CompletedProcess(argv, 1, "", f"{argv[0]} gave no answer in 120 s")
+
+
+def look(job: str) -> tuple[str, int]:
+    """A job's state and exit code; ("", 0) where the controller has forgotten it or does not answer."""
+    done = ask("scontrol", "show", "job", "-o", job)
+    state, code = re.search(r"\bJobState=(\w+)", done.stdout), re.search(r"\bExitCode=(\d+):(\d+)", done.stdout)
+    if done.returncode or not state:
+        return ("GONE" if "nvalid job id" in done.stderr else ""), 0
+    return state[1], (int(code[1]) or (128 + int(code[2]) if int(code[2]) else 0)) if code else 0
+
+
+def watch(job: str, log: Path) -> tuple[str, int]:
+    """Show a job's log until it is over: its last state and exit code. A job that is queued again is waited for."""
+    seen, before = 0, ""
+    try:
+        while True:
+            state, code = look(job)
+            if state and state != before:
+                say(f"job {job} is {state.lower()}")
+                before = state
+            if log.exists():
+                with open(log, encoding="utf-8", errors="replace") as f:
+                    f.seek(seen)
+                    sys.stdout.write(f.read())
+                    sys.stdout.flush()
+                    seen = f.tell()
+            if state == "GONE" or state.startswith(OVER):
+                return state, code
+            time.sleep(1)
+    except KeyboardInterrupt:
+        say(f"the job goes on; to end it: scancel {job}")
+        raise
+
+
+def ended(run: Path, job: str, state: str, code: int) -> int:
+    """The exit code of a run that was followed; KitError with what its ranks wrote down."""
+    found = rundir.status(run).get("state")
+    if found == "done":
+        return DONE
+    if found == "stopped":
+        say(f"stopped with a complete checkpoint: kit resume {rundir.shown(run)}")
+        return STOPPED
+    problems, known = read_errors(run)
+    log = str(run / rundir.LOGS / f"slurm-{job}.out")
+    problems = problems or [Problem(f"job {job} is {state.lower()} (exit code {code})", log, "read the log")]
+    raise KitError(problems, code=known)
