@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kit.errors import DONE, ENVIRONMENT, FAILED, REFUSED, STOPPED, KitError, Problem
+from kit.errors import DONE, ENVIRONMENT, FAILED, REFUSED, KitError, Problem
 from kit.terminal import print_problems, progress, quiet, read_prompts
 
 USAGE = """\
@@ -97,22 +97,24 @@ def train(argv: list[str]) -> int:
 
     if not any(a.startswith("-") for a in argv):
         return api.train(*argv, fresh=fresh)
+    if any(a in ("-m", "--multirun") or a.replace(" ", "").lower() == "hydra.mode=multirun" for a in argv):
+        from kit.launchers import sweep
+
+        return sweep.main(argv, fresh)
     from kit.config.compose import Composed, run_hydra
     from kit.config.plan import build_plan
 
     codes: list[int] = []
 
     def one(composed: Composed) -> None:
-        if STOPPED in codes:  # Ctrl-C ends a multirun, not only the point that was running
-            return
         try:
             codes.append(api.train(plan=build_plan(composed, here=True), fresh=fresh))
-        except KitError as error:  # one failing job of a multirun does not stop the others
+        except KitError as error:  # raised through Hydra it would be printed as a traceback
             print_problems(error.problems, refused=error.code == REFUSED)
             codes.append(error.code)
 
     code = run_hydra(argv, one)
-    return next((c for c in codes if c != DONE), DONE) if codes else (REFUSED if code else DONE)
+    return codes[0] if codes else (REFUSED if code else DONE)
 
 
 def check(argv: list[str]) -> int:

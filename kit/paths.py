@@ -12,6 +12,13 @@ DS_CONFIGS = ROOT / "ds_configs"
 RECIPES = (CONF / "recipe").resolve()
 
 
+def use(folder: Path) -> None:
+    """From here on the configuration is that of `folder`, a copy of `hydra_conf` and `ds_configs`."""
+    global ROOT, CONF, DS_CONFIGS, RECIPES
+    ROOT, CONF, DS_CONFIGS = folder, folder / "hydra_conf", folder / "ds_configs"
+    RECIPES = (CONF / "recipe").resolve()
+
+
 def cache() -> Path:
     """The kit's own cache: $KIT_CACHE or ~/.cache/kit."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
