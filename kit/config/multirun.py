@@ -170,10 +170,9 @@ class KitSweeper(Sweeper):
             if not o.is_sweep_override()
         ]
         base = composed_by(loader, self.config, fixed, self.job.run_file)
-        written = (base.tree.get("hparams_search") or {}).get("search_space")
-        typed, _ = compose.read_args([f"{k}={v}" for k, v in written.items()] if isinstance(written, dict) else [])
-        sweeps = OverridesParser.create(config_loader=loader).parse_overrides(typed)
-        sweeps += [o for o in overrides if o.is_sweep_override()]
+        given = [o for o in overrides if o.is_sweep_override()]
+        written, _ = compose.read_args([f"{key}={value}" for key, value in written_space(base, bool(given)).items()])
+        sweeps = [*OverridesParser.create(config_loader=loader).parse_overrides(written), *given]
         sources = [Path(s.path) for s in self.config.hydra.runtime.config_sources if s.schema == "file"]
         folders = [s for s in sources if s.resolve() != paths.CONF.resolve()]
         fixed = [f for f in fixed if not f.lstrip("+").startswith("hydra")]
@@ -267,6 +266,20 @@ def swept_keys(jobs: list[list[str]], typed: list[str]) -> list[str]:
     return [key for key in keys if len({job.get(key) for job in pairs}) > 1]
 
 
+def written_space(base: Composed, others: bool) -> dict[str, str]:
+    """hparams_search.search_space; what the kit's own file suggests only where nobody else says anything."""
+    space = (base.tree.get("hparams_search") or {}).get("search_space")
+    if not isinstance(space, dict):
+        return {}
+    suggested = {}
+    for layer in base.layers:
+        for key, (place, written) in layer.items():
+            if place.startswith("hparams_search/"):
+                suggested[key.removeprefix("hparams_search.search_space.")] = written
+    own = {key: value for key, value in space.items() if suggested.get(key) != str(value)}
+    return own if own or others else space
+
+
 def dimension(override: Override) -> Dimension:
     """A sweep override as what a search can sample; KitError where it cannot."""
     value = override.value()
@@ -305,8 +318,7 @@ def snapshot(search: Search, folder: Path) -> None:
 
 
 def compose_copy(search: Search, folder: Path, values: dict[str, Value]) -> Composed:
-    """A trial of a search, composed from the copy in `folder`."""
-    paths.use(folder)
+    """A trial of a search, composed from the copy in `folder`, which must be in use (paths.using)."""
     compose.register()
     chosen = [f"{k}={v if isinstance(v, str) else repr(v)}" for k, v in values.items()]
     overrides = [*search.fixed, *compose.read_args(chosen)[0]]

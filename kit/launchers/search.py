@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from kit import api
+from kit import api, paths
 from kit.config import multirun
 from kit.config.multirun import Dimension, Point, Search
 from kit.config.schema import HparamsSearch
@@ -63,7 +63,7 @@ def search(fresh: bool, found: Search) -> int:
             take_up(folder, trials)
         settle_study(study, trials)
         files.write_record(folder, trials, sweep.about)
-        announce(sweep)
+        announce(sweep, settings.n_trials)
         pool = pool_for(settings, [base])
         asked: dict[int, Any] = {}  # number of a running trial: optuna's trial
 
@@ -169,7 +169,8 @@ def freeze(found: Search, folder: Path, number: int, values: dict[str, multirun.
     point = Point(number, {key: v if isinstance(v, str) else f"{v:.6g}" for key, v in values.items()})
     plan = None
     try:
-        plan = planned(multirun.compose_copy(found, folder / COPY, values))
+        with paths.using(folder / COPY):
+            plan = planned(multirun.compose_copy(found, folder / COPY, values))
     except KitError as error:
         point.problems = error.problems
         say(f"trial {number:03d} refused")

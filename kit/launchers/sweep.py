@@ -112,7 +112,7 @@ def grid(fresh: bool, points: list[Point]) -> list[tuple[int, float | None]]:
         metric = settings_of(first).metric or files.default_metric(first)
         sweep = Sweep(folder, settings_of(first), metric, about(folder, settings_of(first), metric), trials)
         files.write_record(folder, trials, sweep.about)
-        announce(sweep)
+        announce(sweep, len(trials))
         pending = [t for t in trials if t.state == "waiting"]
         pool = pool_for(sweep.settings, [t.plan for t in pending if t.plan])
 
@@ -174,7 +174,7 @@ def about(folder: Path, settings: HparamsSearch, metric: str) -> dict[str, Any]:
     return {"sweep": folder.name, "metric": metric, "direction": settings.direction, "method": settings.method}
 
 
-def announce(sweep: Sweep) -> None:
+def announce(sweep: Sweep, count: int) -> None:
     """What is refused and what is warned of, before anything starts."""
     refused = [t for t in sweep.trials if t.state == "refused"]
     if refused:
@@ -182,7 +182,7 @@ def announce(sweep: Sweep) -> None:
         print_problems([named(t.number, t.values, Problem(**p)) for t in refused for p in t.problems], refused=False)
     for text in dict.fromkeys(w for t in sweep.trials if t.plan for w in api.warnings(t.plan)):
         say(f"warning: {text}")
-    say(f"{len(sweep.trials) - len(refused)} trials in {rundir.shown(sweep.folder)}")
+    say(f"{count - len(refused)} trials in {rundir.shown(sweep.folder)}")
 
 
 def named(number: int, values: dict[str, Any], problem: Problem) -> Problem:

@@ -14,7 +14,7 @@ from typing import Any
 
 from kit import rundir
 from kit.config.schema import HparamsSearch, RunPlan, field_class, leaves
-from kit.launchers.trials import Trial, short_names
+from kit.launchers.trials import Trial, brief, short_names
 
 RECORD, TABLE, PLOT = "sweep.json", "sweep.csv", "sweep.svg"
 FIGURES = ("loss", "eval_loss", "tokens_per_second", "peak_memory_gb")
@@ -143,7 +143,7 @@ def table(trials: list[Trial], settings: HparamsSearch, metric: str, title: str)
         state = t.state + (f" on {','.join(t.devices)}" if t.devices else "") + (" (best)" if t is winner else "")
         cells = [number(v) for v in (found["loss"], result(t, metric))[: len(losses)]]
         cells.append(number(found["tokens_per_second"]))
-        values = [str(t.values.get(key, "")) for key in keys]
+        values = [brief(t.values.get(key, "")) for key in keys]
         shown.add_row(str(t.number), *values, state, steps(t, found["step"]), *cells, f"{seconds:.0f}")
     return shown
 

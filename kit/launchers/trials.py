@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -81,7 +82,11 @@ class Trial:
         self.curve = Curve(self.run / rundir.METRICS_LOG)
 
     def label(self) -> str:
-        return " ".join(f"{short}={self.values[key]}" for key, short in short_names(list(self.values)).items())
+        return " ".join(f"{short}={brief(self.values[key])}" for key, short in short_names(list(self.values)).items())
+
+
+def brief(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def short_names(keys: list[str]) -> dict[str, str]:
@@ -112,11 +117,14 @@ class Pool:
         elif self.free is not None:
             trial.devices, self.free = self.free[: trial.plan.world_size], self.free[trial.plan.world_size :]
             env["CUDA_VISIBLE_DEVICES"] = ",".join(trial.devices)
-        plan = trial.run / rundir.PLAN
-        argv = [sys.executable, "-m", "kit.launchers.trial", str(plan), str(os.getpid())]
         with open(trial.run / rundir.LOGS / LOG, "ab") as log:
             trial.process = subprocess.Popen(
-                argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env, start_new_session=True
+                child(trial.run / rundir.PLAN),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=env,
+                start_new_session=True,
             )
         trial.state, trial.started, trial.problems, trial.code = "running", time.monotonic(), [], None
         self.running.append(trial)
@@ -140,11 +148,16 @@ class Pool:
     def kill(self) -> None:
         """End whatever still lives, ranks first found by what they wrote down."""
         for trial in self.running:
-            left = ranks(trial.run)
+            left = ranks_left(trial.run)
             if trial.process:
                 ops.kill_tree(trial.process.pid)
             for pid in left:
                 ops.kill_tree(pid)
+
+
+def child(plan: Path) -> list[str]:
+    """What is typed to start a trial."""
+    return [sys.executable, "-m", "kit.launchers.trial", str(plan), str(os.getpid())]
 
 
 def stop(trial: Trial) -> None:
@@ -156,6 +169,8 @@ def settle(trial: Trial) -> None:
     """State, exit code and problems of a trial whose process is gone, from what it wrote down."""
     assert trial.process is not None
     code = trial.process.returncode
+    for pid in ranks_left(trial.run):  # of a trial that was killed: its devices are another trial's now
+        ops.kill_tree(pid)
     trial.seconds = round(trial.seconds + time.monotonic() - trial.started, 1)
     status = rundir.status(trial.run)
     written = status.get("state")
@@ -187,4 +202,14 @@ def look(trial: Trial) -> None:
 
 def busy(trial: Trial) -> bool:
     """Whether processes of an earlier sweep still hold the trial; they stop by themselves, with a checkpoint."""
-    return rundir.in_use(trial.run) is not None or any(psutil.pid_exists(pid) for pid in ranks(trial.run))
+    return rundir.in_use(trial.run) is not None or bool(ranks_left(trial.run))
+
+
+def ranks_left(run: Path) -> list[int]:
+    """Process ids of ranks that live; a number that has become another process's does not count."""
+    found = []
+    for pid in ranks(run):
+        with contextlib.suppress(psutil.Error):
+            if any(str(run) in part for part in psutil.Process(pid).cmdline()):
+                found.append(pid)
+    return found
