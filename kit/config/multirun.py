@@ -317,10 +317,10 @@ def snapshot(search: Search, folder: Path) -> None:
     temporary.rename(folder)
 
 
-def compose_copy(search: Search, folder: Path, values: dict[str, Value]) -> Composed:
-    """A trial of a search, composed from the copy in `folder`, which must be in use (paths.using)."""
+def compose_trial(search: Search, values: dict[str, Value], copy: Path | None = None) -> Composed:
+    """A trial of a search; `copy` is the snapshot to compose it from, which must be in use (paths.using)."""
     compose.register()
     chosen = [f"{k}={v if isinstance(v, str) else repr(v)}" for k, v in values.items()]
     overrides = [*search.fixed, *compose.read_args(chosen)[0]]
-    own = sorted(folder.glob("own-*"), key=lambda f: int(f.name.partition("-")[2]))
+    own = sorted(copy.glob("own-*"), key=lambda f: int(f.name.partition("-")[2])) if copy else search.folders
     return compose.compose_overrides(overrides, search.run_file, own, overrides)

@@ -37,6 +37,7 @@ from kit.launchers.trials import Trial, busy
 from kit.terminal import print_problems
 
 COPY = "conf"  # of the configuration, inside the sweep's directory
+NAMES = {"unknown-key", "renamed-key", "removed-key", "owned"}  # rules about keys: wrong whatever the value
 
 
 def search(fresh: bool, found: Search) -> int:
@@ -46,6 +47,7 @@ def search(fresh: bool, found: Search) -> int:
     if not found.space:
         fix = "hparams_search.search_space, or a sweep on the command line: peft.r=8,16"
         raise KitError("the search has nothing to choose from", "hparams_search.search_space", fix)
+    check_names(found)
     if find_spec("optuna") is None:
         raise KitError("optuna is not installed", "hparams_search=optuna", "pip install 'optuna>=4'", code=ENVIRONMENT)
     api.need_stack()
@@ -98,6 +100,17 @@ def search(fresh: bool, found: Search) -> int:
         stay(sweep, pool, next_trial, lambda: not missing(), watch, lambda t: tell(study, t, metric))
         report(sweep)
     return max((exit_code(t) for t in trials), default=DONE)
+
+
+def check_names(found: Search) -> None:
+    """Refuse a key that no trial can set; a value that some trial cannot have is refused with that trial."""
+    try:
+        planned(
+            multirun.compose_trial(found, {k: d.choices[0] if d.choices else d.low for k, d in found.space.items()})
+        )
+    except KitError as error:
+        if wrong := [p for p in error.problems if p.rule in NAMES]:
+            raise KitError(wrong) from None
 
 
 def open_study(folder: Path, settings: HparamsSearch, before: int) -> Any:
@@ -170,7 +183,7 @@ def freeze(found: Search, folder: Path, number: int, values: dict[str, multirun.
     plan = None
     try:
         with paths.using(folder / COPY):
-            plan = planned(multirun.compose_copy(found, folder / COPY, values))
+            plan = planned(multirun.compose_trial(found, values, folder / COPY))
     except KitError as error:
         point.problems = error.problems
         say(f"trial {number:03d} refused")
