@@ -164,6 +164,13 @@ def test_deepspeed_files_of_ones_own(run, tmp_path):
     mine.write_text('{"zero_optimization": ')
     assert_refused(run(f"deepspeed={mine}"), "mine.json")
     assert_refused(run("deepspeed.file=/no/such.json"), "such.json")
+    mine.write_text('{\n "gradient_cliping": 1,\n "zero_optimization": {"stage": 7}\n}')
+    places = [p.where for p in run(f"deepspeed={mine}")]  # the person's own file and line, not the group's
+    assert sorted(places) == [
+        f"deepspeed.gradient_cliping in {mine}:2",
+        f"deepspeed.zero_optimization.stage in {mine}:3",
+    ]
+    assert all("command line" in p.where for p in run(f"deepspeed={mine}", "deepspeed.gradient_cliping=2")[:1])
 
 
 def test_a_recipe_of_ones_own(base, chat, tmp_path, monkeypatch):

@@ -136,6 +136,20 @@ def builders(folder: Path) -> list[psutil.Process]:
     return found
 
 
+def test_an_environment_made_anew_compiles_again(tmp_path, monkeypatch):
+    """ninja would, in the ranks and without a word: sources that are newer than the operators."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    built = []
+    monkeypatch.setattr(ops, "build", lambda name, *_: built.append(name) or True)
+    cpu = {"DS_ACCELERATOR": "cpu"}
+    for _ in range(2):
+        ops.prepare(["cpu_adam"], 60, lambda line: None, cpu)
+    assert built == ["cpu_adam"]
+    monkeypatch.setattr(ops, "installed", lambda: "later")
+    ops.prepare(["cpu_adam"], 60, lambda line: None, cpu)
+    assert built == ["cpu_adam"] * 2
+
+
 def test_operators_of_a_plan(plan_of):
     cpu = "trainer.use_cpu=true"
     assert ops.needed(plan_of()) == []

@@ -220,7 +220,8 @@ def read_cfg(cfg: DictConfig, hydra: Any, overrides: list[str], run_file: Path |
     tree = plain(cfg)
     recipe = run_file.stem if run_file is not None else choices.get("recipe")
     below = layers_of(choices, sources, run_file)
-    provenance = {key: place for layer in below for key, (place, _) in layer.items()}
+    own = lines_of_own(tree.get("deepspeed"))  # lowest: what a recipe or the command line says goes on top
+    provenance = {key: place for layer in [own, *below] for key, (place, _) in layer.items()}
     typed: Layer = {}
     for override in overrides:
         key, equals, value = override.partition("=")
@@ -282,6 +283,15 @@ def lines_of(file: Path, prefix: str) -> Layer:
 
     walk(yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)), prefix)
     return found
+
+
+def lines_of_own(deepspeed: Any) -> Layer:
+    """The same of the JSON in `deepspeed.file`; nothing where it cannot be read, which `zero.load` tells of."""
+    file = deepspeed.get("file") if isinstance(deepspeed, dict) else None
+    try:
+        return lines_of(Path(file).expanduser(), "deepspeed") if isinstance(file, str) else {}
+    except (OSError, ValueError, RuntimeError, yaml.YAMLError):  # RuntimeError: ~nobody, and nested too deeply
+        return {}
 
 
 def refusal(error: Exception, args: list[str]) -> KitError:

@@ -18,8 +18,10 @@ from kit.config.read import (
     chosen_by_person,
     located,
     look_at_data,
+    not_finite,
     origin,
     read_deepspeed,
+    read_fsdp,
     read_input,
     read_table,
     read_trainer,
@@ -52,6 +54,8 @@ def build_plan(composed: Composed, *, here: bool = True, world_size: int | None 
     problems: list[Problem] = []
     set_by, chosen = origin(composed.provenance), chosen_by_person(composed.provenance)
 
+    if problems := not_finite(tree, set_by):
+        raise KitError(problems)  # nothing can be computed with them, and plan.json cannot hold them
     given, found = read_input(tree, set_by)
     problems += found
     trainer, found = read_trainer(tree.get("trainer"), set_by)
@@ -66,7 +70,7 @@ def build_plan(composed: Composed, *, here: bool = True, world_size: int | None 
     )
     problems += found
     deepspeed, found = read_deepspeed(tree.get("deepspeed"), set_by)
-    problems += found
+    problems += found + read_fsdp(tree.get("fsdp"), set_by)
     if given is None:
         raise KitError(problems)
     problems += unusable(given, set_by)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,11 @@ from kit.errors import KitError, Problem, named
 PATHS = (  # (section, key) of what is looked for on the disk
     ("model", "name_or_path"), ("model", "revision"), ("tokenizer", "name_or_path"), ("tokenizer", "chat_template"),
     ("dataset", "path"), ("dataset", "eval_path"), ("launch", "script"), ("", "runs_dir"),
+)  # fmt: skip
+FSDP = (  # what transformers' _process_fsdp_args reads, with or without "fsdp_" before it
+    "version", "cpu_offload", "auto_wrap_policy", "min_num_params", "transformer_layer_cls_to_wrap",
+    "cpu_ram_efficient_loading", "state_dict_type", "activation_checkpointing", "reshard_after_forward",
+    "forward_prefetch", "backward_prefetch", "use_orig_params", "sync_module_states",
 )  # fmt: skip
 OWNED = {  # fields of SFTConfig that another part of the description holds
     "output_dir": "the run directory holds everything: runs_dir=FOLDER, name=NAME",
@@ -91,6 +97,37 @@ def read_input(tree: dict[str, Any], set_by: Any) -> tuple[RunInput | None, list
                 value = f": {e['input']!r}" if not isinstance(e["input"], dict) else ""
                 problems.append(Problem(f"{key}: {e['msg'][0].lower()}{e['msg'][1:]}{value}", set_by(key), "", "type"))
         return None, problems
+
+
+def not_finite(tree: Any, set_by: Any) -> list[Problem]:
+    """Infinite numbers and NaN, wherever they stand."""
+
+    def numbers(value: Any) -> Iterator[float]:
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        for one in inner:
+            yield from numbers(one)
+        if isinstance(value, float):
+            yield value
+
+    bad = [key for key, value in leaves(tree).items() if not all(map(math.isfinite, numbers(value)))]
+    return [Problem(f"{key} holds a number that is not finite", set_by(key), "give a number", "range") for key in bad]
+
+
+def read_fsdp(values: Any, set_by: Any) -> list[Problem]:
+    """The group `fsdp`: a name that transformers never reads would shard otherwise than was meant."""
+    problems = []
+    for key, value in (values or {}).items() if isinstance(values, dict) else ():
+        name, at = str(key).removeprefix("fsdp_"), set_by(f"fsdp.{key}")
+        if name not in FSDP:
+            near = difflib.get_close_matches(name, FSDP, 1)
+            fix = f"did you mean fsdp.{near[0]}?" if near else f"one of {', '.join(FSDP)}"
+            problems.append(Problem(f"unknown key fsdp.{key}", at, fix, "unknown-key"))
+        elif name == "auto_wrap_policy" and value not in ("TRANSFORMER_BASED_WRAP", "SIZE_BASED_WRAP", "NO_WRAP"):
+            fix = "TRANSFORMER_BASED_WRAP, SIZE_BASED_WRAP or NO_WRAP"
+            problems.append(Problem(f"fsdp.{key} is {value!r}", at, fix, "choice"))
+        elif name == "version" and value not in (1, 2):
+            problems.append(Problem(f"fsdp.{key} must be 1 or 2, not {value!r}", at, "fsdp.version=2", "choice"))
+    return problems
 
 
 def tree_at(tree: Any, loc: tuple[Any, ...]) -> Any:

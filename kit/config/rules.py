@@ -205,7 +205,7 @@ CHECKS = [
     Rule("eval-batch", "source fault n", SIZES, trainer.eval_batch, "warn"),
     Rule("eval-schedule", "transformers TrainingArguments", (f"{T}.lr_scheduler_type", f"{T}.eval_strategy"),
          trainer.eval_for_schedule),
-    Rule("warmup-longer", "source fault f", WARMUP, trainer.warmup_longer),
+    Rule("warmup-longer", "source fault f", WARMUP, trainer.warmup_longer, "warn"),
     Rule("warmup-half", "source fault f", WARMUP, trainer.warmup_half, "warn"),
     Rule("warmup-constant", "transformers optimization", WARMUP, trainer.warmup_unused, "warn"),
     Rule("full-learning-rate", "source fault f", (f"{T}.learning_rate", "peft"), trainer.full_learning_rate, "warn"),

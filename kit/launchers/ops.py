@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import importlib.util
 import os
 import platform
 import subprocess
@@ -39,6 +40,20 @@ def extensions_dir() -> Path:
         cpu = platform.processor()
     parts = [cpu, sys.prefix, platform.python_version(), *(version(p) for p in ("torch", "deepspeed"))]
     return paths.cache() / "ops" / hashlib.sha256("|".join(parts).encode()).hexdigest()[:12]
+
+
+def installed() -> str:
+    """When torch and DeepSpeed were installed. ninja compiles again what is older than its sources, so an environment
+    that was made anew at the same place has nothing built, whatever lies in the folder."""
+    found = []
+    for package in ("torch", "deepspeed"):
+        spec = importlib.util.find_spec(package)
+        found.append(str(os.stat(spec.origin).st_mtime_ns) if spec and spec.origin else "none")
+    return " ".join(found)
+
+
+def is_built(stamp: Path) -> bool:
+    return stamp.exists() and stamp.read_text() == installed()
 
 
 def version(package: str) -> str:
@@ -78,7 +93,7 @@ def prepare(
     """
     folder = extensions_dir()
     stamps = folder / (".built-" + env.get("DS_ACCELERATOR", "auto"))
-    if all((stamps / name).exists() for name in names):
+    if all(is_built(stamps / name) for name in names):
         return
     stamps.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + seconds
@@ -87,11 +102,11 @@ def prepare(
         for name in names:
             if stopped():
                 return
-            if (stamps / name).exists():
+            if is_built(stamps / name):
                 continue
             check_locks(folder, name, say)
             if build(name, deadline, say, folder, env, stopped):
-                (stamps / name).touch()
+                (stamps / name).write_text(installed())
 
 
 def wait_for_turn(

@@ -39,6 +39,7 @@ CONTROLS = [
     {"id": "control-zero3", "what": "no mistake, ZeRO-3", "kit": ["deepspeed.file={ds}"], "ds": cases.ZERO3},
 ]
 ERROR = re.compile(r"^\s*(?:\[rank\d+\]:\s*)?((?:[a-zA-Z_]\w*\.)*\w*(?:Error|Exception|Interrupt|Exit))\b:? ?(.*)")
+WARNING = re.compile(r"(?:WARNING\b|\b\w*Warning:)\W*(.*)")
 NOT_ERRORS = ("ChildFailedError", "CalledProcessError", "SystemExit")  # of the launcher: the worker's own came before
 
 
@@ -57,6 +58,8 @@ def environment(marks: Path, venv: Path | None) -> dict[str, str]:
         "AXOLOTL_DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false", "NO_COLOR": "1", "COLUMNS": "200",
         "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1",
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        # DeepSpeed's operators are compiled once for each arm, by its control
+        **({"TORCH_EXTENSIONS_DIR": str(venv / "extensions")} if venv else {}),
     }  # fmt: skip
 
 
@@ -122,7 +125,8 @@ def axolotl_argv(case: dict, world: dict[str, Path], folder: Path) -> list[str] 
         "chat_template": "tokenizer_default", "sequence_len": 64, "micro_batch_size": 2, "max_steps": 4,
         "gradient_accumulation_steps": 1, "num_epochs": 1, "learning_rate": 1e-4, "optimizer": "adamw_torch",
         "lr_scheduler": "cosine", "output_dir": folder / "out", "dataset_prepared_path": folder / "prepared",
-        "use_cpu": True, "bf16": False, "fp16": False, **own,
+        "use_cpu": True, "bf16": False, "fp16": False, "lora_mlp_kernel": False, "lora_qkv_kernel": False,
+        "lora_o_kernel": False, **own,  # its fused LoRA kernels, on by themselves, ask for CUDA
     }  # fmt: skip
     if "lora_target_modules" in own:
         del said["lora_target_linear"]
@@ -184,7 +188,8 @@ def said(arm: str, code: int | None, text: str, case: dict, folder: Path, world:
         named += [x.strip() for x in lines if rule and f"[{rule}]" in x]  # a warning
         words = named[0].removeprefix("refused: ") if named else "" if code == 0 else lines[0].strip()
     elif code == 0:
-        return ""
+        about = re.compile(case["warned"], re.I) if "warned" in case else None
+        words = next((m[1].strip() for x in lines if (m := WARNING.search(x)) and about and about.search(m[1])), "")
     elif code is None:
         return f"still running after {LIMIT} s"
     else:
@@ -206,6 +211,8 @@ def cell(result: dict[str, Any]) -> str:
     words = result["said"].replace("|", "\\|").replace("`", "'")
     if result["code"] == 0 and not words:
         return f"**never**: trains silently ({result['seconds']:.0f} s)"
+    if result["code"] == 0 and result["weights"]:
+        return f"**trains on** ({result['seconds']:.0f} s), with a warning among others: {words}"
     when = f"{result['seconds']:.1f} s, {'after' if result['weights'] else 'before'} weights"
     if result["steps"]:
         when += f", after {result['steps']} training step{'s' if result['steps'] > 1 else ''}"
@@ -221,13 +228,15 @@ def table(results: dict[str, dict[str, Any]], arms: list[str]) -> str:
 
 
 def counts(results: dict[str, dict[str, Any]], arm: str) -> dict[str, Any]:
-    """Of the mistakes that can be made in an arm: noticed before weights, after them, never; the median seconds."""
+    """Of the mistakes that an arm can make: stopped before weights, after them, only warned of, never noticed."""
     mine = [r[arm] for case, r in results.items() if not case.startswith("control") and "absent" not in r[arm]]
-    noticed = [r for r in mine if r["code"] != 0 or r["said"]]
-    seconds = sorted(r["seconds"] for r in noticed)
+    stopped = [r for r in mine if r["code"] != 0]
+    seconds = sorted(r["seconds"] for r in stopped)
     return {
-        "possible": len(mine), "before weights": sum(not r["weights"] for r in noticed),
-        "after weights": sum(r["weights"] for r in noticed), "never": len(mine) - len(noticed),
+        "possible": len(mine), "before weights": sum(not r["weights"] for r in stopped),
+        "after weights": sum(r["weights"] for r in stopped),
+        "only warned of": sum(r["code"] == 0 and bool(r["said"]) for r in mine),
+        "never": sum(r["code"] == 0 and not r["said"] for r in mine),
         "median seconds": seconds[len(seconds) // 2] if seconds else None,
     }  # fmt: skip
 

@@ -1,8 +1,9 @@
 """Twenty common mistakes as data: what the kit is told, and the same told to a plain script and to other tools.
 
 A case says it once for each: `kit` overrides; `sft`, `peft`, `quant`, `init` (keywords of SFTConfig, LoraConfig,
-BitsAndBytesConfig, from_pretrained); `ds` (a DeepSpeed JSON); `lf` and `ax` (keys of a LLaMA-Factory or Axolotl YAML;
-a string instead: why it cannot be said there). `thread` is where users met it.
+BitsAndBytesConfig, from_pretrained); `ds` (a DeepSpeed JSON; `ds_alone`: why it is right without the rest); `lf` and
+`ax` (keys of a LLaMA-Factory or Axolotl YAML; a string instead: why it cannot be said there). `thread` is where users
+met it, `warned` what a warning about it would hold.
 """
 
 from __future__ import annotations
@@ -69,9 +70,11 @@ CASES: list[dict[str, Any]] = [
         "thread": "DeepSpeed#1846",
         "kit": ["deepspeed.file={ds}", "trainer.optim=adamw_bnb_8bit"],
         "rule": ("offload-optimizer", "trainer.optim"),
+        "warned": "CPUAdam|CPU Adam",
         "sft": {"optim": "adamw_bnb_8bit"},
         "ds": OFFLOAD,
         "ds_optimizer": "bitsandbytes",
+        "lf": "bitsandbytes, which it needs for this, does not come with it",
         "ax": {"optimizer": "adamw_bnb_8bit"},
     },
     {
@@ -80,9 +83,11 @@ CASES: list[dict[str, Any]] = [
         "thread": "peft#2016, #1418, transformers#26412",
         "kit": ["deepspeed.file={ds}", "quantization=nf4", "quantization.bnb_4bit_quant_storage=uint8"],
         "rule": ("quantized-storage", "bnb_4bit_quant_storage"),
+        "warned": "quant_storage",
         "quant": {**NF4, "bnb_4bit_quant_storage": "uint8"},
         "ds": ZERO3,
-        "lf": {"quantization_bit": 4, "quantization_method": "bnb"},
+        "ds_alone": "the JSON is right by itself",
+        "lf": "bitsandbytes, which it needs for this, does not come with it",
         "ax": {"load_in_4bit": True, "adapter": "qlora"},
     },
     {
@@ -93,6 +98,8 @@ CASES: list[dict[str, Any]] = [
         "rule": ("deepspeed-fsdp", "fsdp"),
         "sft": FSDP,
         "ds": ZERO2,
+        "ds_alone": "the JSON is right by itself",
+        "lf": "without a GPU it refuses fsdp by itself",
         "ax": {"fsdp_version": 2, "fsdp_config": {"transformer_layer_cls_to_wrap": "LlamaDecoderLayer"}},
     },
     {
@@ -101,8 +108,10 @@ CASES: list[dict[str, Any]] = [
         "thread": "transformers#32299, DeepSpeed#5617",
         "kit": ["deepspeed.file={ds}", "trainer.model_init_kwargs={{device_map: auto}}"],
         "rule": ("device-map", "model_init_kwargs"),
+        "warned": "device_map",
         "init": {"device_map": "auto"},
         "ds": ZERO3,
+        "ds_alone": "the JSON is right by itself",
         "lf": "it has no such key",
         "ax": {"device_map": "auto"},
     },
@@ -123,6 +132,7 @@ CASES: list[dict[str, Any]] = [
         "model": "tied",
         "kit": ["peft.target_modules=[q_proj,lm_head]"],
         "rule": ("lm-head-target", "peft.target_modules"),
+        "warned": "tie_word_embeddings|tied",
         "peft": {"target_modules": ["q_proj", "lm_head"]},
         "lf": {"lora_target": "q_proj,lm_head"},
         "ax": {"lora_target_modules": ["q_proj", "lm_head"]},
@@ -135,6 +145,7 @@ CASES: list[dict[str, Any]] = [
         "data": "calls",
         "kit": [],
         "rule": ("vocabulary", "tokenizer"),
+        "warned": "resiz",
     },
     {
         "id": "adapter-of-another-base",
@@ -153,6 +164,7 @@ CASES: list[dict[str, Any]] = [
         "model": "nopad",
         "kit": [],
         "rule": ("special-token-missing", "tokenizer.pad_token"),
+        "warned": "pad.?token",
     },
     {
         "id": "no-chat-template",
@@ -181,9 +193,10 @@ CASES: list[dict[str, Any]] = [
         "thread": "trl#1230, #3067, #3910",
         "kit": ["trainer.packing=true", "trainer.packing_strategy=wrapped"],
         "rule": ("packing-wrapped", "packing"),
+        "warned": "decontamination|contaminat|packing",
         "sft": {"packing": True, "packing_strategy": "wrapped"},
         "lf": {"packing": True},
-        "ax": {"sample_packing": True, "attn_implementation": "sdpa"},
+        "ax": "its packing keeps samples apart with every attention that it knows",
     },
     {
         "id": "missing-column",
@@ -199,6 +212,7 @@ CASES: list[dict[str, Any]] = [
         "thread": "trl#6168, unsloth#10785",
         "kit": ["trainer.max_seq_length=64"],
         "rule": ("renamed-key", "trainer.max_seq_length"),
+        "warned": "max_seq_length",
         "sft": {"max_seq_length": 64},
         "lf": {"max_seq_length": 64},
         "ax": {"max_seq_length": 64},
@@ -210,6 +224,7 @@ CASES: list[dict[str, Any]] = [
         "kit": ["trainer.load_best_model_at_end=true", "trainer.eval_strategy=steps", "trainer.eval_steps=1",
                 "trainer.save_strategy=epoch", "dataset.test_size=4"],
         "rule": ("best-model", "load_best_model_at_end"),
+        "warned": "load_best_model",
         "sft": {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "epoch"},
         "eval": True,
         "lf": {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "epoch",
@@ -225,7 +240,7 @@ CASES: list[dict[str, Any]] = [
         "rule": ("fp16-bf16", "trainer.fp16"),
         "sft": {"fp16": True, "bf16": True},
         "lf": {"fp16": True, "bf16": True},
-        "ax": {"fp16": True, "bf16": True},
+        "ax": "without a GPU it refuses bf16 by itself",
     },
 ]  # fmt: skip
 

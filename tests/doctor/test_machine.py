@@ -21,6 +21,7 @@ from kit.doctor import cli as doctor
 from kit.doctor import environment, gpu, machine, op_locks, versions
 from kit.doctor.findings import BAD, OK, WARN, Finding, answer
 from kit.errors import DONE, ENVIRONMENT, REFUSED, KitError
+from kit.launchers import ops
 
 ROOT = Path(__file__).resolve().parents[2]
 Usage = namedtuple("Usage", "total used free")
@@ -504,7 +505,7 @@ def test_building_says_how_far_it_is(tmp_path, capsys):
 def test_what_is_built_already_is_not_built_again(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     stamps = write(
-        tmp_path, {".built-cpu/cpu_adam": "", ".built-cpu/deepspeed_shm_comm": "", ".built-cpu/async_io": ""}
+        tmp_path, {f".built-cpu/{n}": ops.installed() for n in ("cpu_adam", "deepspeed_shm_comm", "async_io")}
     )
     assert cli.run(["doctor", "--build-ops"]) == DONE
     assert f"in {stamps}" in capsys.readouterr().err

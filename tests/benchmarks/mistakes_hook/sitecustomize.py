@@ -1,7 +1,8 @@
 """On the path of a measured process: appends `loaded` and `stepped`, with the time, to the file $MISTAKES_MARKS.
 
 `loaded`: a from_pretrained of transformers has come back with a model. `stepped`: the Trainer, or a DeepSpeed engine,
-has taken a training step. The methods are wrapped when their modules are first imported.
+has taken a training step. The methods are wrapped when their modules are first imported. And where DeepSpeed is told
+to use NCCL it gets gloo: there is no GPU here, and Axolotl names NCCL in its source.
 """
 
 import importlib.abc
@@ -36,9 +37,18 @@ def wrap(module, kind, method, what):
     setattr(owner, method, classmethod(marked) if isinstance(given, classmethod) else marked)
 
 
+def use_gloo(module):
+    given = module.init_distributed
+
+    def init_distributed(dist_backend=None, *a, **k):
+        return given("gloo", *a, **k)
+
+    module.init_distributed = init_distributed
+
+
 class Hook(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name not in WRAPPED:
+        if name not in WRAPPED and name != "deepspeed.comm.comm":
             return None
         sys.meta_path.remove(self)
         try:
@@ -51,7 +61,7 @@ class Hook(importlib.abc.MetaPathFinder):
 
         def exec_module(module):
             execute(module)
-            wrap(module, *WRAPPED[name])
+            wrap(module, *WRAPPED[name]) if name in WRAPPED else use_gloo(module)
 
         spec.loader.exec_module = exec_module
         return spec
