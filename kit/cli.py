@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kit.errors import DONE, ENVIRONMENT, FAILED, REFUSED, STOPPED, KitError, Problem
+from kit.errors import DONE, ENVIRONMENT, FAILED, REFUSED, KitError, Problem
 from kit.terminal import print_problems, progress, quiet, read_prompts
 
 USAGE = """\
@@ -100,31 +100,26 @@ def train(argv: list[str]) -> int:
 
     if not any(a.startswith("-") for a in argv):
         return api.train(*argv, fresh=fresh, follow=follow, then=then)
+    if any(a in ("-m", "--multirun") or a.replace(" ", "").lower() == "hydra.mode=multirun" for a in argv):
+        if follow or then:
+            raise KitError("--follow and --then are for one run, not for a sweep", "command line", "leave them out")
+        from kit.launchers import sweep
+
+        return sweep.main(argv, fresh)
     from kit.config.compose import Composed, run_hydra
     from kit.config.plan import build_plan
 
     codes: list[int] = []
-    batch: list[Any] = []  # plans of a multirun with launch=slurm: one job array, once all of them are composed
 
     def one(composed: Composed) -> None:
-        if STOPPED in codes:  # Ctrl-C ends a multirun, not only the point that was running
-            return
         try:
-            plan = build_plan(composed, here=True)
-            if plan.launch.slurm and any(a in ("-m", "--multirun") for a in argv):
-                batch.append(plan)
-                return
-            codes.append(api.train(plan=plan, fresh=fresh, follow=follow, then=then))
-        except KitError as error:  # one failing job of a multirun does not stop the others
+            codes.append(api.train(plan=build_plan(composed, here=True), fresh=fresh, follow=follow, then=then))
+        except KitError as error:  # raised through Hydra it would be printed as a traceback
             print_problems(error.problems, refused=error.code == REFUSED)
             codes.append(error.code)
 
     code = run_hydra(argv, one)
-    if batch and not codes:
-        from kit.launchers import slurm
-
-        return slurm.start_array(batch, fresh)
-    return next((c for c in codes if c != DONE), DONE) if codes else (REFUSED if code else DONE)
+    return codes[0] if codes else (REFUSED if code else DONE)
 
 
 def train_flags(argv: list[str]) -> tuple[bool, bool, list[str], list[str]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
@@ -10,6 +12,19 @@ ROOT = PACKAGE if (PACKAGE / "hydra_conf").is_dir() else PACKAGE.parent
 CONF = ROOT / "hydra_conf"
 DS_CONFIGS = ROOT / "ds_configs"
 RECIPES = (CONF / "recipe").resolve()
+
+
+@contextmanager
+def using(folder: Path) -> Iterator[None]:
+    """While the block runs, the configuration is that of `folder`, a copy of `hydra_conf` and `ds_configs`."""
+    global ROOT, CONF, DS_CONFIGS, RECIPES
+    before = ROOT, CONF, DS_CONFIGS, RECIPES
+    CONF = folder / "hydra_conf"
+    ROOT, DS_CONFIGS, RECIPES = folder, folder / "ds_configs", (CONF / "recipe").resolve()
+    try:
+        yield
+    finally:
+        ROOT, CONF, DS_CONFIGS, RECIPES = before
 
 
 def cache() -> Path:

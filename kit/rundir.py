@@ -42,7 +42,12 @@ def create(plan: RunPlan, fresh: bool = False) -> RunPlan:
                 fix=f"kit resume {shown(run)}, or the same command with --fresh for a new directory",
             )
         run = base.with_name(f"{base.name}-{number}")
-    plan = plan.model_copy(update={"run_dir": str(run)})
+    return make(plan.model_copy(update={"run_dir": str(run)}))
+
+
+def make(plan: RunPlan) -> RunPlan:
+    """Write a plan into its own directory, made where it is not there; KitError where it cannot be."""
+    run = plan.run_path
     try:
         (run / LOGS).mkdir(parents=True, exist_ok=True)
         (run / CHECKPOINTS).mkdir(exist_ok=True)

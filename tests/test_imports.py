@@ -88,6 +88,8 @@ SINGLE = {
         DONE,
     ),
     "train refused": (["train", "recipe=quickstart", "trainer.lerning_rate=1"], REFUSED),
+    "train -m refused": (["train", "-m", "recipe=quickstart", "trainer.lerning_rate=1,2"], REFUSED),
+    "search refused": (["train", "-m", "hparams_search=optuna", "recipe=quickstart", "peft.q=1,2"], REFUSED),
     "train --cfg job": (["train", "recipe=quickstart", "--cfg", "job"], DONE),
     "resume refused": (["resume", "nothing"], REFUSED),
     "fetch refused": (["fetch", "recipe=quickstart", "trainer.lerning_rate=1"], REFUSED),

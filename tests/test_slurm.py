@@ -295,16 +295,32 @@ def test_an_array_needs_one_kind_of_job(plan_of, sbatch: Path, tmp_path: Path):
 
 
 def test_a_multirun_is_one_array(sbatch: Path, tmp_path: Path, base: Path, chat: Path, monkeypatch, capsys):
-    """All points are composed and frozen first; one that is refused keeps all of them from being submitted."""
+    """All points are composed and frozen first; one that is refused is listed, and the others are submitted."""
     monkeypatch.chdir(tmp_path)
     line = [f"model.name_or_path={base}", f"dataset.path={chat}", "launch=slurm", "trainer.use_cpu=true", "-m"]
-    assert cli.run(["train", *line, "peft.r=4,0"]) == REFUSED
+    assert cli.run(["train", *line, "peft.r=0,-1"]) == REFUSED
+    assert cli.run(["train", *line, "peft.r=4,8", "hparams_search=optuna"]) == REFUSED
+    assert "a search stays with its trials" in capsys.readouterr().err
+    assert cli.run(["train", *line, "peft.r=4,8", "--follow"]) == REFUSED
     assert not (sbatch / "argv").exists()
-    assert cli.run(["train", *line, "peft.r=4,8"]) == DONE
-    assert "job 41: 2 runs" in capsys.readouterr().out
-    script = next(tmp_path.glob("runs/*-sweep-*/array.sbatch")).read_text()
-    runs = sorted(f.parent.name for f in tmp_path.glob("runs/*/plan.json"))
-    assert len(runs) == 2 and all(run in script for run in runs) and "--array=0-1" in script
+    sweep = [*line, "peft.r=4,8,0", "hparams_search.parallel=1"]
+    assert cli.run(["train", *sweep]) == REFUSED
+    assert "job 41: 2 trials" in capsys.readouterr().out
+    [folder] = tmp_path.glob("runs/*-sweep-*")
+    script = (folder / "array.sbatch").read_text()
+    runs = [f.parent for f in sorted(folder.glob("*/plan.json"))]
+    assert len(runs) == 2 and all(str(run) in script for run in runs) and "--array=0-1%1" in script
+    # the same command: what is queued or runs is left alone, what is done stays, what failed is submitted again
+    assert cli.run(["train", *sweep]) == REFUSED
+    assert "trial 001 is job 41_1 (pending)" in capsys.readouterr().err
+    assert len((sbatch / "argv").read_text().splitlines()) == 1
+    monkeypatch.setenv("KIT_TEST_STATE", "COMPLETED")
+    rundir.set_status(runs[0], "done")
+    rundir.set_status(runs[1], "failed")
+    assert cli.run(["train", *sweep]) == REFUSED
+    assert "job 42: 1 trials" in capsys.readouterr().out and (folder / "sweep.csv").exists()
+    assert json.loads((runs[1] / "slurm.json").read_text())["jobs"][-1]["id"] == "42"
+    assert "--array" not in (folder / "array.sbatch").read_text()
 
 
 def test_what_is_refused_before_anything_is_made(

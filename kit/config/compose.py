@@ -1,4 +1,4 @@
-"""Hydra in, a plain tree out. The only module that sees Hydra or OmegaConf (traps T75-T80, T86)."""
+"""Hydra in, a plain tree out. Beside it only multirun.py sees Hydra or OmegaConf (traps T75-T80, T86)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ from kit import paths
 from kit.config import zero
 from kit.errors import KitError, Problem
 
-GROUPS = ("model tokenizer dataset peft quantization deepspeed fsdp trainer launch tracking recipe").split()
+GROUPS = (
+    "model tokenizer dataset peft quantization deepspeed fsdp trainer launch tracking hparams_search recipe"
+).split()
 RUN_FILE = "file-"  # what a user's run.yaml is called among the recipes
 Layer = dict[
     str, tuple[str, str]
@@ -49,7 +51,13 @@ def compose(args: list[str], config_dir: str | None = None) -> Composed:
     """Compose `[run.yaml] key=value ...` without running anything; KitError for what Hydra itself refuses."""
     register()
     overrides, run_file = read_args(args)
-    searchpath = [f"hydra.searchpath=[file://{Path(config_dir).absolute()}]"] if config_dir else []
+    return compose_overrides(overrides, run_file, [Path(config_dir)] if config_dir else [], args)
+
+
+def compose_overrides(overrides: list[str], run_file: Path | None, folders: list[Path], args: list[str]) -> Composed:
+    """The same from what read_args gave; `folders` hold groups and recipes of a user's own, `args` were typed."""
+    own = ",".join(f"file://{folder.absolute()}" for folder in folders)
+    searchpath = [f"hydra.searchpath=[{own}]"] if own else []
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(config_dir=str(paths.CONF), version_base="1.3", job_name="kit"):

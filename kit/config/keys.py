@@ -15,7 +15,7 @@ from kit.config.schema import RunInput, Strict, leaves
 from kit.errors import KitError
 
 # Where a bare name stands in several sections, the first of these is meant.
-SECTIONS = "trainer peft quantization model tokenizer dataset launch tracking deepspeed fsdp".split()
+SECTIONS = "trainer peft quantization model tokenizer dataset launch tracking deepspeed fsdp hparams_search".split()
 TABLES = {"trainer": "SFTConfig", "quantization": "BitsAndBytesConfig", "deepspeed": "deepspeed"}
 OURS: dict[str, dict[str, Any]] = {  # keys of the kit's own inside the libraries' sections
     "peft.init_from": {"default": None},

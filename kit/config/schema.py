@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -101,6 +101,34 @@ class Launch(Strict):
     slurm: Slurm | None = None  # the run is a batch job
 
 
+class Pruner(Strict):
+    """Which trials of a search end early; the names are those of optuna's MedianPruner and SuccessiveHalvingPruner."""
+
+    name: Literal["none", "median", "halving"] = "median"
+    n_startup_trials: int = Field(default=2, ge=0)
+    n_warmup_steps: int = Field(default=0, ge=0)
+    min_resource: int = Field(default=1, ge=1)
+    reduction_factor: int = Field(default=2, ge=2)
+
+
+class HparamsSearch(Strict):
+    """How `kit train -m` runs its trials, and how a search chooses them."""
+
+    method: Literal["grid", "optuna"] = "grid"
+    workers: Literal["cold", "warm"] = "cold"
+    parallel: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    gpus_per_trial: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    metric: str | None = None
+    direction: Literal["minimize", "maximize"] = "minimize"
+    progress_seconds: float = Field(default=15, gt=0)
+    n_trials: int = Field(default=20, ge=1)
+    search_space: dict[str, str] = Field(default_factory=dict)  # dotted key: a sweep in Hydra's override grammar
+    sampler: Literal["tpe", "random"] = "tpe"
+    seed: int = 0
+    storage: Literal["sqlite", "journal"] = "sqlite"
+    pruner: Pruner = Pruner()
+
+
 class InitFrom(Strict):
     """The adapter that a run starts from: its folder (or a Hub id that is not here), its weights and their hash."""
 
@@ -120,6 +148,7 @@ class RunInput(Strict):
     trainer: dict[str, Any] = Field(default_factory=dict)
     launch: Launch = Launch()
     tracking: dict[str, Any] = Field(default_factory=dict)
+    hparams_search: HparamsSearch = HparamsSearch()
     name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
     runs_dir: str = "runs"
     global_batch_size: int | None = Field(default=None, ge=1)
@@ -205,6 +234,7 @@ MACHINE = {
     "runs_dir",
     "init_from.path",
     "launch",
+    "hparams_search",
     "model.attn_implementation",
     "quantization.bnb_4bit_quant_storage",  # the same bits under another dtype
     "trainer.use_cpu",

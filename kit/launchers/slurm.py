@@ -6,7 +6,6 @@ would train alone (T68). Inside an allocation (salloc) the same task is started 
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import signal
@@ -29,7 +28,7 @@ VERBS = ("merge", "eval", "generate")
 # Names of variables that hold secrets: the job's environment is kept in SLURM's own files.
 SECRET = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|(API|ACCESS|PRIVATE)_?KEY)(_(?!PATH$|FILE$)|$)")
 PASSWORD_IN_URL = re.compile(r"://[^/\s:@]*:[^/\s@]+@")
-OVER = tuple("COMPLETED FAILED CANCELLED TIMEOUT NODE_FAIL OUT_OF_MEMORY PREEMPTED BOOT_FAIL DEADLINE".split())
+OVER = tuple("COMPLETED FAILED CANCELLED TIMEOUT NODE_FAIL OUT_OF_MEMORY PREEMPTED BOOT_FAIL DEADLINE GONE".split())
 
 
 def start(plan: RunPlan, fresh: bool = False, follow: bool = False, then: Sequence[str] = ()) -> int:
@@ -64,19 +63,6 @@ def submit(plan: RunPlan, follow: bool = False, then: Sequence[str] = ()) -> int
     return ended(run, job, *watch(job, log))
 
 
-def start_array(plans: Sequence[RunPlan], fresh: bool = False) -> int:
-    """Make the run directories of a multirun's plans and submit them as one array; the exit code."""
-    need(())
-    for plan in plans:
-        plain(Path(plan.run_dir))
-    made = [rundir.create(plan, fresh) for plan in plans]
-    digest = hashlib.sha256("".join(plan.hash for plan in made).encode()).hexdigest()[:8]
-    folder = made[0].run_path.with_name(f"{made[0].name}-sweep-{digest}")
-    job = submit_array(made, folder)
-    print(f"job {job}: {len(made)} runs, {rundir.shown(folder)}")
-    return DONE
-
-
 def submit_array(plans: Sequence[RunPlan], folder: Path, at_once: int | None = None) -> str:
     """One job array over frozen plans, a task to each; every run directory must exist. Returns the job's id.
 
@@ -88,11 +74,12 @@ def submit_array(plans: Sequence[RunPlan], folder: Path, at_once: int | None = N
     for path in (folder, *(plan.run_path for plan in plans)):
         plain(path)
     folder.mkdir(parents=True, exist_ok=True)
-    text = train_script(plans[0], [plan.run_path for plan in plans], str(folder / "slurm-%A_%a.out"), at_once)
+    log = folder / ("slurm-%A_%a.out" if len(plans) > 1 else "slurm-%j.out")
+    text = train_script(plans[0], [plan.run_path for plan in plans], str(log), at_once)
     script = write(folder / "array.sbatch", text)
     job = sbatch(script)
     for number, plan in enumerate(plans):
-        record(plan.run_path, "train", f"{job}_{number}", script)
+        record(plan.run_path, "train", f"{job}_{number}" if len(plans) > 1 else job, script)
     return job
 
 
@@ -175,9 +162,17 @@ def need(then: Sequence[str]) -> None:
 
 def refuse_twice(run: Path) -> None:
     """KitError where a job of this run still waits or runs: two would write into one directory."""
+    if found := living_job(run):
+        job, state = found
+        raise KitError(f"{run} is job {job} ({state.lower()})", fix=f"wait for it, or scancel {job}")
+
+
+def living_job(run: Path) -> tuple[str, str] | None:
+    """(id, state) of a job that trains this run, or will; None where there is none but our own."""
     jobs = [j["id"] for j in rundir.read_json(run / JOBS).get("jobs", []) if j["verb"] == "train"]
     if jobs and jobs[-1] != own_job() and (state := look(jobs[-1])[0]) and not state.startswith(OVER):
-        raise KitError(f"{run} is job {jobs[-1]} ({state.lower()})", fix=f"wait for it, or scancel {jobs[-1]}")
+        return jobs[-1], state
+    return None
 
 
 def own_job() -> str:
@@ -247,7 +242,7 @@ def watch(job: str, log: Path) -> tuple[str, int]:
                     sys.stdout.write(f.read())
                     sys.stdout.flush()
                     seen = f.tell()
-            if state == "GONE" or state.startswith(OVER):
+            if state.startswith(OVER):
                 return state, code
             time.sleep(1)
     except KeyboardInterrupt:

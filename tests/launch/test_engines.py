@@ -330,13 +330,13 @@ def test_torchrun_script_says_what_is_wrong(work, base, chat):
 
 
 def test_hydra_multirun_and_flags(work, base, chat):
-    """Hydra's own flags on `kit train`: -m runs each point as a run of its own, --cfg shows, --info informs."""
+    """Hydra's own flags on `kit train`: -m runs each point in a directory of its own, --cfg shows, --info informs."""
     stock = harness.overrides(base, chat, work / "sweep", "launch=local", "trainer.max_steps=2",
                               "trainer.eval_strategy=no", "trainer.load_best_model_at_end=false",
                               "name=point")  # fmt: skip
     done = harness.kit("train", "-m", *stock, "peft.r=2,4", cwd=work)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    ranks = sorted(json.loads(p.read_text())["peft"]["r"] for p in (work / "sweep").glob("*/plan.json"))
+    ranks = sorted(json.loads(p.read_text())["peft"]["r"] for p in (work / "sweep").glob("*/*/plan.json"))
     assert ranks == [2, 4]
     shown = harness.kit("train", *stock, "--cfg", "job", "--resolve", cwd=work)
     assert shown.returncode == 0 and "max_steps: 2" in shown.stdout

@@ -1,0 +1,326 @@
+"""Hydra's multirun (`kit train -m`): what its sweeper makes of the command line, handed on as composed trials.
+
+The plugins are registered while a sweep runs, not installed: other Hydra programs of the same environment do not see
+them. They start nothing: the launchers' room does, through the functions in `Job`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import yaml
+from hydra import main as hydra_main
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, Override, RangeSweep
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobStatus, setup_globals
+from hydra.errors import HydraException
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from kit import paths
+from kit.config import compose
+from kit.config.compose import Composed
+from kit.errors import DONE, REFUSED, STOPPED, KitError, Problem
+
+HYDRA_ERRORS = (HydraException, OmegaConfBaseException, OSError, yaml.YAMLError)
+Value = str | int | float
+
+
+@dataclass
+class Point:
+    """One point of a grid: what was swept, and its composed tree or why there is none."""
+
+    number: int
+    values: dict[str, str]
+    composed: Composed | None = None
+    problems: list[Problem] = field(default_factory=list)
+
+
+@dataclass
+class Dimension:
+    """What a search may choose for one key: the strings of `choices`, or a number from `low` to `high`."""
+
+    choices: list[str] = field(default_factory=list)
+    low: float = 0
+    high: float = 0
+    step: float | None = None
+    log: bool = False
+    whole: bool = False
+
+
+@dataclass
+class Search:
+    """A search: the run that all its trials share, what they may change, and where the configuration came from."""
+
+    base: Composed
+    fixed: list[str]
+    space: dict[str, Dimension]
+    folders: list[Path]
+    run_file: Path | None
+
+
+@dataclass
+class Job:
+    """Hydra's task function. A stock launcher calls it for each point; the kit's takes all of them together."""
+
+    one: Callable[[Composed], int]  # train a point; the exit code
+    grid: Callable[[list[Point]], list[tuple[int, float | None]]]  # exit code and metric of each
+    search: Callable[[Search], int]
+    run_file: Path | None = None
+    codes: list[int] = field(default_factory=list)
+
+    def __call__(self, cfg: DictConfig) -> int:
+        compose.register()  # a launcher may have brought this object to another process
+        if STOPPED in self.codes:  # Ctrl-C ends a multirun, not only the point that was running
+            return STOPPED
+        hydra = HydraConfig.get()
+        composed = compose.read_cfg(cfg, hydra, [str(o) for o in hydra.overrides.task], self.run_file)
+        self.codes.append(self.one(composed))
+        return self.codes[-1]
+
+
+class KitLauncher(Launcher):
+    """Composes every job before the first starts, and hands them on together."""
+
+    __module__ = "hydra_plugins.kit"  # Hydra takes plugins of that package only
+
+    def setup(self, *, hydra_context: Any, task_function: Any, config: DictConfig) -> None:
+        self.loader, self.job, self.config = hydra_context.config_loader, task_function, config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
+        setup_globals()
+        swept = swept_keys([list(o) for o in job_overrides], list(self.config.hydra.overrides.task))
+        points = []
+        for number, overrides in enumerate(job_overrides, initial_job_idx):
+            pairs = [o.lstrip("+").partition("=")[::2] for o in overrides]
+            point = Point(number, {key: value for key, value in pairs if key in swept})
+            points.append(point)
+            try:
+                point.composed = composed_by(self.loader, self.config, list(overrides), self.job.run_file)
+            except KitError as error:
+                point.problems = error.problems
+        results = self.job.grid(points)
+        self.job.codes += [code for code, _ in results]
+        returns = []
+        for code, value in results:
+            returns.append(JobReturn(status=JobStatus.COMPLETED))
+            # A sweeper from elsewhere wants the metric; the kit's has the codes already.
+            returns[-1].return_value = code if value is None else value
+        return returns
+
+
+class KitSweeper(Sweeper):
+    """Hydra's basic sweeper, and a search where hparams_search.method says so."""
+
+    __module__ = "hydra_plugins.kit"
+
+    def __init__(self, max_batch_size: int | None = None, params: dict[str, str] | None = None) -> None:
+        self.max_batch_size, self.params = max_batch_size, params or {}
+
+    def setup(self, *, hydra_context: Any, task_function: Any, config: DictConfig) -> None:
+        self.hydra_context, self.config, self.job = hydra_context, config, task_function
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+        unplug()  # both are made; a stock launcher would take Hydra's register with it to another process
+
+    def sweep(self, arguments: list[str]) -> Any:
+        assert self.config is not None and self.hydra_context is not None and self.launcher is not None
+        loader = self.hydra_context.config_loader
+        overrides = OverridesParser.create(config_loader=loader).parse_overrides(
+            [*(f"{k}={v}" for k, v in self.params.items()), *arguments]
+        )
+        ours = isinstance(self.launcher, KitLauncher)
+        if OmegaConf.select(self.config, "hparams_search.method") == "optuna":
+            if not ours:
+                raise KitError("a search starts its trials itself", "command line", "leave out hydra/launcher=")
+            self.job.codes.append(self.job.search(self.read_search(overrides)))
+            return None
+        if not ours:  # its jobs are composed wherever it likes: what cannot be is better known now
+            results: list[JobReturn] = []
+            for batch in BasicSweeper.split_arguments(overrides, self.max_batch_size):
+                self.validate_batch_is_legal(batch)
+                results += self.launcher.launch(batch, initial_job_idx=len(results))
+            self.job.codes = [r.return_value for r in results]
+            return results
+        [batch] = BasicSweeper.split_arguments(overrides, None)
+        return self.launcher.launch(batch, initial_job_idx=0)
+
+    def read_search(self, overrides: list[Override]) -> Search:
+        assert self.config is not None and self.hydra_context is not None
+        loader = self.hydra_context.config_loader
+        fixed = [
+            f"{o.get_key_element()}={o.get_value_element_as_str()}" if o.value_type else str(o.input_line)
+            for o in overrides
+            if not o.is_sweep_override()
+        ]
+        base = composed_by(loader, self.config, fixed, self.job.run_file)
+        given = [o for o in overrides if o.is_sweep_override()]
+        written, _ = compose.read_args([f"{key}={value}" for key, value in written_space(base, bool(given)).items()])
+        sweeps = [*OverridesParser.create(config_loader=loader).parse_overrides(written), *given]
+        sources = [Path(s.path) for s in self.config.hydra.runtime.config_sources if s.schema == "file"]
+        folders = [s for s in sources if s.resolve() != paths.CONF.resolve()]
+        fixed = [f for f in fixed if not f.lstrip("+").startswith("hydra")]
+        space = {str(o.key_or_group): dimension(o) for o in sweeps}
+        return Search(base, fixed, space, folders, self.job.run_file)
+
+
+PLUGINS: dict[str, type[Any]] = {"launcher": KitLauncher, "sweeper": KitSweeper}
+SETTINGS = {"sweeper": {"max_batch_size": None, "params": None}}
+
+
+def plug_in(groups: list[str]) -> None:
+    """Make the plugins known to Hydra, in the package where it looks for them."""
+    try:
+        package = importlib.import_module("hydra_plugins")
+    except ImportError:  # no plugin is installed
+        package = sys.modules["hydra_plugins"] = ModuleType("hydra_plugins")
+        package.__path__ = []
+    package.kit = sys.modules["hydra_plugins.kit"] = ModuleType("hydra_plugins.kit")  # type: ignore[attr-defined]
+    for group in groups:
+        plugin = PLUGINS[group]
+        setattr(package.kit, plugin.__name__, plugin)
+        node = {"_target_": f"{plugin.__module__}.{plugin.__name__}", **SETTINGS.get(group, {})}
+        ConfigStore.instance().store(group=f"hydra/{group}", name="kit", node=OmegaConf.create(node), provider="kit")
+        Plugins.instance().register(plugin)
+
+
+def unplug() -> None:
+    register = Plugins.instance()
+    for plugin in PLUGINS.values():
+        register.class_name_to_class.pop(f"{plugin.__module__}.{plugin.__name__}", None)
+        for known in register.plugin_type_to_subclass_list.values():
+            if plugin in known:
+                known.remove(plugin)
+
+
+def run(args: list[str], job: Job) -> int:
+    """Hand `-m` and the overrides to Hydra's own main; the highest exit code of the jobs."""
+    compose.register()
+    overrides, job.run_file = compose.read_args([a for a in args if not a.startswith("-")], flags=args)
+    keys = {o.partition("=")[0] for o in overrides}
+    ours = [group for group in PLUGINS if f"hydra/{group}" not in keys]
+    plug_in(ours)
+    overrides = [*(f"hydra/{group}=kit" for group in ours), *overrides]
+    flags = [a for a in args if a.startswith("-") or a in compose.flag_values(args)]
+    argv, sys.argv = sys.argv, ["kit train", *flags, *overrides]
+    try:
+        with errors_reach_us():
+            hydra_main(config_path=str(paths.CONF), config_name="train", version_base="1.3")(job)()
+    except SystemExit as stop:
+        return REFUSED if stop.code else DONE
+    except HYDRA_ERRORS as error:
+        raise compose.refusal(error, args) from None
+    finally:
+        sys.argv = argv
+        unplug()
+    return max(job.codes, default=DONE)  # stopped before failed before refused
+
+
+@contextmanager
+def errors_reach_us() -> Iterator[None]:
+    """Hydra prints an error and ends the process, unless this is set."""
+    name = "HYDRA_FULL_ERROR"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
+
+
+def composed_by(loader: Any, master: DictConfig, overrides: list[str], run_file: Path | None) -> Composed:
+    """One job of a sweep, composed by Hydra's loader; KitError where it cannot be."""
+    try:
+        config = loader.load_sweep_config(master, overrides)
+        return compose.read_cfg(config, config.hydra, [str(o) for o in config.hydra.overrides.task], run_file)
+    except HYDRA_ERRORS as error:
+        raise compose.refusal(error, overrides) from None
+    except (TypeError, ValueError, RecursionError) as error:
+        raise compose.misread(error, overrides) from None
+
+
+def swept_keys(jobs: list[list[str]], typed: list[str]) -> list[str]:
+    """The keys that tell the jobs apart; of a single job those that were not typed as they stand there."""
+    pairs = [dict(o.lstrip("+").partition("=")[::2] for o in job) for job in jobs]
+    if len(jobs) == 1:
+        return [o.lstrip("+").partition("=")[0] for o in jobs[0] if o not in typed]
+    keys = list(dict.fromkeys(key for job in pairs for key in job))
+    return [key for key in keys if len({job.get(key) for job in pairs}) > 1]
+
+
+def written_space(base: Composed, others: bool) -> dict[str, str]:
+    """hparams_search.search_space; what the kit's own file suggests only where nobody else says anything."""
+    space = (base.tree.get("hparams_search") or {}).get("search_space")
+    if not isinstance(space, dict):
+        return {}
+    suggested = {}
+    for layer in base.layers:
+        for key, (place, written) in layer.items():
+            if place.startswith("hparams_search/"):
+                suggested[key.removeprefix("hparams_search.search_space.")] = written
+    own = {key: value for key, value in space.items() if suggested.get(key) != str(value)}
+    return own if own or others else space
+
+
+def dimension(override: Override) -> Dimension:
+    """A sweep override as what a search can sample; KitError where it cannot."""
+    value = override.value()
+    if isinstance(value, IntervalSweep):
+        low, high = value.start, value.end
+        if not isinstance(low, int | float) or not isinstance(high, int | float) or low >= high:
+            raise KitError(f"{override.input_line}: an interval needs two numbers, the smaller first", "search_space")
+        whole = isinstance(low, int) and isinstance(high, int)
+        found = Dimension(low=low, high=high, log="log" in value.tags, whole=whole)
+    elif isinstance(value, RangeSweep):
+        numbers = list(value.range())
+        log = "log" in value.tags
+        whole = all(isinstance(n, int) for n in numbers)
+        if not numbers or value.step <= 0:
+            raise KitError(f"{override.input_line}: the range is empty, or goes down", "search_space")
+        found = Dimension([], float(numbers[0]), float(numbers[-1]), None if log else value.step, log, whole)
+    elif isinstance(value, ChoiceSweep | Glob):
+        return Dimension([str(v) for v in override.sweep_string_iterator()])
+    else:
+        fix = "choice(8,16), range(8,65,8), interval(0,1), int(interval(4,64)), tag(log, interval(1e-5,1e-3))"
+        raise KitError(f"{override.input_line} is one value: a search chooses from several", "search_space", fix)
+    if found.log and found.low <= 0:
+        raise KitError(f"{override.input_line}: a logarithm needs numbers above 0", "search_space")
+    return found
+
+
+def snapshot(search: Search, folder: Path) -> None:
+    """Copy the configuration folders: what a later trial is composed from, whatever is edited meanwhile."""
+    temporary = folder.with_name(folder.name + ".part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(paths.CONF, temporary / "hydra_conf")  # links become files
+    shutil.copytree(paths.DS_CONFIGS, temporary / "ds_configs")
+    for number, source in enumerate(search.folders):
+        shutil.copytree(source, temporary / f"own-{number}")
+    temporary.rename(folder)
+
+
+def compose_trial(search: Search, values: dict[str, Value], copy: Path | None = None) -> Composed:
+    """A trial of a search; `copy` is the snapshot to compose it from, which must be in use (paths.using)."""
+    compose.register()
+    chosen = [f"{k}={v if isinstance(v, str) else repr(v)}" for k, v in values.items()]
+    overrides = [*search.fixed, *compose.read_args(chosen)[0]]
+    own = sorted(copy.glob("own-*"), key=lambda f: int(f.name.partition("-")[2])) if copy else search.folders
+    return compose.compose_overrides(overrides, search.run_file, own, overrides)

@@ -1,0 +1,214 @@
+"""A search over optuna's ask and tell: a trial is asked for whenever there is room, so none waits for a batch.
+
+Trials are composed from a copy of the configuration that is made when the search begins. One that does worse than the
+others at the same step is stopped early, by what its metrics.jsonl says so far.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from kit import api, paths
+from kit.config import multirun
+from kit.config.multirun import Dimension, Point, Search
+from kit.config.schema import HparamsSearch
+from kit.errors import DONE, ENVIRONMENT, KitError
+from kit.launchers import sweep_files as files
+from kit.launchers.sweep import (
+    Sweep,
+    about,
+    announce,
+    exit_code,
+    named,
+    opened,
+    planned,
+    pool_for,
+    report,
+    settings_of,
+    stay,
+    sweep_folder,
+    take_up,
+    trial_of,
+)
+from kit.launchers.trials import Trial, busy
+from kit.terminal import print_problems, say
+
+COPY = "conf"  # of the configuration, inside the sweep's directory
+NAMES = {"unknown-key", "renamed-key", "removed-key", "owned"}  # rules about keys: wrong whatever the value
+
+
+def search(fresh: bool, found: Search) -> int:
+    """Run a search, or what is missing of it; the exit code of the sweep."""
+    base = planned(found.base)
+    settings = settings_of(base)
+    if not found.space:
+        fix = "hparams_search.search_space, or a sweep on the command line: peft.r=8,16"
+        raise KitError("the search has nothing to choose from", "hparams_search.search_space", fix)
+    if base.launch.slurm:
+        fix = "launch=auto inside an allocation, or a grid: key=value,value without hparams_search=optuna"
+        raise KitError("a search stays with its trials, which a batch job does not", "hparams_search.method", fix)
+    check_names(found)
+    if find_spec("optuna") is None:
+        raise KitError("optuna is not installed", "hparams_search=optuna", "pip install 'optuna>=4'", code=ENVIRONMENT)
+    api.need_stack()
+    space = {key: vars(d) for key, d in found.space.items()}
+    chosen = settings.model_dump(include={"metric", "direction", "sampler", "seed", "pruner"})
+    folder = sweep_folder(base, files.digest([files.identity(base), space, chosen]), fresh)
+    metric = settings.metric or files.default_metric(base)
+    with opened(folder):
+        if not (folder / COPY).exists():
+            multirun.snapshot(found, folder / COPY)
+        trials = files.read_record(folder)
+        sweep = Sweep(folder, settings, metric, about(folder, settings, metric), trials)
+        study = open_study(folder, settings, len(trials))
+        if trials:
+            take_up(folder, trials)
+        settle_study(study, trials)
+        files.write_record(folder, trials, sweep.about)
+        announce(sweep, settings.n_trials)
+        pool = pool_for(settings, [base])
+        asked: dict[int, Any] = {}  # number of a running trial: optuna's trial
+
+        def next_trial() -> Trial | None:
+            for trial in trials:
+                if trial.state == "waiting" and trial.plan and pool.room_for(trial.plan) and not busy(trial):
+                    asked[trial.number] = known(study, trial.number)
+                    return trial
+            if any(t.state == "waiting" for t in trials):
+                return None
+            while len(trials) < settings.n_trials and pool.room_for(base):
+                proposed = study.ask()
+                values = {key: suggest(proposed, key, d) for key, d in found.space.items()}
+                trial = freeze(found, folder, proposed.number, values)
+                trials.append(trial)
+                files.write_record(folder, trials, sweep.about)
+                if trial.plan:
+                    asked[trial.number] = proposed
+                    return trial
+                tell(study, trial, metric)
+            return None
+
+        def watch(trial: Trial, rows: list[dict[str, Any]]) -> bool:
+            reports, seen = [r for r in rows if metric in r], asked[trial.number]
+            for row in reports:
+                seen.report(float(row[metric]), int(row["step"]))
+            return bool(reports) and seen.should_prune()
+
+        def missing() -> bool:
+            return len(trials) < settings.n_trials or any(t.state == "waiting" for t in trials)
+
+        stay(sweep, pool, next_trial, lambda: not missing(), watch, lambda t: tell(study, t, metric))
+        report(sweep)
+    return max((exit_code(t) for t in trials), default=DONE)
+
+
+def check_names(found: Search) -> None:
+    """Refuse a key that no trial can set; a value that some trial cannot have is refused with that trial."""
+    try:
+        planned(
+            multirun.compose_trial(found, {k: d.choices[0] if d.choices else d.low for k, d in found.space.items()})
+        )
+    except KitError as error:
+        if wrong := [p for p in error.problems if p.rule in NAMES]:
+            raise KitError(wrong) from None
+
+
+def open_study(folder: Path, settings: HparamsSearch, before: int) -> Any:
+    """The study in the sweep's directory; `before`: trials that it had, so that a seed does not repeat itself."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    seed = settings.seed + before
+    samplers: dict[str, Any] = {
+        "tpe": lambda: optuna.samplers.TPESampler(seed=seed, constant_liar=settings.parallel != 1),
+        "random": lambda: optuna.samplers.RandomSampler(seed=seed),
+    }
+    p = settings.pruner
+    pruners: dict[str, Any] = {
+        "none": lambda: optuna.pruners.NopPruner(),
+        "median": lambda: optuna.pruners.MedianPruner(p.n_startup_trials, p.n_warmup_steps),
+        "halving": lambda: optuna.pruners.SuccessiveHalvingPruner(p.min_resource, p.reduction_factor),
+    }
+    return optuna.create_study(
+        storage=storage(folder, settings.storage),
+        study_name=folder.name,
+        load_if_exists=True,
+        direction=settings.direction,
+        sampler=samplers[settings.sampler](),
+        pruner=pruners[p.name](),
+    )
+
+
+def storage(folder: Path, kind: str) -> Any:
+    import optuna
+
+    if kind == "sqlite":
+        return f"sqlite:///{folder / 'study.db'}"
+    from optuna.storages.journal import JournalFileBackend
+
+    return optuna.storages.JournalStorage(JournalFileBackend(str(folder / "study.log")))
+
+
+def known(study: Any, number: int) -> Any:
+    """optuna's trial of that number, to report to; it may be one that another process asked for."""
+    import optuna
+
+    return optuna.trial.Trial(study, study.trials[number]._trial_id)
+
+
+def settle_study(study: Any, trials: list[Trial]) -> None:
+    """Close what a killed process left open: a trial that was asked for and never frozen, or ended untold."""
+    import optuna
+
+    ours = {t.number: t for t in trials}
+    for frozen in study.trials:
+        trial = ours.get(frozen.number)
+        if trial and trial.state == "waiting" and frozen.state.is_finished():
+            trial.state = "failed"  # a search goes on to other values; it does not try the same again
+        elif not frozen.state.is_finished() and trial is None:
+            study.tell(frozen.number, state=optuna.trial.TrialState.FAIL)
+
+
+def suggest(trial: Any, key: str, d: Dimension) -> multirun.Value:
+    if d.choices:
+        return trial.suggest_categorical(key, d.choices)
+    if d.whole:
+        return trial.suggest_int(key, int(d.low), int(d.high), step=int(d.step or 1), log=d.log)
+    return trial.suggest_float(key, d.low, d.high, step=d.step, log=d.log)
+
+
+def freeze(found: Search, folder: Path, number: int, values: dict[str, multirun.Value]) -> Trial:
+    """A proposal composed and frozen; refused and listed where it is no valid run."""
+    point = Point(number, {key: v if isinstance(v, str) else f"{v:.6g}" for key, v in values.items()})
+    plan = None
+    try:
+        with paths.using(folder / COPY):
+            plan = planned(multirun.compose_trial(found, values, folder / COPY))
+    except KitError as error:
+        point.problems = error.problems
+        say(f"trial {number:03d} refused")
+        print_problems([named(number, point.values, p) for p in error.problems], refused=False)
+    trial = trial_of(folder, point, plan)
+    trial.values = dict(values)
+    return trial
+
+
+def tell(study: Any, trial: Trial, metric: str) -> None:
+    """optuna's record of how a trial ended; one that was stopped stays open, for the same command to continue."""
+    import optuna
+
+    states = optuna.trial.TrialState
+    value = files.result(trial, metric)
+    if trial.state == "done" and value is None:
+        trial.state, trial.code = "failed", None
+        logged = sorted({k for row in trial.curve.rows for k in row})
+        said = f"the trial never logged {metric}; it logged {', '.join(logged)}"
+        trial.problems = [{"problem": said, "where": "hparams_search.metric"}]
+    if trial.state == "done":
+        study.tell(trial.number, value)
+    elif trial.state == "pruned":
+        study.tell(trial.number, state=states.PRUNED)
+    elif trial.state in ("failed", "refused"):
+        study.tell(trial.number, state=states.FAIL)

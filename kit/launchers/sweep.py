@@ -1,0 +1,340 @@
+"""`kit train -m`: every trial is composed and frozen first, then they run side by side until none is missing.
+
+multirun.py hands over the points of a grid, or what a search may choose from; from here on a trial is a plan path.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from kit import api, hardware, rundir
+from kit.config.compose import Composed
+from kit.config.multirun import Job, Point, Search, run
+from kit.config.plan import build_plan
+from kit.config.schema import HparamsSearch, RunPlan, load_plan
+from kit.errors import DONE, FAILED, REFUSED, STOPPED, KitError, Problem
+from kit.launchers import sweep_files as files
+from kit.launchers.run import Stop
+from kit.launchers.sweep_plot import write_plot
+from kit.launchers.trials import ENDED, Pool, Trial, busy, look, stop
+from kit.terminal import print_problems, say
+
+PATIENCE = 30  # seconds beyond a trial's own grace before what still lives is killed
+TICK = 0.2
+
+
+@dataclass
+class Sweep:
+    """A sweep's directory, how it runs, and its trials in order."""
+
+    folder: Path
+    settings: HparamsSearch
+    metric: str
+    about: dict[str, Any]  # what sweep.json says beside the trials
+    trials: list[Trial]
+
+
+def main(argv: list[str], fresh: bool) -> int:
+    """The exit code of a multirun: 0 all done, 75 stopped, 4 a trial failed, 2 a trial was refused."""
+    return run(argv, Job(partial(train_one, fresh), partial(grid, fresh), partial(search, fresh)))
+
+
+def train_one(fresh: bool, composed: Composed) -> int:
+    """A point under one of Hydra's stock launchers: a run of its own, which does not end the others when it fails."""
+    try:
+        return api.train(plan=planned(composed), fresh=fresh)
+    except KitError as error:
+        print_problems(error.problems, refused=error.code == REFUSED)
+        return error.code
+
+
+def search(fresh: bool, found: Search) -> int:
+    from kit.launchers.search import search as search_trials
+
+    return search_trials(fresh, found)
+
+
+def planned(composed: Composed) -> RunPlan:
+    """The plan of one trial, for a share of this machine; KitError with all that is wrong with it."""
+    raw = composed.tree.get("hparams_search")
+    launch, share = composed.tree.get("launch"), raw.get("gpus_per_trial") if isinstance(raw, dict) else None
+    if isinstance(launch, dict) and launch.get("num_gpus") == "auto" and not launch.get("slurm") and hardware.gpus():
+        launch["num_gpus"] = share if isinstance(share, int) else 1
+    plan = build_plan(composed, here=True)
+    settings = settings_of(plan)
+    problems = []
+    if isinstance(share, int) and share != plan.world_size and not plan.trainer["use_cpu"]:
+        said = f"hparams_search.gpus_per_trial is {share}, launch.num_gpus is {plan.world_size}"
+        problems.append(Problem(said, "hparams_search.gpus_per_trial", "give one of them"))
+    if (settings.metric or "").startswith("eval_") and plan.trainer.get("eval_strategy") in (None, "no"):
+        said = f"hparams_search.metric={settings.metric}, but the trial does not evaluate"
+        problems.append(Problem(said, "hparams_search.metric", "trainer.eval_strategy=steps, or metric=loss"))
+    if plan.launch.master_port and plan.world_size > 1 and settings.parallel != 1:
+        said = "trials side by side cannot share launch.master_port"
+        problems.append(Problem(said, "launch.master_port", "leave it out, or hparams_search.parallel=1"))
+    if problems:
+        raise KitError(problems)
+    return plan
+
+
+def settings_of(plan: RunPlan) -> HparamsSearch:
+    return HparamsSearch.model_validate(plan.composed.get("hparams_search") or {})
+
+
+def grid(fresh: bool, points: list[Point]) -> list[tuple[int, float | None]]:
+    """Run the points of a grid, or what is missing of it; exit code and metric of each."""
+    plans: dict[int, RunPlan] = {}
+    for point in points:
+        try:
+            if point.composed is not None:
+                plans[point.number] = planned(point.composed)
+        except KitError as error:
+            point.problems = error.problems
+    if not plans:
+        raise KitError([named(point.number, point.values, p) for point in points for p in point.problems])
+    api.need_stack()
+    first = next(iter(plans.values()))
+    parts = [[p.values, files.identity(plans[p.number]) if p.number in plans else None] for p in points]
+    folder = sweep_folder(first, files.digest(parts), fresh)
+    with opened(folder):
+        trials = files.read_record(folder)
+        if trials:
+            take_up(folder, trials)
+        else:
+            trials = [trial_of(folder, point, plans.get(point.number)) for point in points]
+        metric = settings_of(first).metric or files.default_metric(first)
+        sweep = Sweep(folder, settings_of(first), metric, about(folder, settings_of(first), metric), trials)
+        files.write_record(folder, trials, sweep.about)
+        announce(sweep, len(trials))
+        pending = [t for t in trials if t.state == "waiting"]
+        if first.launch.slurm:
+            return queued(sweep, pending)
+        pool = pool_for(sweep.settings, [t.plan for t in pending if t.plan])
+
+        def next_trial() -> Trial | None:
+            for trial in pending:
+                if trial.plan and pool.room_for(trial.plan) and not busy(trial):
+                    pending.remove(trial)
+                    return trial
+            return None
+
+        stay(sweep, pool, next_trial, lambda: not pending)
+        report(sweep)
+    return [(exit_code(t), files.result(t, sweep.metric)) for t in trials]
+
+
+def queued(sweep: Sweep, pending: list[Trial]) -> list[tuple[int, float | None]]:
+    """What is missing as one job array, which needs nobody to stay; the table as it stands. Exit code and metric."""
+    from kit.launchers import slurm
+
+    for trial in pending:
+        if found := slurm.living_job(trial.run):
+            trial.state = "running"
+            say(f"trial {trial.number:03d} is job {found[0]} ({found[1].lower()})")
+    plans = [t.plan for t in pending if t.plan and t.state == "waiting"]
+    if plans:
+        at_once = sweep.settings.parallel if isinstance(sweep.settings.parallel, int) else None
+        job = slurm.submit_array(plans, sweep.folder, at_once)
+        print(f"job {job}: {len(plans)} trials, {rundir.shown(sweep.folder)}")
+        say("the same command shows the table, and submits again what has failed by then")
+    if len(plans) < len(sweep.trials):
+        report(sweep)
+    files.write_record(sweep.folder, sweep.trials, sweep.about)
+    codes = {"refused": REFUSED, "failed": FAILED}
+    return [(codes.get(t.state, DONE), files.result(t, sweep.metric)) for t in sweep.trials]
+
+
+def sweep_folder(plan: RunPlan, digest: str, fresh: bool) -> Path:
+    """`runs/<name>-sweep-<hash8>`; with `fresh` one that is not there yet."""
+    base = plan.run_path.parent / f"{plan.name}-sweep-{digest}"
+    folder, number = base, 2
+    while fresh and folder.exists():
+        folder, number = base.with_name(f"{base.name}-{number}"), number + 1
+    return folder
+
+
+@contextmanager
+def opened(folder: Path) -> Iterator[None]:
+    """The sweep's directory, made and held: no second process runs the same sweep."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(0o700)
+    except OSError as error:
+        raise KitError(f"{folder} cannot be made: {error.strerror}", "runs_dir", "runs_dir=FOLDER") from None
+    with rundir.locked(folder):
+        yield
+
+
+def trial_of(folder: Path, point: Point, plan: RunPlan | None) -> Trial:
+    """A point frozen into its own run directory; one that has no plan is only named."""
+    trial = Trial(point.number, folder / files.trial_name(point.number, point.values), dict(point.values))
+    if plan is None:
+        trial.state, trial.code = "refused", REFUSED
+        trial.problems = [vars(p) for p in point.problems]
+    else:
+        trial.plan = rundir.make(plan.model_copy(update={"run_dir": str(trial.run)}))
+    return trial
+
+
+def take_up(folder: Path, trials: list[Trial]) -> None:
+    """Trials of an earlier process, as they were frozen: what is done stays, what failed or stopped is missing."""
+    for trial in trials:
+        if trial.state != "refused":
+            trial.plan = load_plan(trial.run).model_copy(update={"run_dir": str(trial.run)})
+            look(trial)
+    done, missing = (sum(t.state == s for t in trials) for s in ("done", "waiting"))
+    say(f"continuing {rundir.shown(folder)}: {done} done, {missing} missing (--fresh starts anew)")
+
+
+def about(folder: Path, settings: HparamsSearch, metric: str) -> dict[str, Any]:
+    return {"sweep": folder.name, "metric": metric, "direction": settings.direction, "method": settings.method}
+
+
+def announce(sweep: Sweep, count: int) -> None:
+    """What is refused and what is warned of, before anything starts."""
+    refused = [t for t in sweep.trials if t.state == "refused"]
+    if refused:
+        say(f"{len(refused)} of {len(sweep.trials)} trials refused; the others run")
+        print_problems([named(t.number, t.values, Problem(**p)) for t in refused for p in t.problems], refused=False)
+    for text in dict.fromkeys(w for t in sweep.trials if t.plan for w in api.warnings(t.plan)):
+        say(f"warning: {text}")
+    say(f"{count - len(refused)} trials in {rundir.shown(sweep.folder)}")
+
+
+def named(number: int, values: dict[str, Any], problem: Problem) -> Problem:
+    """A problem with the trial that has it."""
+    at = ", ".join(f"{k}={v}" for k, v in values.items())
+    return Problem(f"trial {number} ({at}): {problem.problem}", problem.where, problem.fix, problem.rule)
+
+
+def pool_for(settings: HparamsSearch, plans: list[RunPlan]) -> Pool:
+    """Room for trials: a slot per GPU, or one on a CPU, unless hparams_search.parallel says how many."""
+    devices = visible_devices()
+    if devices is None or all(p.trainer["use_cpu"] for p in plans):
+        return Pool(None, settings.parallel if isinstance(settings.parallel, int) else 1)
+    return Pool(devices, settings.parallel if isinstance(settings.parallel, int) else len(devices))
+
+
+def visible_devices() -> list[str] | None:
+    """The names by which CUDA_VISIBLE_DEVICES knows this process's GPUs; None where there are none."""
+    count = len(hardware.gpus())
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not count:
+        return None
+    return [v.strip() for v in given.split(",") if v.strip()][:count] if given else [str(i) for i in range(count)]
+
+
+def stay(
+    sweep: Sweep,
+    pool: Pool,
+    next_trial: Callable[[], Trial | None],
+    over: Callable[[], bool],
+    watch: Callable[[Trial, list[dict[str, Any]]], bool] = lambda trial, rows: False,
+    ended: Callable[[Trial], None] = lambda trial: None,
+) -> None:
+    """Start what `next_trial` gives until nothing runs and all is `over`; a trial that `watch` names is stopped early.
+
+    Ctrl-C and SIGTERM let the running trials save a checkpoint, and start no other.
+    """
+    asked, deadline = 0, None
+    with Stop() as signals, screen(sweep) as draw:
+        try:
+            while pool.running or not (over() or signals.asked):
+                while not signals.asked and (trial := next_trial()) is not None:
+                    pool.start(trial)
+                    draw(trial)
+                    files.write_record(sweep.folder, sweep.trials, sweep.about)
+                for trial in pool.running:
+                    if watch(trial, trial.curve.read()) and not trial.pruning:
+                        trial.pruning = True
+                        stop(trial)
+                for trial in pool.ended():
+                    ended(trial)
+                    draw(trial)
+                    files.write_record(sweep.folder, sweep.trials, sweep.about)
+                if signals.asked > asked:
+                    asked = signals.asked
+                    grace = max((t.plan.launch.grace_seconds for t in pool.running if t.plan), default=0.0)
+                    deadline = deadline or time.monotonic() + grace + PATIENCE
+                    say("stopping: the running trials save a checkpoint (again to end them at once)")
+                    pool.ask()
+                if deadline and time.monotonic() > deadline:
+                    pool.kill()
+                draw(None)
+                time.sleep(TICK)
+        finally:
+            pool.kill()
+            files.write_record(sweep.folder, sweep.trials, sweep.about)
+
+
+@contextmanager
+def screen(sweep: Sweep) -> Iterator[Callable[[Trial | None], None]]:
+    """What shows the sweep while it runs: a table on a terminal, else a line for each event and each interval."""
+    last = time.monotonic()
+    if rundir.is_terminal():
+        from rich.live import Live
+
+        with Live(auto_refresh=False, transient=True) as live:
+
+            def redraw(trial: Trial | None) -> None:
+                nonlocal last
+                if trial is not None or time.monotonic() - last > 1:
+                    live.update(shown(sweep), refresh=True)
+                    last = time.monotonic()
+
+            yield redraw
+        return
+
+    def tell(trial: Trial | None) -> None:
+        nonlocal last
+        if trial is not None:
+            where = f" on GPU {','.join(trial.devices)}" if trial.devices else ""
+            reason = f": {trial.problems[0]['problem'].splitlines()[0]}" if trial.problems else ""
+            took = f" after {trial.seconds:.0f} s" if trial.state != "running" else ""
+            say(f"trial {trial.number:03d} {trial.label()} {trial.state}{where}{took}{reason}")
+        elif time.monotonic() - last > sweep.settings.progress_seconds:
+            last = time.monotonic()
+            say(files.line(sweep.trials))
+
+    yield tell
+
+
+def shown(sweep: Sweep) -> Any:
+    return files.table(sweep.trials, sweep.settings, sweep.metric, rundir.shown(sweep.folder))
+
+
+def report(sweep: Sweep) -> None:
+    """The table, sweep.csv and sweep.svg; what failed; which trial is the best."""
+    from rich.console import Console
+
+    title = f"{sweep.folder.name}: {len(sweep.trials)} trials"
+    files.write_csv(sweep.folder, sweep.trials, sweep.metric)
+    write_plot(sweep.folder / files.PLOT, sweep.trials, sweep.metric, sweep.settings.direction, title)
+    Console(width=None if rundir.is_terminal() else 160).print(shown(sweep))
+    failed = [t for t in sweep.trials if t.state == "failed"]
+    if failed:
+        said = [named(t.number, t.values, Problem(**p)) for t in failed for p in t.problems]
+        print_problems(said, refused=False)
+        say(f"kit doctor {rundir.shown(failed[0].run)} names the cause")
+    missing = [t for t in sweep.trials if t.state not in ENDED]
+    if missing:
+        say(f"{len(missing)} trials are missing: the same command continues with them")
+    place = rundir.shown(sweep.folder)
+    print(f"tables    {place}/{files.TABLE}, {files.RECORD}, {files.PLOT}")
+    if winner := files.best(sweep.trials, sweep.metric, sweep.settings.direction):
+        print(
+            f"best      {rundir.shown(winner.run)} ({sweep.metric} {files.number(files.result(winner, sweep.metric))})"
+        )
+
+
+def exit_code(trial: Trial) -> int:
+    """What a trial adds to the exit code of the sweep; a pruned one has done what it was for."""
+    codes = {"done": DONE, "pruned": DONE, "refused": REFUSED, "failed": trial.code or FAILED}
+    return codes.get(trial.state, STOPPED)

@@ -1,0 +1,50 @@
+"""One trial of a sweep, in a process of its own: `python -m kit.launchers.trial PLAN PARENT`.
+
+All that it is given is the path of a frozen plan. It goes on from the newest complete checkpoint, and it stops, with a
+checkpoint, when the sweep that started it is gone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from pathlib import Path
+
+from kit import manifest, rundir
+from kit.config.schema import load_plan
+from kit.errors import REFUSED, KitError
+from kit.launchers.run import launch
+from kit.terminal import print_problems, say
+
+PR_SET_PDEATHSIG = 1
+
+
+def main(argv: list[str]) -> int:
+    """The exit code of the trial; what is wrong also goes into its status.json."""
+    path, parent = Path(argv[0]), int(argv[1])
+    stop_with(parent)
+    run = path.parent
+    try:
+        plan = load_plan(path).model_copy(update={"run_dir": str(run)})
+        newest = manifest.newest_complete(run / rundir.CHECKPOINTS)
+        if newest.path:
+            say(f"resuming from {newest.path.name}")
+        return launch(plan, resume=newest.path.name if newest.path else None)
+    except KitError as error:
+        print_problems(error.problems, refused=error.code == REFUSED)
+        if rundir.status(run).get("state") != "failed":  # it was refused before there were ranks
+            rundir.set_status(run, "failed", exit_code=error.code, problems=[str(p) for p in error.problems])
+        return error.code
+
+
+def stop_with(parent: int) -> None:
+    """Have the kernel send SIGTERM when the parent ends, however it ends."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # it ended before the kernel was asked
+        sys.exit(128 + signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

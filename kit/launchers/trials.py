@@ -1,0 +1,215 @@
+"""The trials of a sweep while they run: what each is, on which devices, how it ended. A trial is a plan path."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from kit import hardware, rundir
+from kit.config.schema import RunPlan
+from kit.errors import DONE, FAILED, STOPPED
+from kit.launchers import ops
+from kit.launchers.run import ranks, send
+
+LOG = "trial.log"
+ENDED = ("done", "failed", "pruned", "refused")  # states after which nothing is missing in this sweep
+
+
+@dataclass
+class Curve:
+    """The rows of a run's metrics.jsonl, read as they come."""
+
+    path: Path
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    offset: int = 0
+
+    def read(self) -> list[dict[str, Any]]:
+        """The rows that came since the last look; a line that is half-written waits."""
+        try:
+            with open(self.path, "rb") as f:
+                f.seek(self.offset)
+                new = f.read()
+        except OSError:
+            return []
+        whole = new[: new.rfind(b"\n") + 1]
+        self.offset += len(whole)
+        found = []
+        for line in whole.splitlines():
+            try:
+                found.append(json.loads(line))
+            except ValueError:
+                continue
+        self.rows += found
+        return found
+
+    def last(self, key: str) -> Any:
+        return next((row[key] for row in reversed(self.rows) if key in row), None)
+
+    def series(self, key: str) -> list[tuple[int, float]]:
+        """(step, value) in order; a step that was trained twice counts as it ended up."""
+        return sorted({row["step"]: row[key] for row in self.rows if key in row and "step" in row}.items())
+
+
+@dataclass
+class Trial:
+    """One point of a sweep and what became of it. States: waiting, running, done, failed, stopped, pruned, refused."""
+
+    number: int
+    run: Path
+    values: dict[str, Any]
+    state: str = "waiting"
+    problems: list[dict[str, str]] = field(default_factory=list)
+    code: int | None = None
+    seconds: float = 0.0  # over all starts
+    plan: RunPlan | None = None
+    curve: Curve = field(default_factory=lambda: Curve(Path()))
+    process: subprocess.Popen[bytes] | None = None
+    devices: list[str] = field(default_factory=list)
+    started: float = 0.0
+    pruning: bool = False
+
+    def __post_init__(self) -> None:
+        self.curve = Curve(self.run / rundir.METRICS_LOG)
+
+    def label(self) -> str:
+        return " ".join(f"{short}={brief(self.values[key])}" for key, short in short_names(list(self.values)).items())
+
+
+def brief(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def short_names(keys: list[str]) -> dict[str, str]:
+    """Dotted key to its last part, or to the whole where two end alike."""
+    tails = [key.rpartition(".")[2] for key in keys]
+    return {key: tail if tails.count(tail) == 1 else key for key, tail in zip(keys, tails, strict=True)}
+
+
+class Pool:
+    """The trials that run now, at most `slots`, each with GPUs of its own. `devices`: None where there are no GPUs."""
+
+    def __init__(self, devices: list[str] | None, slots: int) -> None:
+        self.free, self.slots = devices, slots
+        self.running: list[Trial] = []
+
+    def room_for(self, plan: RunPlan) -> bool:
+        enough = plan.trainer["use_cpu"] or self.free is None or len(self.free) >= plan.world_size
+        return enough and len(self.running) < self.slots
+
+    def start(self, trial: Trial) -> None:
+        """Start a trial in a session of its own, its output in logs/trial.log."""
+        assert trial.plan is not None
+        env = dict(os.environ)
+        env.pop("HYDRA_FULL_ERROR", None)
+        if trial.plan.trainer["use_cpu"]:
+            threads = max(1, hardware.cores() // (self.slots * trial.plan.world_size))
+            env.setdefault("OMP_NUM_THREADS", str(threads))
+        elif self.free is not None:
+            trial.devices, self.free = self.free[: trial.plan.world_size], self.free[trial.plan.world_size :]
+            env["CUDA_VISIBLE_DEVICES"] = ",".join(trial.devices)
+        with open(trial.run / rundir.LOGS / LOG, "ab") as log:
+            trial.process = subprocess.Popen(
+                child(trial.run / rundir.PLAN),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=env,
+                start_new_session=True,
+            )
+        trial.state, trial.started, trial.problems, trial.code = "running", time.monotonic(), [], None
+        self.running.append(trial)
+
+    def ended(self) -> list[Trial]:
+        """The trials that ended since the last look, with state, exit code, problems and seconds."""
+        over = [t for t in self.running if t.process and t.process.poll() is not None]
+        for trial in over:
+            self.running.remove(trial)
+            if self.free is not None:
+                self.free = self.free + trial.devices
+            trial.devices = []
+            settle(trial)
+        return over
+
+    def ask(self) -> None:
+        """Tell every trial to stop: once with a checkpoint, twice at once."""
+        for trial in self.running:
+            stop(trial)
+
+    def kill(self) -> None:
+        """End whatever still lives, ranks first found by what they wrote down."""
+        for trial in self.running:
+            left = ranks_left(trial.run)
+            if trial.process:
+                ops.kill_tree(trial.process.pid)
+            for pid in left:
+                ops.kill_tree(pid)
+
+
+def child(plan: Path) -> list[str]:
+    """What is typed to start a trial."""
+    return [sys.executable, "-m", "kit.launchers.trial", str(plan), str(os.getpid())]
+
+
+def stop(trial: Trial) -> None:
+    if trial.process and trial.process.poll() is None:
+        send(trial.process.pid, signal.SIGTERM)
+
+
+def settle(trial: Trial) -> None:
+    """State, exit code and problems of a trial whose process is gone, from what it wrote down."""
+    assert trial.process is not None
+    code = trial.process.returncode
+    for pid in ranks_left(trial.run):  # of a trial that was killed: its devices are another trial's now
+        ops.kill_tree(pid)
+    trial.seconds = round(trial.seconds + time.monotonic() - trial.started, 1)
+    status = rundir.status(trial.run)
+    written = status.get("state")
+    trial.process = None
+    trial.curve.read()
+    if written == "done":
+        trial.state, trial.code = "done", DONE
+    elif trial.pruning:
+        trial.state, trial.code = "pruned", STOPPED
+    elif written == "failed":
+        trial.state, trial.code = "failed", int(status.get("exit_code") or FAILED)
+        trial.problems = [{"problem": text} for text in status.get("problems", [])]
+    elif written == "stopped" or code in (128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGTERM):
+        trial.state, trial.code = "stopped", STOPPED
+    else:
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with {code}"
+        trial.state, trial.code = "failed", FAILED
+        trial.problems = [{"problem": f"the trial {how}", "where": str(trial.run / rundir.LOGS / LOG)}]
+
+
+def look(trial: Trial) -> None:
+    """The state of a trial of an earlier sweep process, before it is decided whether something is missing."""
+    trial.curve.read()
+    if rundir.status(trial.run).get("state") == "done":
+        trial.state, trial.code = "done", DONE
+    elif trial.state not in ("refused", "pruned"):
+        trial.state = "waiting"
+
+
+def busy(trial: Trial) -> bool:
+    """Whether processes of an earlier sweep still hold the trial; they stop by themselves, with a checkpoint."""
+    return rundir.in_use(trial.run) is not None or bool(ranks_left(trial.run))
+
+
+def ranks_left(run: Path) -> list[int]:
+    """Process ids of ranks that live; a number that has become another process's does not count."""
+    found = []
+    for pid in ranks(run):
+        with contextlib.suppress(psutil.Error):
+            if any(str(run) in part for part in psutil.Process(pid).cmdline()):
+                found.append(pid)
+    return found

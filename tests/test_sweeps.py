@@ -1,0 +1,470 @@
+"""Sweeps without training: names, freezing, refusing, continuing, stopping. A trial is a process that pretends."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import xml.etree.ElementTree as xml
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from kit import cli, hardware, rundir
+from kit.config import multirun
+from kit.errors import DONE, FAILED, REFUSED, STOPPED, KitError
+from kit.launchers import sweep_files as files
+from kit.launchers import trials
+from kit.launchers.sweep_plot import write_plot
+from kit.launchers.trials import Curve, Trial
+
+# Stands in the place of kit.launchers.trial: r=8 fails, r=6 waits to be told to stop, all others log and end well.
+PRETEND = """
+import json, os, signal, sys, time
+from pathlib import Path
+
+run = Path(sys.argv[1]).parent
+plan = json.loads(Path(sys.argv[1]).read_text())
+r, rate = plan["peft"]["r"], plan["trainer"]["learning_rate"]
+with open(run.parent / "started", "a") as f:
+    f.write(f"{run.name} {os.environ.get('CUDA_VISIBLE_DEVICES')} {len(list(run.parent.glob('*/plan.json')))}\\n")
+def leave(state, code, **facts):
+    (run / "status.json").write_text(json.dumps({"state": state, **facts}))
+    os._exit(code)
+if r == 8 and not os.environ.get("KIT_TEST_MENDED"):
+    leave("failed", 4, exit_code=4, problems=["it fails on purpose"])
+signal.signal(signal.SIGTERM, lambda *_: leave("stopped", 75))
+pause = 30 if r == 6 and not os.environ.get("KIT_TEST_MENDED") else float(os.environ.get("KIT_TEST_PAUSE", 0))
+for step in (1, 2, 3):
+    row = {"step": step, "seconds": step, "loss": 100 * rate + r / step, "num_tokens": 10 * step}
+    with open(run / "metrics.jsonl", "a") as f:
+        f.write(json.dumps(row) + "\\n")
+    time.sleep(pause)
+leave("done", 0)
+"""
+
+
+@pytest.fixture
+def sweep(base: Path, chat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """`kit train -m` on a tiny base, with pretended trials, in an empty folder."""
+    (tmp_path / "pretend.py").write_text(PRETEND)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(trials, "child", lambda plan: [sys.executable, str(tmp_path / "pretend.py"), str(plan)])
+    stock = [f"model.name_or_path={base}", f"dataset.path={chat}", "trainer.max_length=64", "name=s"]
+
+    def run(*overrides: str) -> int:
+        return cli.run(["train", "-m", *stock, *overrides])
+
+    return run
+
+
+def folder_of(tmp_path: Path) -> Path:
+    [found] = (tmp_path / "runs").glob("s-sweep-????????")
+    return found
+
+
+def record(tmp_path: Path) -> dict:
+    return json.loads((folder_of(tmp_path) / files.RECORD).read_text())
+
+
+def states(tmp_path: Path) -> list[str]:
+    return [t["state"] for t in record(tmp_path)["trials"]]
+
+
+def started(tmp_path: Path) -> list[str]:
+    """The names of trials in the order in which they started."""
+    return [line.split()[0] for line in (folder_of(tmp_path) / "started").read_text().splitlines()]
+
+
+# ---- a grid ----
+
+
+def test_a_grid_from_its_command_to_its_files(sweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Six trials, two of them refused up front: the others run, each frozen before the first starts."""
+    assert sweep("peft.r=2,4,banana", "trainer.learning_rate=1e-3,1e-2") == REFUSED
+    shown = capsys.readouterr()
+    assert shown.err.index("'banana'") < shown.err.index("trial 000")
+    assert "trial 4 (peft.r=banana, trainer.learning_rate=0.001)" in shown.err
+    assert states(tmp_path) == ["done"] * 4 + ["refused"] * 2
+    folder = folder_of(tmp_path)
+    assert started(tmp_path)[1] == "001-r-2--learning_rate-0.01"
+    first = (folder / "started").read_text().splitlines()[0]
+    assert first.endswith(" 4")  # plans that were there when it started
+    plan = json.loads((folder / "001-r-2--learning_rate-0.01" / "plan.json").read_text())
+    assert (plan["peft"]["r"], plan["trainer"]["learning_rate"]) == (2, 0.01)
+    assert plan["run_dir"] == str(folder / "001-r-2--learning_rate-0.01")
+    rows = list(csv.DictReader((folder / files.TABLE).open()))
+    assert [row["state"] for row in rows] == states(tmp_path)
+    assert rows[3]["peft.r"] == "4" and float(rows[3]["loss"]) == pytest.approx(1 + 4 / 3) and rows[3]["step"] == "3"
+    assert record(tmp_path)["best"] == 0 and "best      runs/" in shown.out and "000-r-2" in shown.out
+    assert record(tmp_path)["trials"][4]["problems"][0]["rule"] == "kind"
+    assert not (tmp_path / "multirun.yaml").exists() and sorted(p.name for p in tmp_path.iterdir())[-1] == "runs"
+
+
+def test_a_failed_trial_stops_no_other_and_is_tried_again(sweep, tmp_path: Path, monkeypatch, capsys):
+    """The same command starts what is missing and nothing else."""
+    assert sweep("peft.r=8,2,4") == FAILED
+    assert states(tmp_path) == ["failed", "done", "done"] and "it fails on purpose" in capsys.readouterr().err
+    monkeypatch.setenv("KIT_TEST_MENDED", "1")
+    assert sweep("peft.r=8,2,4") == DONE
+    assert started(tmp_path) == ["000-r-8", "001-r-2", "002-r-4", "000-r-8"]
+    assert sweep("peft.r=8,2,4") == DONE and len(started(tmp_path)) == 4
+    assert "3 done, 0 missing" in capsys.readouterr().err
+
+
+def test_what_was_frozen_is_what_runs(sweep, tmp_path: Path, monkeypatch):
+    """A plan of a started sweep is read from its directory: composing it again has no say."""
+    assert sweep("peft.r=8,2") == FAILED
+    path = folder_of(tmp_path) / "000-r-8" / "plan.json"
+    frozen = json.loads(path.read_text())
+    frozen["trainer"]["learning_rate"] = 0.5
+    path.write_text(json.dumps(frozen))
+    monkeypatch.setenv("KIT_TEST_MENDED", "1")
+    assert sweep("peft.r=8,2") == DONE
+    assert record(tmp_path)["trials"][0]["loss"] == pytest.approx(50 + 8 / 3)
+
+
+def test_another_sweep_is_another_directory(sweep, tmp_path: Path):
+    """More steps are more to do; how many run at once is not. --fresh begins again."""
+    assert sweep("peft.r=2,4") == DONE
+    assert sweep("peft.r=2,4", "hparams_search.parallel=2") == DONE
+    assert len(list((tmp_path / "runs").iterdir())) == 1
+    assert sweep("peft.r=2,4", "trainer.max_steps=7") == DONE
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+    assert sweep("peft.r=2,4", "--fresh") == DONE
+    assert len(list((tmp_path / "runs").iterdir())) == 3
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_stopped_and_continued(sweep, tmp_path: Path, monkeypatch, times: int):
+    """SIGTERM to the sweep: running trials stop, waiting ones do not start, 75; the same command goes on."""
+    ask = f"""
+import os, signal, sys, time
+from pathlib import Path
+while not list(Path({str(tmp_path / "runs")!r}).glob("*/001-r-6/metrics.jsonl")):
+    time.sleep(0.05)
+for _ in range({times}):
+    os.kill({os.getpid()}, signal.SIGTERM)
+    time.sleep(0.1)
+"""
+    asking = subprocess.Popen([sys.executable, "-c", ask])
+    assert sweep("peft.r=2,6,4") == STOPPED and asking.wait(10) == 0
+    assert states(tmp_path) == ["done", "stopped", "waiting"]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    monkeypatch.setenv("KIT_TEST_MENDED", "1")
+    assert sweep("peft.r=2,6,4") == DONE
+    assert started(tmp_path) == ["000-r-2", "001-r-6", "001-r-6", "002-r-4"]
+
+
+def test_a_directory_runs_one_sweep(sweep, tmp_path: Path, capsys):
+    assert sweep("peft.r=2,4") == DONE
+    with rundir.locked(folder_of(tmp_path)):
+        code = subprocess.run(
+            [sys.executable, "-c", "import sys; from kit import rundir; from pathlib import Path\n"
+             "try:\n  rundir.locked(Path(sys.argv[1])).__enter__()\nexcept Exception as e:\n  sys.exit(str(e))",
+             str(folder_of(tmp_path))], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.getcwd()},
+            cwd=Path(__file__).parents[1])  # fmt: skip
+    assert "in use by process" in code.stderr
+
+
+@pytest.mark.parametrize(
+    "overrides, said",
+    [
+        (["peft.r=banana,apple"], ["'banana'", "'apple'"]),
+        (["deepspeed=zero8,zero9"], ["no deepspeed named 'zero8'", "no deepspeed named 'zero9'"]),
+        (["peft.r=2,4", "hparams_search.workers=warm"], ["workers=warm is not there yet"]),
+        (["peft.r=2,4", "hparams_search.metric=eval_loss"], ["does not evaluate"]),
+        (["peft.r=2,4", "hparams_search.parallel=0"], ["hparams_search.parallel"]),
+        (["peft.r=2,4", "hparams_search.parralel=2"], ["did you mean hparams_search.parallel"]),
+        (["peft.r=choice(2"], ["Hydra's override grammar"]),
+        (["peft.r=interval(2,4)"], ["does not support sweep type"]),
+        (["peft.r=2,4", "hparams_search=optuna", "hydra/launcher=basic"], ["a search starts its trials itself"]),
+        (["hparams_search=optuna", "+hparams_search.search_space={peft.r: 8}"], ["a search chooses from several"]),
+        (["hparams_search=optuna", "peft.r=interval(4,2)"], ["the smaller first"]),
+        (["hparams_search=optuna", "peft.r=tag(log,interval(0,2))"], ["numbers above 0"]),
+        (["hparams_search=optuna", "hparams_search.pruner.name=nun"], ["hparams_search.pruner.name"]),
+    ],
+)
+def test_refused_as_a_whole(sweep, tmp_path: Path, capsys, overrides: list[str], said: list[str]):
+    assert sweep(*overrides) == REFUSED
+    shown = capsys.readouterr().err
+    assert all(words in shown for words in said) and "Traceback" not in shown, shown
+    assert not (tmp_path / "runs").exists()
+
+
+def test_one_group_that_is_none(sweep, tmp_path: Path, capsys):
+    """Hydra's own sweeper would refuse all for the one."""
+    assert sweep("trainer.use_cpu=true", "peft=lora,lorra") == REFUSED
+    assert states(tmp_path) == ["done", "refused"]
+    assert "did you mean peft=lora" in capsys.readouterr().err
+
+
+def test_ranges_and_globs(sweep, tmp_path: Path):
+    assert sweep("peft.r=range(2,5,2)", "tokenizer=glob(*)", "hydra/sweeper=basic", "trainer.max_steps=1",
+                 "hparams_search.parallel=6") == DONE  # fmt: skip
+    values = [t["values"] for t in record(tmp_path)["trials"]]
+    assert [v["peft.r"] for v in values] == ["2", "2", "4", "4"]
+    assert {v["tokenizer"] for v in values} == {"chatml", "default"}
+
+
+def test_the_devices_of_a_trial(sweep, tmp_path: Path, monkeypatch, capsys):
+    """Two at a time on two GPUs, each with its own; more than there are is refused."""
+    gpu = hardware.Gpu("H100", 80.0, (9, 0))
+    monkeypatch.setattr(hardware, "gpus", lambda: (gpu, gpu))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    monkeypatch.setenv("KIT_TEST_PAUSE", "0.3")
+    assert sweep("peft.r=2,4,3", "trainer.bf16=true") == DONE
+    lines = (folder_of(tmp_path) / "started").read_text().splitlines()
+    assert {line.split()[1] for line in lines[:2]} == {"4", "7"} and lines[2].split()[1] in "47"
+    assert sweep("peft.r=2,4", "trainer.bf16=true", "hparams_search.gpus_per_trial=3") == REFUSED
+    assert sweep("peft.r=2,4", "hparams_search.gpus_per_trial=2", "launch.num_gpus=1") == REFUSED
+    assert "give one of them" in capsys.readouterr().err
+
+
+def test_stock_launcher_in_process(sweep, tmp_path: Path, monkeypatch, capsys):
+    """Under hydra/launcher=basic each point is a run of its own; every point is tried, the worst code is returned."""
+    from kit import api
+
+    ran = []
+
+    def train(plan, fresh):
+        ran.append(plan.peft["r"])
+        if plan.peft["r"] == 4:
+            raise KitError("it fails on purpose", code=FAILED)
+        return DONE
+
+    monkeypatch.setattr(api, "train", train)
+    for sweeper in ([], ["hydra/sweeper=basic"]):
+        ran.clear()
+        assert sweep("peft.r=2,4,banana,6", "hydra/launcher=basic", *sweeper) == FAILED
+        assert ran == [2, 4, 6] and "'banana'" in capsys.readouterr().err
+
+
+def test_what_a_stock_launcher_takes_to_another_process(base: Path, chat: Path, tmp_path: Path):
+    """joblib and submitit pickle the task, the context and Hydra's register: all of it must open elsewhere."""
+    pytest.importorskip("cloudpickle")
+    code = """
+import sys, cloudpickle
+from functools import partial
+from hydra.core.singleton import Singleton
+from hydra._internal.core_plugins import basic_launcher
+from kit.config import multirun
+from kit.launchers import sweep
+
+def launch(self, jobs, initial_job_idx):
+    parts = (self.hydra_context, self.config, self.task_function, list(jobs[1]), Singleton.get_state())
+    open("task.pkl", "wb").write(cloudpickle.dumps(parts))
+    return []
+from hydra.core.plugins import Plugins
+Plugins.instance()
+sys.modules["hydra._internal.core_plugins.basic_launcher"].BasicLauncher.launch = launch
+job = multirun.Job(partial(sweep.train_one, False), partial(sweep.grid, False), partial(sweep.search, False))
+multirun.run(["-m", "hydra/launcher=basic", *sys.argv[1:]], job)
+"""
+    other = """
+import pickle
+from hydra.core.singleton import Singleton
+from hydra.core.utils import run_job, setup_globals
+from kit import api
+context, config, task, overrides, state = pickle.load(open("task.pkl", "rb"))
+setup_globals()
+Singleton.set_state(state)
+api.train = lambda plan, fresh: print("peft.r is", plan.peft["r"]) or 0
+job = context.config_loader.load_sweep_config(config, overrides)
+run_job(hydra_context=context, task_function=task, config=job, job_dir_key="hydra.sweep.dir",
+        job_subdir_key="hydra.sweep.subdir").return_value
+"""
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    args = [f"model.name_or_path={base}", f"dataset.path={chat}", "trainer.max_length=64", "peft.r=2,4"]
+    for argv in ([code, *args], [other]):
+        done = subprocess.run([sys.executable, "-c", *argv], cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert "peft.r is 4" in done.stdout
+
+
+# ---- a search ----
+
+needs_optuna = pytest.mark.skipif(importlib.util.find_spec("optuna") is None, reason="optuna is not installed")
+SEARCH = ["hparams_search=optuna", "hparams_search.sampler=random", "trainer.learning_rate=tag(log,interval(1e-4,1))"]
+
+
+@needs_optuna
+@pytest.mark.parametrize("storage", ["sqlite", "journal"])
+def test_a_search_fills_up_and_goes_on(sweep, tmp_path: Path, storage: str):
+    """n_trials in all; more of them later continue the same study with other values."""
+    more = [*SEARCH, "peft.r=choice(2,4)", f"hparams_search.storage={storage}", "hparams_search.parallel=2"]
+    assert sweep(*more, "hparams_search.n_trials=3") == DONE
+    assert sweep(*more, "hparams_search.n_trials=5") == DONE
+    found = record(tmp_path)["trials"]
+    assert [t["state"] for t in found] == ["done"] * 5
+    assert len({t["values"]["trainer.learning_rate"] for t in found}) == 5
+    assert {t["values"]["peft.r"] for t in found} <= {"2", "4"}
+    for t in found:
+        plan = json.loads((folder_of(tmp_path) / t["run"] / "plan.json").read_text())
+        assert plan["trainer"]["learning_rate"] == t["values"]["trainer.learning_rate"]
+    assert record(tmp_path)["best"] == min(found, key=lambda t: t["metric"])["number"]
+
+
+@needs_optuna
+def test_a_search_composes_from_its_copy(sweep, tmp_path: Path, monkeypatch):
+    """A recipe of one's own that is edited while the search runs changes nothing, whatever it is edited to."""
+    recipe = tmp_path / "own" / "recipe" / "mine.yaml"
+    recipe.parent.mkdir(parents=True)
+    recipe.write_text("# @package _global_\npeft:\n  lora_alpha: 8\n")
+    edit = f"open({str(recipe)!r}, 'w').write('peft: [')\n"
+    (tmp_path / "pretend.py").write_text(edit + PRETEND)
+    assert sweep(*SEARCH, "peft.r=choice(2,4)", "--config-dir", str(tmp_path / "own"), "recipe=mine",
+                 "hparams_search.n_trials=3") == DONE  # fmt: skip
+    plans = [json.loads(p.read_text()) for p in folder_of(tmp_path).glob("*/plan.json")]
+    assert [p["peft"]["lora_alpha"] for p in plans] == [8, 8, 8] and recipe.read_text() == "peft: ["
+
+
+@needs_optuna
+def test_a_search_with_refused_failed_and_silent_trials(sweep, tmp_path: Path, capsys):
+    """Each counts as one of n_trials and is told to optuna; the search goes on."""
+    import optuna
+
+    assert (
+        sweep(*SEARCH[:2], "peft.r=choice(2,8,banana)", "hparams_search.seed=1", "hparams_search.n_trials=8") == FAILED
+    )
+    assert set(states(tmp_path)) == {"done", "failed", "refused"}
+    folder = folder_of(tmp_path)
+    study = optuna.load_study(study_name=folder.name, storage=f"sqlite:///{folder / 'study.db'}")
+    names = {"COMPLETE": "done", "FAIL": "other"}
+    assert [names[t.state.name] for t in study.trials] == [s if s == "done" else "other" for s in states(tmp_path)]
+    assert "'banana'" in capsys.readouterr().err
+    shutil.rmtree(folder)
+    assert (
+        sweep(*SEARCH[:2], "peft.r=choice(2,4)", "hparams_search.metric=rouge", "hparams_search.n_trials=1") == FAILED
+    )
+    assert "never logged rouge; it logged loss" in capsys.readouterr().err
+
+
+@needs_optuna
+def test_a_bad_trial_is_pruned(sweep, tmp_path: Path, monkeypatch):
+    """SIGTERM once its loss is worse than the others' at the same step; it counts as done with."""
+    monkeypatch.setenv("KIT_TEST_PAUSE", "0.6")
+    space = "trainer.learning_rate=choice(1e-3,1)"
+    args = [*SEARCH[:2], space, "peft.r=2", "hparams_search.seed=6", "hparams_search.n_trials=4",
+            "hparams_search.parallel=2", "hparams_search.pruner.n_startup_trials=1"]  # fmt: skip
+    assert sweep(*args) == DONE
+    found = {t["values"]["trainer.learning_rate"]: t["state"] for t in record(tmp_path)["trials"]}
+    assert found == {"0.001": "done", "1": "pruned"}
+    assert sweep(*args) == DONE and len(started(tmp_path)) == 4  # nothing is missing
+
+
+@needs_optuna
+def test_a_search_that_was_killed(sweep, tmp_path: Path):
+    """A trial that was frozen and never ended goes on under its own number; one that never was frozen is given up."""
+    import optuna
+
+    args = [*SEARCH, "peft.r=2", "hparams_search.n_trials=3"]
+    assert sweep(*args, "hparams_search.n_trials=2") == DONE
+    folder = folder_of(tmp_path)
+    study = optuna.load_study(study_name=folder.name, storage=f"sqlite:///{folder / 'study.db'}")
+    study.ask()  # a process that dies here leaves it open
+    assert sweep(*args) == DONE
+    assert [t["number"] for t in record(tmp_path)["trials"]] == [0, 1, 3]
+    assert [t.state.name for t in study.trials] == ["COMPLETE", "COMPLETE", "FAIL", "COMPLETE"]
+
+
+@pytest.mark.parametrize(
+    "text, want",
+    [
+        ("choice(8,16)", {"choices": ["8", "16"]}),
+        ("8,16", {"choices": ["8", "16"]}),
+        ("choice([q_proj,v_proj],all-linear)", {"choices": ["[q_proj,v_proj]", "all-linear"]}),
+        ("range(8,65,8)", {"low": 8, "high": 64, "step": 8, "whole": True}),
+        ("range(0,1,0.25)", {"low": 0, "high": 0.75, "step": 0.25}),
+        ("interval(0,1)", {"low": 0, "high": 1}),
+        ("int(interval(4,64))", {"low": 4, "high": 64, "whole": True}),
+        ("tag(log, interval(1e-5,1e-3))", {"low": 1e-5, "high": 1e-3, "log": True}),
+        ("int(tag(log,interval(4,64)))", {"low": 4, "high": 64, "log": True, "whole": True}),
+    ],
+)
+def test_the_grammar_of_a_search(text: str, want: dict):
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    [override] = OverridesParser.create().parse_overrides([f"a.b={text}"])
+    assert multirun.dimension(override) == multirun.Dimension(**want)
+
+
+# ---- names and files ----
+
+
+@pytest.mark.parametrize(
+    "values, name",
+    [
+        ({"peft.r": "8", "trainer.learning_rate": "1e-4"}, "007-r-8--learning_rate-1e-4"),
+        ({"dataset.seed": "1", "trainer.seed": "2"}, "007-dataset.seed-1--trainer.seed-2"),
+        ({"peft.target_modules": "[q_proj,v_proj]"}, "007-target_modules-_q_proj_v_proj"),
+        ({"model.name_or_path": "../../a b/$(rm)\n"}, "007-name_or_path-.._.._a_b_rm"),
+        ({"x": "ü" * 5}, "007-x"),
+        ({}, "007"),
+        ({"dataset.path": "y" * 300}, "007-path-" + "y" * 71),
+    ],
+)
+def test_names(values: dict, name: str):
+    """Nothing that a shell, a path or an override would read in its own way, and no more than a file name holds."""
+    assert files.trial_name(7, values) == name
+
+
+def test_what_tells_jobs_apart():
+    jobs = [["++a=1", "b=x", "c=1"], ["++a=2", "b=x", "c=1"]]
+    assert multirun.swept_keys(jobs, ["++a=1,2", "b=x", "c=1"]) == ["a"]
+    assert multirun.swept_keys([["++a=1", "b=x"]], ["++a=choice(1)", "b=x"]) == ["a"]
+
+
+def test_a_curve_reads_what_is_whole(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    curve = Curve(path)
+    assert curve.read() == []
+    path.write_text('{"step": 1, "loss": 3}\nnoise\n{"step": 2, "lo')
+    assert curve.read() == [{"step": 1, "loss": 3}]
+    with path.open("a") as f:
+        f.write('ss": 2}\n{"step": 1, "loss": 1}\n')
+    assert len(curve.read()) == 2 and curve.series("loss") == [(1, 1), (2, 2)] and curve.last("loss") == 1
+
+
+def finished(tmp_path: Path, count: int, state: str = "done") -> list[Trial]:
+    found = []
+    for i in range(count):
+        trial = Trial(i, tmp_path / f"{i:03d}", {"peft.target_modules": f"<{i}&>"}, state)
+        trial.curve.rows = [{"step": s, "loss": 5.0 - i / (s + 1)} for s in range(4)]
+        found.append(trial)
+    return found
+
+
+@pytest.mark.parametrize("count", [0, 1, 25])
+def test_the_plot_is_an_image(tmp_path: Path, count: int):
+    """Well-formed whatever the values are called, with a line for each trial and nothing from elsewhere."""
+    write_plot(tmp_path / "sweep.svg", finished(tmp_path, count), "loss", "minimize", "a sweep <&>")
+    root = xml.parse(tmp_path / "sweep.svg").getroot()
+    lines = root.findall("{http://www.w3.org/2000/svg}polyline")
+    assert len(lines) == count and "href" not in (tmp_path / "sweep.svg").read_text()
+    chosen = [e for e in root if e.get("r") == "9"]
+    assert len(chosen) == min(count, 1)
+
+
+def test_the_best_of_equals_is_the_first(tmp_path: Path):
+    found = finished(tmp_path, 3)
+    assert files.best(found, "loss", "minimize").number == 2 and files.best(found, "loss", "maximize").number == 0
+    assert files.best(found, "eval_loss", "minimize") is None
+    assert files.best(finished(tmp_path, 3, "failed"), "loss", "minimize") is None
+
+
+def test_browsers_open_the_plot(tmp_path: Path):
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no chromium (Debian's package of that name)")
+    write_plot(tmp_path / "sweep.svg", finished(tmp_path, 7), "loss", "minimize", "a sweep")
+    argv = [chromium, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    argv += [f"--screenshot={tmp_path / 'shot.png'}", "--window-size=1200,600", (tmp_path / "sweep.svg").as_uri()]
+    subprocess.run(argv, capture_output=True, timeout=120, check=True)
+    assert (tmp_path / "shot.png").stat().st_size > 10_000  # an error page is smaller
