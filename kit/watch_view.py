@@ -162,7 +162,7 @@ def text(renderable: Any) -> str:
         file=StringIO(), width=shutil.get_terminal_size((100, 24)).columns, force_terminal=colour, no_color=not colour,
         highlight=False, legacy_windows=False, emoji=False,
     )  # fmt: skip
-    out.print(renderable)
+    out.print(renderable, soft_wrap=not sys.stdout.isatty())  # in a file a path stays whole
     found = out.file.getvalue()  # type: ignore[attr-defined]
     return encodable("\n".join(row.rstrip() for row in found.split("\n")))
 
@@ -277,24 +277,28 @@ def table(name: str, states: list[dict[str, Any]]) -> Any:
     from rich.table import Table
     from rich.text import Text
 
+    names = ("trial", "state", "step", "loss", "eval_loss", "tokens/s", "memory", "left", "restarts")
+    rows = [cells(s) for s in states]
+    used = [n for n in range(len(names)) if n < 2 or any(row[n] for row in rows)]
     grid = Table(box=box.SIMPLE if blocks() else box.ASCII2)
-    for column in ("trial", "state", "step", "loss", "eval_loss", "tokens/s", "memory", "left", "restarts"):
-        grid.add_column(column, justify="left" if column in ("trial", "state") else "right", overflow="fold")
-    for s in states:
-        if "losses" not in s:  # refused or waiting: there is no directory
-            grid.add_row(Text(plain(s["name"])), Text(plain(s["state"])))
-            continue
-        held = [*s["rank_memory_gb"], *([s["memory_gb"]] if s["memory_gb"] is not None else [])]
-        cells = [
-            steps(s), short(s["loss"]), short(s["eval_loss"]),
-            rate(s["tokens_per_second"]),
-            f"{max(held):.3g} GiB" if held else "",
-            duration(s["seconds_left"]), str(s["restarts"] or ""),
-        ]  # fmt: skip
-        state = Text(plain(s["state"]), style=COLOURS.get(s["state"], ""))
-        grid.add_row(Text(plain(s["name"])), state, *map(Text, cells))
+    for n in used:
+        wraps = {"overflow": "fold", "min_width": 12} if n == 0 else {"no_wrap": True}
+        grid.add_column(names[n], justify="left" if n < 2 else "right", **wraps)
+    for row in rows:
+        grid.add_row(*(Text(row[n], style=COLOURS.get(row[n], "") if n == 1 else "") for n in used))
     said = [f"{s['name']}: {problem.splitlines()[0]}" for s in states for problem in s["problems"][:1] if problem]
     return Group(Text(f"{plain(name)}  {counts(states)}"), grid, *(Text(plain(words), style="red") for words in said))
+
+
+def cells(s: dict[str, Any]) -> list[str]:
+    """A trial's line; one that is refused or waits has no directory, so no figures."""
+    names = [plain(s["name"]), plain(s["state"])]
+    if "losses" not in s:
+        return [*names, *[""] * 7]
+    held = [*s["rank_memory_gb"], *([s["memory_gb"]] if s["memory_gb"] is not None else [])]
+    figures = [steps(s), short(s["loss"]), short(s["eval_loss"]), rate(s["tokens_per_second"])]
+    memory = f"{max(held):.3g} GiB" if held else ""
+    return [*names, *figures, memory, duration(s["seconds_left"]), str(s["restarts"] or "")]
 
 
 def counts(states: list[dict[str, Any]]) -> str:
@@ -345,10 +349,11 @@ def curve(points: list[tuple[int, float]], width: int, height: int, fine: bool =
     fine: with eighths of a character, else with whole `*`.
     """
     first, last = points[0][0], points[-1][0]
-    width = min(width, len(points))
+    width = min(width, 8 * len(points))
     columns: list[list[float]] = [[] for _ in range(width)]
+    each = max(1, (last - first) // max(len(points) - 1, 1))  # steps from one log to the next: the last has room too
     for step, value in points:
-        columns[min(width - 1, (step - first) * width // max(last - first, 1))].append(value)
+        columns[(step - first) * width // (last - first + each)].append(value)
     means: list[float] = []
     for column in columns:  # a column without a step repeats the one before
         means.append(sum(column) / len(column) if column else means[-1])
@@ -362,4 +367,4 @@ def curve(points: list[tuple[int, float]], width: int, height: int, fine: bool =
         bars = "".join(BLOCKS[n] if fine else " *"[n > 3 or (n > 0 and row == 0)] for n in filled)
         mark = short(high) if row == height - 1 else short(low) if row == 0 else ""
         rows.append(f"{mark:>{label}} {bars}".rstrip())
-    return [*rows, f"{'':{label}} {f'step {first}':<{max(width - len(str(last)), 0)}}{last}"]
+    return [*rows, f"{'':{label}} {f'step {first}':<{max(width - len(str(last)), 0)}} {last}"]

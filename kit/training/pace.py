@@ -42,7 +42,9 @@ class Pace:
         self.reset()
         self.latest = {}
         if not self.compiled:
-            self.hooks = [model.register_forward_pre_hook(self.before), model.register_forward_hook(self.after)]
+            # First and last of the hooks, so that what others hang on is in between.
+            before = model.register_forward_pre_hook(self.before, prepend=True)
+            self.hooks = [before, model.register_forward_hook(self.after)]
 
     def detach(self) -> None:
         for hook in self.hooks:

@@ -646,7 +646,7 @@ FOLLOWED = {
         Trainer._maybe_log_save_evaluate,
         "log, on_step_end: order of log and save; _maybe_log_save_evaluate: when all ranks gather the loss",
     ),
-    "Trainer.get_batch_samples": (Trainer.get_batch_samples, "get_batch_samples: the iterator is all it reads rows by"),
+    "Trainer.get_batch_samples": (Trainer.get_batch_samples, "get_batch_samples: it reads rows by the iterator alone"),
     "Trainer._load_best_model": (Trainer._load_best_model, "what a checkpoint must hold to be loaded as the best"),
     "Trainer._load_from_checkpoint": (Trainer._load_from_checkpoint, "what a checkpoint must hold to be resumed"),
     "PeftModel.save_pretrained": (PeftModel.save_pretrained, "_write_adapter"),
