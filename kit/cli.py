@@ -324,7 +324,7 @@ def doctor(argv: list[str]) -> int:
 
 
 def watch(argv: list[str]) -> int:
-    from kit.watch_view import main as watch_main
+    from kit.watching.main import main as watch_main
 
     return watch_main(argv)
 

@@ -17,8 +17,10 @@ from pathlib import Path
 
 import pytest
 
-from kit import cli, rundir, watch, watch_view
+from kit import cli, rundir
 from kit.errors import DONE, FAILED, REFUSED, STOPPED
+from kit.watching import main, view
+from kit.watching import state as watch
 
 ROOT = Path(__file__).resolve().parents[1]
 PLAN = {
@@ -122,7 +124,7 @@ def test_what_a_file_may_hold(rows, known, tmp_path):
     if content:
         assert grown == at_once
     json.dumps(at_once, allow_nan=False)
-    assert watch_view.text(watch_view.frame(at_once)) and watch_view.line(at_once)
+    assert view.text(view.frame(at_once)) and view.line(at_once)
 
 
 def replaced(file: Path, content: str) -> None:
@@ -232,13 +234,13 @@ def test_a_frame(tmp_path, capsys):
 @pytest.mark.parametrize("points", [2, 3, 30, 5000])
 @pytest.mark.parametrize("fine", [True, False])
 def test_the_curve_falls_as_the_loss_does(points, fine):
-    drawn = watch_view.curve([(10 * n, 4.0 / n) for n in range(1, points + 1)], 80, 6, fine)
+    drawn = view.curve([(10 * n, 4.0 / n) for n in range(1, points + 1)], 80, 6, fine)
     assert len(drawn) == 7 and max(map(len, drawn)) <= 80 + 12
     bars = [line[drawn[-1].index("step") :].ljust(80) for line in drawn[:-1]]
     heights = [sum(bar[column] != " " for bar in bars) for column in range(80)]
     assert heights == sorted(heights, reverse=True) and heights[0] == 6 and 1 in heights
     assert fine == (not set("".join(bars)) <= {"*", " "})
-    assert watch_view.curve([(1, 2.0), (2, 2.0)], 80, 6)  # level
+    assert view.curve([(1, 2.0), (2, 2.0)], 80, 6)  # level
 
 
 @pytest.mark.parametrize(
@@ -246,7 +248,7 @@ def test_the_curve_falls_as_the_loss_does(points, fine):
     [(None, ""), (0.2, "0 s"), (59.4, "59 s"), (61, "1:01"), (3661, "1:01:01"), (90061, "1 day 01:01:01")],
 )
 def test_durations(seconds, words):
-    assert watch_view.duration(seconds) == words
+    assert view.duration(seconds) == words
 
 
 def test_json(tmp_path, capsys):
@@ -303,10 +305,22 @@ def test_a_sweep(tmp_path, capsys):
     cells = {line.split()[0]: line.split() for line in shown.splitlines() if line.strip().startswith("00")}
     assert cells["000-r-8"][1:] == ["running", "4/40", "1", "512", "1.5", "GiB", "1:12"]
     assert cells["003-r-0"][1:] == ["refused"] and "003-r-0: r is 0" in shown and "002-r-2: no memory" in shown
+    states = json.loads(kit(sweep, "--json", capsys=capsys)[1])["trials"]
+    assert main.Look(sweep, True).line(states).endswith("1 refused; 000-r-8 4/40 loss 1")
     code, shown = kit(sweep, "--json", capsys=capsys)
     assert [t["state"] for t in json.loads(shown)["trials"]] == ["running", "pruned", "failed", "refused"]
     (sweep / "sweep.json").write_text('{"trials": [')
     assert kit(sweep, "--once", capsys=capsys)[0] == FAILED
+
+
+def test_a_sweep_between_two_trials_goes_on(tmp_path, monkeypatch, capsys):
+    sweep = tmp_path / "s-sweep-12345678"
+    write(sweep / "000-r-8", begun(), row(40), state="done")
+    alive(sweep)
+    left = [lambda: write(sweep / "001-r-4", begun(), row(40), state="done"), (sweep / rundir.LOCK).unlink]
+    monkeypatch.setattr(time, "sleep", lambda _: left.pop(0)())
+    code, shown = kit(sweep, capsys=capsys)
+    assert code == DONE and [line.split("  ")[1] for line in shown.splitlines()] == ["1 done", "2 done", "2 done"]
 
 
 # ---- on a terminal ----
@@ -314,7 +328,7 @@ def test_a_sweep(tmp_path, capsys):
 
 def on_terminal(run: Path, keys: bytes, **env: str) -> tuple[int, str]:
     """`kit watch RUN` on a terminal of its own; the keys are typed once it has drawn a frame."""
-    main, side = pty.openpty()
+    ours, side = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-m", "kit", "watch", str(run), "--interval", "0.2"], stdin=side, stdout=side, stderr=side,
         env={k: v for k, v in {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", **env}.items() if v},
@@ -323,18 +337,18 @@ def on_terminal(run: Path, keys: bytes, **env: str) -> tuple[int, str]:
     os.close(side)
     seen, deadline = b"", time.monotonic() + 30
     while time.monotonic() < deadline:
-        if select.select([main], [], [], 0.1)[0]:
+        if select.select([ours], [], [], 0.1)[0]:
             try:
-                seen += os.read(main, 65536)
+                seen += os.read(ours, 65536)
             except OSError:  # the other side is closed
                 break
         if keys and b"grad_norm" in seen:
-            os.write(main, keys)
+            os.write(ours, keys)
             keys = b""
-        if process.poll() is not None and not select.select([main], [], [], 0)[0]:
+        if process.poll() is not None and not select.select([ours], [], [], 0)[0]:
             break
     process.kill()
-    os.close(main)
+    os.close(ours)
     return process.wait(), seen.decode()
 
 

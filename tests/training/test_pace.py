@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 from trl import SFTConfig
 
 from kit.training.console import Progress
+from kit.training.pace import EVENTS, Pace
 from kit.training.trainer import ModifiedTrainer
 
 torch.set_num_threads(1)
@@ -109,10 +110,45 @@ def test_tokens_per_second_leave_out_evaluations(base, tmp_path, monkeypatch):
 
 
 def test_a_compiled_model_gets_no_hook():
-    from kit.training.pace import Pace
-
     pace, model = Pace(None, False, True), torch.nn.Linear(2, 2)
     pace.attach(model)
     assert not model._forward_hooks and list(pace.rows(iter([1, 2]))) == [1, 2]
     pace.exchange()
     assert pace.latest["rank_forward_seconds"] == [0.0] and pace.steps == 0
+
+
+class Event:
+    """A GPU's event, of a GPU that is one event behind."""
+
+    clock, recorded = 0.0, []
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        Event.clock += 10.0
+        self.at = Event.clock
+        Event.recorded.append(self)
+
+    def query(self):
+        return self is not Event.recorded[-1]
+
+    def elapsed_time(self, end):
+        return end.at - self.at
+
+
+def test_on_a_gpu_events_are_read_and_never_waited_for(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 2**30)
+    pace, model = Pace(None, True, False), torch.nn.Linear(2, 2)
+    pace.attach(model)
+    for _ in range(10):
+        list(pace.rows(iter([1] * 20)))
+        for _ in range(20):
+            model(torch.ones(1, 2))
+    model.eval()
+    model(torch.ones(1, 2))
+    assert len(Event.recorded) == 2 * EVENTS
+    pace.exchange()
+    assert pace.latest["rank_forward_seconds"] == [pytest.approx(20 * 0.010)]
+    assert pace.latest["rank_memory_gb"] == [3.0]

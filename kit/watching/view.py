@@ -1,154 +1,16 @@
-"""`kit watch RUN`: what `kit.watch` knows of a run or a sweep, as a frame, as a line, or as JSON."""
+"""A state as a frame, as a line, as a table: what `kit watch` shows."""
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import json
 import os
-import select
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
-
-from kit import rundir, watch
-from kit.errors import DONE, KitError
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
 HEIGHT = 6  # lines of the loss curve
 COLOURS = {"running": "cyan", "done": "green", "stopped": "yellow", "pruned": "yellow", "failed": "red"}
-
-
-def main(argv: list[str]) -> int:
-    """0 while the run is alive, when it is done, and when the person leaves; 75 stopped; a failed run's own code."""
-    parser = argparse.ArgumentParser(
-        prog="kit watch", allow_abbrev=False,
-        description="A run while it trains, or a sweep with a line per trial. It only reads; q or Ctrl-C leaves.",
-    )  # fmt: skip
-    parser.add_argument("run", metavar="RUN", help="a run or sweep directory, or the name of one below runs/")
-    parser.add_argument("--once", action="store_true", help="one frame, then leave")
-    parser.add_argument("--json", action="store_true", help="the present state as JSON, then leave")
-    parser.add_argument("--interval", type=float, metavar="SECONDS", help="2 on a terminal, else 30")
-    parser.add_argument("--stay", action="store_true", help="go on after its end: a batch job may start it again")
-    a = parser.parse_args(argv)
-    if a.interval is not None and not 0.1 <= a.interval <= 86400:
-        raise KitError(f"--interval {a.interval:g} is not between 0.1 and 86400 seconds", "command line")
-    look = Look(*watch.find(a.run))
-    states = look()
-    if a.json:
-        print(json.dumps({"sweep": look.name, "trials": states} if look.sweep else states[0], indent=1))
-    elif a.once:
-        print(text(look.frame(states, terminal=False)), end="")
-    else:
-        drawn = sys.stdout.isatty() and os.environ.get("TERM") not in (None, "", "dumb")
-        try:
-            last = (live if drawn else lines)(look, states, a.interval or (2 if drawn else 30), a.stay)
-        except KeyboardInterrupt:
-            last = None
-        return watch.exit_code(last) if last else DONE
-    return watch.exit_code(states)
-
-
-class Look:
-    """The present states of a run, or of all trials of a sweep; each metrics.jsonl is read once."""
-
-    def __init__(self, folder: Path, sweep: bool) -> None:
-        self.folder, self.sweep, self.name = folder, sweep, rundir.shown(folder)
-        self.followers: dict[Path, watch.Follower] = {}
-
-    def __call__(self) -> list[dict[str, Any]]:
-        if not self.sweep:
-            return [self.one(self.folder)]
-        if not self.folder.is_dir():
-            raise KitError(f"{self.name} is gone", fix="it was moved or deleted while it was watched")
-        found = []
-        for run in watch.trials(self.folder):
-            with contextlib.suppress(KitError):  # a trial that has just been removed
-                found.append(self.one(run))
-        return watch.listed(self.folder, found)
-
-    def one(self, run: Path) -> dict[str, Any]:
-        follower = self.followers.setdefault(run, watch.Follower(run / rundir.METRICS_LOG))
-        return watch.state(run, follower)
-
-    def frame(self, states: list[dict[str, Any]], terminal: bool) -> Any:
-        return table(self.name, states) if self.sweep else frame(states[0], hint=terminal)
-
-    def line(self, states: list[dict[str, Any]]) -> str:
-        if not self.sweep:
-            return line(states[0])
-        running = [f"{s['name']} {steps(s)} loss {short(s.get('loss'))}" for s in states if s["state"] == "running"]
-        return "; ".join([counts(states), *running])
-
-
-def lines(look: Look, states: list[dict[str, Any]], interval: float, stay: bool) -> list[dict[str, Any]]:
-    """A line per interval, for logs, pipes and terminals that cannot be drawn on."""
-    while True:
-        print(f"{time.strftime('%H:%M:%S')}  {encodable(look.line(states))}", flush=True)
-        if watch.ended(states) and not stay:
-            for problem in {p for s in states for p in s.get("problems", [])} if look.sweep else states[0]["problems"]:
-                print(encodable(plain(problem)), flush=True)
-            return states
-        time.sleep(interval)
-        states = look()
-
-
-def live(look: Look, states: list[dict[str, Any]], interval: float, stay: bool) -> list[dict[str, Any]] | None:
-    """A frame that is drawn again at each interval; None when the person leaves with q."""
-    from rich.live import Live
-
-    with keys() as pressed, Live(console=console(sys.stdout), auto_refresh=False) as screen:
-        while True:
-            screen.update(look.frame(states, terminal=True), refresh=True)
-            if watch.ended(states) and not stay:
-                return states
-            if pressed(interval) in ("q", "Q"):
-                return None
-            states = look()
-
-
-@contextlib.contextmanager
-def keys() -> Iterator[Callable[[float], str]]:
-    """Wait for a key without Enter, at most so many seconds; "" for none. Only a wait where stdin is no terminal."""
-    try:
-        import termios
-        import tty
-
-        before = termios.tcgetattr(sys.stdin.fileno())
-        # A job in the background may not touch the terminal: it would be stopped.
-        ours = os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp()
-    except (ImportError, OSError, ValueError, AttributeError, termios.error):
-        ours = False
-    if not ours:
-        yield wait
-        return
-
-    def pressed(seconds: float) -> str:
-        ready, _, _ = select.select([sys.stdin], [], [], seconds)
-        if not ready:
-            return ""
-        return os.read(sys.stdin.fileno(), 1).decode("latin-1") or "q"  # nothing to read: the terminal is gone
-
-    tty.setcbreak(sys.stdin.fileno())
-    try:
-        yield pressed
-    finally:
-        termios.tcsetattr(sys.stdin.fileno(), termios.TCSADRAIN, before)
-
-
-def wait(seconds: float) -> str:
-    time.sleep(seconds)
-    return ""
-
-
-def console(file: Any, width: int | None = None) -> Any:
-    from rich.console import Console
-
-    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    return Console(file=file, width=width, no_color=not colour, highlight=False, legacy_windows=False, emoji=False)
 
 
 def text(renderable: Any) -> str:
