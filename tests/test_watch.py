@@ -298,7 +298,7 @@ def test_a_sweep(tmp_path, capsys):
     write(sweep / "001-r-4", begun(), row(40), state="done")
     write(sweep / "002-r-2", begun(), state="failed", problems=["no memory\n  fix:   less"])
     trials = [{"run": f"00{n}-r-{r}", "state": s, "problems": []} for n, r, s in ((0, 8, "running"), (1, 4, "pruned"))]
-    trials.append({"run": "003-r-0", "state": "refused", "problems": ["r is 0"]})
+    trials.append({"run": "003-r-0", "state": "refused", "problems": [{"problem": "r is 0", "where": "peft.r"}]})
     (sweep / "sweep.json").write_text(json.dumps({"trials": trials}))
     code, shown = kit(sweep, "--once", capsys=capsys)
     assert code == FAILED and "1 running, 1 pruned, 1 failed, 1 refused" in shown

@@ -274,7 +274,8 @@ def listed(folder: Path, known: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for name, row in by_name.items():
         if name not in names:
             problems = row.get("problems") if isinstance(row.get("problems"), list) else []
-            found.append({"name": name, "state": str(row.get("state")), "problems": [str(p) for p in problems or []]})
+            said = [str(p.get("problem")) if isinstance(p, dict) else str(p) for p in problems or []]
+            found.append({"name": name, "state": str(row.get("state")), "problems": said})
     return sorted(found, key=lambda trial: trial["name"])
 
 
