@@ -26,6 +26,7 @@ usage: kit VERB ...
   eval      RUN | ADAPTER | MODEL        exact match, loss and perplexity on the held-out rows
   fetch     [run.yaml] [key=value ...]   model, tokenizer and data into the Hub cache, for runs without a network
   convert   DIR OUT                      Meta's own checkpoint, or pytorch_model*.bin, to safetensors
+  watch     RUN | SWEEP                  a run while it trains: loss, speed, memory, slowest rank, time left
   doctor    [RUN]                        what on this machine would stop a run; of a failed run, the cause and the fix
   import    FILE... | COMMAND ...        another tool's config or command line as a recipe, and what is not in it
   list      [GROUP]                      recipes, or the choices of a group
@@ -342,6 +343,12 @@ def doctor(argv: list[str]) -> int:
     return doctor_main(argv)
 
 
+def watch(argv: list[str]) -> int:
+    from kit.watching.main import main as watch_main
+
+    return watch_main(argv)
+
+
 def list_choices(argv: list[str]) -> int:
     parser = options("list", "Recipes, or the choices of a group, each with its first line.")
     parser.add_argument("group", nargs="?", default="recipe")
@@ -452,6 +459,7 @@ VERBS: dict[str, Callable[[list[str]], Any]] = {
     "eval": evaluate,
     "fetch": fetch,
     "convert": convert,
+    "watch": watch,
     "doctor": doctor,
     "list": list_choices,
     "show": show,

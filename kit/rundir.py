@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import platform
 import re
 import sys
 import time
@@ -103,7 +104,8 @@ def read_json(path: Path) -> Any:
 
 def set_status(run: Path, state: str, **facts: Any) -> None:
     """`created`, `running`, `stopped`, `failed` or `done`, with the exit code once there is one."""
-    write_json(run / STATUS, {"state": state, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **facts})
+    now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    write_json(run / STATUS, {"state": state, "time": now, "host": platform.node(), **facts})
 
 
 def status(run: Path) -> dict[str, Any]:

@@ -20,8 +20,8 @@ HEAVY = (
     "torch transformers trl peft accelerate deepspeed datasets bitsandbytes numpy pandas pyarrow safetensors".split()
 )
 RECIPES = sorted(f.stem for f in (ROOT / "recipes").glob("*.yaml"))
-VERBS = ["train", "check", "resume", "merge", "generate", "eval", "fetch", "convert", "doctor", "list", "show"]
-VERBS += ["why", "diff", "eject", "import", "compose"]
+VERBS = ["train", "check", "resume", "merge", "generate", "eval", "fetch", "convert", "watch", "doctor", "list"]
+VERBS += ["show", "why", "diff", "eject", "import", "compose"]
 
 # Several command lines in one fresh process; the last line it prints: how each ended, and what had been imported then.
 PROBE = """
@@ -79,6 +79,7 @@ SINGLE = {
     "show recipe": (["show", "quickstart"], DONE),
     "show model": (["show", "model/llama3_1_8b"], DONE),
     "check": (["check", "recipe=quickstart"], DONE),
+    "watch refused": (["watch", "no-such-run"], REFUSED),
     "doctor refused": (["doctor", "no-such-run"], REFUSED),
     "check --json": (["check", "recipe=quickstart", "--json"], DONE),
     "check --rules": (["check", "--rules"], DONE),
@@ -145,6 +146,8 @@ def test_compose_and_resume_of_what_it_made(tmp_path: Path):
     assert len(plan["base"]["fingerprint"]) == 64
     [(code, names)] = answers([["resume", str(run)]], tmp_path)
     assert code == REFUSED and not names & set(HEAVY)
+    [(code, names)] = answers([["watch", str(run), "--once"]], tmp_path)
+    assert code == DONE and not names & {*HEAVY, "hydra", "omegaconf"}
     [(code, names)] = answers([["doctor", str(run)]], tmp_path)
     assert code == FAILED and not names & set(HEAVY)
 

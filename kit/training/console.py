@@ -29,13 +29,46 @@ def quiet() -> None:
 
 
 class Progress(TrainerCallback):
-    """Appends every log to metrics.jsonl; without a terminal it prints a line per interval instead of a bar."""
+    """Appends every log to metrics.jsonl; without a terminal it prints a line per interval instead of a bar.
+
+    Each start of training first writes a row of its own, with max_steps and no loss. Rows with a loss also hold
+    tokens_per_second, without the time of evaluations and saves, and the lists of `trainer.pace`, a figure per rank.
+    """
 
     def __init__(self, run: Path, plan: RunPlan) -> None:
         self.path, self.plan, self.start = run / rundir.METRICS_LOG, plan, time.monotonic()
+        self.trainer: Any = None  # set once there is one
+        self.interval = self.stepped = self.start
+        self.tokens = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.start = time.monotonic()
+        self.start = self.interval = self.stepped = time.monotonic()
+        self.tokens = 0.0
+        if state.is_world_process_zero:
+            self.append(
+                {
+                    "step": state.global_step,
+                    "seconds": 0.0,
+                    "max_steps": state.max_steps,
+                    "world_size": args.world_size,
+                    "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                }
+            )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.stepped = time.monotonic()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.skip()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.skip()
+
+    def skip(self) -> None:
+        """What has passed since the step's end was no training."""
+        now = time.monotonic()
+        self.interval += now - self.stepped
+        self.stepped = now
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or not logs:
@@ -44,13 +77,28 @@ class Progress(TrainerCallback):
         row = {"step": state.global_step, "seconds": seconds, **{k: v for k, v in logs.items() if finite(v)}}
         if torch.cuda.is_available() and not args.use_cpu:
             row["memory_gb"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
-        with open(self.path, "a", encoding="utf-8") as f:
-            f.write(json.dumps(row) + "\n")
+        if "loss" in logs:
+            row |= self.speed(logs)
+        self.append(row)
         if args.disable_tqdm and ("loss" in logs or "eval_loss" in logs):
             shown = [
                 f"{k} {v:.4g}" for k, v in logs.items() if k in ("loss", "eval_loss", "grad_norm", "learning_rate")
             ]
             print(f"step {state.global_step}/{state.max_steps}  {'  '.join(shown)}  {seconds:.0f} s", flush=True)
+
+    def speed(self, logs: dict[str, Any]) -> dict[str, Any]:
+        """tokens_per_second of the interval that ends here, of all ranks together, and each rank's own figures."""
+        found: dict[str, Any] = {}
+        now, tokens = time.monotonic(), logs.get("num_tokens")
+        if tokens is not None and now > self.interval and tokens >= self.tokens:
+            found["tokens_per_second"] = round((tokens - self.tokens) / (now - self.interval), 1)
+        self.interval = self.stepped = now
+        self.tokens = tokens if tokens is not None else self.tokens
+        return found | (self.trainer.pace.latest if self.trainer is not None else {})
+
+    def append(self, row: dict[str, Any]) -> None:
+        with open(self.path, "a", encoding="utf-8") as f:
+            f.write(json.dumps(row) + "\n")
 
 
 def finite(value: Any) -> bool:

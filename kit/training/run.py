@@ -52,6 +52,7 @@ def train(plan: RunPlan, *, resume: str | None = None, callbacks: Sequence[Any] 
         data = load_datasets(plan)
     labels.check_template(tokenizer, data.train)
     model = load_model(plan, tokenizer)
+    progress = console.Progress(run, plan)
     trainer = ModifiedTrainer(
         model=model,
         args=args,
@@ -59,10 +60,11 @@ def train(plan: RunPlan, *, resume: str | None = None, callbacks: Sequence[Any] 
         eval_dataset=data.validation,
         processing_class=tokenizer,
         peft_config=load_peft_config(plan),
-        callbacks=[console.Progress(run, plan), *callbacks],
+        callbacks=[progress, *callbacks],
         provenance={"plan": plan.hash, "base": plan.base},
         **hooks,
     )
+    progress.trainer = trainer
     restore_adapter_dtype(trainer.model, plan)
     trainer.remove_callback(console.hf_printer())
     check_embeddings_train(trainer.model, plan)

@@ -28,6 +28,7 @@ from trl import SFTTrainer
 from kit import manifest
 from kit.errors import FAILED, REFUSED, KitError
 from kit.training import checkpoint, nonfinite, saved_config, stopping
+from kit.training.pace import Pace
 
 logger = logging.get_logger(__name__)
 
@@ -45,6 +46,7 @@ class StopAtAgreedStep(TrainerCallback):
         if args.should_save:
             manifest.remove_leftovers(args.output_dir)
         self.agreement = stopping.Agreement(self.trainer.ranks)
+        self.trainer.pace.attach(self.trainer.model)
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.agreement is None or not self.agreement.step() or state.global_step >= state.max_steps:
@@ -60,6 +62,7 @@ class StopAtAgreedStep(TrainerCallback):
             control.should_save = control.should_evaluate = False
 
     def on_train_end(self, args, state, control, **kwargs):
+        self.trainer.pace.detach()
         if self.agreement is not None:
             self.agreement.finish()
 
@@ -89,6 +92,7 @@ class ModifiedTrainer(SFTTrainer):
         super().__init__(model, args, *rest, **kwargs)
         self.args.logging_nan_inf_filter = False  # it hides what `log` looks for, at the price of a sync per step
         self.ranks = stopping.side_group(self.args.ddp_timeout)
+        self.pace = Pace(self.ranks, self.args.device.type == "cuda", bool(self.args.torch_compile))
         self.add_callback(StopAtAgreedStep(self))
 
     # ---- stopping ----
@@ -146,8 +150,20 @@ class ModifiedTrainer(SFTTrainer):
             return
         super()._run_epoch(*args, **kwargs)
 
+    # ---- figures ----
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
+        return super().get_batch_samples(self.pace.rows(epoch_iterator), *args, **kwargs)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        # The condition under which upstream gathers the loss from all ranks: none of them skips the exchange.
+        self.pace.due = self.control.should_log and self.state.global_step > self._globalstep_last_logged
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As upstream, then stop where the loss or the gradient is not finite; all ranks see the same values."""
+        if self.pace.due:
+            self.pace.exchange()
         super().log(logs, *args, **kwargs)
         for name in ("loss", "grad_norm", "train_loss"):
             value = logs.get(name)

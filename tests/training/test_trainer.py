@@ -642,7 +642,11 @@ FOLLOWED = {
     "Trainer._save": (Trainer._save, "_write_model: which files go with a model"),
     "Trainer._finalize_training": (Trainer._finalize_training, "_finalize_training: best model, deletion at limit 1"),
     "Trainer._run_epoch": (Trainer._run_epoch, "_run_epoch, StopAtAgreedStep: when the loop looks at control"),
-    "Trainer._maybe_log_save_evaluate": (Trainer._maybe_log_save_evaluate, "log, on_step_end: order of log and save"),
+    "Trainer._maybe_log_save_evaluate": (
+        Trainer._maybe_log_save_evaluate,
+        "log, on_step_end: order of log and save; _maybe_log_save_evaluate: when all ranks gather the loss",
+    ),
+    "Trainer.get_batch_samples": (Trainer.get_batch_samples, "get_batch_samples: it reads rows by the iterator alone"),
     "Trainer._load_best_model": (Trainer._load_best_model, "what a checkpoint must hold to be loaded as the best"),
     "Trainer._load_from_checkpoint": (Trainer._load_from_checkpoint, "what a checkpoint must hold to be resumed"),
     "PeftModel.save_pretrained": (PeftModel.save_pretrained, "_write_adapter"),

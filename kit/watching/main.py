@@ -1,0 +1,152 @@
+"""`kit watch RUN`: what is typed, and how it goes on looking: drawn anew, a line per interval, or once."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import select
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from kit import rundir
+from kit.errors import DONE, KitError
+from kit.watching import state, view
+
+
+def main(argv: list[str]) -> int:
+    """0 while the run is alive, when it is done, and when the person leaves; 75 stopped; a failed run's own code."""
+    parser = argparse.ArgumentParser(
+        prog="kit watch", allow_abbrev=False,
+        description="A run while it trains, or a sweep with a line per trial. It only reads; q or Ctrl-C leaves.",
+    )  # fmt: skip
+    parser.add_argument("run", metavar="RUN", help="a run or sweep directory, or the name of one below runs/")
+    parser.add_argument("--once", action="store_true", help="one frame, then leave")
+    parser.add_argument("--json", action="store_true", help="the present state as JSON, then leave")
+    parser.add_argument("--interval", type=float, metavar="SECONDS", help="2 on a terminal, else 30")
+    parser.add_argument("--stay", action="store_true", help="go on after its end: a batch job may start it again")
+    a = parser.parse_args(argv)
+    if a.interval is not None and not 0.1 <= a.interval <= 86400:
+        raise KitError(f"--interval {a.interval:g} is not between 0.1 and 86400 seconds", "command line")
+    look = Look(*state.find(a.run))
+    states = look()
+    if a.json:
+        print(json.dumps({"sweep": look.name, "trials": states} if look.sweep else states[0], indent=1))
+    elif a.once:
+        print(view.text(look.frame(states, terminal=False)), end="")
+    else:
+        drawn = sys.stdout.isatty() and os.environ.get("TERM") not in (None, "", "dumb")
+        try:
+            last = (live if drawn else lines)(look, states, a.interval or (2 if drawn else 30), a.stay)
+        except KeyboardInterrupt:
+            last = None
+        return state.exit_code(last) if last else DONE
+    return state.exit_code(states)
+
+
+class Look:
+    """The present states of a run, or of all trials of a sweep; each metrics.jsonl is read once."""
+
+    def __init__(self, folder: Path, sweep: bool) -> None:
+        self.folder, self.sweep, self.name = folder, sweep, rundir.shown(folder)
+        self.followers: dict[Path, state.Follower] = {}
+
+    def __call__(self) -> list[dict[str, Any]]:
+        if not self.sweep:
+            return [self.one(self.folder)]
+        if not self.folder.is_dir():
+            raise KitError(f"{self.name} is gone", fix="it was moved or deleted while it was watched")
+        found = []
+        for run in state.trials(self.folder):
+            with contextlib.suppress(KitError):  # a trial that has just been removed
+                found.append(self.one(run))
+        return state.listed(self.folder, found)
+
+    def one(self, run: Path) -> dict[str, Any]:
+        follower = self.followers.setdefault(run, state.Follower(run / rundir.METRICS_LOG))
+        return state.state(run, follower)
+
+    def frame(self, states: list[dict[str, Any]], terminal: bool) -> Any:
+        return view.table(self.name, states) if self.sweep else view.frame(states[0], hint=terminal)
+
+    def ended(self, states: list[dict[str, Any]]) -> bool:
+        """Whether nothing more will come; a sweep that is still held may be about to start the next trial."""
+        return state.ended(states) and not (self.sweep and state.holder(self.folder))
+
+    def line(self, states: list[dict[str, Any]]) -> str:
+        if not self.sweep:
+            return view.line(states[0])
+        running = [s for s in states if s["state"] == "running"]
+        words = [f"{view.plain(s['name'])} {view.steps(s)} loss {view.short(s['loss'])}" for s in running]
+        return "; ".join([view.counts(states), *words])
+
+
+def lines(look: Look, states: list[dict[str, Any]], interval: float, stay: bool) -> list[dict[str, Any]]:
+    """A line per interval, for logs, pipes and terminals that cannot be drawn on."""
+    while True:
+        print(f"{time.strftime('%H:%M:%S')}  {view.encodable(look.line(states))}", flush=True)
+        if look.ended(states) and not stay:
+            for problem in {p for s in states for p in s.get("problems", [])} if look.sweep else states[0]["problems"]:
+                print(view.encodable(view.plain(problem)), flush=True)
+            return states
+        time.sleep(interval)
+        states = look()
+
+
+def live(look: Look, states: list[dict[str, Any]], interval: float, stay: bool) -> list[dict[str, Any]] | None:
+    """A frame that is drawn again at each interval; None when the person leaves with q."""
+    from rich.live import Live
+
+    with keys() as pressed, Live(console=console(sys.stdout), auto_refresh=False) as screen:
+        while True:
+            screen.update(look.frame(states, terminal=True), refresh=True)
+            if look.ended(states) and not stay:
+                return states
+            if pressed(interval) in ("q", "Q"):
+                return None
+            states = look()
+
+
+@contextlib.contextmanager
+def keys() -> Iterator[Callable[[float], str]]:
+    """Wait for a key without Enter, at most so many seconds; "" for none. Only a wait where stdin is no terminal."""
+    try:
+        import termios
+        import tty
+
+        before = termios.tcgetattr(sys.stdin.fileno())
+        # A job in the background may not touch the terminal: it would be stopped.
+        ours = os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp()
+    except (ImportError, OSError, ValueError, AttributeError, termios.error):
+        ours = False
+    if not ours:
+        yield wait
+        return
+
+    def pressed(seconds: float) -> str:
+        ready, _, _ = select.select([sys.stdin], [], [], seconds)
+        if not ready:
+            return ""
+        return os.read(sys.stdin.fileno(), 1).decode("latin-1") or "q"  # nothing to read: the terminal is gone
+
+    tty.setcbreak(sys.stdin.fileno())
+    try:
+        yield pressed
+    finally:
+        termios.tcsetattr(sys.stdin.fileno(), termios.TCSADRAIN, before)
+
+
+def wait(seconds: float) -> str:
+    time.sleep(seconds)
+    return ""
+
+
+def console(file: Any, width: int | None = None) -> Any:
+    from rich.console import Console
+
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    return Console(file=file, width=width, no_color=not colour, highlight=False, legacy_windows=False, emoji=False)

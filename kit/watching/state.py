@@ -1,0 +1,293 @@
+"""What a run is doing, read from its directory alone: `Follower` keeps up with metrics.jsonl, `state` has it all.
+
+Nothing is written and no lock is taken: a run must not notice that it is watched.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import re
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from kit import manifest, rundir
+from kit.errors import DONE, FAILED, STOPPED, KitError
+
+SWEEP = "sweep.json"
+RECENT = 20  # logged steps that the pace is taken from
+QUIET = 600.0  # seconds without a word after which a run is called quiet
+SHOWN = ("epoch", "loss", "eval_loss", "learning_rate", "grad_norm", "tokens_per_second", "mean_token_accuracy")
+PER_RANK = ("rank_load_seconds", "rank_forward_seconds", "rank_memory_gb")
+
+
+class Follower:
+    """The rows of a metrics.jsonl that may still grow, be cut off, replaced, or begin later.
+
+    `losses`: step to loss, as it ended up where a step was trained twice. `restarts`: how often training began again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.forget()
+
+    def forget(self) -> None:
+        self.offset, self.inode, self.rest = 0, 0, b""
+        self.last: dict[str, Any] = {}  # the newest value of every figure, of this start
+        self.begun: dict[str, Any] = {}  # the row that a start of training writes
+        self.losses: dict[int, float] = {}
+        self.marks: list[tuple[float, int]] = []  # (seconds, step) of this start
+        self.restarts = self.damaged = 0
+        self.written: float | None = None
+
+    def read(self) -> None:
+        """Take in what has been added. A file that became shorter or another one is read from its beginning."""
+        try:
+            with open(self.path, "rb") as f:
+                about = os.fstat(f.fileno())
+                if self.inode and (about.st_ino != self.inode or about.st_size < self.offset):
+                    self.forget()
+                self.inode, self.written = about.st_ino, about.st_mtime
+                f.seek(self.offset)
+                new = f.read()
+        except OSError:
+            return  # not there yet, or just being moved
+        self.offset += len(new)
+        *lines, self.rest = (self.rest + new).split(b"\n")
+        for line in lines:
+            if line.strip(b"\0 \r\t"):
+                self.take(parse(line))
+
+    def take(self, row: dict[str, Any] | None) -> None:
+        if row is None:
+            self.damaged += 1
+            return
+        step, seconds = row["step"], number(row.get("seconds"))
+        before = number(self.last.get("seconds"))
+        start = "max_steps" in row
+        if before is not None and (start or (seconds is not None and seconds < before)):
+            self.restarts += 1
+            # What was trained after the checkpoint is trained again.
+            self.losses = {s: v for s, v in self.losses.items() if (s <= step if start else s < step)}
+            self.last, self.marks = {}, []
+        if start:
+            self.begun = row
+        if isinstance(value := row.get("loss"), int | float):
+            self.losses[step] = value
+        if seconds is not None and (start or "loss" in row):
+            self.marks.append((seconds, step))
+        self.last.update(row)
+
+    def pace(self) -> float | None:
+        """Seconds per step lately, evaluations and saves included; None before two marks."""
+        marks = self.marks[-RECENT - 1 :]
+        if len(self.marks) > 2 and len(marks) == len(self.marks) and self.begun:
+            marks = marks[1:]  # the first interval holds what happens once
+        if len(marks) < 2 or marks[-1][1] <= marks[0][1]:
+            return None
+        return max(0.0, (marks[-1][0] - marks[0][0]) / (marks[-1][1] - marks[0][1]))
+
+
+def parse(line: bytes) -> dict[str, Any] | None:
+    """One row; of a line that a kill left half-written, what was appended to it; None where nothing can be read."""
+    text = line.decode("utf-8", "replace").strip("\0 \r\t")
+    for part in (text, text[text.rfind('{"') :]):
+        try:
+            row = json.loads(part)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict) and type(row.get("step")) is int and row["step"] >= 0:
+            return row
+    return None
+
+
+def number(value: Any) -> float | None:
+    """A finite number, else None."""
+    return value if type(value) in (int, float) and math.isfinite(value) else None
+
+
+def numbers(value: Any) -> list[float]:
+    """A figure per rank, [] where it is none."""
+    found = [number(v) for v in value] if isinstance(value, list) else []
+    return [v for v in found if v is not None] if None not in found else []
+
+
+def find(name: str) -> tuple[Path, bool]:
+    """A run's directory, or that of a sweep (any folder of runs) and True. KitError where there is neither."""
+    for place in (Path(name), Path("runs") / name):
+        if not (place / rundir.PLAN).is_file() and (trials(place) or (place / SWEEP).is_file()):
+            return place.absolute(), True
+        if (place / rundir.PLAN).is_file():
+            break
+    return rundir.find_run(name), False
+
+
+def trials(folder: Path) -> list[Path]:
+    return sorted(plan.parent.absolute() for plan in folder.glob(f"*/{rundir.PLAN}"))
+
+
+def read_dict(path: Path) -> dict[str, Any]:
+    found = rundir.read_json(path)
+    return found if isinstance(found, dict) else {}
+
+
+def state(run: Path, metrics: Follower) -> dict[str, Any]:
+    """Everything that is shown, as plain values: None for what is not known. KitError where the run is gone."""
+    if not run.is_dir():
+        raise KitError(f"{rundir.shown(run)} is gone", fix="it was moved or deleted while it was watched")
+    metrics.read()
+    status, plan = read_dict(run / rundir.STATUS), read_dict(run / rundir.PLAN)
+    last = metrics.last
+    trainer, model = (plan[k] if isinstance(plan.get(k), dict) else {} for k in ("trainer", "model"))
+    step, total = last.get("step"), steps_in_all(metrics, trainer)
+    found: dict[str, Any] = {
+        "run": rundir.shown(run),
+        "name": run.name,
+        "model": model.get("name_or_path"),
+        "world_size": metrics.begun.get("world_size") or plan.get("world_size"),
+        **condition(run, status, metrics),
+        "step": step,
+        "max_steps": total,
+        **{key: number(last.get(key)) for key in SHOWN},
+        **{key: numbers(last.get(key)) for key in PER_RANK},
+        "memory_gb": number(last.get("memory_gb")),
+        "slowest_rank": slowest(last),
+        "seconds": number(last.get("seconds")),
+        "seconds_per_step": metrics.pace(),
+        "seconds_left": None,
+        **checkpoint(run),
+        "restarts": metrics.restarts,
+        "losses": [[s, number(v)] for s, v in sorted(metrics.losses.items())],
+    }
+    found["notes"] += [f"{key} is {last[key]} at step {step}" for key in SHOWN if key in last and found[key] is None]
+    if metrics.damaged:
+        found["notes"].append(
+            f"{metrics.damaged} line{'s' * (metrics.damaged > 1)} of metrics.jsonl could not be read"
+        )
+    pace = found["seconds_per_step"]
+    if found["state"] == "running" and pace is not None and step is not None and total is not None:
+        found["seconds_left"] = round(max(0, total - step) * pace, 1)
+    return found
+
+
+def steps_in_all(metrics: Follower, trainer: dict[str, Any]) -> int | None:
+    """max_steps, as training computed it, else as the plan has it, else from the share of epochs that is done."""
+    for value in (metrics.begun.get("max_steps"), trainer.get("max_steps")):
+        if type(value) is int and value > 0:
+            return value
+    step, epoch = number(metrics.last.get("step")), number(metrics.last.get("epoch"))
+    epochs = number(trainer.get("num_train_epochs"))
+    return round(step * epochs / epoch) if step and epoch and epochs else None
+
+
+def condition(run: Path, status: dict[str, Any], metrics: Follower) -> dict[str, Any]:
+    """state (created, running, stopped, failed, done), alive (None: on another machine), pid, problems, notes."""
+    said = str(status.get("state") or "created")
+    problems = status.get("problems") if isinstance(status.get("problems"), list) else []
+    found: dict[str, Any] = {
+        "state": said, "alive": False, "pid": None, "since": status.get("time"), "host": status.get("host"),
+        "exit_code": status.get("exit_code"), "problems": [str(p) for p in problems or []], "notes": [],
+    }  # fmt: skip
+    if said not in ("created", "running"):
+        return found
+    pid = holder(run)
+    found["pid"], found["alive"] = pid, pid is not None
+    if pid is not None or said == "created":
+        pass
+    elif status.get("host") not in (None, platform.node()):
+        found["alive"] = None  # its processes cannot be seen from here
+    else:
+        found["state"], found["exit_code"] = "failed", FAILED
+        found["problems"] = [f"it was running since {found['since']} and no process of it is alive"]
+    quiet = time.time() - max(filter(None, (metrics.written, log_written(run))), default=math.inf)
+    if found["state"] == "running" and quiet > QUIET:
+        found["notes"].append(f"nothing was written for {quiet / 60:.0f} minutes: kit doctor {rundir.shown(run)}")
+    return found
+
+
+def holder(run: Path) -> int | None:
+    """The living process that wrote itself into a lock of the run: `kit train`, else rank 0."""
+    for name in (rundir.LOCK, rundir.LOCK + ".rank0"):
+        try:
+            text, written = (run / name).read_text().strip(), (run / name).stat().st_mtime
+            process = psutil.Process(int(text))
+            # A process that began after the lock was written has only the number in common with its holder.
+            if process.create_time() <= written + 1 and process.status() != psutil.STATUS_ZOMBIE:
+                return process.pid
+        except (OSError, ValueError, OverflowError, psutil.Error):
+            continue
+    return None
+
+
+def log_written(run: Path) -> float | None:
+    try:
+        return (run / rundir.LOGS / "rank0.log").stat().st_mtime
+    except OSError:
+        return None
+
+
+def slowest(row: dict[str, Any]) -> dict[str, Any] | None:
+    """The rank whose own work (reading rows, forward) takes longest, and the middle one's seconds; None for one."""
+    load, forward = numbers(row.get("rank_load_seconds")), numbers(row.get("rank_forward_seconds"))
+    if len(load) < 2 or len(load) != len(forward):
+        return None
+    own = [a + b for a, b in zip(load, forward, strict=True)]
+    rank = own.index(max(own))
+    return {
+        "rank": rank,
+        "seconds": round(own[rank], 5),
+        "median_seconds": round(statistics.median_low(own), 5),
+        "load_seconds": load[rank],
+        "forward_seconds": forward[rank],
+    }
+
+
+def checkpoint(run: Path) -> dict[str, Any]:
+    """The newest checkpoint with a manifest, and when it was finished."""
+    found = []
+    for file in (run / rundir.CHECKPOINTS).glob(f"checkpoint-*/{manifest.NAME}"):
+        if match := re.fullmatch(manifest.CHECKPOINT, file.parent.name):
+            try:
+                found.append((int(match[1]), file.parent.name, file.stat().st_mtime))
+            except OSError:  # rotated away meanwhile
+                continue
+    if not found:
+        return {"checkpoint": None, "checkpoint_time": None}
+    return {"checkpoint": max(found)[1], "checkpoint_time": round(max(found)[2], 3)}
+
+
+def listed(folder: Path, known: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The states of a sweep's trials, with those that sweep.json names and that have no directory yet, or ever."""
+    rows = read_dict(folder / SWEEP).get("trials")
+    by_name = {row["run"]: row for row in rows or [] if isinstance(row, dict) and isinstance(row.get("run"), str)}
+    found = []
+    for trial in known:
+        said = by_name.get(trial["name"], {}).get("state")
+        found.append({**trial, "state": said if said == "pruned" and trial["state"] != "running" else trial["state"]})
+    names = {trial["name"] for trial in known}
+    for name, row in by_name.items():
+        if name not in names:
+            problems = row.get("problems") if isinstance(row.get("problems"), list) else []
+            said = [str(p.get("problem")) if isinstance(p, dict) else str(p) for p in problems or []]
+            found.append({"name": name, "state": str(row.get("state")), "problems": said})
+    return sorted(found, key=lambda trial: trial["name"])
+
+
+def ended(states: list[dict[str, Any]]) -> bool:
+    return all(s["state"] not in ("created", "running", "waiting") for s in states)
+
+
+def exit_code(states: list[dict[str, Any]]) -> int:
+    """0 for what is alive or done, 75 for a stopped run, a failed one's own; of a sweep the worst."""
+    codes = {"stopped": STOPPED, "failed": FAILED, "refused": FAILED}
+    found = [codes.get(s["state"], DONE) for s in states]
+    if len(states) == 1 and found == [FAILED]:
+        code = states[0].get("exit_code")
+        return code if type(code) is int and code > 0 else FAILED
+    return FAILED if FAILED in found else STOPPED if STOPPED in found else DONE
