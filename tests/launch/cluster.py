@@ -1,4 +1,4 @@
-"""A SLURM cluster of one node on this machine, in a private directory with its own key and ports; gone afterwards.
+"""A SLURM cluster of two nodes on this machine, in a private directory with its own key and ports; gone afterwards.
 
 Needs root and Debian's slurmctld, slurmd, slurm-client and munge. Nothing of the system's own SLURM, if there is one,
 is read or touched.
@@ -22,18 +22,17 @@ CONF = """\
 ClusterName=kit
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={controller}
-SlurmdPort={daemon}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 AuthInfo=socket={home}/munge.socket
 CredType=cred/munge
 StateSaveLocation={home}/state
-SlurmdSpoolDir={home}/spool
+SlurmdSpoolDir={home}/spool.%n
 SlurmctldPidFile={home}/slurmctld.pid
-SlurmdPidFile={home}/slurmd.pid
+SlurmdPidFile={home}/slurmd.%n.pid
 SlurmctldLogFile={home}/slurmctld.log
-SlurmdLogFile={home}/slurmd.log
+SlurmdLogFile={home}/slurmd.%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
@@ -50,9 +49,11 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 MinJobAge=3600
 MaxArraySize=100
-NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} RealMemory={memory} State=UNKNOWN
-PartitionName=main Nodes={host} Default=YES MaxTime=60 State=UP PriorityTier=1 GraceTime=30
-PartitionName=urgent Nodes={host} MaxTime=60 State=UP PriorityTier=9 GraceTime=0
+NodeName=kit1 NodeHostname={host} NodeAddr=127.0.0.1 Port={first} CPUs={cpus} RealMemory={memory} State=UNKNOWN
+NodeName=kit2 NodeHostname={host} NodeAddr=127.0.0.1 Port={second} CPUs={cpus} RealMemory={memory} State=UNKNOWN
+PartitionName=main Nodes=kit1 Default=YES MaxTime=60 State=UP PriorityTier=1 GraceTime=30
+PartitionName=urgent Nodes=kit1 MaxTime=60 State=UP PriorityTier=9 GraceTime=0
+PartitionName=both Nodes=kit1,kit2 MaxTime=60 State=UP PriorityTier=1 GraceTime=30
 """
 
 
@@ -67,19 +68,19 @@ def missing() -> str:
 
 @contextlib.contextmanager
 def running(home: Path, cpus: int = 2) -> Iterator[dict[str, str]]:
-    """Start the three daemons below `home`; yields the environment in which sbatch and the others speak to them."""
+    """Start the daemons below `home`; yields the environment in which sbatch and the others speak to them."""
     host, daemons = socket.gethostname().partition(".")[0], []
     path = os.environ["PATH"] + ":/usr/sbin:/sbin"
-    for folder in ("state", "spool"):
+    for folder in ("state", "spool.kit1", "spool.kit2"):
         (home / folder).mkdir(parents=True, mode=0o755)
     (home / "munge").mkdir(mode=0o700)
     key = home / "munge" / "key"
     key.write_bytes(os.urandom(128))
     key.chmod(0o400)
     memory = psutil.virtual_memory().total // 2**20 // 2
-    ports = [free_port(), free_port()]
+    ports = [free_port() for _ in range(3)]
     conf = home / "slurm.conf"
-    settings = {"controller": ports[0], "daemon": ports[1], "cpus": cpus, "memory": memory}
+    settings = {"controller": ports[0], "first": ports[1], "second": ports[2], "cpus": cpus, "memory": memory}
     conf.write_text(CONF.format(home=home, host=host, **settings))
     env = {**os.environ, "SLURM_CONF": str(conf), "PATH": path}
     # The socket's folder need not be trusted here: --force; the key is this cluster's own.
@@ -87,19 +88,27 @@ def running(home: Path, cpus: int = 2) -> Iterator[dict[str, str]]:
         "munged", "--foreground", "--force", f"--socket={home}/munge.socket", f"--key-file={key}",
         f"--log-file={home}/munge.log", f"--pid-file={home}/munge.pid", f"--seed-file={home}/munge.seed",
     ]  # fmt: skip
+
+    def slurmd(node: str) -> list[str]:
+        return ["slurmd", "-D", "-f", str(conf), "-N", node]
+
+    def idle(node: str) -> bool:
+        return answers(env, "sinfo", "-h", "-n", node, "-o", "%T", expect="idle")
+
     try:
         for argv, ready in (
             (munge, lambda: (home / "munge.socket").exists()),
             (["slurmctld", "-D", "-f", str(conf)], lambda: answers(env, "scontrol", "ping", expect="is UP")),
-            (["slurmd", "-D", "-f", str(conf), "-N", host], lambda: answers(env, "sinfo", "-h", expect="idle")),
+            (slurmd("kit1"), lambda: idle("kit1")),
+            (slurmd("kit2"), lambda: idle("kit2")),
         ):
-            with open(home / f"{argv[0]}.out", "w") as out:
+            with open(home / f"{argv[0]}{len(daemons)}.out", "w") as out:
                 daemon = subprocess.Popen(argv, env=env, stdout=out, stderr=out, start_new_session=True)
             daemons.append(daemon)
             wait_until(ready, 60, daemon, home)
         yield env
     finally:
-        if len(daemons) == 3:
+        if len(daemons) == 4:
             with contextlib.suppress(subprocess.SubprocessError):
                 subprocess.run(["scancel", "--user=root"], env=env, timeout=30, capture_output=True)
                 end = time.monotonic() + 40

@@ -152,6 +152,28 @@ def test_interrupted_twice_and_a_chain_behind_it(slurm: Slurm, array: tuple[str,
     assert not [f for f in kept if TOKEN.encode() in f.read_bytes()]  # SLURM keeps a job's environment in files
 
 
+def test_two_nodes_interrupted_once(slurm: Slurm):
+    """A task on each node; signalled as before a time limit, both save at one step, and the losses are one node's."""
+    wanted = ["launch.num_nodes=2", "launch.num_gpus=1", "launch.slurm.partition=both", "launch.master_addr=127.0.0.1"]
+    done = slurm.kit("train", *slurm.run("two", "deepspeed=zero2", *wanted))
+    [job] = re.findall(r"^job (\d+):", done.stdout, re.M)
+    run = harness.the_run(slurm.home / "two")
+    log = run / "logs" / f"slurm-{job}.out"
+    slurm.reach(log, "step 3/20")
+    started = [run / "launch.json", run / "logs" / "launch.node1.json"]
+    argvs = [json.loads(file.read_text())["argv"] for file in started]
+    assert [argv[argv.index("--node_rank") + 1] for argv in argvs] == ["0", "1"]
+    slurm.ask("scancel", "--batch", "--signal=USR1", job)
+    slurm.reach(log, "queued again, start 1 of 10")
+    slurm.wait(job, "COMPLETED")
+    assert harness.status(run)["state"] == "done" and log.read_text().count("resuming from checkpoint-") == 2
+    alone = harness.overrides(slurm.base, slurm.data, slurm.home / "alone", "deepspeed=zero2", "launch.num_gpus=2")
+    slurm.kit("train", *alone, "launch=deepspeed")
+    expected = harness.rows(harness.the_run(slurm.home / "alone"))
+    assert harness.rows(run) == pytest.approx(expected, abs=1.5e-6) and len(expected) == STEPS
+    harness.assert_nothing_left(run)
+
+
 def test_scancel_leaves_no_process_and_the_follower_says_so(slurm: Slurm):
     argv = [sys.executable, "-m", "kit", "train", *slurm.run("cancelled", "name=cancelled"), "--follow"]
     follower = harness.start(argv, slurm.home, **slurm.env)
