@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shlex
@@ -10,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from kit import api, cli
+from kit.launchers.slurm import VERBS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ["README.md", "recipes/README.md", "launch/README.md", "tests/README.md"]
-STARTS = ("deepspeed ", "launch/", "kit train", "kit merge", "kit generate", "kit eval", "kit resume")
 ELSEWHERE = {
     "make quickstart": "tests/launch/test_quickstart.py",
     "make test": "this suite",
@@ -30,7 +31,7 @@ def commands() -> list[str]:
         for language, block in re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / page).read_text(), re.S | re.M):
             for line in block.splitlines() if not language else ():
                 command = line.split("  #")[0].strip()
-                if command.startswith(("kit ", "make ", "deepspeed ", "launch/")):
+                if command.startswith(("kit ", "make ", "deepspeed ", "launch/", "salloc ")):
                     found.append(command)
     return found
 
@@ -81,15 +82,21 @@ def test_the_looking_commands_are_all_there():
     assert len([c for c in commands() if c.startswith(LOOKS)]) >= 7
 
 
-@pytest.mark.parametrize(
-    "command",
-    [c for c in dict.fromkeys(commands()) if c.startswith(("kit check", "kit train", "kit list")) and " --" not in c],
-)
+DESCRIBED = re.compile(r"(kit check(?! --)|kit train|kit list|salloc .*kit train)")
+
+
+@pytest.mark.parametrize("command", [c for c in dict.fromkeys(commands()) if DESCRIBED.match(c)])
 def test_descriptions_are_valid(command, there, capsys):
-    """`kit check` takes the overrides of every `kit train` in the READMEs."""
-    words = [w for w in shlex.split(command)[1:] if not w.startswith("-")]
+    """`kit check` takes the overrides of every `kit train` in the READMEs, and every point of a sweep."""
+    flags, then, words = cli.train_flags(shlex.split(command.partition("kit ")[2]))[1:]
+    assert set(then) <= set(VERBS) and (not (flags or then) or "launch=slurm" in words)
     words[0] = "check" if words[0] == "train" else words[0]
-    assert cli.run(words) == 0, capsys.readouterr().err
+    choices = [[w] for w in words if w != "-m"]
+    if "-m" in words:
+        pairs = [w.partition("=") for [w] in choices]
+        choices = [[f"{key}{equals}{value}" for value in values.split(",")] for key, equals, values in pairs]
+    for point in itertools.product(*choices):
+        assert cli.run(list(point)) == 0, capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [c for c in dict.fromkeys(commands()) if c.startswith("deepspeed")])
@@ -110,7 +117,7 @@ def test_launcher_lines_are_valid(command, there):
 def test_verbs_that_take_a_run_know_their_options(capsys):
     for command in commands():
         words = shlex.split(command)
-        if words[0] == "kit" and words[1] in ("merge", "generate", "eval", "resume"):
+        if words[0] == "kit" and words[1] in ("merge", "generate", "eval", "resume", "watch", "launch-node"):
             with pytest.raises(SystemExit):
                 cli.run([words[1], "--help"])
             text = capsys.readouterr().out

@@ -111,6 +111,10 @@ def assert_nothing_left(run: Path, seconds: float = 15) -> None:
     while (left := processes_of(run)) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert not left, left
+    record = run / "launch.json"
+    argv = json.loads(record.read_text())["argv"] if record.exists() else []
+    if "--master_port" in argv:  # memory that no process holds
+        assert not list(Path("/dev/shm").glob(f"*_{argv[argv.index('--master_port') + 1]}_*"))
 
 
 def wait_for(condition, seconds: float, process: subprocess.Popen[str]) -> None:
