@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import sys
@@ -15,6 +16,10 @@ def say(line: str) -> None:
     """A line for the user, on standard error. A terminal that is gone must not cost a run its checkpoint."""
     with contextlib.suppress(OSError):
         print(f"kit: {line}", file=sys.stderr, flush=True)
+
+
+def options(verb: str, description: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(prog=f"kit {verb}", description=description, allow_abbrev=False)
 
 
 def read_prompts(name: str) -> list[str]:

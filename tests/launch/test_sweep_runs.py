@@ -10,8 +10,9 @@ import signal
 import sys
 from pathlib import Path
 
-import harness
 import pytest
+
+from launch import harness
 
 pytestmark = pytest.mark.launch
 
@@ -90,6 +91,19 @@ def test_the_same_under_the_stock_launcher(six: Path, base: Path, chat: Path, tm
     assert {r: harness.status(run)["state"] for r, run in found.items()} == {2: "done", 8: "failed", 6: "done"}
     assert harness.rows(found[2]) == harness.rows(six / "000-r-2")
     assert harness.rows(found[6]) == harness.rows(six / "005-r-6")
+
+
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+def test_launchers_that_take_it_to_other_processes(launcher: str, six: Path, base: Path, chat: Path, tmp_path: Path):
+    """They pickle Hydra's task function, not a run; a point is then the same as under the basic one."""
+    if importlib.util.find_spec(f"hydra_plugins.hydra_{launcher.partition('_')[0]}_launcher") is None:
+        pytest.skip(f"{launcher} is not installed")
+    argv = words(base, chat, tmp_path / "runs", "peft.r=2,banana,6", f"hydra/launcher={launcher}", "name=six")
+    done = harness.kit(*argv, cwd=tmp_path)
+    assert done.returncode == 2, done.stdout[-2000:] + done.stderr[-3000:]
+    found = {json.loads(p.read_text())["peft"]["r"]: p.parent for p in (tmp_path / "runs").glob("*/plan.json")}
+    assert {r: harness.status(run)["state"] for r, run in found.items()} == {2: "done", 6: "done"}
+    assert harness.rows(found[2]) == harness.rows(six / "000-r-2")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("optuna") is None, reason="optuna is not installed")
