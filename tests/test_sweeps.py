@@ -107,6 +107,7 @@ def test_a_grid_from_its_command_to_its_files(sweep, tmp_path: Path, capsys: pyt
     assert not (tmp_path / "multirun.yaml").exists() and sorted(p.name for p in tmp_path.iterdir())[-1] == "runs"
 
 
+@pytest.mark.launch
 def test_a_failed_trial_stops_no_other_and_is_tried_again(sweep, tmp_path: Path, monkeypatch, capsys):
     """The same command starts what is missing and nothing else."""
     assert sweep("peft.r=8,2,4") == FAILED
@@ -130,6 +131,7 @@ def test_what_was_frozen_is_what_runs(sweep, tmp_path: Path, monkeypatch):
     assert record(tmp_path)["trials"][0]["loss"] == pytest.approx(50 + 8 / 3)
 
 
+@pytest.mark.launch
 def test_another_sweep_is_another_directory(sweep, tmp_path: Path):
     """More steps are more to do; how many run at once is not. --fresh begins again."""
     assert sweep("peft.r=2,4") == DONE
@@ -141,6 +143,7 @@ def test_another_sweep_is_another_directory(sweep, tmp_path: Path):
     assert len(list((tmp_path / "runs").iterdir())) == 3
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize("times", [1, 2])
 def test_stopped_and_continued(sweep, tmp_path: Path, monkeypatch, times: int):
     """SIGTERM to the sweep: running trials stop, waiting ones do not start, 75; the same command goes on."""
@@ -213,6 +216,7 @@ def test_ranges_and_globs(sweep, tmp_path: Path):
     assert {v["tokenizer"] for v in values} == {"chatml", "default"}
 
 
+@pytest.mark.launch
 def test_the_devices_of_a_trial(sweep, tmp_path: Path, monkeypatch, capsys):
     """Two at a time on two GPUs, each with its own; more than there are is refused."""
     gpu = hardware.Gpu("H100", 80.0, (9, 0))
@@ -227,6 +231,7 @@ def test_the_devices_of_a_trial(sweep, tmp_path: Path, monkeypatch, capsys):
     assert "give one of them" in capsys.readouterr().err
 
 
+@pytest.mark.launch
 def test_stock_launcher_in_process(sweep, tmp_path: Path, monkeypatch, capsys):
     """Under hydra/launcher=basic each point is a run of its own; every point is tried, the worst code is returned."""
     from kit import api
@@ -295,6 +300,7 @@ SEARCH = ["hparams_search=optuna", "hparams_search.sampler=random", "trainer.lea
 
 
 @needs_optuna
+@pytest.mark.launch
 @pytest.mark.parametrize("storage", ["sqlite", "journal"])
 def test_a_search_fills_up_and_goes_on(sweep, tmp_path: Path, storage: str):
     """n_trials in all; more of them later continue the same study with other values."""
@@ -326,6 +332,7 @@ def test_a_search_composes_from_its_copy(sweep, tmp_path: Path, monkeypatch):
 
 
 @needs_optuna
+@pytest.mark.launch
 def test_a_search_with_refused_failed_and_silent_trials(sweep, tmp_path: Path, capsys):
     """Each counts as one of n_trials and is told to optuna; the search goes on."""
     import optuna
@@ -347,6 +354,7 @@ def test_a_search_with_refused_failed_and_silent_trials(sweep, tmp_path: Path, c
 
 
 @needs_optuna
+@pytest.mark.launch
 def test_a_bad_trial_is_pruned(sweep, tmp_path: Path, monkeypatch):
     """SIGTERM once its loss is worse than the others' at the same step; it counts as done with."""
     monkeypatch.setenv("KIT_TEST_PAUSE", "0.6")
@@ -360,6 +368,7 @@ def test_a_bad_trial_is_pruned(sweep, tmp_path: Path, monkeypatch):
 
 
 @needs_optuna
+@pytest.mark.launch
 def test_a_search_that_was_killed(sweep, tmp_path: Path):
     """A trial that was frozen and never ended goes on under its own number; one that never was frozen is given up."""
     import optuna

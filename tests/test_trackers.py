@@ -140,6 +140,7 @@ def trackio(run: Path, name: str) -> list[float]:
     return [row[name] for row in rows if name in row]
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize("tracker", [tensorboard, wandb, mlflow, trackio], ids=lambda t: t.__name__)
 def test_the_losses_are_those_of_metrics_jsonl(tracked, tracker):
     """Those of training, and that of the last evaluation, after which trackers that buffer must have been closed."""
@@ -152,6 +153,7 @@ def test_the_losses_are_those_of_metrics_jsonl(tracked, tracker):
     assert tracker(run, held_out) == pytest.approx(list(harness.rows(run, "eval_loss").values()), rel=1e-6)
 
 
+@pytest.mark.launch
 def test_the_run_reached_no_other_machine(tracked):
     run, attempts = tracked
     assert not attempts.exists(), attempts.read_text()
