@@ -97,7 +97,6 @@ READING = [
     read_by("read", "path", "T80", "model.name_or_path", "tokenizer.name_or_path", "dataset.path", "runs_dir"),
     read_by("read", "script", "T80", "launch.script"),
     read_by("read", "count", "T69", "launch.num_gpus"),
-    read_by("read", "hparams-search", "T77", "hparams_search.workers"),
     read_by("resolve", "batch", "T5", "global_batch_size", "trainer.per_device_train_batch_size",
             "trainer.gradient_accumulation_steps", "launch.num_gpus"),
     read_by("read", "peft-none", "kit/config/schema.py", "peft"),
