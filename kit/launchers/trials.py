@@ -188,7 +188,7 @@ class Pool:
             if worker:
                 answer = worker.answer()
                 if answer is None and warm.overdue(trial.asked, trial.plan):
-                    ops.kill_tree(trial.process.pid)
+                    worker.kill()
                 code, why = (None, "") if answer is None else (answer["code"], answer["why"])
             if code is None:
                 continue
@@ -241,7 +241,7 @@ def stop(trial: Trial) -> None:
     if trial.process and trial.process.poll() is None:
         again, trial.asked = trial.asked is not None, trial.asked or time.monotonic()
         if trial.worker and again:  # a cold trial ends its rank itself
-            ops.kill_tree(trial.process.pid)
+            trial.worker.kill()
         else:
             send(trial.process.pid, signal.SIGTERM)
 

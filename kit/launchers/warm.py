@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -17,7 +18,6 @@ from typing import Any, BinaryIO
 
 from kit.config import trackers
 from kit.config.schema import RunPlan, leaves
-from kit.launchers import ops
 from kit.launchers.command import rank_environment, tracker_environment
 
 WORKER = "kit.training.warm"
@@ -78,6 +78,8 @@ def key(plan: RunPlan) -> str:
     """Equal for plans that may share a worker: a hash of everything that is not made anew for each."""
     shared = {name: value for name, value in plan.model_dump(mode="json").items() if name not in OWN}
     anew = {f"trainer.{k}" for k in TRAINER} | {f"peft.{k}" for k in ADAPTER}
+    if plan.trainer.get("shuffle_dataset"):  # then the order of the tokenized rows depends on it
+        anew.remove("trainer.seed")
     held = {k: v for k, v in leaves(shared).items() if not any(k == a or k.startswith(a + ".") for a in anew)}
     return hashlib.sha256(json.dumps(held, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -115,9 +117,16 @@ class Worker:
             return answer
         return None if gone is None else {"code": gone, "why": "its process is gone"}
 
+    def kill(self) -> None:
+        """End it and all that it started, at once."""
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            return
+
     def end(self) -> None:
-        """End it. It has nothing to save between trials."""
-        ops.kill_tree(self.process.pid)
+        """End it and close its pipes. It has nothing to save between trials."""
+        self.kill()
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe:
