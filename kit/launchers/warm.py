@@ -88,8 +88,10 @@ class Worker:
     """A living process that takes plan paths on its stdin and answers each with a line when that trial is over."""
 
     def __init__(self, key: str, devices: list[str], plan: RunPlan, env: dict[str, str], log: BinaryIO) -> None:
-        own = tracker_environment(plan)  # a trial's own: the worker sets it with each
-        env = {**env, **{k: v for k, v in rank_environment(plan).items() if k not in own}}
+        ranks = {k: v for k, v in rank_environment(plan).items() if k not in tracker_environment(plan)}
+        if "OMP_NUM_THREADS" in env:  # this process may have none, or another number: sums depend on it
+            ranks["OMP_NUM_THREADS"] = env["OMP_NUM_THREADS"]
+        env = {**env, **ranks}
         self.key, self.devices, self.text = key, devices, b""
         self.process = subprocess.Popen(
             child(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=env, start_new_session=True
