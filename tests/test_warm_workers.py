@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -174,7 +173,7 @@ os.kill({os.getpid()}, signal.SIGTERM)
     asking = subprocess.Popen([sys.executable, "-c", ask])
     assert sweep("peft.r=16,2", "launch.grace_seconds=0.5") == STOPPED and asking.wait(10) == 0
     assert states(tmp_path) == ["failed", "waiting"]
-    assert record(tmp_path)["trials"][0]["problems"][0]["problem"] == f"the trial was killed by signal {signal.SIGKILL}"
+    assert "killed by signal 9" in record(tmp_path)["trials"][0]["problems"][0]["problem"]
 
 
 # ---- who may share ----

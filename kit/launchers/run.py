@@ -7,6 +7,7 @@ the ranks are signalled directly, by the process ids that they write down, and w
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
@@ -23,6 +24,8 @@ from kit.config.schema import RunPlan
 from kit.errors import DONE, FAILED, STOPPED, KitError, Problem
 from kit.launchers import ops
 from kit.launchers.command import command, rank_environment
+
+PR_SET_PDEATHSIG = 1
 
 
 def launch(plan: RunPlan, resume: str | None = None) -> int:
@@ -193,3 +196,10 @@ def say(line: str) -> None:
     """A line for the user. A terminal that is gone must not cost the run its checkpoint."""
     with contextlib.suppress(OSError):
         print(f"kit: {line}", file=sys.stderr, flush=True)
+
+
+def stop_with(parent: int) -> None:
+    """Have the kernel send SIGTERM when the parent ends, however it ends."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # it ended before the kernel was asked
+        sys.exit(128 + signal.SIGTERM)

@@ -1,8 +1,8 @@
 """A warm worker: `python -m kit.training.warm PARENT` reads {"plan": PATH} a line and answers {"code", "why"} a line.
 
-Imports, the base and the tokenized data are paid once. Everything else is made anew for each trial, as in a process of
-its own: environment, seeds, accelerate's state, tokenizer, adapter, optimizer, schedule, callbacks, log and lock. After
-a trial the base is put back as it was loaded and compared with that; where anything is in doubt the worker ends.
+Imports, the base and the tokenized data are paid once. Everything else is made anew for each trial, as in a process
+of its own: environment, seeds, accelerate's state, tokenizer, adapter, optimizer, schedule, callbacks, log and lock.
+After a trial the base is put back as it was loaded and compared with that; where anything is in doubt the worker ends.
 """
 
 from __future__ import annotations
@@ -19,12 +19,10 @@ from typing import Any
 
 from kit import manifest, rundir, worker
 from kit.config.schema import load_plan
-from kit.errors import DONE, REFUSED, STOPPED, KitError
+from kit.errors import DONE, STOPPED, KitError
 from kit.launchers.command import rank_environment
-from kit.launchers.run import forget, outcome, say
-from kit.launchers.trial import stop_with
+from kit.launchers.run import forget, outcome, say, stop_with
 from kit.launchers.trials import LOG
-from kit.terminal import print_problems
 from kit.training import stopping
 
 
@@ -61,7 +59,7 @@ def trial(path: Path, held: Held) -> tuple[int, str]:
         with rundir.locked(run), environment():
             code = start(path, held)
     except KitError as error:
-        print_problems(error.problems, refused=error.code == REFUSED)
+        print(error, file=sys.stderr)
         if rundir.status(run).get("state") != "failed":  # it was refused before it trained
             rundir.set_status(run, "failed", exit_code=error.code, problems=[str(p) for p in error.problems])
         code = error.code
@@ -86,7 +84,7 @@ def start(path: Path, held: Held) -> int:
     rundir.set_status(run, "running")
     log = worker.prepare_process(plan, rank=0)
     for stream in (sys.stdout, sys.stderr):
-        stream.log = log  # type: ignore[attr-defined]
+        stream.log = log  # type: ignore[union-attr]
     try:
         code = worker.session(plan, resume, load=held.load, prepared=held.prepared)
     except Exception as error:
