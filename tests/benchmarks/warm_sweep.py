@@ -1,7 +1,7 @@
 """What a further trial of a sweep costs beyond its training: a process of its own (cold) beside a warm worker.
 
     python tests/benchmarks/warm_sweep.py --cpu --out results.json                     (tiny base, here)
-    python tests/benchmarks/warm_sweep.py --shape 8b --out $OUT/warm.json              (one GPU of 80 GB, 20 GB of disk)
+    python tests/benchmarks/warm_sweep.py --shape 8b --out $OUT/warm.json              (a GPU of 80 GB, 20 GB of disk)
     python tests/benchmarks/warm_sweep.py --shape 8b --tiny --cpu --out /tmp/x.json    (rehearsal of the same)
 
 `kit train -m trainer.learning_rate=...` with hparams_search.workers=cold, then warm, one trial at a time on a random
