@@ -53,25 +53,39 @@ def main(argv: list[str] | None = None, **hooks: Any) -> None:
 
         plan = load_plan(plan_path).model_copy(update={"run_dir": str(Path(plan_path).absolute().parent)})
         run = plan.run_path
-        prepare_process(plan, rank)
-        from kit.training import tracking
-        from kit.training.run import train
-
-        with tracking.closing(plan):
-            code = train(plan, resume=resume, **hooks)
+        log = prepare_process(plan, rank)
+        if rank == 0:
+            sys.stdout, sys.stderr = Tee(sys.stdout, log), Tee(sys.stderr, log)
+        else:  # the console is rank 0's; libraries that write to the descriptors are caught too
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+        code = session(plan, resume, **hooks)
         del store
-    except KitError as error:
-        code = report(run, rank, error.problems, error.code, error)
     except Exception as error:
-        cause = "".join(traceback.format_exception_only(error)).strip()
-        code = report(
-            run, rank, [Problem(f"rank {rank}: {cause[:2000]}", log_of(run, rank), advice(error))], FAILED, error
-        )
+        code = failed(run, rank, error)
     with contextlib.suppress(OSError):
         sys.stdout.flush()
         sys.stderr.flush()
     # Interpreter shutdown joins threads of libraries that may wait for ranks which are gone.
     os._exit(code)
+
+
+def session(plan: Any, resume: str | None, **hooks: Any) -> int:
+    """Train a plan in this process, which was prepared for it; the exit code."""
+    from kit.training import tracking
+    from kit.training.run import train
+
+    with tracking.closing(plan):
+        return train(plan, resume=resume, **hooks)
+
+
+def failed(run: Path | None, rank: int, error: Exception) -> int:
+    """Write down what ended a rank; the exit code."""
+    if isinstance(error, KitError):
+        return report(run, rank, error.problems, error.code, error)
+    cause = "".join(traceback.format_exception_only(error)).strip()
+    problem = Problem(f"rank {rank}: {cause[:2000]}", log_of(run, rank), advice(error))
+    return report(run, rank, [problem], FAILED, error)
 
 
 def read_argv(argv: list[str]) -> tuple[list[str], str | None]:
@@ -170,8 +184,8 @@ def read_child(answer: str) -> str:
     return str(found["plan"])
 
 
-def prepare_process(plan: Any, rank: int) -> None:
-    """Environment, log file and process id, before torch is imported."""
+def prepare_process(plan: Any, rank: int) -> TextIO:
+    """Environment, process id and the rank's open log, before torch is imported."""
     from kit.launchers.command import rank_environment
 
     if devices := os.environ.pop("KIT_VISIBLE_DEVICES", None):
@@ -193,11 +207,7 @@ def prepare_process(plan: Any, rank: int) -> None:
         watch_stop(plan.run_path)
     log = open(logs / f"rank{rank}.log", "a", buffering=1, encoding="utf-8", errors="replace")
     log.write(f"--- plan {plan.hash} rank {rank} {time.strftime('%Y-%m-%dT%H:%M:%S%z')}\n")
-    if rank == 0:
-        sys.stdout, sys.stderr = Tee(sys.stdout, log), Tee(sys.stderr, log)
-    else:  # the console is rank 0's; libraries that write to the descriptors are caught too
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
+    return log
 
 
 class Tee:

@@ -181,7 +181,6 @@ def test_a_directory_runs_one_sweep(sweep, tmp_path: Path, capsys):
     [
         (["peft.r=banana,apple"], ["'banana'", "'apple'"]),
         (["deepspeed=zero8,zero9"], ["no deepspeed named 'zero8'", "no deepspeed named 'zero9'"]),
-        (["peft.r=2,4", "hparams_search.workers=warm"], ["workers=warm is not there yet"]),
         (["peft.r=2,4", "hparams_search.metric=eval_loss"], ["does not evaluate"]),
         (["peft.r=2,4", "hparams_search.parallel=0"], ["hparams_search.parallel"]),
         (["peft.r=2,4", "hparams_search.parralel=2"], ["did you mean hparams_search.parallel"]),

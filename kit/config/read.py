@@ -204,10 +204,6 @@ def unusable(given: RunInput, set_by: Any) -> list[Problem]:
         if isinstance(count, int) and count < 1:
             said = f"launch.{key} must be at least 1, not {count}"
             problems.append(Problem(said, set_by(f"launch.{key}"), f"launch.{key}=auto", "count"))
-    if given.hparams_search.workers == "warm":
-        said = "hparams_search.workers=warm is not there yet: each trial starts a process of its own"
-        at = set_by("hparams_search.workers")
-        problems.append(Problem(said, at, "hparams_search.workers=cold", "hparams-search"))
     for name, value, own in (("split", given.dataset.split, "train"), ("eval_split", given.dataset.eval_split, None)):
         if value != own and Path(given.dataset.path).expanduser().exists():
             said = f"dataset.{name}={value}, but {given.dataset.path} is a file or folder, which has no splits"

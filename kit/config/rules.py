@@ -99,7 +99,6 @@ READING = [
     read_by("read", "count", "T69", "launch.num_gpus", "launch.num_nodes"),
     read_by("nodes", "hostfile", "T69, deepspeed runner", "launch.hostfile", "launch.include", "launch.exclude",
             "launch.num_nodes", "launch.num_gpus", "launch.deepspeed_launcher"),
-    read_by("read", "hparams-search", "T77", "hparams_search.workers"),
     read_by("resolve", "batch", "T5", "global_batch_size", "trainer.per_device_train_batch_size",
             "trainer.gradient_accumulation_steps", "launch.num_gpus"),
     read_by("read", "peft-none", "kit/config/schema.py", "peft"),

@@ -11,10 +11,12 @@ for a file once a second instead of being signalled (remote.py).
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 from types import FrameType
@@ -32,6 +34,8 @@ from kit.terminal import say
 
 PEER_SECONDS = 20  # what the ranks here get to notice by themselves that another node has failed
 SETTLE_SECONDS = 90  # a shared file system may show node 0's last word late
+
+PR_SET_PDEATHSIG = 1
 
 
 def launch(plan: RunPlan, resume: str | None = None) -> int:
@@ -294,3 +298,10 @@ def read_errors(run: Path) -> tuple[list[Problem], int]:
     reports = [rundir.read_json(f) for f in files]
     problems = {p["problem"]: Problem(**p) for report in reports for p in report.get("problems", [])}
     return list(problems.values())[:3], next((r["code"] for r in reports if r.get("code")), FAILED)
+
+
+def stop_with(parent: int) -> None:
+    """Have the kernel send SIGTERM when the parent ends, however it ends."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # it ended before the kernel was asked
+        sys.exit(128 + signal.SIGTERM)

@@ -49,7 +49,10 @@ def main(argv: list[str], fresh: bool) -> int:
 def train_one(fresh: bool, composed: Composed) -> int:
     """A point under one of Hydra's stock launchers: a run of its own, which does not end the others when it fails."""
     try:
-        return api.train(plan=planned(composed), fresh=fresh)
+        plan = planned(composed)
+        if settings_of(plan).workers == "warm":
+            say("it starts cold: warm workers need the kit's own launcher (leave out hydra/launcher)")
+        return api.train(plan=plan, fresh=fresh)
     except KitError as error:
         print_problems(error.problems, refused=error.code == REFUSED)
         return error.code
@@ -119,7 +122,7 @@ def grid(fresh: bool, points: list[Point]) -> list[tuple[int, float | None]]:
         pool = pool_for(sweep.settings, [t.plan for t in pending if t.plan])
 
         def next_trial() -> Trial | None:
-            for trial in pending:
+            for trial in sorted(pending, key=lambda t: not pool.waits_for(t)):
                 if trial.plan and pool.room_for(trial.plan) and not busy(trial):
                     pending.remove(trial)
                     return trial
@@ -218,8 +221,9 @@ def pool_for(settings: HparamsSearch, plans: list[RunPlan]) -> Pool:
     """Room for trials: a slot per GPU, or one on a CPU, unless hparams_search.parallel says how many."""
     devices = visible_devices()
     if devices is None or all(p.trainer["use_cpu"] for p in plans):
-        return Pool(None, settings.parallel if isinstance(settings.parallel, int) else 1)
-    return Pool(devices, settings.parallel if isinstance(settings.parallel, int) else len(devices))
+        return Pool(None, settings.parallel if isinstance(settings.parallel, int) else 1, settings.workers == "warm")
+    slots = settings.parallel if isinstance(settings.parallel, int) else len(devices)
+    return Pool(devices, slots, settings.workers == "warm")
 
 
 def visible_devices() -> list[str] | None:

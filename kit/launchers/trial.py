@@ -6,19 +6,14 @@ checkpoint, when the sweep that started it is gone.
 
 from __future__ import annotations
 
-import ctypes
-import os
-import signal
 import sys
 from pathlib import Path
 
 from kit import manifest, rundir
 from kit.config.schema import load_plan
 from kit.errors import REFUSED, KitError
-from kit.launchers.run import launch
+from kit.launchers.run import launch, stop_with
 from kit.terminal import print_problems, say
-
-PR_SET_PDEATHSIG = 1
 
 
 def main(argv: list[str]) -> int:
@@ -37,13 +32,6 @@ def main(argv: list[str]) -> int:
         if rundir.status(run).get("state") != "failed":  # it was refused before there were ranks
             rundir.set_status(run, "failed", exit_code=error.code, problems=[str(p) for p in error.problems])
         return error.code
-
-
-def stop_with(parent: int) -> None:
-    """Have the kernel send SIGTERM when the parent ends, however it ends."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:  # it ended before the kernel was asked
-        sys.exit(128 + signal.SIGTERM)
 
 
 if __name__ == "__main__":

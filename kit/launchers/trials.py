@@ -18,8 +18,10 @@ import psutil
 from kit import hardware, rundir
 from kit.config.schema import RunPlan
 from kit.errors import DONE, FAILED, STOPPED
-from kit.launchers import ops
+from kit.launchers import ops, warm
 from kit.launchers.run import ranks, send
+from kit.launchers.warm import Worker
+from kit.terminal import say
 
 LOG = "trial.log"
 ENDED = ("done", "failed", "pruned", "refused")  # states after which nothing is missing in this sweep
@@ -77,6 +79,9 @@ class Trial:
     devices: list[str] = field(default_factory=list)
     started: float = 0.0
     pruning: bool = False
+    worker: Worker | None = None  # the warm process that has it
+    cold: bool = False  # a warm process failed with it: it is not given to another
+    asked: float | None = None  # when it was told to stop
 
     def __post_init__(self) -> None:
         self.curve = Curve(self.run / rundir.METRICS_LOG)
@@ -96,28 +101,70 @@ def short_names(keys: list[str]) -> dict[str, str]:
 
 
 class Pool:
-    """The trials that run now, at most `slots`, each with GPUs of its own. `devices`: None where there are no GPUs."""
+    """The trials that run now, at most `slots`, each with GPUs of its own. `devices`: None where there are no GPUs.
 
-    def __init__(self, devices: list[str] | None, slots: int) -> None:
-        self.free, self.slots = devices, slots
+    With `warm`, a trial goes to an idle worker of its key, or to a new one in the place of an idle one.
+    """
+
+    def __init__(self, devices: list[str] | None, slots: int, warm: bool = False) -> None:
+        self.free, self.slots, self.warm = devices, slots, warm
         self.running: list[Trial] = []
+        self.idle: list[Worker] = []
+        self.ending = False
+        self.told: set[str] = set()  # why trials start cold in spite of `warm`
 
     def room_for(self, plan: RunPlan) -> bool:
-        enough = plan.trainer["use_cpu"] or self.free is None or len(self.free) >= plan.world_size
+        free = None if self.free is None else len(self.free) + sum(len(w.devices) for w in self.idle)
+        enough = plan.trainer["use_cpu"] or free is None or free >= plan.world_size
         return enough and len(self.running) < self.slots
 
-    def start(self, trial: Trial) -> None:
-        """Start a trial in a session of its own, its output in logs/trial.log."""
+    def key(self, trial: Trial) -> str | None:
+        """Which workers may have the trial; None: it gets a process of its own."""
         assert trial.plan is not None
-        env = dict(os.environ)
+        return warm.key(trial.plan) if self.warm and not trial.cold and not warm.why_cold(trial.plan) else None
+
+    def waits_for(self, trial: Trial) -> bool:
+        """Whether an idle worker could have it at once."""
+        return any(w.key == self.key(trial) for w in self.idle)
+
+    def start(self, trial: Trial) -> None:
+        """Start a trial in a session of its own, or in a living worker; its output in logs/trial.log."""
+        assert trial.plan is not None
+        key = self.key(trial)
+        if self.warm and not key and (why := warm.why_cold(trial.plan)) and why not in self.told:
+            self.told.add(why)
+            say(f"trial {trial.number:03d} {trial.label()} starts cold, and so do others for this reason: {why}")
+        worker = next((w for w in self.idle if w.key == key), None)
+        if worker:
+            self.idle.remove(worker)
+        else:
+            worker = self.new_process(trial, key)
+        if worker:
+            trial.worker, trial.process, trial.devices = worker, worker.process, worker.devices
+            worker.give(trial.run / rundir.PLAN)
+        trial.state, trial.started, trial.problems, trial.code = "running", time.monotonic(), [], None
+        trial.asked = None
+        self.running.append(trial)
+
+    def new_process(self, trial: Trial, key: str | None) -> Worker | None:
+        """A process for the trial: a worker where there is a key."""
+        plan, env = trial.plan, dict(os.environ)
+        assert plan is not None
         env.pop("HYDRA_FULL_ERROR", None)
-        if trial.plan.trainer["use_cpu"]:
-            threads = max(1, hardware.cores() // (self.slots * trial.plan.world_size))
+        needed = 0 if plan.trainer["use_cpu"] or self.free is None else plan.world_size
+        while self.idle and (
+            len(self.running) + len(self.idle) >= self.slots or (needed and len(self.free or []) < needed)
+        ):
+            self.dismiss(self.idle.pop(0))
+        if plan.trainer["use_cpu"]:
+            threads = max(1, hardware.cores() // (self.slots * plan.world_size))
             env.setdefault("OMP_NUM_THREADS", str(threads))
         elif self.free is not None:
-            trial.devices, self.free = self.free[: trial.plan.world_size], self.free[trial.plan.world_size :]
+            trial.devices, self.free = self.free[:needed], self.free[needed:]
             env["CUDA_VISIBLE_DEVICES"] = ",".join(trial.devices)
         with open(trial.run / rundir.LOGS / LOG, "ab") as log:
+            if key:
+                return Worker(key, trial.devices, plan, env, log)
             trial.process = subprocess.Popen(
                 child(trial.run / rundir.PLAN),
                 stdin=subprocess.DEVNULL,
@@ -126,33 +173,64 @@ class Pool:
                 env=env,
                 start_new_session=True,
             )
-        trial.state, trial.started, trial.problems, trial.code = "running", time.monotonic(), [], None
-        self.running.append(trial)
+        return None
+
+    def dismiss(self, worker: Worker) -> None:
+        worker.end()
+        if self.free is not None:
+            self.free = self.free + worker.devices
 
     def ended(self) -> list[Trial]:
         """The trials that ended since the last look, with state, exit code, problems and seconds."""
-        over = [t for t in self.running if t.process and t.process.poll() is not None]
-        for trial in over:
+        over = []
+        for trial in list(self.running):
+            assert trial.process is not None
+            worker, code, why = trial.worker, trial.process.poll(), ""
+            if worker:
+                answer = worker.answer()
+                if answer is None and warm.overdue(trial.asked, trial.plan):
+                    worker.kill()
+                code, why = (None, "") if answer is None else (answer["code"], answer["why"])
+            if code is None:
+                continue
             self.running.remove(trial)
-            if self.free is not None:
+            if worker and not why:
+                self.idle.append(worker)
+            elif worker:
+                self.dismiss(worker)
+            elif self.free is not None:
                 self.free = self.free + trial.devices
-            trial.devices = []
-            settle(trial)
+            trial.devices, trial.worker = [], None
+            settle(trial, code)
+            if worker and trial.state == "failed" and trial.code == FAILED and not (trial.pruning or self.ending):
+                said = trial.problems[0]["problem"].splitlines()[0] if trial.problems else why
+                say(f"trial {trial.number:03d} {trial.label()} failed in a warm worker, which is ended: {said}")
+                say(f"trial {trial.number:03d} starts cold")
+                trial.cold = True
+                self.start(trial)
+                continue
+            if worker and why and trial.state in ("done", "stopped", "pruned"):
+                say(f"the worker of trial {trial.number:03d} takes no other trial: {why}")
+            over.append(trial)
         return over
 
     def ask(self) -> None:
         """Tell every trial to stop: once with a checkpoint, twice at once."""
+        self.ending = True
         for trial in self.running:
             stop(trial)
 
     def kill(self) -> None:
         """End whatever still lives, ranks first found by what they wrote down."""
+        self.ending = True
         for trial in self.running:
             left = ranks_left(trial.run)
             if trial.process:
                 ops.kill_tree(trial.process.pid)
             for pid in left:
                 ops.kill_tree(pid)
+        while self.idle:
+            self.dismiss(self.idle.pop())
 
 
 def child(plan: Path) -> list[str]:
@@ -162,13 +240,15 @@ def child(plan: Path) -> list[str]:
 
 def stop(trial: Trial) -> None:
     if trial.process and trial.process.poll() is None:
-        send(trial.process.pid, signal.SIGTERM)
+        again, trial.asked = trial.asked is not None, trial.asked or time.monotonic()
+        if trial.worker and again:  # a cold trial ends its rank itself
+            trial.worker.kill()
+        else:
+            send(trial.process.pid, signal.SIGTERM)
 
 
-def settle(trial: Trial) -> None:
-    """State, exit code and problems of a trial whose process is gone, from what it wrote down."""
-    assert trial.process is not None
-    code = trial.process.returncode
+def settle(trial: Trial, code: int) -> None:
+    """State, exit code and problems of a trial that is over, from what it wrote down; `code`: its process's."""
     for pid in ranks_left(trial.run):  # of a trial that was killed: its devices are another trial's now
         ops.kill_tree(pid)
     trial.seconds = round(trial.seconds + time.monotonic() - trial.started, 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +14,38 @@ from kit.config.schema import RunPlan
 from kit.errors import DONE, STOPPED, KitError
 
 
-def train(plan: RunPlan, *, resume: str | None = None, callbacks: Sequence[Any] = (), **hooks: Any) -> int:
-    """Train the plan on this rank; returns the exit code (DONE or STOPPED). All ranks must enter."""
+def load(plan: RunPlan, args: Any) -> tuple[Any, Any, Any]:
+    """Tokenizer, data and base model of a plan, as new."""
+    from kit.data.load import load_datasets
+    from kit.training import labels
+    from kit.training.model import load_model, load_tokenizer
+
+    tokenizer = load_tokenizer(plan)
+    with args.main_process_first(desc="reading the data"):
+        data = load_datasets(plan)
+    labels.check_template(tokenizer, data.train)
+    return tokenizer, data, load_model(plan, tokenizer)
+
+
+def train(
+    plan: RunPlan,
+    *,
+    resume: str | None = None,
+    callbacks: Sequence[Any] = (),
+    load: Callable[[RunPlan, Any], tuple[Any, Any, Any]] = load,
+    **hooks: Any,
+) -> int:
+    """Train the plan on this rank; returns the exit code (DONE or STOPPED). All ranks must enter.
+
+    `load`: where tokenizer, data and base come from; a warm worker has them already.
+    """
     started = time.monotonic()
     import torch
     from transformers import set_seed
     from trl import SFTConfig
 
-    from kit.data.load import load_datasets
     from kit.training import console, labels, tracking
-    from kit.training.model import (
-        check_embeddings_train,
-        load_model,
-        load_peft_config,
-        load_tokenizer,
-        restore_adapter_dtype,
-    )
+    from kit.training.model import check_embeddings_train, load_peft_config, restore_adapter_dtype
     from kit.training.trainer import ModifiedTrainer
     from kit.training.warm_start import load_adapter
 
@@ -47,11 +63,7 @@ def train(plan: RunPlan, *, resume: str | None = None, callbacks: Sequence[Any] 
         rundir.set_status(run, "running", pid=os.getpid())
     set_seed(args.seed)  # PEFT initialises the adapter before the Trainer seeds (T84)
 
-    tokenizer = load_tokenizer(plan)
-    with args.main_process_first(desc="reading the data"):
-        data = load_datasets(plan)
-    labels.check_template(tokenizer, data.train)
-    model = load_model(plan, tokenizer)
+    tokenizer, data, model = load(plan, args)
     progress = console.Progress(run, plan)
     trainer = ModifiedTrainer(
         model=model,

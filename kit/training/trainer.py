@@ -70,7 +70,8 @@ class StopAtAgreedStep(TrainerCallback):
 class ModifiedTrainer(SFTTrainer):
     """SFTTrainer whose saves are adapter-only, complete or absent, and which stops at a step that all ranks agree on.
 
-    Takes SFTTrainer's arguments and `provenance` ({"plan": hash, "base": {...}}), which goes into every manifest.
+    Takes SFTTrainer's arguments and `provenance` ({"plan": hash, "base": {...}}), which goes into every manifest;
+    `prepared` keeps tokenized data for the next trainer of a process: pass the same dict and the same data sets.
     After `train()`, `stopped_by_signal` tells whether it ended early because of a signal; signals are only seen where
     `kit.training.stopping.install_handlers()` was called. A non-finite loss or gradient raises KitError (4).
     """
@@ -80,11 +81,18 @@ class ModifiedTrainer(SFTTrainer):
     state: Any
 
     def __init__(
-        self, model: Any, args: Any = None, *rest: Any, provenance: dict | None = None, **kwargs: Any
+        self,
+        model: Any,
+        args: Any = None,
+        *rest: Any,
+        provenance: dict | None = None,
+        prepared: dict | None = None,
+        **kwargs: Any,
     ) -> None:
         revision = (getattr(args, "model_init_kwargs", None) or {}).get("revision")
         self.config_before = {} if isinstance(model, PeftModel) else saved_config.config_before(model, revision)
         self.provenance = provenance or {}
+        self.prepared = prepared
         self.stopped_by_signal = False
         self.saved_step: int | None = None
         self.staging: Path | None = None  # the folder that a checkpoint is being built in
@@ -94,6 +102,14 @@ class ModifiedTrainer(SFTTrainer):
         self.ranks = stopping.side_group(self.args.ddp_timeout)
         self.pace = Pace(self.ranks, self.args.device.type == "cuda", bool(self.args.torch_compile))
         self.add_callback(StopAtAgreedStep(self))
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, packing: bool, *rest: Any) -> Any:
+        if self.prepared is None:
+            return super()._prepare_dataset(dataset, processing_class, args, packing, *rest)
+        if (id(dataset), packing) not in self.prepared:
+            made = super()._prepare_dataset(dataset, processing_class, args, packing, *rest)
+            self.prepared[id(dataset), packing] = dataset, made  # the first is kept: its id must not become another's
+        return self.prepared[id(dataset), packing][1]
 
     # ---- stopping ----
 

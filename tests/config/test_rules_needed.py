@@ -299,7 +299,6 @@ ELSEWHERE = {
     "about time, memory or ports of a machine": "bf16-slow-cpu port-taken host-memory",
     "about what sbatch reads; the scripts are run by tests/test_slurm.py": "slurm-value slurm-extra slurm-gpus",
     "about a package that is not there": "loftq-packages",
-    "about the kit's own sweeps": "hparams-search",
     "needs a quantized base; tried by tests/launch/test_quantized.py and tests/test_merge_quantized.py": """
         quantized-full quantized-peft quantized-saved-module quantized-lora-bias quantized-int8-main
         quantized-stored bitsandbytes""",

@@ -1,0 +1,148 @@
+"""Warm workers: trials that differ only in what is made anew share one living process, its imports, base and data.
+
+Which trials those are is decided here, from their plans, by a list of what a worker is known to make anew. Whatever is
+not on the list must be equal: a key that nobody thought of makes another worker, never a mixture.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from kit.config import trackers
+from kit.config.schema import RunPlan, leaves
+from kit.launchers.command import rank_environment, tracker_environment
+
+WORKER = "kit.training.warm"
+# Made anew with every trial: where it writes, who it is, how it came to be.
+OWN = set(
+    "run_dir hash name recipe notes warnings overrides provenance composed prompts launch init_from global_batch_size"
+    .split()
+)  # fmt: skip
+TRAINER = set(
+    "adam_beta1 adam_beta2 adam_epsilon data_seed disable_tqdm eval_accumulation_steps eval_delay eval_on_start"
+    " eval_steps eval_strategy gradient_accumulation_steps greater_is_better learning_rate load_best_model_at_end"
+    " logging_first_step logging_steps logging_strategy lr_scheduler_kwargs lr_scheduler_type max_grad_norm max_steps"
+    " metric_for_best_model num_train_epochs optim optim_args per_device_eval_batch_size per_device_train_batch_size"
+    " project report_to run_name save_only_model save_steps save_strategy save_total_limit seed warmup_steps"
+    " weight_decay".split()
+)
+ADAPTER = set(
+    "alpha_pattern exclude_modules init_lora_weights layers_pattern layers_to_transform lora_alpha lora_dropout r"
+    " rank_pattern target_modules use_dora use_rslora".split()
+)
+# Of an adapter, and neither made anew nor able to change the base.
+HARMLESS = {"peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "fan_in_fan_out"}
+DRAWN = (True, False, None, "gaussian", "orthogonal")  # init_lora_weights that leave the base as it is
+
+
+def why_cold(plan: RunPlan) -> str | None:
+    """Why a plan cannot share a process with others; None where it can."""
+    trainer, peft = plan.trainer, plan.peft
+    if plan.world_size > 1 or plan.deepspeed or plan.fsdp:
+        return "warm workers are for one process without DeepSpeed or FSDP"
+    if plan.launch.launcher != "local" or plan.launch.script:
+        return "warm workers take the place of launch=local without a script"
+    if peft is None:
+        return "full fine-tuning changes the base"
+    if plan.tokenizer.added_tokens or plan.model.random_init:
+        return "weights of the base are drawn with the trial's seed"
+    if plan.dataset.streaming:
+        return "a stream is read again by every trial"
+    if plan.model.trust_remote_code:
+        return "the base's own code may remember the trials before"
+    for key, value in peft.items():
+        known = key in ADAPTER | HARMLESS or not value or (key, value) == ("bias", "none")
+        if key == "init_lora_weights":
+            known = any(value is v or value == v for v in DRAWN)
+        if key == "peft_type":
+            known = value == "LORA"
+        if not known:
+            return f"peft.{key}={value} may change the base"
+    for key in ("torch_compile", "push_to_hub", "auto_find_batch_size"):
+        if trainer.get(key):
+            return f"trainer.{key} is not made anew"
+    if others := set(trackers.names(trainer.get("report_to"))) - {"none", "tensorboard"}:
+        return f"{min(others)} is open once in a process"
+    return None
+
+
+def key(plan: RunPlan) -> str:
+    """Equal for plans that may share a worker: a hash of everything that is not made anew for each."""
+    shared = {name: value for name, value in plan.model_dump(mode="json").items() if name not in OWN}
+    anew = {f"trainer.{k}" for k in TRAINER} | {f"peft.{k}" for k in ADAPTER}
+    if plan.trainer.get("shuffle_dataset"):  # then the order of the tokenized rows depends on it
+        anew.remove("trainer.seed")
+    held = {k: v for k, v in leaves(shared).items() if not any(k == a or k.startswith(a + ".") for a in anew)}
+    return hashlib.sha256(json.dumps(held, sort_keys=True, default=str).encode()).hexdigest()
+
+
+class Worker:
+    """A living process that takes plan paths on its stdin and answers each with a line when that trial is over."""
+
+    def __init__(self, key: str, devices: list[str], plan: RunPlan, env: dict[str, str], log: BinaryIO) -> None:
+        ranks = {k: v for k, v in rank_environment(plan).items() if k not in tracker_environment(plan)}
+        if "OMP_NUM_THREADS" in env:  # this process may have none, or another number: sums depend on it
+            ranks["OMP_NUM_THREADS"] = env["OMP_NUM_THREADS"]
+        env = {**env, **ranks}
+        self.key, self.devices, self.text = key, devices, b""
+        self.process = subprocess.Popen(
+            child(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=env, start_new_session=True
+        )
+        assert self.process.stdout is not None
+        os.set_blocking(self.process.stdout.fileno(), False)
+
+    def give(self, plan: Path) -> None:
+        """Hand over a trial. A worker that has died meanwhile is found out by `answer`."""
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(json.dumps({"plan": str(plan)}).encode() + b"\n")
+            self.process.stdin.flush()
+        except OSError:
+            return
+
+    def answer(self) -> dict[str, Any] | None:
+        """What became of the trial: `code`, and `why` the worker is done for ("" where it is not). None: not yet."""
+        assert self.process.stdout is not None
+        gone = self.process.poll()  # first: what it wrote before it went is read below
+        self.text += self.process.stdout.read() or b""
+        line, found, self.text = self.text.partition(b"\n") if b"\n" in self.text else (b"", b"", self.text)
+        if found:
+            answer: dict[str, Any] = json.loads(line)
+            return answer
+        return None if gone is None else {"code": gone, "why": "its process is gone"}
+
+    def kill(self) -> None:
+        """End it and all that it started, at once."""
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            return
+
+    def end(self) -> None:
+        """End it and close its pipes. It has nothing to save between trials."""
+        self.kill()
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe:
+                try:
+                    pipe.close()
+                except OSError:
+                    continue
+
+
+def child() -> list[str]:
+    """What is typed to start a worker."""
+    return [sys.executable, "-m", WORKER, str(os.getpid())]
+
+
+def overdue(asked: float | None, plan: RunPlan | None) -> bool:
+    """Whether a trial that was told to stop has had its time to save."""
+    return asked is not None and plan is not None and time.monotonic() - asked > plan.launch.grace_seconds

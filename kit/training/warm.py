@@ -1,0 +1,220 @@
+"""A warm worker: `python -m kit.training.warm PARENT` reads {"plan": PATH} a line and answers {"code", "why"} a line.
+
+Imports, the base and the tokenized data are paid once. Everything else is made anew for each trial, as in a process
+of its own: environment, seeds, accelerate's state, tokenizer, adapter, optimizer, schedule, callbacks, log and lock.
+After a trial the base is put back as it was loaded and compared with that; where anything is in doubt the worker ends.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from kit import manifest, rundir, worker
+from kit.config.schema import load_plan
+from kit.errors import DONE, STOPPED, KitError
+from kit.launchers.command import rank_environment
+from kit.launchers.run import forget, outcome, stop_with
+from kit.launchers.trials import LOG
+from kit.terminal import say
+from kit.training import stopping
+
+
+def main(argv: list[str]) -> None:
+    """Take trials until stdin ends, or until this process should not have another."""
+    stopping.install_handlers()
+    stop_with(int(argv[0]))
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what libraries print must not look like an answer
+    tee()
+    held = Held()
+    why = ""
+    while not why and (line := sys.stdin.readline()):
+        code, why = trial(Path(json.loads(line)["plan"]), held)
+        answers.write(json.dumps({"code": code, "why": why}) + "\n")
+        answers.flush()
+    os._exit(DONE)
+
+
+def tee() -> None:
+    """Streams that stay the same for libraries that keep them, whichever trial's log they write to."""
+    null = open(os.devnull, "w")
+    sys.stdout, sys.stderr = worker.Tee(sys.stdout, null), worker.Tee(sys.stderr, null)
+
+
+def trial(path: Path, held: Held) -> tuple[int, str]:
+    """One trial: its exit code, and why this process must not have another ("" where it may)."""
+    stopping.reset()
+    run = path.parent
+    with open(run / rundir.LOGS / LOG, "ab") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    try:
+        with rundir.locked(run), environment():
+            code = start(path, held)
+    except KitError as error:
+        print(error, file=sys.stderr)
+        if rundir.status(run).get("state") != "failed":  # it was refused before it trained
+            rundir.set_status(run, "failed", exit_code=error.code, problems=[str(p) for p in error.problems])
+        code = error.code
+    if code not in (DONE, STOPPED):
+        return code, "a trial failed in it"
+    return code, held.reset()
+
+
+def start(path: Path, held: Held) -> int:
+    """What a launcher and its one rank do with a plan; KitError where the run is not done and not stopped."""
+    run = path.parent
+    plan = load_plan(path).model_copy(update={"run_dir": str(run)})
+    newest = manifest.newest_complete(run / rundir.CHECKPOINTS)
+    resume = newest.path.name if newest.path else None
+    if resume:
+        say(f"resuming from {resume}")
+    for w in plan.warnings:
+        say(f"warning: {w['problem']} ({w['where']}); {w['fix']} [{w['rule']}]")
+    forget(run)
+    record = {"argv": sys.orig_argv, "env": rank_environment(plan), "cwd": os.getcwd(), "resume": resume}
+    rundir.write_json(run / rundir.LAUNCH, record)
+    rundir.set_status(run, "running")
+    log = worker.prepare_process(plan, rank=0)
+    for stream in (sys.stdout, sys.stderr):
+        stream.log = log  # type: ignore[union-attr]
+    try:
+        code = worker.session(plan, resume, load=held.load, prepared=held.prepared)
+    except Exception as error:
+        code = worker.failed(run, 0, error)
+    finally:
+        (run / rundir.LOGS / "rank0.pid").unlink(missing_ok=True)
+        ended = {"returncode": 0, "oom_kills": 0, "deaths": {}, "asked": int(stopping.requested() is not None)}
+    rundir.write_json(run / rundir.LAUNCH, {**record, "ended": {**ended, "returncode": code}})
+    return outcome(run, code)
+
+
+@contextmanager
+def environment() -> Iterator[None]:
+    """Libraries note a run's settings in the environment: the next one finds it as it was."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        for key in os.environ.keys() - before.keys():
+            del os.environ[key]
+        os.environ.update(before)
+
+
+class Held:
+    """What one trial leaves to the next: the data, tokenized, and the base as it was loaded."""
+
+    def __init__(self) -> None:
+        self.data: Any = None
+        self.model: Any = None
+        self.prepared: dict[Any, Any] = {}
+        self.before: Any = None
+        self.sums: list[Any] = []
+        self.drawn = False
+
+    def load(self, plan: Any, args: Any) -> tuple[Any, Any, Any]:
+        """In the place of kit.training.run.load: the first trial loads, the others get the same, put back."""
+        import torch
+
+        from kit.training import run
+        from kit.training.model import load_tokenizer
+
+        if self.model is not None:
+            if torch.cuda.is_available() and not args.use_cpu:
+                torch.cuda.reset_peak_memory_stats()
+            return load_tokenizer(plan), self.data, self.model
+        state = random_state()
+        tokenizer, self.data, self.model = run.load(plan, args)
+        self.drawn = any(not torch.equal(a, b) for a, b in zip(state, random_state(), strict=True))
+        if not plan.quantization:  # that is on its device already; the trainer would move this one
+            self.model.to(args.device)
+        self.before = remember(self.model)
+        self.sums = checksums(self.model)
+        gc.collect()
+        gc.freeze()  # looking through all that was imported took half a second, twice a trial
+        return tokenizer, self.data, self.model
+
+    def reset(self) -> str:
+        """Put the base back as it was loaded; why no other trial may have it, "" where one may."""
+        import torch
+        from accelerate.state import AcceleratorState, GradientState
+
+        if self.model is None or self.drawn:
+            return "loading the base drew random numbers: it depends on the seed"
+        restore(self.before)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return "" if checksums(self.model) == self.sums else "the trial changed the base"
+
+
+def random_state() -> list[Any]:
+    import torch
+
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])]
+
+
+def remember(model: Any) -> tuple[list[Any], list[Any], list[Any]]:
+    """What makes a model what it is, beside the values of its tensors: modules, configs, parameters."""
+    from transformers import GenerationConfig, PreTrainedConfig
+
+    kinds = (PreTrainedConfig, GenerationConfig)
+    modules = [(m, type(m), {k: shallow(v) for k, v in vars(m).items()}) for m in model.modules()]
+    configs: dict[int, Any] = {}
+    found = [v for _, _, own in modules for v in own.values() if isinstance(v, kinds)]
+    while found:
+        config = found.pop()
+        if id(config) not in configs:  # parts of a model share the object, and must go on to
+            own = {k: v if isinstance(v, kinds) else copy.deepcopy(v) for k, v in vars(config).items()}
+            configs[id(config)] = config, own
+            found += [v for v in own.values() if isinstance(v, kinds)]
+    parameters = [(p, p.data, p.requires_grad) for p in model.parameters()]
+    return modules, list(configs.values()), parameters
+
+
+def restore(before: tuple[list[Any], list[Any], list[Any]]) -> None:
+    """Undo all that was put into, hooked onto or set on a model; the adapter goes with it."""
+    modules, configs, parameters = before
+    for module, kind, own in modules:
+        module.__class__ = kind
+        vars(module).clear()
+        vars(module).update({k: shallow(v) for k, v in own.items()})
+    for config, own in configs:
+        kept = {k: v if any(v is c for c, _ in configs) else copy.deepcopy(v) for k, v in own.items()}
+        vars(config).clear()
+        vars(config).update(kept)
+    for parameter, data, trains in parameters:
+        if parameter.dtype != data.dtype or parameter.data_ptr() != data.data_ptr():
+            parameter.data = data
+        parameter.requires_grad_(trains)
+        parameter.grad = None
+
+
+def shallow(value: Any) -> Any:
+    return copy.copy(value) if isinstance(value, dict | list | set) else value
+
+
+def checksums(model: Any) -> list[Any]:
+    """Name, dtype, shape and a sum over the bits of every parameter and buffer."""
+    import torch
+
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    with torch.no_grad():
+        sums = [t.detach().view(whole[t.element_size()]).sum(dtype=torch.int64) for _, t in named]
+        numbers = torch.stack([s.to(sums[0].device) for s in sums]).tolist() if sums else []
+    return [(name, t.dtype, tuple(t.shape), n) for (name, t), n in zip(named, numbers, strict=True)]
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
