@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -174,6 +175,17 @@ os.kill({os.getpid()}, signal.SIGTERM)
     assert sweep("peft.r=16,2", "launch.grace_seconds=0.5") == STOPPED and asking.wait(10) == 0
     assert states(tmp_path) == ["failed", "waiting"]
     assert "killed by signal 9" in record(tmp_path)["trials"][0]["problems"][0]["problem"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("optuna") is None, reason="optuna is not installed")
+def test_a_search_prunes_in_a_worker_that_goes_on(sweep, tmp_path: Path):
+    """SIGTERM to the worker ends the trial that is worse than the others; the next one is given to the same worker."""
+    assert sweep("hparams_search=optuna", "hparams_search.sampler=random",
+                 "peft.r=choice(2,6)", "hparams_search.n_trials=5", "hparams_search.seed=2",
+                 "hparams_search.pruner.n_startup_trials=1") == DONE  # fmt: skip
+    found = [(t["values"]["peft.r"], t["state"]) for t in record(tmp_path)["trials"]]
+    assert set(found) == {("2", "done"), ("6", "pruned")} and found[-1] == ("2", "done")
+    assert {kind for _, kind in lines(tmp_path)} == {"w0"}
 
 
 # ---- who may share ----
