@@ -9,11 +9,11 @@ import sys
 import time
 from pathlib import Path
 
-import harness
 import pytest
 
 from kit import api, rundir
 from kit.launchers import warm
+from launch import harness
 
 pytestmark = pytest.mark.launch
 
@@ -40,9 +40,9 @@ def freeze(folder: Path, base: Path, chat: Path, *overrides: str) -> Path:
 
 
 def curve(run: Path) -> list[dict]:
-    """Every logged value of a step or an evaluation but the clocks', and TRL's tokens: a resumed run counts anew."""
+    """Every logged value of a step or an evaluation but clocks, memory and tokens (a resumed run counts anew)."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    left_out = ("second", "runtime", "num_tokens")
+    left_out = ("second", "runtime", "memory", "num_tokens")
     return [
         {k: v for k, v in row.items() if not any(word in k for word in left_out)}
         for row in rows
