@@ -32,7 +32,7 @@ test-fast: $(STAMP)
 	$(BIN)/python -m pytest -m "not launch" -n 2 --dist loadfile
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 soak: $(STAMP)
 	$(BIN)/python tests/soak.py --out $(RESULTS)/$$(date +%F)-soak.json

@@ -16,6 +16,7 @@ import pytest
 from kit import api, rundir, worker
 from kit.errors import KitError
 from kit.launchers import command, node, remote, run
+from kit.launchers.secrets import is_secret
 
 CPU = ("trainer.use_cpu=true", "trainer.bf16=false")
 HOSTS = "a slots=4\n# a remark\n\nb slots=4  # the second\nc slots=2\n"
@@ -341,3 +342,17 @@ def test_a_word_in_the_run_directory_stops_ranks(tmp_path):
         assert process.stdout.readline() == "asked\n"
         remote.ask_ranks(tmp_path, "now")
         assert process.wait(10) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "secret"),
+    [
+        ("HF_TOKEN", "x", True), ("wandb_api_key", "x", True), ("AWS_SECRET_ACCESS_KEY", "x", True),
+        ("MLFLOW_TRACKING_PASSWORD", "x", True), ("MY_NOTE", "hf_" + "a" * 30, True), ("X", "sk-" + "a" * 30, True),
+        ("HF_ENDPOINT", "https://me:word@mirror", True), ("HF_ENDPOINT", "https://mirror:8080/a", False),
+        ("HF_TOKEN_PATH", "/home/me/token", False), ("SSH_AUTH_SOCK", "/tmp/agent", False),
+        ("TOKENIZERS_PARALLELISM", "false", False), ("KEYBOARD", "de", False), ("PASSED", "1", False),
+    ],
+)  # fmt: skip
+def test_which_variables_are_secrets(name: str, value: str, secret: bool):
+    assert is_secret(name, value) is secret

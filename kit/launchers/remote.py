@@ -20,6 +20,7 @@ from kit import rundir
 from kit.config.nodes import chosen, read_hostfile
 from kit.config.schema import RunPlan
 from kit.errors import ENVIRONMENT, KitError, Problem
+from kit.launchers.secrets import is_secret
 
 ENV_FILE = "deepspeed_env"
 # What a rank asks its environment for, by the beginning of the name. Devices, paths of a home, and places for
@@ -30,14 +31,8 @@ PASSED = (
     "TRITON_", "KIT_", "WANDB_", "MLFLOW_", "TRACKIO_", "DS_", "DO_NOT_TRACK", "LD_LIBRARY_PATH", "XDG_CACHE_HOME",
 )  # fmt: skip
 OWN = ("DS_ENV_FILE", "TRL_LAUNCHER", "TORCHELASTIC_RUN_ID")
-SECRET = re.compile(r"(^|_)(API_?KEY|KEY|TOKEN|SECRETS?|PASSWORD|PASSWD|PASS|CREDENTIALS?|AUTH)(_|$)", re.I)
-URL_PASSWORD = re.compile(r"://[^/\s@]+@|\b(hf|sk|ghp|gho)_[A-Za-z0-9]{16,}")
 HANDED_ON = ("PYTHON", "MLFLOW", "MV2", "UCX", "NCCL")  # by DeepSpeed itself, secret or not
 PLAIN = re.compile(r"[\w@%+=:,./ -]*")  # DeepSpeed puts anything else into double quotes for a shell, unescaped
-
-
-def is_secret(name: str, value: str) -> bool:
-    return bool(SECRET.search(name) or URL_PASSWORD.search(value))
 
 
 def environment(plan: RunPlan, own: Mapping[str, str], say: Callable[[str], None]) -> dict[str, str]:

@@ -20,14 +20,12 @@ from kit import rundir
 from kit.config.schema import RunPlan, load_plan
 from kit.errors import DONE, ENVIRONMENT, FAILED, STOPPED, KitError, Problem
 from kit.launchers.run import Stop, outcome, read_errors
+from kit.launchers.secrets import is_secret
 from kit.launchers.slurm_script import RESUME, plain, srun, train_script, verb_script
 from kit.terminal import say
 
 JOBS = "slurm.json"  # in the run directory: what was submitted
 VERBS = ("merge", "eval", "generate")
-# Names of variables that hold secrets: the job's environment is kept in SLURM's own files.
-SECRET = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|(API|ACCESS|PRIVATE)_?KEY)(_(?!PATH$|FILE$)|$)")
-PASSWORD_IN_URL = re.compile(r"://[^/\s:@]*:[^/\s@]+@")
 OVER = tuple("COMPLETED FAILED CANCELLED TIMEOUT NODE_FAIL OUT_OF_MEMORY PREEMPTED BOOT_FAIL DEADLINE GONE".split())
 
 
@@ -194,7 +192,7 @@ def record(run: Path, verb: str, job: str, script: Path) -> str:
 
 def without_secrets(env: dict[str, str]) -> tuple[dict[str, str], list[str]]:
     """The environment that a job may be given, and the names that were left out of it."""
-    hidden = sorted(k for k, v in env.items() if SECRET.search(k.upper()) or PASSWORD_IN_URL.search(v))
+    hidden = sorted(k for k, v in env.items() if is_secret(k, v))
     return {k: v for k, v in env.items() if k not in hidden}, hidden
 
 
