@@ -29,10 +29,10 @@ check: $(STAMP)
 	PYTHONPATH=. $(BIN)/lint-imports
 
 test-fast: $(STAMP)
-	$(BIN)/python -m pytest -m "not launch" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not launch" -n 2 --dist loadfile --no-loadscope-reorder
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 soak: $(STAMP)
 	$(BIN)/python tests/soak.py --out $(RESULTS)/$$(date +%F)-soak.json

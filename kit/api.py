@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from kit import rundir
 from kit.config.schema import RunPlan, field_class, leaves, load_plan
-from kit.errors import ENVIRONMENT, KitError, Problem
+from kit.errors import KitError, Problem
+from kit.stack import need_stack
 
 
 def compose(*args: str, config_dir: str | None = None, here: bool = False, world_size: int | None = None) -> RunPlan:
@@ -61,24 +61,6 @@ def train(
     plan = plan.model_copy(update={"launch": plan.launch.model_copy(update={"node_rank": None})})
     plan = rundir.create(plan, fresh)
     return launch(plan.model_copy(update={"launch": plan.launch.model_copy(update=placed)}))
-
-
-def need_stack() -> None:
-    """KitError (3) on the bare install: it checks and plans, but training and merging need the extra."""
-    missing = [name for name in ("torch", "transformers", "trl", "peft", "datasets") if not installed(name)]
-    if missing:
-        raise KitError(
-            f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed",
-            fix="make setup in a checkout, or pip install torch and then --no-build-isolation 'finetune-kit[train]'",
-            code=ENVIRONMENT,
-        )
-
-
-def installed(name: str) -> bool:
-    try:
-        return find_spec(name) is not None
-    except ModuleNotFoundError:  # an import hook may say no in its own way
-        return False
 
 
 def resume(run: str, *overrides: str) -> int:

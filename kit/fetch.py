@@ -16,7 +16,7 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
-from kit import api, hub, paths, weights
+from kit import api, hub, paths, stack, weights
 from kit.config import hub_dataset
 from kit.config.schema import Dataset, Model, Tokenizer
 from kit.errors import DONE, ENVIRONMENT, KitError
@@ -113,7 +113,7 @@ def need_hub() -> None:
     """KitError (3) where huggingface_hub is not installed, or may not ask the Hub."""
     if hub.offline():
         raise KitError("HF_HUB_OFFLINE is set: nothing can be fetched", "environment", "unset it", code=ENVIRONMENT)
-    if not api.installed("huggingface_hub"):
+    if not stack.installed("huggingface_hub"):
         fix = "make setup in a checkout, or pip install huggingface_hub"
         raise KitError("huggingface_hub is not installed", fix=fix, code=ENVIRONMENT)
 

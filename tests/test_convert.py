@@ -203,6 +203,7 @@ def test_sentencepiece_ids_are_the_originals(tmp_path, sentencepiece_file):
         assert tokenizer(text).input_ids == original.encode(text, add_bos=True)
 
 
+@pytest.mark.launch
 def test_dtype_overwrite_and_the_real_command(tmp_path, sentencepiece_file):
     write_meta(tmp_path / "meta", sentencepiece_file)
     argv = [sys.executable, "-m", "kit", "convert", "meta", "out", "--dtype", "bfloat16", "--no-fsync"]
@@ -392,6 +393,7 @@ print((peak[0] - before) / 1024)
 """
 
 
+@pytest.mark.launch
 def test_memory_does_not_grow_with_the_model(tmp_path, sentencepiece_file):
     """A checkpoint of 280 MB is converted within a few blocks of memory."""
     write_meta(tmp_path / "meta", sentencepiece_file, kv=4)

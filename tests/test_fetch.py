@@ -154,6 +154,7 @@ def test_the_run_is_checked_offline_from_the_cache(fetched):
     assert "one of talk, other" in found[5][2]
 
 
+@pytest.mark.launch
 def test_two_steps_offline(fetched, tmp_path):
     place, _, _ = fetched
     small = ["trainer.use_cpu=true", "trainer.bf16=false", "trainer.max_steps=2", "trainer.logging_steps=1"]
@@ -210,6 +211,7 @@ REFUSALS = [
 ]
 
 
+@pytest.mark.launch
 def test_refusals_name_page_and_fix(place):
     found = place.kit(*[["fetch", *line.split()] for line, *_ in REFUSALS])
     for (line, code, *words), (got, _, err) in zip(REFUSALS, found, strict=True):
@@ -232,6 +234,7 @@ def test_with_a_token_that_is_never_shown(place):
     assert not [f for f in place.home.rglob("*") if f.is_file() and b"hf_secret" in f.read_bytes()]
 
 
+@pytest.mark.launch
 def test_no_network_no_hub_no_room(place):
     [(code, _, err)] = place.kit(["fetch", *STOCK], HF_ENDPOINT=NOWHERE)
     assert code == ENVIRONMENT and f"{NOWHERE} cannot be reached" in err
@@ -278,6 +281,7 @@ def test_a_broken_connection_goes_on_where_it_broke(place):
     assert place.offline(["check", "--here", *STOCK[:1], "dataset.path=org/chat"])[0][2].count("org/tiny") == 0
 
 
+@pytest.mark.launch
 def test_killed_and_started_again(place):
     """Whole files stay and are not fetched twice. huggingface_hub 2.4 drops the part of a file: it starts anew."""
     place.hub.stall["model.safetensors"] = 20

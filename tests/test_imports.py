@@ -158,6 +158,7 @@ def test_importing_the_package_costs_nothing(tmp_path: Path):
         assert not names & {*HEAVY, "hydra", "omegaconf", "pydantic", "huggingface_hub"}, module
 
 
+@pytest.mark.launch
 def test_the_training_side_imports_no_hydra(tmp_path: Path):
     """Every module that a rank may import, torch and all; it takes as long as TRL's own import."""
     parts = ["training", "data"]

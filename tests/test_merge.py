@@ -375,6 +375,7 @@ MEMORY = """
 """
 
 
+@pytest.mark.launch
 def test_memory_stays_far_below_the_base(tmp_path):
     small = llama(tmp_path / "small")
     adapter = adapt(small, tmp_path / "small-adapter")

@@ -119,6 +119,7 @@ def test_a_failed_trial_stops_no_other_and_is_tried_again(sweep, tmp_path: Path,
     assert "3 done, 0 missing" in capsys.readouterr().err
 
 
+@pytest.mark.launch
 def test_what_was_frozen_is_what_runs(sweep, tmp_path: Path, monkeypatch):
     """A plan of a started sweep is read from its directory: composing it again has no say."""
     assert sweep("peft.r=8,2") == FAILED
@@ -250,6 +251,7 @@ def test_stock_launcher_in_process(sweep, tmp_path: Path, monkeypatch, capsys):
         assert ran == [2, 4, 6] and "'banana'" in capsys.readouterr().err
 
 
+@pytest.mark.launch
 def test_what_a_stock_launcher_takes_to_another_process(base: Path, chat: Path, tmp_path: Path):
     """joblib and submitit pickle the task, the context and Hydra's register: all of it must open elsewhere."""
     pytest.importorskip("cloudpickle")
@@ -317,6 +319,7 @@ def test_a_search_fills_up_and_goes_on(sweep, tmp_path: Path, storage: str):
 
 
 @needs_optuna
+@pytest.mark.launch
 def test_a_search_composes_from_its_copy(sweep, tmp_path: Path, monkeypatch):
     """A recipe of one's own that is edited while the search runs changes nothing, whatever it is edited to."""
     recipe = tmp_path / "own" / "recipe" / "mine.yaml"

@@ -84,6 +84,7 @@ def lines(tmp_path: Path) -> list[tuple[str, str]]:
 # ---- the life of a worker ----
 
 
+@pytest.mark.launch
 def test_one_worker_until_it_fails(sweep, tmp_path: Path, monkeypatch, capsys):
     """Killed or failed in: the trial starts cold, once, and the others get a new worker. Refused: it stays refused."""
     monkeypatch.setenv("KIT_TEST_MENDED", "1")  # r=8 ends well in a process of its own
@@ -108,6 +109,7 @@ def test_cold_once(sweep, tmp_path: Path):
     assert states(tmp_path) == ["failed", "done"]
 
 
+@pytest.mark.launch
 def test_trials_of_one_key_follow_each_other(sweep, tmp_path: Path):
     """A worker is used up before it makes room for one of another key; what cannot share starts cold."""
     assert sweep("peft.r=2,4", "trainer.max_length=32,64", "peft.bias=none,all") == DONE
@@ -117,6 +119,7 @@ def test_trials_of_one_key_follow_each_other(sweep, tmp_path: Path):
     assert shared == [(True, "w0"), (True, "w0"), (False, "w1"), (False, "w1")]
 
 
+@pytest.mark.launch
 def test_why_it_is_cold_is_said_once(sweep, tmp_path: Path, capsys):
     assert sweep("peft.r=2,4", "peft.bias=all") == DONE
     assert capsys.readouterr().err.count("starts cold, and so do others for this reason: peft.bias=all may") == 1
@@ -124,6 +127,7 @@ def test_why_it_is_cold_is_said_once(sweep, tmp_path: Path, capsys):
     assert "starts cold" not in capsys.readouterr().err
 
 
+@pytest.mark.launch
 def test_workers_keep_their_gpus(sweep, tmp_path: Path, monkeypatch):
     """Two workers, each with a GPU; a trial of another key gets the GPU of one that is idle."""
     gpu = hardware.Gpu("H100", 80.0, (9, 0))
@@ -139,6 +143,7 @@ def test_workers_keep_their_gpus(sweep, tmp_path: Path, monkeypatch):
     assert all(len(devices) == 1 for devices in by_worker.values()) and len(by_worker) in (3, 4)
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize("times", [1, 2])
 def test_stopped_and_continued(sweep, tmp_path: Path, monkeypatch, times: int):
     """The trial in the worker saves and stops; asked twice, it is ended. It is not started cold by that."""
@@ -162,6 +167,7 @@ for _ in range({times}):
         assert started(tmp_path) == ["000-r-2", "001-r-6", "001-r-6", "002-r-4"]
 
 
+@pytest.mark.launch
 def test_one_that_does_not_save_in_time(sweep, tmp_path: Path):
     """launch.grace_seconds counts in a warm worker as it does in a process of its own."""
     ask = f"""
@@ -177,6 +183,7 @@ os.kill({os.getpid()}, signal.SIGTERM)
     assert "killed by signal 9" in record(tmp_path)["trials"][0]["problems"][0]["problem"]
 
 
+@pytest.mark.launch
 @pytest.mark.skipif(importlib.util.find_spec("optuna") is None, reason="optuna is not installed")
 def test_a_search_prunes_in_a_worker_that_goes_on(sweep, tmp_path: Path):
     """SIGTERM to the worker ends the trial that is worse than the others; the next one is given to the same worker."""

@@ -23,6 +23,7 @@ from kit import hardware, manifest, rundir
 from kit.config.nodes import by_node, read_hostfile
 from kit.config.schema import RunPlan, load_plan
 from kit.errors import DONE, ENVIRONMENT, REFUSED, KitError, Problem
+from kit.stack import need_stack
 from kit.terminal import say
 
 FIRST_PORT, PORTS = 20_000, 10_000  # below what systems give to outgoing connections, and below Kubernetes' own
@@ -144,7 +145,6 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--master-port", type=int, help="the same on every node (MASTER_PORT, else from the run)")
     parser.add_argument("--resume", metavar="CHECKPOINT", help="go on from it; `newest`: if there is one")
     a = parser.parse_args(argv)
-    from kit import api
     from kit.launchers.run import launch
 
     path = Path(a.plan)
@@ -158,5 +158,5 @@ def main(argv: list[str]) -> int:
         return DONE
     right_nodes(plan, os.environ)
     enough_gpus(plan)
-    api.need_stack()
+    need_stack()
     return launch(plan, resume=newest_checkpoint(run) if a.resume == "newest" else a.resume)

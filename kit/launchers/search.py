@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from kit import api, paths
+from kit import paths
 from kit.config import multirun
 from kit.config.multirun import Dimension, Point, Search
 from kit.config.schema import HparamsSearch
@@ -33,6 +33,7 @@ from kit.launchers.sweep import (
     trial_of,
 )
 from kit.launchers.trials import Trial, busy
+from kit.stack import need_stack
 from kit.terminal import print_problems, say
 
 COPY = "conf"  # of the configuration, inside the sweep's directory
@@ -52,7 +53,7 @@ def search(fresh: bool, found: Search) -> int:
     check_names(found)
     if find_spec("optuna") is None:
         raise KitError("optuna is not installed", "hparams_search=optuna", "pip install 'optuna>=4'", code=ENVIRONMENT)
-    api.need_stack()
+    need_stack()
     space = {key: vars(d) for key, d in found.space.items()}
     chosen = settings.model_dump(include={"metric", "direction", "sampler", "seed", "pruner"})
     folder = sweep_folder(base, files.digest([files.identity(base), space, chosen]), fresh)

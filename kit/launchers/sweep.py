@@ -24,6 +24,7 @@ from kit.launchers import sweep_files as files
 from kit.launchers.run import Stop
 from kit.launchers.sweep_plot import write_plot
 from kit.launchers.trials import ENDED, Pool, Trial, busy, look, stop
+from kit.stack import need_stack
 from kit.terminal import print_problems, say
 
 PATIENCE = 30  # seconds beyond a trial's own grace before what still lives is killed
@@ -102,7 +103,7 @@ def grid(fresh: bool, points: list[Point]) -> list[tuple[int, float | None]]:
             point.problems = error.problems
     if not plans:
         raise KitError([named(point.number, point.values, p) for point in points for p in point.problems])
-    api.need_stack()
+    need_stack()
     first = next(iter(plans.values()))
     parts = [[p.values, files.identity(plans[p.number]) if p.number in plans else None] for p in points]
     folder = sweep_folder(first, files.digest(parts), fresh)

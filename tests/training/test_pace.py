@@ -93,6 +93,7 @@ def test_seconds_per_step_of_reading_and_of_forward_passes(base, tmp_path, monke
         assert 0.1 < row["rank_memory_gb"][0] < 64
 
 
+@pytest.mark.launch
 def test_tokens_per_second_leave_out_evaluations(base, tmp_path, monkeypatch):
     evaluate = ModifiedTrainer.evaluate
 

@@ -466,6 +466,7 @@ def test_rotation_keeps_best_and_newest(base, tmp_path):
     assert all(manifest.verify(p) == [] for p in tmp_path.glob("checkpoint-*"))
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize("moment", ["_save_optimizer_and_scheduler", "_save_state", "write_manifest", "publish"])
 def test_killed_save_leaves_the_older_checkpoint(moment, base, tmp_path):
     args = {"save_strategy": "steps", "save_steps": 6}
@@ -567,6 +568,7 @@ class Kill(TrainerCallback):
             os.kill(os.getpid(), self.number)
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_signal_saves_and_stops(number, base, tmp_path, handlers):
     args = {"max_steps": 10, "save_strategy": "epoch", "eval_strategy": "epoch"}

@@ -1,0 +1,25 @@
+"""Whether the training stack is there: the bare install checks and plans without it."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from kit.errors import ENVIRONMENT, KitError
+
+
+def need_stack() -> None:
+    """KitError (3) on the bare install: it checks and plans, but training and merging need the extra."""
+    missing = [name for name in ("torch", "transformers", "trl", "peft", "datasets") if not installed(name)]
+    if missing:
+        raise KitError(
+            f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed",
+            fix="make setup in a checkout, or pip install torch and then --no-build-isolation 'finetune-kit[train]'",
+            code=ENVIRONMENT,
+        )
+
+
+def installed(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ModuleNotFoundError:  # an import hook may say no in its own way
+        return False
