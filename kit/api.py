@@ -41,6 +41,7 @@ def train(
 
     With launch=slurm it is submitted; `follow` stays with the job, `then` are the verbs that come after it.
     """
+    from kit.launchers.node import placed
     from kit.launchers.run import launch
 
     plan = plan or compose(*args, config_dir=config_dir, here=True)
@@ -51,16 +52,17 @@ def train(
     if follow or then:
         raise KitError("--follow and --then are for batch jobs", "command line", "launch=slurm")
     need_stack()
-    if plan.launch.node_rank:
+    # Before there is a directory: a node without a number, or one that is not the first, is refused here.
+    if rank := plan.launch.node_rank or placed(plan).launch.node_rank:
         raise KitError(
-            f"node {plan.launch.node_rank} cannot compose the run: node 0 does, and makes its directory",
+            f"node {rank} cannot compose the run: node 0 does, and makes its directory",
             "launch.node_rank",
             "kit train ... launch.node_rank=0 there, and here the kit launch-node command that it prints",
         )
-    placed = {"node_rank": plan.launch.node_rank}  # which is this command's, not the plan's
+    own = {"node_rank": plan.launch.node_rank}  # which is this command's, not the plan's
     plan = plan.model_copy(update={"launch": plan.launch.model_copy(update={"node_rank": None})})
     plan = rundir.create(plan, fresh)
-    return launch(plan.model_copy(update={"launch": plan.launch.model_copy(update=placed)}))
+    return launch(plan.model_copy(update={"launch": plan.launch.model_copy(update=own)}))
 
 
 def resume(run: str, *overrides: str) -> int:

@@ -26,7 +26,8 @@ LOCK = ".lock"
 def create(plan: RunPlan, fresh: bool = False) -> RunPlan:
     """Make the plan's run directory and write plan.json; the plan comes back with the directory it really has.
 
-    The same plan again: finished -> a suffix; unfinished -> refused unless `fresh`, which takes a suffix too.
+    The same plan again: finished -> a suffix; never started -> taken; unfinished -> refused unless `fresh`, which
+    takes a suffix too.
     """
     base = Path(plan.run_dir)
     run = base
@@ -36,7 +37,10 @@ def create(plan: RunPlan, fresh: bool = False) -> RunPlan:
         state = status(run).get("state")
         if in_use(run):
             raise KitError(f"{run} is in use by process {in_use(run)}", fix="wait for it, or change the run")
-        if state != "done" and not fresh and run_of(run) == plan.hash:
+        same = run_of(run) == plan.hash
+        if same and state == "created" and not fresh:
+            break
+        if same and state != "done" and not fresh:
             raise KitError(
                 f"{run} holds this very run, {'unfinished' if state != 'failed' else 'failed'}",
                 where="runs_dir, name",

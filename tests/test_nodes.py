@@ -344,6 +344,27 @@ def test_a_word_in_the_run_directory_stops_ranks(tmp_path):
         assert process.wait(10) == 4
 
 
+def test_what_is_refused_leaves_no_directory(plan_of, tmp_path, monkeypatch):
+    """Or the next try, with the number of the node, would be told that the run is there, unfinished."""
+    two = ("launch=torchrun", "launch.num_nodes=2", "launch.num_gpus=1", "trainer.use_cpu=true")
+    plan = plan_of(*two)
+    for env in ({}, {"NODE_RANK": "0"}, {"NODE_RANK": "1", "MASTER_ADDR": "a"}):
+        for name, value in env.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(KitError, match="node 0"):
+            api.train(plan=plan)
+        assert not plan.run_path.exists()
+
+
+def test_a_run_that_never_started_is_taken(plan_of):
+    """As after a refusal by sbatch, or `kit compose`."""
+    plan = rundir.create(plan_of())
+    assert rundir.create(plan).run_dir == plan.run_dir
+    rundir.set_status(plan.run_path, "running")
+    with pytest.raises(KitError, match="unfinished"):
+        rundir.create(plan)
+
+
 @pytest.mark.parametrize(
     ("name", "value", "secret"),
     [

@@ -208,6 +208,23 @@ def test_one_group_that_is_none(sweep, tmp_path: Path, capsys):
     assert "did you mean peft=lora" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["peft.r=2,4", "--cfg", "job"], "-m and --cfg exclude each other"),
+        (["peft.r=2,4", "--resolve"], "--resolve says how --cfg prints"),
+        (["peft.r=2,4", "--follow"], "not for a sweep"),
+        (["peft.r=range(1,0)"], "the sweep has no trial"),
+        (["peft.r=glob(*)"], "the sweep has no trial"),
+        (["trainer.seed=1,2", "launch=torchrun", "launch.num_nodes=2", "trainer.use_cpu=true"], "starts all"),
+    ],
+)
+def test_lines_that_are_no_sweep(sweep, tmp_path: Path, capsys, words: list[str], said: str):
+    assert sweep(*words) == REFUSED
+    err = capsys.readouterr().err
+    assert said in err and "Traceback" not in err and not list(tmp_path.glob("runs/*"))
+
+
 def test_ranges_and_globs(sweep, tmp_path: Path):
     assert sweep("peft.r=range(2,5,2)", "tokenizer=glob(*)", "hydra/sweeper=basic", "trainer.max_steps=1",
                  "hparams_search.parallel=6") == DONE  # fmt: skip

@@ -17,21 +17,18 @@ from kit.config.schema import HparamsSearch
 from kit.errors import DONE, ENVIRONMENT, KitError
 from kit.launchers import sweep_files as files
 from kit.launchers.sweep import (
-    Sweep,
     about,
-    announce,
     exit_code,
-    named,
     opened,
     planned,
     pool_for,
-    report,
     settings_of,
     stay,
     sweep_folder,
     take_up,
     trial_of,
 )
+from kit.launchers.sweep_screen import Sweep, announce, named, report
 from kit.launchers.trials import Trial, busy
 from kit.stack import need_stack
 from kit.terminal import print_problems, say

@@ -9,7 +9,6 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,29 +16,19 @@ from typing import Any
 from kit import api, hardware, rundir
 from kit.config.compose import Composed
 from kit.config.multirun import Job, Point, Search, run
+from kit.config.nodes import by_node
 from kit.config.plan import build_plan
 from kit.config.schema import HparamsSearch, RunPlan, load_plan
 from kit.errors import DONE, FAILED, REFUSED, STOPPED, KitError, Problem
 from kit.launchers import sweep_files as files
 from kit.launchers.run import Stop
-from kit.launchers.sweep_plot import write_plot
-from kit.launchers.trials import ENDED, Pool, Trial, busy, look, stop
+from kit.launchers.sweep_screen import Sweep, announce, named, report, screen
+from kit.launchers.trials import Pool, Trial, busy, look, stop
 from kit.stack import need_stack
 from kit.terminal import print_problems, say
 
 PATIENCE = 30  # seconds beyond a trial's own grace before what still lives is killed
 TICK = 0.2
-
-
-@dataclass
-class Sweep:
-    """A sweep's directory, how it runs, and its trials in order."""
-
-    folder: Path
-    settings: HparamsSearch
-    metric: str
-    about: dict[str, Any]  # what sweep.json says beside the trials
-    trials: list[Trial]
 
 
 def main(argv: list[str], fresh: bool) -> int:
@@ -83,6 +72,9 @@ def planned(composed: Composed) -> RunPlan:
     if plan.launch.master_port and plan.world_size > 1 and settings.parallel != 1:
         said = "trials side by side cannot share launch.master_port"
         problems.append(Problem(said, "launch.master_port", "leave it out, or hparams_search.parallel=1"))
+    if by_node(plan.launch) and not plan.launch.slurm:
+        said = "a trial starts all of its ranks itself, which several nodes without ssh do not let it"
+        problems.append(Problem(said, "launch.num_nodes", "launch.hostfile=FILE, or launch=slurm"))
     if problems:
         raise KitError(problems)
     return plan
@@ -94,6 +86,8 @@ def settings_of(plan: RunPlan) -> HparamsSearch:
 
 def grid(fresh: bool, points: list[Point]) -> list[tuple[int, float | None]]:
     """Run the points of a grid, or what is missing of it; exit code and metric of each."""
+    if not points:
+        raise KitError("the sweep has no trial: a range or a glob in it is empty", "command line", "kit list GROUP")
     plans: dict[int, RunPlan] = {}
     for point in points:
         try:
@@ -201,23 +195,6 @@ def about(folder: Path, settings: HparamsSearch, metric: str) -> dict[str, Any]:
     return {"sweep": folder.name, "metric": metric, "direction": settings.direction, "method": settings.method}
 
 
-def announce(sweep: Sweep, count: int) -> None:
-    """What is refused and what is warned of, before anything starts."""
-    refused = [t for t in sweep.trials if t.state == "refused"]
-    if refused:
-        say(f"{len(refused)} of {len(sweep.trials)} trials refused; the others run")
-        print_problems([named(t.number, t.values, Problem(**p)) for t in refused for p in t.problems], refused=False)
-    for text in dict.fromkeys(w for t in sweep.trials if t.plan for w in api.warnings(t.plan)):
-        say(f"warning: {text}")
-    say(f"{count - len(refused)} trials in {rundir.shown(sweep.folder)}")
-
-
-def named(number: int, values: dict[str, Any], problem: Problem) -> Problem:
-    """A problem with the trial that has it."""
-    at = ", ".join(f"{k}={v}" for k, v in values.items())
-    return Problem(f"trial {number} ({at}): {problem.problem}", problem.where, problem.fix, problem.rule)
-
-
 def pool_for(settings: HparamsSearch, plans: list[RunPlan]) -> Pool:
     """Room for trials: a slot per GPU, or one on a CPU, unless hparams_search.parallel says how many."""
     devices = visible_devices()
@@ -277,66 +254,6 @@ def stay(
         finally:
             pool.kill()
             files.write_record(sweep.folder, sweep.trials, sweep.about)
-
-
-@contextmanager
-def screen(sweep: Sweep) -> Iterator[Callable[[Trial | None], None]]:
-    """What shows the sweep while it runs: a table on a terminal, else a line for each event and each interval."""
-    last = time.monotonic()
-    if rundir.is_terminal():
-        from rich.live import Live
-
-        with Live(auto_refresh=False, transient=True) as live:
-
-            def redraw(trial: Trial | None) -> None:
-                nonlocal last
-                if trial is not None or time.monotonic() - last > 1:
-                    live.update(shown(sweep), refresh=True)
-                    last = time.monotonic()
-
-            yield redraw
-        return
-
-    def tell(trial: Trial | None) -> None:
-        nonlocal last
-        if trial is not None:
-            where = f" on GPU {','.join(trial.devices)}" if trial.devices else ""
-            reason = f": {trial.problems[0]['problem'].splitlines()[0]}" if trial.problems else ""
-            took = f" after {trial.seconds:.0f} s" if trial.state != "running" else ""
-            say(f"trial {trial.number:03d} {trial.label()} {trial.state}{where}{took}{reason}")
-        elif time.monotonic() - last > sweep.settings.progress_seconds:
-            last = time.monotonic()
-            say(files.line(sweep.trials))
-
-    yield tell
-
-
-def shown(sweep: Sweep) -> Any:
-    return files.table(sweep.trials, sweep.settings, sweep.metric, rundir.shown(sweep.folder))
-
-
-def report(sweep: Sweep) -> None:
-    """The table, sweep.csv and sweep.svg; what failed; which trial is the best."""
-    from rich.console import Console
-
-    title = f"{sweep.folder.name}: {len(sweep.trials)} trials"
-    files.write_csv(sweep.folder, sweep.trials, sweep.metric)
-    write_plot(sweep.folder / files.PLOT, sweep.trials, sweep.metric, sweep.settings.direction, title)
-    Console(width=None if rundir.is_terminal() else 160).print(shown(sweep))
-    failed = [t for t in sweep.trials if t.state == "failed"]
-    if failed:
-        said = [named(t.number, t.values, Problem(**p)) for t in failed for p in t.problems]
-        print_problems(said, refused=False)
-        say(f"kit doctor {rundir.shown(failed[0].run)} names the cause")
-    missing = [t for t in sweep.trials if t.state not in ENDED]
-    if missing:
-        say(f"{len(missing)} trials are missing: the same command continues with them")
-    place = rundir.shown(sweep.folder)
-    print(f"tables    {place}/{files.TABLE}, {files.RECORD}, {files.PLOT}")
-    if winner := files.best(sweep.trials, sweep.metric, sweep.settings.direction):
-        print(
-            f"best      {rundir.shown(winner.run)} ({sweep.metric} {files.number(files.result(winner, sweep.metric))})"
-        )
 
 
 def exit_code(trial: Trial) -> int:

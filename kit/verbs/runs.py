@@ -8,6 +8,8 @@ import sys
 from kit.errors import DONE, REFUSED, KitError
 from kit.terminal import options, print_problems
 
+ONE_OF = ("-m", "--multirun", "-r", "--run", "-c", "--cfg", "-i", "--info")
+
 
 def train(argv: list[str]) -> int:
     """`kit train`: our own flags first; any other flag hands the line to Hydra."""
@@ -25,6 +27,11 @@ def train(argv: list[str]) -> int:
 
     if not any(a.startswith("-") for a in argv):
         return api.train(*argv, fresh=fresh, follow=follow, then=then)
+    alone = [a for a in argv if a.partition("=")[0] in ONE_OF]
+    if len(alone) > 1:
+        raise KitError(f"{alone[0]} and {alone[1]} exclude each other", "command line", "type one of them")
+    if "--resolve" in argv and not {"--cfg", "-c"} & {a.partition("=")[0] for a in argv}:
+        raise KitError("--resolve says how --cfg prints", "command line", "--cfg job --resolve")
     if any(a in ("-m", "--multirun") or a.replace(" ", "").lower() == "hydra.mode=multirun" for a in argv):
         if follow or then:
             raise KitError("--follow and --then are for one run, not for a sweep", "command line", "leave them out")
@@ -54,7 +61,10 @@ def train_flags(argv: list[str]) -> tuple[bool, bool, list[str], list[str]]:
     words = iter(argv)
     for word in words:
         if word == "--then" or word.startswith("--then="):
-            then += [v for v in (word[7:] or next(words, "")).split(",") if v]
+            named = [v for v in (word[7:] or next(words, "")).split(",") if v]
+            if not named:
+                raise KitError("--then names no verb", "--then", "--then merge,eval,generate, or some of them")
+            then += named
         elif word not in ("--fresh", "--follow"):
             rest.append(word)
     return "--fresh" in argv, "--follow" in argv, then, rest

@@ -1,0 +1,109 @@
+"""What a person sees of a sweep: what is refused before it starts, a table or lines while it runs, the report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kit import api, rundir
+from kit.config.schema import HparamsSearch
+from kit.errors import Problem
+from kit.launchers import sweep_files as files
+from kit.launchers.sweep_plot import write_plot
+from kit.launchers.trials import ENDED, Trial
+from kit.terminal import print_problems, say
+
+
+@dataclass
+class Sweep:
+    """A sweep's directory, how it runs, and its trials in order."""
+
+    folder: Path
+    settings: HparamsSearch
+    metric: str
+    about: dict[str, Any]  # what sweep.json says beside the trials
+    trials: list[Trial]
+
+
+def announce(sweep: Sweep, count: int) -> None:
+    """What is refused and what is warned of, before anything starts."""
+    refused = [t for t in sweep.trials if t.state == "refused"]
+    if refused:
+        say(f"{len(refused)} of {len(sweep.trials)} trials refused; the others run")
+        print_problems([named(t.number, t.values, Problem(**p)) for t in refused for p in t.problems], refused=False)
+    for text in dict.fromkeys(w for t in sweep.trials if t.plan for w in api.warnings(t.plan)):
+        say(f"warning: {text}")
+    say(f"{count - len(refused)} trials in {rundir.shown(sweep.folder)}")
+
+
+def named(number: int, values: dict[str, Any], problem: Problem) -> Problem:
+    """A problem with the trial that has it."""
+    at = ", ".join(f"{k}={v}" for k, v in values.items())
+    return Problem(f"trial {number} ({at}): {problem.problem}", problem.where, problem.fix, problem.rule)
+
+
+@contextmanager
+def screen(sweep: Sweep) -> Iterator[Callable[[Trial | None], None]]:
+    """What shows the sweep while it runs: a table on a terminal, else a line for each event and each interval."""
+    last = time.monotonic()
+    if rundir.is_terminal():
+        from rich.live import Live
+
+        with Live(auto_refresh=False, transient=True) as live:
+
+            def redraw(trial: Trial | None) -> None:
+                nonlocal last
+                if trial is not None or time.monotonic() - last > 1:
+                    live.update(shown(sweep), refresh=True)
+                    last = time.monotonic()
+
+            yield redraw
+        return
+
+    def tell(trial: Trial | None) -> None:
+        nonlocal last
+        if trial is not None:
+            where = f" on GPU {','.join(trial.devices)}" if trial.devices else ""
+            reason = f": {trial.problems[0]['problem'].splitlines()[0]}" if trial.problems else ""
+            took = f" after {trial.seconds:.0f} s" if trial.state != "running" else ""
+            say(f"trial {trial.number:03d} {trial.label()} {trial.state}{where}{took}{reason}")
+        elif time.monotonic() - last > sweep.settings.progress_seconds:
+            last = time.monotonic()
+            say(files.line(sweep.trials))
+
+    yield tell
+
+
+def shown(sweep: Sweep) -> Any:
+    return files.table(sweep.trials, sweep.settings, sweep.metric, rundir.shown(sweep.folder))
+
+
+def report(sweep: Sweep) -> None:
+    """The table, sweep.csv and sweep.svg; what failed; which trial is the best."""
+    from rich.console import Console
+
+    title = f"{sweep.folder.name}: {len(sweep.trials)} trials"
+    files.write_csv(sweep.folder, sweep.trials, sweep.metric)
+    write_plot(sweep.folder / files.PLOT, sweep.trials, sweep.metric, sweep.settings.direction, title)
+    Console(width=None if rundir.is_terminal() else 160).print(shown(sweep))
+    failed = [t for t in sweep.trials if t.state == "failed"]
+    if failed:
+        said = [named(t.number, t.values, Problem(**p)) for t in failed for p in t.problems]
+        print_problems(said, refused=False)
+        say(f"kit doctor {rundir.shown(failed[0].run)} names the cause")
+    done = [t for t in sweep.trials if t.state == "done"]
+    if done and all(files.result(t, sweep.metric) is None for t in done):
+        say(f"no trial logged {sweep.metric}: trainer.logging_steps=1, or hparams_search.metric=ANOTHER")
+    missing = [t for t in sweep.trials if t.state not in ENDED]
+    if missing:
+        say(f"{len(missing)} trials are missing: the same command continues with them")
+    place = rundir.shown(sweep.folder)
+    print(f"tables    {place}/{files.TABLE}, {files.RECORD}, {files.PLOT}")
+    if winner := files.best(sweep.trials, sweep.metric, sweep.settings.direction):
+        print(
+            f"best      {rundir.shown(winner.run)} ({sweep.metric} {files.number(files.result(winner, sweep.metric))})"
+        )
