@@ -7,11 +7,13 @@ import os
 import re
 import shlex
 import shutil
+import string
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from kit import api, cli, rundir
 from kit.errors import DONE
@@ -92,6 +94,33 @@ def test_a_line_starts_what_it_says(line: str, there: Path, monkeypatch: pytest.
         read = parse_args(argv[1:])
         assert (read.module, read.user_script, read.num_gpus) == (True, "kit.worker", 2)
         described(read.user_args, 2)
+
+
+def batch(start: str) -> str:
+    return next(line for line in PAGE.splitlines() if line.startswith(start))
+
+
+@pytest.mark.parametrize("program", ["sbatch", "qsub"])
+def test_a_line_for_a_batch_system(program: str, there: Path):
+    """It hands over a script that is there, and the run in the way that the script reads."""
+    (there / "bin" / program).write_text(STUB.format(python=sys.executable))
+    (there / "bin" / program).chmod(0o755)
+    argv = started(batch(program))
+    run, script = "/runs/llama3_1_8b_lora-1a2b3c4d", next(w for w in argv if w.startswith("launch/"))
+    text = (ROOT / script).read_text()
+    assert argv[-1] == run if program == "sbatch" else f"RUN={run}" in argv
+    assert ("run=${1:?" if program == "sbatch" else ': "${RUN:?') in text
+
+
+def test_the_line_for_kubernetes(there: Path):
+    """Every name in the manifest is given, and what kubectl reads is a Job of two nodes."""
+    line = batch("NAME=")
+    given = dict(word.split("=") for word in line.partition(" envsubst")[0].split())
+    assert line.endswith("envsubst < launch/kubernetes-job.yaml | kubectl apply -f -")
+    made = list(
+        yaml.safe_load_all(string.Template((ROOT / "launch/kubernetes-job.yaml").read_text()).substitute(given))
+    )
+    assert [part["kind"] for part in made] == ["Service", "Job"] and made[1]["spec"]["completions"] == 2
 
 
 def described(words: list[str], world: int) -> None:

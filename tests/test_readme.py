@@ -83,7 +83,7 @@ def test_the_looking_commands_are_all_there():
     assert len([c for c in commands() if c.startswith(LOOKS)]) >= 7
 
 
-DESCRIBED = re.compile(r"(kit check(?! --)|kit train|kit list|salloc .*kit train)")
+DESCRIBED = re.compile(r"(kit check(?! --)|kit train|kit list|kit compose|salloc .*kit train)")
 
 
 @pytest.mark.parametrize("command", [c for c in dict.fromkeys(commands()) if DESCRIBED.match(c)])
@@ -91,7 +91,7 @@ def test_descriptions_are_valid(command, there, capsys):
     """`kit check` takes the overrides of every `kit train` in the READMEs, and every point of a sweep."""
     flags, then, words = runs.train_flags(shlex.split(command.partition("kit ")[2]))[1:]
     assert set(then) <= set(VERBS) and (not (flags or then) or "launch=slurm" in words)
-    words[0] = "check" if words[0] == "train" else words[0]
+    words[0] = "check" if words[0] in ("train", "compose") else words[0]
     choices = [[w] for w in words if w != "-m"]
     if "-m" in words:
         pairs = [w.partition("=") for [w] in choices]
