@@ -82,7 +82,6 @@ WRONG = {  # (hostfile, overrides): what is said
     (HOSTS, f"{FILE} launch.num_nodes=4 launch.num_gpus=1"): "launch.num_nodes=4, but the hostfile",
     (HOSTS, f"{FILE} launch.num_gpus=3"): "launch.num_gpus=3, but the hostfile",
     (HOSTS, f"{FILE} launch.include=a launch.num_gpus=2"): "launch.num_gpus=2, but the hostfile",
-    (HOSTS, f"{FILE} launch.exclude=c launch.deepspeed_launcher=openmpi"): "on the whole hostfile",
     (HOSTS, f"{FILE} launch.exclude=c launch=torchrun"): "torchrun knows no launch.hostfile",
     (HOSTS, f"{FILE} launch.exclude=c launch.node_rank=0"): "one command reaches all nodes",
     (HOSTS, "launch=local launch.num_nodes=2"): "launch=local starts one process",
@@ -90,7 +89,6 @@ WRONG = {  # (hostfile, overrides): what is said
     (HOSTS, "launch.num_nodes=2 launch.num_gpus=1 launch.node_rank=2"): "node 2 of 2",
     (HOSTS, "launch.master_addr='a b'"): "launch.master_addr",
     (HOSTS, "launch.include='a;b'"): "launch.include",
-    (HOSTS, "launch.deepspeed_launcher=slurm"): "launch.deepspeed_launcher",
 }
 
 

@@ -35,7 +35,7 @@ def resolve_nodes(launch: Launch, world: int | None, set_by: Callable[[str], str
             hosts = read_hostfile(Path(launch.hostfile).expanduser())
         else:
             hosts = {"localhost": list(range(len(hardware.gpus()) or slots_named(launch)))}
-        count, each = counted(chosen(hosts, launch.include, launch.exclude), launch, len(hosts))
+        count, each = counted(chosen(hosts, launch.include, launch.exclude), launch)
     except Unfit as wrong:
         where = set_by(f"launch.{wrong.key}")
         return launch.model_copy(update={"num_nodes": 1}), [Problem(str(wrong), where, wrong.fix, "hostfile")]
@@ -91,12 +91,11 @@ def chosen(hosts: Hosts, include: str | None, exclude: str | None) -> Hosts:
     return {host: slots for host, slots in left.items() if slots}
 
 
-def counted(hosts: Hosts, launch: Launch, listed: int) -> tuple[int, int]:
+def counted(hosts: Hosts, launch: Launch) -> tuple[int, int]:
     """(nodes, processes on each) of what is chosen, cut to what is asked for."""
     nodes, count = launch.num_nodes, launch.num_gpus
-    filtered = bool(launch.include or launch.exclude)
-    whole = filtered or launch.deepspeed_launcher == "openmpi"  # DeepSpeed cuts neither of these down
-    if nodes != "auto" and (nodes > len(hosts) or (whole and nodes != len(hosts))):
+    filtered = bool(launch.include or launch.exclude)  # DeepSpeed does not cut these down
+    if nodes != "auto" and (nodes > len(hosts) or (filtered and nodes != len(hosts))):
         said = f"launch.num_nodes={nodes}, but the hostfile and its filters give {len(hosts)}"
         raise Unfit(said, "num_nodes", f"leave it out: {len(hosts)}")
     nodes = len(hosts) if nodes == "auto" else nodes
@@ -105,12 +104,9 @@ def counted(hosts: Hosts, launch: Launch, listed: int) -> tuple[int, int]:
         raise Unfit(f"the nodes have {', '.join(map(str, sorted(sizes)))} slots: all must have as many", "hostfile",
                     f"launch.num_gpus={min(sizes)} takes as many on each")  # fmt: skip
     each = min(sizes) if count == "auto" else count
-    if each > min(sizes) or (whole and sizes != {each}):
+    if each > min(sizes) or (filtered and sizes != {each}):
         said = f"launch.num_gpus={each}, but the hostfile and its filters give {', '.join(map(str, sorted(sizes)))}"
         raise Unfit(said, "num_gpus", f"launch.num_gpus={min(sizes)}, or leave it out")
-    if launch.deepspeed_launcher == "openmpi" and (filtered or nodes != listed):
-        raise Unfit("DeepSpeed's openmpi launcher starts on the whole hostfile", "deepspeed_launcher",
-                    "a hostfile with the nodes that are meant, or launch.deepspeed_launcher=pdsh")  # fmt: skip
     return nodes, each
 
 

@@ -98,7 +98,7 @@ READING = [
     read_by("read", "script", "T80", "launch.script"),
     read_by("read", "count", "T69", "launch.num_gpus", "launch.num_nodes"),
     read_by("nodes", "hostfile", "T69, deepspeed runner", "launch.hostfile", "launch.include", "launch.exclude",
-            "launch.num_nodes", "launch.num_gpus", "launch.deepspeed_launcher"),
+            "launch.num_nodes", "launch.num_gpus"),
     read_by("resolve", "batch", "T5", "global_batch_size", "trainer.per_device_train_batch_size",
             "trainer.gradient_accumulation_steps", "launch.num_gpus"),
     read_by("read", "peft-none", "kit/config/schema.py", "peft"),

@@ -90,7 +90,6 @@ class Launch(Strict):
     hostfile: str | None = None
     include: str | None = Field(default=None, pattern=FILTER)
     exclude: str | None = Field(default=None, pattern=FILTER)
-    deepspeed_launcher: Literal["pdsh", "openmpi"] = "pdsh"
     no_ssh: bool = False
     node_rank: int | None = Field(default=None, ge=0)
     master_addr: str | None = Field(default=None, pattern=r"^[A-Za-z0-9:][A-Za-z0-9._:-]*$")

@@ -49,8 +49,8 @@ def command(plan: RunPlan, plan_path: Path, resume: str | None = None) -> tuple[
     if launch.launcher == "deepspeed":
         argv = [sys.executable, "-m", "deepspeed.launcher.runner"]
         if over_ssh(launch):
-            argv += [*hostfile_options(launch), "--launcher", launch.deepspeed_launcher, "--force_multi"]
-            argv += ["--launcher_args=-N"] if launch.deepspeed_launcher == "pdsh" else []  # lines without host names
+            argv += [*hostfile_options(launch), "--launcher", "pdsh", "--force_multi"]
+            argv += ["--launcher_args=-N"]  # lines without host names
             argv += ["--no_ssh_check", "--master_port", port]  # checked already, all nodes and not the first alone
             argv += ["--master_addr", launch.master_addr] if launch.master_addr else []
         elif by_node(launch):
@@ -90,8 +90,6 @@ def filters(launch: Launch) -> list[str]:
 
 def hostfile_options(launch: Launch) -> list[str]:
     counts = ["--num_nodes", str(launch.num_nodes), "--num_gpus", str(launch.num_gpus)]
-    if launch.deepspeed_launcher == "openmpi" and not launch.no_ssh:  # it takes no counts: the whole file
-        counts = []
     return ["--hostfile", str(launch.hostfile), *(filters(launch) or counts)]
 
 

@@ -50,9 +50,6 @@ def environment(plan: RunPlan, own: Mapping[str, str], say: Callable[[str], None
             say(f"{name} is not sent to the nodes: its value has characters that a shell would read")
         else:
             kept[name] = value
-    if plan.launch.deepspeed_launcher == "openmpi":  # its ranks ask OMPI_* for the rest (kit/worker.py)
-        address = plan.launch.master_addr or next(iter(read_hostfile(Path(str(plan.launch.hostfile)))))
-        kept |= {"MASTER_ADDR": address, "MASTER_PORT": str(plan.launch.master_port)}
     file = plan.run_path / ENV_FILE
     rundir.write_atomic(file, "".join(f"{name}={value}\n" for name, value in sorted(kept.items())))
     hidden = {k: "" for k, v in os.environ.items() if k.startswith(HANDED_ON) and is_secret(k, v)}
@@ -80,11 +77,10 @@ def hosts(plan: RunPlan) -> list[str]:
 
 def check(plan: RunPlan) -> None:
     """KitError (3) where a node cannot be reached, or lacks the run directory or this Python; all nodes at once."""
-    tool = {"pdsh": "pdsh", "openmpi": "ompi_info"}[plan.launch.deepspeed_launcher]
     problems = []
-    if not shutil.which(tool):
-        fix = f"apt install {'pdsh' if tool == 'pdsh' else 'openmpi-bin'}, or launch.no_ssh=true"
-        problems.append(Problem(f"{tool} is not installed", "launch.deepspeed_launcher", fix))
+    if not shutil.which("pdsh"):
+        fix = "apt install pdsh, or launch.no_ssh=true"
+        problems.append(Problem("pdsh is not installed", "launch.hostfile", fix))
     for path in (os.getcwd(), str(plan.run_path), sys.executable):
         if not re.fullmatch(r"[\w@%+=:,./-]+", path):
             problems.append(Problem(f"{path!r} goes into a command for other nodes and has a space or a sign in it",
