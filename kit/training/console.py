@@ -176,10 +176,10 @@ def farewell(plan: RunPlan, metrics: dict[str, Any]) -> None:
     """The last lines of a finished run: the figures and the commands that come next."""
     run = rundir.shown(plan.run_path)
     place = rundir.ADAPTER if plan.peft else rundir.MODEL
-    loss = (
-        f"loss {metrics['first_loss']:.4g} -> {metrics['last_loss']:.4g}" if metrics["first_loss"] is not None else ""
-    )
+    loss = f", loss {metrics['train_loss']:.4g} on average" if "train_loss" in metrics else ""
+    if metrics["first_loss"] is not None:  # a run shorter than logging_steps logs none
+        loss = f", loss {metrics['first_loss']:.4g} -> {metrics['last_loss']:.4g}"
     held_out = f", held out {metrics['eval_loss']:.4g}" if "eval_loss" in metrics else ""
-    print(f"done      {metrics['step']} steps in {metrics['train_runtime']:.1f} s, {loss}{held_out}")
+    print(f"done      {metrics['step']} steps in {metrics['train_runtime']:.1f} s{loss}{held_out}")
     print(f"saved     {run}/{place}")
     print(f"next      kit merge {run}" if plan.peft else f"next      kit generate {run}", flush=True)
