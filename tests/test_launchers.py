@@ -188,6 +188,8 @@ def test_a_run_directory_is_one_runs(plan_of):
     plan = rundir.create(plan_of("trainer.use_cpu=true"))
     assert oct(plan.run_path.stat().st_mode)[-3:] == "700"
     assert json.loads((plan.run_path / ".hydra" / "overrides.json").read_text()) == plan.overrides
+    assert rundir.create(plan_of("trainer.use_cpu=true")).run_dir == plan.run_dir  # it never started
+    rundir.set_status(plan.run_path, "stopped")
     with pytest.raises(KitError, match="unfinished") as refused:
         rundir.create(plan_of("trainer.use_cpu=true"))
     assert "kit resume" in refused.value.problems[0].fix and "--fresh" in refused.value.problems[0].fix

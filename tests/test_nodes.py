@@ -354,15 +354,6 @@ def test_what_is_refused_leaves_no_directory(plan_of, tmp_path, monkeypatch):
         assert not plan.run_path.exists()
 
 
-def test_a_run_that_never_started_is_taken(plan_of):
-    """As after a refusal by sbatch, or `kit compose`."""
-    plan = rundir.create(plan_of())
-    assert rundir.create(plan).run_dir == plan.run_dir
-    rundir.set_status(plan.run_path, "running")
-    with pytest.raises(KitError, match="unfinished"):
-        rundir.create(plan)
-
-
 @pytest.mark.parametrize(
     ("name", "value", "secret"),
     [
