@@ -78,6 +78,8 @@ def resume(run: str, *overrides: str) -> int:
         from kit.launchers import slurm
 
         slurm.refuse_twice(path)
+    else:
+        need_stack()
     if pid := rundir.in_use(path):
         raise KitError(f"{path} is in use by process {pid}", fix="wait for it")
     if state.get("state") == "done" and not overrides:
@@ -102,7 +104,6 @@ def resume(run: str, *overrides: str) -> int:
         from kit.launchers import slurm
 
         return slurm.submit(plan)
-    need_stack()
     return launch(plan, resume=newest.path.name)
 
 

@@ -12,7 +12,6 @@ A script of one's own calls `main(callbacks=[...], compute_metrics=...)` and is 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
@@ -110,21 +109,21 @@ def set_ranks() -> None:
     if "WORLD_SIZE" in env:
         return
     if "SLURM_STEP_ID" in env and int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_LOCALID" in env:
-        from kit.launchers.node import first_of_slurm
+        from kit.launchers.node import first_of_slurm, port_from
 
         rank, local, world = env["SLURM_PROCID"], env["SLURM_LOCALID"], env["SLURM_NTASKS"]
-        address, mark = first_of_slurm(env), f"{env.get('SLURM_JOB_ID')}.{env['SLURM_STEP_ID']}"
+        address, port = first_of_slurm(env), str(port_from(f"{env.get('SLURM_JOB_ID')}.{env['SLURM_STEP_ID']}"))
         size = env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_TASKS_PER_NODE", "1"))
     elif "OMPI_COMM_WORLD_RANK" in env and int(env.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
         rank, local, world = (env[f"OMPI_COMM_WORLD_{name}"] for name in ("RANK", "LOCAL_RANK", "SIZE"))
-        address, mark, size = "", "", env.get("OMPI_COMM_WORLD_LOCAL_SIZE", "1")
+        address, port, size = "", "", env.get("OMPI_COMM_WORLD_LOCAL_SIZE", "1")
     else:
         return
     env.update(RANK=rank, LOCAL_RANK=local, WORLD_SIZE=world, LOCAL_SIZE=re.match(r"\d*", size)[0] or "1")  # type: ignore[index]
     if address and "MASTER_ADDR" not in env:
         env["MASTER_ADDR"] = address
-    if mark and "MASTER_PORT" not in env:
-        env["MASTER_PORT"] = str(20_000 + int(hashlib.sha256(mark.encode()).hexdigest(), 16) % 10_000)
+    if port and "MASTER_PORT" not in env:
+        env["MASTER_PORT"] = port
     if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in env]:
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
             del env[name]

@@ -376,7 +376,7 @@ def test_a_search_with_refused_failed_and_silent_trials(sweep, tmp_path: Path, c
 @pytest.mark.launch
 def test_a_bad_trial_is_pruned(sweep, tmp_path: Path, monkeypatch):
     """SIGTERM once its loss is worse than the others' at the same step; it counts as done with."""
-    monkeypatch.setenv("KIT_TEST_PAUSE", "0.6")
+    monkeypatch.setenv("KIT_TEST_PAUSE", "1.5")
     space = "trainer.learning_rate=choice(1e-3,1)"
     args = [*SEARCH[:2], space, "peft.r=2", "hparams_search.seed=6", "hparams_search.n_trials=4",
             "hparams_search.parallel=2", "hparams_search.pruner.n_startup_trials=1"]  # fmt: skip

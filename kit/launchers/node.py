@@ -19,7 +19,7 @@ import socket
 from collections.abc import Mapping
 from pathlib import Path
 
-from kit import hardware, manifest, rundir
+from kit import hardware, rundir
 from kit.config.nodes import by_node, read_hostfile
 from kit.config.schema import RunPlan, load_plan
 from kit.errors import DONE, ENVIRONMENT, REFUSED, KitError, Problem
@@ -72,7 +72,10 @@ def first_of_slurm(env: Mapping[str, str]) -> str:
 
 def port_of(plan: RunPlan, env: Mapping[str, str]) -> int:
     """A port that every node finds by itself, without a word between them; another for each run and job."""
-    mark = f"{env.get('SLURM_JOB_ID', '')}:{plan.run_dir}"
+    return port_from(f"{env.get('SLURM_JOB_ID', '')}:{plan.run_dir}")
+
+
+def port_from(mark: str) -> int:
     return FIRST_PORT + int(hashlib.sha256(mark.encode()).hexdigest(), 16) % PORTS
 
 
@@ -125,15 +128,6 @@ def enough_gpus(plan: RunPlan) -> None:
         )  # fmt: skip
 
 
-def newest_checkpoint(run: Path) -> str | None:
-    """The name of the checkpoint to go on from, None where there is none yet."""
-    newest = manifest.newest_complete(run / rundir.CHECKPOINTS)
-    for reason in newest.skipped:
-        say(reason)
-    say(f"resuming from {newest.path.name}" if newest.path else "no checkpoint yet: from the beginning")
-    return newest.path.name if newest.path else None
-
-
 def main(argv: list[str]) -> int:
     """`kit launch-node PLAN`: the ranks of one node of a frozen plan."""
     parser = argparse.ArgumentParser(
@@ -145,7 +139,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--master-port", type=int, help="the same on every node (MASTER_PORT, else from the run)")
     parser.add_argument("--resume", metavar="CHECKPOINT", help="go on from it; `newest`: if there is one")
     a = parser.parse_args(argv)
-    from kit.launchers.run import launch
+    from kit.launchers.run import launch, newest_checkpoint
 
     path = Path(a.plan)
     run = rundir.find_run(str(path.parent if path.name == rundir.PLAN else path))
@@ -159,4 +153,7 @@ def main(argv: list[str]) -> int:
     right_nodes(plan, os.environ)
     enough_gpus(plan)
     need_stack()
-    return launch(plan, resume=newest_checkpoint(run) if a.resume == "newest" else a.resume)
+    resume = a.resume
+    if resume == "newest" and (resume := newest_checkpoint(run)) is None:
+        say("no checkpoint yet: from the beginning")
+    return launch(plan, resume=resume)

@@ -24,7 +24,7 @@ from typing import Any
 
 import psutil
 
-from kit import hardware, rundir
+from kit import hardware, manifest, rundir
 from kit.config.nodes import over_ssh
 from kit.config.schema import RunPlan
 from kit.errors import DONE, FAILED, STOPPED, KitError, Problem
@@ -96,6 +96,17 @@ def launch(plan: RunPlan, resume: str | None = None) -> int:
                 }
                 rundir.write_json(record_file, {**record, "ended": end})
     return outcome(run, process.returncode, name)
+
+
+def newest_checkpoint(run: Path) -> str | None:
+    """The name of the checkpoint that an unattended start goes on from, None where there is none; said aloud."""
+    newest = manifest.newest_complete(run / rundir.CHECKPOINTS)
+    for reason in newest.skipped:
+        say(reason)
+    if newest.path is None:
+        return None
+    say(f"resuming from {newest.path.name}")
+    return newest.path.name
 
 
 class Stop:

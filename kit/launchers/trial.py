@@ -9,11 +9,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from kit import manifest, rundir
+from kit import rundir
 from kit.config.schema import load_plan
 from kit.errors import REFUSED, KitError
-from kit.launchers.run import launch, stop_with
-from kit.terminal import print_problems, say
+from kit.launchers.run import launch, newest_checkpoint, stop_with
+from kit.terminal import print_problems
 
 
 def main(argv: list[str]) -> int:
@@ -23,10 +23,7 @@ def main(argv: list[str]) -> int:
     run = path.parent
     try:
         plan = load_plan(path).model_copy(update={"run_dir": str(run)})
-        newest = manifest.newest_complete(run / rundir.CHECKPOINTS)
-        if newest.path:
-            say(f"resuming from {newest.path.name}")
-        return launch(plan, resume=newest.path.name if newest.path else None)
+        return launch(plan, resume=newest_checkpoint(run))
     except KitError as error:
         print_problems(error.problems, refused=error.code == REFUSED)
         if rundir.status(run).get("state") != "failed":  # it was refused before there were ranks

@@ -17,11 +17,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from kit import manifest, rundir, worker
+from kit import rundir, worker
 from kit.config.schema import load_plan
 from kit.errors import DONE, STOPPED, KitError
 from kit.launchers.command import rank_environment
-from kit.launchers.run import forget, outcome, stop_with
+from kit.launchers.run import forget, newest_checkpoint, outcome, stop_with
 from kit.launchers.trials import LOG
 from kit.terminal import say
 from kit.training import stopping
@@ -73,10 +73,7 @@ def start(path: Path, held: Held) -> int:
     """What a launcher and its one rank do with a plan; KitError where the run is not done and not stopped."""
     run = path.parent
     plan = load_plan(path).model_copy(update={"run_dir": str(run)})
-    newest = manifest.newest_complete(run / rundir.CHECKPOINTS)
-    resume = newest.path.name if newest.path else None
-    if resume:
-        say(f"resuming from {resume}")
+    resume = newest_checkpoint(run)
     for w in plan.warnings:
         say(f"warning: {w['problem']} ({w['where']}); {w['fix']} [{w['rule']}]")
     forget(run)

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import psutil
 
+from kit.launchers.command import free_port
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "scontrol", "squeue")
 CONF = """\
 ClusterName=kit
@@ -140,9 +142,3 @@ def end_tree(process: subprocess.Popen[bytes]) -> None:
                 child.kill()
     process.kill()
     process.wait()
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from kit.launchers.command import free_port
+
 ROOT = Path(__file__).parents[2]
 NAMES = ["zero1", "zero2", "zero2_offload", "zero3", "zero3_offload", "zero3_nvme"]
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def run_all(configs: list[str], output: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,14 +12,10 @@ import pytest
 import tiny
 from safetensors.torch import load_file
 
+from kit.launchers.command import free_port
+
 HERE = Path(__file__).resolve().parent
 pytestmark = pytest.mark.launch
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 @pytest.fixture(scope="module", params=["ddp", "zero2", "zero3"])
