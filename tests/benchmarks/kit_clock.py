@@ -1,5 +1,6 @@
 """`launch.script` of the training benchmarks: the kit's own worker with the same clocks as the peer's script."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -7,10 +8,43 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from kit.worker import main
 
+
+def pace_in_turns(block: int) -> None:
+    """What `kit watch` shows of the ranks, for `block` steps with it and `block` steps without, in turns."""
+    import kit.training.trainer
+    from kit.training.pace import Pace
+
+    class Turns(Pace):
+        begun_steps = 0
+
+        def on(self):
+            return (self.begun_steps - 1) // block % 2 == 0
+
+        def rows(self, batches):
+            self.begun_steps += 1
+            return super().rows(batches) if self.on() else batches
+
+        def before(self, module, *rest):
+            if self.on():
+                super().before(module, *rest)
+
+        def after(self, module, *rest):
+            if self.on():
+                super().after(module, *rest)
+
+        def exchange(self):
+            if self.on():
+                super().exchange()
+
+    kit.training.trainer.Pace = Turns
+
+
 if __name__ == "__main__":
     from clock import Clock, watched
 
     import kit.training.model
 
+    if block := os.environ.get("KIT_BENCH_PACE_BLOCK"):
+        pace_in_turns(int(block))
     kit.training.model.load_model = watched(kit.training.model.load_model)
     main(callbacks=[Clock()])

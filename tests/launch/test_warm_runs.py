@@ -27,6 +27,12 @@ CASES = {
     "init": ["+peft.init_lora_weights=gaussian", "trainer.adam_beta1=0.5"],
     "stopped": ["trainer.max_steps=24", "trainer.eval_steps=24", "trainer.save_steps=24"], "again": [],
 }  # fmt: skip
+# Over a quantized base, whose packed weights have to stay as they are: two kinds, two workers.
+PACKED = {
+    f"{kind}-{name}": [f"quantization={kind}", *more]
+    for kind in ("nf4", "int8")
+    for name, more in {"first": [], "r": ["peft.r=8", "trainer.learning_rate=3e-2"], "again": []}.items()
+}
 # The trial that follows the first. PEFT makes an adapter anew where the first had one: only fewer modules show it.
 FAULTS = {"adapter": "modules", "adapter-unseen": "modules", "seed": "rate", "base": "rate"}
 
@@ -60,7 +66,7 @@ def weights(run: Path) -> dict[str, bytes]:
 def forked(base: Path, chat: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list]]:
     """Every case cold, and each fault with two trials; the answers of the faulty workers."""
     work = tmp_path_factory.mktemp("forked")
-    jobs = [["", *(freeze(work / name, base, chat, *more) for name, more in CASES.items())]]
+    jobs = [["", *(freeze(work / name, base, chat, *more) for name, more in (CASES | PACKED).items())]]
     for fault in FAULTS:
         pair = ("first", FAULTS[fault])
         jobs.append([fault, *(freeze(work / f"{fault}-{n}", base, chat, *CASES[n]) for n in pair)])
@@ -117,6 +123,19 @@ def test_bit_equal_to_cold(forked, base: Path, chat: Path, tmp_path: Path):
     assert sorted(p.name for p in run.iterdir()) == sorted(
         [*(p.name for p in (cold / "again").iterdir()), ".lock", "launch.json"]
     )
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_over_a_quantized_base(kind, forked, base: Path, chat: Path, tmp_path: Path):
+    cold, _ = forked
+    cases = {name: more for name, more in PACKED.items() if name.startswith(kind)}
+    plans = [freeze(tmp_path / name, base, chat, *more) for name, more in cases.items()]
+    assert served(plans, tmp_path / "worker.log") == [{"code": 0, "why": ""}] * 3
+    for name in cases:
+        assert curve(tmp_path / name) == curve(cold / name), name
+        assert weights(tmp_path / name) == weights(cold / name), name
+    losses = {name: curve(cold / name)[-1]["eval_loss"] for name in (*cases, "first")}
+    assert losses[f"{kind}-first"] == losses[f"{kind}-again"] and len(set(losses.values())) == 3
 
 
 def test_faults_are_seen(forked):
