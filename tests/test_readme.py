@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 import shlex
+import statistics
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,24 @@ def test_verbs_that_take_a_run_know_their_options(capsys):
             text = capsys.readouterr().out
             for flag in [w for w in words if w.startswith("--")]:
                 assert flag in text, (command, flag)
+
+
+def test_what_a_further_trial_costs_is_as_recorded():
+    """The table of launch/README.md, from the results of warm_sweep.py; README.md quotes the 8B row."""
+    results = ROOT / "tests/benchmarks/results"
+    rows = json.loads((results / "2026-11-26-h200-warm-sweep.json").read_text())["rows"]
+    rows |= json.loads((results / "2026-11-26-warm-sweep.json").read_text())["rows"]
+    table = re.findall(r"^\| .* \| ([\d.]+) \| ([\d.]+) \|$", (ROOT / "launch/README.md").read_text(), re.MULTILINE)
+    assert len(table) == 4
+    for base, said in zip(("tiny", "8b", "1b7-nf4", "1b7-int8"), table, strict=True):
+        cold, warm = (rows[f"{base} {workers}"] for workers in ("cold", "warm"))
+        assert said == tuple(f"{statistics.median(row['further_seconds']):.1f}" for row in (cold, warm)), base
+        assert base == "tiny" or (cold["adapters"] == warm["adapters"]) == (base != "8b")
+    exact = [rows[f"8b-exact {workers}"]["adapters"] for workers in ("cold", "again", "warm")]
+    assert exact[0] == exact[1] == exact[2] and rows["8b cold"]["adapters"] != rows["8b again"]["adapters"]
+    text = " ".join((ROOT / "README.md").read_text().split())
+    cold, warm = (statistics.median(rows[f"8b {workers}"]["further_seconds"]) for workers in ("cold", "warm"))
+    assert f"costs {warm:.1f} s beyond its training, and {cold:.0f} s in a process of its own" in text
 
 
 def test_figures_of_the_readme_are_the_recorded_ones():
