@@ -219,7 +219,11 @@ class Tee:
         if not self.log.closed and not text.startswith("\r"):  # the log gets no redrawn progress bars
             self.log.write(text)
         with contextlib.suppress(OSError):  # a console that is gone (ssh, a closed pipe) must not end the run
-            self.console.write(text)
+            try:
+                self.console.write(text)
+            except UnicodeEncodeError:  # nor may one that lacks a letter
+                code = self.console.encoding or "ascii"
+                self.console.write(text.encode(code, "backslashreplace").decode(code))
         return len(text)
 
     def flush(self) -> None:
@@ -238,11 +242,11 @@ def report(run: Path | None, rank: int, problems: list[Problem], code: int, erro
         return code
     with open(log_of(run, rank), "a", encoding="utf-8") as log:
         log.write("".join(traceback.format_exception(error)))
-    found = {"code": code, "problems": [vars(p) for p in problems]}
-    (run / "logs" / f"rank{rank}.error.json").write_text(json.dumps(found))
-    if rank == 0:
-        from kit import rundir
+    from kit import rundir
 
+    found = {"code": code, "problems": [vars(p) for p in problems]}
+    rundir.write_json(run / rundir.LOGS / f"rank{rank}.error.json", found)  # as a whole: other nodes read it
+    if rank == 0:
         rundir.set_status(run, "failed", exit_code=code, problems=[str(p) for p in problems])
         if not (run / rundir.LAUNCH).exists():  # started by hand: nobody else will say it
             print("\n".join(map(str, problems)), file=sys.stderr)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,7 +20,7 @@ import pytest
 from kit import api, hardware, rundir, worker
 from kit.errors import ENVIRONMENT, KitError
 from kit.hardware import Gpu
-from kit.launchers import command, ops
+from kit.launchers import command, ops, run
 
 
 @pytest.fixture
@@ -177,11 +181,13 @@ def test_a_console_that_is_gone_does_not_end_the_run(tmp_path):
         def write(self, text: str) -> int:
             raise OSError(5, "Input/output error")
 
-    with open(tmp_path / "log", "w") as log:
+    with open(tmp_path / "log", "w", encoding="utf-8") as log:
         tee = worker.Tee(Gone(), log)
         assert tee.write("step 1\n") == 7
         tee.flush()
-    assert (tmp_path / "log").read_text() == "step 1\n"
+        latin = io.TextIOWrapper(io.BytesIO(), encoding="latin-1", write_through=True)
+        assert worker.Tee(latin, log).write("é █\n") == 4  # nor one that lacks a letter
+    assert (tmp_path / "log").read_text("utf-8") == "step 1\né █\n" and latin.buffer.getvalue() == b"\xe9 \\u2588\n"
 
 
 def test_a_run_directory_is_one_runs(plan_of):
@@ -204,6 +210,83 @@ def test_a_run_directory_is_one_runs(plan_of):
         rundir.find_run("nothing")
     with pytest.raises(KitError, match="is finished"):
         api.resume(plan.run_dir)
+
+
+def system_answers(monkeypatch, number: int, refused) -> None:
+    """Let flock() fail as another file system's does, where `refused` says so of (open mode, operation)."""
+    flock = fcntl.flock
+
+    def other(f, operation: int) -> None:
+        descriptor = f if isinstance(f, int) else f.fileno()
+        if refused(fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE, operation):
+            raise OSError(number, os.strerror(number))
+        flock(f, operation)
+
+    monkeypatch.setattr(fcntl, "flock", other)
+
+
+def test_locks_of_other_file_systems(tmp_path, monkeypatch, capsys):
+    """NFS gives an exclusive lock to a file that is open for writing only; some Lustre mounts have no locks."""
+    with rundir.locked(tmp_path):
+        assert rundir.in_use(tmp_path) == os.getpid()
+    with monkeypatch.context() as nfs:
+        system_answers(nfs, errno.EBADF, lambda mode, kind: mode == os.O_RDONLY and kind & fcntl.LOCK_EX)
+        assert rundir.in_use(tmp_path) is None
+        with rundir.locked(tmp_path):
+            assert rundir.in_use(tmp_path) == os.getpid()
+    with monkeypatch.context() as none:
+        system_answers(none, errno.ENOSYS, lambda mode, kind: True)
+        with rundir.locked(tmp_path):
+            assert rundir.in_use(tmp_path) is None
+    assert capsys.readouterr().err.count("has no locks") == 1
+
+
+def test_looking_at_a_lock_does_not_keep_a_run_from_it(tmp_path):
+    with rundir.locked(tmp_path):
+        pass
+    with open(tmp_path / rundir.LOCK) as look:
+        assert rundir.taken(look, fcntl.LOCK_SH)
+        timer = threading.Timer(0.05, look.close)
+        timer.start()
+        with rundir.locked(tmp_path):
+            timer.join()
+
+
+def test_nohup_outlives_the_terminal():
+    """SIGHUP asks for a checkpoint and an end, unless whoever started us wants it ignored."""
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        for handler, asked in ((signal.SIG_IGN, 0), (signal.SIG_DFL, 1)):
+            signal.signal(signal.SIGHUP, handler)
+            with run.Stop() as stop:
+                os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.asked == asked and signal.getsignal(signal.SIGHUP) == handler
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+TABLE = "0, GPU-aa11, H100, 81559, 9.0\n1, GPU-ab22, H100, 81559, 9.0\n2, GPU-cc33, GB10, [N/A], 12.1\n"
+LISTING = """\
+GPU 0: H100 (UUID: GPU-aa11)
+  MIG 3g.40gb     Device  0: (UUID: MIG-11)
+  MIG 1g.10gb+me  Device  1: (UUID: MIG-22)
+GPU 1: H100 (UUID: GPU-ab22)
+"""
+
+
+@pytest.mark.parametrize(
+    "visible, names",
+    [
+        (None, ["H100", "H100", "GB10"]), ("1,0", ["H100", "H100"]), ("GPU-cc33", ["GB10"]),
+        ("GPU-cc", ["GB10"]), ("GPU-a", []),  # as much of it as is clear
+        ("1,7,0", ["H100"]), ("-1", []),  # what stands behind one that is not there is not seen
+        ("MIG-22", ["H100 1g.10gb+me"]), ("MIG-11", ["H100 3g.40gb"]),
+    ],
+)  # fmt: skip
+def test_which_gpus_are_seen(visible, names):
+    found = hardware.visible_gpus(TABLE, LISTING, visible)
+    assert [g.name for g in found] == names and all(g.capability for g in found)
+    assert all(g.memory_gb < 41 for g in found if "g." in g.name) and all(g.memory_gb > 0 for g in found)
 
 
 def test_resume_changes_only_what_may_change(plan_of):

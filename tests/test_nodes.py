@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from kit import api, rundir, worker
-from kit.errors import KitError
+from kit.errors import STOPPED, KitError
 from kit.launchers import command, node, remote, run
 from kit.launchers.secrets import is_secret
 
@@ -193,6 +193,17 @@ def test_a_node_that_nobody_numbered(plan_of):
         api.train(plan=plan_of("launch=torchrun", "launch.num_nodes=2", "launch.num_gpus=2", "launch.node_rank=1"))
 
 
+def test_node_0_is_the_first_that_is_chosen(plan_of, tmp_path):
+    """And a hostfile that is gone when the run starts is a refusal."""
+    plan = plan_of(FILE, "launch.include='b:0,2@c'", "launch.no_ssh=true", "launch.node_rank=0", "deepspeed=zero2",
+                   "trainer.per_device_train_batch_size=1")  # fmt: skip
+    assert node.placed(plan, {}).launch.master_addr == "b"
+    (tmp_path / "hosts").unlink()
+    for ask in (lambda: node.placed(plan, {}), lambda: remote.hosts(plan)):
+        with pytest.raises(KitError, match="hosts cannot be read"):
+            ask()
+
+
 def test_a_port_that_the_nodes_cannot_have(plan_of):
     with socket.socket() as taken:
         taken.bind(("", 0))
@@ -324,6 +335,22 @@ def test_another_node_waits_for_the_first_ones_word(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "logs" / "node1.error.json").read_text())["code"] == 4
     rundir.set_status(tmp_path, "done")
     assert run.outcome(tmp_path, 0, ".node1") == 0
+
+
+def test_what_an_earlier_start_left_is_not_this_ones_end(tmp_path, monkeypatch):
+    """A node whose ranks cannot even start, while node 0 has not yet begun: that is no stop with a checkpoint."""
+    (tmp_path / "logs").mkdir()
+    monkeypatch.setattr(run, "SETTLE_SECONDS", 1)
+    rundir.set_status(tmp_path, "stopped", step=5)
+    before = rundir.status(tmp_path)
+    for there in (False, True):
+        if there:
+            problems = [{"problem": "no module", "where": "", "fix": ""}]
+            rundir.write_json(tmp_path / "logs" / "rank2.error.json", {"code": 4, "problems": problems})
+        with pytest.raises(KitError, match="no module" if there else "before it was done"):
+            run.outcome(tmp_path, 1, ".node1", before)
+    rundir.set_status(tmp_path, "stopped", step=9)
+    assert run.outcome(tmp_path, 0, ".node1", before) == STOPPED
 
 
 def test_a_word_in_the_run_directory_stops_ranks(tmp_path):

@@ -43,6 +43,7 @@ def launch(plan: RunPlan, resume: str | None = None) -> int:
     plan = node.placed(plan)
     run, mine, ssh = plan.run_path, node.own_ranks(plan), over_ssh(plan.launch)
     first = mine is None or mine.start == 0
+    before = None if first else rundir.status(run)
     name = "" if first else f".node{plan.launch.node_rank}"
     if first:
         for w in plan.warnings:
@@ -95,7 +96,7 @@ def launch(plan: RunPlan, resume: str | None = None) -> int:
                     "asked": stop.asked,
                 }
                 rundir.write_json(record_file, {**record, "ended": end})
-    return outcome(run, process.returncode, name)
+    return outcome(run, process.returncode, name, before)
 
 
 def newest_checkpoint(run: Path) -> str | None:
@@ -118,7 +119,8 @@ class Stop:
 
     def __enter__(self) -> Stop:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-            self.before[number] = signal.signal(number, self.ask)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup: it goes on without us
+                self.before[number] = signal.signal(number, self.ask)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -228,7 +230,7 @@ def ranks(run: Path, mine: range | None = None) -> list[int]:
 def send(pid: int, number: int) -> None:
     try:
         os.kill(pid, number)
-    except ProcessLookupError:
+    except (ProcessLookupError, PermissionError):  # gone, or the number is another person's process now
         return
 
 
@@ -266,12 +268,13 @@ def kill_all(process: subprocess.Popen[bytes], run: Path, mine: range | None = N
             file.unlink(missing_ok=True)
 
 
-def outcome(run: Path, returncode: int | None, name: str = "") -> int:
+def outcome(run: Path, returncode: int | None, name: str = "", before: dict[str, Any] | None = None) -> int:
     """The exit code, from what rank 0 wrote down: a launcher's own code says little (deepspeed can end with 0).
 
-    `name`: of a node that is not the first, which waits for the first one's word and leaves the status alone.
+    `name`: of a node that is not the first, which waits for the first one's word and leaves the status alone;
+    `before`: the status when that node began, which may be an earlier start's.
     """
-    state = settled(run, returncode) if name else rundir.status(run)
+    state = settled(run, returncode, before) if name else rundir.status(run)
     if state.get("state") == "done":
         return DONE
     if state.get("state") == "stopped":
@@ -289,12 +292,12 @@ def outcome(run: Path, returncode: int | None, name: str = "") -> int:
     raise KitError(problems, code=code)
 
 
-def settled(run: Path, returncode: int | None) -> dict[str, Any]:
+def settled(run: Path, returncode: int | None, before: dict[str, Any] | None) -> dict[str, Any]:
     """The run's status once node 0 has written how it ended; ranks that failed here need no word of node 0."""
     deadline = time.monotonic() + SETTLE_SECONDS
-    while (state := rundir.status(run)).get("state") in ("created", "running"):
+    while (state := rundir.status(run)).get("state") in ("created", "running") or state == before:
         if time.monotonic() > deadline or (returncode and read_errors(run)[0]):
-            break
+            return {}
         time.sleep(0.5)
     return state
 
@@ -303,16 +306,24 @@ def error_files(run: Path) -> list[Path]:
     return [*(run / rundir.LOGS).glob("rank*.error.json"), *(run / rundir.LOGS).glob("node*.error.json")]
 
 
+def changed(file: Path) -> float:
+    try:
+        return file.stat().st_mtime
+    except OSError:  # its own node begins again, and has just removed it
+        return 0.0
+
+
 def read_errors(run: Path) -> tuple[list[Problem], int]:
     """What the ranks wrote before they died, the earliest first, each problem once."""
-    files = sorted(error_files(run), key=lambda f: f.stat().st_mtime)
+    files = sorted(error_files(run), key=changed)
     reports = [rundir.read_json(f) for f in files]
     problems = {p["problem"]: Problem(**p) for report in reports for p in report.get("problems", [])}
     return list(problems.values())[:3], next((r["code"] for r in reports if r.get("code")), FAILED)
 
 
 def stop_with(parent: int) -> None:
-    """Have the kernel send SIGTERM when the parent ends, however it ends."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    """Have the kernel send SIGTERM when the parent ends, however it ends; only Linux does."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:  # it ended before the kernel was asked
         sys.exit(128 + signal.SIGTERM)

@@ -66,7 +66,8 @@ def why_cold(plan: RunPlan) -> str | None:
             known = value == "LORA"
         if not known:
             return f"peft.{key}={value} may change the base"
-    for key in ("torch_compile", "push_to_hub", "auto_find_batch_size"):
+    # Each of the three words about compiling turns it on.
+    for key in ("torch_compile", "torch_compile_backend", "torch_compile_mode", "push_to_hub", "auto_find_batch_size"):
         if trainer.get(key):
             return f"trainer.{key} is not made anew"
     if others := set(trackers.names(trainer.get("report_to"))) - {"none", "tensorboard"}:
@@ -123,7 +124,7 @@ class Worker:
         """End it and all that it started, at once."""
         try:
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
+        except (ProcessLookupError, PermissionError):  # the latter is macOS' word for a process that has ended
             return
 
     def end(self) -> None:

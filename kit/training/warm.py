@@ -147,6 +147,8 @@ class Held:
         if self.model is None or self.drawn:
             return "loading the base drew random numbers: it depends on the seed"
         restore(self.before)
+        # Whatever was compiled (an optimizer, an attention): after a number of shapes torch no longer compiles.
+        torch._dynamo.reset()
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         gc.collect()
