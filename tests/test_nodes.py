@@ -15,7 +15,7 @@ import pytest
 
 from kit import api, rundir, worker
 from kit.errors import STOPPED, KitError
-from kit.launchers import command, node, remote, run
+from kit.launchers import command, node, ranks, remote, run
 from kit.launchers.secrets import is_secret
 
 CPU = ("trainer.use_cpu=true", "trainer.bf16=false")
@@ -305,9 +305,9 @@ def test_only_ranks_of_this_machine_and_node(tmp_path):
     here = socket.gethostname()
     for rank, text in enumerate([f"{os.getpid()}", f"{os.getpid()} {here}", f"{os.getpid()} elsewhere", "", "9 9 9"]):
         (logs / f"rank{rank}.pid").write_text(text)
-    assert [rank for rank, _ in run.written(tmp_path)] == [0, 1]
-    assert run.ranks(tmp_path, range(1, 3)) == [os.getpid()]
-    run.forget(tmp_path, range(1, 3), ".node1")
+    assert [rank for rank, _ in ranks.written(tmp_path)] == [0, 1]
+    assert ranks.living(tmp_path, range(1, 3)) == [os.getpid()]
+    ranks.forget(tmp_path, range(1, 3), ".node1")
     assert sorted(p.name for p in logs.glob("*.pid")) == ["rank0.pid", "rank3.pid", "rank4.pid"]
 
 
@@ -315,8 +315,8 @@ def test_errors_of_other_nodes_end_this_one(tmp_path, monkeypatch):
     logs = tmp_path / "logs"
     logs.mkdir()
     (logs / "rank2.error.json").write_text("{}")  # of an earlier start
-    peers = run.Peers(tmp_path, range(2))
-    monkeypatch.setattr(run, "PEER_SECONDS", 0.2)
+    peers = ranks.Peers(tmp_path, range(2))
+    monkeypatch.setattr(ranks, "PEER_SECONDS", 0.2)
     (logs / "rank1.error.json").write_text("{}")  # our own: its launcher sees to it
     assert not peers.failed() and peers.deadline is None
     (logs / "node1.error.json").write_text("{}")

@@ -21,7 +21,8 @@ from kit import rundir, worker
 from kit.config.schema import load_plan
 from kit.errors import DONE, STOPPED, KitError
 from kit.launchers.command import rank_environment
-from kit.launchers.run import forget, newest_checkpoint, outcome, stop_with
+from kit.launchers.ranks import forget
+from kit.launchers.run import newest_checkpoint, outcome, stop_with
 from kit.launchers.trials import LOG
 from kit.terminal import say
 from kit.training import stopping
