@@ -355,8 +355,8 @@ def test_what_an_earlier_start_left_is_not_this_ones_end(tmp_path, monkeypatch):
 
 def test_a_word_in_the_run_directory_stops_ranks(tmp_path):
     (tmp_path / "logs").mkdir()
-    script = "import sys, time; from pathlib import Path; from kit import worker; from kit.training import stopping\n"
-    script += "worker.watch_stop(Path(sys.argv[1]))\nprint('ready', flush=True)\n"
+    script = "import sys, time; from pathlib import Path; from kit.training import lifeline, stopping\n"
+    script += "lifeline.watch_stop(Path(sys.argv[1]))\nprint('ready', flush=True)\n"
     script += "while not stopping.requested(): time.sleep(0.05)\nprint('asked', flush=True)\ntime.sleep(60)"
     argv = [sys.executable, "-c", script, str(tmp_path)]
     remote.ask_ranks(tmp_path, "now")  # an earlier start's last word
