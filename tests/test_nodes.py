@@ -386,6 +386,8 @@ def test_what_is_refused_leaves_no_directory(plan_of, tmp_path, monkeypatch):
     [
         ("HF_TOKEN", "x", True), ("wandb_api_key", "x", True), ("AWS_SECRET_ACCESS_KEY", "x", True),
         ("MLFLOW_TRACKING_PASSWORD", "x", True), ("MY_NOTE", "hf_" + "a" * 30, True), ("X", "sk-" + "a" * 30, True),
+        ("X", "glpat-" + "a" * 20, True), ("X", "github_pat_" + "a" * 30, True), ("X", "AKIA" + "A" * 16, True),
+        ("BLOB_CONNECTION_STRING", "AccountName=x", True),
         ("HF_ENDPOINT", "https://me:word@mirror", True), ("HF_ENDPOINT", "https://mirror:8080/a", False),
         ("HF_TOKEN_PATH", "/home/me/token", False), ("SSH_AUTH_SOCK", "/tmp/agent", False),
         ("TOKENIZERS_PARALLELISM", "false", False), ("KEYBOARD", "de", False), ("PASSED", "1", False),

@@ -24,6 +24,7 @@ import json, os, signal, sys, time
 from pathlib import Path
 
 asked = []
+print("printed by a module that Python imports at its start", flush=True)
 signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
 for line in sys.stdin:
     asked.clear()

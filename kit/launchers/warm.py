@@ -6,6 +6,7 @@ not on the list must be equal: a key that nobody thought of makes another worker
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -113,11 +114,11 @@ class Worker:
         """What became of the trial: `code`, and `why` the worker is done for ("" where it is not). None: not yet."""
         assert self.process.stdout is not None
         gone = self.process.poll()  # first: what it wrote before it went is read below
-        self.text += self.process.stdout.read() or b""
-        line, found, self.text = self.text.partition(b"\n") if b"\n" in self.text else (b"", b"", self.text)
-        if found:
-            answer: dict[str, Any] = json.loads(line)
-            return answer
+        *lines, self.text = (self.text + (self.process.stdout.read() or b"")).split(b"\n")
+        for line in lines:  # a sitecustomize.py may have printed before the worker began
+            with contextlib.suppress(ValueError):
+                if isinstance(answer := json.loads(line), dict):
+                    return answer
         return None if gone is None else {"code": gone, "why": "its process is gone"}
 
     def kill(self) -> None:
