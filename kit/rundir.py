@@ -114,6 +114,12 @@ def set_status(run: Path, state: str, **facts: Any) -> None:
     write_json(run / STATUS, {"state": state, "time": now, "host": platform.node(), **facts})
 
 
+def set_refused(run: Path, error: KitError) -> None:
+    """The status of a run that was refused before there were ranks; not where another process has it, and trains."""
+    if status(run).get("state") != "failed" and in_use(run) in (None, os.getpid()):
+        set_status(run, "failed", exit_code=error.code, problems=[str(p) for p in error.problems])
+
+
 def status(run: Path) -> dict[str, Any]:
     return read_json(run / STATUS)
 

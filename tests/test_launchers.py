@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from kit import api, hardware, rundir, worker
-from kit.errors import ENVIRONMENT, KitError
+from kit.errors import ENVIRONMENT, REFUSED, KitError
 from kit.hardware import Gpu
 from kit.launchers import command, ops, run
 
@@ -239,6 +239,17 @@ def test_locks_of_other_file_systems(tmp_path, monkeypatch, capsys):
         with rundir.locked(tmp_path):
             assert rundir.in_use(tmp_path) is None
     assert capsys.readouterr().err.count("has no locks") == 1
+
+
+def test_a_trial_that_another_process_has(plan_of):
+    """It is refused there, and what the other one says of it stays."""
+    held = rundir.create(plan_of("trainer.use_cpu=true"))
+    rundir.set_status(held.run_path, "running")
+    argv = [sys.executable, "-m", "kit.launchers.trial", str(held.run_path / rundir.PLAN), str(os.getpid())]
+    with rundir.locked(held.run_path):
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
+    assert done.returncode == REFUSED and "in use by process" in done.stderr, done.stderr
+    assert rundir.status(held.run_path)["state"] == "running"
 
 
 def test_looking_at_a_lock_does_not_keep_a_run_from_it(tmp_path):

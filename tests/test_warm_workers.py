@@ -261,6 +261,7 @@ def test_a_key_that_nobody_thought_of(plan):
         (["trainer.torch_compile_backend=inductor"], "torch_compile_backend"),  # which turns it on
         (["trainer.auto_find_batch_size=true"], "auto_find_batch_size"),
         (["trainer.report_to=wandb"], "wandb is open once"),
+        (["trainer.optim=paged_adamw_8bit"], "does not give its memory back"),
     ],
 )
 def test_cold_by_nature(plan, overrides: list[str], why: str):

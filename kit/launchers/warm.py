@@ -71,6 +71,8 @@ def why_cold(plan: RunPlan) -> str | None:
     for key in ("torch_compile", "torch_compile_backend", "torch_compile_mode", "push_to_hub", "auto_find_batch_size"):
         if trainer.get(key):
             return f"trainer.{key} is not made anew"
+    if str(trainer.get("optim")).startswith("paged_"):  # bitsandbytes takes managed memory, and frees none of it
+        return f"trainer.optim={trainer['optim']} does not give its memory back"
     if others := set(trackers.names(trainer.get("report_to"))) - {"none", "tensorboard"}:
         return f"{min(others)} is open once in a process"
     return None

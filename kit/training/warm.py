@@ -62,8 +62,7 @@ def trial(path: Path, held: Held) -> tuple[int, str]:
             code = start(path, held)
     except KitError as error:
         print(error, file=sys.stderr)
-        if rundir.status(run).get("state") != "failed":  # it was refused before it trained
-            rundir.set_status(run, "failed", exit_code=error.code, problems=[str(p) for p in error.problems])
+        rundir.set_refused(run, error)
         code = error.code
     if code not in (DONE, STOPPED):
         return code, "a trial failed in it"
