@@ -47,9 +47,13 @@ def main(argv: list[str] | None = None, **hooks: Any) -> None:
         store = None
         if plan_path is None:
             plan_path, store = compose_on_rank0(args, rank)
+        from kit import rundir
         from kit.config.schema import load_plan
 
         plan = load_plan(plan_path).model_copy(update={"run_dir": str(Path(plan_path).absolute().parent)})
+        if rank == 0:
+            with rundir.locked(plan.run_path, rundir.LOCK + ".rank0"):
+                pass  # where the ranks of another launch have it, nothing in the directory is touched
         run = plan.run_path
         log = prepare_process(plan, rank)
         if rank == 0:

@@ -23,6 +23,19 @@ from kit.hardware import Gpu
 from kit.launchers import command, ops, run
 
 
+def refused_beside(run: Path, lock: str, module: str, *more: str) -> None:
+    """Started with a plan whose run another process has, a module refuses and leaves the directory as it was."""
+    rundir.set_status(run, "running")
+    pid = run / rundir.LOGS / "rank0.pid"
+    pid.write_text("1")
+    argv = [sys.executable, "-m", module, str(run / rundir.PLAN), *more]
+    with rundir.locked(run, lock):
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
+    assert done.returncode == REFUSED and "in use by process" in done.stderr, done.stderr
+    assert rundir.status(run)["state"] == "running" and pid.read_text() == "1"
+    assert not list(pid.parent.glob("*.error.json"))
+
+
 @pytest.fixture
 def plan_of(base, chat, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -241,15 +254,11 @@ def test_locks_of_other_file_systems(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err.count("has no locks") == 1
 
 
-def test_a_trial_that_another_process_has(plan_of):
-    """It is refused there, and what the other one says of it stays."""
-    held = rundir.create(plan_of("trainer.use_cpu=true"))
-    rundir.set_status(held.run_path, "running")
-    argv = [sys.executable, "-m", "kit.launchers.trial", str(held.run_path / rundir.PLAN), str(os.getpid())]
-    with rundir.locked(held.run_path):
-        done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
-    assert done.returncode == REFUSED and "in use by process" in done.stderr, done.stderr
-    assert rundir.status(held.run_path)["state"] == "running"
+def test_a_run_that_another_process_has(plan_of):
+    """A trial, or a rank that is started by hand, says so; what the other one says of the run stays."""
+    run = rundir.create(plan_of("trainer.use_cpu=true")).run_path
+    refused_beside(run, rundir.LOCK, "kit.launchers.trial", str(os.getpid()))
+    refused_beside(run, rundir.LOCK + ".rank0", "kit.worker")
 
 
 def test_looking_at_a_lock_does_not_keep_a_run_from_it(tmp_path):
