@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import io
 import os
 import sys
 
@@ -61,6 +62,8 @@ VERBS = {  # module and function, which takes the words after the verb and retur
 def main(argv: list[str] | None = None) -> None:
     """Entry point of the command; exits with the codes of kit.errors."""
     argv = sys.argv[1:] if argv is None else argv
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that lacks a letter is no reason to fail
+        sys.stdout.reconfigure(errors="backslashreplace")
     if argv[:1] and argv[0] in ("check", "why", "diff", "show"):
         gc.disable()  # over in half a second: collecting costs 4 % of it and frees nothing that is missed
     sys.exit(run(argv))

@@ -27,20 +27,46 @@ def gpus() -> tuple[Gpu, ...]:
         return ()
     if not any(Path("/dev").glob("nvidia[0-9]*")) and not Path("/dev/dxg").exists():
         return ()
-    query = ["nvidia-smi", "--query-gpu=index,uuid,name,memory.total,compute_cap", "--format=csv,noheader,nounits"]
+    out = nvidia_smi("--query-gpu=index,uuid,name,memory.total,compute_cap", "--format=csv,noheader,nounits")
+    return visible_gpus(out, nvidia_smi("-L") if "MIG-" in (visible or "") else "", visible)
+
+
+def nvidia_smi(*words: str) -> str:
     try:
-        out = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+        return subprocess.run(["nvidia-smi", *words], capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError):
-        return ()
+        return ""
+
+
+def shared_memory() -> float:
+    """GiB of this machine's memory: of a GPU that has none of its own nvidia-smi names none."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+
+
+def visible_gpus(table: str, listing: str, visible: str | None) -> tuple[Gpu, ...]:
+    """What CUDA_VISIBLE_DEVICES shows of nvidia-smi's table, and of its listing (`-L`) where it names MIG slices."""
     found: dict[str, Gpu] = {}
-    for line in out.strip().splitlines():
+    for line in table.strip().splitlines():
         index, uuid, name, memory, capability = (part.strip() for part in line.split(","))
         major, _, minor = capability.partition(".")
-        gpu = Gpu(name, float(memory) / 1024, (int(major), int(minor)) if major.isdigit() else None)
-        found[index] = found[uuid] = gpu
+        size = float(memory) / 1024 if memory.isdigit() else shared_memory()
+        found[index] = found[uuid] = Gpu(name, size, (int(major), int(minor)) if major.isdigit() else None)
     if visible is None:
         return tuple(gpu for key, gpu in found.items() if key.isdigit())
-    return tuple(found[key.strip()] for key in visible.split(",") if key.strip() in found)
+    whole = None
+    for line in listing.splitlines():
+        if gpu := re.match(r"GPU \d+: .*\(UUID: ([^)]+)\)", line):
+            whole = found.get(gpu[1])
+        elif whole and (part := re.match(r"\s+MIG (\S*?(\d+)gb\S*)\s.*\(UUID: ([^)]+)\)", line)):
+            # It holds a little less than its name says.
+            found[part[3]] = Gpu(f"{whole.name} {part[1]}", 0.95 * int(part[2]), whole.capability)
+    shown = []
+    for name in (v.strip() for v in visible.split(",")):
+        same = [key for key in found if key == name or (name.startswith(("GPU-", "MIG-")) and key.startswith(name))]
+        if len(same) != 1:
+            break  # CUDA does not see what stands behind a name that it does not know
+        shown.append(found[same[0]])
+    return tuple(shown)
 
 
 @lru_cache

@@ -12,15 +12,17 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from kit.config.schema import RunPlan, load_plan
 from kit.errors import REFUSED, KitError
+from kit.terminal import say
 
 PLAN, DS_CONFIG, LAUNCH, STATUS = "plan.json", "ds_config.json", "launch.json", "status.json"
 METRICS, METRICS_LOG, SAMPLES = "metrics.json", "metrics.jsonl", "samples.json"
 ADAPTER, MODEL, CHECKPOINTS, MERGED, LOGS = "adapter", "model", "checkpoints", "merged", "logs"
 LOCK = ".lock"
+LOOK_SECONDS = 0.3  # for as long a lock may only be looked at (`in_use`)
 
 
 def create(plan: RunPlan, fresh: bool = False) -> RunPlan:
@@ -112,6 +114,12 @@ def set_status(run: Path, state: str, **facts: Any) -> None:
     write_json(run / STATUS, {"state": state, "time": now, "host": platform.node(), **facts})
 
 
+def set_refused(run: Path, error: KitError) -> None:
+    """The status of a run that was refused before there were ranks; not where another process has it, and trains."""
+    if status(run).get("state") != "failed" and in_use(run) in (None, os.getpid()):
+        set_status(run, "failed", exit_code=error.code, problems=[str(p) for p in error.problems])
+
+
 def status(run: Path) -> dict[str, Any]:
     return read_json(run / STATUS)
 
@@ -120,25 +128,37 @@ def in_use(run: Path) -> int | None:
     """The process that holds the run directory's lock, None where it is free. Dead holders hold nothing."""
     for path in run.glob(LOCK + "*"):  # of this command, of other nodes, of rank 0
         with open(path) as f:
-            try:
-                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            if taken(f, fcntl.LOCK_SH) is False:  # NFS gives an exclusive lock only to a file that is open for writing
                 text = path.read_text().strip()
                 return int(text) if text.isdigit() else 0
     return None
+
+
+def taken(f: IO[str], kind: int) -> bool | None:
+    """Whether the lock was free, and is ours now; None on a file system that has no locks."""
+    try:
+        fcntl.flock(f, kind | fcntl.LOCK_NB)
+        return True
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:
+        return None
 
 
 @contextlib.contextmanager
 def locked(run: Path, name: str = LOCK) -> Iterator[None]:
     """Hold the run directory while the block runs; KitError where another process does."""
     with open(run / name, "a+") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        deadline = time.monotonic() + LOOK_SECONDS
+        while (ours := taken(f, fcntl.LOCK_EX)) is False and time.monotonic() < deadline:
+            time.sleep(0.02)
+        if ours is False:
             f.seek(0)
             raise KitError(
                 f"{run} is in use by process {f.read().strip()}", fix="wait for it, or start another run", code=REFUSED
-            ) from None
+            )
+        if ours is None and name == LOCK:
+            say(f"the file system of {run} has no locks: nothing keeps a second process out of it")
         f.truncate(0)
         f.write(str(os.getpid()))
         f.flush()

@@ -19,7 +19,6 @@ import re
 import socket
 import subprocess
 import sys
-import threading
 import time
 import traceback
 from pathlib import Path
@@ -27,15 +26,15 @@ from typing import Any, TextIO
 
 from kit.errors import DONE, ENVIRONMENT, FAILED, KitError, Problem
 
-GRACE_SECONDS = 120.0  # how long ranks whose launcher has died may take to save
-
 
 def main(argv: list[str] | None = None, **hooks: Any) -> None:
     """Run this process as one rank of a plan and exit. `hooks` go to the trainer: callbacks, compute_metrics, ..."""
     from kit.training import stopping
 
     stopping.install_handlers()
-    watch_launcher()
+    from kit.training import lifeline  # which imports more
+
+    lifeline.watch_launcher()
     set_ranks()
     rank = int(os.environ.get("RANK", "0"))
     args, resume = read_argv(sys.argv[1:] if argv is None else argv)
@@ -48,9 +47,13 @@ def main(argv: list[str] | None = None, **hooks: Any) -> None:
         store = None
         if plan_path is None:
             plan_path, store = compose_on_rank0(args, rank)
+        from kit import rundir
         from kit.config.schema import load_plan
 
         plan = load_plan(plan_path).model_copy(update={"run_dir": str(Path(plan_path).absolute().parent)})
+        if rank == 0:
+            with rundir.locked(plan.run_path, rundir.LOCK + ".rank0"):
+                pass  # where the ranks of another launch have it, nothing in the directory is touched
         run = plan.run_path
         log = prepare_process(plan, rank)
         if rank == 0:
@@ -203,7 +206,9 @@ def prepare_process(plan: Any, rank: int) -> TextIO:
     logs.mkdir(parents=True, exist_ok=True)
     (logs / f"rank{rank}.pid").write_text(f"{os.getpid()} {socket.gethostname()}" if several else str(os.getpid()))
     if several:
-        watch_stop(plan.run_path)
+        from kit.training import lifeline
+
+        lifeline.watch_stop(plan.run_path)
     log = open(logs / f"rank{rank}.log", "a", buffering=1, encoding="utf-8", errors="replace")
     log.write(f"--- plan {plan.hash} rank {rank} {time.strftime('%Y-%m-%dT%H:%M:%S%z')}\n")
     return log
@@ -219,7 +224,11 @@ class Tee:
         if not self.log.closed and not text.startswith("\r"):  # the log gets no redrawn progress bars
             self.log.write(text)
         with contextlib.suppress(OSError):  # a console that is gone (ssh, a closed pipe) must not end the run
-            self.console.write(text)
+            try:
+                self.console.write(text)
+            except UnicodeEncodeError:  # nor may one that lacks a letter
+                code = self.console.encoding or "ascii"
+                self.console.write(text.encode(code, "backslashreplace").decode(code))
         return len(text)
 
     def flush(self) -> None:
@@ -238,11 +247,11 @@ def report(run: Path | None, rank: int, problems: list[Problem], code: int, erro
         return code
     with open(log_of(run, rank), "a", encoding="utf-8") as log:
         log.write("".join(traceback.format_exception(error)))
-    found = {"code": code, "problems": [vars(p) for p in problems]}
-    (run / "logs" / f"rank{rank}.error.json").write_text(json.dumps(found))
-    if rank == 0:
-        from kit import rundir
+    from kit import rundir
 
+    found = {"code": code, "problems": [vars(p) for p in problems]}
+    rundir.write_json(run / rundir.LOGS / f"rank{rank}.error.json", found)  # as a whole: other nodes read it
+    if rank == 0:
         rundir.set_status(run, "failed", exit_code=code, problems=[str(p) for p in problems])
         if not (run / rundir.LAUNCH).exists():  # started by hand: nobody else will say it
             print("\n".join(map(str, problems)), file=sys.stderr)
@@ -260,64 +269,6 @@ def advice(error: BaseException) -> str:
             " or take the next of deepspeed=zero2, zero3, zero3_offload"
         )
     return "the log holds the traceback"
-
-
-def watch_launcher() -> None:
-    """Treat a dead launcher as a stop signal: ending the `deepspeed` command leaves its ranks running (T71)."""
-    import psutil
-
-    me = psutil.Process()
-    parent = me.parent()
-    if parent is None or "RANK" not in os.environ:
-        return
-    try:
-        family = [parent]
-        if any("deepspeed.launcher.launch" in part for part in parent.cmdline()) and (runner := parent.parent()):
-            family.append(runner)  # or, on a node that was reached with ssh, its shell, which outlives the connection
-            sessions = [p for p in runner.parents() if p.name().startswith("sshd")]
-            family += sessions[:1] if "SSH_CONNECTION" in os.environ else []
-    except psutil.Error:
-        return
-
-    def watch() -> None:
-        from kit.training import stopping
-
-        while alive(family):
-            time.sleep(1)
-        stopping.request()
-        time.sleep(GRACE_SECONDS)
-        os._exit(FAILED)
-
-    threading.Thread(target=watch, daemon=True, name="watch-launcher").start()
-
-
-def watch_stop(run: Path) -> None:
-    """Ranks that were reached with ssh are asked to stop by a file: nobody there can be signalled (remote.py)."""
-    from kit.launchers import remote
-
-    def watch() -> None:
-        from kit.training import stopping
-
-        seen = remote.asked(run) if remote.is_old(run) else ""
-        while True:
-            if (word := remote.asked(run)) != seen:
-                seen = word
-                if word == "now":
-                    os._exit(FAILED)
-                if word:
-                    stopping.request()
-            time.sleep(1)
-
-    threading.Thread(target=watch, daemon=True, name="watch-stop").start()
-
-
-def alive(family: list[Any]) -> bool:
-    import psutil
-
-    try:
-        return all(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in family)
-    except psutil.Error:
-        return False
 
 
 if __name__ == "__main__":

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +28,14 @@ def run(base: Path, chat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         return api.check(*args, *overrides)
 
     return check
+
+
+def test_a_terminal_without_the_letter(tmp_path: Path):
+    """The value is shown in another way; that is no reason for a traceback."""
+    env = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    argv = [sys.executable, "-m", "kit", "why", "prompts", "recipe=quickstart", 'prompts=["é"]']
+    done = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == DONE and r"\xe9" in done.stdout, done.stderr
 
 
 def assert_refused(problems, key: str, *words: str) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,9 +18,22 @@ import psutil
 import pytest
 
 from kit import api, hardware, rundir, worker
-from kit.errors import ENVIRONMENT, KitError
+from kit.errors import ENVIRONMENT, REFUSED, KitError
 from kit.hardware import Gpu
-from kit.launchers import command, ops
+from kit.launchers import command, ops, run
+
+
+def refused_beside(run: Path, lock: str, module: str, *more: str) -> None:
+    """Started with a plan whose run another process has, a module refuses and leaves the directory as it was."""
+    rundir.set_status(run, "running")
+    pid = run / rundir.LOGS / "rank0.pid"
+    pid.write_text("1")
+    argv = [sys.executable, "-m", module, str(run / rundir.PLAN), *more]
+    with rundir.locked(run, lock):
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
+    assert done.returncode == REFUSED and "in use by process" in done.stderr, done.stderr
+    assert rundir.status(run)["state"] == "running" and pid.read_text() == "1"
+    assert not list(pid.parent.glob("*.error.json"))
 
 
 @pytest.fixture
@@ -177,11 +194,13 @@ def test_a_console_that_is_gone_does_not_end_the_run(tmp_path):
         def write(self, text: str) -> int:
             raise OSError(5, "Input/output error")
 
-    with open(tmp_path / "log", "w") as log:
+    with open(tmp_path / "log", "w", encoding="utf-8") as log:
         tee = worker.Tee(Gone(), log)
         assert tee.write("step 1\n") == 7
         tee.flush()
-    assert (tmp_path / "log").read_text() == "step 1\n"
+        latin = io.TextIOWrapper(io.BytesIO(), encoding="latin-1", write_through=True)
+        assert worker.Tee(latin, log).write("é █\n") == 4  # nor one that lacks a letter
+    assert (tmp_path / "log").read_text("utf-8") == "step 1\né █\n" and latin.buffer.getvalue() == b"\xe9 \\u2588\n"
 
 
 def test_a_run_directory_is_one_runs(plan_of):
@@ -204,6 +223,90 @@ def test_a_run_directory_is_one_runs(plan_of):
         rundir.find_run("nothing")
     with pytest.raises(KitError, match="is finished"):
         api.resume(plan.run_dir)
+
+
+def system_answers(monkeypatch, number: int, refused) -> None:
+    """Let flock() fail as another file system's does, where `refused` says so of (open mode, operation)."""
+    flock = fcntl.flock
+
+    def other(f, operation: int) -> None:
+        descriptor = f if isinstance(f, int) else f.fileno()
+        if refused(fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE, operation):
+            raise OSError(number, os.strerror(number))
+        flock(f, operation)
+
+    monkeypatch.setattr(fcntl, "flock", other)
+
+
+def test_locks_of_other_file_systems(tmp_path, monkeypatch, capsys):
+    """NFS gives an exclusive lock to a file that is open for writing only; some Lustre mounts have no locks."""
+    with rundir.locked(tmp_path):
+        assert rundir.in_use(tmp_path) == os.getpid()
+    with monkeypatch.context() as nfs:
+        system_answers(nfs, errno.EBADF, lambda mode, kind: mode == os.O_RDONLY and kind & fcntl.LOCK_EX)
+        assert rundir.in_use(tmp_path) is None
+        with rundir.locked(tmp_path):
+            assert rundir.in_use(tmp_path) == os.getpid()
+    with monkeypatch.context() as none:
+        system_answers(none, errno.ENOSYS, lambda mode, kind: True)
+        with rundir.locked(tmp_path):
+            assert rundir.in_use(tmp_path) is None
+    assert capsys.readouterr().err.count("has no locks") == 1
+
+
+def test_a_run_that_another_process_has(plan_of):
+    """A trial, or a rank that is started by hand, says so; what the other one says of the run stays."""
+    run = rundir.create(plan_of("trainer.use_cpu=true")).run_path
+    refused_beside(run, rundir.LOCK, "kit.launchers.trial", str(os.getpid()))
+    refused_beside(run, rundir.LOCK + ".rank0", "kit.worker")
+
+
+def test_looking_at_a_lock_does_not_keep_a_run_from_it(tmp_path):
+    with rundir.locked(tmp_path):
+        pass
+    with open(tmp_path / rundir.LOCK) as look:
+        assert rundir.taken(look, fcntl.LOCK_SH)
+        timer = threading.Timer(0.05, look.close)
+        timer.start()
+        with rundir.locked(tmp_path):
+            timer.join()
+
+
+def test_nohup_outlives_the_terminal():
+    """SIGHUP asks for a checkpoint and an end, unless whoever started us wants it ignored."""
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        for handler, asked in ((signal.SIG_IGN, 0), (signal.SIG_DFL, 1)):
+            signal.signal(signal.SIGHUP, handler)
+            with run.Stop() as stop:
+                os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.asked == asked and signal.getsignal(signal.SIGHUP) == handler
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+TABLE = "0, GPU-aa11, H100, 81559, 9.0\n1, GPU-ab22, H100, 81559, 9.0\n2, GPU-cc33, GB10, [N/A], 12.1\n"
+LISTING = """\
+GPU 0: H100 (UUID: GPU-aa11)
+  MIG 3g.40gb     Device  0: (UUID: MIG-11)
+  MIG 1g.10gb+me  Device  1: (UUID: MIG-22)
+GPU 1: H100 (UUID: GPU-ab22)
+"""
+
+
+@pytest.mark.parametrize(
+    "visible, names",
+    [
+        (None, ["H100", "H100", "GB10"]), ("1,0", ["H100", "H100"]), ("GPU-cc33", ["GB10"]),
+        ("GPU-cc", ["GB10"]), ("GPU-a", []),  # as much of it as is clear
+        ("1,7,0", ["H100"]), ("-1", []),  # what stands behind one that is not there is not seen
+        ("MIG-22", ["H100 1g.10gb+me"]), ("MIG-11", ["H100 3g.40gb"]),
+    ],
+)  # fmt: skip
+def test_which_gpus_are_seen(visible, names):
+    found = hardware.visible_gpus(TABLE, LISTING, visible)
+    assert [g.name for g in found] == names and all(g.capability for g in found)
+    assert all(g.memory_gb < 41 for g in found if "g." in g.name) and all(g.memory_gb > 0 for g in found)
 
 
 def test_resume_changes_only_what_may_change(plan_of):

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from kit import api, rundir, worker
-from kit.errors import KitError
-from kit.launchers import command, node, remote, run
+from kit.errors import STOPPED, KitError
+from kit.launchers import command, node, ranks, remote, run
 from kit.launchers.secrets import is_secret
 
 CPU = ("trainer.use_cpu=true", "trainer.bf16=false")
@@ -193,6 +193,17 @@ def test_a_node_that_nobody_numbered(plan_of):
         api.train(plan=plan_of("launch=torchrun", "launch.num_nodes=2", "launch.num_gpus=2", "launch.node_rank=1"))
 
 
+def test_node_0_is_the_first_that_is_chosen(plan_of, tmp_path):
+    """And a hostfile that is gone when the run starts is a refusal."""
+    plan = plan_of(FILE, "launch.include='b:0,2@c'", "launch.no_ssh=true", "launch.node_rank=0", "deepspeed=zero2",
+                   "trainer.per_device_train_batch_size=1")  # fmt: skip
+    assert node.placed(plan, {}).launch.master_addr == "b"
+    (tmp_path / "hosts").unlink()
+    for ask in (lambda: node.placed(plan, {}), lambda: remote.hosts(plan)):
+        with pytest.raises(KitError, match="hosts cannot be read"):
+            ask()
+
+
 def test_a_port_that_the_nodes_cannot_have(plan_of):
     with socket.socket() as taken:
         taken.bind(("", 0))
@@ -294,9 +305,9 @@ def test_only_ranks_of_this_machine_and_node(tmp_path):
     here = socket.gethostname()
     for rank, text in enumerate([f"{os.getpid()}", f"{os.getpid()} {here}", f"{os.getpid()} elsewhere", "", "9 9 9"]):
         (logs / f"rank{rank}.pid").write_text(text)
-    assert [rank for rank, _ in run.written(tmp_path)] == [0, 1]
-    assert run.ranks(tmp_path, range(1, 3)) == [os.getpid()]
-    run.forget(tmp_path, range(1, 3), ".node1")
+    assert [rank for rank, _ in ranks.written(tmp_path)] == [0, 1]
+    assert ranks.living(tmp_path, range(1, 3)) == [os.getpid()]
+    ranks.forget(tmp_path, range(1, 3), ".node1")
     assert sorted(p.name for p in logs.glob("*.pid")) == ["rank0.pid", "rank3.pid", "rank4.pid"]
 
 
@@ -304,8 +315,8 @@ def test_errors_of_other_nodes_end_this_one(tmp_path, monkeypatch):
     logs = tmp_path / "logs"
     logs.mkdir()
     (logs / "rank2.error.json").write_text("{}")  # of an earlier start
-    peers = run.Peers(tmp_path, range(2))
-    monkeypatch.setattr(run, "PEER_SECONDS", 0.2)
+    peers = ranks.Peers(tmp_path, range(2))
+    monkeypatch.setattr(ranks, "PEER_SECONDS", 0.2)
     (logs / "rank1.error.json").write_text("{}")  # our own: its launcher sees to it
     assert not peers.failed() and peers.deadline is None
     (logs / "node1.error.json").write_text("{}")
@@ -326,10 +337,26 @@ def test_another_node_waits_for_the_first_ones_word(tmp_path, monkeypatch):
     assert run.outcome(tmp_path, 0, ".node1") == 0
 
 
+def test_what_an_earlier_start_left_is_not_this_ones_end(tmp_path, monkeypatch):
+    """A node whose ranks cannot even start, while node 0 has not yet begun: that is no stop with a checkpoint."""
+    (tmp_path / "logs").mkdir()
+    monkeypatch.setattr(run, "SETTLE_SECONDS", 1)
+    rundir.set_status(tmp_path, "stopped", step=5)
+    before = rundir.status(tmp_path)
+    for there in (False, True):
+        if there:
+            problems = [{"problem": "no module", "where": "", "fix": ""}]
+            rundir.write_json(tmp_path / "logs" / "rank2.error.json", {"code": 4, "problems": problems})
+        with pytest.raises(KitError, match="no module" if there else "before it was done"):
+            run.outcome(tmp_path, 1, ".node1", before)
+    rundir.set_status(tmp_path, "stopped", step=9)
+    assert run.outcome(tmp_path, 0, ".node1", before) == STOPPED
+
+
 def test_a_word_in_the_run_directory_stops_ranks(tmp_path):
     (tmp_path / "logs").mkdir()
-    script = "import sys, time; from pathlib import Path; from kit import worker; from kit.training import stopping\n"
-    script += "worker.watch_stop(Path(sys.argv[1]))\nprint('ready', flush=True)\n"
+    script = "import sys, time; from pathlib import Path; from kit.training import lifeline, stopping\n"
+    script += "lifeline.watch_stop(Path(sys.argv[1]))\nprint('ready', flush=True)\n"
     script += "while not stopping.requested(): time.sleep(0.05)\nprint('asked', flush=True)\ntime.sleep(60)"
     argv = [sys.executable, "-c", script, str(tmp_path)]
     remote.ask_ranks(tmp_path, "now")  # an earlier start's last word
@@ -359,6 +386,8 @@ def test_what_is_refused_leaves_no_directory(plan_of, tmp_path, monkeypatch):
     [
         ("HF_TOKEN", "x", True), ("wandb_api_key", "x", True), ("AWS_SECRET_ACCESS_KEY", "x", True),
         ("MLFLOW_TRACKING_PASSWORD", "x", True), ("MY_NOTE", "hf_" + "a" * 30, True), ("X", "sk-" + "a" * 30, True),
+        ("X", "glpat-" + "a" * 20, True), ("X", "github_pat_" + "a" * 30, True), ("X", "AKIA" + "A" * 16, True),
+        ("BLOB_CONNECTION_STRING", "AccountName=x", True),
         ("HF_ENDPOINT", "https://me:word@mirror", True), ("HF_ENDPOINT", "https://mirror:8080/a", False),
         ("HF_TOKEN_PATH", "/home/me/token", False), ("SSH_AUTH_SOCK", "/tmp/agent", False),
         ("TOKENIZERS_PARALLELISM", "false", False), ("KEYBOARD", "de", False), ("PASSED", "1", False),

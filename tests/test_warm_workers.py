@@ -24,6 +24,7 @@ import json, os, signal, sys, time
 from pathlib import Path
 
 asked = []
+print("printed by a module that Python imports at its start", flush=True)
 signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
 for line in sys.stdin:
     asked.clear()
@@ -257,12 +258,38 @@ def test_a_key_that_nobody_thought_of(plan):
         (["+peft.init_lora_weights=olora"], "init_lora_weights=olora"),
         (["model.random_init=true"], "drawn with the trial's seed"),
         (["trainer.torch_compile=true"], "torch_compile"),
+        (["trainer.torch_compile_backend=inductor"], "torch_compile_backend"),  # which turns it on
         (["trainer.auto_find_batch_size=true"], "auto_find_batch_size"),
         (["trainer.report_to=wandb"], "wandb is open once"),
+        (["trainer.optim=paged_adamw_8bit"], "does not give its memory back"),
     ],
 )
 def test_cold_by_nature(plan, overrides: list[str], why: str):
     assert why in str(warm.why_cold(plan(*overrides)))
+
+
+def test_what_was_compiled_goes_with_the_trial():
+    """torch compiles a function anew for so many shapes and no more, which trials must not use up for each other."""
+    import torch
+
+    from kit.training.warm import Held, checksums, remember
+
+    made = []
+
+    def backend(graph, inputs):
+        made.append(1)
+        return graph.forward
+
+    double = torch.compile(lambda x: x * 2, backend=backend, dynamic=False)
+    held = Held()
+    held.model = torch.nn.Linear(2, 2)
+    held.before, held.sums = remember(held.model), checksums(held.model)
+    for size in range(2, 22):
+        double(torch.ones(size))
+    assert len(made) < 20 and held.reset() == ""
+    made.clear()
+    double(torch.ones(50))
+    assert made == [1]
 
 
 def test_the_lists_name_what_there_is():

@@ -142,6 +142,15 @@ def test_a_file_that_begins_again(how, tmp_path):
     assert state(run)["step"] == 11
 
 
+def test_a_file_server_whose_clock_is_behind(tmp_path):
+    """The lock then seems older than the process that holds it, as one of a process with the same number would be."""
+    run = write(tmp_path / "r", row(3), state="running")
+    with rundir.locked(run):
+        os.utime(run / rundir.LOCK, (0, 0))
+        assert state(run)["pid"] == os.getpid()
+    assert state(run)["pid"] is None
+
+
 def test_a_file_that_is_away_for_a_moment_is_not_forgotten(tmp_path):
     run = alive(write(tmp_path / "r", row(3), state="running"))
     follower = watch.Follower(run / rundir.METRICS_LOG)

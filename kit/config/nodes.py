@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kit import hardware
 from kit.config.schema import Launch
-from kit.errors import Problem
+from kit.errors import KitError, Problem
 
 LINE = re.compile(r"^(\S+)\s+slots=(\d+)\s*(#.*)?$")
 Hosts = dict[str, list[int]]  # in the file's order; the numbers of the GPUs
@@ -65,6 +65,14 @@ def read_hostfile(path: Path) -> Hosts:
     if not hosts:
         raise Unfit(f"{path} names no host", "hostfile", "one line for each node: HOST slots=GPUS")
     return hosts
+
+
+def hosts_now(launch: Launch) -> Hosts:
+    """What the hostfile and its filters give at this moment; KitError where the file has gone or changed for worse."""
+    try:
+        return chosen(read_hostfile(Path(str(launch.hostfile)).expanduser()), launch.include, launch.exclude)
+    except Unfit as wrong:
+        raise KitError(str(wrong), f"launch.{wrong.key}", wrong.fix, rule="hostfile") from None
 
 
 def chosen(hosts: Hosts, include: str | None, exclude: str | None) -> Hosts:

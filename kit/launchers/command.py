@@ -155,8 +155,9 @@ def interface(plan: RunPlan) -> str:
     gloo would take the one that the host's name resolves to, which is often the loopback.
     """
     address = os.environ.get("MASTER_ADDR") or plan.launch.master_addr
+    own = "lo" if sys.platform == "linux" else "lo0"
     if plan.launch.num_nodes in (1, "auto") or not address:
-        return "lo"
+        return own
     import psutil
 
     try:
@@ -165,9 +166,9 @@ def interface(plan: RunPlan) -> str:
             probe.connect(place)
             source = probe.getsockname()[0]
     except OSError:
-        return "lo"
+        return own
     held = {a.address: name for name, addresses in psutil.net_if_addrs().items() for a in addresses}
-    return held.get(source, "lo")
+    return held.get(source, own)
 
 
 def tracker_environment(plan: RunPlan) -> dict[str, str]:

@@ -15,12 +15,13 @@ import argparse
 import hashlib
 import os
 import re
+import shlex
 import socket
 from collections.abc import Mapping
 from pathlib import Path
 
 from kit import hardware, rundir
-from kit.config.nodes import by_node, read_hostfile
+from kit.config.nodes import by_node, hosts_now
 from kit.config.schema import RunPlan, load_plan
 from kit.errors import DONE, ENVIRONMENT, REFUSED, KitError, Problem
 from kit.stack import need_stack
@@ -48,7 +49,7 @@ def placed(plan: RunPlan, env: Mapping[str, str] = os.environ) -> RunPlan:
         problems.append(Problem(said, "launch.node_rank", f"0 to {int(launch.num_nodes) - 1}"))
     address = launch.master_addr or env.get("MASTER_ADDR") or first_of_slurm(env)
     if not address and launch.hostfile:
-        address = next(iter(read_hostfile(Path(launch.hostfile))))
+        address = next(iter(hosts_now(launch)))
     if not address:
         said = "nobody says where node 0 is"
         problems.append(Problem(said, "launch.master_addr", "launch.master_addr=HOST, the same on every node"))
@@ -105,7 +106,7 @@ def others_command(plan: RunPlan) -> str:
     launch = plan.launch
     where = f"--master-addr {launch.master_addr} --master-port {launch.master_port}"
     ranks = "1" if launch.num_nodes == 2 else f"N   (N = 1 to {int(launch.num_nodes) - 1})"
-    return f"kit launch-node {plan.run_path / 'plan.json'} {where} --node-rank {ranks}"
+    return f"kit launch-node {shlex.quote(str(plan.run_path / 'plan.json'))} {where} --node-rank {ranks}"
 
 
 def right_nodes(plan: RunPlan, env: Mapping[str, str]) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from kit import rundir
-from kit.config.nodes import chosen, read_hostfile
+from kit.config.nodes import hosts_now
 from kit.config.schema import RunPlan
 from kit.errors import ENVIRONMENT, KitError, Problem
 from kit.launchers.secrets import is_secret
@@ -70,9 +70,7 @@ def persons_lines() -> dict[str, str]:
 
 
 def hosts(plan: RunPlan) -> list[str]:
-    launch = plan.launch
-    listed = chosen(read_hostfile(Path(str(launch.hostfile)).expanduser()), launch.include, launch.exclude)
-    return list(listed)[: int(launch.num_nodes)]
+    return list(hosts_now(plan.launch))[: int(plan.launch.num_nodes)]
 
 
 def check(plan: RunPlan) -> None:

@@ -26,8 +26,7 @@ def main(argv: list[str]) -> int:
         return launch(plan, resume=newest_checkpoint(run))
     except KitError as error:
         print_problems(error.problems, refused=error.code == REFUSED)
-        if rundir.status(run).get("state") != "failed":  # it was refused before there were ranks
-            rundir.set_status(run, "failed", exit_code=error.code, problems=[str(p) for p in error.problems])
+        rundir.set_refused(run, error)
         return error.code
 
 

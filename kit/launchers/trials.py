@@ -19,7 +19,7 @@ from kit import hardware, rundir
 from kit.config.schema import RunPlan
 from kit.errors import DONE, FAILED, STOPPED
 from kit.launchers import ops, warm
-from kit.launchers.run import ranks, send
+from kit.launchers.ranks import living, send
 from kit.launchers.warm import Worker
 from kit.terminal import say
 
@@ -288,7 +288,7 @@ def busy(trial: Trial) -> bool:
 def ranks_left(run: Path) -> list[int]:
     """Process ids of ranks that live; a number that has become another process's does not count."""
     found = []
-    for pid in ranks(run):
+    for pid in living(run):
         with contextlib.suppress(psutil.Error):
             if any(str(run) in part for part in psutil.Process(pid).cmdline()):
                 found.append(pid)

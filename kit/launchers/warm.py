@@ -6,6 +6,7 @@ not on the list must be equal: a key that nobody thought of makes another worker
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -66,9 +67,12 @@ def why_cold(plan: RunPlan) -> str | None:
             known = value == "LORA"
         if not known:
             return f"peft.{key}={value} may change the base"
-    for key in ("torch_compile", "push_to_hub", "auto_find_batch_size"):
+    # Each of the three words about compiling turns it on.
+    for key in ("torch_compile", "torch_compile_backend", "torch_compile_mode", "push_to_hub", "auto_find_batch_size"):
         if trainer.get(key):
             return f"trainer.{key} is not made anew"
+    if str(trainer.get("optim")).startswith("paged_"):  # bitsandbytes takes managed memory, and frees none of it
+        return f"trainer.optim={trainer['optim']} does not give its memory back"
     if others := set(trackers.names(trainer.get("report_to"))) - {"none", "tensorboard"}:
         return f"{min(others)} is open once in a process"
     return None
@@ -112,18 +116,18 @@ class Worker:
         """What became of the trial: `code`, and `why` the worker is done for ("" where it is not). None: not yet."""
         assert self.process.stdout is not None
         gone = self.process.poll()  # first: what it wrote before it went is read below
-        self.text += self.process.stdout.read() or b""
-        line, found, self.text = self.text.partition(b"\n") if b"\n" in self.text else (b"", b"", self.text)
-        if found:
-            answer: dict[str, Any] = json.loads(line)
-            return answer
+        *lines, self.text = (self.text + (self.process.stdout.read() or b"")).split(b"\n")
+        for line in lines:  # a sitecustomize.py may have printed before the worker began
+            with contextlib.suppress(ValueError):
+                if isinstance(answer := json.loads(line), dict):
+                    return answer
         return None if gone is None else {"code": gone, "why": "its process is gone"}
 
     def kill(self) -> None:
         """End it and all that it started, at once."""
         try:
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
+        except (ProcessLookupError, PermissionError):  # the latter is macOS' word for a process that has ended
             return
 
     def end(self) -> None:

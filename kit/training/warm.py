@@ -21,7 +21,8 @@ from kit import rundir, worker
 from kit.config.schema import load_plan
 from kit.errors import DONE, STOPPED, KitError
 from kit.launchers.command import rank_environment
-from kit.launchers.run import forget, newest_checkpoint, outcome, stop_with
+from kit.launchers.ranks import forget
+from kit.launchers.run import newest_checkpoint, outcome, stop_with
 from kit.launchers.trials import LOG
 from kit.terminal import say
 from kit.training import stopping
@@ -61,8 +62,7 @@ def trial(path: Path, held: Held) -> tuple[int, str]:
             code = start(path, held)
     except KitError as error:
         print(error, file=sys.stderr)
-        if rundir.status(run).get("state") != "failed":  # it was refused before it trained
-            rundir.set_status(run, "failed", exit_code=error.code, problems=[str(p) for p in error.problems])
+        rundir.set_refused(run, error)
         code = error.code
     if code not in (DONE, STOPPED):
         return code, "a trial failed in it"
@@ -147,6 +147,8 @@ class Held:
         if self.model is None or self.drawn:
             return "loading the base drew random numbers: it depends on the seed"
         restore(self.before)
+        # Whatever was compiled (an optimizer, an attention): after a number of shapes torch no longer compiles.
+        torch._dynamo.reset()
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         gc.collect()

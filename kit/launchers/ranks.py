@@ -1,0 +1,125 @@
+"""What ranks leave in a run's logs/ and whoever started them reads: process ids, errors, and so who still lives."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import time
+from pathlib import Path
+
+import psutil
+
+from kit import rundir
+from kit.errors import FAILED, Problem
+from kit.launchers import remote
+
+PEER_SECONDS = 20  # what the ranks here get to notice by themselves that another node has failed
+
+
+def written(run: Path, mine: range | None = None) -> list[tuple[int, int]]:
+    """(rank, process id) as ranks of this machine wrote them down; `mine`: those of one node."""
+    found = []
+    for file in sorted((run / rundir.LOGS).glob("rank*.pid")):
+        rank = int(file.stem.removeprefix("rank"))
+        with contextlib.suppress(OSError):
+            pid, _, host = file.read_text().strip().partition(" ")
+            here = not host or host == socket.gethostname()  # where there are several nodes, a number says little
+            if pid.isdigit() and here and (mine is None or rank in mine):
+                found.append((rank, int(pid)))
+    return found
+
+
+def living(run: Path, mine: range | None = None) -> list[int]:
+    """Process ids of the living ranks on this machine."""
+    return [pid for _, pid in written(run, mine) if psutil.pid_exists(pid)]
+
+
+def send(pid: int, number: int) -> None:
+    try:
+        os.kill(pid, number)
+    except (ProcessLookupError, PermissionError):  # gone, or the number is another person's process now
+        return
+
+
+def forget(run: Path, mine: range | None = None, name: str = "") -> None:
+    """Remove what an earlier start left in logs/: pids, errors, notes; on one node of several only its own."""
+    logs, numbers = run / rundir.LOGS, "*" if mine is None else None
+    for number in [numbers] if numbers else list(map(str, mine or ())):
+        for pattern in (f"rank{number}.pid", f"rank{number}.error.json"):
+            for file in logs.glob(pattern):
+                file.unlink(missing_ok=True)
+    if not name:
+        (logs / "nonfinite.json").unlink(missing_ok=True)
+        remote.forget(run)
+    for file in logs.glob("node*.error.json") if mine is None else [logs / f"{node_name(name)}.error.json"]:
+        file.unlink(missing_ok=True)
+
+
+def node_name(name: str) -> str:
+    return name.removeprefix(".") or "node0"
+
+
+def lives(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.Error:
+        return True
+
+
+class Deaths:
+    """When each rank was first seen gone, by rank: zombies count, which a launcher only collects a second later."""
+
+    def __init__(self, run: Path, mine: range | None = None) -> None:
+        self.run, self.mine = run, mine
+        self.seen: dict[str, float] = {}
+
+    def look(self) -> None:
+        for rank, pid in written(self.run, self.mine):
+            if str(rank) not in self.seen and not lives(pid):
+                self.seen[str(rank)] = time.time()
+
+
+class Peers:
+    """Whether ranks of another node have failed, from the errors that they leave in the run directory."""
+
+    def __init__(self, run: Path, mine: range | None) -> None:
+        self.run, self.mine = run, mine
+        self.before = self.errors()  # of an earlier start, which their own node removes when it starts again
+        self.deadline: float | None = None
+
+    def errors(self) -> dict[str, int]:
+        found = {}
+        for file in error_files(self.run):
+            rank = file.name.removeprefix("rank").partition(".")[0]
+            if not (self.mine is not None and rank.isdigit() and int(rank) in self.mine):
+                with contextlib.suppress(OSError):
+                    found[file.name] = file.stat().st_mtime_ns
+        return found
+
+    def failed(self) -> bool:
+        """True once the ranks here have had their time to notice it."""
+        if self.deadline is None and any(self.before.get(name) != at for name, at in self.errors().items()):
+            self.deadline = time.monotonic() + PEER_SECONDS
+        return self.deadline is not None and time.monotonic() > self.deadline
+
+
+def error_files(run: Path) -> list[Path]:
+    return [*(run / rundir.LOGS).glob("rank*.error.json"), *(run / rundir.LOGS).glob("node*.error.json")]
+
+
+def changed(file: Path) -> float:
+    try:
+        return file.stat().st_mtime
+    except OSError:  # its own node begins again, and has just removed it
+        return 0.0
+
+
+def read_errors(run: Path) -> tuple[list[Problem], int]:
+    """What the ranks wrote before they died, the earliest first, each problem once."""
+    files = sorted(error_files(run), key=changed)
+    reports = [rundir.read_json(f) for f in files]
+    problems = {p["problem"]: Problem(**p) for report in reports for p in report.get("problems", [])}
+    return list(problems.values())[:3], next((r["code"] for r in reports if r.get("code")), FAILED)
