@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
 # node.sh PLAN.json NODE_RANK MASTER_ADDR MASTER_PORT: the ranks of this node of a frozen run, which goes on if it was stopped.
 set -euo pipefail
-plan=${1:?usage: node.sh PLAN.json NODE_RANK MASTER_ADDR MASTER_PORT}
-exec kit launch-node "$plan" --node-rank "${2:?NODE_RANK}" --master-addr "${3:?MASTER_ADDR}" --master-port "${4:?MASTER_PORT}" \
-  --resume newest
+[ $# -eq 4 ] || { echo "usage: node.sh PLAN.json NODE_RANK MASTER_ADDR MASTER_PORT" >&2; exit 2; }
+exec kit launch-node "$1" --node-rank "$2" --master-addr "$3" --master-port "$4" --resume newest

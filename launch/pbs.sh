@@ -5,12 +5,15 @@
 #PBS -l walltime=12:00:00
 #PBS -r y
 : "${RUN:?usage: qsub -v RUN=/path/of/run pbs.sh}"
-mapfile -t nodes < <(awk '!seen[$0]++' "$PBS_NODEFILE")
+: "${PBS_NODEFILE:?this is a job of PBS: qsub -v RUN=/path/of/run pbs.sh}"
+# The first line of each node, as pbsdsh counts the lines.
+mapfile -t lines < <(awk '!seen[$0]++ {print NR - 1, $0}' "$PBS_NODEFILE")
+[ ${#lines[@]} -gt 0 ] || { echo "pbs.sh: $PBS_NODEFILE names no node" >&2; exit 3; }
 job=${PBS_JOBID%%[!0-9]*}
-for rank in "${!nodes[@]}"; do
+for rank in "${!lines[@]}"; do
   # pbsdsh starts a task without this environment, so the words carry it.
-  pbsdsh -n "$rank" -- /usr/bin/env "PATH=$PATH" "PYTHONPATH=$PYTHONPATH" "NNODES=${#nodes[@]}" "NODE_RANK=$rank" \
-    "MASTER_ADDR=${nodes[0]}" "MASTER_PORT=$((20000 + job % 10000))" \
+  pbsdsh -n "${lines[rank]%% *}" -- /usr/bin/env "PATH=$PATH" "PYTHONPATH=$PYTHONPATH" "NNODES=${#lines[@]}" "NODE_RANK=$rank" \
+    "MASTER_ADDR=${lines[0]#* }" "MASTER_PORT=$((20000 + job % 10000))" \
     "${PYTHON:-python3}" -m kit launch-node "$RUN" --resume newest &
   tasks[rank]=$!
 done

@@ -135,3 +135,21 @@ def described(words: list[str], world: int) -> None:
 def test_a_script_without_words_says_what_it_wants(script: str):
     done = subprocess.run([str(ROOT / "launch" / script)], capture_output=True, text=True, timeout=30)
     assert done.returncode != 0 and "usage:" in done.stderr
+
+
+@pytest.mark.parametrize("words", ["deepspeed.sh 2", "torchrun.sh 2", "node.sh run", "node.sh run 1 host"])
+def test_a_script_with_too_few_words(words: str):
+    script, *rest = words.split()
+    done = subprocess.run([str(ROOT / "launch" / script), *rest], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 2 and "usage:" in done.stderr
+
+
+@pytest.mark.parametrize("nodes", [None, "", "nowhere"])
+def test_pbs_without_nodes_is_no_success(nodes: str | None, tmp_path: Path):
+    (tmp_path / "nodes").write_text("")
+    env = {"PATH": os.environ["PATH"], "RUN": "x"}
+    if nodes is not None:
+        env["PBS_NODEFILE"] = str(tmp_path / (nodes or "nodes"))
+    argv = ["bash", str(ROOT / "launch/pbs.sh")]
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=30, stdin=subprocess.DEVNULL)
+    assert done.returncode != 0 and ("names no node" in done.stderr or "a job of PBS" in done.stderr)

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from kit import api, rundir, worker
-from kit.errors import STOPPED, KitError
+from kit import api, cli, rundir, worker
+from kit.errors import REFUSED, STOPPED, KitError
 from kit.launchers import command, node, ranks, remote, run
-from kit.launchers.secrets import is_secret
+from kit.secrets import is_secret
 
 CPU = ("trainer.use_cpu=true", "trainer.bf16=false")
 HOSTS = "a slots=4\n# a remark\n\nb slots=4  # the second\nc slots=2\n"
@@ -87,6 +87,9 @@ WRONG = {  # (hostfile, overrides): what is said
     (HOSTS, "launch=local launch.num_nodes=2"): "launch=local starts one process",
     (HOSTS, "launch.num_nodes=0"): "launch.num_nodes must be at least 1",
     (HOSTS, "launch.num_nodes=2 launch.num_gpus=1 launch.node_rank=2"): "node 2 of 2",
+    ("a slots=99999999999\n", FILE): "hosts:1: more than 1024 slots",
+    ("a slots=\u0662\n", FILE): "hosts:1 is not a line",
+    (HOSTS, "launch=deepspeed launch.include='localhost:999999999'"): "launch.include names slot 999999999",
     (HOSTS, "launch.master_addr='a b'"): "launch.master_addr",
     (HOSTS, "launch.include='a;b'"): "launch.include",
 }
@@ -202,6 +205,51 @@ def test_node_0_is_the_first_that_is_chosen(plan_of, tmp_path):
     for ask in (lambda: node.placed(plan, {}), lambda: remote.hosts(plan)):
         with pytest.raises(KitError, match="hosts cannot be read"):
             ask()
+
+
+LAUNCH_NODE = {  # words and environment of `kit launch-node`: what is said
+    ("--node-rank -1 --master-addr a", ""): "node -1 of 2",
+    ("--node-rank 1 --master-addr a --master-port 0", ""): "0 is no port",
+    ("--node-rank 1 --master-addr a --master-port 99999", ""): "99999 is no port",
+    ("--node-rank 1 --master-addr a", "MASTER_PORT=70000"): "70000 is no port",
+    ("--node-rank 1 --master-addr a;id", ""): "'a;id' is no host's name",
+    ("--node-rank 1", "MASTER_ADDR=-x"): "'-x' is no host's name",
+    ("--master-addr a", "NODE_RANK=\u00b2"): "has no number",
+    ("--node-rank 1 --master-addr a --resume checkpoint-9", ""): "there is no checkpoint-9",
+}
+
+
+@pytest.mark.parametrize("words, env", LAUNCH_NODE)
+def test_launch_node_refuses(words: str, env: str, plan_of, monkeypatch, capsys):
+    """Before anything waits for the other nodes."""
+    run = frozen(plan_of("launch=torchrun", "launch.num_nodes=2", "launch.num_gpus=1", "trainer.use_cpu=true"))
+    if env:
+        monkeypatch.setenv(*env.split("="))
+    assert cli.run(["launch-node", str(run), *words.split()]) == REFUSED
+    said = capsys.readouterr().err
+    assert LAUNCH_NODE[words, env] in said and "fix:" in said
+
+
+def test_a_number_for_the_node_of_a_run_that_has_one(plan_of, capsys):
+    run = frozen(plan_of("trainer.use_cpu=true"))
+    assert cli.run(["launch-node", str(run), "--node-rank", "1"]) == REFUSED
+    assert "planned for one node" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [({"format": 2, "news": 1}, "a plan of format 2, this kit reads 1"), ({"launch": None}, "is not a plan: launch")],
+)
+def test_a_plan_that_cannot_be_read(change: dict, said: str, plan_of, capsys):
+    run = frozen(plan_of("trainer.use_cpu=true"))
+    (run / "plan.json").write_text(json.dumps({**json.loads((run / "plan.json").read_text()), **change}))
+    assert cli.run(["launch-node", str(run)]) == REFUSED
+    shown = capsys.readouterr().err
+    assert said in shown and "where:" in shown and "fix:" in shown
+
+
+def frozen(plan) -> Path:
+    return rundir.create(plan).run_path
 
 
 def test_a_port_that_the_nodes_cannot_have(plan_of):

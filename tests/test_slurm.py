@@ -82,6 +82,29 @@ def test_options_that_the_script_sets_itself(option: str):
         script_of(extra=[option])
 
 
+SETUP = {  # a line: what it is refused for, None where it is not
+    "export PATH=/x:$PATH": "'$'", 'export A="$HOME"': "'$'", "echo `id`": "'`'", "source x && source y": "'&'",
+    "cd /x; source y": "';'", "source ~/env/bin/activate": "'~'", "export PATH=~/bin": "'~'", "# a comment": "'#'",
+    "source x > log": "'>'", "export HF_TOKEN=abc": "HF_TOKEN a value", "export 'WANDB_API_KEY=a b'": "WANDB_API_KEY",
+    "export X=hf_" + "a" * 20: "gives X", "export A='$HOME' B=\"a;b\"": None, r"export A=\$5": None,
+    "export A=b~c#d": None, "export HF_TOKEN_PATH=/x": None, "export HF_TOKEN=": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("line", SETUP)
+def test_a_setup_line_that_means_more_than_its_words(line: str):
+    """It would be quoted into something else than was meant; a secret would stand in the script and the plan."""
+    found = list(values.value_problems({"setup": [line]}))
+    assert (not found) if SETUP[line] is None else SETUP[line] in found[0][0] and found[0][2]
+    assert "gives" not in str(found) or not re.search("abc|aaaa|a b", str(found))
+
+
+@pytest.mark.parametrize("key", ["time", "mem"])
+def test_true_is_no_number(key: str):
+    with pytest.raises(ValueError, match="valid"):
+        Slurm(**{key: True})
+
+
 GOOD = {
     "partition": "gpu,long", "account": "team-1", "qos": "high", "gres": "gpu:a100:4", "time": "1-12:00:00",
     "mem": "64G",    "constraint": "[rack1|rack2]&nvlink", "exclude": "node[01-04,07],gpu3", "cpus_per_task": 8,
@@ -352,3 +375,96 @@ def test_later_verbs_submit_themselves(verb: str, sbatch: Path, tmp_path: Path, 
     with pytest.raises(SystemExit) as ended:  # what the verb does not take is said now, not in the job
         cli.run([verb, "some/adapter", "--bsae", "x", "launch=slurm"])
     assert ended.value.code == REFUSED
+
+
+def test_a_queued_job_keeps_its_plan(plan_of, sbatch: Path, tmp_path: Path):
+    """The job will read plan.json: typed again with other machine keys, the command must not write it anew."""
+    plan = plan_of("trainer.use_cpu=true")
+    assert slurm.start(plan) == DONE
+    before = (plan.run_path / "plan.json").read_text()
+    with pytest.raises(KitError, match="is job 41"):
+        slurm.start(plan_of("trainer.use_cpu=true", "launch.slurm.partition=urgent"))
+    assert (plan.run_path / "plan.json").read_text() == before
+
+
+def test_a_sweep_that_sbatch_refused(sbatch: Path, tmp_path: Path, base: Path, chat: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    line = [f"model.name_or_path={base}", f"dataset.path={chat}", "launch=slurm", "trainer.use_cpu=true", "-m"]
+    works = (sbatch / "sbatch").read_text()
+    (sbatch / "sbatch").write_text("#!/bin/bash\necho 'sbatch: error: no such partition' >&2; exit 1\n")
+    assert cli.run(["train", *line, "peft.r=4,8", "launch.slurm.partition=nope"]) == ENVIRONMENT
+    (sbatch / "sbatch").write_text(works)
+    assert cli.run(["train", *line, "peft.r=4,8", "launch.slurm.partition=good"]) == DONE
+    [folder] = tmp_path.glob("runs/*-sweep-*")
+    assert "#SBATCH --partition=good" in (folder / "array.sbatch").read_text()
+    plans = [json.loads(f.read_text()) for f in folder.glob("*/plan.json")]
+    assert [p["launch"]["slurm"]["partition"] for p in plans] == ["good", "good"]
+    # nothing is made for a sweep that cannot be an array
+    assert cli.run(["train", *line, "launch.slurm.partition=a,b", "runs_dir=other"]) == REFUSED
+    assert "share one script" in capsys.readouterr().err and not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("env", "state", "said"),
+    [
+        ({"SLURM_JOB_ID": "9", "SLURM_JOB_NUM_NODES": "1"}, "RUNNING", "has 1 node, the run was planned for 2"),
+        ({"SLURM_JOB_ID": "9", "SLURM_JOB_NUM_NODES": "2"}, "COMPLETED", "that job is completed"),
+        ({"SLURM_JOB_ID": "9", "SLURM_JOB_NUM_NODES": "2"}, "RUNNING", "srun ended with 1 before the run began"),
+    ],
+)
+def test_an_allocation_that_does_not_do(env, state, said, plan_of, sbatch: Path, monkeypatch: pytest.MonkeyPatch):
+    plan = plan_of("trainer.use_cpu=true", "launch.num_nodes=2")
+    for name, value in {**env, "KIT_TEST_STATE": state}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(KitError, match=said) as refused:
+        slurm.start(plan)
+    assert refused.value.code == ENVIRONMENT and all(p.where and p.fix for p in refused.value.problems)
+    assert rundir.status(plan.run_path).get("state") in (None, "created")  # the same command does it, elsewhere
+
+
+def test_a_job_learns_nothing_of_the_one_it_was_submitted_from(sbatch: Path, tmp_path: Path, monkeypatch):
+    """srun ends where SLURM_MEM_PER_CPU of an allocation meets the --mem of the job."""
+    for name in ("SLURM_MEM_PER_CPU", "SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_CONF", "SBATCH_ACCOUNT"):
+        monkeypatch.setenv(name, "1")
+    slurm.sbatch(tmp_path / "x.sbatch")
+    given = {line.partition("=")[0] for line in (sbatch / "env").read_text().splitlines()}
+    assert {"SLURM_CONF", "SBATCH_ACCOUNT"} <= given
+    assert not given & {"SLURM_MEM_PER_CPU", "SLURM_JOB_ID", "SLURM_NTASKS"}
+
+
+def test_what_sbatch_says_of_a_long_array(sbatch: Path, tmp_path: Path):
+    (sbatch / "sbatch").write_text("#!/bin/bash\necho 'sbatch: error: Invalid job array specification' >&2; exit 1\n")
+    with pytest.raises(KitError) as refused:
+        slurm.sbatch(tmp_path / "x.sbatch")
+    assert "MaxArraySize" in refused.value.problems[0].fix
+
+
+@pytest.mark.parametrize("argv", [["merge", "runs/nosuch"], ["eval", "./x"], ["generate", "/no/such/run"]])
+def test_a_slip_in_a_path_is_said_before_the_queue(argv, sbatch: Path, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    assert cli.run([*argv, "launch=slurm"]) == REFUSED and f"there is no {argv[1]}" in capsys.readouterr().err
+    assert not (sbatch / "argv").exists()
+
+
+def test_a_verb_once(plan_of, sbatch: Path):
+    with pytest.raises(KitError, match="twice"):
+        slurm.start(plan_of("trainer.use_cpu=true"), then=["merge", "merge"])
+
+
+@pytest.mark.parametrize(
+    ("given", "fix"),
+    [
+        ("launch.slurm.modules=cuda/12.4", """'launch.slurm.modules=["cuda/12.4"]'"""),
+        ("launch.slurm.account=12345", """launch.slurm.account="'12345'\""""),
+        ("launch.slurm.partition=[a,b]", """launch.slurm.partition="'a,b'\""""),
+        ("launch.include='a:0,'", "host1@host2"),
+    ],
+)
+def test_a_value_of_another_kind_comes_with_what_would_do(given: str, fix: str, plan_of):
+    with pytest.raises(KitError) as refused:
+        plan_of("trainer.use_cpu=true", given)
+    assert fix in refused.value.problems[0].fix
+    with pytest.raises(KitError) as refused:  # one of several kinds: the key is named as it is typed
+        plan_of("trainer.use_cpu=true", "launch.num_gpus=two")
+    assert all(p.problem.startswith("launch.num_gpus: ") for p in refused.value.problems)

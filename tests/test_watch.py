@@ -322,6 +322,28 @@ def test_a_sweep(tmp_path, capsys):
     assert kit(sweep, "--once", capsys=capsys)[0] == FAILED
 
 
+def test_a_sweep_on_a_narrow_terminal(tmp_path, monkeypatch, capsys):
+    """Whole columns are left out, the names and the states last."""
+    write(tmp_path / "s" / "000-learning_rate-0.0001", begun(), *(row(n) for n in range(1, 5)), state="done")
+    monkeypatch.setenv("COLUMNS", "40")
+    shown = kit(tmp_path / "s", "--once", capsys=capsys)[1]
+    assert "…" not in shown and "trial" in shown and "done" in shown and "4/40" in shown and "tokens/s" not in shown
+    assert max(map(len, shown.splitlines()[2:])) <= 40
+    monkeypatch.setenv("COLUMNS", "100")
+    assert "tokens/s" in kit(tmp_path / "s", "--once", capsys=capsys)[1]
+
+
+@pytest.mark.parametrize(
+    ("jobs", "job"),
+    [([{"verb": "train", "id": "7"}, {"verb": "merge", "id": "8"}], "7"), ([], ""), ("x", ""), ([3, {}], "")],
+)
+def test_a_job_that_waits_in_the_queue(jobs, job, tmp_path, capsys):
+    write(tmp_path / "r", state="created")
+    (tmp_path / "r" / "slurm.json").write_text(json.dumps({"jobs": jobs}))
+    code, shown = kit(tmp_path / "r", "--once", capsys=capsys)
+    assert code == DONE and ("SLURM job" in shown) is bool(job) and (not job or f"show job {job} " in shown)
+
+
 def test_a_sweep_between_two_trials_goes_on(tmp_path, monkeypatch, capsys):
     sweep = tmp_path / "s-sweep-12345678"
     write(sweep / "000-r-8", begun(), row(40), state="done")

@@ -10,7 +10,8 @@ from kit import hardware
 from kit.config.schema import Launch
 from kit.errors import KitError, Problem
 
-LINE = re.compile(r"^(\S+)\s+slots=(\d+)\s*(#.*)?$")
+LINE = re.compile(r"^(\S+)\s+slots=([0-9]+)\s*(#.*)?$")
+MOST = 1024  # slots of one host: more is a slip of the finger, and each is a number in a list
 Hosts = dict[str, list[int]]  # in the file's order; the numbers of the GPUs
 
 
@@ -59,6 +60,8 @@ def read_hostfile(path: Path) -> Hosts:
                         "one line for each node: HOST slots=GPUS")  # fmt: skip
         if not re.fullmatch(r"[A-Za-z0-9:][A-Za-z0-9._:@-]*", found[1]):  # it is put into a command line for ssh
             raise Unfit(f"{path}:{number}: {found[1]!r} is no host's name", "hostfile", "HOST slots=GPUS")
+        if int(found[2]) > MOST:
+            raise Unfit(f"{path}:{number}: more than {MOST} slots", "hostfile", "slots=GPUS of that node")
         if found[1] in hosts:
             raise Unfit(f"{path}:{number} names {found[1]} again", "hostfile", "one line for each node")
         hosts[found[1]] = list(range(int(found[2])))
@@ -121,7 +124,11 @@ def counted(hosts: Hosts, launch: Launch) -> tuple[int, int]:
 def slots_named(launch: Launch) -> int:
     """For a machine whose GPUs cannot be counted here: as many as a filter of localhost speaks of."""
     slots = (launch.include or launch.exclude or "").partition(":")[2]
-    return max((int(n) for n in slots.split(",") if n.isdigit()), default=0) + 1
+    most = max((int(n) for n in slots.split(",") if n.isdecimal()), default=0)
+    if most >= MOST:
+        key = "include" if launch.include else "exclude"
+        raise Unfit(f"launch.{key} names slot {most}", key, f"the numbers of GPUs, below {MOST}")
+    return most + 1
 
 
 def over_ssh(launch: Launch) -> bool:

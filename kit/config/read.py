@@ -82,11 +82,7 @@ def read_input(tree: dict[str, Any], set_by: Any) -> tuple[RunInput | None, list
         return (None if missing else given), problems
     except ValidationError as error:
         for e in error.errors():
-            key = ".".join(
-                str(part)
-                for part in e["loc"]
-                if isinstance(part, str) and not part.startswith(("function-", "literal"))
-            )
+            key = ".".join(str(part) for part in e["loc"] if isinstance(part, str) and not is_kind(part))
             if tree_at(tree, e["loc"]) == "???":
                 continue
             if e["type"] == "extra_forbidden":
@@ -96,8 +92,31 @@ def read_input(tree: dict[str, Any], set_by: Any) -> tuple[RunInput | None, list
                 problems.append(Problem(f"there is no key {key}", set_by(key), fix, "unknown-key"))
             else:
                 value = f": {e['input']!r}" if not isinstance(e["input"], dict) else ""
-                problems.append(Problem(f"{key}: {e['msg'][0].lower()}{e['msg'][1:]}{value}", set_by(key), "", "type"))
+                problems.append(
+                    Problem(f"{key}: {e['msg'][0].lower()}{e['msg'][1:]}{value}", set_by(key), fix_of(key, e), "type")
+                )
         return None, problems
+
+
+def is_kind(part: str) -> bool:
+    """Whether a part of pydantic's location is a kind of value, one of several that would do, and not a key."""
+    return part.startswith(("function-", "literal", "constrained-")) or part in ("str", "int", "float", "bool")
+
+
+def fix_of(key: str, e: Any) -> str:
+    """What would do in place of a value of the wrong kind, "" where that is not plain."""
+    given = e["input"]
+    if is_kind(str(e["loc"][-1])):  # one of several kinds
+        return ""
+    if e["type"] == "list_type" and isinstance(given, str):
+        return f"'{key}=[\"{given}\"]'" if '"' not in given else f"{key}=[...]"
+    if e["type"] == "string_type" and type(given) in (int, float):
+        return f"{key}=\"'{given}'\", in quotes"
+    if e["type"] == "string_type" and isinstance(given, list):
+        return f"{key}=\"'{','.join(map(str, given))}'\", one text"
+    if e["type"] == "string_pattern_mismatch" and key in ("launch.include", "launch.exclude"):
+        return f"{key}=\"'host1@host2:0,2'\": hosts, each with its slots or without"
+    return ""
 
 
 def not_finite(tree: Any, set_by: Any) -> list[Problem]:

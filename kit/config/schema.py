@@ -11,11 +11,12 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kit.errors import KitError, first_line
 
 PLAN_FORMAT = 1
+HOST = r"^[A-Za-z0-9:][A-Za-z0-9._:-]*$"  # a name or an address
 FILTER = r"^[A-Za-z0-9][A-Za-z0-9._-]*(:\d+(,\d+)*)?(@[A-Za-z0-9][A-Za-z0-9._-]*(:\d+(,\d+)*)?)*$"  # DeepSpeed's
 
 
@@ -71,8 +72,8 @@ class Slurm(Strict):
     account: str | None = None
     qos: str | None = None
     gres: str | None = None
-    time: str | int | None = None
-    mem: str | int | None = None
+    time: str | Annotated[int, Field(strict=True)] | None = None  # strict: true is no minute
+    mem: str | Annotated[int, Field(strict=True)] | None = None
     constraint: str | None = None
     exclude: str | None = None
     cpus_per_task: int | None = Field(default=None, ge=1)
@@ -92,7 +93,7 @@ class Launch(Strict):
     exclude: str | None = Field(default=None, pattern=FILTER)
     no_ssh: bool = False
     node_rank: int | None = Field(default=None, ge=0)
-    master_addr: str | None = Field(default=None, pattern=r"^[A-Za-z0-9:][A-Za-z0-9._:-]*$")
+    master_addr: str | None = Field(default=None, pattern=HOST)
     master_port: int | None = Field(default=None, ge=1, le=65535)
     script: str | None = None
     grace_seconds: float = Field(default=120, gt=0)
@@ -206,8 +207,16 @@ def load_plan(path: str | Path) -> RunPlan:
         return RunPlan.model_validate_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise KitError(f"there is no plan at {path}", fix="name a run directory made by `kit train`") from None
+    except ValidationError as error:
+        found = error.errors()
+        first = next((e for e in found if e["loc"] == ("format",)), found[0])
+        at, fix = ".".join(map(str, first["loc"])), "freeze the run again: kit train, kit compose"
+        if at == "format" and isinstance(first["input"], int):
+            said = f"{path} is a plan of format {first['input']}, this kit reads {PLAN_FORMAT}"
+            raise KitError(said, str(path), "the version of the kit that wrote it") from None
+        raise KitError(f"{path} is not a plan: {at + ': ' if at else ''}{first['msg']}", str(path), fix) from None
     except (OSError, ValueError) as error:
-        raise KitError(f"{path} is not a plan: {first_line(error)}") from None
+        raise KitError(f"{path} cannot be read: {first_line(error)}", str(path), "check the path") from None
 
 
 # Field classes: a change of an identity key is another run; extendable and machine keys may change on resume.

@@ -11,6 +11,8 @@ import shlex
 from collections.abc import Iterator
 from typing import Any
 
+from kit.secrets import is_secret
+
 WORD = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
 PATTERNS = {  # key of launch.slurm, which is also sbatch's option: what its value looks like
     "partition": (rf"{WORD}(,{WORD})*", "names, such as gpu or gpu,long"),
@@ -23,6 +25,7 @@ PATTERNS = {  # key of launch.slurm, which is also sbatch's option: what its val
     "constraint": (r"[A-Za-z0-9_\[(][A-Za-z0-9_.,&|*()\[\]-]*", "features, such as a100 or a100&nvlink"),
     "exclude": (r"[A-Za-z0-9_][A-Za-z0-9_.,\[\]-]*", "nodes, such as node3 or node[01-04]"),
 }
+SCRIPT = "write it into a file, and: source /path/setup.sh"
 # Plain too, as the run's directory stands behind --output; % is SLURM's own.
 PATH = re.compile(r"/[A-Za-z0-9_.,/+@=:-]+")
 JOB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,150}")
@@ -56,6 +59,11 @@ def value_problems(slurm: dict[str, Any]) -> Found:
                 yield f"{key}={line!r} is empty or holds a control character", key, "one command to an entry"
             elif name == "setup" and not splits(line):
                 yield f"{key}={line!r} has a quote that is not closed", key, "close it"
+            elif name == "setup" and (found := secret_in(line)):
+                said = f"{key} gives {found} a value that would stand in the script"
+                yield said, key, f"hf auth login, or source a file of yours that sets {found}"
+            elif name == "setup" and (sign := for_the_shell(line)):
+                yield f"{key}={line!r}: the shell would not see {sign!r}, as each word is quoted", key, SCRIPT
             elif name == "modules" and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+/@=:-]*", line, re.ASCII):
                 yield f"{key}={line!r} is no module's name", key, "such as cuda/12.4"
 
@@ -65,6 +73,20 @@ def splits(line: str) -> bool:
         return bool(shlex.split(line))
     except ValueError:
         return False
+
+
+def for_the_shell(line: str) -> str:
+    """The first sign in a set-up line that a shell would act on, "" for none: quoted, it is a letter as others are."""
+    single = re.sub(r"\\.|'[^']*'", "_", line)
+    bare = re.sub(r'"[^"]*"', "_", single)
+    found = re.search(r"[$`]", single) or re.search(r"[;&|<>()]|(?<![^\s=:])[~#]", bare)
+    return found[0] if found else ""
+
+
+def secret_in(line: str) -> str:
+    """The name of a variable that a set-up line gives a secret, "" for none."""
+    pairs = (word.partition("=") for word in shlex.split(line))
+    return next((name for name, equals, value in pairs if equals and value and is_secret(name, value)), "")
 
 
 def extra_problems(slurm: dict[str, Any]) -> Found:

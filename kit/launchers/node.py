@@ -22,7 +22,7 @@ from pathlib import Path
 
 from kit import hardware, rundir
 from kit.config.nodes import by_node, hosts_now
-from kit.config.schema import RunPlan, load_plan
+from kit.config.schema import HOST, RunPlan, load_plan
 from kit.errors import DONE, ENVIRONMENT, REFUSED, KitError, Problem
 from kit.stack import need_stack
 from kit.terminal import say
@@ -44,7 +44,7 @@ def placed(plan: RunPlan, env: Mapping[str, str] = os.environ) -> RunPlan:
         problems.append(
             Problem(said, "launch.node_rank", "launch.node_rank=0 here; NODE_RANK and SLURM_NODEID do too")
         )
-    elif rank >= int(launch.num_nodes):
+    elif not 0 <= rank < int(launch.num_nodes):
         said = f"node {rank} of {launch.num_nodes}: they are numbered from 0"
         problems.append(Problem(said, "launch.node_rank", f"0 to {int(launch.num_nodes) - 1}"))
     address = launch.master_addr or env.get("MASTER_ADDR") or first_of_slurm(env)
@@ -53,15 +53,21 @@ def placed(plan: RunPlan, env: Mapping[str, str] = os.environ) -> RunPlan:
     if not address:
         said = "nobody says where node 0 is"
         problems.append(Problem(said, "launch.master_addr", "launch.master_addr=HOST, the same on every node"))
+    elif not re.fullmatch(HOST, address):
+        said = f"{address!r} is no host's name or address"
+        problems.append(Problem(said, "launch.master_addr", "that of node 0, the same on every node"))
+    port = launch.master_port if launch.master_port is not None else number(env, "MASTER_PORT")
+    if port is not None and not 1 <= port <= 65535:
+        problems.append(Problem(f"{port} is no port", "launch.master_port", "1 to 65535, the same on every node"))
     if problems:
         raise KitError(problems, code=REFUSED)
-    port = launch.master_port or number(env, "MASTER_PORT") or port_of(plan, env)
+    port = port or port_of(plan, env)
     told = {"node_rank": rank, "master_addr": address, "master_port": port}
     return plan.model_copy(update={"launch": launch.model_copy(update=told)})
 
 
 def number(env: Mapping[str, str], *names: str) -> int | None:
-    return next((int(env[name]) for name in names if env.get(name, "").isdigit()), None)
+    return next((int(env[name]) for name in names if re.fullmatch("[0-9]+", env.get(name, ""))), None)
 
 
 def first_of_slurm(env: Mapping[str, str]) -> str:
@@ -151,6 +157,14 @@ def main(argv: list[str]) -> int:
     if a.resume == "newest" and rundir.status(run).get("state") == "done":
         say(f"{run} is finished")
         return DONE
+    if plan.launch.num_nodes == 1 and a.node_rank:
+        raise KitError(
+            f"--node-rank {a.node_rank}, but the run was planned for one node", "--node-rank",
+            "leave it out, or freeze the run with launch.num_nodes=NODES",
+        )  # fmt: skip
+    if a.resume and a.resume != "newest" and not (run / rundir.CHECKPOINTS / a.resume).is_dir():
+        said = f"there is no {a.resume} in {rundir.shown(run / rundir.CHECKPOINTS)}"
+        raise KitError(said, "--resume", "--resume newest, or the name of a checkpoint there")
     right_nodes(plan, os.environ)
     enough_gpus(plan)
     need_stack()

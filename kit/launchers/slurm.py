@@ -21,12 +21,13 @@ from kit.config.schema import RunPlan, load_plan
 from kit.errors import DONE, ENVIRONMENT, FAILED, STOPPED, KitError, Problem
 from kit.launchers.ranks import read_errors
 from kit.launchers.run import Stop, outcome
-from kit.launchers.secrets import is_secret
 from kit.launchers.slurm_script import RESUME, plain, srun, train_script, verb_script
+from kit.secrets import is_secret
 from kit.terminal import say
 
 JOBS = "slurm.json"  # in the run directory: what was submitted
 VERBS = ("merge", "eval", "generate")
+CLIENT = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_DEBUG_FLAGS", "SLURM_EXIT_ERROR")
 OVER = tuple("COMPLETED FAILED CANCELLED TIMEOUT NODE_FAIL OUT_OF_MEMORY PREEMPTED BOOT_FAIL DEADLINE GONE".split())
 
 
@@ -34,6 +35,10 @@ def start(plan: RunPlan, fresh: bool = False, follow: bool = False, then: Sequen
     """Make the run directory of a plan and submit it; the exit code. KitError where sbatch refuses."""
     need(then)
     plain(Path(plan.run_dir))
+    if not fresh and rundir.run_of(Path(plan.run_dir)) == plan.hash:
+        refuse_twice(Path(plan.run_dir))  # before its plan is written again, which the job will read
+    if allocated():
+        enough_nodes(plan)
     return submit(rundir.create(plan, fresh), follow, then)
 
 
@@ -67,11 +72,7 @@ def submit_array(plans: Sequence[RunPlan], folder: Path, at_once: int | None = N
 
     `folder` (of a sweep) takes the script and SLURM's logs; `at_once`: how many tasks may run together.
     """
-    need(())
-    if len({plan.launch.model_dump_json() for plan in plans}) != 1:
-        raise KitError("the tasks of an array share one script, so launch.* must be the same", fix="sweep other keys")
-    for path in (folder, *(plan.run_path for plan in plans)):
-        plain(path)
+    fits(plans, [folder, *(plan.run_path for plan in plans)])
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / ("slurm-%A_%a.out" if len(plans) > 1 else "slurm-%j.out")
     text = train_script(plans[0], [plan.run_path for plan in plans], str(log), at_once)
@@ -82,9 +83,22 @@ def submit_array(plans: Sequence[RunPlan], folder: Path, at_once: int | None = N
     return job
 
 
+def fits(plans: Sequence[RunPlan], paths: Sequence[Path]) -> None:
+    """KitError where plans cannot be the tasks of one array, or where nothing can be submitted here."""
+    need(())
+    if len({plan.launch.model_dump_json() for plan in plans}) != 1:
+        said = "the tasks of an array share one script, so launch.* must be the same"
+        raise KitError(said, "command line", "sweep other keys")
+    for path in paths:
+        plain(path)
+
+
 def submit_verb(verb: str, source: str, argv: Sequence[str], words: Sequence[str], follow: bool = False) -> int:
     """`kit VERB argv` as a batch job. `words`: launch=slurm and launch.slurm.KEY=VALUE, over those of the run."""
     need(())
+    path = Path(source).expanduser()
+    if not path.exists() and (path.is_absolute() or source[0] in ".~" or (path.parent.name and path.parent.is_dir())):
+        raise KitError(f"there is no {source}", "command line", "a run, a folder, or a Hub id")  # now, not in the job
     plan = load_plan(source) if Path(source, rundir.PLAN).is_file() else None
     slurm = chosen(settings_of(plan, verb), words)
     run = plan.run_path if plan else Path.cwd() / "slurm-logs"
@@ -126,14 +140,27 @@ def chosen(slurm: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
 
 
 def allocated() -> bool:
-    """Whether this process stands inside an allocation, as salloc makes it."""
-    return "SLURM_JOB_ID" in os.environ
+    """Whether this process stands inside an allocation, as salloc makes it; KitError where it is over."""
+    job = own_job()
+    if job and (state := look(job)[0]).startswith(OVER):
+        said = f"SLURM_JOB_ID={job} is set, but that job is {'not known' if state == 'GONE' else state.lower()}"
+        raise KitError(said, "environment", "a new shell, or: unset SLURM_JOB_ID", code=ENVIRONMENT)
+    return bool(job)
+
+
+def enough_nodes(plan: RunPlan) -> None:
+    """KitError where the allocation that we stand in has fewer nodes than the plan."""
+    given, wanted = os.environ.get("SLURM_JOB_NUM_NODES", ""), int(plan.launch.num_nodes)
+    if given.isdecimal() and int(given) < wanted:
+        said = f"the allocation {own_job()} has {given} node{'s' * (given != '1')}, the run was planned for {wanted}"
+        fix = f"salloc --nodes={wanted}, or launch.num_nodes={given}"
+        raise KitError(said, "launch.num_nodes", fix, code=ENVIRONMENT)
 
 
 def run_here(plan: RunPlan) -> int:
     """The job's step in the allocation that we stand in, in the foreground; Ctrl-C lets it save."""
-    job = os.environ["SLURM_JOB_ID"]
-    say(f"inside the allocation {job}: started as a step of it")
+    enough_nodes(plan)
+    say(f"inside the allocation {own_job()}: started as a step of it")
     stop, asked = Stop(), 0
     with stop:
         step = subprocess.Popen([*srun(plan), str(plan.run_path), *RESUME], start_new_session=True)
@@ -142,6 +169,9 @@ def run_here(plan: RunPlan) -> int:
                 step.send_signal(signal.SIGUSR1 if asked == 0 else signal.SIGTERM)  # srun passes the first one on
                 asked = stop.asked
             time.sleep(0.2)
+    if step.returncode and rundir.status(plan.run_path).get("state") == "created":
+        said = f"srun ended with {step.returncode} before the run began"
+        raise KitError(said, f"allocation {own_job()}", "what srun says above", code=ENVIRONMENT)
     return outcome(plan.run_path, step.returncode)
 
 
@@ -149,6 +179,8 @@ def need(then: Sequence[str]) -> None:
     wrong = [verb for verb in then if verb not in VERBS]
     if wrong:
         raise KitError(f"--then {wrong[0]}: no step after training", "--then", f"some of {','.join(VERBS)}")
+    if len(set(then)) < len(then):
+        raise KitError("--then names a verb twice", "--then", "each verb once")
     from shutil import which
 
     absent = [name for name in ("sbatch", "srun", "scontrol") if not which(name)]
@@ -197,16 +229,23 @@ def without_secrets(env: dict[str, str]) -> tuple[dict[str, str], list[str]]:
     return {k: v for k, v in env.items() if k not in hidden}, hidden
 
 
+def of_another_job(name: str) -> bool:
+    """Whether a variable tells of the job that we stand in: srun would take it for one of the new job."""
+    return name.startswith("SLURM_") and name not in CLIENT
+
+
 def sbatch(script: Path, *options: str) -> str:
     """Submit a script; its job id. Tokens stay behind: SLURM writes a job's environment into files of its own."""
-    env, hidden = without_secrets(dict(os.environ))
+    env, hidden = without_secrets({k: v for k, v in os.environ.items() if not of_another_job(k)})
     if hidden:
         say(f"not given to the job: {', '.join(hidden)} (hf auth login keeps a token in a file that the job can read)")
     done = ask("sbatch", "--parsable", *options, str(script), env=env)
     job = done.stdout.strip().partition(";")[0]
     if done.returncode or not job.isdigit():
         said = done.stderr.strip().removeprefix("sbatch: error: ") or f"sbatch ended with {done.returncode}"
-        raise KitError(f"sbatch refused: {said}", str(script), "mend launch.slurm.*", code=ENVIRONMENT)
+        large = "fewer trials: MaxArraySize at most (scontrol show config)"
+        fix = large if "job array" in said else "mend launch.slurm.*"
+        raise KitError(f"sbatch refused: {said}", str(script), fix, code=ENVIRONMENT)
     return job
 
 

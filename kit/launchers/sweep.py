@@ -99,6 +99,10 @@ def grid(fresh: bool, points: list[Point]) -> list[tuple[int, float | None]]:
         raise KitError([named(point.number, point.values, p) for point in points for p in point.problems])
     need_stack()
     first = next(iter(plans.values()))
+    if first.launch.slurm:
+        from kit.launchers import slurm
+
+        slurm.fits(list(plans.values()), [first.run_path.parent])  # before a directory is made
     parts = [[p.values, files.identity(plans[p.number]) if p.number in plans else None] for p in points]
     folder = sweep_folder(first, files.digest(parts), fresh)
     with opened(folder):
@@ -113,7 +117,7 @@ def grid(fresh: bool, points: list[Point]) -> list[tuple[int, float | None]]:
         announce(sweep, len(trials))
         pending = [t for t in trials if t.state == "waiting"]
         if first.launch.slurm:
-            return queued(sweep, pending)
+            return queued(sweep, pending, plans)
         pool = pool_for(sweep.settings, [t.plan for t in pending if t.plan])
 
         def next_trial() -> Trial | None:
@@ -128,14 +132,21 @@ def grid(fresh: bool, points: list[Point]) -> list[tuple[int, float | None]]:
     return [(exit_code(t), files.result(t, sweep.metric)) for t in trials]
 
 
-def queued(sweep: Sweep, pending: list[Trial]) -> list[tuple[int, float | None]]:
-    """What is missing as one job array, which needs nobody to stay; the table as it stands. Exit code and metric."""
+def queued(sweep: Sweep, pending: list[Trial], said: dict[int, RunPlan]) -> list[tuple[int, float | None]]:
+    """What is missing as one job array, which needs nobody to stay; the table as it stands. Exit code and metric.
+
+    `said`: the plans of this command line. A frozen trial keeps all but launch.slurm.*, so that what sbatch or the
+    cluster did not take can be mended.
+    """
     from kit.launchers import slurm
 
     for trial in pending:
         if found := slurm.living_job(trial.run):
             trial.state = "running"
             say(f"trial {trial.number:03d} is job {found[0]} ({found[1].lower()})")
+        elif trial.plan and (new := said.get(trial.number)) and new.launch.slurm != trial.plan.launch.slurm:
+            trial.plan = with_slurm(trial.plan, new)
+            rundir.write_plan(trial.plan)
     plans = [t.plan for t in pending if t.plan and t.state == "waiting"]
     if plans:
         at_once = sweep.settings.parallel if isinstance(sweep.settings.parallel, int) else None
@@ -147,6 +158,14 @@ def queued(sweep: Sweep, pending: list[Trial]) -> list[tuple[int, float | None]]
     files.write_record(sweep.folder, sweep.trials, sweep.about)
     codes = {"refused": REFUSED, "failed": FAILED}
     return [(codes.get(t.state, DONE), files.result(t, sweep.metric)) for t in sweep.trials]
+
+
+def with_slurm(plan: RunPlan, new: RunPlan) -> RunPlan:
+    """A frozen plan with another's launch.slurm.*; the GPUs per node go with launch.num_gpus, which stays."""
+    slurm = new.launch.slurm
+    if slurm and plan.launch.slurm and new.launch.num_gpus != plan.launch.num_gpus:
+        slurm = slurm.model_copy(update={"gres": plan.launch.slurm.gres})
+    return plan.model_copy(update={"launch": plan.launch.model_copy(update={"slurm": slurm})})
 
 
 def sweep_folder(plan: RunPlan, digest: str, fresh: bool) -> Path:

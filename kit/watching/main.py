@@ -31,7 +31,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--stay", action="store_true", help="go on after its end: a batch job may start it again")
     a = parser.parse_args(argv)
     if a.interval is not None and not 0.1 <= a.interval <= 86400:
-        raise KitError(f"--interval {a.interval:g} is not between 0.1 and 86400 seconds", "command line")
+        said = f"--interval {a.interval:g} is not between 0.1 and 86400 seconds"
+        raise KitError(said, "command line", "--interval 2")
     look = Look(*state.find(a.run))
     states = look()
     if a.json:

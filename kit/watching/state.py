@@ -196,6 +196,8 @@ def condition(run: Path, status: dict[str, Any], metrics: Follower) -> dict[str,
     }  # fmt: skip
     if said not in ("created", "running"):
         return found
+    if said == "created" and (job := submitted(run)):
+        found["notes"].append(f"submitted as SLURM job {job}: scontrol show job {job} has its state and its log")
     pid = holder(run)
     found["pid"], found["alive"] = pid, pid is not None
     if pid is not None or said == "created":
@@ -209,6 +211,13 @@ def condition(run: Path, status: dict[str, Any], metrics: Follower) -> dict[str,
     if found["state"] == "running" and quiet > QUIET:
         found["notes"].append(f"nothing was written for {quiet / 60:.0f} minutes: kit doctor {rundir.shown(run)}")
     return found
+
+
+def submitted(run: Path) -> str:
+    """The last SLURM job that was to train this run, "" for none; only its own controller knows what became of it."""
+    jobs = read_dict(run / "slurm.json").get("jobs")
+    rows = [job for job in jobs if isinstance(job, dict)] if isinstance(jobs, list) else []
+    return next((str(job.get("id")) for job in reversed(rows) if job.get("verb") == "train"), "")
 
 
 def holder(run: Path) -> int | None:

@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
+NARROWEST = 12  # the column of names
 HEIGHT = 6  # lines of the loss curve
 COLOURS = {"running": "cyan", "done": "green", "stopped": "yellow", "pruned": "yellow", "failed": "red"}
 
@@ -142,9 +143,16 @@ def table(name: str, states: list[dict[str, Any]]) -> Any:
     names = ("trial", "state", "step", "loss", "eval_loss", "tokens/s", "memory", "left", "restarts")
     rows = [cells(s) for s in states]
     used = [n for n in range(len(names)) if n < 2 or any(row[n] for row in rows)]
+    wide = [max(len(text) for text in (names[n], *(row[n] for row in rows))) + 3 for n in range(len(names))]
+    room = shutil.get_terminal_size((100, 24)).columns - 2 - (NARROWEST + 3) - wide[1]
+    for n in (2, 3, 7, 4, 5, 6, 8):  # what a narrow terminal shows first
+        room -= wide[n] if n in used else 0
+        if n in used and room < 0:
+            used.remove(n)
+            room += wide[n]
     grid = Table(box=box.SIMPLE if blocks() else box.ASCII2)
     for n in used:
-        wraps = {"overflow": "fold", "min_width": 12} if n == 0 else {"no_wrap": True}
+        wraps = {"overflow": "fold", "min_width": NARROWEST} if n == 0 else {"no_wrap": True}
         grid.add_column(names[n], justify="left" if n < 2 else "right", **wraps)
     for row in rows:
         grid.add_row(*(Text(row[n], style=COLOURS.get(row[n], "") if n == 1 else "") for n in used))
