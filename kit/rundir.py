@@ -113,7 +113,8 @@ def set_status(run: Path, state: str, **facts: Any) -> None:
 
 
 def status(run: Path) -> dict[str, Any]:
-    return read_json(run / STATUS)
+    found = read_json(run / STATUS)
+    return found if isinstance(found, dict) else {}
 
 
 def in_use(run: Path) -> int | None:

@@ -29,6 +29,10 @@ FSDP = (  # what transformers' _process_fsdp_args reads, with or without "fsdp_"
     "cpu_ram_efficient_loading", "state_dict_type", "activation_checkpointing", "reshard_after_forward",
     "forward_prefetch", "backward_prefetch", "use_orig_params", "sync_module_states",
 )  # fmt: skip
+KINDS = {  # first word of pydantic's error types
+    "int": "a whole number", "float": "a number", "bool": "true or false", "string": "text", "list": "[a,b]",
+    "dict": "key: value lines", "model": "key: value lines",
+}  # fmt: skip
 OWNED = {  # fields of SFTConfig that another part of the description holds
     "output_dir": "the run directory holds everything: runs_dir=FOLDER, name=NAME",
     "deepspeed": "deepspeed=zero2, or deepspeed=/path/my.json",
@@ -81,11 +85,12 @@ def read_input(tree: dict[str, Any], set_by: Any) -> tuple[RunInput | None, list
         given = RunInput.model_validate(tree)
         return (None if missing else given), problems
     except ValidationError as error:
+        wanted: dict[str, tuple[str, list[str]]] = {}  # where a key takes one kind or another, each has its complaint
         for e in error.errors():
             key = ".".join(
                 str(part)
                 for part in e["loc"]
-                if isinstance(part, str) and not part.startswith(("function-", "literal"))
+                if isinstance(part, str) and not part.startswith(("function-", "literal", "constrained-"))
             )
             if tree_at(tree, e["loc"]) == "???":
                 continue
@@ -96,8 +101,23 @@ def read_input(tree: dict[str, Any], set_by: Any) -> tuple[RunInput | None, list
                 problems.append(Problem(f"there is no key {key}", set_by(key), fix, "unknown-key"))
             else:
                 value = f": {e['input']!r}" if not isinstance(e["input"], dict) else ""
-                problems.append(Problem(f"{key}: {e['msg'][0].lower()}{e['msg'][1:]}{value}", set_by(key), "", "type"))
+                said = f"{key}: {e['msg'][0].lower()}{e['msg'][1:]}{value}"
+                wanted.setdefault(key, (said, []))[1].append(what_is_wanted(e))
+        for key, (said, kinds) in wanted.items():
+            fix = " or ".join(dict.fromkeys(k for k in kinds if k))
+            problems.append(Problem(said, set_by(key), fix and f"give {fix}", "type"))
         return None, problems
+
+
+def what_is_wanted(error: Any) -> str:
+    """What pydantic would have taken, "" where that needs more than a few words."""
+    limits = error.get("ctx") or {}
+    if "expected" in limits:
+        return str(limits["expected"])
+    for sign, words in (("ge", "at least"), ("gt", "more than"), ("le", "at most"), ("lt", "less than")):
+        if sign in limits:
+            return f"{words} {limits[sign]:g}"
+    return KINDS.get(error["type"].split("_")[0], "")
 
 
 def not_finite(tree: Any, set_by: Any) -> list[Problem]:
