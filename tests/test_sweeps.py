@@ -135,12 +135,14 @@ def test_what_was_frozen_is_what_runs(sweep, tmp_path: Path, monkeypatch):
 
 
 @pytest.mark.launch
-def test_another_sweep_is_another_directory(sweep, tmp_path: Path):
+def test_another_sweep_is_another_directory(sweep, tmp_path: Path, capsys):
     """More steps are more to do; how many run at once is not. --fresh begins again."""
     assert sweep("peft.r=2,4") == DONE
     assert sweep("peft.r=2,4", "hparams_search.parallel=2") == DONE
     assert len(list((tmp_path / "runs").iterdir())) == 1
+    assert "all of its trials start anew" not in capsys.readouterr().err
     assert sweep("peft.r=2,4", "trainer.max_steps=7") == DONE
+    assert "not the sweep of s-sweep-" in capsys.readouterr().err
     assert len(list((tmp_path / "runs").iterdir())) == 2
     assert sweep("peft.r=2,4", "--fresh") == DONE
     assert len(list((tmp_path / "runs").iterdir())) == 3

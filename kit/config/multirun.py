@@ -40,6 +40,7 @@ from kit.errors import DONE, ENVIRONMENT, REFUSED, STOPPED, KitError, Problem
 
 HYDRA_ERRORS = (HydraException, OmegaConfBaseException, OSError, yaml.YAMLError)
 Value = str | int | float
+INF = math.inf
 
 
 @dataclass
@@ -321,8 +322,7 @@ def dimension(override: Override) -> Dimension:
     value, key, line = override.value(), str(override.key_or_group), str(override.input_line).lstrip("+")
     if isinstance(value, IntervalSweep):
         low, high = value.start, value.end
-        numbers = isinstance(low, int | float) and isinstance(high, int | float)
-        if not numbers or not -math.inf < low < high < math.inf:
+        if not isinstance(low, int | float) or not isinstance(high, int | float) or not -INF < low < high < INF:
             said = f"{line}: an interval needs two numbers, the smaller first"
             raise KitError(said, key, f"{key}=interval(LOW,HIGH)")
         whole = isinstance(low, int) and isinstance(high, int)

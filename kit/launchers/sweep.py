@@ -157,6 +157,10 @@ def sweep_folder(plan: RunPlan, digest: str, fresh: bool) -> Path:
     folder, number = base, 2
     while fresh and folder.exists():
         folder, number = base.with_name(f"{base.name}-{number}"), number + 1
+    others = [f.name for f in base.parent.glob(f"{rundir.glob_safe(plan.name)}-sweep-*") if f.is_dir()]
+    if others and not fresh and not folder.exists():
+        many = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        say(f"not the sweep of {max(others)}{many}, which had other values or settings: all of its trials start anew")
     return folder
 
 

@@ -269,7 +269,8 @@ def settle(trial: Trial, code: int) -> None:
         trial.state, trial.code = "stopped", STOPPED
     else:
         how = f"was killed by signal {-code}" if code < 0 else f"ended with {code}"
-        trial.state, trial.code = "failed", FAILED
+        asked = trial.asked is not None  # then whoever asked did not wait for the checkpoint
+        trial.state, trial.code = ("stopped", STOPPED) if asked else ("failed", FAILED)
         trial.problems = [{"problem": f"the trial {how}", "where": str(trial.run / rundir.LOGS / LOG)}]
 
 
