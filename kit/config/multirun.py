@@ -202,10 +202,11 @@ def unsweepable(override: Override, searches: bool) -> Problem | None:
     if section == "hparams_search" or key == "runs_dir":
         fix = rest.removeprefix("search_space.") if rest.startswith("search_space.") else ""
         said = f"{key} belongs to the whole sweep: it has one value"
-        return Problem(said, f"command line: {line}", f"{fix}={line.partition('=')[2]}" if fix else "give one value")
+        fix = f"{fix}={line.partition('=')[2]}" if fix else "give one value"
+        return Problem(said, f"command line: {line}", fix, "override")
     if isinstance(override.value(), IntervalSweep) and not searches:
         fix = f"{key}=choice(A,B), {key}=range(START,END,STEP), or hparams_search=optuna"
-        return Problem("a grid cannot try all of an interval", f"command line: {line}", fix)
+        return Problem("a grid cannot try all of an interval", f"command line: {line}", fix, "override")
     return None
 
 
