@@ -121,7 +121,8 @@ def set_refused(run: Path, error: KitError) -> None:
 
 
 def status(run: Path) -> dict[str, Any]:
-    return read_json(run / STATUS)
+    found = read_json(run / STATUS)
+    return found if isinstance(found, dict) else {}
 
 
 def in_use(run: Path) -> int | None:

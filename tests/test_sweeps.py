@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,7 +20,7 @@ import pytest
 
 from kit import cli, hardware, rundir
 from kit.config import multirun
-from kit.errors import DONE, FAILED, REFUSED, STOPPED, KitError
+from kit.errors import DONE, ENVIRONMENT, FAILED, REFUSED, STOPPED, KitError
 from kit.launchers import sweep_files as files
 from kit.launchers import trials
 from kit.launchers.sweep_plot import write_plot
@@ -133,12 +135,14 @@ def test_what_was_frozen_is_what_runs(sweep, tmp_path: Path, monkeypatch):
 
 
 @pytest.mark.launch
-def test_another_sweep_is_another_directory(sweep, tmp_path: Path):
+def test_another_sweep_is_another_directory(sweep, tmp_path: Path, capsys):
     """More steps are more to do; how many run at once is not. --fresh begins again."""
     assert sweep("peft.r=2,4") == DONE
     assert sweep("peft.r=2,4", "hparams_search.parallel=2") == DONE
     assert len(list((tmp_path / "runs").iterdir())) == 1
+    assert "all of its trials start anew" not in capsys.readouterr().err
     assert sweep("peft.r=2,4", "trainer.max_steps=7") == DONE
+    assert "not the sweep of s-sweep-" in capsys.readouterr().err
     assert len(list((tmp_path / "runs").iterdir())) == 2
     assert sweep("peft.r=2,4", "--fresh") == DONE
     assert len(list((tmp_path / "runs").iterdir())) == 3
@@ -186,7 +190,20 @@ def test_a_directory_runs_one_sweep(sweep, tmp_path: Path, capsys):
         (["peft.r=2,4", "hparams_search.parallel=0"], ["hparams_search.parallel"]),
         (["peft.r=2,4", "hparams_search.parralel=2"], ["did you mean hparams_search.parallel"]),
         (["peft.r=choice(2"], ["Hydra's override grammar"]),
-        (["peft.r=interval(2,4)"], ["does not support sweep type"]),
+        (["peft.r=interval(2,4)"], ["a grid cannot try all of an interval", "peft.r=range(START"]),
+        (["peft.r=2,4", "hparams_search=null"], ["hparams_search=null names no choice", "known: grid, optuna"]),
+        (["peft.r=2,4", "hparams_search=1"], ["hparams_search=1 names no choice"]),
+        (["peft.r=2,4", "hparams_search.workers=cold,warm"], ["hparams_search.workers belongs to the whole sweep"]),
+        (["peft.r=2,4", "runs_dir=a,b"], ["runs_dir belongs to the whole sweep"]),
+        (["+hparams_search.search_space.peft.r=2,4"], ["belongs to the whole sweep", "fix:   peft.r=2,4"]),
+        (["peft.r=2,4", "hparams_search.workers=hot"], ["'hot' (the same in trial 1)", "give 'cold' or 'warm'"]),
+        (["peft.r=2,4", "hparams_search.parallel=two"], ["hparams_search.parallel: ", "a whole number or 'auto'"]),
+        (["peft.r=2,4", "launch=local,slurm"], ["some trials are batch jobs"]),
+        (["+hydra.sweeper.params=['peft.r=2']"], ["hydra.sweeper.params must hold key: values"]),
+        (["+hydra.sweeper.params={peft.rr: '2,4'}"], ["unknown key peft.rr", "did you mean peft.r?"]),
+        (["hparams_search=optuna", "peft.r=interval(0,inf)"], ["the smaller first"]),
+        (["hparams_search=optuna", "peft.r=interval(nan,1)"], ["the smaller first"]),
+        (["hparams_search=optuna", "hparams_search.seed=-5"], ["hparams_search.seed", "give at least 0"]),
         (["peft.r=2,4", "hparams_search=optuna", "hydra/launcher=basic"], ["a search starts its trials itself"]),
         (["hparams_search=optuna", "+hparams_search.search_space={peft.r: 8}"], ["a search chooses from several"]),
         (["hparams_search=optuna", "peft.r=interval(4,2)"], ["the smaller first"]),
@@ -231,6 +248,59 @@ def test_ranges_and_globs(sweep, tmp_path: Path):
     values = [t["values"] for t in record(tmp_path)["trials"]]
     assert [v["peft.r"] for v in values] == ["2", "2", "4", "4"]
     assert {v["tokenizer"] for v in values} == {"chatml", "default"}
+
+
+def test_the_command_line_stands_above_a_file(sweep, tmp_path: Path):
+    """hydra.sweeper.params of a file: a key that is typed as well is what was typed, once; keys may be new."""
+    (tmp_path / "run.yaml").write_text(
+        "hydra: {sweeper: {params: {peft.r: '2,4', peft.use_dora: 'true,false', trainer.seed: '1,2'}}}\n"
+    )
+    assert sweep("run.yaml", "peft.r=3,5", "trainer.seed=7") == DONE
+    values = [t["values"] for t in record(tmp_path)["trials"]]
+    assert [(v["peft.use_dora"], v["peft.r"]) for v in values] == [
+        ("True", "3"), ("True", "5"), ("False", "3"), ("False", "5")
+    ]  # fmt: skip
+
+
+def test_lists_in_the_table(sweep, tmp_path: Path, capsys):
+    """Brackets are no markup."""
+    assert sweep("peft.target_modules=[q_proj],[/x,v_proj]") == REFUSED
+    table = capsys.readouterr().out
+    assert "[q_proj]" in table and "[/x,v_proj]" in table
+
+
+@pytest.mark.launch
+def test_what_is_lost_of_a_sweep(sweep, tmp_path: Path, capsys):
+    """A trial whose directory is gone starts anew; a record that is gone costs no trial that is done."""
+    assert sweep("peft.r=2,3,4") == DONE
+    folder = folder_of(tmp_path)
+    shutil.rmtree(folder / "001-r-3")
+    shutil.rmtree(folder / "002-r-4" / "logs")
+    (folder / "002-r-4" / "status.json").write_text("[]")
+    assert sweep("peft.r=2,3,4") == DONE and started(tmp_path)[3:] == ["001-r-3", "002-r-4"]
+    (folder / "sweep.json").write_text("{")
+    (folder / "000-r-2" / "plan.json").write_text("{")
+    assert sweep("peft.r=2,3,4") == REFUSED
+    shown = capsys.readouterr().err
+    assert "record cannot be read" in shown and "rm " in shown and "Traceback" not in shown
+    (folder / "sweep.json").unlink()
+    assert sweep("peft.r=2,3,4") == DONE and started(tmp_path)[5:] == ["000-r-2"]
+    (folder / "000-r-2" / "plan.json").write_text("{")
+    assert sweep("peft.r=2,3,4") == REFUSED
+    shown = capsys.readouterr().err
+    assert "000-r-2/plan.json is not a plan" in shown and "fix:   rm -r runs/" in shown
+
+
+def test_a_disk_that_takes_nothing(sweep, tmp_path: Path, monkeypatch, capsys):
+    """Not a matter of the override grammar."""
+
+    def full(folder, *rest):
+        raise OSError(28, "No space left on device", str(folder / "sweep.json"))
+
+    monkeypatch.setattr(files, "write_record", full)
+    assert sweep("peft.r=2,4") == ENVIRONMENT
+    shown = capsys.readouterr().err
+    assert "sweep.json: No space left on device" in shown and "grammar" not in shown
 
 
 @pytest.mark.launch
@@ -370,6 +440,9 @@ def test_a_search_with_refused_failed_and_silent_trials(sweep, tmp_path: Path, c
         sweep(*SEARCH[:2], "peft.r=choice(2,4)", "hparams_search.metric=rouge", "hparams_search.n_trials=1") == FAILED
     )
     assert "never logged rouge; it logged loss" in capsys.readouterr().err
+    silent = [*SEARCH[:2], "peft.r=choice(2,4)", "hparams_search.metric=rouge", "hparams_search.n_trials=5"]
+    assert sweep(*silent) == FAILED and states(tmp_path) == ["failed"]  # four more would be no better
+    assert sweep(*silent) == FAILED and states(tmp_path) == ["failed"]
 
 
 @needs_optuna
@@ -400,6 +473,31 @@ def test_a_search_that_was_killed(sweep, tmp_path: Path):
     assert sweep(*args) == DONE
     assert [t["number"] for t in record(tmp_path)["trials"]] == [0, 1, 3]
     assert [t.state.name for t in study.trials] == ["COMPLETE", "COMPLETE", "FAIL", "COMPLETE"]
+
+
+@needs_optuna
+@pytest.mark.launch
+def test_a_search_whose_files_are_not_what_they_were(sweep, tmp_path: Path, capsys):
+    """No number is given twice, and a trial that ended untold is told."""
+    import optuna
+
+    args = [*SEARCH, "peft.r=2"]
+    assert sweep(*args, "hparams_search.n_trials=2") == DONE
+    folder = folder_of(tmp_path)
+    name, db = folder.name, folder / "study.db"
+    assert sweep(*args, "hparams_search.n_trials=3", "hparams_search.storage=journal") == REFUSED
+    assert "hparams_search.storage as it was" in capsys.readouterr().err
+    (folder / "study.log").unlink()
+    db.unlink()
+    study = optuna.create_study(study_name=name, storage=f"sqlite:///{db}")
+    study.ask(), study.ask()
+    shutil.rmtree(folder / json.loads((folder / files.RECORD).read_text())["trials"][1]["run"])
+    assert sweep(*args, "hparams_search.n_trials=3") == FAILED
+    assert "its directory is gone" in capsys.readouterr().err
+    assert [t.state.name for t in study.trials] == ["COMPLETE", "FAIL", "COMPLETE"]
+    db.write_text("not a database")
+    assert sweep(*args, "hparams_search.n_trials=3") == REFUSED
+    assert "the study cannot be read" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -478,6 +576,21 @@ def test_the_plot_is_an_image(tmp_path: Path, count: int):
     assert len(lines) == count and "href" not in (tmp_path / "sweep.svg").read_text()
     chosen = [e for e in root if e.get("r") == "9"]
     assert len(chosen) == min(count, 1)
+
+
+def test_what_is_no_number(tmp_path: Path):
+    """A loss that is nan is never the best, has no place in the plot, and is null in sweep.json."""
+    odd = finished(tmp_path, 4)
+    for trial, loss in zip(odd, (math.nan, math.inf, "x", 2.0), strict=True):
+        trial.curve.rows = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": loss}]
+    for direction in ("minimize", "maximize"):
+        assert files.best(odd[:2] + odd[3:], "loss", direction).number == 3
+    write_plot(tmp_path / "sweep.svg", odd, "loss", "minimize", "a sweep")
+    text = (tmp_path / "sweep.svg").read_text()
+    assert xml.fromstring(text) is not None and not {"nan", "inf"} & set(re.findall(r"\w+", text))
+    files.write_record(tmp_path, odd, {"metric": "loss", "direction": "minimize"})
+    found = json.loads((tmp_path / files.RECORD).read_text(), parse_constant=pytest.fail)
+    assert [t["metric"] for t in found["trials"]] == [None, None, 3.0, 2.0]
 
 
 def test_the_best_of_equals_is_the_first(tmp_path: Path):

@@ -160,7 +160,7 @@ for _ in range({times}):
 """
     asking = subprocess.Popen([sys.executable, "-c", ask])
     assert sweep(f"peft.r=2,{slow},4") == STOPPED and asking.wait(10) == 0
-    assert states(tmp_path) == ["done", "stopped" if times == 1 else "failed", "waiting"]
+    assert states(tmp_path) == ["done", "stopped", "waiting"]  # by the user, not for a fault of its own
     assert lines(tmp_path) == [("000-r-2", "w0"), (f"001-r-{slow}", "w0")]
     if times == 1:
         monkeypatch.setenv("KIT_TEST_MENDED", "1")
@@ -180,7 +180,7 @@ os.kill({os.getpid()}, signal.SIGTERM)
 """
     asking = subprocess.Popen([sys.executable, "-c", ask])
     assert sweep("peft.r=16,2", "launch.grace_seconds=0.5") == STOPPED and asking.wait(10) == 0
-    assert states(tmp_path) == ["failed", "waiting"]
+    assert states(tmp_path) == ["stopped", "waiting"]
     assert "killed by signal 9" in record(tmp_path)["trials"][0]["problems"][0]["problem"]
 
 

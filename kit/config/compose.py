@@ -329,7 +329,8 @@ def misread(error: Exception, args: list[str]) -> KitError:
     """Hydra checks few kinds of values itself: `launch=1` is a TypeError somewhere inside it."""
     for arg in args:
         group, equals, value = arg.lstrip("+~").partition("=")
-        if equals and group in GROUPS and not re.fullmatch(r"[A-Za-z][\w./-]*", value.strip("\"'")):
+        odd = value == "null" or not re.fullmatch(r"[A-Za-z][\w./-]*", value.strip("\"'"))
+        if equals and group in GROUPS and odd:
             names = ", ".join(options(group))
             said = f"{group}={value} names no choice of {group}"
             return KitError(said, f"command line: {arg}", f"known: {names}", rule="group-choice")

@@ -7,10 +7,11 @@ them. They start nothing: the launchers' room does, through the functions in `Jo
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,10 +36,11 @@ from omegaconf.errors import OmegaConfBaseException
 from kit import paths
 from kit.config import compose
 from kit.config.compose import Composed
-from kit.errors import DONE, REFUSED, STOPPED, KitError, Problem
+from kit.errors import DONE, ENVIRONMENT, REFUSED, STOPPED, KitError, Problem
 
 HYDRA_ERRORS = (HydraException, OmegaConfBaseException, OSError, yaml.YAMLError)
 Value = str | int | float
+INF = math.inf
 
 
 @dataclass
@@ -83,8 +85,10 @@ class Job:
     search: Callable[[Search], int]
     run_file: Path | None = None
     codes: list[int] = field(default_factory=list)
+    begun: bool = False  # Hydra has composed what all points share, and found sweeper and launcher
 
     def __call__(self, cfg: DictConfig) -> int:
+        self.begun = True
         compose.register()  # a launcher may have brought this object to another process
         if STOPPED in self.codes:  # Ctrl-C ends a multirun, not only the point that was running
             return STOPPED
@@ -101,6 +105,7 @@ class KitLauncher(Launcher):
 
     def setup(self, *, hydra_context: Any, task_function: Any, config: DictConfig) -> None:
         self.loader, self.job, self.config = hydra_context.config_loader, task_function, config
+        self.job.begun = True
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
         setup_globals()
@@ -130,7 +135,7 @@ class KitSweeper(Sweeper):
     __module__ = "hydra_plugins.kit"
 
     def __init__(self, max_batch_size: int | None = None, params: dict[str, str] | None = None) -> None:
-        self.max_batch_size, self.params = max_batch_size, params or {}
+        self.max_batch_size, self.params = max_batch_size, {} if params is None else params
 
     def setup(self, *, hydra_context: Any, task_function: Any, config: DictConfig) -> None:
         self.hydra_context, self.config, self.job = hydra_context, config, task_function
@@ -142,11 +147,14 @@ class KitSweeper(Sweeper):
     def sweep(self, arguments: list[str]) -> Any:
         assert self.config is not None and self.hydra_context is not None and self.launcher is not None
         loader = self.hydra_context.config_loader
-        overrides = OverridesParser.create(config_loader=loader).parse_overrides(
-            [*(f"{k}={v}" for k, v in self.params.items()), *arguments]
-        )
+        typed = {a.lstrip("+").partition("=")[0] for a in arguments}
+        written = compose.read_args([f"{k}={v}" for k, v in written_params(self.params).items() if k not in typed])[0]
+        overrides = OverridesParser.create(config_loader=loader).parse_overrides([*written, *arguments])
         ours = isinstance(self.launcher, KitLauncher)
-        if OmegaConf.select(self.config, "hparams_search.method") == "optuna":
+        searches = OmegaConf.select(self.config, "hparams_search.method") == "optuna"
+        if found := [p for o in overrides if o.is_sweep_override() and (p := unsweepable(o, searches))]:
+            raise KitError(found)
+        if searches:
             if not ours:
                 raise KitError("a search starts its trials itself", "command line", "leave out hydra/launcher=")
             self.job.codes.append(self.job.search(self.read_search(overrides)))
@@ -178,6 +186,28 @@ class KitSweeper(Sweeper):
         fixed = [f for f in fixed if not f.lstrip("+").startswith("hydra")]
         space = {str(o.key_or_group): dimension(o) for o in sweeps}
         return Search(base, fixed, space, folders, self.job.run_file)
+
+
+def written_params(params: Any) -> dict[str, Any]:
+    """hydra.sweeper.params as they stand in a file."""
+    if isinstance(params, Mapping):
+        return dict(params)
+    raise KitError("hydra.sweeper.params must hold key: values lines", "hydra.sweeper.params", "peft.r: 8,16")
+
+
+def unsweepable(override: Override, searches: bool) -> Problem | None:
+    """Why nothing can be swept that way; None where it can."""
+    key, line = str(override.key_or_group), str(override.input_line).lstrip("+")
+    section, _, rest = key.partition(".")
+    if section == "hparams_search" or key == "runs_dir":
+        fix = rest.removeprefix("search_space.") if rest.startswith("search_space.") else ""
+        said = f"{key} belongs to the whole sweep: it has one value"
+        fix = f"{fix}={line.partition('=')[2]}" if fix else "give one value"
+        return Problem(said, f"command line: {line}", fix, "override")
+    if isinstance(override.value(), IntervalSweep) and not searches:
+        fix = f"{key}=choice(A,B), {key}=range(START,END,STEP), or hparams_search=optuna"
+        return Problem("a grid cannot try all of an interval", f"command line: {line}", fix, "override")
+    return None
 
 
 PLUGINS: dict[str, type[Any]] = {"launcher": KitLauncher, "sweeper": KitSweeper}
@@ -225,7 +255,15 @@ def run(args: list[str], job: Job) -> int:
     except SystemExit as stop:
         return REFUSED if stop.code else DONE
     except HYDRA_ERRORS as error:
-        raise compose.refusal(error, args) from None
+        if not job.begun or not isinstance(error, OSError) or isinstance(error, HydraException):
+            raise compose.refusal(error, args) from None
+        said, place = error.strerror or str(error), str(error.filename or "runs_dir")  # a full disk, say
+        fix = "mend that; the same command continues with what is missing"
+        raise KitError(f"{place}: {said}", place, fix, code=ENVIRONMENT) from None
+    except (TypeError, ValueError, RecursionError) as error:
+        if job.begun:
+            raise
+        raise compose.misread(error, args) from None  # Hydra's own code on what it did not expect
     finally:
         sys.argv = argv
         unplug()
@@ -282,11 +320,12 @@ def written_space(base: Composed, others: bool) -> dict[str, str]:
 
 def dimension(override: Override) -> Dimension:
     """A sweep override as what a search can sample; KitError where it cannot."""
-    value = override.value()
+    value, key, line = override.value(), str(override.key_or_group), str(override.input_line).lstrip("+")
     if isinstance(value, IntervalSweep):
         low, high = value.start, value.end
-        if not isinstance(low, int | float) or not isinstance(high, int | float) or low >= high:
-            raise KitError(f"{override.input_line}: an interval needs two numbers, the smaller first", "search_space")
+        if not isinstance(low, int | float) or not isinstance(high, int | float) or not -INF < low < high < INF:
+            said = f"{line}: an interval needs two numbers, the smaller first"
+            raise KitError(said, key, f"{key}=interval(LOW,HIGH)")
         whole = isinstance(low, int) and isinstance(high, int)
         found = Dimension(low=low, high=high, log="log" in value.tags, whole=whole)
     elif isinstance(value, RangeSweep):
@@ -294,15 +333,15 @@ def dimension(override: Override) -> Dimension:
         log = "log" in value.tags
         whole = all(isinstance(n, int) for n in numbers)
         if not numbers or value.step <= 0:
-            raise KitError(f"{override.input_line}: the range is empty, or goes down", "search_space")
+            raise KitError(f"{line}: the range is empty, or goes down", key, f"{key}=range(LOW,HIGH,STEP)")
         found = Dimension([], float(numbers[0]), float(numbers[-1]), None if log else value.step, log, whole)
     elif isinstance(value, ChoiceSweep | Glob):
         return Dimension([str(v) for v in override.sweep_string_iterator()])
     else:
         fix = "choice(8,16), range(8,65,8), interval(0,1), int(interval(4,64)), tag(log, interval(1e-5,1e-3))"
-        raise KitError(f"{override.input_line} is one value: a search chooses from several", "search_space", fix)
+        raise KitError(f"{line} is one value: a search chooses from several", key, fix)
     if found.log and found.low <= 0:
-        raise KitError(f"{override.input_line}: a logarithm needs numbers above 0", "search_space")
+        raise KitError(f"{line}: a logarithm needs numbers above 0", key, f"{key}=interval(LOW,HIGH)")
     return found
 
 

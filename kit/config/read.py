@@ -29,6 +29,10 @@ FSDP = (  # what transformers' _process_fsdp_args reads, with or without "fsdp_"
     "cpu_ram_efficient_loading", "state_dict_type", "activation_checkpointing", "reshard_after_forward",
     "forward_prefetch", "backward_prefetch", "use_orig_params", "sync_module_states",
 )  # fmt: skip
+KINDS = {  # first word of pydantic's error types
+    "int": "a whole number", "float": "a number", "bool": "true or false", "string": "text", "list": "[a,b]",
+    "dict": "key: value lines", "model": "key: value lines",
+}  # fmt: skip
 OWNED = {  # fields of SFTConfig that another part of the description holds
     "output_dir": "the run directory holds everything: runs_dir=FOLDER, name=NAME",
     "deepspeed": "deepspeed=zero2, or deepspeed=/path/my.json",
@@ -81,6 +85,7 @@ def read_input(tree: dict[str, Any], set_by: Any) -> tuple[RunInput | None, list
         given = RunInput.model_validate(tree)
         return (None if missing else given), problems
     except ValidationError as error:
+        wanted: dict[str, tuple[str, list[Any]]] = {}  # where a key takes one kind or another, each has its complaint
         for e in error.errors():
             key = ".".join(str(part) for part in e["loc"] if isinstance(part, str) and not is_kind(part))
             if tree_at(tree, e["loc"]) == "???":
@@ -92,9 +97,10 @@ def read_input(tree: dict[str, Any], set_by: Any) -> tuple[RunInput | None, list
                 problems.append(Problem(f"there is no key {key}", set_by(key), fix, "unknown-key"))
             else:
                 value = f": {e['input']!r}" if not isinstance(e["input"], dict) else ""
-                problems.append(
-                    Problem(f"{key}: {e['msg'][0].lower()}{e['msg'][1:]}{value}", set_by(key), fix_of(key, e), "type")
-                )
+                said = f"{key}: {e['msg'][0].lower()}{e['msg'][1:]}{value}"
+                wanted.setdefault(key, (said, []))[1].append(e)
+        for key, (said, errors) in wanted.items():
+            problems.append(Problem(said, set_by(key), fix_of(key, errors), "type"))
         return None, problems
 
 
@@ -103,20 +109,30 @@ def is_kind(part: str) -> bool:
     return part.startswith(("function-", "literal", "constrained-")) or part in ("str", "int", "float", "bool")
 
 
-def fix_of(key: str, e: Any) -> str:
-    """What would do in place of a value of the wrong kind, "" where that is not plain."""
-    given = e["input"]
-    if is_kind(str(e["loc"][-1])):  # one of several kinds
-        return ""
-    if e["type"] == "list_type" and isinstance(given, str):
-        return f"'{key}=[\"{given}\"]'" if '"' not in given else f"{key}=[...]"
-    if e["type"] == "string_type" and type(given) in (int, float):
+def fix_of(key: str, errors: list[Any]) -> str:
+    """What would do in place of a value that pydantic did not take, "" where that needs more than a few words."""
+    given, kind = errors[0]["input"], errors[0]["type"]
+    if len(errors) == 1 and kind == "list_type" and isinstance(given, str) and '"' not in given:
+        return f"'{key}=[\"{given}\"]'"
+    if len(errors) == 1 and kind == "string_type" and type(given) in (int, float):
         return f"{key}=\"'{given}'\", in quotes"
-    if e["type"] == "string_type" and isinstance(given, list):
+    if len(errors) == 1 and kind == "string_type" and isinstance(given, list):
         return f"{key}=\"'{','.join(map(str, given))}'\", one text"
-    if e["type"] == "string_pattern_mismatch" and key in ("launch.include", "launch.exclude"):
+    if kind == "string_pattern_mismatch" and key in ("launch.include", "launch.exclude"):
         return f"{key}=\"'host1@host2:0,2'\": hosts, each with its slots or without"
-    return ""
+    found = " or ".join(dict.fromkeys(words for e in errors if (words := what_is_wanted(e))))
+    return found and f"give {found}"
+
+
+def what_is_wanted(error: Any) -> str:
+    """What pydantic would have taken, "" where that needs more than a few words."""
+    limits = error.get("ctx") or {}
+    if "expected" in limits:
+        return str(limits["expected"])
+    for sign, words in (("ge", "at least"), ("gt", "more than"), ("le", "at most"), ("lt", "less than")):
+        if sign in limits:
+            return f"{words} {limits[sign]:g}"
+    return KINDS.get(error["type"].split("_")[0], "")
 
 
 def not_finite(tree: Any, set_by: Any) -> list[Problem]:

@@ -124,7 +124,7 @@ class HparamsSearch(Strict):
     n_trials: int = Field(default=20, ge=1)
     search_space: dict[str, str] = Field(default_factory=dict)  # dotted key: a sweep in Hydra's override grammar
     sampler: Literal["tpe", "random"] = "tpe"
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**31)  # numpy takes no other
     storage: Literal["sqlite", "journal"] = "sqlite"
     pruner: Pruner = Pruner()
 

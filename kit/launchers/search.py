@@ -14,7 +14,7 @@ from kit import paths
 from kit.config import multirun
 from kit.config.multirun import Dimension, Point, Search
 from kit.config.schema import HparamsSearch
-from kit.errors import DONE, ENVIRONMENT, KitError
+from kit.errors import DONE, ENVIRONMENT, KitError, first_line
 from kit.launchers import sweep_files as files
 from kit.launchers.sweep import (
     about,
@@ -34,6 +34,7 @@ from kit.stack import need_stack
 from kit.terminal import print_problems, say
 
 COPY = "conf"  # of the configuration, inside the sweep's directory
+MUTE = "the trial never logged"
 NAMES = {"unknown-key", "renamed-key", "removed-key", "owned"}  # rules about keys: wrong whatever the value
 
 
@@ -60,10 +61,19 @@ def search(fresh: bool, found: Search) -> int:
             multirun.snapshot(found, folder / COPY)
         trials = files.read_record(folder)
         sweep = Sweep(folder, settings, metric, about(folder, settings, metric), trials)
-        study = open_study(folder, settings, len(trials))
+        try:
+            study = open_study(folder, settings, len(trials))
+            known_to_study = len(study.trials)
+        except Exception as error:  # of sqlalchemy, json or optuna, whatever the file holds
+            fix = "--fresh starts anew"
+            raise KitError(f"the study cannot be read: {first_line(error)}", str(folder), fix) from None
+        if any(t.number >= known_to_study for t in trials):
+            said = "the study does not know the trials that were there before: it was removed, or kept elsewhere"
+            fix = "hparams_search.storage as it was, or --fresh"
+            raise KitError(said, f"{folder}, hparams_search.storage={settings.storage}", fix)
         if trials:
             take_up(folder, trials)
-        settle_study(study, trials)
+        settle_study(study, trials, metric)
         files.write_record(folder, trials, sweep.about)
         announce(sweep, settings.n_trials)
         pool = pool_for(settings, [base])
@@ -76,7 +86,7 @@ def search(fresh: bool, found: Search) -> int:
                     return trial
             if any(t.state == "waiting" for t in trials):
                 return None
-            while len(trials) < settings.n_trials and pool.room_for(base):
+            while len(trials) < wanted() and pool.room_for(base):
                 proposed = study.ask()
                 values = {key: suggest(proposed, key, d) for key, d in found.space.items()}
                 trial = freeze(found, folder, proposed.number, values)
@@ -89,13 +99,20 @@ def search(fresh: bool, found: Search) -> int:
             return None
 
         def watch(trial: Trial, rows: list[dict[str, Any]]) -> bool:
-            reports, seen = [r for r in rows if metric in r], asked[trial.number]
+            reports = [r for r in rows if isinstance(r.get(metric), int | float) and "step" in r]
+            seen = asked[trial.number]
             for row in reports:
                 seen.report(float(row[metric]), int(row["step"]))
             return bool(reports) and seen.should_prune()
 
+        def wanted() -> int:
+            """How many trials in all. None ever logged the metric: neither would more of them."""
+            mute = any(t.problems and t.problems[0]["problem"].startswith(MUTE) for t in trials)
+            unheard = mute and all(files.result(t, metric) is None for t in trials)
+            return len(trials) if unheard else settings.n_trials
+
         def missing() -> bool:
-            return len(trials) < settings.n_trials or any(t.state == "waiting" for t in trials)
+            return len(trials) < wanted() or any(t.state == "waiting" for t in trials)
 
         stay(sweep, pool, next_trial, lambda: not missing(), watch, lambda t: tell(study, t, metric))
         report(sweep)
@@ -156,7 +173,7 @@ def known(study: Any, number: int) -> Any:
     return optuna.trial.Trial(study, study.trials[number]._trial_id)
 
 
-def settle_study(study: Any, trials: list[Trial]) -> None:
+def settle_study(study: Any, trials: list[Trial], metric: str) -> None:
     """Close what a killed process left open: a trial that was asked for and never frozen, or ended untold."""
     import optuna
 
@@ -165,8 +182,25 @@ def settle_study(study: Any, trials: list[Trial]) -> None:
         trial = ours.get(frozen.number)
         if trial and trial.state == "waiting" and frozen.state.is_finished():
             trial.state = "failed"  # a search goes on to other values; it does not try the same again
-        elif not frozen.state.is_finished() and trial is None:
-            study.tell(frozen.number, state=optuna.trial.TrialState.FAIL)
+        elif trial and trial.state == "done":
+            silent(trial, metric)
+        if not frozen.state.is_finished():
+            if trial is None:
+                study.tell(frozen.number, state=optuna.trial.TrialState.FAIL)
+            else:
+                tell(study, trial, metric)
+
+
+def silent(trial: Trial, metric: str) -> bool:
+    """Whether a trial ended well without a result, which a search takes for a failure."""
+    if files.result(trial, metric) is not None:
+        return False
+    trial.state, trial.code = "failed", None
+    logged = ", ".join(sorted({k for row in trial.curve.rows for k in row})) or "nothing"
+    fix = "hparams_search.metric=ANOTHER, trainer.logging_steps=1"
+    said = f"{MUTE} {metric}; it logged {logged}"
+    trial.problems = [{"problem": said, "where": "hparams_search.metric", "fix": fix}]
+    return True
 
 
 def suggest(trial: Any, key: str, d: Dimension) -> multirun.Value:
@@ -198,13 +232,8 @@ def tell(study: Any, trial: Trial, metric: str) -> None:
     import optuna
 
     states = optuna.trial.TrialState
-    value = files.result(trial, metric)
-    if trial.state == "done" and value is None:
-        trial.state, trial.code = "failed", None
-        logged = sorted({k for row in trial.curve.rows for k in row})
-        said = f"the trial never logged {metric}; it logged {', '.join(logged)}"
-        trial.problems = [{"problem": said, "where": "hparams_search.metric"}]
-    if trial.state == "done":
+    if trial.state == "done" and not silent(trial, metric):
+        value = files.result(trial, metric)
         study.tell(trial.number, value)
     elif trial.state == "pruned":
         study.tell(trial.number, state=states.PRUNED)

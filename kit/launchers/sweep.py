@@ -22,7 +22,7 @@ from kit.config.schema import HparamsSearch, RunPlan, load_plan
 from kit.errors import DONE, FAILED, REFUSED, STOPPED, KitError, Problem
 from kit.launchers import sweep_files as files
 from kit.launchers.run import Stop
-from kit.launchers.sweep_screen import Sweep, announce, named, report, screen
+from kit.launchers.sweep_screen import Sweep, announce, gathered, report, screen
 from kit.launchers.trials import Pool, Trial, busy, look, stop
 from kit.stack import need_stack
 from kit.terminal import print_problems, say
@@ -96,7 +96,9 @@ def grid(fresh: bool, points: list[Point]) -> list[tuple[int, float | None]]:
         except KitError as error:
             point.problems = error.problems
     if not plans:
-        raise KitError([named(point.number, point.values, p) for point in points for p in point.problems])
+        raise KitError(gathered([(point.number, point.values, p) for point in points for p in point.problems]))
+    if len({bool(p.launch.slurm) for p in plans.values()}) > 1:
+        raise KitError("some trials are batch jobs and others run here", "launch", "one launch for the whole sweep")
     need_stack()
     first = next(iter(plans.values()))
     if first.launch.slurm:
@@ -108,7 +110,7 @@ def grid(fresh: bool, points: list[Point]) -> list[tuple[int, float | None]]:
     with opened(folder):
         trials = files.read_record(folder)
         if trials:
-            take_up(folder, trials)
+            take_up(folder, trials, plans)
         else:
             trials = [trial_of(folder, point, plans.get(point.number)) for point in points]
         metric = settings_of(first).metric or files.default_metric(first)
@@ -174,6 +176,10 @@ def sweep_folder(plan: RunPlan, digest: str, fresh: bool) -> Path:
     folder, number = base, 2
     while fresh and folder.exists():
         folder, number = base.with_name(f"{base.name}-{number}"), number + 1
+    others = [f.name for f in base.parent.glob(f"{rundir.glob_safe(plan.name)}-sweep-*") if f.is_dir()]
+    if others and not fresh and not folder.exists():
+        many = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        say(f"not the sweep of {max(others)}{many}, which had other values or settings: all of its trials start anew")
     return folder
 
 
@@ -195,17 +201,40 @@ def trial_of(folder: Path, point: Point, plan: RunPlan | None) -> Trial:
     if plan is None:
         trial.state, trial.code = "refused", REFUSED
         trial.problems = [vars(p) for p in point.problems]
+    elif rundir.run_of(trial.run) == plan.hash:  # the sweep's record is gone, the trial is not
+        trial.plan = load_plan(trial.run).model_copy(update={"run_dir": str(trial.run)})
+        look(trial)
     else:
         trial.plan = rundir.make(plan.model_copy(update={"run_dir": str(trial.run)}))
     return trial
 
 
-def take_up(folder: Path, trials: list[Trial]) -> None:
-    """Trials of an earlier process, as they were frozen: what is done stays, what failed or stopped is missing."""
+def take_up(folder: Path, trials: list[Trial], plans: dict[int, RunPlan] | None = None) -> None:
+    """Trials of an earlier process, as they were frozen: what is done stays, what failed or stopped is missing.
+
+    One whose directory is gone is made again from `plans`; without them it has failed.
+    """
+    problems = []
     for trial in trials:
-        if trial.state != "refused":
+        if trial.state == "refused":
+            continue
+        if not trial.run.exists():
+            if plan := (plans or {}).get(trial.number):
+                say(f"{rundir.shown(trial.run)} is gone: the trial starts anew")
+                trial.plan = rundir.make(plan.model_copy(update={"run_dir": str(trial.run)}))
+                trial.state, trial.code, trial.seconds, trial.problems = "waiting", None, 0.0, []
+            else:
+                trial.state, trial.code = "failed", FAILED
+                trial.problems = [{"problem": "its directory is gone", "where": str(trial.run)}]
+            continue
+        try:
             trial.plan = load_plan(trial.run).model_copy(update={"run_dir": str(trial.run)})
             look(trial)
+        except KitError as error:
+            fix = f"rm -r {rundir.shown(trial.run)}, or the same command with --fresh"
+            problems += [Problem(p.problem, str(trial.run / rundir.PLAN), fix) for p in error.problems]
+    if problems:
+        raise KitError(problems)
     done, missing = (sum(t.state == s for t in trials) for s in ("done", "waiting"))
     say(f"continuing {rundir.shown(folder)}: {done} done, {missing} missing (--fresh starts anew)")
 

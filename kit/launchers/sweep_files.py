@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 import re
 import time
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from typing import Any
 
 from kit import rundir
 from kit.config.schema import HparamsSearch, RunPlan, field_class, leaves
+from kit.errors import KitError
 from kit.launchers.trials import Trial, brief, short_names
 
 RECORD, TABLE, PLOT = "sweep.json", "sweep.csv", "sweep.svg"
@@ -72,7 +74,8 @@ def speed(trial: Trial) -> float | None:
 
 def best(trials: list[Trial], metric: str, direction: str) -> Trial | None:
     """The finished trial with the best result; of equals the first."""
-    scored = [(value, t) for t in trials if t.state == "done" and (value := result(t, metric)) is not None]
+    found = [(value, t) for t in trials if t.state == "done" and (value := result(t, metric)) is not None]
+    scored = [(value, t) for value, t in found if math.isfinite(value)]  # nan is neither more nor less
     sign = -1 if direction == "maximize" else 1
     return min(scored, key=lambda pair: sign * pair[0])[1] if scored else None
 
@@ -86,8 +89,7 @@ def write_record(folder: Path, trials: list[Trial], about: dict[str, Any]) -> No
             "run": t.run.name,
             "state": t.state,
             "values": t.values,
-            "metric": result(t, metric),
-            **figures(t),
+            **{k: finite(v) for k, v in {"metric": result(t, metric), **figures(t)}.items()},
             "seconds": t.seconds,
             "exit_code": t.code,
             "problems": t.problems,
@@ -101,15 +103,27 @@ def write_record(folder: Path, trials: list[Trial], about: dict[str, Any]) -> No
     )
 
 
+def finite(value: Any) -> Any:
+    """JSON has no nan and no infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def read_record(folder: Path) -> list[Trial]:
-    """The trials of a sweep that was started before; [] where there is none."""
-    return [
-        Trial(
-            row["number"], folder / row["run"], row["values"], row["state"], row["problems"], row["exit_code"],
-            row["seconds"],
-        )
-        for row in rundir.read_json(folder / RECORD).get("trials", [])
-    ]  # fmt: skip
+    """The trials of a sweep that was started before; [] where there is none; KitError where it cannot be read."""
+    path = folder / RECORD
+    if not path.exists():
+        return []
+    try:
+        return [
+            Trial(
+                row["number"], folder / row["run"], row["values"], row["state"], row["problems"], row["exit_code"],
+                row["seconds"],
+            )
+            for row in json.loads(path.read_text(encoding="utf-8"))["trials"]
+        ]  # fmt: skip
+    except (OSError, ValueError, KeyError, TypeError):
+        fix = f"rm {rundir.shown(path)}: a grid then looks at its trials' directories; --fresh starts anew"
+        raise KitError("the sweep's record cannot be read", str(path), fix) from None
 
 
 def write_csv(folder: Path, trials: list[Trial], metric: str) -> None:
@@ -128,11 +142,12 @@ def write_csv(folder: Path, trials: list[Trial], metric: str) -> None:
 
 def table(trials: list[Trial], settings: HparamsSearch, metric: str, title: str) -> Any:
     """The state of a sweep as a rich table."""
+    from rich.markup import escape
     from rich.table import Table
 
     keys = list(dict.fromkeys(key for t in trials for key in t.values))
     names = short_names(keys)
-    shown = Table(title=title, title_justify="left")
+    shown = Table(title=escape(title), title_justify="left")
     losses = ["loss", metric] if metric != "loss" else ["loss"]
     for name in ("trial", *(names[k] for k in keys), "state", "step", *losses, "tokens/s", "seconds"):
         shown.add_column(name, justify="left" if name == "state" else "right", overflow="fold")
@@ -143,7 +158,7 @@ def table(trials: list[Trial], settings: HparamsSearch, metric: str, title: str)
         state = t.state + (f" on {','.join(t.devices)}" if t.devices else "") + (" (best)" if t is winner else "")
         cells = [number(v) for v in (found["loss"], result(t, metric))[: len(losses)]]
         cells.append(number(found["tokens_per_second"]))
-        values = [brief(t.values.get(key, "")) for key in keys]
+        values = [escape(brief(t.values.get(key, ""))) for key in keys]  # [q_proj] would be a style
         shown.add_row(str(t.number), *values, state, steps(t, found["step"]), *cells, f"{seconds:.0f}")
     return shown
 

@@ -92,7 +92,7 @@ def curves(trials: list[Trial], key: str, left: float) -> list[str]:
 
 def results(trials: list[Trial], metric: str, direction: str, left: float) -> list[str]:
     """The result of every trial as a dot above its number; the best one is ringed."""
-    scored = [(t, value) for t in trials if (value := result(t, metric)) is not None]
+    scored = [(t, value) for t in trials if (value := result(t, metric)) is not None and math.isfinite(value)]
     low, high = span([v for _, v in scored])
     parts = frame(left, f"{metric} at the end of each trial ({direction})", low, high)
     winner = best(trials, metric, direction)

@@ -34,7 +34,8 @@ def announce(sweep: Sweep, count: int) -> None:
     refused = [t for t in sweep.trials if t.state == "refused"]
     if refused:
         say(f"{len(refused)} of {len(sweep.trials)} trials refused; the others run")
-        print_problems([named(t.number, t.values, Problem(**p)) for t in refused for p in t.problems], refused=False)
+        said = [(t.number, t.values, Problem(**p)) for t in refused for p in t.problems]
+        print_problems(gathered(said), refused=False)
     for text in dict.fromkeys(w for t in sweep.trials if t.plan for w in api.warnings(t.plan)):
         say(f"warning: {text}")
     say(f"{count - len(refused)} trials in {rundir.shown(sweep.folder)}")
@@ -44,6 +45,21 @@ def named(number: int, values: dict[str, Any], problem: Problem) -> Problem:
     """A problem with the trial that has it."""
     at = ", ".join(f"{k}={v}" for k, v in values.items())
     return Problem(f"trial {number} ({at}): {problem.problem}", problem.where, problem.fix, problem.rule)
+
+
+def gathered(found: list[tuple[int, dict[str, Any], Problem]]) -> list[Problem]:
+    """The problems of several trials (number, values, problem); what more than one of them has is said once."""
+    by_problem: dict[Problem, list[tuple[int, dict[str, Any]]]] = {}
+    for number, values, problem in found:
+        by_problem.setdefault(problem, []).append((number, values))
+    once = []
+    for problem, trials in by_problem.items():
+        number, values = trials[0]
+        others = ", ".join(str(n) for n, _ in trials[1:9]) + (", ..." if len(trials) > 9 else "")
+        where = f" (the same in trial{'s' if len(trials) > 2 else ''} {others})" if others else ""
+        text = problem.problem + where
+        once.append(named(number, values, Problem(text, problem.where, problem.fix, problem.rule)))
+    return once
 
 
 @contextmanager
@@ -92,8 +108,7 @@ def report(sweep: Sweep) -> None:
     Console(width=None if rundir.is_terminal() else 160).print(shown(sweep))
     failed = [t for t in sweep.trials if t.state == "failed"]
     if failed:
-        said = [named(t.number, t.values, Problem(**p)) for t in failed for p in t.problems]
-        print_problems(said, refused=False)
+        print_problems(gathered([(t.number, t.values, Problem(**p)) for t in failed for p in t.problems]), False)
         say(f"kit doctor {rundir.shown(failed[0].run)} names the cause")
     done = [t for t in sweep.trials if t.state == "done"]
     if done and all(files.result(t, sweep.metric) is None for t in done):

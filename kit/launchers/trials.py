@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -47,19 +48,19 @@ class Curve:
         self.offset += len(whole)
         found = []
         for line in whole.splitlines():
-            try:
-                found.append(json.loads(line))
-            except ValueError:
-                continue
+            with contextlib.suppress(ValueError):
+                row = json.loads(line)
+                found += [row] if isinstance(row, dict) else []
         self.rows += found
         return found
 
     def last(self, key: str) -> Any:
-        return next((row[key] for row in reversed(self.rows) if key in row), None)
+        return next((v for row in reversed(self.rows) if isinstance(v := row.get(key), int | float)), None)
 
     def series(self, key: str) -> list[tuple[int, float]]:
-        """(step, value) in order; a step that was trained twice counts as it ended up."""
-        return sorted({row["step"]: row[key] for row in self.rows if key in row and "step" in row}.items())
+        """(step, value) in order, of what is a number; a step that was trained twice counts as it ended up."""
+        rows = [(row["step"], row[key]) for row in self.rows if key in row and "step" in row]
+        return sorted((s, v) for s, v in dict(rows).items() if isinstance(v, int | float) and math.isfinite(v))
 
 
 @dataclass
@@ -162,6 +163,7 @@ class Pool:
         elif self.free is not None:
             trial.devices, self.free = self.free[:needed], self.free[needed:]
             env["CUDA_VISIBLE_DEVICES"] = ",".join(trial.devices)
+        (trial.run / rundir.LOGS).mkdir(exist_ok=True)
         with open(trial.run / rundir.LOGS / LOG, "ab") as log:
             if key:
                 return Worker(key, trial.devices, plan, env, log)
@@ -267,7 +269,8 @@ def settle(trial: Trial, code: int) -> None:
         trial.state, trial.code = "stopped", STOPPED
     else:
         how = f"was killed by signal {-code}" if code < 0 else f"ended with {code}"
-        trial.state, trial.code = "failed", FAILED
+        asked = trial.asked is not None  # then whoever asked did not wait for the checkpoint
+        trial.state, trial.code = ("stopped", STOPPED) if asked else ("failed", FAILED)
         trial.problems = [{"problem": f"the trial {how}", "where": str(trial.run / rundir.LOGS / LOG)}]
 
 
