@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from kit import cli, hardware, rundir
-from kit.config import multirun
+from kit.config import multirun, search_space
 from kit.errors import DONE, ENVIRONMENT, FAILED, REFUSED, STOPPED, KitError
 from kit.launchers import sweep_files as files
 from kit.launchers import trials
@@ -518,7 +518,7 @@ def test_the_grammar_of_a_search(text: str, want: dict):
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     [override] = OverridesParser.create().parse_overrides([f"a.b={text}"])
-    assert multirun.dimension(override) == multirun.Dimension(**want)
+    assert search_space.dimension(override) == search_space.Dimension(**want)
 
 
 # ---- names and files ----

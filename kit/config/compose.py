@@ -1,4 +1,4 @@
-"""Hydra in, a plain tree out. Beside it only multirun.py sees Hydra or OmegaConf (traps T75-T80, T86)."""
+"""Hydra in, a plain tree out. Beside it only multirun.py and search_space.py see Hydra (traps T75-T80, T86)."""
 
 from __future__ import annotations
 

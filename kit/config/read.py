@@ -17,6 +17,7 @@ from kit import paths
 from kit.config import dataset as data_files
 from kit.config import fields, hub_dataset, zero
 from kit.config import template as templates
+from kit.config.kinds import fix_of, is_kind
 from kit.config.schema import Dataset, RunInput, Strict, leaves
 from kit.errors import KitError, Problem, named
 
@@ -29,10 +30,6 @@ FSDP = (  # what transformers' _process_fsdp_args reads, with or without "fsdp_"
     "cpu_ram_efficient_loading", "state_dict_type", "activation_checkpointing", "reshard_after_forward",
     "forward_prefetch", "backward_prefetch", "use_orig_params", "sync_module_states",
 )  # fmt: skip
-KINDS = {  # first word of pydantic's error types
-    "int": "a whole number", "float": "a number", "bool": "true or false", "string": "text", "list": "[a,b]",
-    "dict": "key: value lines", "model": "key: value lines",
-}  # fmt: skip
 OWNED = {  # fields of SFTConfig that another part of the description holds
     "output_dir": "the run directory holds everything: runs_dir=FOLDER, name=NAME",
     "deepspeed": "deepspeed=zero2, or deepspeed=/path/my.json",
@@ -102,37 +99,6 @@ def read_input(tree: dict[str, Any], set_by: Any) -> tuple[RunInput | None, list
         for key, (said, errors) in wanted.items():
             problems.append(Problem(said, set_by(key), fix_of(key, errors), "type"))
         return None, problems
-
-
-def is_kind(part: str) -> bool:
-    """Whether a part of pydantic's location is a kind of value, one of several that would do, and not a key."""
-    return part.startswith(("function-", "literal", "constrained-")) or part in ("str", "int", "float", "bool")
-
-
-def fix_of(key: str, errors: list[Any]) -> str:
-    """What would do in place of a value that pydantic did not take, "" where that needs more than a few words."""
-    given, kind = errors[0]["input"], errors[0]["type"]
-    if len(errors) == 1 and kind == "list_type" and isinstance(given, str) and '"' not in given:
-        return f"'{key}=[\"{given}\"]'"
-    if len(errors) == 1 and kind == "string_type" and type(given) in (int, float):
-        return f"{key}=\"'{given}'\", in quotes"
-    if len(errors) == 1 and kind == "string_type" and isinstance(given, list):
-        return f"{key}=\"'{','.join(map(str, given))}'\", one text"
-    if kind == "string_pattern_mismatch" and key in ("launch.include", "launch.exclude"):
-        return f"{key}=\"'host1@host2:0,2'\": hosts, each with its slots or without"
-    found = " or ".join(dict.fromkeys(words for e in errors if (words := what_is_wanted(e))))
-    return found and f"give {found}"
-
-
-def what_is_wanted(error: Any) -> str:
-    """What pydantic would have taken, "" where that needs more than a few words."""
-    limits = error.get("ctx") or {}
-    if "expected" in limits:
-        return str(limits["expected"])
-    for sign, words in (("ge", "at least"), ("gt", "more than"), ("le", "at most"), ("lt", "less than")):
-        if sign in limits:
-            return f"{words} {limits[sign]:g}"
-    return KINDS.get(error["type"].split("_")[0], "")
 
 
 def not_finite(tree: Any, set_by: Any) -> list[Problem]:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from kit import paths
-from kit.config import multirun
-from kit.config.multirun import Dimension, Point, Search
+from kit.config.multirun import Point
 from kit.config.schema import HparamsSearch
+from kit.config.search_space import Dimension, Search, Value, compose_trial, snapshot
 from kit.errors import DONE, ENVIRONMENT, KitError, first_line
 from kit.launchers import sweep_files as files
 from kit.launchers.sweep import (
@@ -58,7 +58,7 @@ def search(fresh: bool, found: Search) -> int:
     metric = settings.metric or files.default_metric(base)
     with opened(folder):
         if not (folder / COPY).exists():
-            multirun.snapshot(found, folder / COPY)
+            snapshot(found, folder / COPY)
         trials = files.read_record(folder)
         sweep = Sweep(folder, settings, metric, about(folder, settings, metric), trials)
         try:
@@ -122,9 +122,7 @@ def search(fresh: bool, found: Search) -> int:
 def check_names(found: Search) -> None:
     """Refuse a key that no trial can set; a value that some trial cannot have is refused with that trial."""
     try:
-        planned(
-            multirun.compose_trial(found, {k: d.choices[0] if d.choices else d.low for k, d in found.space.items()})
-        )
+        planned(compose_trial(found, {k: d.choices[0] if d.choices else d.low for k, d in found.space.items()}))
     except KitError as error:
         if wrong := [p for p in error.problems if p.rule in NAMES]:
             raise KitError(wrong) from None
@@ -203,7 +201,7 @@ def silent(trial: Trial, metric: str) -> bool:
     return True
 
 
-def suggest(trial: Any, key: str, d: Dimension) -> multirun.Value:
+def suggest(trial: Any, key: str, d: Dimension) -> Value:
     if d.choices:
         return trial.suggest_categorical(key, d.choices)
     if d.whole:
@@ -211,13 +209,13 @@ def suggest(trial: Any, key: str, d: Dimension) -> multirun.Value:
     return trial.suggest_float(key, d.low, d.high, step=d.step, log=d.log)
 
 
-def freeze(found: Search, folder: Path, number: int, values: dict[str, multirun.Value]) -> Trial:
+def freeze(found: Search, folder: Path, number: int, values: dict[str, Value]) -> Trial:
     """A proposal composed and frozen; refused and listed where it is no valid run."""
     point = Point(number, {key: v if isinstance(v, str) else f"{v:.6g}" for key, v in values.items()})
     plan = None
     try:
         with paths.using(folder / COPY):
-            plan = planned(multirun.compose_trial(found, values, folder / COPY))
+            plan = planned(compose_trial(found, values, folder / COPY))
     except KitError as error:
         point.problems = error.problems
         say(f"trial {number:03d} refused")
