@@ -131,7 +131,11 @@ def hostfile_unread(f: Facts) -> Found:
 def node_rank(f: Facts) -> Found:
     launch = f.plan["launch"]
     rank, nodes, key = launch["node_rank"], launch["num_nodes"], "launch.node_rank"
-    if rank is None:
+    for told in ("node_rank", "master_addr"):
+        if launch["slurm"] and launch[told] is not None:
+            said = f"launch=slurm and launch.{told}, which every node of the job would take for its own"
+            yield said, f"launch.{told}", "leave it out: a job's nodes learn it from SLURM"
+    if rank is None or launch["slurm"]:
         return
     if rank >= nodes:
         yield f"node {rank} of {nodes}: they are numbered from 0 to {nodes - 1}", key, "launch.num_nodes=NODES"

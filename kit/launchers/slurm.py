@@ -251,7 +251,9 @@ def sbatch(script: Path, *options: str) -> str:
 
 def ask(*argv: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     try:
-        return subprocess.run(argv, env=env, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL)
+        return subprocess.run(
+            argv, env=env, capture_output=True, text=True, errors="replace", timeout=120, stdin=subprocess.DEVNULL
+        )
     except subprocess.TimeoutExpired:
         return subprocess.CompletedProcess(argv, 1, "", f"{argv[0]} gave no answer in 120 s")
 

@@ -63,7 +63,11 @@ def planned(composed: Composed) -> RunPlan:
     plan = build_plan(composed, here=True)
     settings = settings_of(plan)
     problems = []
-    if isinstance(share, int) and share != plan.world_size and not plan.trainer["use_cpu"]:
+    if isinstance(share, int) and plan.trainer["use_cpu"]:
+        said = f"hparams_search.gpus_per_trial is {share}, and trainer.use_cpu is true"
+        fix = "leave it out: launch.num_gpus counts processes, hparams_search.parallel trials at a time"
+        problems.append(Problem(said, "hparams_search.gpus_per_trial", fix))
+    elif isinstance(share, int) and share != plan.world_size:
         said = f"hparams_search.gpus_per_trial is {share}, launch.num_gpus is {plan.world_size}"
         problems.append(Problem(said, "hparams_search.gpus_per_trial", "give one of them"))
     if (settings.metric or "").startswith("eval_") and plan.trainer.get("eval_strategy") in (None, "no"):

@@ -38,7 +38,7 @@ def announce(sweep: Sweep, count: int) -> None:
         print_problems(gathered(said), refused=False)
     for text in dict.fromkeys(w for t in sweep.trials if t.plan for w in api.warnings(t.plan)):
         say(f"warning: {text}")
-    say(f"{count - len(refused)} trials in {rundir.shown(sweep.folder)}")
+    say(f"{counted(count - len(refused))} in {rundir.shown(sweep.folder)}")
 
 
 def named(number: int, values: dict[str, Any], problem: Problem) -> Problem:
@@ -98,11 +98,15 @@ def shown(sweep: Sweep) -> Any:
     return files.table(sweep.trials, sweep.settings, sweep.metric, rundir.shown(sweep.folder))
 
 
+def counted(number: int) -> str:
+    return f"{number} trial{'s' * (number != 1)}"
+
+
 def report(sweep: Sweep) -> None:
     """The table, sweep.csv and sweep.svg; what failed; which trial is the best."""
     from rich.console import Console
 
-    title = f"{sweep.folder.name}: {len(sweep.trials)} trials"
+    title = f"{sweep.folder.name}: {counted(len(sweep.trials))}"
     files.write_csv(sweep.folder, sweep.trials, sweep.metric)
     write_plot(sweep.folder / files.PLOT, sweep.trials, sweep.metric, sweep.settings.direction, title)
     Console(width=None if rundir.is_terminal() else 160).print(shown(sweep))
@@ -113,9 +117,11 @@ def report(sweep: Sweep) -> None:
     done = [t for t in sweep.trials if t.state == "done"]
     if done and all(files.result(t, sweep.metric) is None for t in done):
         say(f"no trial logged {sweep.metric}: trainer.logging_steps=1, or hparams_search.metric=ANOTHER")
+    again = failed if sweep.settings.method == "grid" else []  # a search goes on to other values
     missing = [t for t in sweep.trials if t.state not in ENDED]
-    if missing:
-        say(f"{len(missing)} trials are missing: the same command continues with them")
+    if missing or again:
+        said = [f"{counted(len(them))} {how}" for them, how in ((missing, "missing"), (again, "failed")) if them]
+        say(f"{', '.join(said)}: the same command goes on with {'it' if len(missing + again) == 1 else 'them'}")
     place = rundir.shown(sweep.folder)
     print(f"tables    {place}/{files.TABLE}, {files.RECORD}, {files.PLOT}")
     if winner := files.best(sweep.trials, sweep.metric, sweep.settings.direction):

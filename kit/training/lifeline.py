@@ -62,5 +62,7 @@ def watch_stop(run: Path) -> None:
 def alive(family: list[Any]) -> bool:
     try:
         return all(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in family)
+    except psutil.AccessDenied:  # another person's processes may be hidden
+        return True
     except psutil.Error:
         return False
