@@ -170,7 +170,7 @@ CHECKS = [
     Rule("hostfile-unread", "torchrun", ("launch.launcher", "launch.hostfile", "launch.include", "launch.exclude"),
          launch.hostfile_unread),
     Rule("node-rank", "deepspeed runner", ("launch.node_rank", "launch.num_nodes", "launch.hostfile", "launch.no_ssh",
-         "launch.slurm", "launch.master_addr"), launch.node_rank),
+         "launch.slurm"), launch.node_rank),
     Rule("port-taken", "T70", ("launch.master_port",), launch.port_taken, here=True),
     Rule("host-memory", "T24", (f"{Z}.stage", "model.name_or_path"), launch.host_memory, here=True),
     Rule("quantized-gpu-memory", "T41", (*BITS, "model.name_or_path"), launch.quantized_gpu_memory, here=True),

@@ -131,13 +131,15 @@ def hostfile_unread(f: Facts) -> Found:
 def node_rank(f: Facts) -> Found:
     launch = f.plan["launch"]
     rank, nodes, key = launch["node_rank"], launch["num_nodes"], "launch.node_rank"
-    for told in ("node_rank", "master_addr"):
-        if launch["slurm"] and launch[told] is not None:
-            said = f"launch=slurm and launch.{told}, which every node of the job would take for its own"
-            yield said, f"launch.{told}", "leave it out: a job's nodes learn it from SLURM"
-    if rank is None or launch["slurm"]:
+    if rank is None:
         return
-    if rank >= nodes:
+    if launch["slurm"]:
+        yield (
+            "a number for this node, but a job has one plan for all of its nodes",
+            key,
+            "leave it out: SLURM tells them",
+        )
+    elif rank >= nodes:
         yield f"node {rank} of {nodes}: they are numbered from 0 to {nodes - 1}", key, "launch.num_nodes=NODES"
     elif launch["hostfile"] and not launch["no_ssh"]:
         said = "launch.node_rank, but one command reaches all nodes of the hostfile with ssh"
