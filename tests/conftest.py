@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -21,6 +22,9 @@ os.environ["NO_COLOR"] = "1"
 # Operators go into the kit's own folder in ~/.cache, named after CPU, environment and versions: compiled once.
 os.environ.pop("TORCH_EXTENSIONS_DIR", None)
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the suite is the same on every machine: CPU processes
+
+settings.register_profile("suite", derandomize=True)  # the same examples in every run; tests/soak.py draws others
+settings.load_profile("suite")
 
 
 # In the order in which tests need them; the last takes longest, and only the NVMe test needs it.

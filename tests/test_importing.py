@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import json
 import os
 import shlex
@@ -317,6 +319,30 @@ def test_any_value_under_a_known_key_is_read_or_refused_in_words(name: str, chan
         assert error.problems and all(p.problem for p in error.problems)
         return
     every_key_once(made, tree)
+
+
+ODD = [[], {}, 1, True, None, "x", "", [1], {"a": 1}, 1.5, [[]], [{}], -1]
+
+
+def keys_of(tree: dict, at: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    inner = [path for key, value in tree.items() if isinstance(value, dict) for path in keys_of(value, (*at, key))]
+    return [(*at, key) for key in tree] + inner
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_every_key_with_a_value_of_another_kind(name: str, tmp_path: Path):
+    file = tmp_path / "config.yaml"
+    for path, value in itertools.product(keys_of(KEPT[name]), ODD):
+        tree = copy.deepcopy(KEPT[name])
+        inner = tree
+        for key in path[:-1]:
+            inner = inner[key]
+        inner[path[-1]] = value
+        file.write_text(yaml.safe_dump(tree), encoding="utf-8")
+        try:
+            import_config(str(file), check=False)
+        except KitError as error:
+            assert error.problems and all(p.problem for p in error.problems), (path, value)
 
 
 ROUND = ["gpt2_lora_quotes", "llama3_1_8b_lora", "mistral_7b_dora", "phi4_lora_zero2", "llama3_1_8b_full_zero3"]

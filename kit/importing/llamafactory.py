@@ -32,7 +32,7 @@ def read(r: Reading) -> None:
     if r.has("flash_attn") and not r.empty("flash_attn"):
         name = r.get("flash_attn")
         name = "disabled" if name is False else name
-        if name in ATTENTION:
+        if isinstance(name, str) and name in ATTENTION:
             r.carry(("flash_attn",), "model.attn_implementation", ATTENTION[name])
         elif name == "auto":
             r.same(("flash_attn",), "transformers' own choice")

@@ -278,8 +278,7 @@ def reports(r: Reading, *path: str | int) -> None:
     if not r.has(*path):
         return
     value = r.get(*path)
-    names = [value] if isinstance(value, str) else list(value or [])
-    names = [str(n) for n in names if n not in ("none", None)]
+    names = [str(n) for n in (value if isinstance(value, list) else [value]) if n not in ("none", None, "")]
     if not names:
         r.same(path, "no tracker, as here")
     elif "all" in names:
