@@ -314,6 +314,7 @@ def test_the_environment_of_other_nodes(plan_of, tmp_path, monkeypatch):
     assert not any(value in line for value in secrets.values() for line in said)
 
 
+@pytest.mark.launch
 def test_deepspeed_reads_the_file_that_is_named(plan_of, tmp_path, monkeypatch):
     """DS_ENV_FILE with an absolute path stands for both places where the deepspeed command looks."""
     script = "from deepspeed.launcher import runner as r; import os, json; print(json.dumps([os.path.join(p, "
@@ -401,6 +402,7 @@ def test_what_an_earlier_start_left_is_not_this_ones_end(tmp_path, monkeypatch):
     assert run.outcome(tmp_path, 0, ".node1", before) == STOPPED
 
 
+@pytest.mark.launch
 def test_a_word_in_the_run_directory_stops_ranks(tmp_path):
     (tmp_path / "logs").mkdir()
     script = "import sys, time; from pathlib import Path; from kit.training import lifeline, stopping\n"

@@ -317,6 +317,7 @@ def test_an_array_needs_one_kind_of_job(plan_of, sbatch: Path, tmp_path: Path):
         slurm.submit_array([*plans, other], tmp_path / "sweep")
 
 
+@pytest.mark.launch
 def test_a_multirun_is_one_array(sbatch: Path, tmp_path: Path, base: Path, chat: Path, monkeypatch, capsys):
     """All points are composed and frozen first; one that is refused is listed, and the others are submitted."""
     monkeypatch.chdir(tmp_path)

@@ -87,6 +87,7 @@ def started(tmp_path: Path) -> list[str]:
 # ---- a grid ----
 
 
+@pytest.mark.launch
 def test_a_grid_from_its_command_to_its_files(sweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """Six trials, two of them refused up front: the others run, each frozen before the first starts."""
     assert sweep("peft.r=2,4,banana", "trainer.learning_rate=1e-3,1e-2") == REFUSED
@@ -242,6 +243,7 @@ def test_lines_that_are_no_sweep(sweep, tmp_path: Path, capsys, words: list[str]
     assert said in err and "Traceback" not in err and not list(tmp_path.glob("runs/*"))
 
 
+@pytest.mark.launch
 def test_ranges_and_globs(sweep, tmp_path: Path):
     assert sweep("peft.r=range(2,5,2)", "tokenizer=glob(*)", "hydra/sweeper=basic", "trainer.max_steps=1",
                  "hparams_search.parallel=6") == DONE  # fmt: skip
@@ -250,6 +252,7 @@ def test_ranges_and_globs(sweep, tmp_path: Path):
     assert {v["tokenizer"] for v in values} == {"chatml", "default"}
 
 
+@pytest.mark.launch
 def test_the_command_line_stands_above_a_file(sweep, tmp_path: Path):
     """hydra.sweeper.params of a file: a key that is typed as well is what was typed, once; keys may be new."""
     (tmp_path / "run.yaml").write_text(

@@ -103,6 +103,7 @@ def test_one_worker_until_it_fails(sweep, tmp_path: Path, monkeypatch, capsys):
     assert "the worker of trial 007 takes no other trial: the trial changed the base" in shown
 
 
+@pytest.mark.launch
 def test_cold_once(sweep, tmp_path: Path):
     """A trial that fails cold as well has failed."""
     assert sweep("peft.r=8,2") == FAILED
