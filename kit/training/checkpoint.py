@@ -23,7 +23,6 @@ from kit.weights import Tensor as StoredTensor
 ADAPTER = "adapter_model.safetensors"
 Shapes = dict[str, tuple[int, ...]]
 CHUNK = 64 * 1024**2  # elements gathered at once under ZeRO-3; 128 MB in bf16
-# Written into a model's config by Trainer or TRL for the duration of training only.
 
 
 # ---- ranks ----

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, sort_checkpoints
@@ -28,43 +26,11 @@ from trl import SFTTrainer
 from kit import manifest
 from kit.errors import FAILED, REFUSED, KitError
 from kit.training import checkpoint, nonfinite, saved_config, stopping
+from kit.training.agreed_stop import StopAtAgreedStep
 from kit.training.pace import Pace
+from kit.training.publishing import as_failure, published
 
 logger = logging.get_logger(__name__)
-
-
-class StopAtAgreedStep(TrainerCallback):
-    """Turns a signal on any rank into one step at which all ranks save and stop."""
-
-    def __init__(self, trainer: ModifiedTrainer) -> None:
-        self.trainer = trainer
-        self.agreement: stopping.Agreement | None = None
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.trainer.stopped_by_signal = False
-        self.trainer.saved_step = None
-        if args.should_save:
-            manifest.remove_leftovers(args.output_dir)
-        self.agreement = stopping.Agreement(self.trainer.ranks)
-        self.trainer.pace.attach(self.trainer.model)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.agreement is None or not self.agreement.step() or state.global_step >= state.max_steps:
-            return  # after the last step there is nothing to stop: the run is finished and is saved as such
-        cause = stopping.requested() or "a signal on another rank"
-        logger.warning(f"{cause}: saving and stopping at step {state.global_step}")
-        self.trainer.stopped_by_signal = True
-        control.should_save = control.should_training_stop = True
-        control.should_evaluate = False  # whoever sent the signal waits seconds, not for an evaluation
-
-    def on_epoch_end(self, args, state, control, **kwargs):
-        if self.trainer.stopped_by_signal:  # reached on the way out, also in the middle of an epoch
-            control.should_save = control.should_evaluate = False
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.trainer.pace.detach()
-        if self.agreement is not None:
-            self.agreement.finish()
 
 
 class ModifiedTrainer(SFTTrainer):
@@ -217,7 +183,7 @@ class ModifiedTrainer(SFTTrainer):
             self._write_model(final)
             return
         kind = "adapter" if isinstance(self.model, PeftModel) else "model"
-        with self._published(final, kind) as staging:
+        with published(self, final, kind) as staging:
             self._write_model(staging)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
@@ -243,7 +209,7 @@ class ModifiedTrainer(SFTTrainer):
             if writer and self.processing_class is not None:
                 self.processing_class.save_pretrained(str(folder))
         except (KitError, OSError, SafetensorError) as problem:
-            error = self._as_failure(problem, folder)
+            error = as_failure(problem, folder, self.state.global_step)
         checkpoint.raise_together(error, self.ranks)
 
     def _write_adapter(self, folder: Path, writer: bool) -> None:
@@ -280,7 +246,7 @@ class ModifiedTrainer(SFTTrainer):
             best = os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
             if best == final or os.path.exists(best):
                 self.state.best_model_checkpoint = best
-        with self._published(Path(final), "checkpoint") as staging:
+        with published(self, Path(final), "checkpoint") as staging:
             self.staging = staging
             try:
                 self.save_model(str(staging), _internal_call=True)
@@ -319,64 +285,3 @@ class ModifiedTrainer(SFTTrainer):
         surplus = len(oldest_first) - max(limit, len(kept))
         for path in [p for p in oldest_first if p not in kept][: max(surplus, 0)]:
             manifest.discard(path)
-
-    @contextmanager
-    def _published(self, final: Path, kind: str) -> Iterator[Path]:
-        """A folder beside `final` to write into; on leaving, it is listed, flushed and renamed. Collective.
-
-        Any failure removes it and leaves what stood at `final` before.
-        """
-        writer = self.args.should_save
-        staging = manifest.staging_path(final)
-        try:
-            error = None
-            if writer:
-                try:
-                    shutil.rmtree(staging, ignore_errors=True)
-                    staging.mkdir(parents=True)
-                except OSError as problem:
-                    error = self._as_failure(problem, staging)
-            checkpoint.raise_together(error, self.ranks)
-            yield staging
-            checkpoint.exchange(None, self.ranks)  # every rank's files are there
-            files = checkpoint.hash_together(staging, self.ranks, writer, self.args.save_on_each_node)
-            if writer:
-                try:
-                    self._close(staging, final, kind, files)
-                except (KitError, OSError) as problem:
-                    error = self._as_failure(problem, final)
-            checkpoint.raise_together(error, self.ranks)
-        except BaseException as problem:
-            if writer:
-                shutil.rmtree(staging, ignore_errors=True)
-            if isinstance(problem, OSError | SafetensorError | RuntimeError) and not isinstance(problem, KitError):
-                raise self._as_failure(problem, final) from problem
-            raise
-
-    def _close(self, staging: Path, final: Path, kind: str, files: dict) -> None:
-        stored = checkpoint.stored_tensors(staging)
-        manifest.write_manifest(
-            staging,
-            kind=kind,
-            step=self.state.global_step,
-            world_size=self.args.world_size,
-            plan=self.provenance.get("plan"),
-            base=self.provenance.get("base"),
-            tensors=len(stored),
-            parameters=sum(math.prod(t.shape) for t in stored),
-            files=files,
-        )
-        if kind == "checkpoint" or not final.exists() or manifest.holds_only_a_save(final):
-            manifest.publish(staging, final, replace=True)
-        else:
-            manifest.publish_into(staging, final)
-
-    def _as_failure(self, problem: BaseException, where: Path) -> KitError:
-        if isinstance(problem, KitError):
-            return problem
-        return KitError(
-            f"step {self.state.global_step} could not be saved: {problem}",
-            where=str(where).replace(manifest.STAGING, ""),
-            fix="free disk space or choose another folder, then resume from the last complete checkpoint",
-            code=FAILED,
-        )
