@@ -9,6 +9,7 @@ import re
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import tomllib
 from collections import namedtuple
@@ -216,10 +217,23 @@ def test_disks(free, what, level, tmp_path):
     assert (found.level, found.what) == (level, what) and str(place) in found.found
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_that_cannot_be_written(tmp_path):
-    tmp_path.chmod(0o500)
-    assert only(machine.check_disks({"runs": tmp_path / "runs"})).level == BAD
+@pytest.mark.parametrize(("mode", "bad"), [(0o555, True), (0o777, False)])
+def test_a_folder_that_cannot_be_written(mode, bad):
+    """Root may write anywhere, so a child looks that is nobody."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # pytest's own are closed to others
+        os.chmod(folder, mode)
+        child = os.fork()
+        if child == 0:
+            try:
+                if os.geteuid() == 0:
+                    os.setgroups([])
+                    os.setgid(65534)
+                    os.setuid(65534)
+                found = only(machine.check_disks({"runs": Path(folder, "runs")}, lambda path: Usage(1e12, 0, 5e11)))
+                os._exit(int(found.level == BAD))
+            finally:
+                os._exit(2)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == int(bad)
 
 
 def test_a_read_only_place_is_bad(monkeypatch, tmp_path):

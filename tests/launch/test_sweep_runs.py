@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import os
 import signal
@@ -96,8 +95,6 @@ def test_the_same_under_the_stock_launcher(six: Path, base: Path, chat: Path, tm
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
 def test_launchers_that_take_it_to_other_processes(launcher: str, six: Path, base: Path, chat: Path, tmp_path: Path):
     """They pickle Hydra's task function, not a run; a point is then the same as under the basic one."""
-    if importlib.util.find_spec(f"hydra_plugins.hydra_{launcher.partition('_')[0]}_launcher") is None:
-        pytest.skip(f"{launcher} is not installed")
     argv = words(base, chat, tmp_path / "runs", "peft.r=2,banana,6", f"hydra/launcher={launcher}", "name=six")
     done = harness.kit(*argv, cwd=tmp_path)
     assert done.returncode == 2, done.stdout[-2000:] + done.stderr[-3000:]
@@ -106,7 +103,6 @@ def test_launchers_that_take_it_to_other_processes(launcher: str, six: Path, bas
     assert harness.rows(found[2]) == harness.rows(six / "000-r-2")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("optuna") is None, reason="optuna is not installed")
 def test_a_search_prunes(base: Path, chat: Path, tmp_path: Path):
     """Four trials, two at a time; the third does not learn and is stopped with a checkpoint."""
     argv = words(base, chat, tmp_path / "runs", "hparams_search=optuna", "hparams_search.n_trials=4", "name=search",
