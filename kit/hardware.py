@@ -38,18 +38,18 @@ def nvidia_smi(*words: str) -> str:
         return ""
 
 
-def shared_memory() -> float:
-    """GiB of this machine's memory: of a GPU that has none of its own nvidia-smi names none."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-
-
 def visible_gpus(table: str, listing: str, visible: str | None) -> tuple[Gpu, ...]:
     """What CUDA_VISIBLE_DEVICES shows of nvidia-smi's table, and of its listing (`-L`) where it names MIG slices."""
     found: dict[str, Gpu] = {}
     for line in table.strip().splitlines():
         index, uuid, name, memory, capability = (part.strip() for part in line.split(","))
         major, _, minor = capability.partition(".")
-        size = float(memory) / 1024 if memory.isdigit() else shared_memory()
+        if memory.isdigit():
+            size = float(memory) / 1024
+        else:  # a GPU without memory of its own: the machine's
+            import psutil
+
+            size = psutil.virtual_memory().total / 2**30
         found[index] = found[uuid] = Gpu(name, size, (int(major), int(minor)) if major.isdigit() else None)
     if visible is None:
         return tuple(gpu for key, gpu in found.items() if key.isdigit())

@@ -12,7 +12,7 @@ NAME = re.compile(
 )
 # A password in a URL, and values that look like the tokens of known services, whatever their name.
 VALUE = re.compile(
-    r"://[^/\s:@]*:[^/\s@]+@|\b(hf|gh[a-z]|github_pat)_\w{16,}|\b(sk|glpat|xox[a-z])-[\w-]{16,}|\bAKIA[A-Z0-9]{16}"
+    r"://[^/\s:@]*:[^/\s@]+@|\b(hf|api_org|gh[a-z]|github_pat)_\w{16,}|\b(sk|glpat|xox[a-z])-[\w-]{16,}|\bAKIA[A-Z0-9]{16}"
 )
 
 

@@ -52,8 +52,9 @@ def main(argv: list[str] | None = None, **hooks: Any) -> None:
 
         plan = load_plan(plan_path).model_copy(update={"run_dir": str(Path(plan_path).absolute().parent)})
         if rank == 0:
-            with rundir.locked(plan.run_path, rundir.LOCK + ".rank0"):
-                pass  # where the ranks of another launch have it, nothing in the directory is touched
+            # Until this process ends; where the ranks of another launch have it, nothing in the directory is touched.
+            lock = rundir.locked(plan.run_path, rundir.RANK_LOCK)
+            lock.__enter__()
         run = plan.run_path
         log = prepare_process(plan, rank)
         if rank == 0:

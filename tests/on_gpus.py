@@ -33,7 +33,7 @@ import psutil
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE), str(HERE / "benchmarks")]
 
-from arms import LORA, call, environment, make_data, run_kit  # noqa: E402
+from arms import LORA, call, environment, make_base_apart, make_data, run_kit  # noqa: E402
 from training import machine  # noqa: E402
 
 from launch import harness  # noqa: E402
@@ -51,9 +51,7 @@ class Machine:
         self.work.mkdir(parents=True, exist_ok=True)
         shape, self.length = ("tiny", 64) if a.tiny else ("1b7", 1024)
         self.base, self.data = self.work / f"base-{shape}", self.work / "rows.jsonl"
-        made = f"import sys; sys.path.insert(0, {str(HERE / 'benchmarks')!r}); import arms; from pathlib import Path; "
-        made += f"arms.make_base(Path({str(self.base)!r}), {shape!r}, {'cpu' if a.cpu else 'cuda'!r})"
-        subprocess.run([sys.executable, "-c", made], check=True)  # a process of its own: no GPU memory stays taken
+        make_base_apart(self.base, shape, "cpu" if a.cpu else "cuda")
         make_data(self.data, 1200, self.length + 8)
 
     def overrides(self, runs: Path, *more: str, **trainer: Any) -> list[str]:

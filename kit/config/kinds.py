@@ -18,12 +18,13 @@ def is_kind(part: str) -> bool:
 def fix_of(key: str, errors: list[Any]) -> str:
     """What would do in place of a value that pydantic did not take, "" where that needs more than a few words."""
     given, kind = errors[0]["input"], errors[0]["type"]
-    if len(errors) == 1 and kind == "list_type" and isinstance(given, str) and '"' not in given:
-        return f"'{key}=[\"{given}\"]'"
-    if len(errors) == 1 and kind == "string_type" and type(given) in (int, float):
-        return f"{key}=\"'{given}'\", in quotes"
-    if len(errors) == 1 and kind == "string_type" and isinstance(given, list):
-        return f"{key}=\"'{','.join(map(str, given))}'\", one text"
+    if len(errors) == 1:  # the key takes one kind alone: the value as that
+        if kind == "list_type" and isinstance(given, str) and '"' not in given:
+            return f"'{key}=[\"{given}\"]'"
+        if kind == "string_type" and type(given) in (int, float):
+            return f"{key}=\"'{given}'\", in quotes"
+        if kind == "string_type" and isinstance(given, list):
+            return f"{key}=\"'{','.join(map(str, given))}'\", one text"
     if kind == "string_pattern_mismatch" and key in ("launch.include", "launch.exclude"):
         return f"{key}=\"'host1@host2:0,2'\": hosts, each with its slots or without"
     found = " or ".join(dict.fromkeys(words for e in errors if (words := what_is_wanted(e))))

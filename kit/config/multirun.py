@@ -172,11 +172,10 @@ def written_params(params: Any) -> dict[str, Any]:
 def unsweepable(override: Override, searches: bool) -> Problem | None:
     """Why nothing can be swept that way; None where it can."""
     key, line = str(override.key_or_group), str(override.input_line).lstrip("+")
-    section, _, rest = key.partition(".")
-    if section == "hparams_search" or key == "runs_dir":
-        fix = rest.removeprefix("search_space.") if rest.startswith("search_space.") else ""
+    if key.partition(".")[0] == "hparams_search" or key == "runs_dir":
+        searched = key.removeprefix("hparams_search.search_space.")
+        fix = f"{searched}={line.partition('=')[2]}" if searched != key else "give one value"
         said = f"{key} belongs to the whole sweep: it has one value"
-        fix = f"{fix}={line.partition('=')[2]}" if fix else "give one value"
         return Problem(said, f"command line: {line}", fix, "override")
     if isinstance(override.value(), IntervalSweep) and not searches:
         fix = f"{key}=choice(A,B), {key}=range(START,END,STEP), or hparams_search=optuna"

@@ -134,11 +134,8 @@ def node_rank(f: Facts) -> Found:
     if rank is None:
         return
     if launch["slurm"]:
-        yield (
-            "a number for this node, but a job has one plan for all of its nodes",
-            key,
-            "leave it out: SLURM tells them",
-        )
+        said = "a number for this node, but a job has one plan for all of its nodes"
+        yield said, key, "leave it out: SLURM tells them"
     elif rank >= nodes:
         yield f"node {rank} of {nodes}: they are numbered from 0 to {nodes - 1}", key, "launch.num_nodes=NODES"
     elif launch["hostfile"] and not launch["no_ssh"]:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
-from kit import paths
+from kit import paths, secrets
 from kit.config import fields
 from kit.errors import KitError
 
@@ -21,8 +21,9 @@ SECRET_NAME = re.compile(
     r"|^(token|use_auth_token|key)$|(^|_)private_key$|_secret(_|$)",
     re.IGNORECASE,
 )
+# What is read from somebody's file is suspected of more than what stands in one's own environment.
 SECRET_VALUE = re.compile(
-    r"\b(hf|api_org|sk|ghp|gho|glpat|xox[abp])[_-][A-Za-z0-9_-]{16,}|\bAKIA[A-Z0-9]{16}\b|://[^/\s@]+:[^/\s@]+@"
+    rf"{secrets.VALUE.pattern}|\b(hf|api_org|sk|ghp|gho|glpat|xox[abp])[_-][A-Za-z0-9_-]{{16,}}|://[^/\s@]+:[^/\s@]+@"
 )
 WHOLE = {"true": True, "yes": True, "y": True, "t": True, "false": False, "no": False, "n": False, "f": False}
 MOST_KEYS = 20_000  # a config of a run has hundreds; aliases of aliases make millions of a short file

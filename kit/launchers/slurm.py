@@ -37,8 +37,7 @@ def start(plan: RunPlan, fresh: bool = False, follow: bool = False, then: Sequen
     plain(Path(plan.run_dir))
     if not fresh and rundir.run_of(Path(plan.run_dir)) == plan.hash:
         refuse_twice(Path(plan.run_dir))  # before its plan is written again, which the job will read
-    if allocated():
-        enough_nodes(plan)
+    allocated(plan)  # a refusal leaves no directory behind
     return submit(rundir.create(plan, fresh), follow, then)
 
 
@@ -47,7 +46,7 @@ def submit(plan: RunPlan, follow: bool = False, then: Sequence[str] = ()) -> int
     run = plan.run_path
     need(then)
     refuse_twice(run)
-    if allocated():
+    if allocated(plan):
         if then:
             raise KitError("--then chains batch jobs", "--then", "outside of the allocation", code=ENVIRONMENT)
         return run_here(plan)
@@ -139,27 +138,27 @@ def chosen(slurm: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
     return read_slurm(tree["launch"]["slurm"])
 
 
-def allocated() -> bool:
-    """Whether this process stands inside an allocation, as salloc makes it; KitError where it is over."""
+def allocated(plan: RunPlan) -> bool:
+    """Whether this process stands inside an allocation, as salloc makes it.
+
+    KitError where that is over, or has fewer nodes than the plan.
+    """
     job = own_job()
-    if job and (state := look(job)[0]).startswith(OVER):
+    if not job:
+        return False
+    if (state := look(job)[0]).startswith(OVER):
         said = f"SLURM_JOB_ID={job} is set, but that job is {'not known' if state == 'GONE' else state.lower()}"
         raise KitError(said, "environment", "a new shell, or: unset SLURM_JOB_ID", code=ENVIRONMENT)
-    return bool(job)
-
-
-def enough_nodes(plan: RunPlan) -> None:
-    """KitError where the allocation that we stand in has fewer nodes than the plan."""
     given, wanted = os.environ.get("SLURM_JOB_NUM_NODES", ""), int(plan.launch.num_nodes)
     if given.isdecimal() and int(given) < wanted:
-        said = f"the allocation {own_job()} has {given} node{'s' * (given != '1')}, the run was planned for {wanted}"
+        said = f"the allocation {job} has {given} node{'s' * (given != '1')}, the run was planned for {wanted}"
         fix = f"salloc --nodes={wanted}, or launch.num_nodes={given}"
         raise KitError(said, "launch.num_nodes", fix, code=ENVIRONMENT)
+    return True
 
 
 def run_here(plan: RunPlan) -> int:
     """The job's step in the allocation that we stand in, in the foreground; Ctrl-C lets it save."""
-    enough_nodes(plan)
     say(f"inside the allocation {own_job()}: started as a step of it")
     stop, asked = Stop(), 0
     with stop:

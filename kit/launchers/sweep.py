@@ -206,11 +206,21 @@ def trial_of(folder: Path, point: Point, plan: RunPlan | None) -> Trial:
         trial.state, trial.code = "refused", REFUSED
         trial.problems = [vars(p) for p in point.problems]
     elif rundir.run_of(trial.run) == plan.hash:  # the sweep's record is gone, the trial is not
-        trial.plan = load_plan(trial.run).model_copy(update={"run_dir": str(trial.run)})
-        look(trial)
+        take(trial)
     else:
-        trial.plan = rundir.make(plan.model_copy(update={"run_dir": str(trial.run)}))
+        make(trial, plan)
     return trial
+
+
+def make(trial: Trial, plan: RunPlan) -> None:
+    """The trial's directory, with its frozen plan."""
+    trial.plan = rundir.make(plan.model_copy(update={"run_dir": str(trial.run)}))
+
+
+def take(trial: Trial) -> None:
+    """The plan as it was frozen, and what became of the trial; KitError where it cannot be read."""
+    trial.plan = load_plan(trial.run).model_copy(update={"run_dir": str(trial.run)})
+    look(trial)
 
 
 def take_up(folder: Path, trials: list[Trial], plans: dict[int, RunPlan] | None = None) -> None:
@@ -225,15 +235,14 @@ def take_up(folder: Path, trials: list[Trial], plans: dict[int, RunPlan] | None 
         if not trial.run.exists():
             if plan := (plans or {}).get(trial.number):
                 say(f"{rundir.shown(trial.run)} is gone: the trial starts anew")
-                trial.plan = rundir.make(plan.model_copy(update={"run_dir": str(trial.run)}))
+                make(trial, plan)
                 trial.state, trial.code, trial.seconds, trial.problems = "waiting", None, 0.0, []
             else:
                 trial.state, trial.code = "failed", FAILED
                 trial.problems = [{"problem": "its directory is gone", "where": str(trial.run)}]
             continue
         try:
-            trial.plan = load_plan(trial.run).model_copy(update={"run_dir": str(trial.run)})
-            look(trial)
+            take(trial)
         except KitError as error:
             fix = f"rm -r {rundir.shown(trial.run)}, or the same command with --fresh"
             problems += [Problem(p.problem, str(trial.run / rundir.PLAN), fix) for p in error.problems]

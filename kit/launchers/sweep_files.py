@@ -74,8 +74,8 @@ def speed(trial: Trial) -> float | None:
 
 def best(trials: list[Trial], metric: str, direction: str) -> Trial | None:
     """The finished trial with the best result; of equals the first."""
-    found = [(value, t) for t in trials if t.state == "done" and (value := result(t, metric)) is not None]
-    scored = [(value, t) for value, t in found if math.isfinite(value)]  # nan is neither more nor less
+    found = [(result(t, metric), t) for t in trials if t.state == "done"]
+    scored = [(v, t) for v, t in found if v is not None and math.isfinite(v)]  # nan is neither more nor less
     sign = -1 if direction == "maximize" else 1
     return min(scored, key=lambda pair: sign * pair[0])[1] if scored else None
 

@@ -57,9 +57,7 @@ def train(
     args = SFTConfig(**sft_arguments(plan))
     check_ranks(plan)
     writer = args.process_index == 0
-    lock = rundir.locked(run, rundir.LOCK + ".rank0") if writer else None
-    if lock:
-        lock.__enter__()
+    if writer:
         rundir.set_status(run, "running", pid=os.getpid())
     set_seed(args.seed)  # PEFT initialises the adapter before the Trainer seeds (T84)
 

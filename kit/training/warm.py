@@ -58,7 +58,7 @@ def trial(path: Path, held: Held) -> tuple[int, str]:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     try:
-        with rundir.locked(run), environment():
+        with rundir.locked(run), rundir.locked(run, rundir.RANK_LOCK), environment():
             code = start(path, held)
     except KitError as error:
         print(error, file=sys.stderr)

@@ -222,7 +222,7 @@ def submitted(run: Path) -> str:
 
 def holder(run: Path) -> int | None:
     """The living process that wrote itself into a lock of the run: `kit train`, else rank 0."""
-    for name in (rundir.LOCK, rundir.LOCK + ".rank0"):
+    for name in (rundir.LOCK, rundir.RANK_LOCK):
         try:
             text, written = (run / name).read_text().strip(), (run / name).stat().st_mtime
             process = psutil.Process(int(text))

@@ -146,10 +146,10 @@ def table(name: str, states: list[dict[str, Any]]) -> Any:
     wide = [max(len(text) for text in (names[n], *(row[n] for row in rows))) + 3 for n in range(len(names))]
     room = shutil.get_terminal_size((100, 24)).columns - 2 - (NARROWEST + 3) - wide[1]
     for n in (2, 3, 7, 4, 5, 6, 8):  # what a narrow terminal shows first
-        room -= wide[n] if n in used else 0
-        if n in used and room < 0:
+        if n in used and wide[n] > room:
             used.remove(n)
-            room += wide[n]
+        elif n in used:
+            room -= wide[n]
     grid = Table(box=box.SIMPLE if blocks() else box.ASCII2)
     for n in used:
         wraps = {"overflow": "fold", "min_width": NARROWEST} if n == 0 else {"no_wrap": True}

@@ -53,6 +53,13 @@ def make_base(folder: Path, shape: str, device: str) -> None:
     (folder / "done").touch()
 
 
+def make_base_apart(folder: Path, shape: str, device: str) -> None:
+    """`make_base` in a process of its own: no GPU memory stays taken."""
+    words = f"import sys; sys.path.insert(0, {str(HERE)!r}); import arms; from pathlib import Path; "
+    words += f"arms.make_base(Path({str(folder)!r}), {shape!r}, {device!r})"
+    subprocess.run([sys.executable, "-c", words], check=True)
+
+
 def make_data(path: Path, rows: int, words: int) -> None:
     """Rows of random words, as JSON lines of `text`, or as parquet of Description, Patient and Doctor."""
     draw = random.Random(0)

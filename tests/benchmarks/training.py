@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 import sys
 import threading
 import time
@@ -24,7 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from arms import HERE, LORA, call, environment, make_data, run_kit, run_trl, same_settings, table
+from arms import LORA, call, environment, make_base_apart, make_data, run_kit, run_trl, same_settings, table
 
 LORA_RUN = [*(f"peft.{k}={v}" for k, v in LORA.items()), "trainer.bf16=true"]
 FULL = ["recipe=llama3_1_8b_full_zero3", "trainer.assistant_only_loss=false", "trainer.gradient_accumulation_steps=1"]
@@ -204,11 +203,7 @@ def main() -> None:
     bench = Bench(a)
     for shape in dict.fromkeys("tiny" if a.tiny else CASES[c][1] for c in a.cases if c in CASES):
         start = time.time()
-        made = f"import sys; sys.path.insert(0, {str(HERE)!r}); import arms; from pathlib import Path; "
-        made += (
-            f"arms.make_base(Path({str(bench.work / f'base-{shape}')!r}), {shape!r}, {'cpu' if a.cpu else 'cuda'!r})"
-        )
-        subprocess.run([sys.executable, "-c", made], check=True)  # a process of its own: it leaves no GPU memory taken
+        make_base_apart(bench.work / f"base-{shape}", shape, "cpu" if a.cpu else "cuda")
         print(f"base {shape}: {time.time() - start:.1f} s", flush=True)
     alone = [c for c in a.cases if c in CASES and CASES[c][0] == 1]
     in_lanes([lambda gpu, c=c: bench.case(c, a.arms, gpu) for c in alone], a.lanes)

@@ -18,13 +18,12 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from arms import HERE, LORA, call, environment, failure, make_data
+from arms import LORA, call, environment, failure, make_base_apart, make_data
 from training import machine
 
 # base: rows a step, tokens a row
@@ -125,11 +124,8 @@ def main() -> None:
     work, out = Path(a.work), Path(a.out)
     work.mkdir(parents=True, exist_ok=True)
     base, data = work / f"base-{shape}", work / f"data-{length}.jsonl"
-    device = "cpu" if a.cpu else "cuda"
     start = time.time()
-    made = f"import sys; sys.path.insert(0, {str(HERE)!r}); import arms; from pathlib import Path; "
-    made += f"arms.make_base(Path({str(base)!r}), {shape!r}, {device!r})"
-    subprocess.run([sys.executable, "-c", made], check=True)  # a process of its own: no GPU memory stays taken
+    make_base_apart(base, shape, "cpu" if a.cpu else "cuda")
     print(f"base {shape}: {time.time() - start:.1f} s", flush=True)
     make_data(data, 2 * rows * a.steps, length + 8)
     results: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"rows": {}}
