@@ -284,7 +284,6 @@ def test_added_tokens_and_retrained_embeddings(base, tmp_path):
 
 
 def test_a_run_over_a_quantized_base_shows_that_base(tmp_path, tokenizer):
-    pytest.importorskip("bitsandbytes")
     base = save(make_model(hidden=64), tokenizer, tmp_path / "base")
     fields = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "float32"}
     run = make_run(tmp_path / "run", base, tokenizer, plan={"quantization": fields})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import math
 import os
@@ -344,7 +343,6 @@ def test_stock_launcher_in_process(sweep, tmp_path: Path, monkeypatch, capsys):
 @pytest.mark.launch
 def test_what_a_stock_launcher_takes_to_another_process(base: Path, chat: Path, tmp_path: Path):
     """joblib and submitit pickle the task, the context and Hydra's register: all of it must open elsewhere."""
-    pytest.importorskip("cloudpickle")
     code = """
 import sys, cloudpickle
 from functools import partial
@@ -386,11 +384,9 @@ run_job(hydra_context=context, task_function=task, config=job, job_dir_key="hydr
 
 # ---- a search ----
 
-needs_optuna = pytest.mark.skipif(importlib.util.find_spec("optuna") is None, reason="optuna is not installed")
 SEARCH = ["hparams_search=optuna", "hparams_search.sampler=random", "trainer.learning_rate=tag(log,interval(1e-4,1))"]
 
 
-@needs_optuna
 @pytest.mark.launch
 @pytest.mark.parametrize("storage", ["sqlite", "journal"])
 def test_a_search_fills_up_and_goes_on(sweep, tmp_path: Path, storage: str):
@@ -408,7 +404,6 @@ def test_a_search_fills_up_and_goes_on(sweep, tmp_path: Path, storage: str):
     assert record(tmp_path)["best"] == min(found, key=lambda t: t["metric"])["number"]
 
 
-@needs_optuna
 @pytest.mark.launch
 def test_a_search_composes_from_its_copy(sweep, tmp_path: Path, monkeypatch):
     """A recipe of one's own that is edited while the search runs changes nothing, whatever it is edited to."""
@@ -423,7 +418,6 @@ def test_a_search_composes_from_its_copy(sweep, tmp_path: Path, monkeypatch):
     assert [p["peft"]["lora_alpha"] for p in plans] == [8, 8, 8] and recipe.read_text() == "peft: ["
 
 
-@needs_optuna
 @pytest.mark.launch
 def test_a_search_with_refused_failed_and_silent_trials(sweep, tmp_path: Path, capsys):
     """Each counts as one of n_trials and is told to optuna; the search goes on."""
@@ -448,7 +442,6 @@ def test_a_search_with_refused_failed_and_silent_trials(sweep, tmp_path: Path, c
     assert sweep(*silent) == FAILED and states(tmp_path) == ["failed"]
 
 
-@needs_optuna
 @pytest.mark.launch
 def test_a_bad_trial_is_pruned(sweep, tmp_path: Path, monkeypatch):
     """SIGTERM once its loss is worse than the others' at the same step; it counts as done with."""
@@ -462,7 +455,6 @@ def test_a_bad_trial_is_pruned(sweep, tmp_path: Path, monkeypatch):
     assert sweep(*args) == DONE and len(started(tmp_path)) == 4  # nothing is missing
 
 
-@needs_optuna
 @pytest.mark.launch
 def test_a_search_that_was_killed(sweep, tmp_path: Path):
     """A trial that was frozen and never ended goes on under its own number; one that never was frozen is given up."""
@@ -478,7 +470,6 @@ def test_a_search_that_was_killed(sweep, tmp_path: Path):
     assert [t.state.name for t in study.trials] == ["COMPLETE", "COMPLETE", "FAIL", "COMPLETE"]
 
 
-@needs_optuna
 @pytest.mark.launch
 def test_a_search_whose_files_are_not_what_they_were(sweep, tmp_path: Path, capsys):
     """No number is given twice, and a trial that ended untold is told."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -186,7 +185,6 @@ os.kill({os.getpid()}, signal.SIGTERM)
 
 
 @pytest.mark.launch
-@pytest.mark.skipif(importlib.util.find_spec("optuna") is None, reason="optuna is not installed")
 def test_a_search_prunes_in_a_worker_that_goes_on(sweep, tmp_path: Path):
     """SIGTERM to the worker ends the trial that is worse than the others; the next one is given to the same worker."""
     assert sweep("hparams_search=optuna", "hparams_search.sampler=random",

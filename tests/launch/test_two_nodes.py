@@ -228,7 +228,7 @@ def reach(folder: Path, name: str) -> None:
         if said.stdout.strip() == name:
             return
         time.sleep(0.2)
-    pytest.skip(f"no login at {name}: {said.stderr.strip()} {(folder / f'{name}.log').read_text()[-500:]}")
+    pytest.fail(f"no login at {name}: {said.stderr.strip()} {(folder / f'{name}.log').read_text()[-500:]}")
 
 
 def test_deepspeed_over_ssh(work, base, chat, sshd, at_once):
