@@ -39,7 +39,11 @@ VALID = lines("valid.txt")
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("files")
+    return make_files(tmp_path_factory.mktemp("files"))
+
+
+def make_files(folder: Path) -> Path:
+    """What the lines name: data, DeepSpeed JSON and models, most of them broken."""
     rows = {
         "texts.jsonl": [{"text": "one"}, {"text": "two"}], "odd.jsonl": [{"question": "q", "answer": "a"}] * 4,
         "pairs.jsonl": [{"prompt": "p", "completion": "c"}] * 4, "empty.jsonl": [], "rows.xyz": [{"text": "x"}],
