@@ -9,7 +9,7 @@ from typing import Any
 from kit import rundir
 from kit.config.schema import RunPlan, field_class, leaves, load_plan
 from kit.errors import KitError, Problem
-from kit.stack import need_stack
+from kit.system.dependencies import need_stack
 
 
 def compose(*args: str, config_dir: str | None = None, here: bool = False, world_size: int | None = None) -> RunPlan:
@@ -69,7 +69,7 @@ def resume(run: str, *overrides: str) -> int:
     """Continue from the newest complete checkpoint; `overrides` may change extendable and machine keys only."""
     from kit import manifest
     from kit.launchers.run import launch
-    from kit.terminal import say
+    from kit.system.terminal import say
 
     path = rundir.find_run(run)
     plan = load_plan(path).model_copy(update={"run_dir": str(path)})

@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
-from kit import paths
 from kit.errors import KitError
+from kit.system import paths
 
 RECIPE = "recipe"
 

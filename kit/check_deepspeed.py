@@ -14,7 +14,7 @@ from kit.config import deepspeed_mend, zero_check
 from kit.config.deepspeed_file import REFUSE, Finding, examine, problem_of
 from kit.config.deepspeed_run import autos, compare, look, with_run
 from kit.errors import DONE, REFUSED, KitError
-from kit.terminal import print_problems
+from kit.system.terminal import print_problems
 
 Dict = dict[str, Any]
 

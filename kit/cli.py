@@ -9,7 +9,7 @@ import os
 import sys
 
 from kit.errors import DONE, ENVIRONMENT, FAILED, REFUSED, KitError, Problem
-from kit.terminal import print_problems
+from kit.system.terminal import print_problems
 
 USAGE = """\
 usage: kit VERB ...

@@ -16,10 +16,11 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
-from kit import api, hub, paths, stack, weights
+from kit import api, hub, weights
 from kit.config import hub_dataset
 from kit.config.schema import Dataset, Model, Tokenizer
 from kit.errors import DONE, ENVIRONMENT, KitError
+from kit.system import dependencies, paths
 
 AROUND = {".json", ".jinja", ".model", ".txt", ".tiktoken"}  # config, tokenizer, templates
 PICKLES = {".bin", ".pth", ".pt", ".ckpt", ".pkl", ".h5", ".msgpack"}
@@ -113,7 +114,7 @@ def need_hub() -> None:
     """KitError (3) where huggingface_hub is not installed, or may not ask the Hub."""
     if hub.offline():
         raise KitError("HF_HUB_OFFLINE is set: nothing can be fetched", "environment", "unset it", code=ENVIRONMENT)
-    if not stack.installed("huggingface_hub"):
+    if not dependencies.installed("huggingface_hub"):
         fix = "make setup in a checkout, or pip install huggingface_hub"
         raise KitError("huggingface_hub is not installed", fix=fix, code=ENVIRONMENT)
 

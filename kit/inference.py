@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from kit.artifacts import ADAPTER_WEIGHTS, DTYPES, EMBEDDINGS, Source, loading, trust
 from kit.errors import ENVIRONMENT, KitError
-from kit.hardware import cpu_multiplies_bf16
+from kit.system.hardware import cpu_multiplies_bf16
 from kit.weights import read_config, read_header, read_tensors
 
 T = TypeVar("T")

@@ -14,11 +14,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from kit import api, hardware, manifest, paths, rundir, terminal
+from kit import api, manifest, rundir
 from kit.config.schema import RunPlan
 from kit.errors import DONE, KitError
 from kit.launchers.run import launch
 from kit.merging.report import format_merge
+from kit.system import hardware, paths, terminal
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from kit.config.schema import RunPlan, load_plan
 from kit.errors import REFUSED, KitError
-from kit.terminal import say
+from kit.system.terminal import say
 
 PLAN, DS_CONFIG, LAUNCH, STATUS = "plan.json", "ds_config.json", "launch.json", "status.json"
 METRICS, METRICS_LOG, SAMPLES = "metrics.json", "metrics.jsonl", "samples.json"

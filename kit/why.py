@@ -9,11 +9,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-from kit import paths, rundir
+from kit import rundir
 from kit.config import keys, rules
 from kit.config.schema import RunPlan, field_class, leaves, load_plan
 from kit.effects import ABSENT, WORKER, at, becomes, default_of, derived, shown, upstream
 from kit.errors import DONE, KitError, Problem
+from kit.system import paths
 
 
 def main(argv: list[str]) -> int:

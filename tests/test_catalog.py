@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from kit import catalog, cli, paths
+from kit import catalog, cli
 from kit.errors import DONE, REFUSED
+from kit.system import paths
 
 
 def out(capsys: pytest.CaptureFixture[str], *argv: str) -> str:

@@ -153,7 +153,7 @@ def test_compose_and_resume_of_what_it_made(tmp_path: Path):
 
 
 def test_importing_the_package_costs_nothing(tmp_path: Path):
-    for module in ("kit", "kit.worker", "kit.paths", "kit.manifest", "kit.weights", "kit.hub"):
+    for module in ("kit", "kit.worker", "kit.system.paths", "kit.manifest", "kit.weights", "kit.hub"):
         names = imported(f"import {module}", tmp_path)
         assert not names & {*HEAVY, "hydra", "omegaconf", "pydantic", "huggingface_hub"}, module
 

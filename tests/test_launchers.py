@@ -17,10 +17,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from kit import api, hardware, rundir, worker
+from kit import api, rundir, worker
 from kit.errors import ENVIRONMENT, REFUSED, KitError
-from kit.hardware import Gpu
 from kit.launchers import command, ops, run
+from kit.system import hardware
+from kit.system.hardware import Gpu
 
 
 def refused_beside(run: Path, lock: str, module: str, *more: str) -> None:

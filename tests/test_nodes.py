@@ -16,7 +16,7 @@ import pytest
 from kit import api, cli, rundir, worker
 from kit.errors import REFUSED, STOPPED, KitError
 from kit.launchers import command, node, ranks, remote, run
-from kit.secrets import is_secret
+from kit.system.secrets import is_secret
 
 CPU = ("trainer.use_cpu=true", "trainer.bf16=false")
 HOSTS = "a slots=4\n# a remark\n\nb slots=4  # the second\nc slots=2\n"

@@ -116,7 +116,12 @@ def test_an_installed_kit_checks_and_lists(installed, tmp_path):
     """From a foreign folder, with the checkout out of sight although the environment knows it (editable install)."""
     env = {"PYTHONPATH": str(installed), "CUDA_VISIBLE_DEVICES": ""}
     where = run(
-        [sys.executable, "-P", "-c", "import kit, kit.paths; print(kit.__file__); print(kit.paths.CONF)"],
+        [
+            sys.executable,
+            "-P",
+            "-c",
+            "import kit, kit.system.paths; print(kit.__file__); print(kit.system.paths.CONF)",
+        ],
         tmp_path,
         **env,
     )

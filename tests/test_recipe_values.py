@@ -6,8 +6,9 @@ import re
 
 import pytest
 
-from kit import api, paths
+from kit import api
 from kit.config.schema import leaves
+from kit.system import paths
 
 RECIPES = sorted(f.stem for f in (paths.CONF / "recipe").glob("*.yaml"))
 

@@ -17,13 +17,14 @@ from pathlib import Path
 
 import pytest
 
-from kit import cli, hardware, rundir
+from kit import cli, rundir
 from kit.config import multirun, search_space
 from kit.errors import DONE, ENVIRONMENT, FAILED, REFUSED, STOPPED, KitError
 from kit.launchers import sweep_files as files
 from kit.launchers import trials
 from kit.launchers.sweep_plot import write_plot
 from kit.launchers.trials import Curve, Trial
+from kit.system import hardware
 
 # Stands in the place of kit.launchers.trial: r=8 fails, r=6 waits to be told to stop, all others log and end well.
 PRETEND = """

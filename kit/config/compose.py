@@ -23,9 +23,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from kit import paths
 from kit.config import zero
 from kit.errors import KitError, Problem
+from kit.system import paths
 
 GROUPS = (
     "model tokenizer dataset peft quantization deepspeed fsdp trainer launch tracking hparams_search recipe"

@@ -31,11 +31,11 @@ from hydra.plugins.sweeper import Sweeper
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from kit import paths
 from kit.config import compose
 from kit.config.compose import Composed
 from kit.config.search_space import Search, dimension, written_space
 from kit.errors import DONE, ENVIRONMENT, REFUSED, STOPPED, KitError, Problem
+from kit.system import paths
 
 HYDRA_ERRORS = (HydraException, OmegaConfBaseException, OSError, yaml.YAMLError)
 

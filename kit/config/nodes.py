@@ -6,9 +6,9 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from kit import hardware
 from kit.config.schema import Launch
 from kit.errors import KitError, Problem
+from kit.system import hardware
 
 LINE = re.compile(r"^(\S+)\s+slots=([0-9]+)\s*(#.*)?$")
 MOST = 1024  # slots of one host: more is a slip of the finger, and each is a number in a list

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from kit import __version__, hardware
+from kit import __version__
 from kit.config import rules, zero
 from kit.config.compose import Composed
 from kit.config.embeddings import is_tied, train_embeddings, vocabulary_rows
@@ -43,6 +43,7 @@ from kit.config.resolve import (
 from kit.config.schema import RunPlan, identity_hash
 from kit.config.tokenizer import examine
 from kit.errors import KitError, Problem
+from kit.system import hardware
 
 
 def build_plan(composed: Composed, *, here: bool = True, world_size: int | None = None) -> RunPlan:

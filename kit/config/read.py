@@ -13,13 +13,13 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from kit import paths
 from kit.config import dataset as data_files
 from kit.config import fields, hub_dataset, zero
 from kit.config import template as templates
 from kit.config.kinds import fix_of, is_kind
 from kit.config.schema import Dataset, RunInput, Strict, leaves
 from kit.errors import KitError, Problem, named
+from kit.system import paths
 
 PATHS = (  # (section, key) of what is looked for on the disk
     ("model", "name_or_path"), ("model", "revision"), ("tokenizer", "name_or_path"), ("tokenizer", "chat_template"),

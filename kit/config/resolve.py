@@ -7,13 +7,13 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from kit import hardware
 from kit.config import slurm, zero
 from kit.config.model import Base
 from kit.config.read import located
 from kit.config.schema import Launch
 from kit.config.tokenizer import is_file_name
 from kit.errors import KitError, Problem
+from kit.system import hardware
 
 PRECISIONS = {"bf16": "bfloat16", "fp16": "float16"}
 QUANTIZATION_AUTO = ("bnb_4bit_compute_dtype", "bnb_4bit_quant_storage")

@@ -17,7 +17,7 @@ from kit.config import rules_quantization as quantized
 from kit.config import rules_trainer as trainer
 from kit.config import slurm, trackers
 from kit.errors import Problem
-from kit.hardware import Gpu
+from kit.system.hardware import Gpu
 
 
 @dataclass

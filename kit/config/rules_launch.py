@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from kit import hardware
 from kit.config import slurm
+from kit.system import hardware
 
 if TYPE_CHECKING:
     from kit.config.rules import Facts

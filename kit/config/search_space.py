@@ -9,10 +9,10 @@ from pathlib import Path
 
 from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, Override, RangeSweep
 
-from kit import paths
 from kit.config import compose
 from kit.config.compose import Composed
 from kit.errors import KitError
+from kit.system import paths
 
 Value = str | int | float
 INF = math.inf

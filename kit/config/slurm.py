@@ -11,7 +11,7 @@ import shlex
 from collections.abc import Iterator
 from typing import Any
 
-from kit.secrets import is_secret
+from kit.system.secrets import is_secret
 
 WORD = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
 PATTERNS = {  # key of launch.slurm, which is also sbatch's option: what its value looks like

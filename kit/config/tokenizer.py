@@ -9,9 +9,10 @@ from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 
-from kit import hub, paths, weights
+from kit import hub, weights
 from kit.config.schema import Model, Tokenizer
 from kit.errors import KitError, Problem, named
+from kit.system import paths
 
 FAST, CONFIG, MAP = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 OTHERS = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json", "*.tiktoken")

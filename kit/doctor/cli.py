@@ -148,10 +148,10 @@ def remove_locks() -> None:
 
 def build_operators(names: list[str], seconds: float) -> None:
     """Compile what is named, or what this machine can use; KitError where it fails or takes too long."""
-    from kit import hardware
     from kit.doctor import machine
     from kit.doctor.findings import which
     from kit.launchers import ops
+    from kit.system import hardware
 
     if wrong := [name for name in names if name not in OPERATORS]:
         raise KitError(f"there is no operator {', '.join(wrong)}", "--build-ops", f"of {', '.join(OPERATORS)}")

@@ -12,8 +12,8 @@ from typing import Any
 
 import psutil
 
-from kit import hardware
 from kit.doctor.findings import BAD, OK, WARN, Finding, answer, gb, which
+from kit.system import hardware
 
 MASTER_PORT = 29500  # the default of deepspeed, torchrun and accelerate
 GIB = 2**30

@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from kit import paths, rundir
+from kit import rundir
 from kit.config import template
 from kit.config.nodes import over_ssh
 from kit.config.schema import RunPlan, load_plan
@@ -19,6 +19,7 @@ from kit.ejecting.script import JSON, SCRIPT, START, TEMPLATE, script
 from kit.errors import DONE, KitError, Problem
 from kit.hub import NO_TELEMETRY
 from kit.launchers.command import rank_environment
+from kit.system import paths
 
 
 def main(argv: list[str]) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 from kit.errors import DONE, REFUSED, KitError
 from kit.importing import FORMATS, Imported, import_config, save
-from kit.terminal import print_problems
+from kit.system.terminal import print_problems
 
 USAGE = """\
 usage: kit import FILE... | COMMAND ... [--out RECIPE.yaml] [--from FORMAT]

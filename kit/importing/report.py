@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 import yaml
 
-from kit import paths, secrets
 from kit.config import fields
 from kit.errors import KitError
+from kit.system import paths, secrets
 
 Key = tuple[str | int, ...]
 SECRET_NAME = re.compile(

@@ -14,11 +14,11 @@ import socket
 import sys
 from pathlib import Path
 
-from kit import hardware
 from kit.config import trackers
 from kit.config.nodes import by_node, over_ssh
 from kit.config.schema import Launch, RunPlan
 from kit.hub import NO_TELEMETRY
+from kit.system import hardware
 
 WORKER = "kit.worker"
 

@@ -20,12 +20,13 @@ import socket
 from collections.abc import Mapping
 from pathlib import Path
 
-from kit import hardware, rundir
+from kit import rundir
 from kit.config.nodes import by_node, hosts_now
 from kit.config.schema import HOST, RunPlan, load_plan
 from kit.errors import DONE, ENVIRONMENT, REFUSED, KitError, Problem
-from kit.stack import need_stack
-from kit.terminal import say
+from kit.system import hardware
+from kit.system.dependencies import need_stack
+from kit.system.terminal import say
 
 FIRST_PORT, PORTS = 20_000, 10_000  # below what systems give to outgoing connections, and below Kubernetes' own
 

@@ -20,9 +20,9 @@ from pathlib import Path
 
 import psutil
 
-from kit import paths
 from kit.config.schema import RunPlan
 from kit.errors import ENVIRONMENT, KitError
+from kit.system import paths
 
 
 def extensions_dir() -> Path:

@@ -20,7 +20,7 @@ from kit import rundir
 from kit.config.nodes import hosts_now
 from kit.config.schema import RunPlan
 from kit.errors import ENVIRONMENT, KitError, Problem
-from kit.secrets import is_secret
+from kit.system.secrets import is_secret
 
 ENV_FILE = "deepspeed_env"
 # What a rank asks its environment for, by the beginning of the name. Devices, paths of a home, and places for

@@ -21,13 +21,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from kit import hardware, manifest, rundir
+from kit import manifest, rundir
 from kit.config.nodes import over_ssh
 from kit.config.schema import RunPlan
 from kit.errors import DONE, STOPPED, KitError, Problem
 from kit.launchers import node, ops, ranks, remote
 from kit.launchers.command import command, rank_environment
-from kit.terminal import say
+from kit.system import hardware
+from kit.system.terminal import say
 
 SETTLE_SECONDS = 90  # a shared file system may show node 0's last word late
 

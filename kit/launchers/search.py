@@ -10,7 +10,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from kit import paths
 from kit.config.multirun import Point
 from kit.config.schema import HparamsSearch
 from kit.config.search_space import Dimension, Search, Value, compose_trial, snapshot
@@ -30,8 +29,9 @@ from kit.launchers.sweep import (
 )
 from kit.launchers.sweep_screen import Sweep, announce, named, report
 from kit.launchers.trials import Trial, busy
-from kit.stack import need_stack
-from kit.terminal import print_problems, say
+from kit.system import paths
+from kit.system.dependencies import need_stack
+from kit.system.terminal import print_problems, say
 
 COPY = "conf"  # of the configuration, inside the sweep's directory
 MUTE = "the trial never logged"

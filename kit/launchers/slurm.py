@@ -22,8 +22,8 @@ from kit.errors import DONE, ENVIRONMENT, FAILED, STOPPED, KitError, Problem
 from kit.launchers.ranks import read_errors
 from kit.launchers.run import Stop, outcome
 from kit.launchers.slurm_script import RESUME, plain, srun, train_script, verb_script
-from kit.secrets import is_secret
-from kit.terminal import say
+from kit.system.secrets import is_secret
+from kit.system.terminal import say
 
 JOBS = "slurm.json"  # in the run directory: what was submitted
 VERBS = ("merge", "eval", "generate")

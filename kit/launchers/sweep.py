@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from kit import api, hardware, rundir
+from kit import api, rundir
 from kit.config.compose import Composed
 from kit.config.multirun import Job, Point, Search, run
 from kit.config.nodes import by_node
@@ -24,8 +24,9 @@ from kit.launchers import sweep_files as files
 from kit.launchers.run import Stop
 from kit.launchers.sweep_screen import Sweep, announce, gathered, report, screen
 from kit.launchers.trials import Pool, Trial, busy, look, stop
-from kit.stack import need_stack
-from kit.terminal import print_problems, say
+from kit.system import hardware
+from kit.system.dependencies import need_stack
+from kit.system.terminal import print_problems, say
 
 PATIENCE = 30  # seconds beyond a trial's own grace before what still lives is killed
 TICK = 0.2

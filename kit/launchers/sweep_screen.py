@@ -15,7 +15,7 @@ from kit.errors import Problem
 from kit.launchers import sweep_files as files
 from kit.launchers.sweep_plot import write_plot
 from kit.launchers.trials import ENDED, Trial
-from kit.terminal import print_problems, say
+from kit.system.terminal import print_problems, say
 
 
 @dataclass

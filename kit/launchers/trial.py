@@ -13,7 +13,7 @@ from kit import rundir
 from kit.config.schema import load_plan
 from kit.errors import REFUSED, KitError
 from kit.launchers.run import launch, newest_checkpoint, stop_with
-from kit.terminal import print_problems
+from kit.system.terminal import print_problems
 
 
 def main(argv: list[str]) -> int:

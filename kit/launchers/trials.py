@@ -16,13 +16,14 @@ from typing import Any
 
 import psutil
 
-from kit import hardware, rundir
+from kit import rundir
 from kit.config.schema import RunPlan
 from kit.errors import DONE, FAILED, STOPPED
 from kit.launchers import ops, warm
 from kit.launchers.ranks import living, send
 from kit.launchers.warm import Worker
-from kit.terminal import say
+from kit.system import hardware
+from kit.system.terminal import say
 
 LOG = "trial.log"
 ENDED = ("done", "failed", "pruned", "refused")  # states after which nothing is missing in this sweep

@@ -24,7 +24,7 @@ from kit.launchers.command import rank_environment
 from kit.launchers.ranks import forget
 from kit.launchers.run import newest_checkpoint, outcome, stop_with
 from kit.launchers.trials import LOG
-from kit.terminal import say
+from kit.system.terminal import say
 from kit.training import stopping
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from kit.errors import DONE
-from kit.terminal import options
+from kit.system.terminal import options
 
 
 def list_choices(argv: list[str]) -> int:

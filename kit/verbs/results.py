@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from kit.errors import DONE
-from kit.terminal import options, progress, quiet, read_prompts
+from kit.system.terminal import options, progress, quiet, read_prompts
 
 
 def merge(argv: list[str]) -> int:

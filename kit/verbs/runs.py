@@ -6,7 +6,7 @@ import json
 import sys
 
 from kit.errors import DONE, REFUSED, KitError
-from kit.terminal import options, print_problems
+from kit.system.terminal import options, print_problems
 
 ONE_OF = ("-m", "--multirun", "-r", "--run", "-c", "--cfg", "-i", "--info")
 

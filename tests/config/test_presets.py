@@ -11,9 +11,10 @@ import pytest
 import yaml
 from conftest import write_rows
 
-from kit import api, paths
+from kit import api
 from kit.config import architectures, model
 from kit.config.schema import Model
+from kit.system import paths
 
 FILES = {f.stem: f for f in sorted((paths.CONF / "model").glob("*.yaml")) if f.stem != "none"}
 QUICKSTART = {"quickstart_base": 612_224, "quickstart_init": 612_224}

@@ -13,12 +13,13 @@ import pytest
 from soak import VALID, make_inputs, mutations
 from test_cli_check import REFUSED_RUNS
 
-from kit import api, cli, hardware
+from kit import api, cli
 from kit.config import explain, rules
 from kit.config.rules import CHECKS, RULES, Facts
 from kit.config.schema import RunInput
 from kit.errors import DONE, REFUSED, KitError
-from kit.hardware import Gpu
+from kit.system import hardware
+from kit.system.hardware import Gpu
 
 IDS = {rule.id for rule in RULES}
 ROOT = Path(__file__).parents[2]

@@ -17,12 +17,13 @@ from pathlib import Path
 
 import pytest
 
-from kit import cli, hardware
+from kit import cli
 from kit.doctor import cli as doctor
 from kit.doctor import environment, gpu, machine, op_locks, versions
 from kit.doctor.findings import BAD, OK, WARN, Finding, answer
 from kit.errors import DONE, ENVIRONMENT, REFUSED, KitError
 from kit.launchers import ops
+from kit.system import hardware
 
 ROOT = Path(__file__).resolve().parents[2]
 Usage = namedtuple("Usage", "total used free")

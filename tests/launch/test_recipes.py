@@ -16,8 +16,9 @@ import pytest
 import source_data
 import twins
 
-from kit import api, manifest, paths
+from kit import api, manifest
 from kit.launchers.command import free_port
+from kit.system import paths
 from launch import harness
 
 pytestmark = pytest.mark.launch

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-PACKAGE = Path(__file__).resolve().parent
+PACKAGE = Path(__file__).resolve().parents[1]
 ROOT = PACKAGE if (PACKAGE / "hydra_conf").is_dir() else PACKAGE.parent
 CONF = ROOT / "hydra_conf"
 DS_CONFIGS = ROOT / "ds_configs"

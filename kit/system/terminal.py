@@ -47,7 +47,7 @@ def progress(what: str) -> Callable[[int, int], None] | None:
 
 def quiet() -> None:
     """The training stack is there; no chatter from it."""
-    from kit.stack import need_stack
+    from kit.system.dependencies import need_stack
 
     need_stack()
     for key, value in {

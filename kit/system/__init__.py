@@ -1,0 +1,1 @@
+"""This machine: hardware, folders, the terminal, what is secret, what is installed."""
