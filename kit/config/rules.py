@@ -14,6 +14,7 @@ from typing import Any, Literal
 from kit.config import rules_launch as launch
 from kit.config import rules_model as model
 from kit.config import rules_quantization as quantized
+from kit.config import rules_tracking as tracking
 from kit.config import rules_trainer as trainer
 from kit.config import slurm, trackers
 from kit.errors import Problem
@@ -265,9 +266,9 @@ CHECKS = [
     Rule("quantized-init-kwargs", "kit/training/model.py", (f"{T}.model_init_kwargs",), quantized.given_to_the_model),
     Rule("bitsandbytes", "transformers", BITS, quantized.bitsandbytes_missing, here=True),
     # trackers
-    Rule("tracker-all", "transformers integration_utils", (trackers.KEY,), trackers.whatever_is_installed),
-    Rule("tracker-missing", "transformers integration_utils", (trackers.KEY,), trackers.missing, here=True),
-    Rule("tracker-online", "security", (trackers.KEY,), trackers.online, "warn"),
+    Rule("tracker-all", "transformers integration_utils", (trackers.KEY,), tracking.whatever_is_installed),
+    Rule("tracker-missing", "transformers integration_utils", (trackers.KEY,), tracking.missing, here=True),
+    Rule("tracker-online", "security", (trackers.KEY,), tracking.online, "warn"),
 ]  # fmt: skip
 RULES = [*READING, *CHECKS]
 
