@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from kit import rundir
-from kit.config.schema import RunPlan, field_class, leaves, load_plan
 from kit.errors import KitError, Problem
+from kit.schema.run_plan import RunPlan, field_class, leaves, load_plan
 from kit.system.dependencies import need_stack
 
 

@@ -216,8 +216,8 @@ def run_datasets(plan: dict[str, Any]) -> tuple[Any, Any]:
 
     Of a stream the first STREAMED rows stand for all.
     """
-    from kit.config.schema import RunPlan
     from kit.data.load import load_datasets
+    from kit.schema.run_plan import RunPlan
 
     try:
         checked = RunPlan.model_validate(plan)

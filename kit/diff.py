@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from kit import rundir
-from kit.config import fields, keys
-from kit.config.schema import RunPlan, field_class, leaves, load_plan
+from kit.config import keys
 from kit.effects import shown
 from kit.errors import DONE, KitError, Problem
+from kit.schema import fields
+from kit.schema.run_plan import RunPlan, field_class, leaves, load_plan
 
 # In the order in which they are printed; the DeepSpeed JSON is the resolved one. `tracking` is in `trainer` by then.
 SECTIONS = (

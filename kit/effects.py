@@ -7,9 +7,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from kit.config import fields, keys
+from kit.config import keys
 from kit.config.read import OWNED
-from kit.config.schema import RunPlan
+from kit.schema import fields
+from kit.schema.run_plan import RunPlan
 
 ABSENT: Any = object()
 LIBRARY = {"SFTConfig": "TRL's SFTConfig", "BitsAndBytesConfig": "transformers' BitsAndBytesConfig",

@@ -18,8 +18,8 @@ from typing import Any
 
 from kit import api, hub, weights
 from kit.config import hub_dataset
-from kit.config.schema import Dataset, Model, Tokenizer
 from kit.errors import DONE, ENVIRONMENT, KitError
+from kit.schema.run_plan import Dataset, Model, Tokenizer
 from kit.system import dependencies, paths
 
 AROUND = {".json", ".jinja", ".model", ".txt", ".tiktoken"}  # config, tokenizer, templates

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from kit import api, manifest, rundir
-from kit.config.schema import RunPlan
 from kit.errors import DONE, KitError
 from kit.launchers.run import launch
 from kit.merging.report import format_merge
+from kit.schema.run_plan import RunPlan
 from kit.system import hardware, paths, terminal
 
 

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from kit.config.schema import RunPlan, load_plan
 from kit.errors import REFUSED, KitError
+from kit.schema.run_plan import RunPlan, load_plan
 from kit.system.terminal import say
 
 PLAN, DS_CONFIG, LAUNCH, STATUS = "plan.json", "ds_config.json", "launch.json", "status.json"

@@ -11,9 +11,9 @@ from typing import Any
 
 from kit import rundir
 from kit.config import keys, rules
-from kit.config.schema import RunPlan, field_class, leaves, load_plan
 from kit.effects import ABSENT, WORKER, at, becomes, default_of, derived, shown, upstream
 from kit.errors import DONE, KitError, Problem
+from kit.schema.run_plan import RunPlan, field_class, leaves, load_plan
 from kit.system import paths
 
 

@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None, **hooks: Any) -> None:
         if plan_path is None:
             plan_path, store = compose_on_rank0(args, rank)
         from kit import rundir
-        from kit.config.schema import load_plan
+        from kit.schema.run_plan import load_plan
 
         plan = load_plan(plan_path).model_copy(update={"run_dir": str(Path(plan_path).absolute().parent)})
         if rank == 0:

@@ -11,11 +11,12 @@ import traceback
 from dataclasses import replace
 from typing import Any
 
-from kit.config import fields, zero
+from kit.config import zero
 from kit.config.compose import Composed, compose
 from kit.config.plan import build_plan
-from kit.config.schema import Dataset, Launch, Model, RunPlan, Tokenizer
 from kit.errors import KitError
+from kit.schema import fields
+from kit.schema.run_plan import Dataset, Launch, Model, RunPlan, Tokenizer
 
 OWN = {"model": Model, "dataset": Dataset, "tokenizer": Tokenizer, "launch": Launch}
 LIBRARY = {

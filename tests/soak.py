@@ -211,8 +211,8 @@ def make_inputs(folder: Path) -> list[str]:
 def outcome(args: list[str]) -> tuple[str, str]:
     """("valid" | "refused" | "crashed", details). A valid plan must also survive the way to disk and back."""
     from kit import api
-    from kit.config.schema import RunPlan
     from kit.errors import KitError
+    from kit.schema.run_plan import RunPlan
 
     def late(*_: object) -> None:
         raise TimeoutError

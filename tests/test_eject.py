@@ -14,9 +14,9 @@ import pytest
 from conftest import ROOT, write_rows
 
 from kit import api, cli, rundir
-from kit.config import fields
 from kit.ejecting import script, text, verb
 from kit.errors import DONE, REFUSED, KitError
+from kit.schema import fields
 
 RECIPES = sorted(f.stem for f in (ROOT / "recipes").glob("*.yaml"))
 RUFF = shutil.which("ruff", path=f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}")

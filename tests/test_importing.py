@@ -19,11 +19,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kit import api, cli
-from kit.config import fields
-from kit.config.schema import leaves as flat
 from kit.errors import DONE, REFUSED, KitError
 from kit.importing import Imported, import_config
 from kit.importing.report import leaves
+from kit.schema import fields
+from kit.schema.run_plan import leaves as flat
 
 EXAMPLES = Path(__file__).parent / "importing"
 ROWS = {

@@ -326,7 +326,7 @@ def test_resume_changes_only_what_may_change(plan_of):
 
 def test_plans_survive_the_border(plan_of, tmp_path):
     """plan.json read back is the same plan: only JSON types, nothing lost (T79)."""
-    from kit.config.schema import load_plan
+    from kit.schema.run_plan import load_plan
 
     plan = plan_of("deepspeed=zero3", "peft.target_modules=[q_proj]", "trainer.lr_scheduler_kwargs={a: 1}")
     (tmp_path / "plan.json").write_text(plan.to_json())

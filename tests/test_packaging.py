@@ -84,7 +84,7 @@ def test_the_wheel_holds_the_package_and_its_configuration(built):
     names = names_in(built[0])
     assert len(names) == len(set(names)), "a file is in the wheel twice"
     expected = {f"kit/{f.relative_to(ROOT / 'kit')}" for f in (ROOT / "kit").rglob("*.py")} | {
-        "kit/config/fields.json",
+        "kit/schema/fields.json",
         "kit/config/architectures.json",
         "kit/config/stories.yaml",
         "kit/doctor/tested.json",

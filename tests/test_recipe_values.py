@@ -7,7 +7,7 @@ import re
 import pytest
 
 from kit import api
-from kit.config.schema import leaves
+from kit.schema.run_plan import leaves
 from kit.system import paths
 
 RECIPES = sorted(f.stem for f in (paths.CONF / "recipe").glob("*.yaml"))

@@ -14,9 +14,9 @@ import pytest
 
 from kit import api, cli, rundir
 from kit.config import slurm as values
-from kit.config.schema import Slurm
 from kit.errors import DONE, ENVIRONMENT, REFUSED, KitError
 from kit.launchers import node, slurm, slurm_script
+from kit.schema.run_plan import Slurm
 
 HOSTILE = [
     "x\n#SBATCH --uid=0", "x\ntouch canary", "x; touch canary", "$(touch canary)", "`touch canary`", "(x)", "é", "-x",

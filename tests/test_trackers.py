@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from kit import api
-from kit.config import trackers
 from kit.errors import REFUSED, KitError
 from kit.launchers.command import rank_environment
+from kit.schema import trackers
 from launch import harness
 
 OURS = ["tensorboard", "wandb", "mlflow", "trackio"]

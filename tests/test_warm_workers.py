@@ -13,9 +13,9 @@ import pytest
 from test_sweeps import PRETEND, folder_of, record, started, states
 
 from kit import api, cli
-from kit.config.schema import RunPlan
 from kit.errors import DONE, FAILED, REFUSED, STOPPED
 from kit.launchers import trials, warm
+from kit.schema.run_plan import RunPlan
 from kit.system import hardware
 
 # Stands in the place of kit.training.warm, with one way to end for each r.

@@ -9,9 +9,10 @@ from types import SimpleNamespace
 import pytest
 
 from kit import api, cli, rundir, why
-from kit.config import fields, keys
+from kit.config import keys
 from kit.effects import FILLED, RESOLVED, USED
 from kit.errors import DONE, REFUSED, KitError
+from kit.schema import fields
 
 DOCTOR = "recipe=llama2_7b_lora_zero2_doctor"
 ANSWERS = "recipe=llama2_7b_lora_zero2_doctor_answers"

@@ -8,8 +8,8 @@ import re
 from pathlib import Path
 
 from kit.config import template as templates
-from kit.config.schema import Dataset
 from kit.errors import KitError, first_line
+from kit.schema.run_plan import Dataset
 
 SUFFIXES = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 FORMATS = {

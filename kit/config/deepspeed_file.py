@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from kit.config import deepspeed_mend as mend
-from kit.config import fields, json_text, zero_check
+from kit.config import json_text, zero_check
 from kit.config.deepspeed_mend import OWNED, Edit
 from kit.config.zero_check import ADAMS, Dict, at
 from kit.errors import Problem
+from kit.schema import fields
 
 REFUSE, WARN = "refuse", "warn"
 NEEDED = {  # the trainer fills these where they are, and nobody adds them

@@ -12,8 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from kit.config import fields, json_text
+from kit.config import json_text
 from kit.config.zero_check import Dict, at, own_auto, typed_params
+from kit.schema import fields
 
 OWNED = {  # values that transformers compares with its own -> its setting
     "train_batch_size": "per_device_train_batch_size x gradient_accumulation_steps x processes",

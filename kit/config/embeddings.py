@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from kit.config import fields
 from kit.config.architectures import EMBEDDING, EMBEDDINGS, LINEARS
 from kit.config.model import Base
 from kit.errors import Problem
+from kit.schema import fields
 
 INPUTS = ("embed_tokens", "wte", "embed_in", "word_embeddings")
 OUTPUTS = ("lm_head", "embed_out")

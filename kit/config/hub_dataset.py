@@ -15,8 +15,8 @@ import yaml
 
 from kit import hub
 from kit.config import dataset as data_files
-from kit.config.schema import Dataset
 from kit.errors import KitError
+from kit.schema.run_plan import Dataset
 
 CARD = "README.md"
 READABLE = {*data_files.SUFFIXES, ".arrow", ".txt"}  # what `datasets` reads of text, each also packed:

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kit import hub, manifest, weights
-from kit.config import fields
 from kit.config.architectures import LINEARS
 from kit.config.embeddings import OUTPUTS
 from kit.config.model import Base, identify
-from kit.config.schema import InitFrom, Model
 from kit.errors import KitError, Problem
+from kit.schema import fields
+from kit.schema.run_plan import InitFrom, Model
 
 KEY, FLAG = "peft.init_from", "peft.init_from_pickle"
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"

@@ -9,10 +9,10 @@ from typing import Any
 
 from pydantic_core import PydanticUndefined
 
-from kit.config import fields
 from kit.config.read import OWNED
-from kit.config.schema import RunInput, Strict, leaves
 from kit.errors import KitError
+from kit.schema import fields
+from kit.schema.run_plan import RunInput, Strict, leaves
 
 # Where a bare name stands in several sections, the first of these is meant.
 SECTIONS = "trainer peft quantization model tokenizer dataset launch tracking deepspeed fsdp hparams_search".split()

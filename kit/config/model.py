@@ -10,8 +10,8 @@ from typing import Any
 
 from kit import hub, weights
 from kit.config import architectures
-from kit.config.schema import Model, Tokenizer
 from kit.errors import KitError, Problem, named
+from kit.schema.run_plan import Model, Tokenizer
 from kit.system import paths
 
 DERIVED = ("head_dim", "num_key_value_heads")  # null in config.json: what transformers makes of the other keys

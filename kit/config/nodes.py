@@ -6,8 +6,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from kit.config.schema import Launch
 from kit.errors import KitError, Problem
+from kit.schema.run_plan import Launch
 from kit.system import hardware
 
 LINE = re.compile(r"^(\S+)\s+slots=([0-9]+)\s*(#.*)?$")

@@ -40,9 +40,9 @@ from kit.config.resolve import (
     resolve_precision,
     resolve_quantization,
 )
-from kit.config.schema import RunPlan, identity_hash
 from kit.config.tokenizer import examine
 from kit.errors import KitError, Problem
+from kit.schema.run_plan import RunPlan, identity_hash
 from kit.system import hardware
 
 

@@ -14,11 +14,12 @@ from typing import Any, get_args
 from pydantic import ValidationError
 
 from kit.config import dataset as data_files
-from kit.config import fields, hub_dataset, zero
+from kit.config import hub_dataset, zero
 from kit.config import template as templates
 from kit.config.kinds import fix_of, is_kind
-from kit.config.schema import Dataset, RunInput, Strict, leaves
 from kit.errors import KitError, Problem, named
+from kit.schema import fields
+from kit.schema.run_plan import Dataset, RunInput, Strict, leaves
 from kit.system import paths
 
 PATHS = (  # (section, key) of what is looked for on the disk

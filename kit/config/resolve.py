@@ -10,9 +10,9 @@ from typing import Any
 from kit.config import slurm, zero
 from kit.config.model import Base
 from kit.config.read import located
-from kit.config.schema import Launch
 from kit.config.tokenizer import is_file_name
 from kit.errors import KitError, Problem
+from kit.schema.run_plan import Launch
 from kit.system import hardware
 
 PRECISIONS = {"bf16": "bfloat16", "fp16": "float16"}

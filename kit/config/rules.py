@@ -16,8 +16,9 @@ from kit.config import rules_model as model
 from kit.config import rules_quantization as quantized
 from kit.config import rules_tracking as tracking
 from kit.config import rules_trainer as trainer
-from kit.config import slurm, trackers
+from kit.config import slurm
 from kit.errors import Problem
+from kit.schema import trackers
 from kit.system.hardware import Gpu
 
 
@@ -91,7 +92,7 @@ READING = [
     read_by("zero_check", "auto", "T3", "deepspeed"),
     read_by("deepspeed_file", "doubled", "json, RFC 8259", "deepspeed"),
     Rule("literal", "T1 T5", ("deepspeed.train_batch_size",), severity="warn", maker="deepspeed_file"),
-    read_by("read", "type", "kit/config/schema.py"),
+    read_by("read", "type", "kit/schema/run_plan.py"),
     read_by("read", "section", "T79", "peft", "quantization", "deepspeed"),
     read_by("read", "owned", "T76 T79, security", "trainer.output_dir", "trainer.deepspeed", "trainer.fsdp",
             "trainer.hub_token", "trainer.eos_token", "trainer.pad_token", "trainer.chat_template_path"),
@@ -102,7 +103,7 @@ READING = [
             "launch.num_nodes", "launch.num_gpus"),
     read_by("resolve", "batch", "T5", "global_batch_size", "trainer.per_device_train_batch_size",
             "trainer.gradient_accumulation_steps", "launch.num_gpus"),
-    read_by("read", "peft-none", "kit/config/schema.py", "peft"),
+    read_by("read", "peft-none", "kit/schema/run_plan.py", "peft"),
     read_by("read", "peft-type", "peft PEFT_TYPE_TO_CONFIG_MAPPING", "peft.peft_type"),
     read_by("dataset", "dataset-files", "fault 31", "dataset.path", "dataset.eval_path"),
     read_by("dataset", "dataset-rows", "fault 24", "dataset.path", "dataset.eval_path"),

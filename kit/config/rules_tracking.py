@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from kit.config.trackers import KEY, KNOWN, OURS, names
+from kit.schema.trackers import KEY, KNOWN, OURS, names
 
 if TYPE_CHECKING:
     from kit.config.rules import Facts

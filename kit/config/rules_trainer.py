@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from kit.config import fields
+from kit.schema import fields
 
 if TYPE_CHECKING:
     from kit.config.rules import Facts

@@ -10,8 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from kit import hub, weights
-from kit.config.schema import Model, Tokenizer
 from kit.errors import KitError, Problem, named
+from kit.schema.run_plan import Model, Tokenizer
 from kit.system import paths
 
 FAST, CONFIG, MAP = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"

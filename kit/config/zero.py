@@ -12,7 +12,6 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from kit.config import fields
 from kit.config.zero_check import ADAMS
 from kit.config.zero_check import Dict as Dict
 from kit.config.zero_check import at as at
@@ -20,6 +19,7 @@ from kit.config.zero_check import check as check
 from kit.config.zero_check import load as load
 from kit.config.zero_check import put as put
 from kit.errors import KitError, Problem
+from kit.schema import fields
 
 # Under offload accelerate swaps the optimizer for DeepSpeed's CPU version; only these keep their arithmetic, and
 # the engine refuses what is neither CPUAdam nor CPULion (accelerate utils/deepspeed.py, deepspeed engine.py).

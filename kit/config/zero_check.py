@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from kit.config import fields
 from kit.errors import KitError, Problem
+from kit.schema import fields
 
 Dict = dict[str, Any]
 ADAMS = ("adam", "adamw")

@@ -10,8 +10,8 @@ from kit import hub
 from kit.config import hub_dataset
 from kit.config import template as templates
 from kit.config.dataset import FORMATS, SUFFIXES, detect_format, find_files
-from kit.config.schema import Dataset
 from kit.errors import KitError, first_line
+from kit.schema.run_plan import Dataset
 
 
 class Splits(NamedTuple):

@@ -7,8 +7,8 @@ from pathlib import Path
 from kit.config import dataset as data_files
 from kit.config import template
 from kit.config.dataset import FORMATS
-from kit.config.schema import Dataset, RunPlan
 from kit.ejecting.text import call, literal, stated
+from kit.schema.run_plan import Dataset, RunPlan
 
 
 def held_out(d: Dataset) -> int:

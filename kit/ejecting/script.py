@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from kit import rundir
-from kit.config import fields, trackers
-from kit.config.schema import RunPlan
 from kit.ejecting.data import data_lines, held_out
 from kit.ejecting.text import WIDTH, call, keywords, literal, stated
 from kit.errors import KitError
+from kit.schema import fields, trackers
+from kit.schema.run_plan import RunPlan
 
 SCRIPT, JSON, START, TEMPLATE = "train.py", "ds_config.json", "run.sh", "chat_template.jinja"
 MOST = 80  # lines of Python that a person reads

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 import yaml
 
-from kit.config import fields
 from kit.errors import KitError
+from kit.schema import fields
 from kit.system import paths, secrets
 
 Key = tuple[str | int, ...]

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from kit.config import fields
 from kit.config.read import OWNED
 from kit.errors import KitError
 from kit.importing import sharding
 from kit.importing.report import Reading, same_value
+from kit.schema import fields
 
 MODEL = {
     "model_name_or_path": "model.name_or_path",

@@ -14,10 +14,10 @@ import socket
 import sys
 from pathlib import Path
 
-from kit.config import trackers
 from kit.config.nodes import by_node, over_ssh
-from kit.config.schema import Launch, RunPlan
 from kit.hub import NO_TELEMETRY
+from kit.schema import trackers
+from kit.schema.run_plan import Launch, RunPlan
 from kit.system import hardware
 
 WORKER = "kit.worker"

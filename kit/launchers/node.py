@@ -22,8 +22,8 @@ from pathlib import Path
 
 from kit import rundir
 from kit.config.nodes import by_node, hosts_now
-from kit.config.schema import HOST, RunPlan, load_plan
 from kit.errors import DONE, ENVIRONMENT, REFUSED, KitError, Problem
+from kit.schema.run_plan import HOST, RunPlan, load_plan
 from kit.system import hardware
 from kit.system.dependencies import need_stack
 from kit.system.terminal import say

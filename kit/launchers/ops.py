@@ -20,8 +20,8 @@ from pathlib import Path
 
 import psutil
 
-from kit.config.schema import RunPlan
 from kit.errors import ENVIRONMENT, KitError
+from kit.schema.run_plan import RunPlan
 from kit.system import paths
 
 

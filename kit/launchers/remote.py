@@ -18,8 +18,8 @@ from pathlib import Path
 
 from kit import rundir
 from kit.config.nodes import hosts_now
-from kit.config.schema import RunPlan
 from kit.errors import ENVIRONMENT, KitError, Problem
+from kit.schema.run_plan import RunPlan
 from kit.system.secrets import is_secret
 
 ENV_FILE = "deepspeed_env"

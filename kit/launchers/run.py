@@ -23,10 +23,10 @@ from typing import Any
 
 from kit import manifest, rundir
 from kit.config.nodes import over_ssh
-from kit.config.schema import RunPlan
 from kit.errors import DONE, STOPPED, KitError, Problem
 from kit.launchers import node, ops, ranks, remote
 from kit.launchers.command import command, rank_environment
+from kit.schema.run_plan import RunPlan
 from kit.system import hardware
 from kit.system.terminal import say
 

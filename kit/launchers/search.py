@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from kit.config.multirun import Point
-from kit.config.schema import HparamsSearch
 from kit.config.search_space import Dimension, Search, Value, compose_trial, snapshot
 from kit.errors import DONE, ENVIRONMENT, KitError, first_line
 from kit.launchers import sweep_files as files
@@ -29,6 +28,7 @@ from kit.launchers.sweep import (
 )
 from kit.launchers.sweep_screen import Sweep, announce, named, report
 from kit.launchers.trials import Trial, busy
+from kit.schema.run_plan import HparamsSearch
 from kit.system import paths
 from kit.system.dependencies import need_stack
 from kit.system.terminal import print_problems, say

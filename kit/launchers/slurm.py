@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from kit import rundir
-from kit.config.schema import RunPlan, load_plan
 from kit.errors import DONE, ENVIRONMENT, FAILED, STOPPED, KitError, Problem
 from kit.launchers.ranks import read_errors
 from kit.launchers.run import Stop, outcome
 from kit.launchers.slurm_script import RESUME, plain, srun, train_script, verb_script
+from kit.schema.run_plan import RunPlan, load_plan
 from kit.system.secrets import is_secret
 from kit.system.terminal import say
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from kit import __version__
 from kit.config import slurm as values
-from kit.config.schema import RunPlan
 from kit.errors import FAILED, STOPPED, KitError, Problem
+from kit.schema.run_plan import RunPlan
 
 MODULE = [sys.executable, "-m", "kit"]
 RESUME = ["--resume", "newest"]  # a job that was queued again goes on

@@ -18,12 +18,12 @@ from kit.config.compose import Composed
 from kit.config.multirun import Job, Point, Search, run
 from kit.config.nodes import by_node
 from kit.config.plan import build_plan
-from kit.config.schema import HparamsSearch, RunPlan, load_plan
 from kit.errors import DONE, FAILED, REFUSED, STOPPED, KitError, Problem
 from kit.launchers import sweep_files as files
 from kit.launchers.run import Stop
 from kit.launchers.sweep_screen import Sweep, announce, gathered, report, screen
 from kit.launchers.trials import Pool, Trial, busy, look, stop
+from kit.schema.run_plan import HparamsSearch, RunPlan, load_plan
 from kit.system import hardware
 from kit.system.dependencies import need_stack
 from kit.system.terminal import print_problems, say

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from kit import api, rundir
-from kit.config.schema import HparamsSearch
 from kit.errors import Problem
 from kit.launchers import sweep_files as files
 from kit.launchers.sweep_plot import write_plot
 from kit.launchers.trials import ENDED, Trial
+from kit.schema.run_plan import HparamsSearch
 from kit.system.terminal import print_problems, say
 
 

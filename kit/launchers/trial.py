@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 from kit import rundir
-from kit.config.schema import load_plan
 from kit.errors import REFUSED, KitError
 from kit.launchers.run import launch, newest_checkpoint, stop_with
+from kit.schema.run_plan import load_plan
 from kit.system.terminal import print_problems
 
 

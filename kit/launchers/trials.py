@@ -17,11 +17,11 @@ from typing import Any
 import psutil
 
 from kit import rundir
-from kit.config.schema import RunPlan
 from kit.errors import DONE, FAILED, STOPPED
 from kit.launchers import ops, warm
 from kit.launchers.ranks import living, send
 from kit.launchers.warm import Worker
+from kit.schema.run_plan import RunPlan
 from kit.system import hardware
 from kit.system.terminal import say
 

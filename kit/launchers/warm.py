@@ -17,9 +17,9 @@ import time
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from kit.config import trackers
-from kit.config.schema import RunPlan, leaves
 from kit.launchers.command import rank_environment, tracker_environment
+from kit.schema import trackers
+from kit.schema.run_plan import RunPlan, leaves
 
 WORKER = "kit.training.warm"
 # Made anew with every trial: where it writes, who it is, how it came to be.

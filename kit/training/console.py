@@ -15,7 +15,7 @@ import torch
 from transformers import PrinterCallback, TrainerCallback
 
 from kit import rundir
-from kit.config.schema import RunPlan
+from kit.schema.run_plan import RunPlan
 
 
 def quiet() -> None:

@@ -8,10 +8,10 @@ import torch
 from transformers import AddedToken, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from kit.config.schema import RunPlan
 from kit.config.tokenizer import find_template
 from kit.errors import KitError, first_line
 from kit.quantized import bnb_config, settle
+from kit.schema.run_plan import RunPlan
 
 logger = logging.get_logger(__name__)
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from kit import manifest, rundir
-from kit.config.schema import RunPlan
 from kit.errors import DONE, STOPPED, KitError
+from kit.schema.run_plan import RunPlan
 
 
 def load(plan: RunPlan, args: Any) -> tuple[Any, Any, Any]:

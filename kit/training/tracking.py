@@ -7,8 +7,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from kit.config import trackers
-from kit.config.schema import RunPlan
+from kit.schema import trackers
+from kit.schema.run_plan import RunPlan
 
 
 @contextlib.contextmanager

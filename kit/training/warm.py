@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from kit import rundir, worker
-from kit.config.schema import load_plan
 from kit.errors import DONE, STOPPED, KitError
 from kit.launchers.command import rank_environment
 from kit.launchers.ranks import forget
 from kit.launchers.run import newest_checkpoint, outcome, stop_with
 from kit.launchers.trials import LOG
+from kit.schema.run_plan import load_plan
 from kit.system.terminal import say
 from kit.training import stopping
 

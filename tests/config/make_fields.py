@@ -1,4 +1,4 @@
-"""Write kit/config/fields.json from the installed libraries: `python tests/config/make_fields.py`.
+"""Write kit/schema/fields.json from the installed libraries: `python tests/config/make_fields.py`.
 
 The kit checks settings without importing torch, so it carries this table instead of the classes.
 `tests/config/test_fields.py` builds the table again and compares: a library upgrade shows up as a diff.

@@ -17,10 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kit import cli
-from kit.config import deepspeed_mend, fields, json_text, zero, zero_check
+from kit.config import deepspeed_mend, json_text, zero, zero_check
 from kit.config.deepspeed_file import examine
 from kit.config.deepspeed_run import Setting, autos, compare
 from kit.errors import DONE, REFUSED, KitError
+from kit.schema import fields
 
 ROOT = Path(__file__).parents[2]
 OURS = sorted((ROOT / "ds_configs").glob("*.json"))

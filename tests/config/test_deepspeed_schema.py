@@ -16,7 +16,8 @@ from typing import Any
 import make_fields
 import pytest
 
-from kit.config import fields, zero
+from kit.config import zero
+from kit.schema import fields
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 # Asked of the JSON by other parts than its reader: the key -> the file that reads it.

@@ -13,7 +13,7 @@ from typing import Any
 import make_fields
 import pytest
 
-from kit.config import fields
+from kit.schema import fields
 
 ROOT = Path(__file__).parents[2]
 

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from kit import api, manifest
 from kit.config.model import identify
-from kit.config.schema import Model
+from kit.schema.run_plan import Model
 
 CONFIG = {
     "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "bias": "none",

@@ -13,7 +13,7 @@ from conftest import write_rows
 
 from kit import api
 from kit.config import architectures, model
-from kit.config.schema import Model
+from kit.schema.run_plan import Model
 from kit.system import paths
 
 FILES = {f.stem: f for f in sorted((paths.CONF / "model").glob("*.yaml")) if f.stem != "none"}

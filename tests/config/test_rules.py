@@ -16,8 +16,8 @@ from test_cli_check import REFUSED_RUNS
 from kit import api, cli
 from kit.config import explain, rules
 from kit.config.rules import CHECKS, RULES, Facts
-from kit.config.schema import RunInput
 from kit.errors import DONE, REFUSED, KitError
+from kit.schema.run_plan import RunInput
 from kit.system import hardware
 from kit.system.hardware import Gpu
 
@@ -40,7 +40,7 @@ def test_every_rule_is_told_in_two_to_six_sentences():
 
 
 def test_keys_of_rules_are_keys_of_a_run():
-    from kit.config import fields
+    from kit.schema import fields
 
     for rule in CHECKS:
         assert rule.keys, rule.id
@@ -315,7 +315,7 @@ def test_a_port_in_use(facts: Facts):
 
 def test_packages_that_are_not_installed(facts: Facts, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    monkeypatch.setattr("kit.config.trackers.find_spec", lambda name: None)
+    monkeypatch.setattr("kit.schema.trackers.find_spec", lambda name: None)
     facts.plan["quantization"] = {"load_in_8bit": True}
     facts.plan["trainer"]["report_to"] = ["wandb"]
     facts.plan["peft"]["init_lora_weights"] = "loftq"

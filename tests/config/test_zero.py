@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from kit.config import fields, zero
+from kit.config import zero
 from kit.errors import KitError
+from kit.schema import fields
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 ROOT = Path(__file__).parents[2]

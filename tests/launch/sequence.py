@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from kit.config.schema import load_plan
+from kit.schema.run_plan import load_plan
 from kit.worker import prepare_process
 
 

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kit import manifest
-from kit.config.schema import InitFrom
 from kit.errors import KitError
+from kit.schema.run_plan import InitFrom
 from kit.training import labels
 from kit.training.warm_start import adapter_parameters, load_adapter
 

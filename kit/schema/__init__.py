@@ -1,0 +1,1 @@
+"""What a run may say: the plan, the libraries' own fields, trackers."""
