@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kit import rundir
 from kit.errors import KitError, Problem
 from kit.schema.run_plan import RunPlan, field_class, leaves, load_plan
+from kit.storage import run_directory
 from kit.system.dependencies import need_stack
 
 
@@ -61,34 +61,36 @@ def train(
         )
     own = {"node_rank": plan.launch.node_rank}  # which is this command's, not the plan's
     plan = plan.model_copy(update={"launch": plan.launch.model_copy(update={"node_rank": None})})
-    plan = rundir.create(plan, fresh)
+    plan = run_directory.create(plan, fresh)
     return launch(plan.model_copy(update={"launch": plan.launch.model_copy(update=own)}))
 
 
 def resume(run: str, *overrides: str) -> int:
     """Continue from the newest complete checkpoint; `overrides` may change extendable and machine keys only."""
-    from kit import manifest
     from kit.launchers.run import launch
+    from kit.storage import manifest
     from kit.system.terminal import say
 
-    path = rundir.find_run(run)
+    path = run_directory.find_run(run)
     plan = load_plan(path).model_copy(update={"run_dir": str(path)})
-    state = rundir.status(path)
+    state = run_directory.status(path)
     if plan.launch.slurm:
         from kit.launchers import slurm
 
         slurm.refuse_twice(path)
     else:
         need_stack()
-    if pid := rundir.in_use(path):
+    if pid := run_directory.in_use(path):
         raise KitError(f"{path} is in use by process {pid}", fix="wait for it")
     if state.get("state") == "done" and not overrides:
         raise KitError(f"{path} is finished at step {state.get('step')}", fix="kit resume RUN trainer.max_steps=MORE")
-    newest = manifest.newest_complete(path / rundir.CHECKPOINTS)
+    newest = manifest.newest_complete(path / run_directory.CHECKPOINTS)
     for reason in newest.skipped:
         say(f"passed over {reason}")
     if newest.path is None:
-        raise KitError(f"{path} has no complete checkpoint", str(path / rundir.CHECKPOINTS), "kit train ... --fresh")
+        raise KitError(
+            f"{path} has no complete checkpoint", str(path / run_directory.CHECKPOINTS), "kit train ... --fresh"
+        )
     plan = changed(plan, list(overrides))
     saved_on = manifest.read_manifest(newest.path).get("world_size")
     if plan.deepspeed and saved_on != plan.world_size:
@@ -98,7 +100,7 @@ def resume(run: str, *overrides: str) -> int:
             where="launch.num_gpus",
             fix=f"launch.num_gpus={saved_on}",
         )
-    rundir.write_plan(plan)
+    run_directory.write_plan(plan)
     say(f"resuming from {newest.path.name}")
     if plan.launch.slurm:  # the job looks for the newest checkpoint itself
         from kit.launchers import slurm
@@ -149,7 +151,7 @@ def changed(plan: RunPlan, overrides: list[str]) -> RunPlan:
 def plan_summary(plan: RunPlan) -> dict[str, Any]:
     """The figures of a plan that `kit check` prints."""
     return {
-        "run": rundir.shown(plan.run_dir),
+        "run": run_directory.shown(plan.run_dir),
         "model": plan.model.name_or_path,
         "method": (plan.peft or {}).get("peft_type", "full fine-tuning"),
         "engine": f"{plan.launch.launcher}, ZeRO-{plan.zero_stage}" if plan.deepspeed else plan.launch.launcher,

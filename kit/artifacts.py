@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kit.errors import ENVIRONMENT, KitError, first_line
-from kit.weights import CONFIG, find_model, fingerprint, read_header, read_json, read_tensors
+from kit.storage.safetensors_header import CONFIG, find_model, fingerprint, read_header, read_json, read_tensors
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST, PLAN = (
     "adapter_config.json",

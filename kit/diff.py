@@ -9,12 +9,12 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from kit import rundir
 from kit.config import keys
 from kit.effects import shown
 from kit.errors import DONE, KitError, Problem
 from kit.schema import fields
 from kit.schema.run_plan import RunPlan, field_class, leaves, load_plan
+from kit.storage import run_directory
 
 # In the order in which they are printed; the DeepSpeed JSON is the resolved one. `tracking` is in `trainer` by then.
 SECTIONS = (
@@ -73,12 +73,12 @@ def read(name: str, config_dir: str | None = None) -> RunPlan:
         return load_plan(name)
     own = [Path(config_dir) / "recipe" / f"{name}.yaml"] if config_dir else []
     recipes = {f.stem for f in catalog.choices(catalog.RECIPE)} | {f.stem for f in own if f.is_file()}
-    if name in recipes and not (Path(name) / rundir.PLAN).is_file():
+    if name in recipes and not (Path(name) / run_directory.PLAN).is_file():
         return api.compose(f"recipe={name}", config_dir=config_dir)
     try:
-        return load_plan(rundir.find_run(name))
+        return load_plan(run_directory.find_run(name))
     except KitError:
-        if (Path(name) / rundir.PLAN).is_file():
+        if (Path(name) / run_directory.PLAN).is_file():
             raise
     import difflib
 

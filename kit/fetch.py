@@ -16,10 +16,11 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
-from kit import api, hub, weights
+from kit import api, hub
 from kit.config import hub_dataset
 from kit.errors import DONE, ENVIRONMENT, KitError
 from kit.schema.run_plan import Dataset, Model, Tokenizer
+from kit.storage import safetensors_header
 from kit.system import dependencies, paths
 
 AROUND = {".json", ".jinja", ".model", ".txt", ".tiktoken"}  # config, tokenizer, templates
@@ -163,23 +164,25 @@ def model_files(model: Model) -> Callable[[Repo], list[str]]:
 
     def choose(repo: Repo) -> list[str]:
         around = tokenizer_files(repo) + [f for f in repo.sizes if f.endswith(".py") and model.trust_remote_code]
-        if weights.CONFIG not in repo.sizes:
+        if safetensors_header.CONFIG not in repo.sizes:
             adapter = "adapter_config.json" in repo.sizes
-            problem = f"{repo.name} is {'an adapter' if adapter else 'no model of transformers'}: no {weights.CONFIG}"
+            problem = f"{repo.name} is {'an adapter' if adapter else 'no model of transformers'}: no {safetensors_header.CONFIG}"
             raise KitError(problem, repo.key, "name its base model" if adapter else "name another repository")
         if model.random_init:
             return around
-        if weights.INDEX in repo.sizes:
+        if safetensors_header.INDEX in repo.sizes:
             try:
-                shards = sorted(set(json.loads(read_file(repo, weights.INDEX))["weight_map"].values()))
+                shards = sorted(set(json.loads(read_file(repo, safetensors_header.INDEX))["weight_map"].values()))
             except (ValueError, KeyError, AttributeError, TypeError):
-                raise KitError(f"{weights.INDEX} of {repo.name} cannot be read", repo.key, "name another") from None
+                raise KitError(
+                    f"{safetensors_header.INDEX} of {repo.name} cannot be read", repo.key, "name another"
+                ) from None
             if absent := [s for s in shards if s not in repo.sizes]:
                 problem = f"{repo.name} lacks {', '.join(absent)}, which its index names"
                 raise KitError(problem, repo.key, "name another")
             return around + shards
-        if weights.SINGLE in repo.sizes:
-            return [*around, weights.SINGLE]
+        if safetensors_header.SINGLE in repo.sizes:
+            return [*around, safetensors_header.SINGLE]
         pickles = [f for f in repo.sizes if Path(f).suffix in PICKLES]
         if pickles:
             raise KitError(

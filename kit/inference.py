@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 from kit.artifacts import ADAPTER_WEIGHTS, DTYPES, EMBEDDINGS, Source, loading, trust
 from kit.errors import ENVIRONMENT, KitError
+from kit.storage.safetensors_header import read_config, read_header, read_tensors
 from kit.system.hardware import cpu_multiplies_bf16
-from kit.weights import read_config, read_header, read_tensors
 
 T = TypeVar("T")
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

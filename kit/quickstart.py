@@ -14,11 +14,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from kit import api, manifest, rundir
+from kit import api
 from kit.errors import DONE, KitError
 from kit.launchers.run import launch
 from kit.merging.report import format_merge
 from kit.schema.run_plan import RunPlan
+from kit.storage import manifest, run_directory
 from kit.system import hardware, paths, terminal
 
 
@@ -62,7 +63,7 @@ def quickstart(overrides: list[str]) -> dict[str, Any]:
     samples = generate(source, max_new_tokens=8)
     print(format_samples(samples["samples"]))
     print(f"adapter and merged model agree token for token: {samples['adapter_equals_merged']}")
-    run = rundir.shown(plan.run_path)
+    run = run_directory.shown(plan.run_path)
     print(f"\nEverything is in {run}. Next, the same run under DeepSpeed ZeRO-3 with two processes:")
     more = "" if len(hardware.gpus()) > 1 else " trainer.use_cpu=true"
     print(f"  {command()} train recipe=quickstart launch=deepspeed launch.num_gpus=2 deepspeed=zero3{more}")
@@ -84,27 +85,27 @@ def prepare_base() -> None:
     if base.is_dir() and not manifest.verify(base) and manifest.read_manifest(base).get("plan") == plan.hash:
         print(f"kept from before: {base}")
         return
-    plan = rundir.create(plan, fresh=True)
+    plan = run_directory.create(plan, fresh=True)
     if launch(plan) != DONE:
         raise KitError("the base was not trained to the end", fix="make quickstart")
     shutil.rmtree(base, ignore_errors=True)
-    os.replace(plan.run_path / rundir.MODEL, base)
+    os.replace(plan.run_path / run_directory.MODEL, base)
     shutil.rmtree(folder / "runs", ignore_errors=True)
 
 
 def train(*args: str) -> RunPlan:
     """`kit train`, giving the plan with the directory it ran in; an unfinished earlier try is left where it is."""
-    plan = rundir.create(api.compose(*args, here=True), fresh=True)
+    plan = run_directory.create(api.compose(*args, here=True), fresh=True)
     code = launch(plan)
     if code != DONE:
-        raise KitError("the run was stopped", fix=f"kit resume {rundir.shown(plan.run_path)}", code=code)
+        raise KitError("the run was stopped", fix=f"kit resume {run_directory.shown(plan.run_path)}", code=code)
     return plan
 
 
 def command() -> str:
     """How this user types `kit`: by name where it is on the PATH, else with its folder."""
     here = Path(sys.executable).with_name("kit")
-    return "kit" if shutil.which("kit") else rundir.shown(here) if here.exists() else "python -m kit"
+    return "kit" if shutil.which("kit") else run_directory.shown(here) if here.exists() else "python -m kit"
 
 
 def title(text: str) -> None:

@@ -9,11 +9,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from kit import rundir
 from kit.config import keys, rules
 from kit.effects import ABSENT, WORKER, at, becomes, default_of, derived, shown, upstream
 from kit.errors import DONE, KitError, Problem
 from kit.schema.run_plan import RunPlan, field_class, leaves, load_plan
+from kit.storage import run_directory
 from kit.system import paths
 
 
@@ -55,9 +55,9 @@ def read(args: list[str], config_dir: str | None) -> tuple[Any, RunPlan | None, 
     if args and "=" not in args[0] and not args[0].endswith((".yaml", ".yml")):
         if len(args) > 1:
             raise KitError(f"{args[0]} is a run: its values stand", args[1], "name the run alone, or overrides alone")
-        if (paths.RECIPES / f"{args[0]}.yaml").is_file() and not (Path(args[0]) / rundir.PLAN).is_file():
+        if (paths.RECIPES / f"{args[0]}.yaml").is_file() and not (Path(args[0]) / run_directory.PLAN).is_file():
             raise KitError(f"{args[0]} is a recipe", args[0], f"recipe={args[0]}")
-        run = rundir.find_run(args[0])
+        run = run_directory.find_run(args[0])
         plan = load_plan(run)
         layers = [{k: (place, "") for k, place in plan.provenance.items()}]
         return Composed(plan.composed, plan.overrides, plan.provenance, plan.recipe, layers), plan, [], run

@@ -47,13 +47,13 @@ def main(argv: list[str] | None = None, **hooks: Any) -> None:
         store = None
         if plan_path is None:
             plan_path, store = compose_on_rank0(args, rank)
-        from kit import rundir
         from kit.schema.run_plan import load_plan
+        from kit.storage import run_directory
 
         plan = load_plan(plan_path).model_copy(update={"run_dir": str(Path(plan_path).absolute().parent)})
         if rank == 0:
             # Until this process ends; where the ranks of another launch have it, nothing in the directory is touched.
-            lock = rundir.locked(plan.run_path, rundir.RANK_LOCK)
+            lock = run_directory.locked(plan.run_path, run_directory.RANK_LOCK)
             lock.__enter__()
         run = plan.run_path
         log = prepare_process(plan, rank)
@@ -248,13 +248,15 @@ def report(run: Path | None, rank: int, problems: list[Problem], code: int, erro
         return code
     with open(log_of(run, rank), "a", encoding="utf-8") as log:
         log.write("".join(traceback.format_exception(error)))
-    from kit import rundir
+    from kit.storage import run_directory
 
     found = {"code": code, "problems": [vars(p) for p in problems]}
-    rundir.write_json(run / rundir.LOGS / f"rank{rank}.error.json", found)  # as a whole: other nodes read it
+    run_directory.write_json(
+        run / run_directory.LOGS / f"rank{rank}.error.json", found
+    )  # as a whole: other nodes read it
     if rank == 0:
-        rundir.set_status(run, "failed", exit_code=code, problems=[str(p) for p in problems])
-        if not (run / rundir.LAUNCH).exists():  # started by hand: nobody else will say it
+        run_directory.set_status(run, "failed", exit_code=code, problems=[str(p) for p in problems])
+        if not (run / run_directory.LAUNCH).exists():  # started by hand: nobody else will say it
             print("\n".join(map(str, problems)), file=sys.stderr)
     return code if code != DONE else FAILED
 

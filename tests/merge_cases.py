@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from kit.weights import fingerprint
+from kit.storage.safetensors_header import fingerprint
 
 VOCAB = 64
 torch.set_num_threads(1)  # these models are too small to share

@@ -354,7 +354,7 @@ def run_in(runs: Path) -> Path | None:
 
 def newest_step(run: Path | None) -> tuple[int | None, list[str]]:
     """The step that a resume would start from, not only by the kit itself; AssertionError if unsound."""
-    from kit import manifest, weights
+    from kit.storage import manifest, safetensors_header
 
     newest = manifest.newest_complete(run / "checkpoints") if run else manifest.Newest(None, [])
     if newest.path is None:
@@ -363,7 +363,7 @@ def newest_step(run: Path | None) -> tuple[int | None, list[str]]:
     assert manifest.verify(newest.path) == []
     step = int(newest.path.name.partition("-")[2])
     assert json.loads((newest.path / "trainer_state.json").read_text())["global_step"] == step
-    tensors = [t for f in newest.path.glob("*.safetensors") for t in weights.read_header(f)]
+    tensors = [t for f in newest.path.glob("*.safetensors") for t in safetensors_header.read_header(f)]
     assert tensors, "a checkpoint without tensors"
     return step, newest.skipped
 
@@ -414,7 +414,7 @@ def one_kill(work: Path, base: Path, data: Path, rng: random.Random, aim: str, s
 
 
 def adapter_problems(run: Path) -> list[str]:
-    from kit import manifest
+    from kit.storage import manifest
 
     return manifest.verify(run / "adapter")
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from kit import api, cli, diff, rundir
+from kit import api, cli, diff
 from kit.errors import DONE, REFUSED
+from kit.storage import run_directory
 
 QUICK = "recipe=quickstart"
 WRITTEN = f"{QUICK} dataset.path=x/y dataset.eval_path=null dataset.format=text trainer.assistant_only_loss=false"
@@ -80,11 +81,11 @@ def test_long_values_are_shown_from_where_they_part():
 def test_everything_that_can_name_a_run(base: Path, chat: Path, tmp_path: Path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     stock = [f"model.name_or_path={base}", f"dataset.path={chat}", "trainer.use_cpu=true", "name=made"]
-    plan = rundir.create(api.compose(*stock, here=True))
+    plan = run_directory.create(api.compose(*stock, here=True))
     Path("mine.yaml").write_text(
         f"model:\n  name_or_path: {base}\ndataset:\n  path: {chat}\ntrainer:\n  use_cpu: true\nname: made\n"
     )
-    rundir.write_plan(plan)
+    run_directory.write_plan(plan)
     names = [plan.run_path.name, str(plan.run_path), f"{plan.run_dir}/plan.json", "mine.yaml", " ".join(stock)]
     for name in names:
         ours = found(names[0], name)

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, write_rows
 
-from kit import api, cli, rundir
+from kit import api, cli
 from kit.ejecting import script, text, verb
 from kit.errors import DONE, REFUSED, KitError
 from kit.schema import fields
+from kit.storage import run_directory
 
 RECIPES = sorted(f.stem for f in (ROOT / "recipes").glob("*.yaml"))
 RUFF = shutil.which("ruff", path=f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}")
@@ -200,7 +201,7 @@ def test_values_are_the_same_when_python_reads_them(value):
 
 
 def test_the_command(plan_of, base, chat, tmp_path, capsys):
-    plan = rundir.create(plan_of("name=made", "prompts=[a]"))
+    plan = run_directory.create(plan_of("name=made", "prompts=[a]"))
     run = plan.run_path.name
     assert cli.run(["eject", run]) == DONE  # a run may be named without runs/
     assert "made-trl" in (said := capsys.readouterr().out) and "prompts" in said

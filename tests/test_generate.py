@@ -15,7 +15,7 @@ from kit.artifacts import resolve
 from kit.decoding import decode, end_of_turn, stop_ids
 from kit.errors import KitError
 from kit.generate import format_samples, generate
-from kit.weights import fingerprint
+from kit.storage.safetensors_header import fingerprint
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

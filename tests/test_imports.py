@@ -153,7 +153,14 @@ def test_compose_and_resume_of_what_it_made(tmp_path: Path):
 
 
 def test_importing_the_package_costs_nothing(tmp_path: Path):
-    for module in ("kit", "kit.worker", "kit.system.paths", "kit.manifest", "kit.weights", "kit.hub"):
+    for module in (
+        "kit",
+        "kit.worker",
+        "kit.system.paths",
+        "kit.storage.manifest",
+        "kit.storage.safetensors_header",
+        "kit.hub",
+    ):
         names = imported(f"import {module}", tmp_path)
         assert not names & {*HEAVY, "hydra", "omegaconf", "pydantic", "huggingface_hub"}, module
 
@@ -164,7 +171,7 @@ def test_the_training_side_imports_no_hydra(tmp_path: Path):
     parts = ["training", "data"]
     found = [f.relative_to(ROOT).with_suffix("") for p in parts for f in sorted((ROOT / "kit" / p).glob("*.py"))]
     modules = [".".join(p.parts) for p in found if p.name not in ("__init__", "build_ops")]
-    modules += ["kit.worker", "kit.merging", "kit.generate", "kit.evaluate", "kit.rundir"]
+    modules += ["kit.worker", "kit.merging", "kit.generate", "kit.evaluate", "kit.storage.run_directory"]
     names = imported("import " + ", ".join(modules), tmp_path)
     assert not names & {"hydra", "omegaconf"}
     assert {"torch", "trl"} <= names  # else this test looked at nothing

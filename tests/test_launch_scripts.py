@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kit import api, cli, rundir
+from kit import api, cli
 from kit.errors import DONE
 from kit.launchers import run as launching
+from kit.storage import run_directory
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "launch/README.md").read_text()
@@ -45,7 +46,7 @@ def there(base, chat, tmp_path, monkeypatch) -> Path:
         (tmp_path / "bin" / name).chmod(0o755)
     two = ("launch=torchrun", "launch.num_nodes=2", "launch.num_gpus=8", "trainer.use_cpu=true")
     plan = api.compose(f"model.name_or_path={base}", f"dataset.path={chat}", "name=quickstart", *two)
-    rundir.create(plan.model_copy(update={"run_dir": str(tmp_path / "runs" / "quickstart-1a2b3c4d")}))
+    run_directory.create(plan.model_copy(update={"run_dir": str(tmp_path / "runs" / "quickstart-1a2b3c4d")}))
     return tmp_path
 
 

@@ -17,23 +17,24 @@ from pathlib import Path
 import psutil
 import pytest
 
-from kit import api, rundir, worker
+from kit import api, worker
 from kit.errors import ENVIRONMENT, REFUSED, KitError
 from kit.launchers import command, ops, run
+from kit.storage import run_directory
 from kit.system import hardware
 from kit.system.hardware import Gpu
 
 
 def refused_beside(run: Path, lock: str, module: str, *more: str) -> None:
     """Started with a plan whose run another process has, a module refuses and leaves the directory as it was."""
-    rundir.set_status(run, "running")
-    pid = run / rundir.LOGS / "rank0.pid"
+    run_directory.set_status(run, "running")
+    pid = run / run_directory.LOGS / "rank0.pid"
     pid.write_text("1")
-    argv = [sys.executable, "-m", module, str(run / rundir.PLAN), *more]
-    with rundir.locked(run, lock):
+    argv = [sys.executable, "-m", module, str(run / run_directory.PLAN), *more]
+    with run_directory.locked(run, lock):
         done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
     assert done.returncode == REFUSED and "in use by process" in done.stderr, done.stderr
-    assert rundir.status(run)["state"] == "running" and pid.read_text() == "1"
+    assert run_directory.status(run)["state"] == "running" and pid.read_text() == "1"
     assert not list(pid.parent.glob("*.error.json"))
 
 
@@ -205,23 +206,23 @@ def test_a_console_that_is_gone_does_not_end_the_run(tmp_path):
 
 
 def test_a_run_directory_is_one_runs(plan_of):
-    plan = rundir.create(plan_of("trainer.use_cpu=true"))
+    plan = run_directory.create(plan_of("trainer.use_cpu=true"))
     assert oct(plan.run_path.stat().st_mode)[-3:] == "700"
     assert json.loads((plan.run_path / ".hydra" / "overrides.json").read_text()) == plan.overrides
-    assert rundir.create(plan_of("trainer.use_cpu=true")).run_dir == plan.run_dir  # it never started
-    rundir.set_status(plan.run_path, "stopped")
+    assert run_directory.create(plan_of("trainer.use_cpu=true")).run_dir == plan.run_dir  # it never started
+    run_directory.set_status(plan.run_path, "stopped")
     with pytest.raises(KitError, match="unfinished") as refused:
-        rundir.create(plan_of("trainer.use_cpu=true"))
+        run_directory.create(plan_of("trainer.use_cpu=true"))
     assert "kit resume" in refused.value.problems[0].fix and "--fresh" in refused.value.problems[0].fix
-    assert rundir.create(plan_of("trainer.use_cpu=true"), fresh=True).run_dir == plan.run_dir + "-2"
-    rundir.set_status(plan.run_path, "done")
-    assert rundir.create(plan_of("trainer.use_cpu=true"), fresh=True).run_dir.endswith("-3")
-    with rundir.locked(plan.run_path):
-        with pytest.raises(KitError, match="in use"), rundir.locked(plan.run_path):
+    assert run_directory.create(plan_of("trainer.use_cpu=true"), fresh=True).run_dir == plan.run_dir + "-2"
+    run_directory.set_status(plan.run_path, "done")
+    assert run_directory.create(plan_of("trainer.use_cpu=true"), fresh=True).run_dir.endswith("-3")
+    with run_directory.locked(plan.run_path):
+        with pytest.raises(KitError, match="in use"), run_directory.locked(plan.run_path):
             pass
-    assert rundir.in_use(plan.run_path) is None
+    assert run_directory.in_use(plan.run_path) is None
     with pytest.raises(KitError, match="there is no run"):
-        rundir.find_run("nothing")
+        run_directory.find_run("nothing")
     with pytest.raises(KitError, match="is finished"):
         api.resume(plan.run_dir)
 
@@ -241,35 +242,35 @@ def system_answers(monkeypatch, number: int, refused) -> None:
 
 def test_locks_of_other_file_systems(tmp_path, monkeypatch, capsys):
     """NFS gives an exclusive lock to a file that is open for writing only; some Lustre mounts have no locks."""
-    with rundir.locked(tmp_path):
-        assert rundir.in_use(tmp_path) == os.getpid()
+    with run_directory.locked(tmp_path):
+        assert run_directory.in_use(tmp_path) == os.getpid()
     with monkeypatch.context() as nfs:
         system_answers(nfs, errno.EBADF, lambda mode, kind: mode == os.O_RDONLY and kind & fcntl.LOCK_EX)
-        assert rundir.in_use(tmp_path) is None
-        with rundir.locked(tmp_path):
-            assert rundir.in_use(tmp_path) == os.getpid()
+        assert run_directory.in_use(tmp_path) is None
+        with run_directory.locked(tmp_path):
+            assert run_directory.in_use(tmp_path) == os.getpid()
     with monkeypatch.context() as none:
         system_answers(none, errno.ENOSYS, lambda mode, kind: True)
-        with rundir.locked(tmp_path):
-            assert rundir.in_use(tmp_path) is None
+        with run_directory.locked(tmp_path):
+            assert run_directory.in_use(tmp_path) is None
     assert capsys.readouterr().err.count("has no locks") == 1
 
 
 def test_a_run_that_another_process_has(plan_of):
     """A trial, or a rank that is started by hand, says so; what the other one says of the run stays."""
-    run = rundir.create(plan_of("trainer.use_cpu=true")).run_path
-    refused_beside(run, rundir.LOCK, "kit.launchers.trial", str(os.getpid()))
-    refused_beside(run, rundir.LOCK + ".rank0", "kit.worker")
+    run = run_directory.create(plan_of("trainer.use_cpu=true")).run_path
+    refused_beside(run, run_directory.LOCK, "kit.launchers.trial", str(os.getpid()))
+    refused_beside(run, run_directory.LOCK + ".rank0", "kit.worker")
 
 
 def test_looking_at_a_lock_does_not_keep_a_run_from_it(tmp_path):
-    with rundir.locked(tmp_path):
+    with run_directory.locked(tmp_path):
         pass
-    with open(tmp_path / rundir.LOCK) as look:
-        assert rundir.taken(look, fcntl.LOCK_SH)
+    with open(tmp_path / run_directory.LOCK) as look:
+        assert run_directory.taken(look, fcntl.LOCK_SH)
         timer = threading.Timer(0.05, look.close)
         timer.start()
-        with rundir.locked(tmp_path):
+        with run_directory.locked(tmp_path):
             timer.join()
 
 

@@ -10,8 +10,8 @@ import sys
 
 import pytest
 
-from kit import manifest
 from kit.errors import KitError
+from kit.storage import manifest
 
 
 def make(folder, content=b"abc", step=1):
@@ -145,5 +145,5 @@ def test_discard(tmp_path):
 
 
 def test_light():
-    code = "import sys, kit.manifest, kit.training.stopping; print({'torch', 'transformers'} & sys.modules.keys())"
+    code = "import sys, kit.storage.manifest, kit.training.stopping; print({'torch', 'transformers'} & sys.modules.keys())"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import kit.merging.adapter
 import kit.merging.plan
 import kit.merging.stream
-import kit.stage
+import kit.storage.atomic_folder
 from kit.errors import KitError
 from kit.merging import merge, verify
 
@@ -330,7 +330,7 @@ def killed_merge(point: str, adapter: Path, base: Path, out: Path) -> int:
     def run() -> None:
         module, name, after = {
             "block": (kit.merging.stream, "_change", 2),
-            "publish": (kit.stage, "publish", 0),
+            "publish": (kit.storage.atomic_folder, "publish", 0),
         }[point]
         setattr(module, name, dies(getattr(module, name), after))
         merge(adapter, str(base), out, verify=False, fsync=False)

@@ -12,10 +12,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from kit import api, cli, rundir
+from kit import api, cli
 from kit.errors import KitError
 from kit.merging import merge
 from kit.quantized import bnb_config, settle
+from kit.storage import run_directory
 
 KINDS = {
     "nf4": ["quantization=nf4"],
@@ -42,7 +43,7 @@ def make_run(folder: Path, base: Path, chat: Path, *overrides: str) -> Path:
         f"model.name_or_path={base}", f"dataset.path={chat}", f"runs_dir={folder}", "trainer.use_cpu=true",
         "trainer.bf16=false", *overrides, here=True,
     )  # fmt: skip
-    run = rundir.create(plan).run_path
+    run = run_directory.create(plan).run_path
     torch.manual_seed(3)
     lora = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "up_proj"], task_type="CAUSAL_LM")
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora)
@@ -65,7 +66,7 @@ def test_dequantized_is_the_model_that_was_trained(base, chat, tmp_path, kind):
     run = make_run(tmp_path, base, chat, *KINDS[kind])
     report = merge(run, onto="dequantized", fsync=False)
     assert report["method"] == "streaming" and report["verification"]["logits"]
-    fields = rundir.read_json(run / "plan.json")["quantization"]
+    fields = run_directory.read_json(run / "plan.json")["quantization"]
     merged = logits(AutoModelForCausalLM.from_pretrained(run / "merged", dtype=torch.float32))
 
     def quantized():
@@ -99,7 +100,7 @@ def test_original_says_how_far_it_is_from_the_trained_model(base, chat, tmp_path
     run = make_run(tmp_path, base, chat, *KINDS[kind])
     assert cli.run(["merge", str(run), "--no-fsync"]) == 0
     said = capsys.readouterr().out
-    report = rundir.read_json(run / "merged" / "merge.json")
+    report = run_directory.read_json(run / "merged" / "merge.json")
     assert report["onto"] == "original" and "--onto dequantized is" in said and "differs   from quantized" in said
     far = report["as_trained"]
     full = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), run / "adapter")
@@ -107,7 +108,7 @@ def test_original_says_how_far_it_is_from_the_trained_model(base, chat, tmp_path
     assert (merged - logits(full)).abs().max() < 1e-4
     assert far["mean_difference"] > 0.01 * far["logits_std"]
     assert cli.run(["merge", str(run), "--no-fsync", "--overwrite", "--onto", "dequantized"]) == 0
-    near = rundir.read_json(run / "merged" / "merge.json")["as_trained"]
+    near = run_directory.read_json(run / "merged" / "merge.json")["as_trained"]
     assert near["mean_difference"] < far["mean_difference"]  # int8: its rounded activations stay a difference
     if kind == "nf4":
         assert near["max_difference"] < 1e-3 * near["logits_std"]

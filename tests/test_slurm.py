@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from kit import api, cli, rundir
+from kit import api, cli
 from kit.config import slurm as values
 from kit.errors import DONE, ENVIRONMENT, REFUSED, KitError
 from kit.launchers import node, slurm, slurm_script
 from kit.schema.run_plan import Slurm
+from kit.storage import run_directory
 
 HOSTILE = [
     "x\n#SBATCH --uid=0", "x\ntouch canary", "x; touch canary", "$(touch canary)", "`touch canary`", "(x)", "é", "-x",
@@ -301,14 +302,14 @@ def test_a_run_with_its_chain(plan_of, sbatch: Path, tmp_path: Path, monkeypatch
         slurm.submit(plan)
     monkeypatch.setenv("KIT_TEST_STATE", "CANCELLED")
     assert slurm.submit(plan) == DONE
-    rundir.set_status(run, "created")
+    run_directory.set_status(run, "created")
     with pytest.raises(KitError, match="is cancelled"):
         slurm.submit(plan, follow=True)
 
 
 def test_an_array_needs_one_kind_of_job(plan_of, sbatch: Path, tmp_path: Path):
     plans = [plan_of("trainer.use_cpu=true", f"trainer.seed={n}") for n in range(4)]
-    plans = [rundir.create(plan) for plan in plans]
+    plans = [run_directory.create(plan) for plan in plans]
     assert slurm.submit_array(plans, tmp_path / "sweep", at_once=2) == "41"
     assert "#SBATCH --array=0-3%2" in (tmp_path / "sweep" / "array.sbatch").read_text()
     assert json.loads((plans[3].run_path / "slurm.json").read_text())["jobs"][0]["id"] == "41_3"
@@ -339,8 +340,8 @@ def test_a_multirun_is_one_array(sbatch: Path, tmp_path: Path, base: Path, chat:
     assert "trial 001 is job 41_1 (pending)" in capsys.readouterr().err
     assert len((sbatch / "argv").read_text().splitlines()) == 1
     monkeypatch.setenv("KIT_TEST_STATE", "COMPLETED")
-    rundir.set_status(runs[0], "done")
-    rundir.set_status(runs[1], "failed")
+    run_directory.set_status(runs[0], "done")
+    run_directory.set_status(runs[1], "failed")
     assert cli.run(["train", *sweep]) == REFUSED
     assert "job 42: 1 trials" in capsys.readouterr().out and (folder / "sweep.csv").exists()
     assert json.loads((runs[1] / "slurm.json").read_text())["jobs"][-1]["id"] == "42"
@@ -420,7 +421,7 @@ def test_an_allocation_that_does_not_do(env, state, said, plan_of, sbatch: Path,
     with pytest.raises(KitError, match=said) as refused:
         slurm.start(plan)
     assert refused.value.code == ENVIRONMENT and all(p.where and p.fix for p in refused.value.problems)
-    assert rundir.status(plan.run_path).get("state") in (None, "created")  # the same command does it, elsewhere
+    assert run_directory.status(plan.run_path).get("state") in (None, "created")  # the same command does it, elsewhere
 
 
 def test_a_job_learns_nothing_of_the_one_it_was_submitted_from(sbatch: Path, tmp_path: Path, monkeypatch):

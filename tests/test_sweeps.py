@@ -17,13 +17,14 @@ from pathlib import Path
 
 import pytest
 
-from kit import cli, rundir
+from kit import cli
 from kit.config import multirun, search_space
 from kit.errors import DONE, ENVIRONMENT, FAILED, REFUSED, STOPPED, KitError
 from kit.launchers import sweep_files as files
 from kit.launchers import trials
 from kit.launchers.sweep_plot import write_plot
 from kit.launchers.trials import Curve, Trial
+from kit.storage import run_directory
 from kit.system import hardware
 
 # Stands in the place of kit.launchers.trial: r=8 fails, r=6 waits to be told to stop, all others log and end well.
@@ -173,7 +174,7 @@ for _ in range({times}):
 
 def test_a_directory_runs_one_sweep(sweep, tmp_path: Path, capsys):
     assert sweep("peft.r=2,4") == DONE
-    with rundir.locked(folder_of(tmp_path)):
+    with run_directory.locked(folder_of(tmp_path)):
         code = subprocess.run(
             [sys.executable, "-c", "import sys; from kit import rundir; from pathlib import Path\n"
              "try:\n  rundir.locked(Path(sys.argv[1])).__enter__()\nexcept Exception as e:\n  sys.exit(str(e))",

@@ -17,8 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from kit import cli, rundir
+from kit import cli
 from kit.errors import DONE, FAILED, REFUSED, STOPPED
+from kit.storage import run_directory
 from kit.watching import main, view
 from kit.watching import state as watch
 
@@ -43,21 +44,21 @@ def row(step: int, start: int = 0, **more) -> dict:
 
 def write(run: Path, *rows: dict | str, state: str = "done", plan: dict | None = None, **facts) -> Path:
     run.mkdir(parents=True, exist_ok=True)
-    (run / rundir.PLAN).write_text(json.dumps(PLAN if plan is None else plan))
+    (run / run_directory.PLAN).write_text(json.dumps(PLAN if plan is None else plan))
     text = "".join(r if isinstance(r, str) else json.dumps(r) + "\n" for r in rows)
-    (run / rundir.METRICS_LOG).write_text(text, encoding="utf-8")
+    (run / run_directory.METRICS_LOG).write_text(text, encoding="utf-8")
     if state:
-        rundir.set_status(run, state, **facts)
+        run_directory.set_status(run, state, **facts)
     return run
 
 
 def alive(run: Path) -> Path:
-    (run / rundir.LOCK).write_text(str(os.getpid()))
+    (run / run_directory.LOCK).write_text(str(os.getpid()))
     return run
 
 
 def state(run: Path) -> dict:
-    return watch.state(run, watch.Follower(run / rundir.METRICS_LOG))
+    return watch.state(run, watch.Follower(run / run_directory.METRICS_LOG))
 
 
 def kit(*argv: str, capsys) -> tuple[int, str]:
@@ -114,11 +115,11 @@ def test_what_a_file_may_hold(rows, known, tmp_path):
     damaged = known.pop("damaged", 0) if "damaged" in known else 0
     assert {key: at_once[key] for key in known} == known
     assert any(f"{damaged} lines" in note for note in at_once["notes"]) == bool(damaged)
-    content = (run / rundir.METRICS_LOG).read_bytes()
-    (run / rundir.METRICS_LOG).write_bytes(b"")
-    follower = watch.Follower(run / rundir.METRICS_LOG)
+    content = (run / run_directory.METRICS_LOG).read_bytes()
+    (run / run_directory.METRICS_LOG).write_bytes(b"")
+    follower = watch.Follower(run / run_directory.METRICS_LOG)
     for end in range(0, len(content), 97):
-        with open(run / rundir.METRICS_LOG, "ab") as f:
+        with open(run / run_directory.METRICS_LOG, "ab") as f:
             f.write(content[end : end + 97])
         grown = watch.state(run, follower)
     if content:
@@ -135,9 +136,9 @@ def replaced(file: Path, content: str) -> None:
 @pytest.mark.parametrize("how", [Path.write_text, replaced], ids=["cut off", "rotated"])
 def test_a_file_that_begins_again(how, tmp_path):
     run = alive(write(tmp_path / "r", *(row(n) for n in range(1, 10)), state="running"))
-    follower = watch.Follower(run / rundir.METRICS_LOG)
+    follower = watch.Follower(run / run_directory.METRICS_LOG)
     assert watch.state(run, follower)["step"] == 9
-    how(run / rundir.METRICS_LOG, json.dumps(row(11)) + "\n")
+    how(run / run_directory.METRICS_LOG, json.dumps(row(11)) + "\n")
     assert watch.state(run, follower) == state(run)
     assert state(run)["step"] == 11
 
@@ -145,17 +146,17 @@ def test_a_file_that_begins_again(how, tmp_path):
 def test_a_file_server_whose_clock_is_behind(tmp_path):
     """The lock then seems older than the process that holds it, as one of a process with the same number would be."""
     run = write(tmp_path / "r", row(3), state="running")
-    with rundir.locked(run):
-        os.utime(run / rundir.LOCK, (0, 0))
+    with run_directory.locked(run):
+        os.utime(run / run_directory.LOCK, (0, 0))
         assert state(run)["pid"] == os.getpid()
     assert state(run)["pid"] is None
 
 
 def test_a_file_that_is_away_for_a_moment_is_not_forgotten(tmp_path):
     run = alive(write(tmp_path / "r", row(3), state="running"))
-    follower = watch.Follower(run / rundir.METRICS_LOG)
+    follower = watch.Follower(run / run_directory.METRICS_LOG)
     watch.state(run, follower)
-    (run / rundir.METRICS_LOG).unlink()
+    (run / run_directory.METRICS_LOG).unlink()
     assert watch.state(run, follower)["step"] == 3
 
 
@@ -190,9 +191,9 @@ def test_states(said, facts, lock, found, code, tmp_path, capsys):
     run = write(tmp_path / "r", begun(), row(1), row(2), state=said, **facts)
     if lock:
         numbers = {"alive": os.getpid(), "dead": dead(), "older": os.getpid(), "rubbish": "x"}
-        (run / rundir.LOCK).write_text(str(numbers[lock]))
+        (run / run_directory.LOCK).write_text(str(numbers[lock]))
     if lock == "older":
-        os.utime(run / rundir.LOCK, (1e9, 1e9))
+        os.utime(run / run_directory.LOCK, (1e9, 1e9))
     seen = state(run)
     assert (seen["state"], seen["alive"]) == found
     ended, shown = kit(run, "--once", capsys=capsys)
@@ -203,7 +204,7 @@ def test_states(said, facts, lock, found, code, tmp_path, capsys):
 
 def test_a_quiet_run_says_so(tmp_path):
     run = alive(write(tmp_path / "r", row(1), state="running"))
-    os.utime(run / rundir.METRICS_LOG, (time.time() - 3600,) * 2)
+    os.utime(run / run_directory.METRICS_LOG, (time.time() - 3600,) * 2)
     assert "nothing was written for 60 minutes" in state(run)["notes"][0]
 
 
@@ -219,8 +220,8 @@ def test_the_last_checkpoint_is_one_with_a_manifest(tmp_path):
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"trainer": 3, "model": []}'])
 def test_damaged_plan_and_status(content, tmp_path, capsys):
     run = write(tmp_path / "r", row(1))
-    (run / rundir.PLAN).write_text(content)
-    (run / rundir.STATUS).write_text(content)
+    (run / run_directory.PLAN).write_text(content)
+    (run / run_directory.STATUS).write_text(content)
     code, shown = kit(run, "--once", capsys=capsys)
     assert code == DONE and "loss" in shown
 
@@ -288,10 +289,10 @@ def test_a_line_per_interval_until_it_ends(tmp_path, monkeypatch, capsys):
 
     def train(seconds):
         assert seconds == 30
-        with open(run / rundir.METRICS_LOG, "a") as f:
+        with open(run / run_directory.METRICS_LOG, "a") as f:
             f.writelines(json.dumps(r) + "\n" for r in left.pop(0))
         if not left:
-            rundir.set_status(run, "done")
+            run_directory.set_status(run, "done")
 
     monkeypatch.setattr(time, "sleep", train)
     code, shown = kit(run, capsys=capsys)
@@ -348,7 +349,7 @@ def test_a_sweep_between_two_trials_goes_on(tmp_path, monkeypatch, capsys):
     sweep = tmp_path / "s-sweep-12345678"
     write(sweep / "000-r-8", begun(), row(40), state="done")
     alive(sweep)
-    left = [lambda: write(sweep / "001-r-4", begun(), row(40), state="done"), (sweep / rundir.LOCK).unlink]
+    left = [lambda: write(sweep / "001-r-4", begun(), row(40), state="done"), (sweep / run_directory.LOCK).unlink]
     monkeypatch.setattr(time, "sleep", lambda _: left.pop(0)())
     code, shown = kit(sweep, capsys=capsys)
     assert code == DONE and [line.split("  ")[1] for line in shown.splitlines()] == ["1 done", "2 done", "2 done"]

@@ -8,11 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from kit import api, cli, rundir, why
+from kit import api, cli, why
 from kit.config import keys
 from kit.effects import FILLED, RESOLVED, USED
 from kit.errors import DONE, REFUSED, KitError
 from kit.schema import fields
+from kit.storage import run_directory
 
 DOCTOR = "recipe=llama2_7b_lora_zero2_doctor"
 ANSWERS = "recipe=llama2_7b_lora_zero2_doctor_answers"
@@ -177,7 +178,7 @@ def test_a_json_of_ones_own_is_in_the_chain(tmp_path: Path):
 def test_a_run_directory(base: Path, chat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.chdir(tmp_path)
     args = [f"model.name_or_path={base}", f"dataset.path={chat}", "trainer.use_cpu=true", "peft.r=4", "name=made"]
-    run = rundir.create(api.compose(*args)).run_path
+    run = run_directory.create(api.compose(*args)).run_path
     told = why.explain("r", run.name)  # a run may be named without runs/
     assert (told["value"], told["set"], told["run"]) == (4, "command line: peft.r=4", str(run))
     assert told["over"] == [

@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kit import hub, manifest, weights
+from kit import hub
 from kit.config.architectures import LINEARS
 from kit.config.embeddings import OUTPUTS
 from kit.config.model import Base, identify
 from kit.errors import KitError, Problem
 from kit.schema import fields
 from kit.schema.run_plan import InitFrom, Model
+from kit.storage import manifest, safetensors_header
 
 KEY, FLAG = "peft.init_from", "peft.init_from_pickle"
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -57,7 +58,7 @@ def find_source(
     `here`: the run is about to start on this machine, so a Hub id must be in the cache.
     """
     try:
-        folder = weights.find_model(start.name)
+        folder = safetensors_header.find_model(start.name)
     except (OSError, ValueError) as error:
         return None, [Problem(f"{KEY} is no path that can be looked at: {error}", KEY, "check it", "init-from")], []
     if folder is None:
@@ -89,9 +90,9 @@ def read_source(folder: Path, pickle: bool) -> tuple[dict[str, Any], Path, dict[
     """adapter_config.json, the weights file, and its shapes by name (None of a pickle)."""
     if not (folder / CONFIG).is_file():
         raise KitError(f"{folder} is no adapter: it has no {CONFIG}", fix="give an adapter folder or a run directory")
-    config = weights.read_json(folder / CONFIG)
+    config = safetensors_header.read_json(folder / CONFIG)
     if (folder / WEIGHTS).is_file():
-        shapes = {t.name: t.shape for t in weights.read_header(folder / WEIGHTS)}
+        shapes = {t.name: t.shape for t in safetensors_header.read_header(folder / WEIGHTS)}
         if not shapes:
             raise KitError(f"{folder / WEIGHTS} holds no tensors", fix="give another adapter")
         return config, folder / WEIGHTS, shapes
@@ -187,9 +188,9 @@ def shown(value: Any) -> str:
 
 def compare_shapes(folder: Path, shapes: dict[str, tuple[int, ...]], model: Model) -> list[Problem]:
     """The first LoRA matrix that fits no side of the base's weight, where the base's files are here."""
-    place = weights.find_model(model.name_or_path, model.revision)
+    place = safetensors_header.find_model(model.name_or_path, model.revision)
     try:
-        stored = weights.read_tensors(place) if place else {}
+        stored = safetensors_header.read_tensors(place) if place else {}
     except KitError:
         return []  # the base itself is refused elsewhere
     for name, shape in shapes.items():

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kit import hub, weights
+from kit import hub
 from kit.config import architectures
 from kit.errors import KitError, Problem, named
 from kit.schema.run_plan import Model, Tokenizer
+from kit.storage import safetensors_header
 from kit.system import paths
 
 DERIVED = ("head_dim", "num_key_value_heads")  # null in config.json: what transformers makes of the other keys
@@ -48,7 +49,7 @@ def inspect(model: Model, here: bool) -> tuple[Base, list[Problem]]:
     """
     name = model.name_or_path
     preset = dict(model.config) or None
-    folder = weights.find_model(name, model.revision)
+    folder = safetensors_header.find_model(name, model.revision)
     local = Path(name).expanduser().is_dir()
     if folder is None and hub.looks_like_id(name) and (refused := architectures.refuse_name(name)):
         return Base(config=preset), refused
@@ -77,10 +78,10 @@ def inspect(model: Model, here: bool) -> tuple[Base, list[Problem]]:
         refused, notes = architectures.refuse_config(name, preset, model.trust_remote_code, key)
         return Base(preset, modules=architectures.modules(preset), notes=[note, *notes]), refused
     try:
-        config = weights.read_config(folder)
+        config = safetensors_header.read_config(folder)
         # A part of the shards in the cache is a download that was cut short: the model is not here.
-        part = not local and any(not (folder / file).is_file() for file in weights.indexed(folder))
-        tensors = {} if part else weights.read_tensors(folder)
+        part = not local and any(not (folder / file).is_file() for file in safetensors_header.indexed(folder))
+        tensors = {} if part else safetensors_header.read_tensors(folder)
     except KitError as error:
         return Base(folder=folder), named(error.problems, "model-files")
     base = Base(config=config, folder=folder)
@@ -114,7 +115,9 @@ def inspect(model: Model, here: bool) -> tuple[Base, list[Problem]]:
         return base, [Problem(problem, "model.name_or_path", fix, "model-files")]
     if differ := differences(preset or {}, config):
         listed = ", ".join(f"{key} {a} against {b}" for key, (a, b) in sorted(differ.items()))
-        base.notes.append(f"the preset's shape differs from {folder / weights.CONFIG}, which wins: {listed}")
+        base.notes.append(
+            f"the preset's shape differs from {folder / safetensors_header.CONFIG}, which wins: {listed}"
+        )
     return base, []
 
 
@@ -161,18 +164,18 @@ def fetch_config(name: str, revision: str | None) -> Path:
             f"{name} is not here, and huggingface_hub is not installed", fix="pip install '.[train]'"
         ) from None
     try:
-        return Path(hf_hub_download(name, weights.CONFIG, revision=revision)).parent
+        return Path(hf_hub_download(name, safetensors_header.CONFIG, revision=revision)).parent
     except Exception as error:  # the Hub's refusals, the network's, a broken name: all are put in words
         raise hub.explain(error, name, hub.MODEL, key) from None
 
 
 def identify(model: Model, folder: Path | None) -> dict[str, Any] | None:
     """What ties an adapter to its base: name, revision, and hashes of config.json and of the weights."""
-    if folder is None or model.random_init or not weights.shard_files(folder):
+    if folder is None or model.random_init or not safetensors_header.shard_files(folder):
         return None
     return {
         "name_or_path": model.name_or_path,
         "revision": model.revision,
-        "config_sha256": hashlib.sha256((folder / weights.CONFIG).read_bytes()).hexdigest(),
-        "fingerprint": weights.fingerprint(folder),
+        "config_sha256": hashlib.sha256((folder / safetensors_header.CONFIG).read_bytes()).hexdigest(),
+        "fingerprint": safetensors_header.fingerprint(folder),
     }

@@ -9,9 +9,10 @@ from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 
-from kit import hub, weights
+from kit import hub
 from kit.errors import KitError, Problem, named
 from kit.schema.run_plan import Model, Tokenizer
+from kit.storage import safetensors_header
 from kit.system import paths
 
 FAST, CONFIG, MAP = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
@@ -54,8 +55,8 @@ def read_files(folder: Path) -> Files | None:
     names = [FAST, CONFIG, *OTHERS]
     if not any(next(folder.glob(name), None) for name in names):
         return None
-    config = weights.read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
-    mapping = weights.read_json(folder / MAP) if (folder / MAP).is_file() else {}
+    config = safetensors_header.read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    mapping = safetensors_header.read_json(folder / MAP) if (folder / MAP).is_file() else {}
     roles: dict[str, str | None] = {}
     for role in ROLES:
         given = config.get(role, mapping.get(role))
@@ -83,7 +84,7 @@ def read_files(folder: Path) -> Files | None:
 
 def read_vocabulary(path: Path) -> tuple[dict[str, int], set[int]]:
     """Token to id, and the ids of special tokens, from a tokenizer.json; KitError where it is damaged."""
-    content = weights.read_json(path)
+    content = safetensors_header.read_json(path)
     try:
         model = content["model"]
         # A Unigram model lists [piece, score] pairs in the order of their ids.
@@ -163,7 +164,7 @@ def examine(t: Tokenizer, model: Model, rows: int | None, chat: bool, assistant_
     """
     found = Found()
     name = t.name_or_path or model.name_or_path
-    folder = weights.find_model(name, t.revision or (model.revision if t.name_or_path is None else None))
+    folder = safetensors_header.find_model(name, t.revision or (model.revision if t.name_or_path is None else None))
     if folder is None and t.name_or_path and not hub.looks_like_id(t.name_or_path):
         found.problems.append(
             Problem(

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kit import stage
 from kit.converting.config import Params, model_config, read_params
 from kit.converting.pickles import copy_rest, find_pickles, read_pickle, write_safetensors
 from kit.converting.shards import STORED, join_slices, read_shards
@@ -24,7 +23,8 @@ from kit.converting.stream import drop_tied_output, write_shards
 from kit.converting.tokenizer import Vocabulary, read_vocabulary, write_tokenizer
 from kit.errors import KitError, Problem
 from kit.merging import peak_rss_gb
-from kit.weights import PARAMS
+from kit.storage import atomic_folder
+from kit.storage.safetensors_header import PARAMS
 
 REPORT = "convert.json"
 
@@ -57,7 +57,7 @@ def convert(
     pickled = find_pickles(folder)
     if not pickled:
         files, params, vocabulary = open_checkpoint(folder)
-    stage.refuse_target(target, [folder], overwrite, REPORT, where="OUT")
+    atomic_folder.refuse_target(target, [folder], overwrite, REPORT, where="OUT")
     if pickled:
         if max_position_embeddings or verify_checklist:
             problem = f"{folder} has a config.json of its own and no checklist of Meta's"
@@ -69,8 +69,8 @@ def convert(
     tied = drop_tied_output(tensors)
     config, generation, notes = model_config(params, vocabulary, tensors, tied, max_position_embeddings)
     size = sum(t.nbytes for t in tensors)
-    stage.check_room(size, target)
-    with stage.building(target, fsync) as staging:
+    atomic_folder.check_room(size, target)
+    with atomic_folder.building(target, fsync) as staging:
         write_tokenizer(vocabulary, staging, params.use_scaled_rope, config.max_position_embeddings)
         config.save_pretrained(staging)
         generation.save_pretrained(staging)
@@ -91,10 +91,10 @@ def convert_pickles(
 ) -> dict[str, Any]:
     """The safetensors twin of a folder with pytorch_model*.bin, one file for each; gives what convert.json holds."""
     started, folder = time.perf_counter(), files[0].parent
-    stage.check_room(sum(f.stat().st_size for f in files), target)
+    atomic_folder.check_room(sum(f.stat().st_size for f in files), target)
     for file in files:
         read_pickle(file)  # all of them are looked at before one is written
-    with stage.building(target, fsync) as staging:
+    with atomic_folder.building(target, fsync) as staging:
         copy_rest(folder, staging)
         names, parameters, size, kind = write_safetensors(files, staging, dtype, progress)
         found = {"shards": names, "parameters": parameters, "bytes": size, "dtype": kind, "notes": []}

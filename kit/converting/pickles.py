@@ -14,7 +14,7 @@ from typing import Any
 
 from kit.converting.stream import raw, shard_names, write_index
 from kit.errors import KitError, Problem, first_line
-from kit.weights import CONFIG, make_header
+from kit.storage.safetensors_header import CONFIG, make_header
 
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 DTYPES = {

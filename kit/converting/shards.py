@@ -15,7 +15,7 @@ from kit.converting.config import Params
 from kit.converting.stream import Joined
 from kit.converting.tokenizer import Vocabulary
 from kit.errors import KitError, Problem, first_line
-from kit.weights import PARAMS, Tensor
+from kit.storage.safetensors_header import PARAMS, Tensor
 
 STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 # Meta's name -> transformers' name, and the axis along which ranks split the matrix; None: every rank holds it all.

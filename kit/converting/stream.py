@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 from kit.errors import FAILED, KitError
 from kit.merging.stream import BLOCK, torch_dtype
-from kit.weights import INDEX, SINGLE, Tensor, make_header
+from kit.storage.safetensors_header import INDEX, SINGLE, Tensor, make_header
 
 
 @dataclass

@@ -109,10 +109,10 @@ def print_findings(findings: list[Finding]) -> None:
 
 
 def doctor_run(name: str, as_json: bool) -> int:
-    from kit import rundir
     from kit.doctor.run import diagnose
+    from kit.storage import run_directory
 
-    found = diagnose(rundir.find_run(name))
+    found = diagnose(run_directory.find_run(name))
     if as_json:
         print(json.dumps(found.to_json(), indent=1, ensure_ascii=False))
         return found.code

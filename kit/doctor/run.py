@@ -11,7 +11,6 @@ from typing import Any
 
 import psutil
 
-from kit import rundir
 from kit.doctor import causes, oom
 from kit.doctor.run_logs import (
     Rank,
@@ -28,6 +27,7 @@ from kit.doctor.run_logs import (
     signal_of,
 )
 from kit.errors import DONE, FAILED, STOPPED
+from kit.storage import run_directory
 
 LAST = 15  # lines that are shown where no cause is known
 FULL = 256 * 1024  # bytes: no error report or log line fits for sure
@@ -57,10 +57,10 @@ class Diagnosis:
 
 def diagnose(run: Path) -> Diagnosis:
     """Read a run directory. It is only read: a living run is left alone."""
-    status, name = rundir.status(run), rundir.shown(run)
+    status, name = run_directory.status(run), run_directory.shown(run)
     checkpoint = newest_checkpoint(run)
     facts: dict[str, Any] = {"run": name, "checkpoint": checkpoint}
-    if (pid := rundir.in_use(run)) is not None:
+    if (pid := run_directory.in_use(run)) is not None:
         return alive(run, pid, status, facts)
     state = status.get("state")
     if state == "done":
@@ -82,7 +82,7 @@ def alive(run: Path, pid: int, status: dict[str, Any], facts: dict[str, Any]) ->
     """A run whose lock is held."""
     ranks, row = read_ranks(run), last_metrics(run)
     touched = [rank.written for rank in ranks]
-    metrics = run / rundir.METRICS_LOG
+    metrics = run / run_directory.METRICS_LOG
     if metrics.exists():
         touched.append(metrics.stat().st_mtime)
     quiet = time.time() - max(touched) if touched else None
@@ -113,7 +113,7 @@ def failed(run: Path, ranks: list[Rank], status: dict[str, Any], facts: dict[str
         return named(run, first, ranks, status, facts)
     if (free := shutil.disk_usage(run).free) < FULL:  # the ranks could not even write why they ended
         row = next(cause for cause in causes.CAUSES if cause.id == "disk_full")
-        sentence = f"{row.cause}: {free // 1024} KiB are left below {rundir.shown(run)}"
+        sentence = f"{row.cause}: {free // 1024} KiB are left below {run_directory.shown(run)}"
         return Diagnosis(**facts, cause="disk_full", sentence=sentence, fixes=[row.fix])
     known = [problem for problem in status.get("problems") or [] if not causes.FELL_AFTER.search(problem)]
     end, waiting = ended(run), [rank for rank in ranks if rank.kind == "waited"]
@@ -178,7 +178,7 @@ def out_of_memory(run: Path, rank: Rank, ranks: list[Rank], facts: dict[str, Any
     sentence = f"the memory of rank {rank.number}'s GPU is full, in {where}{after}"
     if also > 1:
         sentence += f" ({also} of {len(ranks)} ranks say so)"
-    fixes = oom.levers(where, rundir.read_json(run / rundir.PLAN), rank.text)
+    fixes = oom.levers(where, run_directory.read_json(run / run_directory.PLAN), rank.text)
     return Diagnosis(**facts, cause="cuda_oom", sentence=sentence, fixes=fixes)
 
 
@@ -296,7 +296,7 @@ def unknown(
 
 def rows_of(run: Path) -> list[str]:
     """Which rows were in the steps before a loss that is not finite, as the trainer wrote them down."""
-    found = rundir.read_json(run / rundir.LOGS / "nonfinite.json")
+    found = run_directory.read_json(run / run_directory.LOGS / "nonfinite.json")
     if not found:
         return []
     steps = f"{found['first_step']} to {found['last_step']}"

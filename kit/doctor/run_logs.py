@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kit import rundir
 from kit.doctor import causes
+from kit.storage import run_directory
 
 TAIL = 400_000  # bytes of a log that are read: the last start of a long run
 HEADER = re.compile(r"^--- plan \w+ rank \d+ .*$", re.M)
@@ -57,7 +57,7 @@ class Rank:
 
 def read_ranks(run: Path) -> list[Rank]:
     """Every rank that wrote a log, by number."""
-    logs = run / rundir.LOGS
+    logs = run / run_directory.LOGS
     deaths = ended(run).get("deaths") or {}
     found = [read_rank(log, deaths) for log in logs.glob("rank*.log") if re.fullmatch(r"rank\d+", log.stem)]
     return sorted(found, key=lambda rank: rank.number)
@@ -67,7 +67,7 @@ def read_rank(log: Path, deaths: dict[str, float]) -> Rank:
     number = int(log.stem.removeprefix("rank"))
     text = HEADER.split(tail(log))[-1]  # a resumed run appends: only its last start matters
     report = log.with_name(f"rank{number}.error.json")
-    error = rundir.read_json(report)
+    error = run_directory.read_json(report)
     problems = error.get("problems") or []
     traces = re.findall(r"Traceback \(most recent call last\):\n(?:[ \t].*\n|\n)*(?:\S.*(?:\n|$))?", text)
     return Rank(
@@ -107,7 +107,7 @@ def tail(path: Path) -> str:
 
 def ended(run: Path) -> dict[str, Any]:
     """What the launching `kit` wrote at the end: return code, kills for memory, when each rank was gone."""
-    found = rundir.read_json(run / rundir.LAUNCH)
+    found = run_directory.read_json(run / run_directory.LAUNCH)
     return (found.get("ended") or {}) if isinstance(found, dict) else {}
 
 
@@ -124,7 +124,7 @@ def signal_of(returncode: int | None) -> int | None:
 
 def last_metrics(run: Path) -> dict[str, Any]:
     """The newest whole row of metrics.jsonl."""
-    for line in reversed(tail(run / rundir.METRICS_LOG).splitlines()):
+    for line in reversed(tail(run / run_directory.METRICS_LOG).splitlines()):
         try:
             return dict(json.loads(line))
         except ValueError:
@@ -134,9 +134,9 @@ def last_metrics(run: Path) -> dict[str, Any]:
 
 def newest_checkpoint(run: Path) -> str | None:
     """The name of the newest checkpoint with a manifest, as `kit resume` takes it."""
-    from kit import manifest
+    from kit.storage import manifest
 
-    found = [p.parent for p in (run / rundir.CHECKPOINTS).glob(f"checkpoint-*/{manifest.NAME}")]
+    found = [p.parent for p in (run / run_directory.CHECKPOINTS).glob(f"checkpoint-*/{manifest.NAME}")]
     numbers = {int(p.name.split("-")[1]): p.name for p in found if p.name.split("-")[1].isdigit()}
     return numbers[max(numbers)] if numbers else None
 
@@ -171,12 +171,12 @@ def line_number(rank: Rank, wanted: str) -> str:
                 number = max((i for i, line in enumerate(f, 1) if wanted in line), default=0)
         except OSError:
             number = 0
-    return f"{rundir.shown(rank.log)}{f':{number}' if number else ''}"
+    return f"{run_directory.shown(rank.log)}{f':{number}' if number else ''}"
 
 
 def own_fixes(rank: Rank) -> list[str]:
     """The fixes that the kit's own refusal holds; not the general one of an unforeseen error."""
-    problems = rundir.read_json(rank.log.with_name(f"rank{rank.number}.error.json")).get("problems") or []
+    problems = run_directory.read_json(rank.log.with_name(f"rank{rank.number}.error.json")).get("problems") or []
     general = ("the log holds the traceback", "lower trainer.per_device_train_batch_size")
     return [p["fix"] for p in problems if p.get("fix") and not p["fix"].startswith(general)]
 

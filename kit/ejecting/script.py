@@ -6,12 +6,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-from kit import rundir
 from kit.ejecting.data import data_lines, held_out
 from kit.ejecting.text import WIDTH, call, keywords, literal, stated
 from kit.errors import KitError
 from kit.schema import fields, trackers
 from kit.schema.run_plan import RunPlan
+from kit.storage import run_directory
 
 SCRIPT, JSON, START, TEMPLATE = "train.py", "ds_config.json", "run.sh", "chat_template.jinja"
 MOST = 80  # lines of Python that a person reads
@@ -65,7 +65,7 @@ def lines_of(plan: RunPlan, packed: bool) -> list[str]:
     body.append("trainer.train()")
     if full:
         body.append("trainer.model.config.use_cache = use_cache  # off for training only")
-    body.append(f"trainer.save_model({literal(rundir.MODEL if full else rundir.ADAPTER)})")
+    body.append(f"trainer.save_model({literal(run_directory.MODEL if full else run_directory.ADAPTER)})")
     if parts := held_out(plan.dataset):
         body.append("trainer.evaluate(test)" if parts == 2 else "trainer.evaluate()")
     body.append("trainer.save_state()  # losses and evaluations, in checkpoints/trainer_state.json")
@@ -98,7 +98,7 @@ def arguments(plan: RunPlan) -> list[str]:
     """SFTConfig's arguments: what differs from its defaults, and what the kit's worker adds."""
     values = changed("SFTConfig", {k: v for k, v in plan.trainer.items() if k != "model_init_kwargs"})
     values["logging_nan_inf_filter"] = False
-    more: dict[str, Any] = {"output_dir": rundir.CHECKPOINTS}
+    more: dict[str, Any] = {"output_dir": run_directory.CHECKPOINTS}
     if trackers.names(plan.trainer.get("report_to")):
         more |= {k: v for k, v in {"run_name": plan.run_path.name, "project": plan.name}.items() if k not in values}
     if plan.deepspeed:

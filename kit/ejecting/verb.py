@@ -10,7 +10,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from kit import rundir
 from kit.config import template
 from kit.config.nodes import over_ssh
 from kit.config.tokenizer import find_template
@@ -19,6 +18,7 @@ from kit.errors import DONE, KitError, Problem
 from kit.hub import NO_TELEMETRY
 from kit.launchers.command import rank_environment
 from kit.schema.run_plan import RunPlan, load_plan
+from kit.storage import run_directory
 from kit.system import paths
 
 
@@ -42,10 +42,10 @@ def read(words: list[str], config_dir: str | None = None) -> tuple[RunPlan, Path
     bare = [w for w in words if w not in composed]
     if composed:
         plan = api.compose(*composed, config_dir=config_dir)
-    elif bare and (paths.RECIPES / f"{bare[0]}.yaml").is_file() and not (Path(bare[0]) / rundir.PLAN).is_file():
+    elif bare and (paths.RECIPES / f"{bare[0]}.yaml").is_file() and not (Path(bare[0]) / run_directory.PLAN).is_file():
         raise KitError(f"{bare[0]} is a recipe", bare[0], f"kit eject recipe={bare[0]}")
     elif bare:
-        plan = load_plan(rundir.find_run(bare.pop(0)))
+        plan = load_plan(run_directory.find_run(bare.pop(0)))
     else:
         raise KitError(
             "nothing to eject", "command line", "kit eject recipe=NAME [OUT_DIR], or kit eject RUN [OUT_DIR]"
@@ -75,7 +75,10 @@ def write(plan: RunPlan, out: Path, overwrite: bool = False) -> list[str]:
         notes.append("prompts are asked by kit generate, after training: they are not in the script")
     written = ", ".join(f.name for f in sorted(out.iterdir()) if f.name in (SCRIPT, JSON, START, TEMPLATE))
     lines = len(text.splitlines())
-    return [f"ejected   {rundir.shown(out)}: {written} ({lines} lines of Python)", *(f"note      {n}" for n in notes)]
+    return [
+        f"ejected   {run_directory.shown(out)}: {written} ({lines} lines of Python)",
+        *(f"note      {n}" for n in notes),
+    ]
 
 
 def refuse(plan: RunPlan) -> None:

@@ -20,10 +20,10 @@ import socket
 from collections.abc import Mapping
 from pathlib import Path
 
-from kit import rundir
 from kit.config.nodes import by_node, hosts_now
 from kit.errors import DONE, ENVIRONMENT, REFUSED, KitError, Problem
 from kit.schema.run_plan import HOST, RunPlan, load_plan
+from kit.storage import run_directory
 from kit.system import hardware
 from kit.system.dependencies import need_stack
 from kit.system.terminal import say
@@ -150,12 +150,12 @@ def main(argv: list[str]) -> int:
     from kit.launchers.run import launch, newest_checkpoint
 
     path = Path(a.plan)
-    run = rundir.find_run(str(path.parent if path.name == rundir.PLAN else path))
+    run = run_directory.find_run(str(path.parent if path.name == run_directory.PLAN else path))
     plan = load_plan(run)
     told = {"node_rank": a.node_rank, "master_addr": a.master_addr, "master_port": a.master_port}
     told = {key: value for key, value in told.items() if value is not None or key == "node_rank"}
     plan = plan.model_copy(update={"run_dir": str(run), "launch": plan.launch.model_copy(update=told)})
-    if a.resume == "newest" and rundir.status(run).get("state") == "done":
+    if a.resume == "newest" and run_directory.status(run).get("state") == "done":
         say(f"{run} is finished")
         return DONE
     if plan.launch.num_nodes == 1 and a.node_rank:
@@ -163,8 +163,8 @@ def main(argv: list[str]) -> int:
             f"--node-rank {a.node_rank}, but the run was planned for one node", "--node-rank",
             "leave it out, or freeze the run with launch.num_nodes=NODES",
         )  # fmt: skip
-    if a.resume and a.resume != "newest" and not (run / rundir.CHECKPOINTS / a.resume).is_dir():
-        said = f"there is no {a.resume} in {rundir.shown(run / rundir.CHECKPOINTS)}"
+    if a.resume and a.resume != "newest" and not (run / run_directory.CHECKPOINTS / a.resume).is_dir():
+        said = f"there is no {a.resume} in {run_directory.shown(run / run_directory.CHECKPOINTS)}"
         raise KitError(said, "--resume", "--resume newest, or the name of a checkpoint there")
     right_nodes(plan, os.environ)
     enough_gpus(plan)

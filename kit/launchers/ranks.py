@@ -10,9 +10,9 @@ from pathlib import Path
 
 import psutil
 
-from kit import rundir
 from kit.errors import FAILED, Problem
 from kit.launchers import remote
+from kit.storage import run_directory
 
 PEER_SECONDS = 20  # what the ranks here get to notice by themselves that another node has failed
 
@@ -20,7 +20,7 @@ PEER_SECONDS = 20  # what the ranks here get to notice by themselves that anothe
 def written(run: Path, mine: range | None = None) -> list[tuple[int, int]]:
     """(rank, process id) as ranks of this machine wrote them down; `mine`: those of one node."""
     found = []
-    for file in sorted((run / rundir.LOGS).glob("rank*.pid")):
+    for file in sorted((run / run_directory.LOGS).glob("rank*.pid")):
         rank = int(file.stem.removeprefix("rank"))
         with contextlib.suppress(OSError):
             pid, _, host = file.read_text().strip().partition(" ")
@@ -44,7 +44,7 @@ def send(pid: int, number: int) -> None:
 
 def forget(run: Path, mine: range | None = None, name: str = "") -> None:
     """Remove what an earlier start left in logs/: pids, errors, notes; on one node of several only its own."""
-    logs, numbers = run / rundir.LOGS, "*" if mine is None else None
+    logs, numbers = run / run_directory.LOGS, "*" if mine is None else None
     for number in [numbers] if numbers else list(map(str, mine or ())):
         for pattern in (f"rank{number}.pid", f"rank{number}.error.json"):
             for file in logs.glob(pattern):
@@ -107,7 +107,7 @@ class Peers:
 
 
 def error_files(run: Path) -> list[Path]:
-    return [*(run / rundir.LOGS).glob("rank*.error.json"), *(run / rundir.LOGS).glob("node*.error.json")]
+    return [*(run / run_directory.LOGS).glob("rank*.error.json"), *(run / run_directory.LOGS).glob("node*.error.json")]
 
 
 def changed(file: Path) -> float:
@@ -120,6 +120,6 @@ def changed(file: Path) -> float:
 def read_errors(run: Path) -> tuple[list[Problem], int]:
     """What the ranks wrote before they died, the earliest first, each problem once."""
     files = sorted(error_files(run), key=changed)
-    reports = [rundir.read_json(f) for f in files]
+    reports = [run_directory.read_json(f) for f in files]
     problems = {p["problem"]: Problem(**p) for report in reports for p in report.get("problems", [])}
     return list(problems.values())[:3], next((r["code"] for r in reports if r.get("code")), FAILED)

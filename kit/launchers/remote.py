@@ -16,10 +16,10 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from kit import rundir
 from kit.config.nodes import hosts_now
 from kit.errors import ENVIRONMENT, KitError, Problem
 from kit.schema.run_plan import RunPlan
+from kit.storage import run_directory
 from kit.system.secrets import is_secret
 
 ENV_FILE = "deepspeed_env"
@@ -51,7 +51,7 @@ def environment(plan: RunPlan, own: Mapping[str, str], say: Callable[[str], None
         else:
             kept[name] = value
     file = plan.run_path / ENV_FILE
-    rundir.write_atomic(file, "".join(f"{name}={value}\n" for name, value in sorted(kept.items())))
+    run_directory.write_atomic(file, "".join(f"{name}={value}\n" for name, value in sorted(kept.items())))
     hidden = {k: "" for k, v in os.environ.items() if k.startswith(HANDED_ON) and is_secret(k, v)}
     return {"DS_ENV_FILE": str(file), **hidden}
 
@@ -91,7 +91,7 @@ def check(plan: RunPlan) -> None:
 
 def probes(plan: RunPlan) -> list[tuple[str, subprocess.Popen[str]]]:
     """One ssh to each node, side by side: does it see the plan, and has it this Python?"""
-    asks = f"test -r {plan.run_path / rundir.PLAN} && echo plan; test -x {sys.executable} && echo python"
+    asks = f"test -r {plan.run_path / run_directory.PLAN} && echo plan; test -x {sys.executable} && echo python"
     options = ["-o", "BatchMode=yes", "-o", "ConnectTimeout=10"]
     return [
         (host, subprocess.Popen(["ssh", *options, host, asks], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
@@ -126,23 +126,23 @@ STOP = "stop"
 
 def ask_ranks(run: Path, what: str) -> None:
     """`save`: a checkpoint and an end, as after a signal; `now`: an end. Every rank looks once a second."""
-    rundir.write_atomic(run / rundir.LOGS / STOP, what)
+    run_directory.write_atomic(run / run_directory.LOGS / STOP, what)
 
 
 def forget(run: Path) -> None:
-    (run / rundir.LOGS / STOP).unlink(missing_ok=True)
+    (run / run_directory.LOGS / STOP).unlink(missing_ok=True)
 
 
 def is_old(run: Path) -> bool:
     """Whether the word is of an earlier start, whose ranks have long seen it."""
     try:
-        return time.time() - (run / rundir.LOGS / STOP).stat().st_mtime > 120
+        return time.time() - (run / run_directory.LOGS / STOP).stat().st_mtime > 120
     except OSError:
         return True
 
 
 def asked(run: Path) -> str:
     try:
-        return (run / rundir.LOGS / STOP).read_text()
+        return (run / run_directory.LOGS / STOP).read_text()
     except OSError:
         return ""

@@ -21,12 +21,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from kit import manifest, rundir
 from kit.config.nodes import over_ssh
 from kit.errors import DONE, STOPPED, KitError, Problem
 from kit.launchers import node, ops, ranks, remote
 from kit.launchers.command import command, rank_environment
 from kit.schema.run_plan import RunPlan
+from kit.storage import manifest, run_directory
 from kit.system import hardware
 from kit.system.terminal import say
 
@@ -40,12 +40,12 @@ def launch(plan: RunPlan, resume: str | None = None) -> int:
     plan = node.placed(plan)
     run, mine, ssh = plan.run_path, node.own_ranks(plan), over_ssh(plan.launch)
     first = mine is None or mine.start == 0
-    before = None if first else rundir.status(run)
+    before = None if first else run_directory.status(run)
     name = "" if first else f".node{plan.launch.node_rank}"
     if first:
         for w in plan.warnings:
             say(f"warning: {w['problem']} ({w['where']}); {w['fix']} [{w['rule']}]")
-    with rundir.locked(run, rundir.LOCK + name):
+    with run_directory.locked(run, run_directory.LOCK + name):
         if mine is not None and first:
             node.check_port(plan)
             say(f"node 0 waits for the others: {node.others_command(plan)}")
@@ -59,14 +59,14 @@ def launch(plan: RunPlan, resume: str | None = None) -> int:
             if stop.asked:
                 return 128 + signal.SIGINT
             ranks.forget(run, mine, name)
-            argv, env = command(plan, run / rundir.PLAN, resume)
+            argv, env = command(plan, run / run_directory.PLAN, resume)
             if ssh:
                 env |= remote.environment(plan, env, say)
             record = {"argv": argv, "env": env, "cwd": os.getcwd(), "resume": resume}
-            record_file = run / rundir.LAUNCH if first else run / rundir.LOGS / f"launch{name}.json"
-            rundir.write_json(record_file, record)
+            record_file = run / run_directory.LAUNCH if first else run / run_directory.LOGS / f"launch{name}.json"
+            run_directory.write_json(record_file, record)
             if first:
-                rundir.set_status(run, "running")
+                run_directory.set_status(run, "running")
             kills, deaths = hardware.oom_kills() or 0, ranks.Deaths(run, mine)
             peers = ranks.Peers(run, mine) if mine is not None or ssh else None
             # SLURM signals all processes of a step: SIGUSR1 is for us and for the ranks, and would end a launcher.
@@ -92,13 +92,13 @@ def launch(plan: RunPlan, resume: str | None = None) -> int:
                     "deaths": deaths.seen,
                     "asked": stop.asked,
                 }
-                rundir.write_json(record_file, {**record, "ended": end})
+                run_directory.write_json(record_file, {**record, "ended": end})
     return outcome(run, process.returncode, name, before)
 
 
 def newest_checkpoint(run: Path) -> str | None:
     """The name of the checkpoint that an unattended start goes on from, None where there is none; said aloud."""
-    newest = manifest.newest_complete(run / rundir.CHECKPOINTS)
+    newest = manifest.newest_complete(run / run_directory.CHECKPOINTS)
     for reason in newest.skipped:
         say(reason)
     if newest.path is None:
@@ -171,7 +171,7 @@ def kill_all(process: subprocess.Popen[bytes], run: Path, mine: range | None = N
     except (ProcessLookupError, PermissionError):
         pass
     process.wait()
-    for file in (run / rundir.LOGS).glob("rank*.pid"):
+    for file in (run / run_directory.LOGS).glob("rank*.pid"):
         if mine is None or int(file.stem.removeprefix("rank")) in mine:
             file.unlink(missing_ok=True)
 
@@ -182,28 +182,28 @@ def outcome(run: Path, returncode: int | None, name: str = "", before: dict[str,
     `name`: of a node that is not the first, which waits for the first one's word and leaves the status alone;
     `before`: the status when that node began, which may be an earlier start's.
     """
-    state = settled(run, returncode, before) if name else rundir.status(run)
+    state = settled(run, returncode, before) if name else run_directory.status(run)
     if state.get("state") == "done":
         return DONE
     if state.get("state") == "stopped":
-        say(f"stopped at step {state.get('step')} with a complete checkpoint: kit resume {rundir.shown(run)}")
+        say(f"stopped at step {state.get('step')} with a complete checkpoint: kit resume {run_directory.shown(run)}")
         return STOPPED
     problems, code = ranks.read_errors(run)
     if not problems:
-        log = run / rundir.LOGS / "rank0.log"
+        log = run / run_directory.LOGS / "rank0.log"
         how = f"was killed by signal {-returncode}" if returncode and returncode < 0 else f"ended with {returncode}"
         problems = [Problem(f"training ended before it was done (the launcher {how})", str(log), "read the log")]
     if not name:
-        rundir.set_status(run, "failed", exit_code=code, problems=[str(p) for p in problems])
+        run_directory.set_status(run, "failed", exit_code=code, problems=[str(p) for p in problems])
     report = {"code": code, "problems": [vars(p) for p in problems]}  # for the other nodes
-    rundir.write_json(run / rundir.LOGS / f"{ranks.node_name(name)}.error.json", report)
+    run_directory.write_json(run / run_directory.LOGS / f"{ranks.node_name(name)}.error.json", report)
     raise KitError(problems, code=code)
 
 
 def settled(run: Path, returncode: int | None, before: dict[str, Any] | None) -> dict[str, Any]:
     """The run's status once node 0 has written how it ended; ranks that failed here need no word of node 0."""
     deadline = time.monotonic() + SETTLE_SECONDS
-    while (state := rundir.status(run)).get("state") in ("created", "running") or state == before:
+    while (state := run_directory.status(run)).get("state") in ("created", "running") or state == before:
         if time.monotonic() > deadline or (returncode and ranks.read_errors(run)[0]):
             return {}
         time.sleep(0.5)

@@ -16,12 +16,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kit import rundir
 from kit.errors import DONE, ENVIRONMENT, FAILED, STOPPED, KitError, Problem
 from kit.launchers.ranks import read_errors
 from kit.launchers.run import Stop, outcome
 from kit.launchers.slurm_script import RESUME, plain, srun, train_script, verb_script
 from kit.schema.run_plan import RunPlan, load_plan
+from kit.storage import run_directory
 from kit.system.secrets import is_secret
 from kit.system.terminal import say
 
@@ -35,10 +35,10 @@ def start(plan: RunPlan, fresh: bool = False, follow: bool = False, then: Sequen
     """Make the run directory of a plan and submit it; the exit code. KitError where sbatch refuses."""
     need(then)
     plain(Path(plan.run_dir))
-    if not fresh and rundir.run_of(Path(plan.run_dir)) == plan.hash:
+    if not fresh and run_directory.run_of(Path(plan.run_dir)) == plan.hash:
         refuse_twice(Path(plan.run_dir))  # before its plan is written again, which the job will read
     allocated(plan)  # a refusal leaves no directory behind
-    return submit(rundir.create(plan, fresh), follow, then)
+    return submit(run_directory.create(plan, fresh), follow, then)
 
 
 def submit(plan: RunPlan, follow: bool = False, then: Sequence[str] = ()) -> int:
@@ -50,11 +50,11 @@ def submit(plan: RunPlan, follow: bool = False, then: Sequence[str] = ()) -> int
         if then:
             raise KitError("--then chains batch jobs", "--then", "outside of the allocation", code=ENVIRONMENT)
         return run_here(plan)
-    script = write(run / "train.sbatch", train_script(plan, [run], str(run / rundir.LOGS / "slurm-%j.out")))
+    script = write(run / "train.sbatch", train_script(plan, [run], str(run / run_directory.LOGS / "slurm-%j.out")))
     job = record(run, "train", sbatch(script), script)
-    log = run / rundir.LOGS / f"slurm-{job}.out"
-    print(f"job {job}: {rundir.shown(run)}")
-    say(f"log: {rundir.shown(log)}; stop with a checkpoint: scancel --signal=USR1 {job}; end: scancel {job}")
+    log = run / run_directory.LOGS / f"slurm-{job}.out"
+    print(f"job {job}: {run_directory.shown(run)}")
+    say(f"log: {run_directory.shown(log)}; stop with a checkpoint: scancel --signal=USR1 {job}; end: scancel {job}")
     before = job
     for verb in then:
         chained = write(run / f"{verb}.sbatch", verb_script(verb, [str(run)], settings_of(plan, verb), run))
@@ -98,18 +98,18 @@ def submit_verb(verb: str, source: str, argv: Sequence[str], words: Sequence[str
     path = Path(source).expanduser()
     if not path.exists() and (path.is_absolute() or source[0] in ".~" or (path.parent.name and path.parent.is_dir())):
         raise KitError(f"there is no {source}", "command line", "a run, a folder, or a Hub id")  # now, not in the job
-    plan = load_plan(source) if Path(source, rundir.PLAN).is_file() else None
+    plan = load_plan(source) if Path(source, run_directory.PLAN).is_file() else None
     slurm = chosen(settings_of(plan, verb), words)
     run = plan.run_path if plan else Path.cwd() / "slurm-logs"
     if plan:
         run = Path(source).absolute()
     plain(run)
-    (run / rundir.LOGS).mkdir(parents=True, exist_ok=True)
+    (run / run_directory.LOGS).mkdir(parents=True, exist_ok=True)
     script = write(run / f"{verb}.sbatch", verb_script(verb, argv, slurm, run))
     job = record(run, verb, sbatch(script), script)
-    log = run / rundir.LOGS / f"{verb}-{job}.out"
+    log = run / run_directory.LOGS / f"{verb}-{job}.out"
     print(f"job {job}: kit {verb} {source}")
-    say(f"its log: {rundir.shown(log)}")
+    say(f"its log: {run_directory.shown(log)}")
     if not follow:
         return DONE
     state, code = watch(job, log)
@@ -168,7 +168,7 @@ def run_here(plan: RunPlan) -> int:
                 step.send_signal(signal.SIGUSR1 if asked == 0 else signal.SIGTERM)  # srun passes the first one on
                 asked = stop.asked
             time.sleep(0.2)
-    if step.returncode and rundir.status(plan.run_path).get("state") == "created":
+    if step.returncode and run_directory.status(plan.run_path).get("state") == "created":
         said = f"srun ended with {step.returncode} before the run began"
         raise KitError(said, f"allocation {own_job()}", "what srun says above", code=ENVIRONMENT)
     return outcome(plan.run_path, step.returncode)
@@ -199,7 +199,7 @@ def refuse_twice(run: Path) -> None:
 
 def living_job(run: Path) -> tuple[str, str] | None:
     """(id, state) of a job that trains this run, or will; None where there is none but our own."""
-    jobs = [j["id"] for j in rundir.read_json(run / JOBS).get("jobs", []) if j["verb"] == "train"]
+    jobs = [j["id"] for j in run_directory.read_json(run / JOBS).get("jobs", []) if j["verb"] == "train"]
     if jobs and jobs[-1] != own_job() and (state := look(jobs[-1])[0]) and not state.startswith(OVER):
         return jobs[-1], state
     return None
@@ -210,15 +210,15 @@ def own_job() -> str:
 
 
 def write(script: Path, text: str) -> Path:
-    rundir.write_atomic(script, text)
+    run_directory.write_atomic(script, text)
     script.chmod(0o700)
     return script
 
 
 def record(run: Path, verb: str, job: str, script: Path) -> str:
-    jobs = rundir.read_json(run / JOBS).get("jobs", [])
+    jobs = run_directory.read_json(run / JOBS).get("jobs", [])
     jobs.append({"verb": verb, "id": job, "script": str(script), "submitted": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
-    rundir.write_json(run / JOBS, {"jobs": jobs})
+    run_directory.write_json(run / JOBS, {"jobs": jobs})
     return job
 
 
@@ -291,13 +291,13 @@ def watch(job: str, log: Path) -> tuple[str, int]:
 
 def ended(run: Path, job: str, state: str, code: int) -> int:
     """The exit code of a run that was followed; KitError with what its ranks wrote down."""
-    found = rundir.status(run).get("state")
+    found = run_directory.status(run).get("state")
     if found == "done":
         return DONE
     if found == "stopped":
-        say(f"stopped with a complete checkpoint: kit resume {rundir.shown(run)}")
+        say(f"stopped with a complete checkpoint: kit resume {run_directory.shown(run)}")
         return STOPPED
     problems, known = read_errors(run)
-    log = str(run / rundir.LOGS / f"slurm-{job}.out")
+    log = str(run / run_directory.LOGS / f"slurm-{job}.out")
     problems = problems or [Problem(f"job {job} is {state.lower()} (exit code {code})", log, "read the log")]
     raise KitError(problems, code=known)

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from kit import api, rundir
+from kit import api
 from kit.config.compose import Composed
 from kit.config.multirun import Job, Point, Search, run
 from kit.config.nodes import by_node
@@ -24,6 +24,7 @@ from kit.launchers.run import Stop
 from kit.launchers.sweep_screen import Sweep, announce, gathered, report, screen
 from kit.launchers.trials import Pool, Trial, busy, look, stop
 from kit.schema.run_plan import HparamsSearch, RunPlan, load_plan
+from kit.storage import run_directory
 from kit.system import hardware
 from kit.system.dependencies import need_stack
 from kit.system.terminal import print_problems, say
@@ -153,12 +154,12 @@ def queued(sweep: Sweep, pending: list[Trial], said: dict[int, RunPlan]) -> list
             say(f"trial {trial.number:03d} is job {found[0]} ({found[1].lower()})")
         elif trial.plan and (new := said.get(trial.number)) and new.launch.slurm != trial.plan.launch.slurm:
             trial.plan = with_slurm(trial.plan, new)
-            rundir.write_plan(trial.plan)
+            run_directory.write_plan(trial.plan)
     plans = [t.plan for t in pending if t.plan and t.state == "waiting"]
     if plans:
         at_once = sweep.settings.parallel if isinstance(sweep.settings.parallel, int) else None
         job = slurm.submit_array(plans, sweep.folder, at_once)
-        print(f"job {job}: {len(plans)} trials, {rundir.shown(sweep.folder)}")
+        print(f"job {job}: {len(plans)} trials, {run_directory.shown(sweep.folder)}")
         say("the same command shows the table, and submits again what has failed by then")
     if len(plans) < len(sweep.trials):
         report(sweep)
@@ -181,7 +182,7 @@ def sweep_folder(plan: RunPlan, digest: str, fresh: bool) -> Path:
     folder, number = base, 2
     while fresh and folder.exists():
         folder, number = base.with_name(f"{base.name}-{number}"), number + 1
-    others = [f.name for f in base.parent.glob(f"{rundir.glob_safe(plan.name)}-sweep-*") if f.is_dir()]
+    others = [f.name for f in base.parent.glob(f"{run_directory.glob_safe(plan.name)}-sweep-*") if f.is_dir()]
     if others and not fresh and not folder.exists():
         many = f" and {len(others) - 1} more" if len(others) > 1 else ""
         say(f"not the sweep of {max(others)}{many}, which had other values or settings: all of its trials start anew")
@@ -196,7 +197,7 @@ def opened(folder: Path) -> Iterator[None]:
         folder.chmod(0o700)
     except OSError as error:
         raise KitError(f"{folder} cannot be made: {error.strerror}", "runs_dir", "runs_dir=FOLDER") from None
-    with rundir.locked(folder):
+    with run_directory.locked(folder):
         yield
 
 
@@ -206,7 +207,7 @@ def trial_of(folder: Path, point: Point, plan: RunPlan | None) -> Trial:
     if plan is None:
         trial.state, trial.code = "refused", REFUSED
         trial.problems = [vars(p) for p in point.problems]
-    elif rundir.run_of(trial.run) == plan.hash:  # the sweep's record is gone, the trial is not
+    elif run_directory.run_of(trial.run) == plan.hash:  # the sweep's record is gone, the trial is not
         take(trial)
     else:
         make(trial, plan)
@@ -215,7 +216,7 @@ def trial_of(folder: Path, point: Point, plan: RunPlan | None) -> Trial:
 
 def make(trial: Trial, plan: RunPlan) -> None:
     """The trial's directory, with its frozen plan."""
-    trial.plan = rundir.make(plan.model_copy(update={"run_dir": str(trial.run)}))
+    trial.plan = run_directory.make(plan.model_copy(update={"run_dir": str(trial.run)}))
 
 
 def take(trial: Trial) -> None:
@@ -235,7 +236,7 @@ def take_up(folder: Path, trials: list[Trial], plans: dict[int, RunPlan] | None 
             continue
         if not trial.run.exists():
             if plan := (plans or {}).get(trial.number):
-                say(f"{rundir.shown(trial.run)} is gone: the trial starts anew")
+                say(f"{run_directory.shown(trial.run)} is gone: the trial starts anew")
                 make(trial, plan)
                 trial.state, trial.code, trial.seconds, trial.problems = "waiting", None, 0.0, []
             else:
@@ -245,12 +246,12 @@ def take_up(folder: Path, trials: list[Trial], plans: dict[int, RunPlan] | None 
         try:
             take(trial)
         except KitError as error:
-            fix = f"rm -r {rundir.shown(trial.run)}, or the same command with --fresh"
-            problems += [Problem(p.problem, str(trial.run / rundir.PLAN), fix) for p in error.problems]
+            fix = f"rm -r {run_directory.shown(trial.run)}, or the same command with --fresh"
+            problems += [Problem(p.problem, str(trial.run / run_directory.PLAN), fix) for p in error.problems]
     if problems:
         raise KitError(problems)
     done, missing = (sum(t.state == s for t in trials) for s in ("done", "waiting"))
-    say(f"continuing {rundir.shown(folder)}: {done} done, {missing} missing (--fresh starts anew)")
+    say(f"continuing {run_directory.shown(folder)}: {done} done, {missing} missing (--fresh starts anew)")
 
 
 def about(folder: Path, settings: HparamsSearch, metric: str) -> dict[str, Any]:

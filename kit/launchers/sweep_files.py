@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kit import rundir
 from kit.errors import KitError
 from kit.launchers.trials import Trial, brief, short_names
 from kit.schema.run_plan import HparamsSearch, RunPlan, field_class, leaves
+from kit.storage import run_directory
 
 RECORD, TABLE, PLOT = "sweep.json", "sweep.csv", "sweep.svg"
 FIGURES = ("loss", "eval_loss", "tokens_per_second", "peak_memory_gb")
@@ -49,13 +49,13 @@ def result(trial: Trial, metric: str) -> float | None:
     """A trial's result: the metric as it was logged last, else as metrics.json has it."""
     value = trial.curve.last(metric)
     if value is None:
-        value = rundir.read_json(trial.run / rundir.METRICS).get(metric)
+        value = run_directory.read_json(trial.run / run_directory.METRICS).get(metric)
     return value if isinstance(value, int | float) else None
 
 
 def figures(trial: Trial) -> dict[str, Any]:
     """The last figures of a trial, None for what it has not logged."""
-    final = rundir.read_json(trial.run / rundir.METRICS)
+    final = run_directory.read_json(trial.run / run_directory.METRICS)
     found = {key: trial.curve.last(key) if trial.curve.last(key) is not None else final.get(key) for key in FIGURES}
     if found["tokens_per_second"] is None:
         found["tokens_per_second"] = speed(trial)
@@ -97,7 +97,7 @@ def write_record(folder: Path, trials: list[Trial], about: dict[str, Any]) -> No
         for t in trials
     ]
     winner = best(trials, metric, about["direction"])
-    rundir.write_json(
+    run_directory.write_json(
         folder / RECORD,
         {**about, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "best": winner and winner.number, "trials": rows},
     )
@@ -122,7 +122,7 @@ def read_record(folder: Path) -> list[Trial]:
             for row in json.loads(path.read_text(encoding="utf-8"))["trials"]
         ]  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError):
-        fix = f"rm {rundir.shown(path)}: a grid then looks at its trials' directories; --fresh starts anew"
+        fix = f"rm {run_directory.shown(path)}: a grid then looks at its trials' directories; --fresh starts anew"
         raise KitError("the sweep's record cannot be read", str(path), fix) from None
 
 
@@ -137,7 +137,7 @@ def write_csv(folder: Path, trials: list[Trial], metric: str) -> None:
         found = figures(t)
         row = [t.number, t.state, *(t.values.get(key) for key in keys), *(result(t, m) for m in extra)]
         writer.writerow([*row, found["step"], *(found[key] for key in FIGURES), t.seconds, t.code, t.run.name])
-    rundir.write_atomic(folder / TABLE, out.getvalue())
+    run_directory.write_atomic(folder / TABLE, out.getvalue())
 
 
 def table(trials: list[Trial], settings: HparamsSearch, metric: str, title: str) -> Any:

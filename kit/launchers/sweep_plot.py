@@ -6,9 +6,9 @@ import math
 from html import escape
 from pathlib import Path
 
-from kit import rundir
 from kit.launchers.sweep_files import best, number, result
 from kit.launchers.trials import Trial
+from kit.storage import run_directory
 
 COLOURS = [
     "#4269d0",
@@ -39,7 +39,7 @@ def write_plot(path: Path, trials: list[Trial], metric: str, direction: str, tit
         *legend(shown),
         "</svg>",
     ]
-    rundir.write_atomic(path, "\n".join(parts) + "\n")
+    run_directory.write_atomic(path, "\n".join(parts) + "\n")
 
 
 def text(x: float, y: float, said: str, anchor: str = "start", size: int = 12, fill: str = "#333") -> str:

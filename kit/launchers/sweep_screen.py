@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kit import api, rundir
+from kit import api
 from kit.errors import Problem
 from kit.launchers import sweep_files as files
 from kit.launchers.sweep_plot import write_plot
 from kit.launchers.trials import ENDED, Trial
 from kit.schema.run_plan import HparamsSearch
+from kit.storage import run_directory
 from kit.system.terminal import print_problems, say
 
 
@@ -38,7 +39,7 @@ def announce(sweep: Sweep, count: int) -> None:
         print_problems(gathered(said), refused=False)
     for text in dict.fromkeys(w for t in sweep.trials if t.plan for w in api.warnings(t.plan)):
         say(f"warning: {text}")
-    say(f"{counted(count - len(refused))} in {rundir.shown(sweep.folder)}")
+    say(f"{counted(count - len(refused))} in {run_directory.shown(sweep.folder)}")
 
 
 def named(number: int, values: dict[str, Any], problem: Problem) -> Problem:
@@ -66,7 +67,7 @@ def gathered(found: list[tuple[int, dict[str, Any], Problem]]) -> list[Problem]:
 def screen(sweep: Sweep) -> Iterator[Callable[[Trial | None], None]]:
     """What shows the sweep while it runs: a table on a terminal, else a line for each event and each interval."""
     last = time.monotonic()
-    if rundir.is_terminal():
+    if run_directory.is_terminal():
         from rich.live import Live
 
         with Live(auto_refresh=False, transient=True) as live:
@@ -95,7 +96,7 @@ def screen(sweep: Sweep) -> Iterator[Callable[[Trial | None], None]]:
 
 
 def shown(sweep: Sweep) -> Any:
-    return files.table(sweep.trials, sweep.settings, sweep.metric, rundir.shown(sweep.folder))
+    return files.table(sweep.trials, sweep.settings, sweep.metric, run_directory.shown(sweep.folder))
 
 
 def counted(number: int) -> str:
@@ -109,11 +110,11 @@ def report(sweep: Sweep) -> None:
     title = f"{sweep.folder.name}: {counted(len(sweep.trials))}"
     files.write_csv(sweep.folder, sweep.trials, sweep.metric)
     write_plot(sweep.folder / files.PLOT, sweep.trials, sweep.metric, sweep.settings.direction, title)
-    Console(width=None if rundir.is_terminal() else 160).print(shown(sweep))
+    Console(width=None if run_directory.is_terminal() else 160).print(shown(sweep))
     failed = [t for t in sweep.trials if t.state == "failed"]
     if failed:
         print_problems(gathered([(t.number, t.values, Problem(**p)) for t in failed for p in t.problems]), False)
-        say(f"kit doctor {rundir.shown(failed[0].run)} names the cause")
+        say(f"kit doctor {run_directory.shown(failed[0].run)} names the cause")
     done = [t for t in sweep.trials if t.state == "done"]
     if done and all(files.result(t, sweep.metric) is None for t in done):
         say(f"no trial logged {sweep.metric}: trainer.logging_steps=1, or hparams_search.metric=ANOTHER")
@@ -122,9 +123,9 @@ def report(sweep: Sweep) -> None:
     if missing or again:
         said = [f"{counted(len(them))} {how}" for them, how in ((missing, "missing"), (again, "failed")) if them]
         say(f"{', '.join(said)}: the same command goes on with {'it' if len(missing + again) == 1 else 'them'}")
-    place = rundir.shown(sweep.folder)
+    place = run_directory.shown(sweep.folder)
     print(f"tables    {place}/{files.TABLE}, {files.RECORD}, {files.PLOT}")
     if winner := files.best(sweep.trials, sweep.metric, sweep.settings.direction):
         print(
-            f"best      {rundir.shown(winner.run)} ({sweep.metric} {files.number(files.result(winner, sweep.metric))})"
+            f"best      {run_directory.shown(winner.run)} ({sweep.metric} {files.number(files.result(winner, sweep.metric))})"
         )

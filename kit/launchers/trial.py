@@ -9,10 +9,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from kit import rundir
 from kit.errors import REFUSED, KitError
 from kit.launchers.run import launch, newest_checkpoint, stop_with
 from kit.schema.run_plan import load_plan
+from kit.storage import run_directory
 from kit.system.terminal import print_problems
 
 
@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
         return launch(plan, resume=newest_checkpoint(run))
     except KitError as error:
         print_problems(error.problems, refused=error.code == REFUSED)
-        rundir.set_refused(run, error)
+        run_directory.set_refused(run, error)
         return error.code
 
 

@@ -16,12 +16,12 @@ from typing import Any
 
 import psutil
 
-from kit import rundir
 from kit.errors import DONE, FAILED, STOPPED
 from kit.launchers import ops, warm
 from kit.launchers.ranks import living, send
 from kit.launchers.warm import Worker
 from kit.schema.run_plan import RunPlan
+from kit.storage import run_directory
 from kit.system import hardware
 from kit.system.terminal import say
 
@@ -86,7 +86,7 @@ class Trial:
     asked: float | None = None  # when it was told to stop
 
     def __post_init__(self) -> None:
-        self.curve = Curve(self.run / rundir.METRICS_LOG)
+        self.curve = Curve(self.run / run_directory.METRICS_LOG)
 
     def label(self) -> str:
         return " ".join(f"{short}={brief(self.values[key])}" for key, short in short_names(list(self.values)).items())
@@ -143,7 +143,7 @@ class Pool:
             worker = self.new_process(trial, key)
         if worker:
             trial.worker, trial.process, trial.devices = worker, worker.process, worker.devices
-            worker.give(trial.run / rundir.PLAN)
+            worker.give(trial.run / run_directory.PLAN)
         trial.state, trial.started, trial.problems, trial.code = "running", time.monotonic(), [], None
         trial.asked = None
         self.running.append(trial)
@@ -164,12 +164,12 @@ class Pool:
         elif self.free is not None:
             trial.devices, self.free = self.free[:needed], self.free[needed:]
             env["CUDA_VISIBLE_DEVICES"] = ",".join(trial.devices)
-        (trial.run / rundir.LOGS).mkdir(exist_ok=True)
-        with open(trial.run / rundir.LOGS / LOG, "ab") as log:
+        (trial.run / run_directory.LOGS).mkdir(exist_ok=True)
+        with open(trial.run / run_directory.LOGS / LOG, "ab") as log:
             if key:
                 return Worker(key, trial.devices, plan, env, log)
             trial.process = subprocess.Popen(
-                child(trial.run / rundir.PLAN),
+                child(trial.run / run_directory.PLAN),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -255,7 +255,7 @@ def settle(trial: Trial, code: int) -> None:
     for pid in ranks_left(trial.run):  # of a trial that was killed: its devices are another trial's now
         ops.kill_tree(pid)
     trial.seconds = round(trial.seconds + time.monotonic() - trial.started, 1)
-    status = rundir.status(trial.run)
+    status = run_directory.status(trial.run)
     written = status.get("state")
     trial.process = None
     trial.curve.read()
@@ -272,13 +272,13 @@ def settle(trial: Trial, code: int) -> None:
         how = f"was killed by signal {-code}" if code < 0 else f"ended with {code}"
         asked = trial.asked is not None  # then whoever asked did not wait for the checkpoint
         trial.state, trial.code = ("stopped", STOPPED) if asked else ("failed", FAILED)
-        trial.problems = [{"problem": f"the trial {how}", "where": str(trial.run / rundir.LOGS / LOG)}]
+        trial.problems = [{"problem": f"the trial {how}", "where": str(trial.run / run_directory.LOGS / LOG)}]
 
 
 def look(trial: Trial) -> None:
     """The state of a trial of an earlier sweep process, before it is decided whether something is missing."""
     trial.curve.read()
-    if rundir.status(trial.run).get("state") == "done":
+    if run_directory.status(trial.run).get("state") == "done":
         trial.state, trial.code = "done", DONE
     elif trial.state not in ("refused", "pruned"):
         trial.state = "waiting"
@@ -286,7 +286,7 @@ def look(trial: Trial) -> None:
 
 def busy(trial: Trial) -> bool:
     """Whether processes of an earlier sweep still hold the trial; they stop by themselves, with a checkpoint."""
-    return rundir.in_use(trial.run) is not None or bool(ranks_left(trial.run))
+    return run_directory.in_use(trial.run) is not None or bool(ranks_left(trial.run))
 
 
 def ranks_left(run: Path) -> list[int]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kit.errors import KitError
-from kit.weights import Tensor, read_header, read_json
+from kit.storage.safetensors_header import Tensor, read_header, read_json
 
 CONFIG, WEIGHTS, PICKLE, MANIFEST = (
     "adapter_config.json",

@@ -17,7 +17,7 @@ from kit.merging.logits import check_logits
 from kit.merging.parts import Plan
 from kit.merging.plan import plan_merge
 from kit.merging.stream import side_by_side, torch_dtype
-from kit.weights import Tensor, read_config, read_tensors
+from kit.storage.safetensors_header import Tensor, read_config, read_tensors
 
 BAND = 64  # rows of each module that are computed again
 EDGE = 4096  # bytes of each untouched tensor that are compared at its start, middle and end

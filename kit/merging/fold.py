@@ -21,8 +21,8 @@ from kit.merging.adapter import CONFIG, MANIFEST, WEIGHTS, read_json, sha256
 from kit.merging.dequantize import Quantization
 from kit.merging.parts import Plan
 from kit.merging.plan import plan_merge
-from kit.stage import building, check_room, refuse_target
-from kit.weights import INDEX, find_model, fingerprint
+from kit.storage.atomic_folder import building, check_room, refuse_target
+from kit.storage.safetensors_header import INDEX, find_model, fingerprint
 
 REPORT = "merge.json"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -242,7 +242,7 @@ def _build(
 def _write_index(plan: Plan, staging: Path) -> None:
     if not plan.indexed:
         return
-    from kit.weights import read_header
+    from kit.storage.safetensors_header import read_header
 
     headers = {file: read_header(staging / file) for file in plan.shards}
     index = read_json(plan.base / INDEX)

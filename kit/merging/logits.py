@@ -14,7 +14,7 @@ from kit.merging.dequantize import restore_by_bitsandbytes
 from kit.merging.names import forget_deepspeed, model_class
 from kit.merging.parts import Plan
 from kit.merging.stream import side_by_side, torch_dtype
-from kit.weights import read_config, read_tensors
+from kit.storage.safetensors_header import read_config, read_tensors
 
 # Logits of two models with equal weights are equal; the few neighbours above move them by up to 2.3e-4 of their spread
 # (measured: 16-bit, 512 wide, odd scales), a factor wrong by 1 % on an adapter that changes weights by 3 % by 7e-3.

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kit.weights import Tensor
+from kit.storage.safetensors_header import Tensor
 
 
 @dataclass

@@ -9,7 +9,7 @@ from typing import Any
 from kit.merging.adapter import Adapter
 from kit.merging.dequantize import Quantization
 from kit.merging.names import Names
-from kit.weights import Tensor
+from kit.storage.safetensors_header import Tensor
 
 
 @dataclass

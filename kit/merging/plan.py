@@ -19,7 +19,7 @@ from kit.merging.dequantize import Quantization, quantized_modules
 from kit.merging.names import Names, read_names
 from kit.merging.parts import Edit, Lora, Output, Plan
 from kit.merging.ties import check_vocabulary, set_everywhere, settle_ties
-from kit.weights import INDEX, Tensor, read_config, read_header, shard_files
+from kit.storage.safetensors_header import INDEX, Tensor, read_config, read_header, shard_files
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 BINS = ("pytorch_model.bin", "pytorch_model.bin.index.json")

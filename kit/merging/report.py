@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from kit import rundir
+from kit.storage import run_directory
 
 
 def format_merge(report: dict[str, Any]) -> str:
     """merge.json in a few lines."""
     seconds = report["seconds"]
-    lines = [f"merged    {rundir.shown(report['out'])} ({report['method']}, {seconds['all']:.1f} s)"]
+    lines = [f"merged    {run_directory.shown(report['out'])} ({report['method']}, {seconds['all']:.1f} s)"]
     lines += [f"note      {note}" for note in report.get("notes", [])]
     if report.get("onto"):
         far = report.get("as_trained")

@@ -20,7 +20,7 @@ from kit.errors import FAILED, KitError
 from kit.merging.adapter import read_bytes
 from kit.merging.dequantize import aligned, restorer
 from kit.merging.parts import Lora, Output, Plan
-from kit.weights import Tensor, make_header
+from kit.storage.safetensors_header import Tensor, make_header
 
 BLOCK = 1 << 21  # values at a time: what one core's cache holds, roughly
 COPY = 64 << 20  # bytes of one file-to-file copy

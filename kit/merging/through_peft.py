@@ -8,7 +8,7 @@ from typing import Any
 
 from kit.errors import KitError
 from kit.merging.parts import Plan
-from kit.weights import read_header
+from kit.storage.safetensors_header import read_header
 
 
 def write_through_peft(plan: Plan, folder: Path, dtype: str | None) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from kit.errors import KitError
 from kit.merging.adapter import read_bytes
 from kit.merging.parts import Edit, Plan
-from kit.weights import Tensor
+from kit.storage.safetensors_header import Tensor
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from kit import manifest
+from kit.storage import manifest
 from kit.training import stopping
 
 if TYPE_CHECKING:

@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from kit import manifest
 from kit.errors import FAILED, KitError
-from kit.weights import CONFIG, find_model, read_header, read_tensors
-from kit.weights import Tensor as StoredTensor
+from kit.storage import manifest
+from kit.storage.safetensors_header import CONFIG, find_model, read_header, read_tensors
+from kit.storage.safetensors_header import Tensor as StoredTensor
 
 ADAPTER = "adapter_model.safetensors"
 Shapes = dict[str, tuple[int, ...]]

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, TrainerCallback
 
-from kit import rundir
 from kit.schema.run_plan import RunPlan
+from kit.storage import run_directory
 
 
 def quiet() -> None:
@@ -36,7 +36,7 @@ class Progress(TrainerCallback):
     """
 
     def __init__(self, run: Path, plan: RunPlan) -> None:
-        self.path, self.plan, self.start = run / rundir.METRICS_LOG, plan, time.monotonic()
+        self.path, self.plan, self.start = run / run_directory.METRICS_LOG, plan, time.monotonic()
         self.trainer: Any = None  # set once there is one
         self.interval = self.stepped = self.start
         self.tokens = 0.0
@@ -122,7 +122,7 @@ def banner(plan: RunPlan, trainer: Any, data: Any, seconds: float) -> None:
     if data.test is not data.validation:
         held_out = f"{rows_in(data.validation)} for validation, {rows_in(data.test)} for the test at the end"
     lines = [
-        f"run       {rundir.shown(plan.run_path)}",
+        f"run       {run_directory.shown(plan.run_path)}",
         f"machine   {plan.world_size} x {device}, {plan.precision}, {engine}",
         f"model     {plan.model.name_or_path}: {total:,} parameters, {trained:,} trained "
         f"({100 * trained / total:.2f} %)",
@@ -174,8 +174,8 @@ def summary(
 
 def farewell(plan: RunPlan, metrics: dict[str, Any]) -> None:
     """The last lines of a finished run: the figures and the commands that come next."""
-    run = rundir.shown(plan.run_path)
-    place = rundir.ADAPTER if plan.peft else rundir.MODEL
+    run = run_directory.shown(plan.run_path)
+    place = run_directory.ADAPTER if plan.peft else run_directory.MODEL
     loss = f", loss {metrics['train_loss']:.4g} on average" if "train_loss" in metrics else ""
     if metrics["first_loss"] is not None:  # a run shorter than logging_steps logs none
         loss = f", loss {metrics['first_loss']:.4g} -> {metrics['last_loss']:.4g}"

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
-from kit import manifest
 from kit.errors import FAILED, KitError
+from kit.storage import manifest
 from kit.training import checkpoint
 
 if TYPE_CHECKING:

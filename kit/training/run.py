@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from kit import manifest, rundir
 from kit.errors import DONE, STOPPED, KitError
 from kit.schema.run_plan import RunPlan
+from kit.storage import manifest, run_directory
 
 
 def load(plan: RunPlan, args: Any) -> tuple[Any, Any, Any]:
@@ -58,7 +58,7 @@ def train(
     check_ranks(plan)
     writer = args.process_index == 0
     if writer:
-        rundir.set_status(run, "running", pid=os.getpid())
+        run_directory.set_status(run, "running", pid=os.getpid())
     set_seed(args.seed)  # PEFT initialises the adapter before the Trainer seeds (T84)
 
     tokenizer, data, model = load(plan, args)
@@ -87,12 +87,12 @@ def train(
     result = trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.stopped_by_signal:
         if writer:
-            rundir.set_status(run, "stopped", exit_code=STOPPED, step=trainer.state.global_step)
+            run_directory.set_status(run, "stopped", exit_code=STOPPED, step=trainer.state.global_step)
         args.distributed_state.wait_for_everyone()  # a launcher ends all ranks when the first one leaves
         return STOPPED
 
     saved = time.monotonic()
-    trainer.save_model(str(run / (rundir.ADAPTER if plan.peft else rundir.MODEL)))
+    trainer.save_model(str(run / (run_directory.ADAPTER if plan.peft else run_directory.MODEL)))
     saved = time.monotonic() - saved
     tracking.reopen_mlflow(plan)
     held_out_metrics = (
@@ -100,8 +100,8 @@ def train(
     )
     metrics = console.summary(plan, trainer, result.metrics, held_out_metrics, saved, time.monotonic() - started)
     if writer:
-        rundir.write_json(run / rundir.METRICS, metrics)
-        rundir.set_status(run, "done", exit_code=DONE, step=trainer.state.global_step)
+        run_directory.write_json(run / run_directory.METRICS, metrics)
+        run_directory.set_status(run, "done", exit_code=DONE, step=trainer.state.global_step)
         console.farewell(plan, metrics)
     args.distributed_state.wait_for_everyone()
     if torch.distributed.is_initialized():
@@ -113,9 +113,9 @@ def sft_arguments(plan: RunPlan) -> dict[str, Any]:
     """What SFTConfig is given: the plan's `trainer` as it is, and what other sections hold."""
     return {
         # Trackers show the run directory's name, in a project of the plan's name.
-        **{"disable_tqdm": not rundir.is_terminal(), "run_name": plan.run_path.name, "project": plan.name},
+        **{"disable_tqdm": not run_directory.is_terminal(), "run_name": plan.run_path.name, "project": plan.name},
         **plan.trainer,
-        "output_dir": str(plan.run_path / rundir.CHECKPOINTS),
+        "output_dir": str(plan.run_path / run_directory.CHECKPOINTS),
         "deepspeed": copy.deepcopy(plan.deepspeed),
         # Upstream annotates a string for its command line; True is what it works with.
         "fsdp": bool(plan.fsdp) or None,
@@ -166,7 +166,7 @@ def check_ranks(plan: RunPlan) -> None:
 
 def find_checkpoint(plan: RunPlan, resume: str) -> Path:
     """The checkpoint to go on from: a name below checkpoints/, checked against its manifest."""
-    folder = plan.run_path / rundir.CHECKPOINTS / resume
+    folder = plan.run_path / run_directory.CHECKPOINTS / resume
     if damage := manifest.verify(folder):
         raise KitError(
             f"{folder} is not a complete checkpoint: {damage[0]}", fix="kit resume takes the newest complete one"

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from kit.weights import find_model
+from kit.storage.safetensors_header import find_model
 
 TRAINING_ONLY = ("use_cache", "output_router_logits", "router_aux_loss_coef")
 

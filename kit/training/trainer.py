@@ -23,8 +23,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, sort
 from transformers.utils import logging
 from trl import SFTTrainer
 
-from kit import manifest
 from kit.errors import FAILED, REFUSED, KitError
+from kit.storage import manifest
 from kit.training import checkpoint, nonfinite, saved_config, stopping
 from kit.training.agreed_stop import StopAtAgreedStep
 from kit.training.pace import Pace

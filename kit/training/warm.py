@@ -17,13 +17,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from kit import rundir, worker
+from kit import worker
 from kit.errors import DONE, STOPPED, KitError
 from kit.launchers.command import rank_environment
 from kit.launchers.ranks import forget
 from kit.launchers.run import newest_checkpoint, outcome, stop_with
 from kit.launchers.trials import LOG
 from kit.schema.run_plan import load_plan
+from kit.storage import run_directory
 from kit.system.terminal import say
 from kit.training import stopping
 
@@ -54,15 +55,15 @@ def trial(path: Path, held: Held) -> tuple[int, str]:
     """One trial: its exit code, and why this process must not have another ("" where it may)."""
     stopping.reset()
     run = path.parent
-    with open(run / rundir.LOGS / LOG, "ab") as log:
+    with open(run / run_directory.LOGS / LOG, "ab") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     try:
-        with rundir.locked(run), rundir.locked(run, rundir.RANK_LOCK), environment():
+        with run_directory.locked(run), run_directory.locked(run, run_directory.RANK_LOCK), environment():
             code = start(path, held)
     except KitError as error:
         print(error, file=sys.stderr)
-        rundir.set_refused(run, error)
+        run_directory.set_refused(run, error)
         code = error.code
     if code not in (DONE, STOPPED):
         return code, "a trial failed in it"
@@ -78,8 +79,8 @@ def start(path: Path, held: Held) -> int:
         say(f"warning: {w['problem']} ({w['where']}); {w['fix']} [{w['rule']}]")
     forget(run)
     record = {"argv": sys.orig_argv, "env": rank_environment(plan), "cwd": os.getcwd(), "resume": resume}
-    rundir.write_json(run / rundir.LAUNCH, record)
-    rundir.set_status(run, "running")
+    run_directory.write_json(run / run_directory.LAUNCH, record)
+    run_directory.set_status(run, "running")
     log = worker.prepare_process(plan, rank=0)
     for stream in (sys.stdout, sys.stderr):
         stream.log = log  # type: ignore[union-attr]
@@ -88,9 +89,9 @@ def start(path: Path, held: Held) -> int:
     except Exception as error:
         code = worker.failed(run, 0, error)
     finally:
-        (run / rundir.LOGS / "rank0.pid").unlink(missing_ok=True)
+        (run / run_directory.LOGS / "rank0.pid").unlink(missing_ok=True)
         ended = {"returncode": 0, "oom_kills": 0, "deaths": {}, "asked": int(stopping.requested() is not None)}
-    rundir.write_json(run / rundir.LAUNCH, {**record, "ended": {**ended, "returncode": code}})
+    run_directory.write_json(run / run_directory.LAUNCH, {**record, "ended": {**ended, "returncode": code}})
     return outcome(run, code)
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kit import manifest
 from kit.errors import KitError, first_line
 from kit.schema.run_plan import InitFrom
+from kit.storage import manifest
 from kit.training.checkpoint import embeddings_changed, finite, full_shape, raw_tensors
 
 KEY = "peft.init_from"

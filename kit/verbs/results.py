@@ -116,8 +116,8 @@ def convert(argv: list[str]) -> int:
     parser.add_argument("--no-fsync", action="store_true", help="do not wait for the disk")
     a = parser.parse_args(argv)
     quiet()
-    from kit import rundir
     from kit.converting import convert as convert_checkpoint
+    from kit.storage import run_directory
 
     report = convert_checkpoint(
         a.source, a.out, dtype=a.dtype, shard_gb=a.shard_gb, max_position_embeddings=a.max_position_embeddings,
@@ -125,7 +125,7 @@ def convert(argv: list[str]) -> int:
         progress=progress("converting"),
     )  # fmt: skip
     size = f"{report['parameters'] / 1e9:.2f} B parameters, {report['dtype']}, {report['bytes'] / 1e9:.1f} GB"
-    print(f"converted {rundir.shown(report['out'])} ({size}, {report['seconds']:.1f} s)")
+    print(f"converted {run_directory.shown(report['out'])} ({size}, {report['seconds']:.1f} s)")
     for note in report["notes"]:
         print(f"note      {note}")
     return DONE
@@ -156,7 +156,7 @@ def parse_or_submit(parser: argparse.ArgumentParser, verb: str, argv: list[str])
 
 def run_or_path(name: str) -> str:
     """A run may be named without its folder, as `kit resume` takes it."""
-    from kit import rundir
+    from kit.storage import run_directory
 
     inside = Path("runs") / name
-    return str(inside) if not Path(name).exists() and (inside / rundir.PLAN).is_file() else name
+    return str(inside) if not Path(name).exists() and (inside / run_directory.PLAN).is_file() else name

@@ -117,13 +117,14 @@ def compose(argv: list[str]) -> int:
     parser.add_argument("--world-size", type=int)
     parser.add_argument("--fresh", action="store_true")
     a = parser.parse_args(argv)
-    from kit import api, rundir
+    from kit import api
+    from kit.storage import run_directory
 
     try:
-        plan = rundir.create(api.compose(*a.overrides, here=True, world_size=a.world_size), a.fresh)
+        plan = run_directory.create(api.compose(*a.overrides, here=True, world_size=a.world_size), a.fresh)
         for line in api.warnings(plan):  # standard error reaches the user, standard output the ranks
             print(f"kit: warning: {line}", file=sys.stderr)
-        print(json.dumps({"plan": str(plan.run_path / rundir.PLAN)}))
+        print(json.dumps({"plan": str(plan.run_path / run_directory.PLAN)}))
         return DONE
     except KitError as error:
         print(json.dumps({"code": error.code, "problems": error.to_json()}))

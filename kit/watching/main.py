@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from kit import rundir
 from kit.errors import DONE, KitError
+from kit.storage import run_directory
 from kit.watching import state, view
 
 
@@ -53,7 +53,7 @@ class Look:
     """The present states of a run, or of all trials of a sweep; each metrics.jsonl is read once."""
 
     def __init__(self, folder: Path, sweep: bool) -> None:
-        self.folder, self.sweep, self.name = folder, sweep, rundir.shown(folder)
+        self.folder, self.sweep, self.name = folder, sweep, run_directory.shown(folder)
         self.followers: dict[Path, state.Follower] = {}
 
     def __call__(self) -> list[dict[str, Any]]:
@@ -68,7 +68,7 @@ class Look:
         return state.listed(self.folder, found)
 
     def one(self, run: Path) -> dict[str, Any]:
-        follower = self.followers.setdefault(run, state.Follower(run / rundir.METRICS_LOG))
+        follower = self.followers.setdefault(run, state.Follower(run / run_directory.METRICS_LOG))
         return state.state(run, follower)
 
     def frame(self, states: list[dict[str, Any]], terminal: bool) -> Any:

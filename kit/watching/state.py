@@ -17,8 +17,8 @@ from typing import Any
 
 import psutil
 
-from kit import manifest, rundir
 from kit.errors import DONE, FAILED, STOPPED, KitError
+from kit.storage import manifest, run_directory
 
 SWEEP = "sweep.json"
 RECENT = 20  # logged steps that the pace is taken from
@@ -121,33 +121,33 @@ def numbers(value: Any) -> list[float]:
 def find(name: str) -> tuple[Path, bool]:
     """A run's directory, or that of a sweep (any folder of runs) and True. KitError where there is neither."""
     for place in (Path(name), Path("runs") / name):
-        if not (place / rundir.PLAN).is_file() and (trials(place) or (place / SWEEP).is_file()):
+        if not (place / run_directory.PLAN).is_file() and (trials(place) or (place / SWEEP).is_file()):
             return place.absolute(), True
-        if (place / rundir.PLAN).is_file():
+        if (place / run_directory.PLAN).is_file():
             break
-    return rundir.find_run(name), False
+    return run_directory.find_run(name), False
 
 
 def trials(folder: Path) -> list[Path]:
-    return sorted(plan.parent.absolute() for plan in folder.glob(f"*/{rundir.PLAN}"))
+    return sorted(plan.parent.absolute() for plan in folder.glob(f"*/{run_directory.PLAN}"))
 
 
 def read_dict(path: Path) -> dict[str, Any]:
-    found = rundir.read_json(path)
+    found = run_directory.read_json(path)
     return found if isinstance(found, dict) else {}
 
 
 def state(run: Path, metrics: Follower) -> dict[str, Any]:
     """Everything that is shown, as plain values: None for what is not known. KitError where the run is gone."""
     if not run.is_dir():
-        raise KitError(f"{rundir.shown(run)} is gone", fix="it was moved or deleted while it was watched")
+        raise KitError(f"{run_directory.shown(run)} is gone", fix="it was moved or deleted while it was watched")
     metrics.read()
-    status, plan = read_dict(run / rundir.STATUS), read_dict(run / rundir.PLAN)
+    status, plan = read_dict(run / run_directory.STATUS), read_dict(run / run_directory.PLAN)
     last = metrics.last
     trainer, model = (plan[k] if isinstance(plan.get(k), dict) else {} for k in ("trainer", "model"))
     step, total = last.get("step"), steps_in_all(metrics, trainer)
     found: dict[str, Any] = {
-        "run": rundir.shown(run),
+        "run": run_directory.shown(run),
         "name": run.name,
         "model": model.get("name_or_path"),
         "world_size": metrics.begun.get("world_size") or plan.get("world_size"),
@@ -209,7 +209,9 @@ def condition(run: Path, status: dict[str, Any], metrics: Follower) -> dict[str,
         found["problems"] = [f"it was running since {found['since']} and no process of it is alive"]
     quiet = time.time() - max(filter(None, (metrics.written, log_written(run))), default=math.inf)
     if found["state"] == "running" and quiet > QUIET:
-        found["notes"].append(f"nothing was written for {quiet / 60:.0f} minutes: kit doctor {rundir.shown(run)}")
+        found["notes"].append(
+            f"nothing was written for {quiet / 60:.0f} minutes: kit doctor {run_directory.shown(run)}"
+        )
     return found
 
 
@@ -222,7 +224,7 @@ def submitted(run: Path) -> str:
 
 def holder(run: Path) -> int | None:
     """The living process that wrote itself into a lock of the run: `kit train`, else rank 0."""
-    for name in (rundir.LOCK, rundir.RANK_LOCK):
+    for name in (run_directory.LOCK, run_directory.RANK_LOCK):
         try:
             text, written = (run / name).read_text().strip(), (run / name).stat().st_mtime
             process = psutil.Process(int(text))
@@ -243,7 +245,7 @@ def has_open(process: psutil.Process, file: Path) -> bool:
 
 def log_written(run: Path) -> float | None:
     try:
-        return (run / rundir.LOGS / "rank0.log").stat().st_mtime
+        return (run / run_directory.LOGS / "rank0.log").stat().st_mtime
     except OSError:
         return None
 
@@ -267,7 +269,7 @@ def slowest(row: dict[str, Any]) -> dict[str, Any] | None:
 def checkpoint(run: Path) -> dict[str, Any]:
     """The newest checkpoint with a manifest, and when it was finished."""
     found = []
-    for file in (run / rundir.CHECKPOINTS).glob(f"checkpoint-*/{manifest.NAME}"):
+    for file in (run / run_directory.CHECKPOINTS).glob(f"checkpoint-*/{manifest.NAME}"):
         if match := re.fullmatch(manifest.CHECKPOINT, file.parent.name):
             try:
                 found.append((int(match[1]), file.parent.name, file.stat().st_mtime))

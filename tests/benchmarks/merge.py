@@ -152,7 +152,7 @@ def accuracy(base: Path, adapter: Path, out: Path, a: argparse.Namespace) -> dic
     """How far sampled tensors are from the float32 sum rounded once, in units of the last place and in share."""
     from safetensors import safe_open
 
-    from kit.weights import read_tensors
+    from kit.storage.safetensors_header import read_tensors
 
     before, after = read_tensors(base), read_tensors(out)
     named = [n for n in before if "_proj." in n]

@@ -12,9 +12,10 @@ import pytest
 import tiny
 from safetensors.numpy import save_file
 
-from kit import api, manifest
+from kit import api
 from kit.config.model import identify
 from kit.schema.run_plan import Model
+from kit.storage import manifest
 
 CONFIG = {
     "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "bias": "none",

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from kit import cli, rundir
+from kit import cli
 from kit.doctor import causes, oom, run_logs
 from kit.doctor.run import diagnose
 from kit.errors import DONE, FAILED, REFUSED, STOPPED
+from kit.storage import run_directory
 
 sys.path.insert(0, str(Path(__file__).parent))
 import messages  # noqa: E402
@@ -34,7 +35,7 @@ class Run:
         (path / "logs").mkdir(parents=True)
         (path / "checkpoints").mkdir()
         (path / "plan.json").write_text(json.dumps(PLAN if plan is None else plan))
-        rundir.set_status(path, state, **status)
+        run_directory.set_status(path, state, **status)
 
     def rank(
         self, number: int, text: str = "", problem: str = "", fix: str = "", age: float = 0.0, code: int = 4
@@ -72,7 +73,7 @@ def test_each_message_has_its_cause(cause, text, make):
     assert (found.state, found.cause, found.rank, found.code) == ("failed", cause, 0, FAILED)
     assert found.fixes and all(found.fixes) and "{" not in "".join(found.fixes).replace("{use_reentrant: true}", "")
     assert found.sentence and "{" not in found.sentence
-    assert str(found.where).startswith(rundir.shown(run.path))
+    assert str(found.where).startswith(run_directory.shown(run.path))
 
 
 def test_the_table_is_covered_and_has_no_doubles():
@@ -260,12 +261,12 @@ def test_rows_before_a_loss_that_is_not_finite(make):
 def test_states_without_a_failure(make, capsys, monkeypatch):
     run = make("done", step=40)
     assert (diagnose(run.path).state, diagnose(run.path).code) == ("done", DONE)
-    rundir.set_status(run.path, "stopped", step=12)
+    run_directory.set_status(run.path, "stopped", step=12)
     (run.path / "checkpoints" / "checkpoint-12").mkdir()
     (run.path / "checkpoints" / "checkpoint-12" / "manifest.json").write_text("{}")
     found = diagnose(run.path)
     assert (found.state, found.code, found.checkpoint) == ("stopped", STOPPED, "checkpoint-12")
-    rundir.set_status(run.path, "created")
+    run_directory.set_status(run.path, "created")
     assert diagnose(run.path).cause == "not_started"
     monkeypatch.chdir(run.path.parent.parent)
     assert cli.run(["doctor", "x", "--json"]) == FAILED

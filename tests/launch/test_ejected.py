@@ -15,9 +15,10 @@ import tiny
 from conftest import write_rows
 from safetensors.torch import load_file
 
-from kit import api, rundir
+from kit import api
 from kit.ejecting import verb
 from kit.launchers.command import free_port
+from kit.storage import run_directory
 from launch import harness
 
 pytestmark = pytest.mark.launch
@@ -105,7 +106,7 @@ def pairs(work, base, chat, files, trained) -> dict[str, tuple[Path, Path]]:
     assert list(cases) == CASES
     runs = [compose(work, base, chat, name, "launch=local", *more) for name, more in cases.items()]
     sequence = str(harness.ROOT / "tests" / "launch" / "sequence.py")
-    run_all([sys.executable, sequence, *(str(run / rundir.PLAN) for run in runs)], work)
+    run_all([sys.executable, sequence, *(str(run / run_directory.PLAN) for run in runs)], work)
     folders = [eject(work, name, run) for name, run in zip(cases, runs, strict=True)]
     ejected = str(harness.ROOT / "tests" / "launch" / "ejected.py")
     run_all([sys.executable, ejected, *map(str, folders)], work)
@@ -118,7 +119,7 @@ def launched(work, base, chat) -> dict[str, tuple[Path, Path]]:
     runs = [compose(work, base, chat, name, *more) for name, more in ZERO.items()]
     sequence = str(harness.ROOT / "tests" / "launch" / "sequence.py")
     start = ["deepspeed", "--num_gpus", "2", "--no_local_rank", "--master_port", str(free_port()), sequence]
-    run_all([*start, *(str(run / rundir.PLAN) for run in runs)], work)
+    run_all([*start, *(str(run / run_directory.PLAN) for run in runs)], work)
     found = {}
     for name, run in zip(ZERO, runs, strict=True):
         folder = eject(work, name, run)
@@ -129,7 +130,7 @@ def launched(work, base, chat) -> dict[str, tuple[Path, Path]]:
 
 def compose(work: Path, base: Path, chat: Path, name: str, *more: str) -> Path:
     plan = api.compose(*harness.overrides(base, chat, work / name, *SHORT, *more), here=True)
-    return rundir.create(plan).run_path
+    return run_directory.create(plan).run_path
 
 
 def eject(work: Path, name: str, run: Path) -> Path:

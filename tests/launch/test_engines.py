@@ -173,7 +173,7 @@ def test_adapter_is_complete(engine, run_of, request, alone):
     import torch
     from safetensors.torch import load_file
 
-    from kit import manifest
+    from kit.storage import manifest
 
     run = alone if engine == "alone" else run_of(engine)
     tensors = load_file(run / "adapter" / "adapter_model.safetensors")
@@ -261,7 +261,7 @@ def test_typed_by_hand_with_overrides_and_stopped_by_its_launcher(work, base, ch
     process.communicate(timeout=60)
     harness.assert_nothing_left(run, 60)
     assert harness.status(run)["state"] == "stopped"
-    from kit import manifest
+    from kit.storage import manifest
 
     assert manifest.newest_complete(run / "checkpoints").path
 

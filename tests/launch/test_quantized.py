@@ -14,8 +14,9 @@ import torch
 from launch.packed import packed_hashes
 from safetensors.torch import load_file
 
-from kit import api, rundir
+from kit import api
 from kit.launchers.command import free_port
+from kit.storage import run_directory
 from launch import harness
 
 pytestmark = pytest.mark.launch
@@ -48,7 +49,7 @@ def launch(work: Path, base: Path, chat: Path, cases: dict[str, list[str]], star
     plans = []
     for name, given in cases.items():
         plan = api.compose(*harness.overrides(base, chat, work / name, *given, *SHORT, *more), here=True)
-        plans.append(str(rundir.create(plan).run_path / rundir.PLAN))
+        plans.append(str(run_directory.create(plan).run_path / run_directory.PLAN))
     script = str(harness.ROOT / "tests" / "launch" / "packed.py")
     done = harness.finish(harness.start([*start, script, *plans], work, DS_ACCELERATOR="cpu"))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]

@@ -16,8 +16,9 @@ import pytest
 import source_data
 import twins
 
-from kit import api, manifest
+from kit import api
 from kit.launchers.command import free_port
+from kit.storage import manifest
 from kit.system import paths
 from launch import harness
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from kit import api, rundir
+from kit import api
 from kit.launchers import warm
+from kit.storage import run_directory
 from launch import harness
 
 pytestmark = pytest.mark.launch
@@ -41,8 +42,8 @@ def freeze(folder: Path, base: Path, chat: Path, *overrides: str) -> Path:
     small = [o for o in SMALL if o.partition("=")[0] not in {m.partition("=")[0] for m in overrides}]
     plan = api.compose(*harness.overrides(base, chat, folder, *small, *overrides), here=True)
     assert warm.why_cold(plan) is None
-    rundir.make(plan.model_copy(update={"run_dir": str(folder)}))
-    return folder / rundir.PLAN
+    run_directory.make(plan.model_copy(update={"run_dir": str(folder)}))
+    return folder / run_directory.PLAN
 
 
 def curve(run: Path) -> list[dict]:
@@ -103,7 +104,7 @@ def test_bit_equal_to_cold(forked, base: Path, chat: Path, tmp_path: Path):
     norms, evaluations, adapters, optimizer and random states."""
     cold, _ = forked
     plans = [freeze(tmp_path / name, base, chat, *more) for name, more in CASES.items()]
-    stopped = tmp_path / "stopped" / rundir.PLAN
+    stopped = tmp_path / "stopped" / run_directory.PLAN
     answers = served([*plans, stopped], tmp_path / "worker.log")
     codes = {p.parent.name: a.get("code") for p, a in zip(plans, answers, strict=False)}
     assert codes == {name: 75 if name == "stopped" else 0 for name in CASES}
@@ -117,7 +118,7 @@ def test_bit_equal_to_cold(forked, base: Path, chat: Path, tmp_path: Path):
     shape = {n: curve(tmp_path / n)[-1]["eval_loss"] for n in CASES}
     assert len(set(shape.values())) == len(CASES) - 1  # the cases do differ, but for the first and its repetition
     run = tmp_path / "again"
-    assert harness.status(run)["state"] == "done" and rundir.in_use(run) is None
+    assert harness.status(run)["state"] == "done" and run_directory.in_use(run) is None
     assert all("step 4/4" in (run / "logs" / log).read_text() for log in ("rank0.log", "trial.log"))
     assert json.loads((run / "launch.json").read_text())["ended"]["returncode"] == 0
     assert sorted(p.name for p in run.iterdir()) == sorted(

@@ -40,8 +40,8 @@ def main(folder: Path, engine: str) -> None:
     from transformers import AutoModelForCausalLM, TrainerCallback
     from trl import SFTConfig
 
-    from kit import manifest
     from kit.errors import KitError
+    from kit.storage import manifest
     from kit.training.trainer import ModifiedTrainer
 
     torch.set_num_threads(1)

@@ -23,8 +23,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from kit import manifest
 from kit.errors import KitError
+from kit.storage import manifest
 from kit.training import checkpoint, stopping
 from kit.training.trainer import ModifiedTrainer
 

@@ -14,9 +14,9 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kit import manifest
 from kit.errors import KitError
 from kit.schema.run_plan import InitFrom
+from kit.storage import manifest
 from kit.training import labels
 from kit.training.warm_start import adapter_parameters, load_adapter
 

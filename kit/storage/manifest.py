@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kit.errors import FAILED, KitError
-from kit.stage import sync
+from kit.storage.atomic_folder import sync
 
 NAME = "manifest.json"
 FORMAT = 1

@@ -1,0 +1,1 @@
+"""What stands on the disk: run directories, manifests, folders that are complete or absent, safetensors headers."""
