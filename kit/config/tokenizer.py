@@ -9,8 +9,8 @@ from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 
-from kit import hub
 from kit.errors import KitError, Problem, named
+from kit.hub import cache as hub
 from kit.schema.run_plan import Model, Tokenizer
 from kit.storage import safetensors_header
 from kit.system import paths

@@ -59,8 +59,8 @@ def check_machine(
     root: Path = Path("/"), env: Mapping[str, str] = os.environ, here: Path | None = None, home: Path | None = None
 ) -> list[Finding]:
     """Every check, on this machine or below `root` with `env`."""
-    from kit import hub
     from kit.doctor import environment, gpu, machine, op_locks, versions
+    from kit.hub import cache as hub
     from kit.launchers import ops
 
     here, home = here or Path.cwd(), home or Path.home()

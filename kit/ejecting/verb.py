@@ -15,7 +15,7 @@ from kit.config.nodes import over_ssh
 from kit.config.tokenizer import find_template
 from kit.ejecting.script import JSON, SCRIPT, START, TEMPLATE, script
 from kit.errors import DONE, KitError, Problem
-from kit.hub import NO_TELEMETRY
+from kit.hub.cache import NO_TELEMETRY
 from kit.launchers.command import rank_environment
 from kit.schema.run_plan import RunPlan, load_plan
 from kit.storage import run_directory

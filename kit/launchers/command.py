@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from kit.config.nodes import by_node, over_ssh
-from kit.hub import NO_TELEMETRY
+from kit.hub.cache import NO_TELEMETRY
 from kit.schema import trackers
 from kit.schema.run_plan import Launch, RunPlan
 from kit.system import hardware

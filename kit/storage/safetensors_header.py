@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kit import hub
 from kit.errors import KitError
+from kit.hub import cache as hub
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 PARAMS = "params.json"  # of Meta's checkpoints

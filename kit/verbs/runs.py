@@ -147,6 +147,6 @@ def fetch(argv: list[str]) -> int:
     parser.add_argument("--config-dir", "-cd", help="a folder with groups and recipes of your own")
     parser.add_argument("--dry-run", action="store_true", help="only say what would be fetched")
     a = parser.parse_intermixed_args(argv)
-    from kit.fetch import fetch as fetch_run
+    from kit.hub.fetch import fetch as fetch_run
 
     return fetch_run(*a.overrides, config_dir=a.config_dir, dry_run=a.dry_run)

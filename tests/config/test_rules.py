@@ -315,7 +315,7 @@ def test_a_port_in_use(facts: Facts):
 
 def test_packages_that_are_not_installed(facts: Facts, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    monkeypatch.setattr("kit.schema.trackers.find_spec", lambda name: None)
+    monkeypatch.setattr("kit.config.rules_tracking.find_spec", lambda name: None)
     facts.plan["quantization"] = {"load_in_8bit": True}
     facts.plan["trainer"]["report_to"] = ["wandb"]
     facts.plan["peft"]["init_lora_weights"] = "loftq"

@@ -16,9 +16,10 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
-from kit import api, hub
+from kit import api
 from kit.config import hub_dataset
 from kit.errors import DONE, ENVIRONMENT, KitError
+from kit.hub import cache as hub
 from kit.schema.run_plan import Dataset, Model, Tokenizer
 from kit.storage import safetensors_header
 from kit.system import dependencies, paths
