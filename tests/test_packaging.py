@@ -85,7 +85,7 @@ def test_the_wheel_holds_the_package_and_its_configuration(built):
     assert len(names) == len(set(names)), "a file is in the wheel twice"
     expected = {f"kit/{f.relative_to(ROOT / 'kit')}" for f in (ROOT / "kit").rglob("*.py")} | {
         "kit/schema/fields.json",
-        "kit/config/architectures.json",
+        "kit/inspection/architectures.json",
         "kit/config/stories.yaml",
         "kit/doctor/tested.json",
         "kit/config/RULES.md",

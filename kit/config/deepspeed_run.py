@@ -41,7 +41,7 @@ class Setting:
 
 def look(overrides: list[str], model: str | None, config_dir: str | None) -> Setting:
     """The width of the model and the trainer's values; KitError where what was named is wrong."""
-    from kit.config.model import inspect
+    from kit.inspection.model import inspect
     from kit.schema.run_plan import Model
 
     if not overrides:

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from kit.config.architectures import EMBEDDING, EMBEDDINGS, LINEARS
-from kit.config.model import Base
 from kit.errors import Problem
+from kit.inspection.architectures import EMBEDDING, EMBEDDINGS, LINEARS
+from kit.inspection.model import Base
 from kit.schema import fields
 
 INPUTS = ("embed_tokens", "wte", "embed_in", "word_embeddings")

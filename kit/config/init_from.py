@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kit.config.architectures import LINEARS
 from kit.config.embeddings import OUTPUTS
-from kit.config.model import Base, identify
 from kit.errors import KitError, Problem
 from kit.hub import cache as hub
+from kit.inspection.architectures import LINEARS
+from kit.inspection.model import Base, identify
 from kit.schema import fields
 from kit.schema.run_plan import InitFrom, Model
 from kit.storage import manifest, safetensors_header

@@ -13,7 +13,6 @@ from kit.config import rules, zero
 from kit.config.compose import Composed
 from kit.config.embeddings import is_tied, train_embeddings, vocabulary_rows
 from kit.config.init_from import find_source, take_out
-from kit.config.model import identify, inspect, look_at_tokenizer
 from kit.config.nodes import resolve_nodes
 from kit.config.read import (
     chosen_by_person,
@@ -40,8 +39,9 @@ from kit.config.resolve import (
     resolve_precision,
     resolve_quantization,
 )
-from kit.config.tokenizer import examine
 from kit.errors import KitError, Problem
+from kit.inspection.model import identify, inspect, look_at_tokenizer
+from kit.inspection.tokenizer import examine
 from kit.schema.run_plan import RunPlan, identity_hash
 from kit.system import hardware
 

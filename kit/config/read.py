@@ -13,11 +13,12 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from kit.config import dataset as data_files
-from kit.config import hub_dataset, zero
-from kit.config import template as templates
+from kit.config import zero
 from kit.config.kinds import fix_of, is_kind
 from kit.errors import KitError, Problem, named
+from kit.inspection import dataset as data_files
+from kit.inspection import dataset_template as templates
+from kit.inspection import hub_dataset
 from kit.schema import fields
 from kit.schema.run_plan import Dataset, RunInput, Strict, leaves
 from kit.system import paths

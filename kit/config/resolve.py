@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from kit.config import slurm, zero
-from kit.config.model import Base
 from kit.config.read import located
-from kit.config.tokenizer import is_file_name
 from kit.errors import KitError, Problem
+from kit.inspection.model import Base
+from kit.inspection.tokenizer import is_file_name
 from kit.schema.run_plan import Launch
 from kit.system import hardware
 

@@ -10,7 +10,8 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from kit.config import architectures, zero
+from kit.config import zero
+from kit.inspection import architectures
 
 if TYPE_CHECKING:
     from kit.config.rules import Facts

@@ -6,11 +6,11 @@ import re
 from functools import partial
 from typing import Any, NamedTuple
 
-from kit.config import hub_dataset
-from kit.config import template as templates
-from kit.config.dataset import FORMATS, SUFFIXES, detect_format, find_files
 from kit.errors import KitError, first_line
 from kit.hub import cache as hub
+from kit.inspection import dataset_template as templates
+from kit.inspection import hub_dataset
+from kit.inspection.dataset import FORMATS, SUFFIXES, detect_format, find_files
 from kit.schema.run_plan import Dataset
 
 

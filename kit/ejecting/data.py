@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kit.config import dataset as data_files
-from kit.config import template
-from kit.config.dataset import FORMATS
 from kit.ejecting.text import call, literal, stated
+from kit.inspection import dataset as data_files
+from kit.inspection import dataset_template
+from kit.inspection.dataset import FORMATS
 from kit.schema.run_plan import Dataset, RunPlan
 
 
@@ -80,7 +80,7 @@ def loading(name: str, d: Dataset, path: str, split: str, shape: str, packed: bo
 def columns_of(d: Dataset) -> tuple[list[str], str]:
     """Functions that the script needs for its columns, and what each part goes through when it is read."""
     if d.template:
-        names = template.columns_of(d.template)
+        names = dataset_template.columns_of(d.template)
         return template_functions(d, names), f".select_columns({literal(names)})"
     rename = {theirs: ours for ours, theirs in d.columns.items() if theirs != ours}
     if d.format != "auto":
@@ -102,9 +102,9 @@ def columns_of(d: Dataset) -> tuple[list[str], str]:
 def template_functions(d: Dataset, names: list[str]) -> list[str]:
     """`write`: one row in the format that is trained; `prepare`: a part without the rows that teach nothing."""
     lines = ["def write(row):", '    row = {name: "" if value is None else value for name, value in row.items()}']
-    if template.format_of(d.template) == "messages":
+    if dataset_template.format_of(d.template) == "messages":
         lines.append("    turns = [")
-        for role in template.TURNS:
+        for role in dataset_template.TURNS:
             if role in d.template:
                 content = f"{literal(d.template[role])}.format(**row).strip()"
                 lines.append(f'        {{"role": "{role}", "content": {content}}},')
@@ -117,8 +117,8 @@ def template_functions(d: Dataset, names: list[str]) -> list[str]:
     else:
         items = [f"{literal(key)}: {literal(text)}.format(**row)" for key, text in d.template.items()]
         lines += [f"    {line}" for line in call("return {", items, end="}")]
-    learned = [k for k in template.TRAINED if k in d.template]
-    taught = sorted({n for k in learned for _, n in template.parts(k, d.template[k]) if n})
+    learned = [k for k in dataset_template.TRAINED if k in d.template]
+    taught = sorted({n for k in learned for _, n in dataset_template.parts(k, d.template[k]) if n})
     lines += ["", "", "def prepare(rows):"]
     if taught:
         lines.append(f"    learned = {literal(taught)}  # a row in which all of these are empty teaches nothing")

@@ -10,12 +10,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from kit.config import template
 from kit.config.nodes import over_ssh
-from kit.config.tokenizer import find_template
 from kit.ejecting.script import JSON, SCRIPT, START, TEMPLATE, script
 from kit.errors import DONE, KitError, Problem
 from kit.hub.cache import NO_TELEMETRY
+from kit.inspection import dataset_template
+from kit.inspection.tokenizer import find_template
 from kit.launchers.command import rank_environment
 from kit.schema.run_plan import RunPlan, load_plan
 from kit.storage import run_directory
@@ -103,7 +103,9 @@ def refuse(plan: RunPlan) -> None:
     if d.streaming and d.format == "auto":
         problems.append(Problem("the columns of the stream are not known", "dataset.format", "dataset.format=text"))
     odd = (
-        [n for n in template.columns_of(d.template) if not re.fullmatch(r"[^\W\d][^.\[\]]*", n)] if d.template else []
+        [n for n in dataset_template.columns_of(d.template) if not re.fullmatch(r"[^\W\d][^.\[\]]*", n)]
+        if d.template
+        else []
     )
     if odd:
         said = f"str.format cannot read the columns {', '.join(odd)}"

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from kit import api
-from kit.config import hub_dataset
 from kit.errors import DONE, ENVIRONMENT, KitError
 from kit.hub import cache as hub
+from kit.inspection import hub_dataset
 from kit.schema.run_plan import Dataset, Model, Tokenizer
 from kit.storage import safetensors_header
 from kit.system import dependencies, paths

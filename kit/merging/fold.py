@@ -14,9 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kit.config.tokenizer import read_files
 from kit.errors import KitError
 from kit.hub.cache import fetch_command
+from kit.inspection.tokenizer import read_files
 from kit.merging.adapter import CONFIG, MANIFEST, WEIGHTS, read_json, sha256
 from kit.merging.dequantize import Quantization
 from kit.merging.parts import Plan

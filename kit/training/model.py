@@ -8,8 +8,8 @@ import torch
 from transformers import AddedToken, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from kit.config.tokenizer import find_template
 from kit.errors import KitError, first_line
+from kit.inspection.tokenizer import find_template
 from kit.quantized import bnb_config, settle
 from kit.schema.run_plan import RunPlan
 

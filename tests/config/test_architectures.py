@@ -9,7 +9,7 @@ import make_architectures
 import pytest
 
 from kit import api
-from kit.config import architectures
+from kit.inspection import architectures
 
 
 def test_the_file_is_what_the_generator_writes():

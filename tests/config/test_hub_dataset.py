@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from kit.config import hub_dataset
 from kit.errors import KitError
+from kit.inspection import hub_dataset
 
 CONFIGS = "---\nconfigs:\n- config_name: {0}\n  data_files:\n{1}---\n"
 SPLITS = "  - split: train\n    path: ['a/**', 'b/part-?.jsonl']\n  - split: test\n    path: 'c/[0-9]*.jsonl'\n"

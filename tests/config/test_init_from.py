@@ -13,7 +13,7 @@ import tiny
 from safetensors.numpy import save_file
 
 from kit import api
-from kit.config.model import identify
+from kit.inspection.model import identify
 from kit.schema.run_plan import Model
 from kit.storage import manifest
 

@@ -12,7 +12,7 @@ import yaml
 from conftest import write_rows
 
 from kit import api
-from kit.config import architectures, model
+from kit.inspection import architectures, model
 from kit.schema.run_plan import Model
 from kit.system import paths
 

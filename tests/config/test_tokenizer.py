@@ -11,10 +11,10 @@ import pytest
 import tiny
 
 from kit import api
-from kit.config import tokenizer
 from kit.config.embeddings import find_ends, is_tied, train_embeddings
-from kit.config.model import Base
 from kit.errors import KitError
+from kit.inspection import tokenizer
+from kit.inspection.model import Base
 
 SIZE = len(tiny.SPECIAL) + len(set(tiny.WORDS))
 NEW = "tokenizer.added_tokens=['<|im_start|>','<|im_end|>']"

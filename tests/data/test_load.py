@@ -6,9 +6,9 @@ import pytest
 from conftest import write_rows
 
 from kit import api
-from kit.config import template as templates
 from kit.data.load import load_datasets
 from kit.errors import KitError
+from kit.inspection import dataset_template as templates
 
 DOCTOR = "Description: {Description} Patient: {Patient} Doctor: {Doctor}"
 

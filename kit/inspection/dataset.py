@@ -7,8 +7,8 @@ import json
 import re
 from pathlib import Path
 
-from kit.config import template as templates
 from kit.errors import KitError, first_line
+from kit.inspection import dataset_template as templates
 from kit.schema.run_plan import Dataset
 
 SUFFIXES = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}

@@ -13,9 +13,9 @@ from typing import Any
 
 import yaml
 
-from kit.config import dataset as data_files
 from kit.errors import KitError
 from kit.hub import cache as hub
+from kit.inspection import dataset as data_files
 from kit.schema.run_plan import Dataset
 
 CARD = "README.md"

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kit.config import architectures
 from kit.errors import KitError, Problem, named
 from kit.hub import cache as hub
+from kit.inspection import architectures
 from kit.schema.run_plan import Model, Tokenizer
 from kit.storage import safetensors_header
 from kit.system import paths
