@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kit.config import keys
-from kit.config.read import OWNED
+from kit.config.sections import OWNED
 from kit.schema import fields
 from kit.schema.run_plan import RunPlan
 

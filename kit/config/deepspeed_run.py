@@ -56,8 +56,8 @@ def look(overrides: list[str], model: str | None, config_dir: str | None) -> Set
         raise KitError("deepspeed is what --deepspeed gives", "command line", "change the file itself")
     from kit.config.compose import compose
     from kit.config.nodes import resolve_nodes
-    from kit.config.read import located, origin, read_input, read_trainer
     from kit.config.resolve import resolve_batch, resolve_launch, resolve_precision
+    from kit.config.sections import located, origin, read_input, read_trainer
 
     composed = compose(overrides, config_dir)
     set_by, tree = origin(composed.provenance), copy.deepcopy(composed.tree)

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic_core import PydanticUndefined
 
-from kit.config.read import OWNED
+from kit.config.sections import OWNED
 from kit.errors import KitError
 from kit.schema import fields
 from kit.schema.run_plan import RunInput, Strict, leaves

@@ -10,11 +10,21 @@ from typing import Any
 
 from kit import __version__
 from kit.config import rules, zero
+from kit.config.added_tokens import is_tied, train_embeddings, vocabulary_rows
 from kit.config.compose import Composed
-from kit.config.embeddings import is_tied, train_embeddings, vocabulary_rows
-from kit.config.init_from import find_source, take_out
+from kit.config.initial_adapter import find_source, take_out
 from kit.config.nodes import resolve_nodes
-from kit.config.read import (
+from kit.config.resolve import (
+    QUANTIZATION_AUTO,
+    absolute,
+    load_dtype,
+    resolve_batch,
+    resolve_deepspeed,
+    resolve_launch,
+    resolve_precision,
+    resolve_quantization,
+)
+from kit.config.sections import (
     chosen_by_person,
     located,
     look_at_data,
@@ -28,16 +38,6 @@ from kit.config.read import (
     tree_at,
     unique,
     unusable,
-)
-from kit.config.resolve import (
-    QUANTIZATION_AUTO,
-    absolute,
-    load_dtype,
-    resolve_batch,
-    resolve_deepspeed,
-    resolve_launch,
-    resolve_precision,
-    resolve_quantization,
 )
 from kit.errors import KitError, Problem
 from kit.inspection.model import identify, inspect, look_at_tokenizer

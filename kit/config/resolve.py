@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kit.config import slurm, zero
-from kit.config.read import located
+from kit.config.sections import located
 from kit.errors import KitError, Problem
 from kit.inspection.model import Base
 from kit.inspection.tokenizer import is_file_name

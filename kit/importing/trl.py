@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kit.config.read import OWNED
+from kit.config.sections import OWNED
 from kit.errors import KitError
 from kit.importing import sharding
 from kit.importing.report import Reading, same_value

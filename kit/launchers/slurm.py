@@ -128,7 +128,7 @@ def settings_of(plan: RunPlan | None, verb: str) -> dict[str, Any]:
 def chosen(slurm: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
     """The settings with `launch.slurm.KEY=VALUE` on top; KitError for what is no setting of a job."""
     from kit.config.compose import apply
-    from kit.config.read import read_slurm
+    from kit.config.sections import read_slurm
 
     other = [w for w in words if w.startswith("launch=") and w != "launch=slurm"]
     other += [w for w in words if not w.startswith(("launch=", "launch.slurm."))]

@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 from kit import api
-from kit.config.embeddings import find_ends, is_tied, train_embeddings
+from kit.config.added_tokens import find_ends, is_tied, train_embeddings
 from kit.errors import KitError
 from kit.inspection import tokenizer
 from kit.inspection.model import Base

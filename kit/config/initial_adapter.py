@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kit.config.embeddings import OUTPUTS
+from kit.config.added_tokens import OUTPUTS
 from kit.errors import KitError, Problem
 from kit.hub import cache as hub
 from kit.inspection.architectures import LINEARS
