@@ -9,7 +9,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from kit.config import keys, rules
+from kit.config import keys
+from kit.config.rules import table as rules
 from kit.effects import ABSENT, WORKER, at, becomes, default_of, derived, shown, upstream
 from kit.errors import DONE, KitError, Problem
 from kit.schema.run_plan import RunPlan, field_class, leaves, load_plan

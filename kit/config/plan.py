@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kit import __version__
-from kit.config import rules, zero
+from kit.config import zero
 from kit.config.added_tokens import is_tied, train_embeddings, vocabulary_rows
 from kit.config.compose import Composed
 from kit.config.initial_adapter import find_source, take_out
@@ -24,6 +24,7 @@ from kit.config.resolve import (
     resolve_precision,
     resolve_quantization,
 )
+from kit.config.rules import table as rules
 from kit.config.sections import (
     chosen_by_person,
     located,

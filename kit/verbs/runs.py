@@ -85,7 +85,7 @@ def check(argv: list[str]) -> int:
     parser.add_argument("--deepspeed", metavar="FILE", help="a DeepSpeed JSON by itself: its faults, autos and --fix")
     a = parser.parse_intermixed_args(argv)
     if a.rules or a.explain:
-        from kit.config import explain
+        from kit.config.rules import explain
 
         print(explain.explain(a.explain) if a.explain else explain.listing())
         return DONE

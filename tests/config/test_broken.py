@@ -10,7 +10,7 @@ import pytest
 from test_rules import FIRES, HERE
 
 from kit import api
-from kit.config.rules import RULES
+from kit.config.rules.table import RULES
 from kit.errors import KitError
 
 FOLDER = Path(__file__).parent

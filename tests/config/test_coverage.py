@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kit.config.rules import RULES
+from kit.config.rules.table import RULES
 
 ROOT = Path(__file__).parents[2]
 TABLE = yaml.safe_load(Path(__file__).with_name("coverage.yaml").read_text(encoding="utf-8"))

@@ -14,8 +14,9 @@ from soak import VALID, make_inputs, mutations
 from test_cli_check import REFUSED_RUNS
 
 from kit import api, cli
-from kit.config import explain, rules
-from kit.config.rules import CHECKS, RULES, Facts
+from kit.config.rules import explain
+from kit.config.rules import table as rules
+from kit.config.rules.table import CHECKS, RULES, Facts
 from kit.errors import DONE, REFUSED, KitError
 from kit.schema.run_plan import RunInput
 from kit.system import hardware
@@ -315,7 +316,7 @@ def test_a_port_in_use(facts: Facts):
 
 def test_packages_that_are_not_installed(facts: Facts, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    monkeypatch.setattr("kit.config.rules_tracking.find_spec", lambda name: None)
+    monkeypatch.setattr("kit.config.rules.tracking.find_spec", lambda name: None)
     facts.plan["quantization"] = {"load_in_8bit": True}
     facts.plan["trainer"]["report_to"] = ["wandb"]
     facts.plan["peft"]["init_lora_weights"] = "loftq"

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from kit.config.rules import RULES
+from kit.config.rules.table import RULES
 
 
 def llama(**config: Any) -> Any:

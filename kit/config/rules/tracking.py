@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from kit.schema.trackers import KEY, KNOWN, OURS, names
 
 if TYPE_CHECKING:
-    from kit.config.rules import Facts
+    from kit.config.rules.table import Facts
 
 
 def whatever_is_installed(f: Facts) -> Iterator[tuple[str, str, str]]:

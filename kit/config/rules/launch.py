@@ -1,6 +1,6 @@
 """The rules of machine and launcher: devices, precisions, processes, engines, and activation checkpointing.
 
-kit/config/rules.py lists them in its table.
+kit/config/rules/table.py lists them in its table.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from kit.config import slurm
 from kit.system import hardware
 
 if TYPE_CHECKING:
-    from kit.config.rules import Facts
+    from kit.config.rules.table import Facts
 
 Found = Iterator[tuple[str, str, str]]
 

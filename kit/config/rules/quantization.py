@@ -1,6 +1,6 @@
 """The rules of a quantized base: what bitsandbytes, PEFT, DeepSpeed and FSDP cannot do together.
 
-All of them hold before a weight is loaded; kit/config/rules.py lists them in its table.
+All of them hold before a weight is loaded; kit/config/rules/table.py lists them in its table.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from kit.config.zero import at
 
 if TYPE_CHECKING:
-    from kit.config.rules import Facts
+    from kit.config.rules.table import Facts
 
 Found = Iterator[tuple[str, str, str]]
 

@@ -1,6 +1,6 @@
 """The rules of the base model: what its config.json and its headers say against what is asked of it.
 
-Weights are never read. kit/config/rules.py lists them in its table.
+Weights are never read. kit/config/rules/table.py lists them in its table.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from kit.config import zero
 from kit.inspection import architectures
 
 if TYPE_CHECKING:
-    from kit.config.rules import Facts
+    from kit.config.rules.table import Facts
 
 Found = Iterator[tuple[str, str, str]]
 
@@ -308,7 +308,7 @@ def tied_saved(f: Facts) -> Found:
 
 
 def prefix_checkpointing(f: Facts) -> Found:
-    from kit.config.rules_launch import checkpointing
+    from kit.config.rules.launch import checkpointing
 
     kind = str((f.plan["peft"] or {}).get("peft_type", "")).upper()
     if kind in ("PREFIX_TUNING", "CARTRIDGE") and checkpointing(f):

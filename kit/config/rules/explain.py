@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from kit.config.rules import CHECKS, READING, RULES, Rule
+from kit.config.rules.table import CHECKS, READING, RULES, Rule
 from kit.errors import KitError
 
 FILE = Path(__file__).with_name("stories.yaml")

@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from kit.config import rules_launch as launch
-from kit.config import rules_model as model
-from kit.config import rules_quantization as quantized
-from kit.config import rules_tracking as tracking
-from kit.config import rules_trainer as trainer
 from kit.config import slurm
+from kit.config.rules import launch as launch
+from kit.config.rules import model as model
+from kit.config.rules import quantization as quantized
+from kit.config.rules import tracking as tracking
+from kit.config.rules import trainer as trainer
 from kit.errors import Problem
 from kit.schema import trackers
 from kit.system.hardware import Gpu
@@ -66,7 +66,7 @@ class Rule:
     @property
     def story(self) -> str:
         """What the libraries do by themselves, why it hurts, and what to do; read from stories.yaml when asked for."""
-        from kit.config import explain
+        from kit.config.rules import explain
 
         return explain.stories()[self.id]["story"]
 

@@ -1,6 +1,6 @@
 """The rules of the trainer's own settings: schedule, evaluation, saving, data order, packing, the loss.
 
-kit/config/rules.py lists them in its table. Where transformers or TRL raise the same, they do it after loading.
+kit/config/rules/table.py lists them in its table. Where transformers or TRL raise the same, they do it after loading.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from kit.schema import fields
 
 if TYPE_CHECKING:
-    from kit.config.rules import Facts
+    from kit.config.rules.table import Facts
 
 Found = Iterator[tuple[str, str, str]]
 FULL_RATE = 1e-4  # above it, training every weight with AdamW commonly diverges or forgets

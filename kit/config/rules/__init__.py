@@ -1,0 +1,1 @@
+"""The table of rules: what kit check refuses or warns of."""
