@@ -10,9 +10,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from kit.config import deepspeed_mend, zero_check
-from kit.config.deepspeed_file import REFUSE, Finding, examine, problem_of
-from kit.config.deepspeed_run import autos, compare, look, with_run
+from kit.config.deepspeed import check as zero_check
+from kit.config.deepspeed import fixes as deepspeed_mend
+from kit.config.deepspeed.against_run import autos, compare, look, with_run
+from kit.config.deepspeed.findings import REFUSE, Finding, examine, problem_of
 from kit.errors import DONE, REFUSED, KitError
 from kit.system.terminal import print_problems
 

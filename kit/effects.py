@@ -15,7 +15,7 @@ from kit.schema.run_plan import RunPlan
 ABSENT: Any = object()
 LIBRARY = {"SFTConfig": "TRL's SFTConfig", "BitsAndBytesConfig": "transformers' BitsAndBytesConfig",
            "deepspeed": "DeepSpeed"}  # fmt: skip
-# Keys of DeepSpeed's JSON that are filled from elsewhere (kit/config/zero.py), and from what.
+# Keys of DeepSpeed's JSON that are filled from elsewhere (kit/config/deepspeed/resolve.py), and from what.
 FILLED = {
     "train_micro_batch_size_per_gpu": ["trainer.per_device_train_batch_size"],
     "gradient_accumulation_steps": ["trainer.gradient_accumulation_steps"],

@@ -11,8 +11,8 @@ import traceback
 from dataclasses import replace
 from typing import Any
 
-from kit.config import zero
 from kit.config.compose import Composed, compose
+from kit.config.deepspeed import resolve as zero
 from kit.config.plan import build_plan
 from kit.errors import KitError
 from kit.schema import fields

@@ -23,7 +23,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from kit.config import zero
+from kit.config.deepspeed import resolve as zero
 from kit.errors import KitError, Problem
 from kit.system import paths
 

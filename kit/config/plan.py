@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from kit import __version__
-from kit.config import zero
 from kit.config.added_tokens import is_tied, train_embeddings, vocabulary_rows
 from kit.config.compose import Composed
+from kit.config.deepspeed import resolve as zero
 from kit.config.initial_adapter import find_source, take_out
 from kit.config.nodes import resolve_nodes
 from kit.config.resolve import (

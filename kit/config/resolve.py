@@ -7,7 +7,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from kit.config import slurm, zero
+from kit.config import slurm
+from kit.config.deepspeed import resolve as zero
 from kit.config.sections import located
 from kit.errors import KitError, Problem
 from kit.inspection.model import Base

@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from kit.config import zero
+from kit.config.deepspeed import resolve as zero
 from kit.config.kinds import fix_of, is_kind
 from kit.errors import KitError, Problem, named
 from kit.inspection import dataset as data_files

@@ -17,9 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kit import cli
-from kit.config import deepspeed_mend, json_text, zero, zero_check
-from kit.config.deepspeed_file import examine
-from kit.config.deepspeed_run import Setting, autos, compare
+from kit.config.deepspeed import check as zero_check
+from kit.config.deepspeed import fixes as deepspeed_mend
+from kit.config.deepspeed import json_edit
+from kit.config.deepspeed import resolve as zero
+from kit.config.deepspeed.against_run import Setting, autos, compare
+from kit.config.deepspeed.findings import examine
 from kit.errors import DONE, REFUSED, KitError
 from kit.schema import fields
 
@@ -357,7 +360,7 @@ def test_what_auto_becomes_is_what_deepspeed_gets(file: Path) -> None:
 def test_the_scanner_reads_what_json_reads() -> None:
     for tree in BASES:
         for indent in (None, 2):
-            assert json_text.parse(json.dumps(tree, indent=indent)).value == tree
+            assert json_edit.parse(json.dumps(tree, indent=indent)).value == tree
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from typing import Any
 import make_fields
 import pytest
 
-from kit.config import zero
+from kit.config.deepspeed import resolve as zero
 from kit.schema import fields
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")

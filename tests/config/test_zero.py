@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from kit.config import zero
+from kit.config.deepspeed import resolve as zero
 from kit.errors import KitError
 from kit.schema import fields
 

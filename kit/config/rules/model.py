@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from kit.config import zero
+from kit.config.deepspeed import resolve as zero
 from kit.inspection import architectures
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from kit.config.zero import at
+from kit.config.deepspeed.resolve import at
 
 if TYPE_CHECKING:
     from kit.config.rules.table import Facts

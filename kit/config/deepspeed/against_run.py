@@ -6,9 +6,12 @@ import copy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from kit.config import deepspeed_mend, json_text, zero, zero_check
-from kit.config.deepspeed_file import REFUSE, Finding, path_of
-from kit.config.deepspeed_mend import OWNED
+from kit.config.deepspeed import check as zero_check
+from kit.config.deepspeed import fixes as deepspeed_mend
+from kit.config.deepspeed import json_edit
+from kit.config.deepspeed import resolve as zero
+from kit.config.deepspeed.findings import REFUSE, Finding, path_of
+from kit.config.deepspeed.fixes import OWNED
 from kit.errors import KitError, Problem
 
 Dict = dict[str, Any]
@@ -124,7 +127,7 @@ def with_run(found: list[Finding], tree: Dict, text: str, setting: Setting, agai
     if setting.trainer is None:
         return found
     at_path = {f.path: f for f in found}
-    root = json_text.parse(text)
+    root = json_edit.parse(text)
     for p in against:
         if p.rule not in ("mismatch", "optimizer", "offload-optimizer"):
             continue
@@ -135,7 +138,7 @@ def with_run(found: list[Finding], tree: Dict, text: str, setting: Setting, agai
             continue  # mended, or in a block that goes
         said, fix = (t.replace("deepspeed.", "") for t in (p.problem, p.fix))
         before = at_path.get(path)
-        line = json_text.line(text, root, path if inside else ("zero_optimization", "offload_optimizer"))
+        line = json_edit.line(text, root, path if inside else ("zero_optimization", "offload_optimizer"))
         edits = (deepspeed_mend.Edit("replace", path, "auto"),) if p.rule == "mismatch" else ()
         new = Finding(p.rule, REFUSE, path, line, said, fix, edits)
         at_path[path] = replace(new, edits=before.edits, fix=before.fix, keep=before.keep) if before else new
@@ -144,10 +147,10 @@ def with_run(found: list[Finding], tree: Dict, text: str, setting: Setting, agai
 
 def autos(tree: Dict, text: str, setting: Setting, out: Dict, against: list[Problem]) -> list[Dict]:
     """Every "auto" that is filled: the line, the key, what it becomes where that is known, and where it comes from."""
-    root, rows = json_text.parse(text), []
+    root, rows = json_edit.parse(text), []
     needs = {p.where.removeprefix("deepspeed."): p.problem for p in against if p.rule == "scheduler"}
 
-    def walk(block: Dict, above: json_text.Path) -> None:
+    def walk(block: Dict, above: json_edit.Path) -> None:
         for name, value in block.items():
             path = (*above, name)
             if isinstance(value, dict):
@@ -158,7 +161,7 @@ def autos(tree: Dict, text: str, setting: Setting, out: Dict, against: list[Prob
             becomes, source = filled(key, out, setting)
             if becomes is None and key in needs:
                 source = needs[key].replace("deepspeed.", "")
-            rows.append({"line": json_text.line(text, root, path), "key": key, "becomes": becomes, "from": source})
+            rows.append({"line": json_edit.line(text, root, path), "key": key, "becomes": becomes, "from": source})
 
     walk(tree, ())
     return rows

@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from kit.config import deepspeed_mend as mend
-from kit.config import json_text, zero_check
-from kit.config.deepspeed_mend import OWNED, Edit
-from kit.config.zero_check import ADAMS, Dict, at
+from kit.config.deepspeed import check as zero_check
+from kit.config.deepspeed import fixes as mend
+from kit.config.deepspeed import json_edit
+from kit.config.deepspeed.check import ADAMS, Dict, at
+from kit.config.deepspeed.fixes import OWNED, Edit
 from kit.errors import Problem
 from kit.schema import fields
 
@@ -36,7 +37,7 @@ class Finding:
 
     rule: str
     severity: str
-    path: json_text.Path
+    path: json_edit.Path
     line: int
     problem: str
     fix: str
@@ -51,7 +52,7 @@ class Finding:
 def examine(text: str, name: str = "the file") -> list[Finding]:
     """All findings of one file in the order of its lines; KitError only where it is no JSON."""
     tree = zero_check.parse(text, name, twice=True)
-    root = json_text.parse(text)
+    root = json_edit.parse(text)
     found = [*_doubled(text, root), *_checked(tree)]
     made = {(*e.path[:-1], e.value) for f in found for e in f.edits if e.what == "rename"}
     own = list(_optimizer(tree))
@@ -65,11 +66,11 @@ def examine(text: str, name: str = "the file") -> list[Finding]:
         ):
             found.append(finding)
             told.add(finding.path)
-    placed = [Finding(**vars(f) | {"line": json_text.line(text, root, f.path)}) for f in found]
+    placed = [Finding(**vars(f) | {"line": json_edit.line(text, root, f.path)}) for f in found]
     return sorted(placed, key=lambda f: f.line)
 
 
-def path_of(tree: Any, dotted: str) -> json_text.Path:
+def path_of(tree: Any, dotted: str) -> json_edit.Path:
     """The keys of a dotted name; a key of the file may hold dots itself."""
     dotted = re.sub(r"\[\d+\]$", "", dotted)
     path: list[str] = []
@@ -100,10 +101,10 @@ def _checked(tree: Dict) -> Iterator[Finding]:
         seen.add((path, problem.rule))
 
 
-def _doubled(text: str, root: json_text.Node) -> Iterator[Finding]:
-    for path in json_text.doubled(root):
-        block = root if len(path) == 1 else json_text.find(root, path[:-1])
-        members = block.members if isinstance(block, json_text.Node) else block.node.members if block else []
+def _doubled(text: str, root: json_edit.Node) -> Iterator[Finding]:
+    for path in json_edit.doubled(root):
+        block = root if len(path) == 1 else json_edit.find(root, path[:-1])
+        members = block.members if isinstance(block, json_edit.Node) else block.node.members if block else []
         values = [m.node.value for m in members if m.key == path[-1]]
         same = all(repr(v) == repr(values[0]) for v in values)
         edits = (Edit("remove-first", path),) if same else ()

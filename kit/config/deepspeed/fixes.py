@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from kit.config import json_text
-from kit.config.zero_check import Dict, at, own_auto, typed_params
+from kit.config.deepspeed import json_edit
+from kit.config.deepspeed.check import Dict, at, own_auto, typed_params
 from kit.schema import fields
 
 OWNED = {  # values that transformers compares with its own -> its setting
@@ -45,7 +45,7 @@ class Edit:
     """`what`: rename, replace, remove, remove-first or add; `value`: the new name or the new value."""
 
     what: str
-    path: json_text.Path
+    path: json_edit.Path
     value: Any = None
 
 
@@ -77,12 +77,12 @@ def mend(text: str, examine: Callable[[str], list[Any]]) -> tuple[str, list[Chan
 
 def apply(text: str, edit: Edit) -> str:
     if edit.what == "rename":
-        return json_text.rename(text, edit.path, edit.value)
+        return json_edit.rename(text, edit.path, edit.value)
     if edit.what == "replace":
-        return json_text.replace(text, edit.path, edit.value)
+        return json_edit.replace(text, edit.path, edit.value)
     if edit.what == "add":
-        return json_text.add(text, edit.path, edit.value)
-    return json_text.remove(text, edit.path, first=edit.what == "remove-first")
+        return json_edit.add(text, edit.path, edit.value)
+    return json_edit.remove(text, edit.path, first=edit.what == "remove-first")
 
 
 def describe(edit: Edit) -> str:
@@ -110,7 +110,7 @@ def instead(key: str, value: Any) -> str:
     return f"{setting} = {shown(value)}" if " " in setting else f"{setting}={shown(value)}"
 
 
-def edits(rule: str, path: json_text.Path, tree: Dict) -> tuple[Edit, ...]:
+def edits(rule: str, path: json_edit.Path, tree: Dict) -> tuple[Edit, ...]:
     """The edits for one problem of zero_check.check; none where they would be a guess."""
     holder = _holder(tree, path)
     if holder is None or (path[-1] not in holder and rule != "deepspeed"):
@@ -134,7 +134,7 @@ def edits(rule: str, path: json_text.Path, tree: Dict) -> tuple[Edit, ...]:
     return ()
 
 
-def entry_at(path: json_text.Path, tree: Dict) -> tuple[str, dict[str, Any]]:
+def entry_at(path: json_edit.Path, tree: Dict) -> tuple[str, dict[str, Any]]:
     """The table that a key belongs to ("" where nothing is known of its block) and its entry (empty if unknown)."""
     table, typed = "deepspeed", typed_params(tree)
     for depth, key in enumerate(path[:-1], 1):
@@ -143,7 +143,7 @@ def entry_at(path: json_text.Path, tree: Dict) -> tuple[str, dict[str, Any]]:
     return table, fields.tables().get(table, {}).get(path[-1], {})
 
 
-def _holder(tree: Any, path: json_text.Path) -> Dict | None:
+def _holder(tree: Any, path: json_edit.Path) -> Dict | None:
     for key in path[:-1]:
         tree = tree.get(key) if isinstance(tree, dict) else None
     return tree if isinstance(tree, dict) else None
@@ -154,7 +154,7 @@ def _good(table: str, key: str, value: Any) -> bool:
     return not [p for p in fields.check(table, {key: value}) if p.rule != "missing-key"]
 
 
-def _renamed(path: json_text.Path, holder: Dict, table: str, value: Any) -> tuple[Edit, ...]:
+def _renamed(path: json_edit.Path, holder: Dict, table: str, value: Any) -> tuple[Edit, ...]:
     """An unknown key that is plainly a known one, which is not there as well."""
     key = path[-1]
     known = {name.lower(): name for name in fields.names(table)} if table else {}
@@ -172,7 +172,7 @@ def _renamed(path: json_text.Path, holder: Dict, table: str, value: Any) -> tupl
     return (Edit("rename", path, meant),) if fits else ()
 
 
-def _old(path: json_text.Path, holder: Dict, table: str, entry: dict[str, Any], value: Any) -> tuple[Edit, ...]:
+def _old(path: json_edit.Path, holder: Dict, table: str, entry: dict[str, Any], value: Any) -> tuple[Edit, ...]:
     """A deprecated name."""
     key, gone = path[-1], Edit("remove", path)
     offload = {"cpu_offload": "offload_optimizer", "cpu_offload_param": "offload_param"}
@@ -199,13 +199,13 @@ def _old(path: json_text.Path, holder: Dict, table: str, entry: dict[str, Any], 
     return (Edit("rename", path, new),)
 
 
-def _conflict(key: str, path: json_text.Path, tree: Dict) -> tuple[Edit, ...]:
+def _conflict(key: str, path: json_edit.Path, tree: Dict) -> tuple[Edit, ...]:
     if key == "fp16.enabled":
         return Edit("replace", path, "auto"), Edit("replace", ("bf16", "enabled"), "auto")
     return (Edit("remove", path),) if key in UNREAD else ()
 
 
-def _value(path: json_text.Path, table: str, entry: dict[str, Any], value: Any) -> tuple[Edit, ...]:
+def _value(path: json_edit.Path, table: str, entry: dict[str, Any], value: Any) -> tuple[Edit, ...]:
     """Another value of the right kind, or none: the key goes where its default is what happened anyway."""
     key, kinds = path[-1], entry.get("kinds", [])
     if path == ("zero_optimization",):

@@ -12,12 +12,12 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from kit.config.zero_check import ADAMS
-from kit.config.zero_check import Dict as Dict
-from kit.config.zero_check import at as at
-from kit.config.zero_check import check as check
-from kit.config.zero_check import load as load
-from kit.config.zero_check import put as put
+from kit.config.deepspeed.check import ADAMS
+from kit.config.deepspeed.check import Dict as Dict
+from kit.config.deepspeed.check import at as at
+from kit.config.deepspeed.check import check as check
+from kit.config.deepspeed.check import load as load
+from kit.config.deepspeed.check import put as put
 from kit.errors import KitError, Problem
 from kit.schema import fields
 
