@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kit.artifacts import Source, choose, open_tokenizer, output_path, resolve, run_datasets, write_json
 from kit.decoding import decode, stop_ids
 from kit.errors import ENVIRONMENT, KitError
 from kit.generate import check_settings, table
-from kit.inference import each_model
+from kit.models.open import each_model
+from kit.models.sources import Source, choose, open_tokenizer, output_path, resolve, run_datasets, write_json
 from kit.rows import (
     Encoded,
     Pair,

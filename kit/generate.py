@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kit.artifacts import Source, choose, open_tokenizer, output_path, resolve, run_datasets, write_json
 from kit.decoding import decode
 from kit.errors import KitError
-from kit.inference import each_model
+from kit.models.open import each_model
+from kit.models.sources import Source, choose, open_tokenizer, output_path, resolve, run_datasets, write_json
 from kit.rows import Pair, Shots, as_pair, encode_prompt, few_shot_style, with_shots
 
 SAMPLES = "samples.json"

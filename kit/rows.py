@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kit.artifacts import Source
 from kit.errors import KitError, first_line
+from kit.models.sources import Source
 
 SEPARATORS = ("\n", "\n\n", "\n\n###\n\n")  # between worked examples: the first that no example holds
 Turns = list[dict[str, Any]]

@@ -118,7 +118,7 @@ def handed_over(plan: RunPlan, key: str) -> Any:
     from trl import SFTConfig
 
     import kit.training.run as worker
-    from kit.training.model import base_arguments, load_peft_config
+    from kit.models.load import base_arguments, load_peft_config
 
     arguments = worker.sft_arguments(plan)
     SFTConfig(**{**arguments, "deepspeed": None, "fsdp": None, "fsdp_config": None, "ddp_backend": None})

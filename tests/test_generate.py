@@ -11,10 +11,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from kit.artifacts import resolve
 from kit.decoding import decode, end_of_turn, stop_ids
 from kit.errors import KitError
 from kit.generate import format_samples, generate
+from kit.models.sources import resolve
 from kit.storage.safetensors_header import fingerprint
 
 CHATML = (

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from kit import api, cli
 from kit.errors import KitError
 from kit.merging import merge
-from kit.quantized import bnb_config, settle
+from kit.models.quantization import bnb_config, settle
 from kit.storage import run_directory
 
 KINDS = {

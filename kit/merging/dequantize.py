@@ -42,7 +42,7 @@ def quantized_modules(base: Path, quantization: Quantization) -> set[str]:
     from transformers.quantizers.auto import AutoHfQuantizer
 
     from kit.merging.names import build_empty
-    from kit.quantized import bnb_config
+    from kit.models.quantization import bnb_config
 
     model = build_empty(base)
     quantizer = AutoHfQuantizer.from_config(bnb_config(quantization.fields), pre_quantized=False)

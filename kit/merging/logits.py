@@ -159,7 +159,7 @@ def load_as_trained(plan: Plan, device: str) -> Any:
     import torch
     from bitsandbytes.nn import Int8Params, Linear4bit, Params4bit
 
-    from kit.quantized import bnb_config, settle
+    from kit.models.quantization import bnb_config, settle
 
     assert plan.trained_on is not None
     dtype = getattr(torch, plan.trained_on.dtype)

@@ -122,8 +122,8 @@ class Held:
         """In the place of kit.training.run.load: the first trial loads, the others get the same, put back."""
         import torch
 
+        from kit.models.load import load_tokenizer
         from kit.training import run
-        from kit.training.model import load_tokenizer
 
         if self.model is not None:
             if torch.cuda.is_available() and not args.use_cpu:

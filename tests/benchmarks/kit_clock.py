@@ -42,9 +42,9 @@ def pace_in_turns(block: int) -> None:
 if __name__ == "__main__":
     from clock import Clock, watched
 
-    import kit.training.model
+    import kit.models.load
 
     if block := os.environ.get("KIT_BENCH_PACE_BLOCK"):
         pace_in_turns(int(block))
-    kit.training.model.load_model = watched(kit.training.model.load_model)
+    kit.models.load.load_model = watched(kit.models.load.load_model)
     main(callbacks=[Clock()])

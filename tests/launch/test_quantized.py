@@ -94,7 +94,7 @@ def test_packed_weights_stay_as_they_were_loaded(work, base, case):
     """On every rank, bit for bit, after training and evaluating: no engine casts them, whatever their dtype says."""
     from transformers import AutoModelForCausalLM
 
-    from kit.quantized import bnb_config
+    from kit.models.quantization import bnb_config
 
     run = run_of(work, case)
     plan = json.loads((run / "plan.json").read_text())

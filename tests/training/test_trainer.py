@@ -247,7 +247,7 @@ def test_resume_over_a_quantized_base_is_bit_equal(base, tmp_path):
     """TRL trains such an adapter in bfloat16; upstream loads it as float32 and goes on with other numbers."""
     from transformers import BitsAndBytesConfig
 
-    from kit.quantized import settle
+    from kit.models.quantization import settle
 
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
     args = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "bf16": True, "model_init_kwargs": None,

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kit.errors import KitError
+from kit.models.initial_adapter import adapter_parameters, load_adapter
 from kit.schema.run_plan import InitFrom
 from kit.storage import manifest
 from kit.training import labels
-from kit.training.warm_start import adapter_parameters, load_adapter
 
 
 def adapted(base: Path, seed: int, **settings):

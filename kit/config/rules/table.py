@@ -263,8 +263,8 @@ CHECKS = [
          quantized.cpu_offload),
     Rule("quantized-offload-param", "T44", (*BITS, f"{Z}.offload_param.device"), quantized.offload_param, "warn"),
     Rule("quantized-stored", "DeepSpeed#7096", (Q, "model.config.quantization_config"), quantized.stored_quantized),
-    Rule("quantized-random", "kit/training/model.py", (Q, "model.random_init"), quantized.nothing_to_quantize),
-    Rule("quantized-init-kwargs", "kit/training/model.py", (f"{T}.model_init_kwargs",), quantized.given_to_the_model),
+    Rule("quantized-random", "kit/models/load.py", (Q, "model.random_init"), quantized.nothing_to_quantize),
+    Rule("quantized-init-kwargs", "kit/models/load.py", (f"{T}.model_init_kwargs",), quantized.given_to_the_model),
     Rule("bitsandbytes", "transformers", BITS, quantized.bitsandbytes_missing, here=True),
     # trackers
     Rule("tracker-all", "transformers integration_utils", (trackers.KEY,), tracking.whatever_is_installed),

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from kit.artifacts import ADAPTER_WEIGHTS, DTYPES, EMBEDDINGS, Source, loading, trust
 from kit.errors import ENVIRONMENT, KitError
+from kit.models.sources import ADAPTER_WEIGHTS, DTYPES, EMBEDDINGS, Source, loading, trust
 from kit.storage.safetensors_header import read_config, read_header, read_tensors
 from kit.system.hardware import cpu_multiplies_bf16
 

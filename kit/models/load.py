@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 from kit.errors import KitError, first_line
 from kit.inspection.tokenizer import find_template
-from kit.quantized import bnb_config, settle
+from kit.models.quantization import bnb_config, settle
 from kit.schema.run_plan import RunPlan
 
 logger = logging.get_logger(__name__)

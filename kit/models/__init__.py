@@ -1,0 +1,1 @@
+"""Models for every verb: located, opened, quantized, started from an adapter."""
