@@ -8,12 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kit.decoding import decode, stop_ids
-from kit.errors import ENVIRONMENT, KitError
-from kit.generate import check_settings, table
-from kit.models.open import each_model
-from kit.models.sources import Source, choose, open_tokenizer, output_path, resolve, run_datasets, write_json
-from kit.rows import (
+from kit.data.encode import (
     Encoded,
     Pair,
     Shots,
@@ -25,6 +20,11 @@ from kit.rows import (
     shot_turns,
     with_shots,
 )
+from kit.decoding import decode, stop_ids
+from kit.errors import ENVIRONMENT, KitError
+from kit.generate import check_settings, table
+from kit.models.open import each_model
+from kit.models.sources import Source, choose, open_tokenizer, output_path, resolve, run_datasets, write_json
 
 METRICS = ("exact_match", "loss", "perplexity")
 EVAL = "eval.json"

@@ -16,9 +16,9 @@ from kit.storage import manifest, run_directory
 
 def load(plan: RunPlan, args: Any) -> tuple[Any, Any, Any]:
     """Tokenizer, data and base model of a plan, as new."""
+    from kit.data import masks as labels
     from kit.data.load import load_datasets
     from kit.models.load import load_model, load_tokenizer
-    from kit.training import labels
 
     tokenizer = load_tokenizer(plan)
     with args.main_process_first(desc="reading the data"):
@@ -44,9 +44,10 @@ def train(
     from transformers import set_seed
     from trl import SFTConfig
 
+    from kit.data import masks as labels
     from kit.models.initial_adapter import load_adapter
     from kit.models.load import check_embeddings_train, load_peft_config, restore_adapter_dtype
-    from kit.training import console, labels, tracking
+    from kit.training import console, tracking
     from kit.training.trainer import ModifiedTrainer
 
     run = plan.run_path

@@ -14,11 +14,11 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from kit.data import masks as labels
 from kit.errors import KitError
 from kit.models.initial_adapter import adapter_parameters, load_adapter
 from kit.schema.run_plan import InitFrom
 from kit.storage import manifest
-from kit.training import labels
 
 
 def adapted(base: Path, seed: int, **settings):
@@ -140,7 +140,7 @@ def row(ids: list[int], learned: list[int]) -> dict:
 def said(caplog, rows: list[dict], tokenizer, max_length: int = 64) -> str:
     import logging
 
-    logger = logging.getLogger("kit.training.labels")
+    logger = logging.getLogger("kit.data.masks")
     logger.addHandler(caplog.handler)
     try:
         labels.check_labels(rows, tokenizer, SimpleNamespace(max_length=max_length))
