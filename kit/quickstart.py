@@ -51,8 +51,8 @@ def quickstart(overrides: list[str]) -> dict[str, Any]:
     plan = train("recipe=quickstart", *overrides)
     source = plan.run_dir
     title("3. merge, verified against base + adapter")
-    from kit.evaluate import evaluate, format_table
-    from kit.generate import format_samples, generate
+    from kit.evaluation.evaluate import evaluate, format_table
+    from kit.evaluation.generate import format_samples, generate
     from kit.merging import merge
 
     print(format_merge(merge(source, verify="logits")))

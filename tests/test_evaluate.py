@@ -10,9 +10,9 @@ import torch
 from test_generate import answering_model, make_model, make_run, make_tokenizer, save
 from transformers import AutoModelForCausalLM
 
-from kit import evaluate as evaluate_module
 from kit.errors import KitError
-from kit.evaluate import evaluate, format_table
+from kit.evaluation import evaluate as evaluate_module
+from kit.evaluation.evaluate import evaluate, format_table
 
 
 def chat(question, answer, system=None):

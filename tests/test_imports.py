@@ -171,7 +171,13 @@ def test_the_training_side_imports_no_hydra(tmp_path: Path):
     parts = ["training", "data"]
     found = [f.relative_to(ROOT).with_suffix("") for p in parts for f in sorted((ROOT / "kit" / p).glob("*.py"))]
     modules = [".".join(p.parts) for p in found if p.name not in ("__init__", "build_ops")]
-    modules += ["kit.worker", "kit.merging", "kit.generate", "kit.evaluate", "kit.storage.run_directory"]
+    modules += [
+        "kit.worker",
+        "kit.merging",
+        "kit.evaluation.generate",
+        "kit.evaluation.evaluate",
+        "kit.storage.run_directory",
+    ]
     names = imported("import " + ", ".join(modules), tmp_path)
     assert not names & {"hydra", "omegaconf"}
     assert {"torch", "trl"} <= names  # else this test looked at nothing

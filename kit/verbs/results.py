@@ -59,8 +59,8 @@ def generate(argv: list[str]) -> int:
     parser.add_argument("--out", help="samples.json goes here (RUN)")
     a = parse_or_submit(parser, "generate", argv)
     quiet()
-    from kit.generate import format_samples
-    from kit.generate import generate as generate_samples
+    from kit.evaluation.generate import format_samples
+    from kit.evaluation.generate import generate as generate_samples
 
     prompts = list(a.prompt or [])
     if a.prompts:
@@ -87,8 +87,8 @@ def evaluate(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true")
     a = parse_or_submit(parser, "eval", argv)
     quiet()
-    from kit.evaluate import evaluate as evaluate_models
-    from kit.evaluate import format_table
+    from kit.evaluation.evaluate import evaluate as evaluate_models
+    from kit.evaluation.evaluate import format_table
 
     result = evaluate_models(
         run_or_path(a.source), base=a.base, revision=a.revision, data=a.data, which=a.which, limit=a.limit,

@@ -184,7 +184,7 @@ def ends(folder: Path) -> dict:
 @pytest.mark.parametrize("engine", ["zero2", "zero3"])
 @pytest.mark.parametrize("model", ["untied", "tied"])
 def test_added_tokens_are_trained_saved_and_merged(model, engine, together, full):
-    from kit.generate import generate
+    from kit.evaluation.generate import generate
     from kit.merging import merge
 
     run = harness.the_run(together / f"{model}-{engine}")

@@ -20,9 +20,9 @@ from kit.data.encode import (
     shot_turns,
     with_shots,
 )
-from kit.decoding import decode, stop_ids
 from kit.errors import ENVIRONMENT, KitError
-from kit.generate import check_settings, table
+from kit.evaluation.generate import check_settings, table
+from kit.evaluation.sampling import decode, stop_ids
 from kit.models.open import each_model
 from kit.models.sources import Source, choose, open_tokenizer, output_path, resolve, run_datasets, write_json
 

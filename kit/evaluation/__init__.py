@@ -1,0 +1,1 @@
+"""Look at the result: the same prompts, the held-out rows."""
