@@ -29,12 +29,12 @@ from kit.errors import DONE, ENVIRONMENT, FAILED, KitError, Problem
 
 def main(argv: list[str] | None = None, **hooks: Any) -> None:
     """Run this process as one rank of a plan and exit. `hooks` go to the trainer: callbacks, compute_metrics, ..."""
-    from kit.training import stopping
+    from kit.training import signals as stopping
 
     stopping.install_handlers()
-    from kit.training import lifeline  # which imports more
+    from kit.training import watchdog  # which imports more
 
-    lifeline.watch_launcher()
+    watchdog.watch_launcher()
     set_ranks()
     rank = int(os.environ.get("RANK", "0"))
     args, resume = read_argv(sys.argv[1:] if argv is None else argv)
@@ -207,9 +207,9 @@ def prepare_process(plan: Any, rank: int) -> TextIO:
     logs.mkdir(parents=True, exist_ok=True)
     (logs / f"rank{rank}.pid").write_text(f"{os.getpid()} {socket.gethostname()}" if several else str(os.getpid()))
     if several:
-        from kit.training import lifeline
+        from kit.training import watchdog
 
-        lifeline.watch_stop(plan.run_path)
+        watchdog.watch_stop(plan.run_path)
     log = open(logs / f"rank{rank}.log", "a", buffering=1, encoding="utf-8", errors="replace")
     log.write(f"--- plan {plan.hash} rank {rank} {time.strftime('%Y-%m-%dT%H:%M:%S%z')}\n")
     return log

@@ -145,5 +145,7 @@ def test_discard(tmp_path):
 
 
 def test_light():
-    code = "import sys, kit.storage.manifest, kit.training.stopping; print({'torch', 'transformers'} & sys.modules.keys())"
+    code = (
+        "import sys, kit.storage.manifest, kit.training.signals; print({'torch', 'transformers'} & sys.modules.keys())"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"

@@ -25,10 +25,11 @@ from trl import SFTTrainer
 
 from kit.errors import FAILED, REFUSED, KitError
 from kit.storage import manifest
-from kit.training import checkpoint, nonfinite, saved_config, stopping
-from kit.training.agreed_stop import StopAtAgreedStep
-from kit.training.pace import Pace
-from kit.training.publishing import as_failure, published
+from kit.training import bad_batches, checkpoint, saved_config
+from kit.training import signals as stopping
+from kit.training.callbacks import StopAtAgreedStep
+from kit.training.rank_timing import Pace
+from kit.training.saving import as_failure, published
 
 logger = logging.get_logger(__name__)
 
@@ -39,7 +40,7 @@ class ModifiedTrainer(SFTTrainer):
     Takes SFTTrainer's arguments and `provenance` ({"plan": hash, "base": {...}}), which goes into every manifest;
     `prepared` keeps tokenized data for the next trainer of a process: pass the same dict and the same data sets.
     After `train()`, `stopped_by_signal` tells whether it ended early because of a signal; signals are only seen where
-    `kit.training.stopping.install_handlers()` was called. A non-finite loss or gradient raises KitError (4).
+    `kit.training.signals.install_handlers()` was called. A non-finite loss or gradient raises KitError (4).
     """
 
     model: Any  # upstream types these more widely than they are by the time they are used here
@@ -152,7 +153,7 @@ class ModifiedTrainer(SFTTrainer):
             if value is None or math.isfinite(value) or (name == "grad_norm" and self.args.fp16):
                 continue  # fp16's loss scaler meets infinite gradients and skips those steps
             try:
-                nonfinite.note(self)
+                bad_batches.note(self)
             except Exception as problem:  # a note for `kit doctor`: the stop itself matters more
                 logger.warning(f"the rows before it could not be noted: {problem}")
             raise KitError(

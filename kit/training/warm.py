@@ -26,7 +26,7 @@ from kit.launchers.trials import LOG
 from kit.schema.run_plan import load_plan
 from kit.storage import run_directory
 from kit.system.terminal import say
-from kit.training import stopping
+from kit.training import signals as stopping
 
 
 def main(argv: list[str]) -> None:

@@ -12,7 +12,7 @@ from kit.worker import main
 def pace_in_turns(block: int) -> None:
     """What `kit watch` shows of the ranks, for `block` steps with it and `block` steps without, in turns."""
     import kit.training.trainer
-    from kit.training.pace import Pace
+    from kit.training.rank_timing import Pace
 
     class Turns(Pace):
         begun_steps = 0

@@ -42,7 +42,8 @@ def spoil(fault: str) -> None:
 
 def share(fault: str, plans: list[Path]) -> None:
     """What a warm worker does with its trials; the answers go to standard output."""
-    from kit.training import stopping, warm
+    from kit.training import signals as stopping
+    from kit.training import warm
 
     answers = os.fdopen(os.dup(1), "w")
     stopping.install_handlers()

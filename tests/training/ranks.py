@@ -30,7 +30,7 @@ def ds_config(stage: int) -> dict:
 
 
 def main(folder: Path, engine: str) -> None:
-    from kit.training import stopping
+    from kit.training import signals as stopping
 
     stopping.install_handlers()
 

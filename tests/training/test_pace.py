@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from trl import SFTConfig
 
 from kit.training.console import Progress
-from kit.training.pace import EVENTS, Pace
+from kit.training.rank_timing import EVENTS, Pace
 from kit.training.trainer import ModifiedTrainer
 
 torch.set_num_threads(1)

@@ -25,7 +25,8 @@ from trl import SFTConfig, SFTTrainer
 
 from kit.errors import KitError
 from kit.storage import manifest
-from kit.training import checkpoint, stopping
+from kit.training import checkpoint
+from kit.training import signals as stopping
 from kit.training.trainer import ModifiedTrainer
 
 torch.set_num_threads(1)

@@ -8,7 +8,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from kit.storage import manifest
-from kit.training import stopping
+from kit.training import signals as stopping
 
 if TYPE_CHECKING:
     from kit.training.trainer import ModifiedTrainer

@@ -12,7 +12,7 @@ import psutil
 
 from kit.errors import FAILED
 from kit.launchers import remote
-from kit.training import stopping
+from kit.training import signals as stopping
 
 GRACE_SECONDS = 120.0  # how long ranks whose launcher has died may take to save
 
