@@ -42,7 +42,7 @@ def train(
     With launch=slurm it is submitted; `follow` stays with the job, `then` are the verbs that come after it.
     """
     from kit.launchers.node import placed
-    from kit.launchers.run import launch
+    from kit.launchers.supervise import launch
 
     plan = plan or compose(*args, config_dir=config_dir, here=True)
     if plan.launch.slurm:
@@ -67,7 +67,7 @@ def train(
 
 def resume(run: str, *overrides: str) -> int:
     """Continue from the newest complete checkpoint; `overrides` may change extendable and machine keys only."""
-    from kit.launchers.run import launch
+    from kit.launchers.supervise import launch
     from kit.storage import manifest
     from kit.system.terminal import say
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from kit import api
 from kit.errors import DONE, KitError
-from kit.launchers.run import launch
+from kit.launchers.supervise import launch
 from kit.merging.report import format_merge
 from kit.schema.run_plan import RunPlan
 from kit.storage import manifest, run_directory

@@ -17,7 +17,7 @@ import yaml
 
 from kit import api, cli
 from kit.errors import DONE
-from kit.launchers import run as launching
+from kit.launchers import supervise as launching
 from kit.storage import run_directory
 
 ROOT = Path(__file__).resolve().parents[1]

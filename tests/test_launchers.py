@@ -19,7 +19,7 @@ import pytest
 
 from kit import api, worker
 from kit.errors import ENVIRONMENT, REFUSED, KitError
-from kit.launchers import command, ops, run
+from kit.launchers import command, ops, supervise
 from kit.storage import run_directory
 from kit.system import hardware
 from kit.system.hardware import Gpu
@@ -27,14 +27,14 @@ from kit.system.hardware import Gpu
 
 def refused_beside(run: Path, lock: str, module: str, *more: str) -> None:
     """Started with a plan whose run another process has, a module refuses and leaves the directory as it was."""
-    run_directory.set_status(run, "running")
-    pid = run / run_directory.LOGS / "rank0.pid"
+    run_directory.set_status(supervise, "running")
+    pid = supervise / run_directory.LOGS / "rank0.pid"
     pid.write_text("1")
-    argv = [sys.executable, "-m", module, str(run / run_directory.PLAN), *more]
-    with run_directory.locked(run, lock):
+    argv = [sys.executable, "-m", module, str(supervise / run_directory.PLAN), *more]
+    with run_directory.locked(supervise, lock):
         done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
     assert done.returncode == REFUSED and "in use by process" in done.stderr, done.stderr
-    assert run_directory.status(run)["state"] == "running" and pid.read_text() == "1"
+    assert run_directory.status(supervise)["state"] == "running" and pid.read_text() == "1"
     assert not list(pid.parent.glob("*.error.json"))
 
 
@@ -258,9 +258,9 @@ def test_locks_of_other_file_systems(tmp_path, monkeypatch, capsys):
 
 def test_a_run_that_another_process_has(plan_of):
     """A trial, or a rank that is started by hand, says so; what the other one says of the run stays."""
-    run = run_directory.create(plan_of("trainer.use_cpu=true")).run_path
-    refused_beside(run, run_directory.LOCK, "kit.launchers.trial", str(os.getpid()))
-    refused_beside(run, run_directory.LOCK + ".rank0", "kit.worker")
+    supervise = run_directory.create(plan_of("trainer.use_cpu=true")).run_path
+    refused_beside(supervise, run_directory.LOCK, "kit.launchers.trial", str(os.getpid()))
+    refused_beside(supervise, run_directory.LOCK + ".rank0", "kit.worker")
 
 
 def test_looking_at_a_lock_does_not_keep_a_run_from_it(tmp_path):
@@ -280,7 +280,7 @@ def test_nohup_outlives_the_terminal():
     try:
         for handler, asked in ((signal.SIG_IGN, 0), (signal.SIG_DFL, 1)):
             signal.signal(signal.SIGHUP, handler)
-            with run.Stop() as stop:
+            with supervise.Stop() as stop:
                 os.kill(os.getpid(), signal.SIGHUP)
             assert stop.asked == asked and signal.getsignal(signal.SIGHUP) == handler
     finally:

@@ -15,7 +15,7 @@ import pytest
 
 from kit import api, cli, worker
 from kit.errors import REFUSED, STOPPED, KitError
-from kit.launchers import command, node, ranks, remote, run
+from kit.launchers import command, node, ranks, ssh, supervise
 from kit.storage import run_directory
 from kit.system.secrets import is_secret
 
@@ -203,7 +203,7 @@ def test_node_0_is_the_first_that_is_chosen(plan_of, tmp_path):
                    "trainer.per_device_train_batch_size=1")  # fmt: skip
     assert node.placed(plan, {}).launch.master_addr == "b"
     (tmp_path / "hosts").unlink()
-    for ask in (lambda: node.placed(plan, {}), lambda: remote.hosts(plan)):
+    for ask in (lambda: node.placed(plan, {}), lambda: ssh.hosts(plan)):
         with pytest.raises(KitError, match="hosts cannot be read"):
             ask()
 
@@ -223,17 +223,17 @@ LAUNCH_NODE = {  # words and environment of `kit launch-node`: what is said
 @pytest.mark.parametrize("words, env", LAUNCH_NODE)
 def test_launch_node_refuses(words: str, env: str, plan_of, monkeypatch, capsys):
     """Before anything waits for the other nodes."""
-    run = frozen(plan_of("launch=torchrun", "launch.num_nodes=2", "launch.num_gpus=1", "trainer.use_cpu=true"))
+    supervise = frozen(plan_of("launch=torchrun", "launch.num_nodes=2", "launch.num_gpus=1", "trainer.use_cpu=true"))
     if env:
         monkeypatch.setenv(*env.split("="))
-    assert cli.run(["launch-node", str(run), *words.split()]) == REFUSED
+    assert cli.run(["launch-node", str(supervise), *words.split()]) == REFUSED
     said = capsys.readouterr().err
     assert LAUNCH_NODE[words, env] in said and "fix:" in said
 
 
 def test_a_number_for_the_node_of_a_run_that_has_one(plan_of, capsys):
-    run = frozen(plan_of("trainer.use_cpu=true"))
-    assert cli.run(["launch-node", str(run), "--node-rank", "1"]) == REFUSED
+    supervise = frozen(plan_of("trainer.use_cpu=true"))
+    assert cli.run(["launch-node", str(supervise), "--node-rank", "1"]) == REFUSED
     assert "planned for one node" in capsys.readouterr().err
 
 
@@ -242,9 +242,9 @@ def test_a_number_for_the_node_of_a_run_that_has_one(plan_of, capsys):
     [({"format": 2, "news": 1}, "a plan of format 2, this kit reads 1"), ({"launch": None}, "is not a plan: launch")],
 )
 def test_a_plan_that_cannot_be_read(change: dict, said: str, plan_of, capsys):
-    run = frozen(plan_of("trainer.use_cpu=true"))
-    (run / "plan.json").write_text(json.dumps({**json.loads((run / "plan.json").read_text()), **change}))
-    assert cli.run(["launch-node", str(run)]) == REFUSED
+    supervise = frozen(plan_of("trainer.use_cpu=true"))
+    (supervise / "plan.json").write_text(json.dumps({**json.loads((supervise / "plan.json").read_text()), **change}))
+    assert cli.run(["launch-node", str(supervise)]) == REFUSED
     shown = capsys.readouterr().err
     assert said in shown and "where:" in shown and "fix:" in shown
 
@@ -304,7 +304,7 @@ def test_the_environment_of_other_nodes(plan_of, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / ".deepspeed_env").write_text("NCCL_IB_HCA=mlx5\nGITHUB_TOKEN=ghp_x\nMINE='a b'\nno line\n")
     said: list[str] = []
-    env = remote.environment(plan, command.rank_environment(plan), said.append)
+    env = ssh.environment(plan, command.rank_environment(plan), said.append)
     lines = Path(env["DS_ENV_FILE"]).read_text().splitlines()
     sent = dict(line.split("=", 1) for line in lines)
     assert {k: sent[k] for k in plain} == plain and sent["DS_ACCELERATOR"] == "cpu"
@@ -335,15 +335,15 @@ def test_nodes_are_asked_before(plan_of, tmp_path, monkeypatch):
         (tmp_path / "bin" / file).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
     with pytest.raises(KitError) as refused:
-        remote.check(plan)
+        ssh.check(plan)
     assert [p.problem for p in refused.value.problems] == [
         "a does not see the run directory", "b is not reached with ssh: b: no route"
     ]  # fmt: skip
     fake.write_text('#!/bin/bash\neval "$6"\n')
-    remote.check(plan)
+    ssh.check(plan)
     monkeypatch.setenv("PATH", os.path.dirname(sys.executable))
     with pytest.raises(KitError, match="pdsh is not installed"):
-        remote.check(plan)
+        ssh.check(plan)
 
 
 # ---- who is ended, and by whom ----
@@ -377,20 +377,20 @@ def test_errors_of_other_nodes_end_this_one(tmp_path, monkeypatch):
 
 def test_another_node_waits_for_the_first_ones_word(tmp_path, monkeypatch):
     (tmp_path / "logs").mkdir()
-    monkeypatch.setattr(run, "SETTLE_SECONDS", 1)
+    monkeypatch.setattr(supervise, "SETTLE_SECONDS", 1)
     run_directory.set_status(tmp_path, "running")
     with pytest.raises(KitError, match="before it was done"):
-        run.outcome(tmp_path, 0, ".node1")
+        supervise.outcome(tmp_path, 0, ".node1")
     assert run_directory.status(tmp_path)["state"] == "running"  # node 0 keeps it
     assert json.loads((tmp_path / "logs" / "node1.error.json").read_text())["code"] == 4
     run_directory.set_status(tmp_path, "done")
-    assert run.outcome(tmp_path, 0, ".node1") == 0
+    assert supervise.outcome(tmp_path, 0, ".node1") == 0
 
 
 def test_what_an_earlier_start_left_is_not_this_ones_end(tmp_path, monkeypatch):
     """A node whose ranks cannot even start, while node 0 has not yet begun: that is no stop with a checkpoint."""
     (tmp_path / "logs").mkdir()
-    monkeypatch.setattr(run, "SETTLE_SECONDS", 1)
+    monkeypatch.setattr(supervise, "SETTLE_SECONDS", 1)
     run_directory.set_status(tmp_path, "stopped", step=5)
     before = run_directory.status(tmp_path)
     for there in (False, True):
@@ -398,9 +398,9 @@ def test_what_an_earlier_start_left_is_not_this_ones_end(tmp_path, monkeypatch):
             problems = [{"problem": "no module", "where": "", "fix": ""}]
             run_directory.write_json(tmp_path / "logs" / "rank2.error.json", {"code": 4, "problems": problems})
         with pytest.raises(KitError, match="no module" if there else "before it was done"):
-            run.outcome(tmp_path, 1, ".node1", before)
+            supervise.outcome(tmp_path, 1, ".node1", before)
     run_directory.set_status(tmp_path, "stopped", step=9)
-    assert run.outcome(tmp_path, 0, ".node1", before) == STOPPED
+    assert supervise.outcome(tmp_path, 0, ".node1", before) == STOPPED
 
 
 @pytest.mark.launch
@@ -410,13 +410,13 @@ def test_a_word_in_the_run_directory_stops_ranks(tmp_path):
     script += "lifeline.watch_stop(Path(sys.argv[1]))\nprint('ready', flush=True)\n"
     script += "while not stopping.requested(): time.sleep(0.05)\nprint('asked', flush=True)\ntime.sleep(60)"
     argv = [sys.executable, "-c", script, str(tmp_path)]
-    remote.ask_ranks(tmp_path, "now")  # an earlier start's last word
-    os.utime(tmp_path / "logs" / remote.STOP, (0, 0))
+    ssh.ask_ranks(tmp_path, "now")  # an earlier start's last word
+    os.utime(tmp_path / "logs" / ssh.STOP, (0, 0))
     with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout and process.stdout.readline() == "ready\n"
-        remote.ask_ranks(tmp_path, "save")
+        ssh.ask_ranks(tmp_path, "save")
         assert process.stdout.readline() == "asked\n"
-        remote.ask_ranks(tmp_path, "now")
+        ssh.ask_ranks(tmp_path, "now")
         assert process.wait(10) == 4
 
 

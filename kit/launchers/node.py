@@ -147,7 +147,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--master-port", type=int, help="the same on every node (MASTER_PORT, else from the run)")
     parser.add_argument("--resume", metavar="CHECKPOINT", help="go on from it; `newest`: if there is one")
     a = parser.parse_args(argv)
-    from kit.launchers.run import launch, newest_checkpoint
+    from kit.launchers.supervise import launch, newest_checkpoint
 
     path = Path(a.plan)
     run = run_directory.find_run(str(path.parent if path.name == run_directory.PLAN else path))

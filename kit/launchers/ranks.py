@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 
 from kit.errors import FAILED, Problem
-from kit.launchers import remote
+from kit.launchers import ssh
 from kit.storage import run_directory
 
 PEER_SECONDS = 20  # what the ranks here get to notice by themselves that another node has failed
@@ -51,7 +51,7 @@ def forget(run: Path, mine: range | None = None, name: str = "") -> None:
                 file.unlink(missing_ok=True)
     if not name:
         (logs / "nonfinite.json").unlink(missing_ok=True)
-        remote.forget(run)
+        ssh.forget(run)
     for file in logs.glob("node*.error.json") if mine is None else [logs / f"{node_name(name)}.error.json"]:
         file.unlink(missing_ok=True)
 

@@ -18,8 +18,8 @@ from typing import Any
 
 from kit.errors import DONE, ENVIRONMENT, FAILED, STOPPED, KitError, Problem
 from kit.launchers.ranks import read_errors
-from kit.launchers.run import Stop, outcome
 from kit.launchers.slurm_script import RESUME, plain, srun, train_script, verb_script
+from kit.launchers.supervise import Stop, outcome
 from kit.schema.run_plan import RunPlan, load_plan
 from kit.storage import run_directory
 from kit.system.secrets import is_secret

@@ -20,7 +20,7 @@ from kit.config.nodes import by_node
 from kit.config.plan import build_plan
 from kit.errors import DONE, FAILED, REFUSED, STOPPED, KitError, Problem
 from kit.launchers import sweep_files as files
-from kit.launchers.run import Stop
+from kit.launchers.supervise import Stop
 from kit.launchers.sweep_screen import Sweep, announce, gathered, report, screen
 from kit.launchers.trials import Pool, Trial, busy, look, stop
 from kit.schema.run_plan import HparamsSearch, RunPlan, load_plan

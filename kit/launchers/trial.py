@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from kit.errors import REFUSED, KitError
-from kit.launchers.run import launch, newest_checkpoint, stop_with
+from kit.launchers.supervise import launch, newest_checkpoint, stop_with
 from kit.schema.run_plan import load_plan
 from kit.storage import run_directory
 from kit.system.terminal import print_problems

@@ -21,7 +21,7 @@ from kit import worker
 from kit.errors import DONE, STOPPED, KitError
 from kit.launchers.command import rank_environment
 from kit.launchers.ranks import forget
-from kit.launchers.run import newest_checkpoint, outcome, stop_with
+from kit.launchers.supervise import newest_checkpoint, outcome, stop_with
 from kit.launchers.trials import LOG
 from kit.schema.run_plan import load_plan
 from kit.storage import run_directory

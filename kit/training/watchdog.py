@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 
 from kit.errors import FAILED
-from kit.launchers import remote
+from kit.launchers import ssh
 from kit.training import signals as stopping
 
 GRACE_SECONDS = 120.0  # how long ranks whose launcher has died may take to save
@@ -46,9 +46,9 @@ def watch_stop(run: Path) -> None:
     """Ranks that were reached with ssh are asked to stop by a file: nobody there can be signalled (remote.py)."""
 
     def watch() -> None:
-        seen = remote.asked(run) if remote.is_old(run) else ""
+        seen = ssh.asked(run) if ssh.is_old(run) else ""
         while True:
-            if (word := remote.asked(run)) != seen:
+            if (word := ssh.asked(run)) != seen:
                 seen = word
                 if word == "now":
                     os._exit(FAILED)

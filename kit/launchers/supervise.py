@@ -23,7 +23,8 @@ from typing import Any
 
 from kit.config.nodes import over_ssh
 from kit.errors import DONE, STOPPED, KitError, Problem
-from kit.launchers import node, ops, ranks, remote
+from kit.launchers import node, ops, ranks
+from kit.launchers import ssh as remote
 from kit.launchers.command import command, rank_environment
 from kit.schema.run_plan import RunPlan
 from kit.storage import manifest, run_directory
