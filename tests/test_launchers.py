@@ -259,7 +259,7 @@ def test_locks_of_other_file_systems(tmp_path, monkeypatch, capsys):
 def test_a_run_that_another_process_has(plan_of):
     """A trial, or a rank that is started by hand, says so; what the other one says of the run stays."""
     supervise = run_directory.create(plan_of("trainer.use_cpu=true")).run_path
-    refused_beside(supervise, run_directory.LOCK, "kit.launchers.trial", str(os.getpid()))
+    refused_beside(supervise, run_directory.LOCK, "kit.sweeps.trial", str(os.getpid()))
     refused_beside(supervise, run_directory.LOCK + ".rank0", "kit.worker")
 
 

@@ -20,14 +20,14 @@ import pytest
 from kit import cli
 from kit.config import multirun, search_space
 from kit.errors import DONE, ENVIRONMENT, FAILED, REFUSED, STOPPED, KitError
-from kit.launchers import sweep_files as files
-from kit.launchers import trials
-from kit.launchers.sweep_plot import write_plot
-from kit.launchers.trials import Curve, Trial
 from kit.storage import run_directory
+from kit.sweeps import pool as trials
+from kit.sweeps import record as files
+from kit.sweeps.plot import write_plot
+from kit.sweeps.pool import Curve, Trial
 from kit.system import hardware
 
-# Stands in the place of kit.launchers.trial: r=8 fails, r=6 waits to be told to stop, all others log and end well.
+# Stands in the place of kit.sweeps.trial: r=8 fails, r=6 waits to be told to stop, all others log and end well.
 PRETEND = """
 import json, os, signal, sys, time
 from pathlib import Path

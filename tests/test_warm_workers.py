@@ -14,11 +14,12 @@ from test_sweeps import PRETEND, folder_of, record, started, states
 
 from kit import api, cli
 from kit.errors import DONE, FAILED, REFUSED, STOPPED
-from kit.launchers import trials, warm
 from kit.schema.run_plan import RunPlan
+from kit.sweeps import pool as trials
+from kit.sweeps import warm_pool
 from kit.system import hardware
 
-# Stands in the place of kit.training.warm, with one way to end for each r.
+# Stands in the place of kit.sweeps.warm_worker, with one way to end for each r.
 WORKER = """
 import json, os, signal, sys, time
 from pathlib import Path
@@ -63,7 +64,7 @@ def sweep(base: Path, chat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (tmp_path / name).write_text(text)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(trials, "child", lambda plan: [sys.executable, str(tmp_path / "pretend.py"), str(plan)])
-    monkeypatch.setattr(warm, "child", lambda: [sys.executable, str(tmp_path / "worker.py")])
+    monkeypatch.setattr(warm_pool, "child", lambda: [sys.executable, str(tmp_path / "worker.py")])
     stock = [f"model.name_or_path={base}", f"dataset.path={chat}", "trainer.max_length=64", "name=s",
              "hparams_search.workers=warm"]  # fmt: skip
     return lambda *overrides: cli.run(["train", "-m", *stock, *overrides])
@@ -218,7 +219,7 @@ def plan(base: Path, chat: Path) -> Callable[..., RunPlan]:
      "trainer.report_to=tensorboard", "+peft.init_lora_weights=gaussian", "runs_dir=elsewhere"],
 )  # fmt: skip
 def test_made_anew(plan, override: str):
-    assert warm.why_cold(plan(override)) is None and warm.key(plan(override)) == warm.key(plan())
+    assert warm_pool.why_cold(plan(override)) is None and warm_pool.key(plan(override)) == warm_pool.key(plan())
 
 
 @pytest.mark.parametrize(
@@ -228,11 +229,11 @@ def test_made_anew(plan, override: str):
      "model.attn_implementation=eager", "dataset.limit=50", "trainer.shuffle_dataset=true"],
 )  # fmt: skip
 def test_another_worker(plan, override: str):
-    assert warm.key(plan(override)) != warm.key(plan())
+    assert warm_pool.key(plan(override)) != warm_pool.key(plan())
 
 
 def test_the_seed_counts_where_it_orders_the_data(plan):
-    shuffled = [warm.key(plan("trainer.shuffle_dataset=true", f"trainer.seed={seed}")) for seed in (1, 2, 1)]
+    shuffled = [warm_pool.key(plan("trainer.shuffle_dataset=true", f"trainer.seed={seed}")) for seed in (1, 2, 1)]
     assert shuffled[0] != shuffled[1] and shuffled[0] == shuffled[2]
 
 
@@ -241,8 +242,8 @@ def test_a_key_that_nobody_thought_of(plan):
     stock = plan()
     for section in ("trainer", "peft"):
         more = stock.model_copy(update={section: {**getattr(stock, section), "something_new": 1}})
-        assert warm.key(more) != warm.key(stock)
-    assert "something_new=1 may change the base" in str(warm.why_cold(more))
+        assert warm_pool.key(more) != warm_pool.key(stock)
+    assert "something_new=1 may change the base" in str(warm_pool.why_cold(more))
 
 
 @pytest.mark.parametrize(
@@ -265,14 +266,14 @@ def test_a_key_that_nobody_thought_of(plan):
     ],
 )
 def test_cold_by_nature(plan, overrides: list[str], why: str):
-    assert why in str(warm.why_cold(plan(*overrides)))
+    assert why in str(warm_pool.why_cold(plan(*overrides)))
 
 
 def test_what_was_compiled_goes_with_the_trial():
     """torch compiles a function anew for so many shapes and no more, which trials must not use up for each other."""
     import torch
 
-    from kit.training.warm import Held, checksums, remember
+    from kit.sweeps.warm_worker import Held, checksums, remember
 
     made = []
 
@@ -299,6 +300,6 @@ def test_the_lists_name_what_there_is():
     from peft import LoraConfig
     from trl import SFTConfig
 
-    assert {f.name for f in fields(SFTConfig)} >= warm.TRAINER
-    assert {f.name for f in fields(LoraConfig)} >= warm.ADAPTER
-    assert set(RunPlan.model_fields) >= warm.OWN
+    assert {f.name for f in fields(SFTConfig)} >= warm_pool.TRAINER
+    assert {f.name for f in fields(LoraConfig)} >= warm_pool.ADAPTER
+    assert set(RunPlan.model_fields) >= warm_pool.OWN

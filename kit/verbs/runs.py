@@ -35,7 +35,7 @@ def train(argv: list[str]) -> int:
     if any(a in ("-m", "--multirun") or a.replace(" ", "").lower() == "hydra.mode=multirun" for a in argv):
         if follow or then:
             raise KitError("--follow and --then are for one run, not for a sweep", "command line", "leave them out")
-        from kit.launchers import sweep
+        from kit.sweeps import grid as sweep
 
         return sweep.main(argv, fresh)
     from kit.config.compose import Composed, run_hydra

@@ -21,40 +21,40 @@ def spoil(fault: str) -> None:
     import transformers.trainer
     import trl.trainer.sft_trainer
 
-    from kit.training import warm
+    from kit.sweeps import warm_worker
 
     if fault in ("adapter", "adapter-unseen"):
-        warm.restore = lambda before: None
+        warm_worker.restore = lambda before: None
     if fault == "adapter-unseen":  # the comparison with the loaded base would find it
-        warm.checksums = lambda model: []
+        warm_worker.checksums = lambda model: []
     if fault == "seed":
         for module in (transformers, transformers.trainer, trl.trainer.sft_trainer):
             module.set_seed = lambda *_, **__: None
     if fault == "base":
-        reset = warm.restore
+        reset = warm_worker.restore
 
         def change_then_restore(before) -> None:
             before[2][0][1].add_(1)  # the first parameter's tensor
             reset(before)
 
-        warm.restore = change_then_restore
+        warm_worker.restore = change_then_restore
 
 
 def share(fault: str, plans: list[Path]) -> None:
     """What a warm worker does with its trials; the answers go to standard output."""
+    from kit.sweeps import warm_worker
     from kit.training import signals as stopping
-    from kit.training import warm
 
     answers = os.fdopen(os.dup(1), "w")
     stopping.install_handlers()
-    warm.tee()
-    held = warm.Held()
+    warm_worker.tee()
+    held = warm_worker.Held()
     for number, plan in enumerate(plans):
         if number == 1 and fault == "seed":
             spoil(fault)
         elif number == 0 and fault != "seed":
             spoil(fault)
-        code, why = warm.trial(plan, held)
+        code, why = warm_worker.trial(plan, held)
         print(json.dumps([fault, number, code, why]), file=answers, flush=True)
     os._exit(0)
 

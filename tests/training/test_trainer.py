@@ -646,7 +646,7 @@ FOLLOWED = {
     "Trainer._finalize_training": (Trainer._finalize_training, "_finalize_training: best model, deletion at limit 1"),
     "SFTTrainer._prepare_dataset": (
         SFTTrainer._prepare_dataset,
-        "_prepare_dataset; kit/launchers/warm.py: of what it reads in args only the seed may be in TRAINER",
+        "_prepare_dataset; kit/sweeps/warm_pool.py: of what it reads in args only the seed may be in TRAINER",
     ),
     "Trainer._run_epoch": (Trainer._run_epoch, "_run_epoch, StopAtAgreedStep: when the loop looks at control"),
     "Trainer._maybe_log_save_evaluate": (

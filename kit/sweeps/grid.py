@@ -19,12 +19,12 @@ from kit.config.multirun import Job, Point, Search, run
 from kit.config.nodes import by_node
 from kit.config.plan import build_plan
 from kit.errors import DONE, FAILED, REFUSED, STOPPED, KitError, Problem
-from kit.launchers import sweep_files as files
 from kit.launchers.supervise import Stop
-from kit.launchers.sweep_screen import Sweep, announce, gathered, report, screen
-from kit.launchers.trials import Pool, Trial, busy, look, stop
 from kit.schema.run_plan import HparamsSearch, RunPlan, load_plan
 from kit.storage import run_directory
+from kit.sweeps import record as files
+from kit.sweeps.pool import Pool, Trial, busy, look, stop
+from kit.sweeps.screen import Sweep, announce, gathered, report, screen
 from kit.system import hardware
 from kit.system.dependencies import need_stack
 from kit.system.terminal import print_problems, say
@@ -51,7 +51,7 @@ def train_one(fresh: bool, composed: Composed) -> int:
 
 
 def search(fresh: bool, found: Search) -> int:
-    from kit.launchers.search import search as search_trials
+    from kit.sweeps.optuna_search import search as search_trials
 
     return search_trials(fresh, found)
 

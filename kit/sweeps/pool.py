@@ -17,11 +17,12 @@ from typing import Any
 import psutil
 
 from kit.errors import DONE, FAILED, STOPPED
-from kit.launchers import ops, warm
+from kit.launchers import ops
 from kit.launchers.ranks import living, send
-from kit.launchers.warm import Worker
 from kit.schema.run_plan import RunPlan
 from kit.storage import run_directory
+from kit.sweeps import warm_pool
+from kit.sweeps.warm_pool import Worker
 from kit.system import hardware
 from kit.system.terminal import say
 
@@ -109,7 +110,7 @@ class Pool:
     """
 
     def __init__(self, devices: list[str] | None, slots: int, warm: bool = False) -> None:
-        self.free, self.slots, self.warm = devices, slots, warm
+        self.free, self.slots, self.warm = devices, slots, warm_pool
         self.running: list[Trial] = []
         self.idle: list[Worker] = []
         self.ending = False
@@ -123,7 +124,9 @@ class Pool:
     def key(self, trial: Trial) -> str | None:
         """Which workers may have the trial; None: it gets a process of its own."""
         assert trial.plan is not None
-        return warm.key(trial.plan) if self.warm and not trial.cold and not warm.why_cold(trial.plan) else None
+        return (
+            warm_pool.key(trial.plan) if self.warm and not trial.cold and not warm_pool.why_cold(trial.plan) else None
+        )
 
     def waits_for(self, trial: Trial) -> bool:
         """Whether an idle worker could have it at once."""
@@ -133,7 +136,7 @@ class Pool:
         """Start a trial in a session of its own, or in a living worker; its output in logs/trial.log."""
         assert trial.plan is not None
         key = self.key(trial)
-        if self.warm and not key and (why := warm.why_cold(trial.plan)) and why not in self.told:
+        if self.warm and not key and (why := warm_pool.why_cold(trial.plan)) and why not in self.told:
             self.told.add(why)
             say(f"trial {trial.number:03d} {trial.label()} starts cold, and so do others for this reason: {why}")
         worker = next((w for w in self.idle if w.key == key), None)
@@ -191,7 +194,7 @@ class Pool:
             worker, code, why = trial.worker, trial.process.poll(), ""
             if worker:
                 answer = worker.answer()
-                if answer is None and warm.overdue(trial.asked, trial.plan):
+                if answer is None and warm_pool.overdue(trial.asked, trial.plan):
                     worker.kill()
                 code, why = (None, "") if answer is None else (answer["code"], answer["why"])
             if code is None:
@@ -238,7 +241,7 @@ class Pool:
 
 def child(plan: Path) -> list[str]:
     """What is typed to start a trial."""
-    return [sys.executable, "-m", "kit.launchers.trial", str(plan), str(os.getpid())]
+    return [sys.executable, "-m", "kit.sweeps.trial", str(plan), str(os.getpid())]
 
 
 def stop(trial: Trial) -> None:

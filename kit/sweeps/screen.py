@@ -11,11 +11,11 @@ from typing import Any
 
 from kit import api
 from kit.errors import Problem
-from kit.launchers import sweep_files as files
-from kit.launchers.sweep_plot import write_plot
-from kit.launchers.trials import ENDED, Trial
 from kit.schema.run_plan import HparamsSearch
 from kit.storage import run_directory
+from kit.sweeps import record as files
+from kit.sweeps.plot import write_plot
+from kit.sweeps.pool import ENDED, Trial
 from kit.system.terminal import print_problems, say
 
 

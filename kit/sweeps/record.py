@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from kit.errors import KitError
-from kit.launchers.trials import Trial, brief, short_names
 from kit.schema.run_plan import HparamsSearch, RunPlan, field_class, leaves
 from kit.storage import run_directory
+from kit.sweeps.pool import Trial, brief, short_names
 
 RECORD, TABLE, PLOT = "sweep.json", "sweep.csv", "sweep.svg"
 FIGURES = ("loss", "eval_loss", "tokens_per_second", "peak_memory_gb")

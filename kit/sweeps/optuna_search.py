@@ -13,8 +13,9 @@ from typing import Any
 from kit.config.multirun import Point
 from kit.config.search_space import Dimension, Search, Value, compose_trial, snapshot
 from kit.errors import DONE, ENVIRONMENT, KitError, first_line
-from kit.launchers import sweep_files as files
-from kit.launchers.sweep import (
+from kit.schema.run_plan import HparamsSearch
+from kit.sweeps import record as files
+from kit.sweeps.grid import (
     about,
     exit_code,
     opened,
@@ -26,9 +27,8 @@ from kit.launchers.sweep import (
     take_up,
     trial_of,
 )
-from kit.launchers.sweep_screen import Sweep, announce, named, report
-from kit.launchers.trials import Trial, busy
-from kit.schema.run_plan import HparamsSearch
+from kit.sweeps.pool import Trial, busy
+from kit.sweeps.screen import Sweep, announce, named, report
 from kit.system import paths
 from kit.system.dependencies import need_stack
 from kit.system.terminal import print_problems, say

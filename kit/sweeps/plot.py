@@ -6,9 +6,9 @@ import math
 from html import escape
 from pathlib import Path
 
-from kit.launchers.sweep_files import best, number, result
-from kit.launchers.trials import Trial
 from kit.storage import run_directory
+from kit.sweeps.pool import Trial
+from kit.sweeps.record import best, number, result
 
 COLOURS = [
     "#4269d0",

@@ -22,9 +22,9 @@ from kit.errors import DONE, STOPPED, KitError
 from kit.launchers.command import rank_environment
 from kit.launchers.ranks import forget
 from kit.launchers.supervise import newest_checkpoint, outcome, stop_with
-from kit.launchers.trials import LOG
 from kit.schema.run_plan import load_plan
 from kit.storage import run_directory
+from kit.sweeps.pool import LOG
 from kit.system.terminal import say
 from kit.training import signals as stopping
 

@@ -21,7 +21,7 @@ from kit.launchers.command import rank_environment, tracker_environment
 from kit.schema import trackers
 from kit.schema.run_plan import RunPlan, leaves
 
-WORKER = "kit.training.warm"
+WORKER = "kit.sweeps.warm_worker"
 # Made anew with every trial: where it writes, who it is, how it came to be.
 OWN = set(
     "run_dir hash name recipe notes warnings overrides provenance composed prompts launch init_from global_batch_size"

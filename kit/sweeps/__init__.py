@@ -1,0 +1,1 @@
+"""Sweeps: grids, searches, trials, warm workers."""
