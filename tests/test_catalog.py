@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from kit import catalog, cli
+from kit import cli
 from kit.errors import DONE, REFUSED
+from kit.explain import catalog
 from kit.system import paths
 
 

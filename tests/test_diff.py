@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from kit import api, cli, diff
+from kit import api, cli
 from kit.errors import DONE, REFUSED
+from kit.explain import diff
 from kit.storage import run_directory
 
 QUICK = "recipe=quickstart"

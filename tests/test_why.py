@@ -8,10 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from kit import api, cli, why
+from kit import api, cli
 from kit.config import keys
-from kit.effects import FILLED, RESOLVED, USED
 from kit.errors import DONE, REFUSED, KitError
+from kit.explain import why
+from kit.explain.key_effects import FILLED, RESOLVED, USED
 from kit.schema import fields
 from kit.storage import run_directory
 

@@ -12,7 +12,7 @@ def list_choices(argv: list[str]) -> int:
     parser = options("list", "Recipes, or the choices of a group, each with its first line.")
     parser.add_argument("group", nargs="?", default="recipe")
     a = parser.parse_args(argv)
-    from kit import catalog
+    from kit.explain import catalog
 
     print(catalog.list_group(a.group), end="")
     if a.group == catalog.RECIPE:  # not among the names that a script reads
@@ -26,7 +26,7 @@ def show(argv: list[str]) -> int:
     )
     parser.add_argument("name", metavar="RECIPE | GROUP/NAME | NAME")
     a = parser.parse_args(argv)
-    from kit import catalog
+    from kit.explain import catalog
 
     print(catalog.show(a.name), end="")
     return DONE

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from kit.config import keys
-from kit.effects import shown
 from kit.errors import DONE, KitError, Problem
+from kit.explain.key_effects import shown
 from kit.schema import fields
 from kit.schema.run_plan import RunPlan, field_class, leaves, load_plan
 from kit.storage import run_directory
@@ -63,7 +63,8 @@ def read_both(a: str, b: str, config_dir: str | None) -> tuple[RunPlan, RunPlan]
 
 def read(name: str, config_dir: str | None = None) -> RunPlan:
     """The plan behind a word: a run directory, plan.json, run.yaml, overrides, or a recipe's name."""
-    from kit import api, catalog
+    from kit import api
+    from kit.explain import catalog
 
     if "=" in name and not Path(name).exists():
         return api.compose(*shlex.split(name), config_dir=config_dir)

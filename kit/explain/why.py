@@ -11,8 +11,8 @@ from typing import Any
 
 from kit.config import keys
 from kit.config.rules import table as rules
-from kit.effects import ABSENT, WORKER, at, becomes, default_of, derived, shown, upstream
 from kit.errors import DONE, KitError, Problem
+from kit.explain.key_effects import ABSENT, WORKER, at, becomes, default_of, derived, shown, upstream
 from kit.schema.run_plan import RunPlan, field_class, leaves, load_plan
 from kit.storage import run_directory
 from kit.system import paths

@@ -1,0 +1,1 @@
+"""A value in words, what differs, what there is to choose from."""
