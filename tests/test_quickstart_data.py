@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kit import quickstart_data as data
+from kit.quickstart import data as data
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 

@@ -20,7 +20,7 @@ def whole(tmp_path_factory) -> Iterator[tuple[Path, str, float]]:
     """The run directory, what was printed, and the seconds it took."""
     work = tmp_path_factory.mktemp("quickstart")
     start = time.monotonic()
-    argv = [harness.sys.executable, "-m", "kit.quickstart", f"runs_dir={work / 'runs'}"]
+    argv = [harness.sys.executable, "-m", "kit.quickstart.main", f"runs_dir={work / 'runs'}"]
     os.environ["KIT_CACHE"] = str(work / "cache")  # nothing is kept from before: the base is trained here
     done = harness.finish(harness.start(argv, work), 420)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -73,7 +73,7 @@ def test_it_names_the_next_command_and_takes_minutes(whole):
 
 def test_a_second_generator_seed_agrees(whole, tmp_path):
     """Other letters, other questions, another initialisation: within 5 points of exact match."""
-    from kit.quickstart_data import write_chats
+    from kit.quickstart.data import write_chats
 
     write_chats(tmp_path, seed=1)
     args = ["recipe=quickstart", "trainer.seed=1", f"runs_dir={tmp_path / 'runs'}"]

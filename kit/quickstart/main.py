@@ -75,7 +75,7 @@ def quickstart(overrides: list[str]) -> dict[str, Any]:
 
 def prepare_base() -> None:
     """Train the base unless this very base is in the cache."""
-    from kit import quickstart_data
+    from kit.quickstart import data as quickstart_data
 
     folder = paths.cache() / "quickstart"
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,1 @@
+"""make quickstart: base, adapter, merged model and their answers, in minutes."""
