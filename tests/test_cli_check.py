@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from conftest import write_rows
 
-from kit import api, cli
+from kit import api
+from kit.cli import main as cli
 from kit.errors import DONE, REFUSED
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from kit import api, cli
+from kit import api
+from kit.cli import main as cli
 from kit.errors import DONE, REFUSED
 from kit.explain import diff
 from kit.storage import run_directory

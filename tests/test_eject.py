@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, write_rows
 
-from kit import api, cli
+from kit import api
+from kit.cli import main as cli
 from kit.ejecting import script, text, verb
 from kit.errors import DONE, REFUSED, KitError
 from kit.schema import fields

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kit import api, cli
+from kit import api
+from kit.cli import main as cli
 from kit.errors import DONE
 from kit.launchers import supervise as launching
 from kit.storage import run_directory

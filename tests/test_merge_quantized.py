@@ -12,7 +12,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from kit import api, cli
+from kit import api
+from kit.cli import main as cli
 from kit.errors import KitError
 from kit.merging import merge
 from kit.models.quantization import bnb_config, settle

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from kit import api, cli, worker
+from kit import api, worker
+from kit.cli import main as cli
 from kit.errors import REFUSED, STOPPED, KitError
 from kit.launchers import command, node, ranks, ssh, supervise
 from kit.storage import run_directory

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from kit import api, cli
+from kit import api
+from kit.cli import main as cli
+from kit.cli import train
 from kit.launchers.slurm import VERBS
-from kit.verbs import runs
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ["README.md", "recipes/README.md", "launch/README.md", "tests/README.md"]
@@ -90,7 +91,7 @@ DESCRIBED = re.compile(r"(kit check(?! --)|kit train|kit list|kit compose|salloc
 @pytest.mark.parametrize("command", [c for c in dict.fromkeys(commands()) if DESCRIBED.match(c)])
 def test_descriptions_are_valid(command, there, capsys):
     """`kit check` takes the overrides of every `kit train` in the READMEs, and every point of a sweep."""
-    flags, then, words = runs.train_flags(shlex.split(command.partition("kit ")[2]))[1:]
+    flags, then, words = train.train_flags(shlex.split(command.partition("kit ")[2]))[1:]
     assert set(then) <= set(VERBS) and (not (flags or then) or "launch=slurm" in words)
     words[0] = "check" if words[0] in ("train", "compose") else words[0]
     choices = [[w] for w in words if w != "-m"]

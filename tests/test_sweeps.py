@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from kit import cli
+from kit.cli import main as cli
 from kit.config import multirun, search_space
 from kit.errors import DONE, ENVIRONMENT, FAILED, REFUSED, STOPPED, KitError
 from kit.storage import run_directory

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from kit import api, cli
+from kit import api
+from kit.cli import main as cli
 from kit.config import keys
 from kit.errors import DONE, REFUSED, KitError
 from kit.explain import why

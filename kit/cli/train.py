@@ -72,7 +72,7 @@ def train_flags(argv: list[str]) -> tuple[bool, bool, list[str], list[str]]:
 
 def check(argv: list[str]) -> int:
     if any(a.partition("=")[0] == "--deepspeed" for a in argv):  # somebody's DeepSpeed JSON by itself
-        from kit import check_deepspeed
+        from kit.cli import check_deepspeed
 
         return check_deepspeed.main(argv)
     parser = options("check", "Everything that can be known about a run without weights; imports no torch.")

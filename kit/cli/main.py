@@ -38,24 +38,24 @@ usage: kit VERB ...
 
 
 VERBS = {  # module and function, which takes the words after the verb and returns the exit code
-    "train": "kit.verbs.runs:train",
-    "check": "kit.verbs.runs:check",
-    "resume": "kit.verbs.runs:resume",
-    "merge": "kit.verbs.results:merge",
-    "generate": "kit.verbs.results:generate",
-    "eval": "kit.verbs.results:evaluate",
-    "fetch": "kit.verbs.runs:fetch",
-    "convert": "kit.verbs.results:convert",
+    "train": "kit.cli.train:train",
+    "check": "kit.cli.train:check",
+    "resume": "kit.cli.train:resume",
+    "merge": "kit.cli.models:merge",
+    "generate": "kit.cli.models:generate",
+    "eval": "kit.cli.models:evaluate",
+    "fetch": "kit.cli.train:fetch",
+    "convert": "kit.cli.models:convert",
     "watch": "kit.watching.main:main",
     "doctor": "kit.doctor.cli:main",
-    "list": "kit.verbs.looks:list_choices",
-    "show": "kit.verbs.looks:show",
+    "list": "kit.cli.looks:list_choices",
+    "show": "kit.cli.looks:show",
     "why": "kit.explain.why:main",
     "diff": "kit.explain.diff:main",
     "eject": "kit.ejecting.verb:main",
     "import": "kit.importing.main:main",
     "launch-node": "kit.launchers.node:main",
-    "compose": "kit.verbs.runs:compose",
+    "compose": "kit.cli.train:compose",
 }
 
 
