@@ -167,7 +167,8 @@ def model_files(model: Model) -> Callable[[Repo], list[str]]:
         around = tokenizer_files(repo) + [f for f in repo.sizes if f.endswith(".py") and model.trust_remote_code]
         if safetensors_header.CONFIG not in repo.sizes:
             adapter = "adapter_config.json" in repo.sizes
-            problem = f"{repo.name} is {'an adapter' if adapter else 'no model of transformers'}: no {safetensors_header.CONFIG}"
+            what = "an adapter" if adapter else "no model of transformers"
+            problem = f"{repo.name} is {what}: no {safetensors_header.CONFIG}"
             raise KitError(problem, repo.key, "name its base model" if adapter else "name another repository")
         if model.random_init:
             return around

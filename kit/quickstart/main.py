@@ -110,7 +110,3 @@ def command() -> str:
 
 def title(text: str) -> None:
     print(f"\n--- {text}", flush=True)
-
-
-if __name__ == "__main__":
-    main()

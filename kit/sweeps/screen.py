@@ -126,6 +126,5 @@ def report(sweep: Sweep) -> None:
     place = run_directory.shown(sweep.folder)
     print(f"tables    {place}/{files.TABLE}, {files.RECORD}, {files.PLOT}")
     if winner := files.best(sweep.trials, sweep.metric, sweep.settings.direction):
-        print(
-            f"best      {run_directory.shown(winner.run)} ({sweep.metric} {files.number(files.result(winner, sweep.metric))})"
-        )
+        value = files.number(files.result(winner, sweep.metric))
+        print(f"best      {run_directory.shown(winner.run)} ({sweep.metric} {value})")

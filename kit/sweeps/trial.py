@@ -1,4 +1,4 @@
-"""One trial of a sweep, in a process of its own: `python -m kit.launchers.trial PLAN PARENT`.
+"""One trial of a sweep, in a process of its own: `python -m kit.sweeps.trial PLAN PARENT`.
 
 All that it is given is the path of a frozen plan. It goes on from the newest complete checkpoint, and it stops, with a
 checkpoint, when the sweep that started it is gone.

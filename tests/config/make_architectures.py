@@ -1,4 +1,4 @@
-"""Write kit/inspection/architectures.json from the installed transformers: `python tests/config/make_architectures.py`.
+"""Write kit/inspection/architectures.json from transformers: `python tests/config/make_architectures.py`.
 
 `kit check` says what an architecture is without importing transformers; tests/config/test_architectures.py compares.
 """
