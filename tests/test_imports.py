@@ -159,7 +159,7 @@ def test_importing_the_package_costs_nothing(tmp_path: Path):
         "kit.system.paths",
         "kit.storage.manifest",
         "kit.storage.safetensors_header",
-        "kit.hub.cache",
+        "kit.storage.hub_cache",
     ):
         names = imported(f"import {module}", tmp_path)
         assert not names & {*HEAVY, "hydra", "omegaconf", "pydantic", "huggingface_hub"}, module

@@ -163,7 +163,10 @@ def test_the_run_reached_no_other_machine(tracked):
 def test_the_watch_sees_what_telemetry_would_do(tmp_path):
     """The same report that TRL sends, with the kit's switches and without."""
     send = "import time; from huggingface_hub.utils import send_telemetry; send_telemetry('trl/x'); time.sleep(1)"
-    for name, code in {"off": f"from kit.hub.cache import no_telemetry; no_telemetry(); {send}", "on": send}.items():
+    for name, code in {
+        "off": f"from kit.storage.hub_cache import no_telemetry; no_telemetry(); {send}",
+        "on": send,
+    }.items():
         env = harness.environment(**harness.watched(tmp_path / name))
         subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path, check=True, timeout=60)
     assert not (tmp_path / "off").exists()

@@ -81,7 +81,7 @@ def run(argv: list[str]) -> int:
 
         print(f"kit {__version__}")
         return DONE
-    from kit.hub.cache import no_telemetry
+    from kit.storage.hub_cache import no_telemetry
 
     no_telemetry()
     verb, rest = argv[0], argv[1:]

@@ -7,12 +7,11 @@ from typing import Any, NamedTuple
 
 from kit.config.added_tokens import OUTPUTS
 from kit.errors import KitError, Problem
-from kit.hub import cache as hub
 from kit.inspection.architectures import LINEARS
 from kit.inspection.model import Base, identify
 from kit.schema import fields
 from kit.schema.run_plan import InitFrom, Model
-from kit.storage import manifest, safetensors_header
+from kit.storage import hub_cache, manifest, safetensors_header
 
 KEY, FLAG = "peft.init_from", "peft.init_from_pickle"
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -62,7 +61,7 @@ def find_source(
     except (OSError, ValueError) as error:
         return None, [Problem(f"{KEY} is no path that can be looked at: {error}", KEY, "check it", "init-from")], []
     if folder is None:
-        on_hub = hub.looks_like_id(start.name) and "/" in start.name
+        on_hub = hub_cache.looks_like_id(start.name) and "/" in start.name
         if here or not on_hub:
             problem = f"{start.name} is neither an adapter folder nor in the Hub cache"
             fix = f"fetch it first: hf download {start.name}" if on_hub else "check the path"

@@ -7,11 +7,11 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from kit.errors import KitError, first_line
-from kit.hub import cache as hub
 from kit.inspection import dataset_template as templates
 from kit.inspection import hub_dataset
 from kit.inspection.dataset import FORMATS, SUFFIXES, detect_format, find_files
 from kit.schema.run_plan import Dataset
+from kit.storage import hub_cache
 
 
 class Splits(NamedTuple):
@@ -124,6 +124,6 @@ def hub_place(d: Dataset, path: str) -> tuple[str, str | None, str | None]:
     """
     name, revision = (d.name, d.revision) if path == d.path else (None, None)
     pinned = re.fullmatch(r"[0-9a-f]{40}", revision or "") is not None
-    if (hub.offline() or pinned) and (folder := hub_dataset.find_snapshot(path, name, revision)):
+    if (hub_cache.offline() or pinned) and (folder := hub_dataset.find_snapshot(path, name, revision)):
         return str(folder), name, None
     return path, name, revision

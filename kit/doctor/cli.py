@@ -60,14 +60,18 @@ def check_machine(
 ) -> list[Finding]:
     """Every check, on this machine or below `root` with `env`."""
     from kit.doctor import environment, gpu, machine, op_locks, versions
-    from kit.hub import cache as hub
     from kit.launchers import ops
+    from kit.storage import hub_cache
 
     here, home = here or Path.cwd(), home or Path.home()
     cuda = versions.torch_cuda()
     built = any(ops.extensions_dir().glob(".built-*/*"))
-    cache = hub.cache(env)
-    places = {"runs": here / "runs", "hub cache": cache, "temporary": Path(env.get("TMPDIR") or tempfile.gettempdir())}
+    hub_cache = hub.cache(env)
+    places = {
+        "runs": here / "runs",
+        "hub cache": hub_cache,
+        "temporary": Path(env.get("TMPDIR") or tempfile.gettempdir()),
+    }
     checks = (
         versions.check_python,
         versions.check_packages,
@@ -81,7 +85,7 @@ def check_machine(
         lambda: machine.check_cpu(root, env),
         lambda: machine.check_memory(root),
         lambda: machine.check_ports(env),
-        lambda: environment.check_offline(env, cache),
+        lambda: environment.check_offline(env, hub_cache),
         lambda: environment.check_leftovers(root, here, home),
         lambda: environment.check_variables(env),
     )

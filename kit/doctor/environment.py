@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from kit.doctor.findings import OK, WARN, Finding
-from kit.hub.cache import TRUE
+from kit.storage.hub_cache import TRUE
 
 # name (a pattern), what it does. The first that fits is taken; their values hold no secrets.
 CHANGES = (

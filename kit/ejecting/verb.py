@@ -13,12 +13,12 @@ from typing import Any
 from kit.config.nodes import over_ssh
 from kit.ejecting.script import JSON, SCRIPT, START, TEMPLATE, script
 from kit.errors import DONE, KitError, Problem
-from kit.hub.cache import NO_TELEMETRY
 from kit.inspection import dataset_template
 from kit.inspection.tokenizer import find_template
 from kit.launchers.command import rank_environment
 from kit.schema.run_plan import RunPlan, load_plan
 from kit.storage import run_directory
+from kit.storage.hub_cache import NO_TELEMETRY
 from kit.system import paths
 
 

@@ -18,10 +18,9 @@ from typing import Any
 
 from kit import api
 from kit.errors import DONE, ENVIRONMENT, KitError
-from kit.hub import cache as hub
 from kit.inspection import hub_dataset
 from kit.schema.run_plan import Dataset, Model, Tokenizer
-from kit.storage import safetensors_header
+from kit.storage import hub_cache, safetensors_header
 from kit.system import dependencies, paths
 
 AROUND = {".json", ".jinja", ".model", ".txt", ".tiktoken"}  # config, tokenizer, templates
@@ -46,7 +45,7 @@ class Repo:
 
     @property
     def snapshot(self) -> Path:
-        return hub.repo_folder(self.name, self.kind) / "snapshots" / self.commit
+        return hub_cache.repo_folder(self.name, self.kind) / "snapshots" / self.commit
 
     @property
     def missing(self) -> list[str]:
@@ -114,7 +113,7 @@ def sections(args: tuple[str, ...], config_dir: str | None) -> tuple[Model | Non
 
 def need_hub() -> None:
     """KitError (3) where huggingface_hub is not installed, or may not ask the Hub."""
-    if hub.offline():
+    if hub_cache.offline():
         raise KitError("HF_HUB_OFFLINE is set: nothing can be fetched", "environment", "unset it", code=ENVIRONMENT)
     if not dependencies.installed("huggingface_hub"):
         fix = "make setup in a checkout, or pip install huggingface_hub"
@@ -127,16 +126,20 @@ def wanted(
     """The repositories that a run needs, and what it has on this machine as (key, name)."""
     named: list[Repo] = []
     if model:
-        named.append(Repo("model.name_or_path", model.name_or_path, hub.MODEL, model.revision, model_files(model)))
+        named.append(
+            Repo("model.name_or_path", model.name_or_path, hub_cache.MODEL, model.revision, model_files(model))
+        )
     if tokenizer.name_or_path:
         revision = tokenizer.revision
-        named.append(Repo("tokenizer.name_or_path", tokenizer.name_or_path, hub.MODEL, revision, tokenizer_files))
+        named.append(
+            Repo("tokenizer.name_or_path", tokenizer.name_or_path, hub_cache.MODEL, revision, tokenizer_files)
+        )
     if dataset:
         choose = data_files(dataset.name)
-        named.append(Repo("dataset.path", dataset.path, hub.DATASET, dataset.revision, choose))
+        named.append(Repo("dataset.path", dataset.path, hub_cache.DATASET, dataset.revision, choose))
         if dataset.eval_path and dataset.eval_path != dataset.path:
-            named.append(Repo("dataset.eval_path", dataset.eval_path, hub.DATASET, None, data_files(None)))
-    repos = [r for r in named if hub.looks_like_id(r.name)]
+            named.append(Repo("dataset.eval_path", dataset.eval_path, hub_cache.DATASET, None, data_files(None)))
+    repos = [r for r in named if hub_cache.looks_like_id(r.name)]
     local = [(r.key, r.name) for r in named if r not in repos]
     return repos, [(k, f"{n}, which make quickstart makes" if is_promised(n) else n) for k, n in local]
 
@@ -151,7 +154,7 @@ def look(repo: Repo) -> None:
 
     info: Any
     try:
-        ask = HfApi().dataset_info if repo.kind == hub.DATASET else HfApi().model_info
+        ask = HfApi().dataset_info if repo.kind == hub_cache.DATASET else HfApi().model_info
         info = ask(repo.name, revision=repo.revision, files_metadata=True, timeout=TIMEOUT)
     except Exception as error:  # the Hub's refusals and the network's
         raise problem_with(error, repo) from None
@@ -290,23 +293,23 @@ def finish(repo: Repo) -> None:
         raise problem_with(error, repo) from None
     if repo.revision != repo.commit:
         note_ref(repo)
-    if repo.missing or hub.find_snapshot(repo.name, repo.kind, repo.revision) != repo.snapshot:
+    if repo.missing or hub_cache.find_snapshot(repo.name, repo.kind, repo.revision) != repo.snapshot:
         raise KitError(f"{repo.name} is not whole in {hub.cache()}", repo.key, "run it again", code=ENVIRONMENT)
-    if repo.kind == hub.DATASET and hub.listing(repo.snapshot) is None:
+    if repo.kind == hub_cache.DATASET and hub_cache.listing(repo.snapshot) is None:
         problem = "this huggingface_hub keeps no listing of a commit, without which offline data may be a part"
         raise KitError(problem, repo.key, "pip install -U huggingface_hub", code=ENVIRONMENT)
 
 
 def forget_partial(repo: Repo) -> None:
     """Remove what killed downloads left: huggingface_hub names every try anew, and goes on with none of them."""
-    for file in (hub.repo_folder(repo.name, repo.kind) / "blobs").glob("*.????????.incomplete"):
+    for file in (hub_cache.repo_folder(repo.name, repo.kind) / "blobs").glob("*.????????.incomplete"):
         if time.time() - file.stat().st_mtime > 3600:  # one that is at work writes every few seconds
             file.unlink(missing_ok=True)
 
 
 def note_ref(repo: Repo) -> None:
     """Write refs/<revision>, by which the cache knows a branch's commit: last, so that it names a whole snapshot."""
-    ref = hub.repo_folder(repo.name, repo.kind) / "refs" / (repo.revision or "main")
+    ref = hub_cache.repo_folder(repo.name, repo.kind) / "refs" / (repo.revision or "main")
     ref.parent.mkdir(parents=True, exist_ok=True)
     temporary = ref.with_name(f".{ref.name}.{os.getpid()}")
     temporary.write_text(repo.commit)
@@ -321,7 +324,7 @@ def problem_with(error: Exception, repo: Repo) -> Exception:
         return error
     if isinstance(error, OSError) and error.filename is not None and not isinstance(error, HfHubHTTPError):
         return error
-    return hub.explain(error, repo.name, repo.kind, repo.key)
+    return hub_cache.explain(error, repo.name, repo.kind, repo.key)
 
 
 def print_repo(repo: Repo) -> None:

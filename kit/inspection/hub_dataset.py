@@ -14,9 +14,9 @@ from typing import Any
 import yaml
 
 from kit.errors import KitError
-from kit.hub import cache as hub
 from kit.inspection import dataset as data_files
 from kit.schema.run_plan import Dataset
+from kit.storage import hub_cache
 
 CARD = "README.md"
 READABLE = {*data_files.SUFFIXES, ".arrow", ".txt"}  # what `datasets` reads of text, each also packed:
@@ -113,8 +113,8 @@ def find_snapshot(repo: str, config: str | None, revision: str | None) -> Path |
 
     `datasets` itself leaves snapshots with a part of the files: training on those in silence would be wrong.
     """
-    folder = hub.find_snapshot(repo, hub.DATASET, revision)
-    names = hub.listing(folder) if folder else None
+    folder = hub_cache.find_snapshot(repo, hub_cache.DATASET, revision)
+    names = hub_cache.listing(folder) if folder else None
     if folder is None or not names or (CARD in names and not (folder / CARD).is_file()):
         return None
     wanted = files_of(names, read_card(folder), config)
@@ -143,11 +143,11 @@ def columns(d: Dataset, repo: str, revision: str | None, here: bool) -> list[str
     config = d.name if repo == d.path else None
     folder = find_snapshot(repo, config, revision)
     if folder is None:
-        if here and hub.offline() and not prepared(repo):
+        if here and hub_cache.offline() and not prepared(repo):
             key = "dataset.path" if repo == d.path else "dataset.eval_path"
             problem = f"the data set {repo} is not, or not whole, in {hub.cache()}, and HF_HUB_OFFLINE is set"
-            raise KitError(problem, key, hub.fetch_command("dataset.path", repo, revision), rule="offline")
+            raise KitError(problem, key, hub_cache.fetch_command("dataset.path", repo, revision), rule="offline")
         return None
-    names = files_of_split(hub.listing(folder) or [], read_card(folder), config, d.split)
+    names = files_of_split(hub_cache.listing(folder) or [], read_card(folder), config, d.split)
     files = [folder / n for n in names if Path(n).suffix.lower() in data_files.SUFFIXES]
     return data_files.columns(files, repo) if files else None

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from kit.errors import KitError, Problem, named
-from kit.hub import cache as hub
 from kit.inspection import architectures
 from kit.schema.run_plan import Model, Tokenizer
-from kit.storage import safetensors_header
+from kit.storage import hub_cache, safetensors_header
 from kit.system import paths
 
 DERIVED = ("head_dim", "num_key_value_heads")  # null in config.json: what transformers makes of the other keys
@@ -51,9 +50,9 @@ def inspect(model: Model, here: bool) -> tuple[Base, list[Problem]]:
     preset = dict(model.config) or None
     folder = safetensors_header.find_model(name, model.revision)
     local = Path(name).expanduser().is_dir()
-    if folder is None and hub.looks_like_id(name) and (refused := architectures.refuse_name(name)):
+    if folder is None and hub_cache.looks_like_id(name) and (refused := architectures.refuse_name(name)):
         return Base(config=preset), refused
-    if folder is None and here and hub.looks_like_id(name):
+    if folder is None and here and hub_cache.looks_like_id(name):
         try:
             folder = fetch_config(name, model.revision)
         except KitError as error:
@@ -61,7 +60,7 @@ def inspect(model: Model, here: bool) -> tuple[Base, list[Problem]]:
     if folder is None:
         if preset and paths.made_by_quickstart(name) and not here:
             return Base(config=preset, notes=[f"{name} is not made yet: `make quickstart` makes it"]), []
-        if not hub.looks_like_id(name):
+        if not hub_cache.looks_like_id(name):
             if paths.made_by_quickstart(name):
                 said = f"{name} is not made yet"
                 return Base(), [Problem(said, "model.name_or_path", "make quickstart", "model-folder")]
@@ -70,8 +69,8 @@ def inspect(model: Model, here: bool) -> tuple[Base, list[Problem]]:
         note = f"{name} is not on this machine: " + (
             "its shape is the preset's" if preset else "what depends on its shape cannot be checked here"
         )
-        if hub.offline():
-            note += f"; {hub.fetch_command('model.name_or_path', name, model.revision)}"
+        if hub_cache.offline():
+            note += f"; {hub_cache.fetch_command('model.name_or_path', name, model.revision)}"
         if preset is None:
             return Base(notes=[note]), []
         key = "model.config.model_type"
@@ -97,8 +96,8 @@ def inspect(model: Model, here: bool) -> tuple[Base, list[Problem]]:
             n.removesuffix(".weight") for n, t in tensors.items() if n.endswith(".weight") and len(t.shape) == 2
         ]
     if not tensors and not local and not model.random_init:
-        if here and hub.offline():
-            fix = hub.fetch_command("model.name_or_path", name, model.revision)
+        if here and hub_cache.offline():
+            fix = hub_cache.fetch_command("model.name_or_path", name, model.revision)
             return base, [Problem(f"the weights of {name} are not in {hub.cache()}, and HF_HUB_OFFLINE is set",
                                   "model.name_or_path", fix, "offline")]  # fmt: skip
         base.notes.append(f"the weights of {name} are not on this machine: the ranks fetch them")
@@ -143,20 +142,20 @@ def differences(preset: dict[str, Any], config: dict[str, Any]) -> dict[str, tup
 def look_at_tokenizer(tokenizer: Tokenizer, here: bool) -> list[Problem]:
     """The problem of a tokenizer of its own that is not in the Hub cache where the Hub may not be asked."""
     key, name = "tokenizer.name_or_path", tokenizer.name_or_path
-    if not (here and hub.offline() and name and hub.looks_like_id(name)):
+    if not (here and hub_cache.offline() and name and hub_cache.looks_like_id(name)):
         return []
-    if hub.find_snapshot(name, hub.MODEL, tokenizer.revision):
+    if hub_cache.find_snapshot(name, hub_cache.MODEL, tokenizer.revision):
         return []
     problem = f"the tokenizer {name} is not in {hub.cache()}, and HF_HUB_OFFLINE is set"
-    return [Problem(problem, key, hub.fetch_command(key, name, tokenizer.revision), "offline")]
+    return [Problem(problem, key, hub_cache.fetch_command(key, name, tokenizer.revision), "offline")]
 
 
 def fetch_config(name: str, revision: str | None) -> Path:
     """config.json of a Hub model, into the cache; the folder it lies in. KitError where the Hub does not give it."""
     key = "model.name_or_path"
-    if hub.offline():
+    if hub_cache.offline():
         problem = f"{name} is neither a folder nor in {hub.cache()}, and HF_HUB_OFFLINE is set"
-        raise KitError(problem, key, hub.fetch_command(key, name, revision), rule="offline")
+        raise KitError(problem, key, hub_cache.fetch_command(key, name, revision), rule="offline")
     try:
         from huggingface_hub import hf_hub_download
     except ImportError:
@@ -166,7 +165,7 @@ def fetch_config(name: str, revision: str | None) -> Path:
     try:
         return Path(hf_hub_download(name, safetensors_header.CONFIG, revision=revision)).parent
     except Exception as error:  # the Hub's refusals, the network's, a broken name: all are put in words
-        raise hub.explain(error, name, hub.MODEL, key) from None
+        raise hub_cache.explain(error, name, hub_cache.MODEL, key) from None
 
 
 def identify(model: Model, folder: Path | None) -> dict[str, Any] | None:

@@ -10,9 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from kit.errors import KitError, Problem, named
-from kit.hub import cache as hub
 from kit.schema.run_plan import Model, Tokenizer
-from kit.storage import safetensors_header
+from kit.storage import hub_cache, safetensors_header
 from kit.system import paths
 
 FAST, CONFIG, MAP = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
@@ -165,7 +164,7 @@ def examine(t: Tokenizer, model: Model, rows: int | None, chat: bool, assistant_
     found = Found()
     name = t.name_or_path or model.name_or_path
     folder = safetensors_header.find_model(name, t.revision or (model.revision if t.name_or_path is None else None))
-    if folder is None and t.name_or_path and not hub.looks_like_id(t.name_or_path):
+    if folder is None and t.name_or_path and not hub_cache.looks_like_id(t.name_or_path):
         found.problems.append(
             Problem(
                 f"there is no tokenizer folder {name}",

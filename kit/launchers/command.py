@@ -15,9 +15,9 @@ import sys
 from pathlib import Path
 
 from kit.config.nodes import by_node, over_ssh
-from kit.hub.cache import NO_TELEMETRY
 from kit.schema import trackers
 from kit.schema.run_plan import Launch, RunPlan
+from kit.storage.hub_cache import NO_TELEMETRY
 from kit.system import hardware
 
 WORKER = "kit.worker"

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from kit.errors import KitError
-from kit.hub.cache import fetch_command
 from kit.inspection.tokenizer import read_files
 from kit.merging.adapter import CONFIG, MANIFEST, WEIGHTS, read_json, sha256
 from kit.merging.dequantize import Quantization
 from kit.merging.parts import Plan
 from kit.merging.plan import plan_merge
 from kit.storage.atomic_folder import building, check_room, refuse_target
+from kit.storage.hub_cache import fetch_command
 from kit.storage.safetensors_header import INDEX, find_model, fingerprint
 
 REPORT = "merge.json"

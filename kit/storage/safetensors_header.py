@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kit.errors import KitError
-from kit.hub import cache as hub
+from kit.storage import hub_cache
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 PARAMS = "params.json"  # of Meta's checkpoints
@@ -36,7 +36,7 @@ class Tensor:
 def find_model(name_or_path: str, revision: str | None = None) -> Path | None:
     """The local folder of a model: a path as it is, or a Hub id's snapshot in the cache; None without either."""
     path = Path(name_or_path).expanduser()
-    return path.resolve() if path.is_dir() else hub.find_snapshot(name_or_path, hub.MODEL, revision)
+    return path.resolve() if path.is_dir() else hub_cache.find_snapshot(name_or_path, hub_cache.MODEL, revision)
 
 
 def holds_meta_checkpoint(folder: Path) -> bool:
