@@ -66,10 +66,10 @@ def check_machine(
     here, home = here or Path.cwd(), home or Path.home()
     cuda = versions.torch_cuda()
     built = any(ops.extensions_dir().glob(".built-*/*"))
-    hub_cache = hub.cache(env)
+    cached = hub_cache.cache(env)
     places = {
         "runs": here / "runs",
-        "hub cache": hub_cache,
+        "hub cache": cached,
         "temporary": Path(env.get("TMPDIR") or tempfile.gettempdir()),
     }
     checks = (
@@ -85,7 +85,7 @@ def check_machine(
         lambda: machine.check_cpu(root, env),
         lambda: machine.check_memory(root),
         lambda: machine.check_ports(env),
-        lambda: environment.check_offline(env, hub_cache),
+        lambda: environment.check_offline(env, cached),
         lambda: environment.check_leftovers(root, here, home),
         lambda: environment.check_variables(env),
     )

@@ -1,1 +1,1 @@
-"""The Hub's cache on this machine, and what kit fetch brings into it."""
+"""What goes to and comes from the Hub."""

@@ -247,12 +247,12 @@ def no_bars() -> None:
 def check_disk(repos: list[Repo]) -> None:
     """KitError (3) where the missing bytes do not fit on the disk of the cache."""
     need = sum(repo.sizes[f] for repo in repos for f in repo.missing)
-    place = next(p for p in [hub.cache(), *hub.cache().absolute().parents] if p.exists())
+    place = next(p for p in [hub_cache.cache(), *hub_cache.cache().absolute().parents] if p.exists())
     free = shutil.disk_usage(place).free
-    say(f"disk      {size(need)} to fetch, {size(free)} free in {hub.cache()}")
+    say(f"disk      {size(need)} to fetch, {size(free)} free in {hub_cache.cache()}")
     if need > free:
         raise KitError(
-            f"{size(need)} are to be fetched, {size(free)} are free in {hub.cache()}",
+            f"{size(need)} are to be fetched, {size(free)} are free in {hub_cache.cache()}",
             "HF_HOME",
             f"free {size(need - free)}, or export HF_HOME=FOLDER on a larger disk, for the run too",
             code=ENVIRONMENT,
@@ -294,7 +294,7 @@ def finish(repo: Repo) -> None:
     if repo.revision != repo.commit:
         note_ref(repo)
     if repo.missing or hub_cache.find_snapshot(repo.name, repo.kind, repo.revision) != repo.snapshot:
-        raise KitError(f"{repo.name} is not whole in {hub.cache()}", repo.key, "run it again", code=ENVIRONMENT)
+        raise KitError(f"{repo.name} is not whole in {hub_cache.cache()}", repo.key, "run it again", code=ENVIRONMENT)
     if repo.kind == hub_cache.DATASET and hub_cache.listing(repo.snapshot) is None:
         problem = "this huggingface_hub keeps no listing of a commit, without which offline data may be a part"
         raise KitError(problem, repo.key, "pip install -U huggingface_hub", code=ENVIRONMENT)

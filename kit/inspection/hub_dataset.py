@@ -128,7 +128,7 @@ def read_card(folder: Path) -> str:
 
 def prepared(repo: str) -> bool:
     """Whether `datasets` has this data set in its own cache from an earlier load: it takes that one offline."""
-    home = os.environ.get("HF_HOME") or str(hub.cache().parent)
+    home = os.environ.get("HF_HOME") or str(hub_cache.cache().parent)
     folder = Path(os.environ.get("HF_DATASETS_CACHE") or os.path.join(home, "datasets")).expanduser()
     owner, _, name = repo.rpartition("/")
     snake = re.sub(r"([a-z\d])([A-Z])", r"\1_\2", re.sub(r"([A-Z]+)([A-Z][a-z])", r"\1_\2", name)).lower()
@@ -145,7 +145,7 @@ def columns(d: Dataset, repo: str, revision: str | None, here: bool) -> list[str
     if folder is None:
         if here and hub_cache.offline() and not prepared(repo):
             key = "dataset.path" if repo == d.path else "dataset.eval_path"
-            problem = f"the data set {repo} is not, or not whole, in {hub.cache()}, and HF_HUB_OFFLINE is set"
+            problem = f"the data set {repo} is not, or not whole, in {hub_cache.cache()}, and HF_HUB_OFFLINE is set"
             raise KitError(problem, key, hub_cache.fetch_command("dataset.path", repo, revision), rule="offline")
         return None
     names = files_of_split(hub_cache.listing(folder) or [], read_card(folder), config, d.split)

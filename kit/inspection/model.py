@@ -98,7 +98,7 @@ def inspect(model: Model, here: bool) -> tuple[Base, list[Problem]]:
     if not tensors and not local and not model.random_init:
         if here and hub_cache.offline():
             fix = hub_cache.fetch_command("model.name_or_path", name, model.revision)
-            return base, [Problem(f"the weights of {name} are not in {hub.cache()}, and HF_HUB_OFFLINE is set",
+            return base, [Problem(f"the weights of {name} are not in {hub_cache.cache()}, and HF_HUB_OFFLINE is set",
                                   "model.name_or_path", fix, "offline")]  # fmt: skip
         base.notes.append(f"the weights of {name} are not on this machine: the ranks fetch them")
     elif not tensors and not model.random_init:
@@ -146,7 +146,7 @@ def look_at_tokenizer(tokenizer: Tokenizer, here: bool) -> list[Problem]:
         return []
     if hub_cache.find_snapshot(name, hub_cache.MODEL, tokenizer.revision):
         return []
-    problem = f"the tokenizer {name} is not in {hub.cache()}, and HF_HUB_OFFLINE is set"
+    problem = f"the tokenizer {name} is not in {hub_cache.cache()}, and HF_HUB_OFFLINE is set"
     return [Problem(problem, key, hub_cache.fetch_command(key, name, tokenizer.revision), "offline")]
 
 
@@ -154,7 +154,7 @@ def fetch_config(name: str, revision: str | None) -> Path:
     """config.json of a Hub model, into the cache; the folder it lies in. KitError where the Hub does not give it."""
     key = "model.name_or_path"
     if hub_cache.offline():
-        problem = f"{name} is neither a folder nor in {hub.cache()}, and HF_HUB_OFFLINE is set"
+        problem = f"{name} is neither a folder nor in {hub_cache.cache()}, and HF_HUB_OFFLINE is set"
         raise KitError(problem, key, hub_cache.fetch_command(key, name, revision), rule="offline")
     try:
         from huggingface_hub import hf_hub_download

@@ -1,4 +1,4 @@
-"""A warm worker: `python -m kit.sweeps.warm_worker PARENT` reads {"plan": PATH} a line and answers {"code", "why"} a line.
+"""A warm worker: `python -m kit.sweeps.warm_worker PARENT` reads {"plan": PATH} lines, answers {"code", "why"} lines.
 
 Imports, the base and the tokenized data are paid once. Everything else is made anew for each trial, as in a process
 of its own: environment, seeds, accelerate's state, tokenizer, adapter, optimizer, schedule, callbacks, log and lock.
