@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers.utils import logging
 
+from kit.data.encode import end_of_turn
 from kit.errors import KitError
-from kit.evaluation.sampling import end_of_turn
 
 logger = logging.get_logger(__name__)
 ROWS = 8

@@ -6,26 +6,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from kit.data.encode import end_of_turn
 from kit.errors import ENVIRONMENT, KitError
-
-
-def end_of_turn(tokenizer: Any) -> int | None:
-    """The special token that the chat template puts after an assistant turn, where it differs from eos (ChatML's end).
-
-    None without a template or where the turn ends in plain text.
-    """
-    if not getattr(tokenizer, "chat_template", None):
-        return None
-    mark = "answer7"
-    try:
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": "question"}, {"role": "assistant", "content": mark}], tokenize=False
-        )
-    except Exception:  # noqa: BLE001 - a template may refuse such a chat for reasons of its own
-        return None
-    after = tokenizer(text.rsplit(mark, 1)[-1], add_special_tokens=False)["input_ids"]
-    special = set(tokenizer.all_special_ids) | set(getattr(tokenizer, "added_tokens_decoder", {}))
-    return after[0] if after and after[0] in special else None
 
 
 def stop_ids(model: Any, tokenizer: Any) -> list[int]:
