@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kit.data.encode import (
+from kit.data.load import run_datasets
+from kit.errors import ENVIRONMENT, KitError
+from kit.evaluation.examples import (
     Encoded,
     Pair,
     Shots,
@@ -20,8 +22,6 @@ from kit.data.encode import (
     shot_turns,
     with_shots,
 )
-from kit.data.load import run_datasets
-from kit.errors import ENVIRONMENT, KitError
 from kit.evaluation.generate import check_settings, table
 from kit.evaluation.sampling import decode, stop_ids
 from kit.models.open import each_model

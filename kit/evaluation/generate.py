@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kit.data.encode import Pair, Shots, as_pair, encode_prompt, few_shot_style, with_shots
+from kit.data.encode import encode_prompt
 from kit.data.load import run_datasets
 from kit.errors import KitError
+from kit.evaluation.examples import Pair, Shots, as_pair, few_shot_style, with_shots
 from kit.evaluation.sampling import decode
 from kit.models.open import each_model
 from kit.models.sources import Source, choose, open_tokenizer, output_path, resolve, write_json
