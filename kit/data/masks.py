@@ -7,12 +7,11 @@ from typing import Any
 
 from transformers.utils import logging
 
-from kit.data.encode import end_of_turn
+from kit.data.encode import IGNORED, end_of_turn
 from kit.errors import KitError
 
 logger = logging.get_logger(__name__)
 ROWS = 8
-IGNORED = -100
 
 
 def check_template(tokenizer: Any, rows: Any) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from kit.data.encode import IGNORED, training_chat_template
 from kit.data.load import run_datasets
 from kit.errors import ENVIRONMENT, KitError
 from kit.evaluation.examples import (
@@ -16,10 +17,10 @@ from kit.evaluation.examples import (
     Shots,
     as_pair,
     draw,
-    encode_pair,
     few_shot_style,
     read_rows,
     shot_turns,
+    tokenize_example,
     with_shots,
 )
 from kit.evaluation.generate import check_settings, table
@@ -29,7 +30,6 @@ from kit.models.sources import Source, choose, open_tokenizer, output_path, reso
 
 METRICS = ("exact_match", "loss", "perplexity")
 EVAL = "eval.json"
-IGNORED = -100
 LOGITS = 2**28  # logits of one forward pass at most: 1 GiB in float32
 MISTAKES = 5
 
@@ -78,6 +78,8 @@ def evaluate(
     pairs, skipped = _pairs(held_out, limit)
     answered = pairs[0].completion is not None
     tokenizer = open_tokenizer(found)
+    trained = (found.plan or {}).get("trainer") or {}
+    chat_template = training_chat_template(tokenizer, bool(trained.get("assistant_only_loss")))
     match = "exact_match" in metrics and answered
     losses = bool({"loss", "perplexity"} & set(metrics))
     shots_for, shots = next((n for n in ("base", "model") if n in names), None), None
@@ -88,7 +90,7 @@ def evaluate(
 
     def use(name: str, model: Any) -> dict[str, dict[str, Any]]:
         stops = stop_ids(model, tokenizer)
-        rows = [encode_pair(tokenizer, pair, stops) for pair in pairs]
+        rows = [tokenize_example(tokenizer, pair, stops, chat_template) for pair in pairs]
         scores: dict[str, Any] = {}
         if match:
             scores |= _matches(model, tokenizer, pairs, rows, [r.prompt_ids for r in rows], max_new_tokens, batch_size)
@@ -100,7 +102,8 @@ def evaluate(
             extra = _matches(model, tokenizer, pairs, rows, prompts, max_new_tokens, batch_size, shots.stop_text)
             if losses and shots.style == "chat":  # lines have no end token, so their loss is not comparable
                 chats = [Pair(shot_turns(p, shots), _as_turns(p), p.template) for p in pairs]
-                extra |= _loss(model, [encode_pair(tokenizer, chat, stops) for chat in chats], batch_size)
+                shown = [tokenize_example(tokenizer, chat, stops, chat_template) for chat in chats]
+                extra |= _loss(model, shown, batch_size)
             result[f"{name}_few_shot"] = extra
         return result
 
@@ -190,7 +193,7 @@ def _matches(
     for pair, row, answer in zip(pairs, rows, answers, strict=True):
         text = answer["text"].strip()
         # a template may add to an answer (an empty thinking block), so what was trained on counts as right too
-        trained = tokenizer.decode(row.ids[row.start :], skip_special_tokens=True).strip()
+        trained = tokenizer.decode(row.answer_ids, skip_special_tokens=True).strip()
         if answer["stopped"] and text in (pair.answer, trained):
             correct += 1
         elif len(mistakes) < MISTAKES:
@@ -206,7 +209,7 @@ def _matches(
 def _loss(model: Any, rows: Sequence[Encoded], batch_size: int) -> dict[str, Any]:
     """Mean negative log-likelihood per answer token; rows longer than the model's context are left out, counted."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    usable = [row for row in rows if not context or len(row.ids) <= context]
+    usable = [row for row in rows if not context or len(row.input_ids) <= context]
     total, tokens = 0.0, 0
     for batch in _batches(model, usable, batch_size):
         nll, count = _nll(model, batch)
@@ -225,9 +228,9 @@ def _batches(model: Any, rows: Sequence[Encoded], batch_size: int) -> list[list[
     """Rows of like length together, no batch with more logits than LOGITS."""
     vocabulary = model.config.get_text_config().vocab_size
     batches: list[list[Encoded]] = []
-    for row in sorted(rows, key=lambda r: -len(r.ids)):
+    for row in sorted(rows, key=lambda r: -len(r.input_ids)):
         last = batches[-1] if batches else None
-        if last is None or len(last) == batch_size or (len(last) + 1) * len(last[0].ids) * vocabulary > LOGITS:
+        if last is None or len(last) == batch_size or (len(last) + 1) * len(last[0].input_ids) * vocabulary > LOGITS:
             batches.append([row])
         else:
             last.append(row)
@@ -239,17 +242,16 @@ def _nll(model: Any, batch: Sequence[Encoded]) -> tuple[float, int]:
     import torch
     from torch.nn import functional
 
-    width = max(len(row.ids) for row in batch)
+    width = max(len(row.input_ids) for row in batch)
     device = model.get_input_embeddings().weight.device
     ids = torch.zeros(len(batch), width, dtype=torch.long)
     mask = torch.zeros_like(ids)
     labels = torch.full_like(ids, IGNORED)
     for n, row in enumerate(batch):
-        length = len(row.ids)
-        ids[n, :length] = torch.tensor(row.ids)
+        length = len(row.input_ids)
+        ids[n, :length] = torch.tensor(row.input_ids)
         mask[n, :length] = 1
-        first = max(row.start, 1)  # nothing stands before the first token to foretell it
-        labels[n, first:length] = torch.tensor(row.ids[first:])
+        labels[n, :length] = torch.tensor(row.labels)
     try:
         with torch.inference_mode():
             # use_cache=False: with a cache some attention paths treat the mask differently, and it costs memory

@@ -12,7 +12,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kit.data.encode import Turns, check_turns, encode_prompt, open_ended, render_ids
+from kit.data.encode import (
+    IGNORED,
+    EncodedRow,
+    Turns,
+    check_turns,
+    encode_prompt,
+    encode_row,
+    open_ended,
+    template_arguments,
+)
 from kit.errors import KitError
 from kit.models.sources import Source
 
@@ -41,12 +50,14 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """Token ids of a whole row; the answer is `ids[start:]`, `prompt_ids` is what generation starts from."""
+class Encoded(EncodedRow):
+    """A row whose labels are the tokens of its answer; generation starts from `prompt_ids`."""
 
     prompt_ids: list[int]
-    ids: list[int]
-    start: int
+
+    @property
+    def answer_ids(self) -> list[int]:
+        return [label for label in self.labels if label != IGNORED]
 
 
 @dataclass(frozen=True)
@@ -86,12 +97,7 @@ def as_pair(row: dict[str, Any], index: int, where: str = "data") -> Pair:
     place = f"{where}, row {index + 1}"
     if not isinstance(row, dict):
         raise KitError("a row is not a JSON object", where=place)
-    tools = row.get("tools")
-    try:
-        tools = json.loads(tools) if isinstance(tools, str) and tools else tools
-    except ValueError:
-        raise KitError("tools is not JSON", where=place) from None
-    template = {**(row.get("chat_template_kwargs") or {}), **({"tools": tools} if tools else {})}
+    template = template_arguments(row, place)
     messages = row.get("messages")
     if messages:
         check_turns(messages, place)
@@ -144,33 +150,22 @@ def _parse(text: str, place: str) -> Any:
         raise KitError(f"not JSON: {error}", where=place) from None
 
 
-def encode_pair(tokenizer: Any, pair: Pair, stops: Sequence[int]) -> Encoded:
-    """A row as token ids, its answer ending with the end token.
+def tokenize_example(tokenizer: Any, pair: Pair, stops: Sequence[int], chat_template: str | None = None) -> Encoded:
+    """Tokenize a row as the training does, and its prompt as generation does; the labels are the answer's tokens.
 
-    The answer starts where prompt and whole row part, as in TRL: templates and tokenizers may treat the seam
-    differently with and without an answer. What a template puts behind the end token (a newline) is nobody's answer.
+    `chat_template`: the one trained with where it is not the tokenizer's own; a prompt is always in the tokenizer's.
+    What a template puts behind the end token (a newline) is trained but nobody's answer: it is left out.
     """
     if pair.completion is None:
-        assert isinstance(pair.prompt, str)
-        ids = _closed(tokenizer, pair.prompt)
-        return Encoded(ids[:1], ids, 0)
-    if isinstance(pair.prompt, str):
-        assert isinstance(pair.completion, str)
-        prompt_ids, ids = open_ended(tokenizer, pair.prompt), _closed(tokenizer, pair.prompt + pair.completion)
-    else:
-        prompt_ids = render_ids(tokenizer, pair.prompt, pair.template, opening=True)
-        ids = render_ids(tokenizer, [*pair.prompt, *pair.completion], pair.template, opening=False)
-    start = next((n for n, (a, b) in enumerate(zip(prompt_ids, ids, strict=False)) if a != b), None)
-    start = min(len(prompt_ids), len(ids)) if start is None else start
+        row = encode_row(tokenizer, {"text": pair.prompt})
+        return Encoded(row.input_ids, row.labels, row.input_ids[:1])
+    prompt_ids = encode_prompt(tokenizer, pair.prompt, chat=False, template=pair.template)
+    columns = {"prompt": pair.prompt, "completion": pair.completion, "chat_template_kwargs": pair.template}
+    row = encode_row(tokenizer, columns, chat_template=chat_template)
+    end = len(row.labels)
     if not isinstance(pair.prompt, str):
-        end = max((n for n in range(start, len(ids)) if ids[n] in set(stops)), default=len(ids) - 1)
-        ids = ids[: end + 1]
-    return Encoded(prompt_ids, ids, start)
-
-
-def _closed(tokenizer: Any, text: str) -> list[int]:
-    eos = tokenizer.eos_token
-    return list(tokenizer(text if not eos or text.endswith(eos) else text + eos)["input_ids"])
+        end = next((n for n in range(end, 0, -1) if row.labels[n - 1] in stops), end)
+    return Encoded(row.input_ids[:end], row.labels[:end], prompt_ids)
 
 
 def few_shot_style(source: Source, tokenizer: Any) -> str:
