@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kit.data.encode import IGNORED, training_chat_template
+from kit.data.encode import training_chat_template
 from kit.data.load import run_datasets
-from kit.errors import ENVIRONMENT, KitError
+from kit.errors import KitError
 from kit.evaluation.examples import (
     Encoded,
     Pair,
@@ -24,13 +23,13 @@ from kit.evaluation.examples import (
     with_shots,
 )
 from kit.evaluation.generate import check_settings, table
+from kit.evaluation.loss import answer_loss
 from kit.evaluation.sampling import decode, stop_ids
 from kit.models.open import each_model
 from kit.models.sources import Source, choose, open_tokenizer, output_path, resolve, write_json
 
 METRICS = ("exact_match", "loss", "perplexity")
 EVAL = "eval.json"
-LOGITS = 2**28  # logits of one forward pass at most: 1 GiB in float32
 MISTAKES = 5
 
 
@@ -95,7 +94,7 @@ def evaluate(
         if match:
             scores |= _matches(model, tokenizer, pairs, rows, [r.prompt_ids for r in rows], max_new_tokens, batch_size)
         if losses:
-            scores |= _loss(model, rows, batch_size)
+            scores |= answer_loss(model, rows, batch_size)
         result = {name: scores}
         if shots and name == shots_for:
             prompts = [with_shots(tokenizer, pair, shots) for pair in pairs]
@@ -103,7 +102,7 @@ def evaluate(
             if losses and shots.style == "chat":  # lines have no end token, so their loss is not comparable
                 chats = [Pair(shot_turns(p, shots), _as_turns(p), p.template) for p in pairs]
                 shown = [tokenize_example(tokenizer, chat, stops, chat_template) for chat in chats]
-                extra |= _loss(model, shown, batch_size)
+                extra |= answer_loss(model, shown, batch_size)
             result[f"{name}_few_shot"] = extra
         return result
 
@@ -204,71 +203,6 @@ def _matches(
         "unstopped": sum(not a["stopped"] for a in answers),
         "mistakes": mistakes,
     }
-
-
-def _loss(model: Any, rows: Sequence[Encoded], batch_size: int) -> dict[str, Any]:
-    """Mean negative log-likelihood per answer token; rows longer than the model's context are left out, counted."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    usable = [row for row in rows if not context or len(row.input_ids) <= context]
-    total, tokens = 0.0, 0
-    for batch in _batches(model, usable, batch_size):
-        nll, count = _nll(model, batch)
-        total, tokens = total + nll, tokens + count
-    loss = total / tokens if tokens else math.nan
-    finite = math.isfinite(loss)
-    return {
-        "loss": loss if finite else None,
-        "perplexity": math.exp(loss) if finite and loss < 700 else None,
-        "tokens": tokens,
-        "too_long": len(rows) - len(usable),
-    }
-
-
-def _batches(model: Any, rows: Sequence[Encoded], batch_size: int) -> list[list[Encoded]]:
-    """Rows of like length together, no batch with more logits than LOGITS."""
-    vocabulary = model.config.get_text_config().vocab_size
-    batches: list[list[Encoded]] = []
-    for row in sorted(rows, key=lambda r: -len(r.input_ids)):
-        last = batches[-1] if batches else None
-        if last is None or len(last) == batch_size or (len(last) + 1) * len(last[0].input_ids) * vocabulary > LOGITS:
-            batches.append([row])
-        else:
-            last.append(row)
-    return batches
-
-
-def _nll(model: Any, batch: Sequence[Encoded]) -> tuple[float, int]:
-    """(sum of the negative log-likelihoods, number) of the answer tokens of one batch, padded on the right."""
-    import torch
-    from torch.nn import functional
-
-    width = max(len(row.input_ids) for row in batch)
-    device = model.get_input_embeddings().weight.device
-    ids = torch.zeros(len(batch), width, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    labels = torch.full_like(ids, IGNORED)
-    for n, row in enumerate(batch):
-        length = len(row.input_ids)
-        ids[n, :length] = torch.tensor(row.input_ids)
-        mask[n, :length] = 1
-        labels[n, :length] = torch.tensor(row.labels)
-    try:
-        with torch.inference_mode():
-            # use_cache=False: with a cache some attention paths treat the mask differently, and it costs memory
-            logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
-            logits = logits[:, -width:]  # prompt tuning puts virtual tokens in front
-            targets = labels[:, 1:].to(logits.device)
-            nll = functional.cross_entropy(
-                logits[:, :-1].float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
-            )
-            return nll.double().sum().item(), int((targets != IGNORED).sum())
-    except torch.OutOfMemoryError as error:
-        raise KitError(
-            f"{len(batch)} rows of {width} tokens do not fit into GPU memory",
-            where="batch_size",
-            fix="lower the batch size",
-            code=ENVIRONMENT,
-        ) from error
 
 
 def _most_frequent(train: Any, pairs: Sequence[Pair]) -> dict[str, Any]:
