@@ -70,18 +70,21 @@ def encode_row(
     if completion_only_loss is not False:
         labels[:prompt_length] = [IGNORED] * prompt_length
     if assistant_only_loss:
-        if 1 not in encoded["assistant_masks"]:
-            raise KitError(
-                "a row has no assistant tokens",
-                "assistant_only_loss",
-                "mark the assistant's turns in the chat template with {% generation %} and {% endgeneration %}",
-            )
-        masked = zip(labels, encoded["assistant_masks"], strict=True)
-        labels = [label if mask else IGNORED for label, mask in masked]
+        labels = _mask_others(labels, encoded["assistant_masks"])
     kept = slice(None)
     if max_length is not None:
         kept = slice(-max_length, None) if truncation_mode == "keep_end" else slice(max_length)
     return EncodedRow(list(encoded["input_ids"])[kept], labels[kept])
+
+
+def _mask_others(labels: list[int], assistant_masks: list[int]) -> list[int]:
+    if 1 not in assistant_masks:
+        raise KitError(
+            "a row has no assistant tokens",
+            "assistant_only_loss",
+            "mark the assistant's turns in the chat template with {% generation %} and {% endgeneration %}",
+        )
+    return [label if mask else IGNORED for label, mask in zip(labels, assistant_masks, strict=True)]
 
 
 def training_chat_template(tokenizer: Any, assistant_only_loss: bool) -> str | None:

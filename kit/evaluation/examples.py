@@ -64,20 +64,20 @@ class Encoded(EncodedRow):
 class Shots:
     """Worked examples to stand before a question."""
 
-    pairs: tuple[Pair, ...]
+    examples: tuple[Pair, ...]
     style: str
     separator: str
 
     @classmethod
-    def of(cls, rows: Sequence[dict[str, Any]], style: str) -> Shots:
+    def from_rows(cls, rows: Sequence[dict[str, Any]], style: str) -> Shots:
         if style not in ("chat", "text"):
             raise KitError(f"the style {style!r} of worked examples is not known", where="style", fix="chat or text")
-        pairs = tuple(as_pair(row, i, "few_shot") for i, row in enumerate(rows))
-        if any(pair.completion is None for pair in pairs):
+        examples = tuple(as_pair(row, i, "few_shot") for i, row in enumerate(rows))
+        if any(example.completion is None for example in examples):
             raise KitError("plain text rows have no answer to show as a worked example", where="few_shot")
-        texts = [t for pair in pairs for t in (pair.question, pair.answer)]
+        texts = [text for example in examples for text in (example.question, example.answer)]
         separator = next((s for s in SEPARATORS if not any(s in t for t in texts)), SEPARATORS[-1])
-        return cls(pairs, style, separator)
+        return cls(examples, style, separator)
 
     @property
     def stop_text(self) -> str | None:
@@ -150,20 +150,20 @@ def _parse(text: str, place: str) -> Any:
         raise KitError(f"not JSON: {error}", where=place) from None
 
 
-def tokenize_example(tokenizer: Any, pair: Pair, stops: Sequence[int], chat_template: str | None = None) -> Encoded:
+def tokenize_example(tokenizer: Any, example: Pair, stops: Sequence[int], chat_template: str | None = None) -> Encoded:
     """Tokenize a row as the training does, and its prompt as generation does; the labels are the answer's tokens.
 
     `chat_template`: the one trained with where it is not the tokenizer's own; a prompt is always in the tokenizer's.
     What a template puts behind the end token (a newline) is trained but nobody's answer: it is left out.
     """
-    if pair.completion is None:
-        row = encode_row(tokenizer, {"text": pair.prompt})
+    if example.completion is None:
+        row = encode_row(tokenizer, {"text": example.prompt})
         return Encoded(row.input_ids, row.labels, row.input_ids[:1])
-    prompt_ids = encode_prompt(tokenizer, pair.prompt, chat=False, template=pair.template)
-    columns = {"prompt": pair.prompt, "completion": pair.completion, "chat_template_kwargs": pair.template}
+    prompt_ids = encode_prompt(tokenizer, example.prompt, chat=False, template=example.template)
+    columns = {"prompt": example.prompt, "completion": example.completion, "chat_template_kwargs": example.template}
     row = encode_row(tokenizer, columns, chat_template=chat_template)
     end = len(row.labels)
-    if not isinstance(pair.prompt, str):
+    if not isinstance(example.prompt, str):
         end = next((n for n in range(end, 0, -1) if row.labels[n - 1] in stops), end)
     return Encoded(row.input_ids[:end], row.labels[:end], prompt_ids)
 
@@ -182,23 +182,25 @@ def few_shot_style(source: Source, tokenizer: Any) -> str:
     return "chat" if config.get("chat_template") else "text"
 
 
-def shot_turns(pair: Pair, shots: Shots) -> Turns:
+def shot_turns(example: Pair, shots: Shots) -> Turns:
     """The prompt of a row as a chat, the worked examples as earlier turns behind its system prompt."""
-    turns = [{"role": "user", "content": pair.prompt}] if isinstance(pair.prompt, str) else list(pair.prompt)
+    turns = [{"role": "user", "content": example.prompt}] if isinstance(example.prompt, str) else list(example.prompt)
     lead = 1 if turns[0].get("role") == "system" else 0
     examples: Turns = []
-    for shot in shots.pairs:
+    for shot in shots.examples:
         examples.append({"role": "user", "content": shot.question})
         examples.append({"role": "assistant", "content": shot.answer})
     return [*turns[:lead], *examples, *turns[lead:]]
 
 
-def with_shots(tokenizer: Any, pair: Pair, shots: Shots, *, system: str | None = None) -> list[int]:
+def with_shots(tokenizer: Any, example: Pair, shots: Shots, *, system: str | None = None) -> list[int]:
     """Token ids of a prompt behind worked examples, as earlier turns or as lines of question and answer."""
     if shots.style == "chat":
-        return encode_prompt(tokenizer, shot_turns(pair, shots), chat=True, system=system, template=pair.template)
-    lines = [f"{shot.question} {shot.answer}" for shot in shots.pairs] + [pair.question]
-    turns = pair.prompt if isinstance(pair.prompt, list) else []
+        return encode_prompt(
+            tokenizer, shot_turns(example, shots), chat=True, system=system, template=example.template
+        )
+    lines = [f"{shot.question} {shot.answer}" for shot in shots.examples] + [example.question]
+    turns = example.prompt if isinstance(example.prompt, list) else []
     header = system or next((content_text(m) for m in turns if m.get("role") == "system"), "")
     return open_ended(tokenizer, shots.separator.join([header, *lines] if header else lines))
 

@@ -58,7 +58,7 @@ def generate(
     encoded = [encode_prompt(tokenizer, p, chat=chat and not raw, system=system) for p in asked]
     shots_for, shots = next((n for n in ("base", "model") if n in names), None), None
     if few_shot and shots_for:
-        shots = Shots.of(few_shot, style or few_shot_style(found, tokenizer))
+        shots = Shots.from_rows(few_shot, style or few_shot_style(found, tokenizer))
     settings: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
@@ -94,7 +94,7 @@ def generate(
         | {
             "raw": raw,
             "system": system,
-            "few_shot": len(shots.pairs) if shots else 0,
+            "few_shot": len(shots.examples) if shots else 0,
             "quantized_base": found.quantized,
         },
         "file": str(path) if path else None,
