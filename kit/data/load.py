@@ -123,16 +123,16 @@ def read(d: Dataset, path: str, split: str | None) -> Any:
     except Exception as error:  # datasets raises many kinds; every one of them means unreadable data
         raise KitError(f"{path} cannot be read: {first_line(error.__cause__ or error)}", "dataset.path") from error
     columns = list(rows.column_names or next(iter(rows)).keys())
-    made = detect_format(columns, d)
+    row_format = detect_format(columns, d)
     if d.template:
         return rows.select_columns(templates.columns_of(d.template))
-    rename = {theirs: ours for ours, theirs in d.columns.items() if theirs != ours}
-    clash = [ours for theirs, ours in rename.items() if ours in columns and ours not in rename]
+    rename = {column: name for name, column in d.columns.items() if column != name}
+    clash = [name for name in rename.values() if name in columns and name not in rename]
     if clash:
         rows = rows.remove_columns(clash)
     if rename:
         rows = rows.rename_columns(rename)
-    return rows.select_columns(list(FORMATS[made]))
+    return rows.select_columns(list(FORMATS[row_format]))
 
 
 def hub_place(d: Dataset, path: str) -> tuple[str, str | None, str | None]:
