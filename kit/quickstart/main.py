@@ -67,9 +67,8 @@ def quickstart(overrides: list[str]) -> dict[str, Any]:
     print(f"\nEverything is in {run_dir}. Next, the same run under DeepSpeed ZeRO-3 with two processes:")
     more = "" if len(hardware.gpus()) > 1 else " trainer.use_cpu=true"
     print(f"  {command()} train recipe=quickstart launch=deepspeed launch.num_gpus=2 deepspeed=zero3{more}")
-    print(
-        f"or ask it something:  {command()} generate {run_dir} --prompt 'Which of Q, B, X, F comes first in the alphabet?'"
-    )
+    question = "Which of Q, B, X, F comes first in the alphabet?"
+    print(f"or ask it something:  {command()} generate {run_dir} --prompt '{question}'")
     return scores
 
 
