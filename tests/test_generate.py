@@ -11,9 +11,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from kit.data.encode import end_of_turn
 from kit.errors import KitError
 from kit.evaluation.generate import format_samples, generate
-from kit.evaluation.sampling import decode, end_of_turn, stop_ids
+from kit.evaluation.sampling import decode, stop_ids
 from kit.models.sources import resolve
 from kit.storage.safetensors_header import fingerprint
 

@@ -1,156 +1,131 @@
-"""Rows of a data set as question and answer, and both as token ids, the way the training tokenizes them.
-
-A row is {"messages": [...]}, {"prompt", "completion"} (text or messages) or {"text"}.
-"""
+"""Rows as token ids and labels, and prompts as token ids: one encoding for training and evaluation."""
 
 from __future__ import annotations
 
 import json
-import random
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from kit.errors import KitError, first_line
-from kit.models.sources import Source
 
-SEPARATORS = ("\n", "\n\n", "\n\n###\n\n")  # between worked examples: the first that no example holds
+IGNORED = -100  # a label that is not in the loss
 Turns = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Pair:
-    """One row: `completion` is None for plain text, which has no answer of its own."""
+class EncodedRow:
+    """One row as a model trains on it; `labels` are its `input_ids`, IGNORED where they are not in the loss."""
 
-    prompt: str | Turns
-    completion: str | Turns | None
-    template: dict[str, Any] = field(default_factory=dict)  # tools and other arguments of the chat template
-
-    @property
-    def question(self) -> str:
-        if isinstance(self.prompt, str):
-            return self.prompt.strip()
-        return "\n".join(content_text(m) for m in self.prompt if m.get("role") != "system").strip()
-
-    @property
-    def answer(self) -> str:
-        if isinstance(self.completion, str):
-            return self.completion.strip()
-        return "\n".join(content_text(m) for m in self.completion or ()).strip()
+    input_ids: list[int]
+    labels: list[int]
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """Token ids of a whole row; the answer is `ids[start:]`, `prompt_ids` is what generation starts from."""
+def encode_row(
+    tokenizer: Any,
+    row: dict[str, Any],
+    *,
+    assistant_only_loss: bool = False,
+    completion_only_loss: bool | None = None,
+    max_length: int | None = None,
+    truncation_mode: str = "keep_start",
+    chat_template: str | None = None,
+) -> EncodedRow:
+    """Encode one row to the `input_ids` and labels that SFTTrainer prepares from it with the same settings.
 
-    prompt_ids: list[int]
-    ids: list[int]
-    start: int
+    tests/data/test_encode.py compares both on every chat template that TRL ships.
+
+    Args:
+        row: {"messages"}, {"prompt", "completion"} (both text or both chats) or {"text"}; a chat with "tools" (a list,
+            or JSON) and "chat_template_kwargs" where it has them.
+        completion_only_loss: None stands for True; it has no meaning for other rows than prompt and completion.
+        max_length: tokens at most; `truncation_mode` "keep_start" or "keep_end" says which remain. SFTTrainer leaves
+            out a row that is cut to nothing but IGNORED labels; here the caller does.
+        chat_template: what `training_chat_template` returns, None for the tokenizer's own.
+
+    Raises:
+        KitError: the chat template refuses the row, or assistant_only_loss meets a row without assistant tokens.
+    """
+    from trl.data_utils import common_prefix_length, is_conversational  # seconds that `kit generate` need not wait
+
+    for key in ("messages", "prompt", "completion"):
+        if isinstance(row.get(key), list):
+            check_turns(row[key], key)
+    if assistant_only_loss and not is_conversational(row):
+        raise KitError("the rows are not chats", "assistant_only_loss", "leave it out, or give messages")
+    arguments = template_arguments(row) | ({"chat_template": chat_template} if chat_template else {})
+    prompt_length = 0
+    if not is_conversational(row):
+        text = row["prompt"] + close_text(tokenizer, row["completion"]) if "prompt" in row else None
+        encoded = tokenizer(close_text(tokenizer, row["text"]) if text is None else text)
+        if text is not None:
+            prompt_length = common_prefix_length(tokenizer(row["prompt"])["input_ids"], encoded["input_ids"])
+    else:
+        turns = row["prompt"] + row["completion"] if "prompt" in row else row["messages"]
+        encoded = render(tokenizer, turns, arguments, return_assistant_tokens_mask=assistant_only_loss)
+        if "prompt" in row:
+            opening = render(tokenizer, row["prompt"], arguments, add_generation_prompt=True)
+            prompt_length = common_prefix_length(opening["input_ids"], encoded["input_ids"])
+
+    labels = list(encoded["input_ids"])
+    if completion_only_loss is not False:
+        labels[:prompt_length] = [IGNORED] * prompt_length
+    if assistant_only_loss:
+        labels = _mask_others(labels, encoded["assistant_masks"])
+    kept = slice(None)
+    if max_length is not None:
+        kept = slice(-max_length, None) if truncation_mode == "keep_end" else slice(max_length)
+    return EncodedRow(list(encoded["input_ids"])[kept], labels[kept])
 
 
-@dataclass(frozen=True)
-class Shots:
-    """Worked examples to stand before a question."""
-
-    pairs: tuple[Pair, ...]
-    style: str
-    separator: str
-
-    @classmethod
-    def of(cls, rows: Sequence[dict[str, Any]], style: str) -> Shots:
-        if style not in ("chat", "text"):
-            raise KitError(f"the style {style!r} of worked examples is not known", where="style", fix="chat or text")
-        pairs = tuple(as_pair(row, i, "few_shot") for i, row in enumerate(rows))
-        if any(pair.completion is None for pair in pairs):
-            raise KitError("plain text rows have no answer to show as a worked example", where="few_shot")
-        texts = [t for pair in pairs for t in (pair.question, pair.answer)]
-        separator = next((s for s in SEPARATORS if not any(s in t for t in texts)), SEPARATORS[-1])
-        return cls(pairs, style, separator)
-
-    @property
-    def stop_text(self) -> str | None:
-        # a base that continues lines does not end its answer, it goes on to the next example
-        return self.separator if self.style == "text" else None
+def _mask_others(labels: list[int], assistant_masks: list[int]) -> list[int]:
+    if 1 not in assistant_masks:
+        raise KitError(
+            "a row has no assistant tokens",
+            "assistant_only_loss",
+            "mark the assistant's turns in the chat template with {% generation %} and {% endgeneration %}",
+        )
+    return [label if mask else IGNORED for label, mask in zip(labels, assistant_masks, strict=True)]
 
 
-def content_text(message: dict[str, Any]) -> str:
-    content = message.get("content")
-    if isinstance(content, list):
-        return "".join(part.get("text") or "" for part in content if isinstance(part, dict))
-    return content or ""
+def training_chat_template(tokenizer: Any, assistant_only_loss: bool) -> str | None:
+    """Return the chat template that SFTTrainer trains with, None where it is the tokenizer's own.
+
+    With assistant_only_loss TRL replaces a template that it knows and that has no {% generation %} marks by its own.
+    KitError where the template has none and TRL does not know it.
+    """
+    from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+
+    if not assistant_only_loss or not tokenizer.chat_template or has_generation_markers(tokenizer.chat_template):
+        return None
+    try:
+        return get_training_chat_template(tokenizer)
+    except ValueError as error:
+        raise KitError(first_line(error), "tokenizer.chat_template", "add {% generation %} marks to it") from error
 
 
-def as_pair(row: dict[str, Any], index: int, where: str = "data") -> Pair:
-    """A row as question and answer: of a chat the last assistant turn is the answer. KitError for any other row."""
-    place = f"{where}, row {index + 1}"
-    if not isinstance(row, dict):
-        raise KitError("a row is not a JSON object", where=place)
+def template_arguments(row: dict[str, Any], place: str = "chat") -> dict[str, Any]:
+    """Return what a row passes to the chat template; `chat_template_kwargs` overrule its `tools`, as in TRL."""
     tools = row.get("tools")
     try:
         tools = json.loads(tools) if isinstance(tools, str) and tools else tools
     except ValueError:
         raise KitError("tools is not JSON", where=place) from None
-    template = {**(row.get("chat_template_kwargs") or {}), **({"tools": tools} if tools else {})}
-    messages = row.get("messages")
-    if messages:
-        _check_turns(messages, place)
-        last = max((i for i, m in enumerate(messages) if m.get("role") == "assistant"), default=None)
-        if not last:
-            raise KitError("a chat has no assistant turn after a question", where=place)
-        return Pair(list(messages[:last]), [messages[last]], template)
-    prompt, completion = row.get("prompt"), row.get("completion")
-    if prompt is not None and completion is not None:
-        if isinstance(prompt, str) and isinstance(completion, str):
-            return Pair(prompt, completion)
-        _check_turns(prompt, place)
-        _check_turns(completion, place)
-        return Pair(list(prompt), list(completion), template)
-    if isinstance(row.get("text"), str):
-        return Pair(row["text"], None)
-    raise KitError(
-        f"a row has the columns {', '.join(map(str, row)) or '(none)'}",
-        where=place,
-        fix='give "messages", "prompt" and "completion", or "text"',
-    )
+    return {**({} if tools in (None, "") else {"tools": tools}), **(row.get("chat_template_kwargs") or {})}
 
 
-def _check_turns(turns: Any, place: str) -> None:
+def check_turns(turns: Any, place: str) -> None:
     if not isinstance(turns, list) or not turns or any(not isinstance(m, dict) or "role" not in m for m in turns):
         raise KitError("a chat is not a list of messages with role and content", where=place)
 
 
-def read_rows(data: str | Path | Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of a .jsonl file (or a .json list), or the rows given; KitError with the line that is wrong."""
-    if not isinstance(data, str | Path):
-        rows = list(data)
-    else:
-        path = Path(data).expanduser()
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise KitError(f"{path} cannot be read: {error}", where="data") from None
-        if path.suffix == ".json":
-            rows = _parse(text, f"{path}")
-            if not isinstance(rows, list):
-                raise KitError(f"{path} does not hold a list", where="data")
-        else:
-            lines = enumerate(text.split("\n"), 1)  # not splitlines(): U+2028 may stand inside a JSON string
-            rows = [_parse(line, f"{path}:{n}") for n, line in lines if line.strip()]
-    if not rows:
-        raise KitError("the data hold no rows", where="data")
-    return rows
+def close_text(tokenizer: Any, text: str) -> str:
+    """Return the text with the end token behind it, once."""
+    eos = tokenizer.eos_token
+    return text if not eos or text.endswith(eos) else text + eos
 
 
-def _parse(text: str, place: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise KitError(f"not JSON: {error}", where=place) from None
-
-
-def render_ids(tokenizer: Any, turns: Turns, template: dict[str, Any], *, opening: bool) -> list[int]:
-    """A chat as token ids, `opening` with the header of the next assistant turn; KitError where it does not render."""
+def render(tokenizer: Any, turns: Turns, arguments: dict[str, Any], **settings: Any) -> Any:
+    """Render a chat to {"input_ids", "assistant_masks" where asked for}; KitError where the template refuses it."""
     if not getattr(tokenizer, "chat_template", None):
         raise KitError(
             "a chat was given, but the tokenizer has no chat template",
@@ -158,12 +133,9 @@ def render_ids(tokenizer: Any, turns: Turns, template: dict[str, Any], *, openin
             fix="give text, or a tokenizer with a chat template",
         )
     try:
-        encoded = tokenizer.apply_chat_template(
-            turns, tokenize=True, return_dict=True, add_generation_prompt=opening, **template
-        )
+        return tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True, **settings, **arguments)
     except Exception as error:  # noqa: BLE001 - jinja errors and whatever a template raises
         raise KitError(f"the chat template refuses a chat: {first_line(error)}", where="chat") from error
-    return list(encoded["input_ids"])
 
 
 def encode_prompt(
@@ -178,15 +150,15 @@ def encode_prompt(
     if isinstance(prompt, str) and not chat:
         if system:
             raise KitError("a system prompt needs a chat", where="system", fix="put it into the prompt")
-        return _open_ended(tokenizer, prompt)
+        return open_ended(tokenizer, prompt)
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    _check_turns(turns, "prompts")
+    check_turns(turns, "prompts")
     if system and turns[0].get("role") != "system":
         turns = [{"role": "system", "content": system}, *turns]
-    return render_ids(tokenizer, turns, template or {}, opening=True)
+    return list(render(tokenizer, turns, template or {}, add_generation_prompt=True)["input_ids"])
 
 
-def _open_ended(tokenizer: Any, text: str) -> list[int]:
+def open_ended(tokenizer: Any, text: str) -> list[int]:
     ids = list(tokenizer(text)["input_ids"])
     eos = tokenizer.eos_token_id
     # some tokenizers close every text with eos, after which nothing is left to continue
@@ -200,70 +172,20 @@ def _open_ended(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
-def encode_pair(tokenizer: Any, pair: Pair, stops: Sequence[int]) -> Encoded:
-    """A row as token ids, its answer ending with the end token.
+def end_of_turn(tokenizer: Any) -> int | None:
+    """The special token that the chat template puts after an assistant turn, where it differs from eos (ChatML's end).
 
-    The answer starts where prompt and whole row part, as in TRL: templates and tokenizers may treat the seam
-    differently with and without an answer. What a template puts behind the end token (a newline) is nobody's answer.
+    None without a template or where the turn ends in plain text.
     """
-    if pair.completion is None:
-        assert isinstance(pair.prompt, str)
-        ids = _closed(tokenizer, pair.prompt)
-        return Encoded(ids[:1], ids, 0)
-    if isinstance(pair.prompt, str):
-        assert isinstance(pair.completion, str)
-        prompt_ids, ids = _open_ended(tokenizer, pair.prompt), _closed(tokenizer, pair.prompt + pair.completion)
-    else:
-        prompt_ids = render_ids(tokenizer, pair.prompt, pair.template, opening=True)
-        ids = render_ids(tokenizer, [*pair.prompt, *pair.completion], pair.template, opening=False)
-    start = next((n for n, (a, b) in enumerate(zip(prompt_ids, ids, strict=False)) if a != b), None)
-    start = min(len(prompt_ids), len(ids)) if start is None else start
-    if not isinstance(pair.prompt, str):
-        end = max((n for n in range(start, len(ids)) if ids[n] in set(stops)), default=len(ids) - 1)
-        ids = ids[: end + 1]
-    return Encoded(prompt_ids, ids, start)
-
-
-def _closed(tokenizer: Any, text: str) -> list[int]:
-    eos = tokenizer.eos_token
-    return list(tokenizer(text if not eos or text.endswith(eos) else text + eos)["input_ids"])
-
-
-def few_shot_style(source: Source, tokenizer: Any) -> str:
-    """ "chat" where the base itself knows chats, else "text": a base without chat training follows lines better."""
-    folder = source.base or source.folder
-    if source.base is None:
-        return "chat" if getattr(tokenizer, "chat_template", None) else "text"
-    if (folder / "chat_template.jinja").is_file():
-        return "chat"
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    mark = "answer7"
     try:
-        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return "text"
-    return "chat" if config.get("chat_template") else "text"
-
-
-def shot_turns(pair: Pair, shots: Shots) -> Turns:
-    """The prompt of a row as a chat, the worked examples as earlier turns behind its system prompt."""
-    turns = [{"role": "user", "content": pair.prompt}] if isinstance(pair.prompt, str) else list(pair.prompt)
-    lead = 1 if turns[0].get("role") == "system" else 0
-    examples: Turns = []
-    for shot in shots.pairs:
-        examples.append({"role": "user", "content": shot.question})
-        examples.append({"role": "assistant", "content": shot.answer})
-    return [*turns[:lead], *examples, *turns[lead:]]
-
-
-def with_shots(tokenizer: Any, pair: Pair, shots: Shots, *, system: str | None = None) -> list[int]:
-    """Token ids of a prompt behind worked examples, as earlier turns or as lines of question and answer."""
-    if shots.style == "chat":
-        return encode_prompt(tokenizer, shot_turns(pair, shots), chat=True, system=system, template=pair.template)
-    lines = [f"{shot.question} {shot.answer}" for shot in shots.pairs] + [pair.question]
-    turns = pair.prompt if isinstance(pair.prompt, list) else []
-    header = system or next((content_text(m) for m in turns if m.get("role") == "system"), "")
-    return _open_ended(tokenizer, shots.separator.join([header, *lines] if header else lines))
-
-
-def draw(rows: Any, count: int, seed: int) -> list[dict[str, Any]]:
-    """`count` rows chosen with a fixed seed, all of them where there are fewer."""
-    return [rows[i] for i in random.Random(seed).sample(range(len(rows)), min(count, len(rows)))]
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": "question"}, {"role": "assistant", "content": mark}], tokenize=False
+        )
+    except Exception:  # noqa: BLE001 - a template may refuse such a chat for reasons of its own
+        return None
+    after = tokenizer(text.rsplit(mark, 1)[-1], add_special_tokens=False)["input_ids"]
+    special = set(tokenizer.all_special_ids) | set(getattr(tokenizer, "added_tokens_decoder", {}))
+    return after[0] if after and after[0] in special else None

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import re
 from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple
 
 from kit.errors import KitError, first_line
 from kit.inspection import dataset_template as templates
 from kit.inspection import hub_dataset
 from kit.inspection.dataset import FORMATS, SUFFIXES, detect_format, find_files
-from kit.schema.run_plan import Dataset
+from kit.schema.run_plan import Dataset, RunPlan
 from kit.storage import hub_cache
+from kit.storage.run_directory import PLAN
+
+STREAMED = 10_000
 
 
 class Splits(NamedTuple):
@@ -41,6 +45,21 @@ def load_datasets(plan: Any) -> Splits:
     validation = finish(d, validation, d.eval_limit, "dataset.eval_path", notes)
     test = validation if same else finish(d, test, d.eval_limit, "dataset.test_size", notes)
     return Splits(train, validation, test, notes)
+
+
+def run_datasets(plan: dict[str, Any]) -> tuple[Any, Any]:
+    """(train, test) of a run's plan as the training saw them before tokenizing; the second may be None.
+
+    Of a stream the first STREAMED rows stand for all.
+    """
+    try:
+        checked = RunPlan.model_validate(plan)
+    except ValueError as error:
+        raise KitError(f"{PLAN} is not a plan: {first_line(error)}", where=PLAN) from None
+    parts = load_datasets(checked)
+    if checked.dataset.streaming:
+        return tuple(p and list(islice(p, STREAMED)) for p in (parts.train, parts.test))  # type: ignore[return-value]
+    return parts.train, parts.test
 
 
 def split(d: Dataset, rows: Any) -> tuple[Any, Any, Any]:
@@ -104,16 +123,16 @@ def read(d: Dataset, path: str, split: str | None) -> Any:
     except Exception as error:  # datasets raises many kinds; every one of them means unreadable data
         raise KitError(f"{path} cannot be read: {first_line(error.__cause__ or error)}", "dataset.path") from error
     columns = list(rows.column_names or next(iter(rows)).keys())
-    made = detect_format(columns, d)
+    row_format = detect_format(columns, d)
     if d.template:
         return rows.select_columns(templates.columns_of(d.template))
-    rename = {theirs: ours for ours, theirs in d.columns.items() if theirs != ours}
-    clash = [ours for theirs, ours in rename.items() if ours in columns and ours not in rename]
+    rename = {column: name for name, column in d.columns.items() if column != name}
+    clash = [name for name in rename.values() if name in columns and name not in rename]
     if clash:
         rows = rows.remove_columns(clash)
     if rename:
         rows = rows.rename_columns(rename)
-    return rows.select_columns(list(FORMATS[made]))
+    return rows.select_columns(list(FORMATS[row_format]))
 
 
 def hub_place(d: Dataset, path: str) -> tuple[str, str | None, str | None]:

@@ -7,12 +7,11 @@ from typing import Any
 
 from transformers.utils import logging
 
+from kit.data.encode import IGNORED, end_of_turn
 from kit.errors import KitError
-from kit.evaluation.sampling import end_of_turn
 
 logger = logging.get_logger(__name__)
 ROWS = 8
-IGNORED = -100
 
 
 def check_template(tokenizer: Any, rows: Any) -> None:
@@ -47,12 +46,12 @@ def check_labels(dataset: Any, tokenizer: Any, args: Any) -> None:
         return
     names = ", ".join(tokenizer.convert_ids_to_tokens(sorted(ends)))
     if any(ends & set(row["input_ids"]) for row in rows):
-        why = "it is in the rows, but masked: the chat template leaves it outside its {% generation %} marks"
+        reason = "it is in the rows, but masked: the chat template leaves it outside its {% generation %} marks"
     elif args.max_length and all(len(row["input_ids"]) >= args.max_length for row in rows):
-        why = f"all of them are cut at trainer.max_length={args.max_length}"
+        reason = f"all of them are cut at trainer.max_length={args.max_length}"
     else:
-        why = "the chat template does not write it"
+        reason = "the chat template does not write it"
     logger.warning(
-        f"the end token ({names}) is in the loss of none of the first {len(rows)} rows: {why}. "
+        f"the end token ({names}) is in the loss of none of the first {len(rows)} rows: {reason}. "
         "The tuned model may not learn to stop."
     )

@@ -2,34 +2,35 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kit.data.encode import (
+from kit.data.encode import training_chat_template
+from kit.data.load import run_datasets
+from kit.errors import KitError
+from kit.evaluation.examples import (
     Encoded,
     Pair,
     Shots,
     as_pair,
     draw,
-    encode_pair,
     few_shot_style,
     read_rows,
     shot_turns,
+    tokenize_example,
     with_shots,
 )
-from kit.errors import ENVIRONMENT, KitError
 from kit.evaluation.generate import check_settings, table
+from kit.evaluation.loss import answer_loss
 from kit.evaluation.sampling import decode, stop_ids
 from kit.models.open import each_model
-from kit.models.sources import Source, choose, open_tokenizer, output_path, resolve, run_datasets, write_json
+from kit.models.sources import Source, choose, open_tokenizer, output_path, resolve, write_json
 
 METRICS = ("exact_match", "loss", "perplexity")
 EVAL = "eval.json"
-IGNORED = -100
-LOGITS = 2**28  # logits of one forward pass at most: 1 GiB in float32
 MISTAKES = 5
 
 
@@ -64,6 +65,67 @@ def evaluate(
     does not apply is None. KitError for a bad source, row or setting.
     """
     check_settings(max_new_tokens=max_new_tokens, batch_size=batch_size)
+    _check_metrics(metrics, limit)
+    models = resolve(source, base, revision)
+    names = choose(models, which)
+    train, held_out, origin = _rows(models, data, train_data)
+    examples, skipped = _examples(held_out, limit)
+    tokenizer = open_tokenizer(models)
+    task = Task(
+        tokenizer,
+        examples,
+        exact_match="exact_match" in metrics and examples[0].completion is not None,
+        loss=bool({"loss", "perplexity"} & set(metrics)),
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        chat_template=_trained_template(models, tokenizer),
+    )
+    few_shot_model, shots = next((n for n in ("base", "model") if n in names), None), None
+    if few_shot and few_shot_model and task.exact_match:
+        if train is None:
+            raise KitError("worked examples come from training rows, and there are none", where="few_shot")
+        shots = Shots.from_rows(draw(train, few_shot, seed), style or few_shot_style(models, tokenizer))
+
+    def use(name: str, model: Any) -> dict[str, dict[str, Any]]:
+        return _score(name, model, task, shots if name == few_shot_model else None)
+
+    parts = each_model(use, models, names, tokenizer, dtype=dtype, device=device)
+    scores = {name: score for part in parts.values() for name, score in part.items()}
+    if most_frequent and task.exact_match and train is not None:
+        scores["most_frequent"] = _most_frequent(train, examples)
+    settings: dict[str, Any] = {"limit": limit, "max_new_tokens": max_new_tokens, "metrics": list(metrics)}
+    settings |= {"few_shot": len(shots.examples) if shots else 0, "style": shots.style if shots else None}
+    result = {
+        "rows": len(examples),
+        "data": origin,
+        "models": scores,
+        "skipped": models.skipped | skipped,
+        "settings": settings | {"seed": seed, "quantized_base": models.quantized},
+    }
+    path = output_path(models, out, EVAL)
+    if path:
+        write_json(path, result)
+    return result | {"file": str(path) if path else None}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every model of one evaluation is given, and which scores it gets."""
+
+    tokenizer: Any
+    examples: Sequence[Pair]
+    exact_match: bool
+    loss: bool
+    max_new_tokens: int
+    batch_size: int
+    chat_template: str | None  # the one trained with where it is not the tokenizer's own
+
+    def tokenize(self, model: Any, examples: Sequence[Pair]) -> list[Encoded]:
+        stops = stop_ids(model, self.tokenizer)
+        return [tokenize_example(self.tokenizer, example, stops, self.chat_template) for example in examples]
+
+
+def _check_metrics(metrics: Sequence[str], limit: int | None) -> None:
     for name in metrics:
         if name not in METRICS:
             raise KitError(
@@ -71,61 +133,30 @@ def evaluate(
             )
     if limit is not None and limit < 1:
         raise KitError(f"limit is {limit}", where="limit", fix="give at least 1")
-    found = resolve(source, base, revision)
-    names = choose(found, which)
-    train, held_out, origin = _rows(found, data, train_data)
-    pairs, skipped = _pairs(held_out, limit)
-    answered = pairs[0].completion is not None
-    tokenizer = open_tokenizer(found)
-    match = "exact_match" in metrics and answered
-    losses = bool({"loss", "perplexity"} & set(metrics))
-    shots_for, shots = next((n for n in ("base", "model") if n in names), None), None
-    if few_shot and shots_for and match:
-        if train is None:
-            raise KitError("worked examples come from training rows, and there are none", where="few_shot")
-        shots = Shots.of(draw(train, few_shot, seed), style or few_shot_style(found, tokenizer))
 
-    def use(name: str, model: Any) -> dict[str, dict[str, Any]]:
-        stops = stop_ids(model, tokenizer)
-        rows = [encode_pair(tokenizer, pair, stops) for pair in pairs]
-        scores: dict[str, Any] = {}
-        if match:
-            scores |= _matches(model, tokenizer, pairs, rows, [r.prompt_ids for r in rows], max_new_tokens, batch_size)
-        if losses:
-            scores |= _loss(model, rows, batch_size)
-        result = {name: scores}
-        if shots and name == shots_for:
-            prompts = [with_shots(tokenizer, pair, shots) for pair in pairs]
-            extra = _matches(model, tokenizer, pairs, rows, prompts, max_new_tokens, batch_size, shots.stop_text)
-            if losses and shots.style == "chat":  # lines have no end token, so their loss is not comparable
-                chats = [Pair(shot_turns(p, shots), _as_turns(p), p.template) for p in pairs]
-                extra |= _loss(model, [encode_pair(tokenizer, chat, stops) for chat in chats], batch_size)
-            result[f"{name}_few_shot"] = extra
-        return result
 
-    parts = each_model(use, found, names, tokenizer, dtype=dtype, device=device)
-    models = {name: scores for part in parts.values() for name, scores in part.items()}
-    if most_frequent and match and train is not None:
-        models["most_frequent"] = _most_frequent(train, pairs)
-    result = {
-        "rows": len(pairs),
-        "data": origin,
-        "models": models,
-        "skipped": found.skipped | skipped,
-        "settings": {
-            "limit": limit,
-            "max_new_tokens": max_new_tokens,
-            "metrics": list(metrics),
-            "few_shot": len(shots.pairs) if shots else 0,
-            "style": shots.style if shots else None,
-            "seed": seed,
-            "quantized_base": found.quantized,
-        },
-    }
-    path = output_path(found, out, EVAL)
-    if path:
-        write_json(path, result)
-    return result | {"file": str(path) if path else None}
+def _trained_template(models: Source, tokenizer: Any) -> str | None:
+    """Return the chat template that the run was trained with, None where it is the tokenizer's own."""
+    trainer = (models.plan or {}).get("trainer") or {}
+    return training_chat_template(tokenizer, bool(trainer.get("assistant_only_loss")))
+
+
+def _score(name: str, model: Any, task: Task, shots: Shots | None) -> dict[str, dict[str, Any]]:
+    """Return {name: scores}, and with `shots` those behind worked examples as `name`_few_shot."""
+    rows = task.tokenize(model, task.examples)
+    scores: dict[str, Any] = {}
+    if task.exact_match:
+        scores |= _exact_match(model, task, rows, [row.prompt_ids for row in rows])
+    if task.loss:
+        scores |= answer_loss(model, rows, task.batch_size)
+    if shots is None:
+        return {name: scores}
+    prompts = [with_shots(task.tokenizer, example, shots) for example in task.examples]
+    with_examples = _exact_match(model, task, rows, prompts, shots.stop_text)
+    if task.loss and shots.style == "chat":  # lines have no end token, so their loss is not comparable
+        chats = [Pair(shot_turns(e, shots), _as_turns(e), e.template) for e in task.examples]
+        with_examples |= answer_loss(model, task.tokenize(model, chats), task.batch_size)
+    return {name: scores, f"{name}_few_shot": with_examples}
 
 
 def _rows(source: Source, data: Any, train_data: Any) -> tuple[Any, Any, str]:
@@ -146,143 +177,80 @@ def _rows(source: Source, data: Any, train_data: Any) -> tuple[Any, Any, str]:
     return planned if train is None else train, held_out, "held-out rows of the run"
 
 
-def _pairs(rows: Any, limit: int | None) -> tuple[list[Pair], dict[str, str]]:
-    pairs: list[Pair] = []
+def _examples(rows: Any, limit: int | None) -> tuple[list[Pair], dict[str, str]]:
+    """(examples to score, {why rows are none: how many})."""
+    examples: list[Pair] = []
     reasons: Counter[str] = Counter()
     first: KitError | None = None
     for index in range(len(rows)):
-        if len(pairs) == limit:
+        if len(examples) == limit:
             break
         try:
-            pairs.append(as_pair(rows[index], index))
+            examples.append(as_pair(rows[index], index))
         except KitError as error:
             reasons[error.problems[0].problem] += 1
             first = first or error
-    if not pairs:
+    if not examples:
         raise first or KitError("the data hold no rows", where="data")
-    if len({pair.completion is None for pair in pairs}) > 1:
+    if len({example.completion is None for example in examples}) > 1:
         raise KitError("some rows have an answer and some are plain text", where="data", fix="score them apart")
-    return pairs, {reason: f"{count} rows" for reason, count in reasons.items()}
+    return examples, {reason: f"{count} rows" for reason, count in reasons.items()}
 
 
-def _as_turns(pair: Pair) -> list[dict[str, Any]]:
-    if isinstance(pair.completion, str):
-        return [{"role": "assistant", "content": pair.completion}]
-    return list(pair.completion or ())
+def _as_turns(example: Pair) -> list[dict[str, Any]]:
+    if isinstance(example.completion, str):
+        return [{"role": "assistant", "content": example.completion}]
+    return list(example.completion or ())
 
 
-def _matches(
+def _exact_match(
     model: Any,
-    tokenizer: Any,
-    pairs: Sequence[Pair],
+    task: Task,
     rows: Sequence[Encoded],
     prompts: Sequence[list[int]],
-    max_new_tokens: int,
-    batch_size: int,
     stop_text: str | None = None,
 ) -> dict[str, Any]:
     answers = decode(
-        model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, stop_text=stop_text
+        model,
+        task.tokenizer,
+        prompts,
+        max_new_tokens=task.max_new_tokens,
+        batch_size=task.batch_size,
+        stop_text=stop_text,
     )
     correct = 0
     mistakes: list[dict[str, str]] = []
-    for pair, row, answer in zip(pairs, rows, answers, strict=True):
+    for example, row, answer in zip(task.examples, rows, answers, strict=True):
         text = answer["text"].strip()
         # a template may add to an answer (an empty thinking block), so what was trained on counts as right too
-        trained = tokenizer.decode(row.ids[row.start :], skip_special_tokens=True).strip()
-        if answer["stopped"] and text in (pair.answer, trained):
+        trained = task.tokenizer.decode(row.answer_ids, skip_special_tokens=True).strip()
+        if answer["stopped"] and text in (example.answer, trained):
             correct += 1
         elif len(mistakes) < MISTAKES:
-            mistakes.append({"prompt": pair.question, "reference": pair.answer, "answer": text})
+            mistakes.append({"prompt": example.question, "reference": example.answer, "answer": text})
     return {
-        "exact_match": correct / len(pairs),
+        "exact_match": correct / len(task.examples),
         "correct": correct,
-        "unstopped": sum(not a["stopped"] for a in answers),
+        "unstopped": sum(not answer["stopped"] for answer in answers),
         "mistakes": mistakes,
     }
 
 
-def _loss(model: Any, rows: Sequence[Encoded], batch_size: int) -> dict[str, Any]:
-    """Mean negative log-likelihood per answer token; rows longer than the model's context are left out, counted."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    usable = [row for row in rows if not context or len(row.ids) <= context]
-    total, tokens = 0.0, 0
-    for batch in _batches(model, usable, batch_size):
-        nll, count = _nll(model, batch)
-        total, tokens = total + nll, tokens + count
-    loss = total / tokens if tokens else math.nan
-    finite = math.isfinite(loss)
-    return {
-        "loss": loss if finite else None,
-        "perplexity": math.exp(loss) if finite and loss < 700 else None,
-        "tokens": tokens,
-        "too_long": len(rows) - len(usable),
-    }
-
-
-def _batches(model: Any, rows: Sequence[Encoded], batch_size: int) -> list[list[Encoded]]:
-    """Rows of like length together, no batch with more logits than LOGITS."""
-    vocabulary = model.config.get_text_config().vocab_size
-    batches: list[list[Encoded]] = []
-    for row in sorted(rows, key=lambda r: -len(r.ids)):
-        last = batches[-1] if batches else None
-        if last is None or len(last) == batch_size or (len(last) + 1) * len(last[0].ids) * vocabulary > LOGITS:
-            batches.append([row])
-        else:
-            last.append(row)
-    return batches
-
-
-def _nll(model: Any, batch: Sequence[Encoded]) -> tuple[float, int]:
-    """(sum of the negative log-likelihoods, number) of the answer tokens of one batch, padded on the right."""
-    import torch
-    from torch.nn import functional
-
-    width = max(len(row.ids) for row in batch)
-    device = model.get_input_embeddings().weight.device
-    ids = torch.zeros(len(batch), width, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    labels = torch.full_like(ids, IGNORED)
-    for n, row in enumerate(batch):
-        length = len(row.ids)
-        ids[n, :length] = torch.tensor(row.ids)
-        mask[n, :length] = 1
-        first = max(row.start, 1)  # nothing stands before the first token to foretell it
-        labels[n, first:length] = torch.tensor(row.ids[first:])
-    try:
-        with torch.inference_mode():
-            # use_cache=False: with a cache some attention paths treat the mask differently, and it costs memory
-            logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
-            logits = logits[:, -width:]  # prompt tuning puts virtual tokens in front
-            targets = labels[:, 1:].to(logits.device)
-            nll = functional.cross_entropy(
-                logits[:, :-1].float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
-            )
-            return nll.double().sum().item(), int((targets != IGNORED).sum())
-    except torch.OutOfMemoryError as error:
-        raise KitError(
-            f"{len(batch)} rows of {width} tokens do not fit into GPU memory",
-            where="batch_size",
-            fix="lower the batch size",
-            code=ENVIRONMENT,
-        ) from error
-
-
-def _most_frequent(train: Any, pairs: Sequence[Pair]) -> dict[str, Any]:
+def _most_frequent(train: Any, examples: Sequence[Pair]) -> dict[str, Any]:
     counts: Counter[str] = Counter()
     for index, row in enumerate(train):
         try:
-            pair = as_pair(row, index)
+            example = as_pair(row, index)
         except KitError:
             continue
-        if pair.completion is not None:
-            counts[pair.answer] += 1
+        if example.completion is not None:
+            counts[example.answer] += 1
     if not counts:
         return {"exact_match": None, "answer": None}
-    answer, seen = counts.most_common(1)[0]
-    correct = sum(pair.answer == answer for pair in pairs)
-    share = seen / counts.total()
-    return {"exact_match": correct / len(pairs), "correct": correct, "answer": answer, "share_of_training": share}
+    answer, count = counts.most_common(1)[0]
+    correct = sum(example.answer == answer for example in examples)
+    share = count / counts.total()
+    return {"exact_match": correct / len(examples), "correct": correct, "answer": answer, "share_of_training": share}
 
 
 def format_table(result: dict[str, Any], width: int | None = None) -> str:

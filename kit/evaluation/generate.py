@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kit.data.encode import Pair, Shots, as_pair, encode_prompt, few_shot_style, with_shots
+from kit.data.encode import encode_prompt
+from kit.data.load import run_datasets
 from kit.errors import KitError
+from kit.evaluation.examples import Pair, Shots, as_pair, few_shot_style, with_shots
 from kit.evaluation.sampling import decode
 from kit.models.open import each_model
-from kit.models.sources import Source, choose, open_tokenizer, output_path, resolve, run_datasets, write_json
+from kit.models.sources import Source, choose, open_tokenizer, output_path, resolve, write_json
 
 SAMPLES = "samples.json"
 DEFAULT_PROMPTS = 5
@@ -56,7 +58,7 @@ def generate(
     encoded = [encode_prompt(tokenizer, p, chat=chat and not raw, system=system) for p in asked]
     shots_for, shots = next((n for n in ("base", "model") if n in names), None), None
     if few_shot and shots_for:
-        shots = Shots.of(few_shot, style or few_shot_style(found, tokenizer))
+        shots = Shots.from_rows(few_shot, style or few_shot_style(found, tokenizer))
     settings: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
@@ -92,7 +94,7 @@ def generate(
         | {
             "raw": raw,
             "system": system,
-            "few_shot": len(shots.pairs) if shots else 0,
+            "few_shot": len(shots.examples) if shots else 0,
             "quantized_base": found.quantized,
         },
         "file": str(path) if path else None,

@@ -6,34 +6,16 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from kit.data.encode import end_of_turn
 from kit.errors import ENVIRONMENT, KitError
-
-
-def end_of_turn(tokenizer: Any) -> int | None:
-    """The special token that the chat template puts after an assistant turn, where it differs from eos (ChatML's end).
-
-    None without a template or where the turn ends in plain text.
-    """
-    if not getattr(tokenizer, "chat_template", None):
-        return None
-    mark = "answer7"
-    try:
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": "question"}, {"role": "assistant", "content": mark}], tokenize=False
-        )
-    except Exception:  # noqa: BLE001 - a template may refuse such a chat for reasons of its own
-        return None
-    after = tokenizer(text.rsplit(mark, 1)[-1], add_special_tokens=False)["input_ids"]
-    special = set(tokenizer.all_special_ids) | set(getattr(tokenizer, "added_tokens_decoder", {}))
-    return after[0] if after and after[0] in special else None
 
 
 def stop_ids(model: Any, tokenizer: Any) -> list[int]:
     """Every token that ends an answer: generation_config's, the tokenizer's and the chat template's."""
     configured = getattr(model.generation_config, "eos_token_id", None)
-    found = configured if isinstance(configured, list) else [configured]
-    found = [*found, tokenizer.eos_token_id, end_of_turn(tokenizer)]
-    return sorted({int(i) for i in found if i is not None})
+    ids = configured if isinstance(configured, list) else [configured]
+    ids = [*ids, tokenizer.eos_token_id, end_of_turn(tokenizer)]
+    return sorted({int(i) for i in ids if i is not None})
 
 
 def decode(
@@ -60,14 +42,6 @@ def decode(
     # a model's own sampling defaults and penalties would otherwise fill in what is not set here
     model.generation_config = GenerationConfig(eos_token_id=stops or None)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (stops or [0])[0]
-    sampling: dict[str, Any] = {"do_sample": False}
-    if temperature > 0:
-        sampling = {
-            "do_sample": True,
-            "temperature": temperature,
-            "top_k": 0,
-            "top_p": 1.0 if top_p is None else top_p,
-        }
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
     device = model.get_input_embeddings().weight.device
     torch.manual_seed(seed)
@@ -87,12 +61,12 @@ def decode(
             eos_token_id=stops or None,
             pad_token_id=pad,
             use_cache=True,  # a fully tuned model may have been saved with the training's `false`
-            **sampling,
+            **_sampling_settings(temperature, top_p),
         )
-        criteria = StoppingCriteriaList([_stop_at(tokenizer, stop_text, width)] if stop_text else [])
+        criteria = StoppingCriteriaList([_stops_after(tokenizer, stop_text, width)] if stop_text else [])
         try:
             with torch.inference_mode():
-                grown = model.generate(
+                sequences = model.generate(
                     input_ids=ids, attention_mask=mask, generation_config=config, stopping_criteria=criteria
                 )
         except torch.OutOfMemoryError as error:
@@ -102,9 +76,15 @@ def decode(
                 fix="lower the batch size",
                 code=ENVIRONMENT,
             ) from error
-        for i, row in zip(batch, grown[:, width:].tolist(), strict=True):
+        for i, row in zip(batch, sequences[:, width:].tolist(), strict=True):
             answers[i] = _answer(tokenizer, row, set(stops), stop_text)
     return answers
+
+
+def _sampling_settings(temperature: float, top_p: float | None) -> dict[str, Any]:
+    if temperature <= 0:
+        return {"do_sample": False}
+    return {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0 if top_p is None else top_p}
 
 
 def _answer(tokenizer: Any, tokens: list[int], stops: set[int], stop_text: str | None) -> dict[str, Any]:
@@ -123,12 +103,16 @@ def _has_stop(tokenizer: Any, tokens: list[int], stop_text: str) -> bool:
     return stop_text in tokenizer.decode(tokens, skip_special_tokens=True).lstrip()
 
 
-def _stop_at(tokenizer: Any, stop_text: str, width: int) -> Callable[..., Any]:
-    """A stopping criterion: the new text of a row holds `stop_text`."""
+def _stops_after(tokenizer: Any, stop_text: str, width: int) -> Callable[..., Any]:
+    """Make a stopping criterion: the new text of a row, behind `width` tokens of prompt, holds `stop_text`.
+
+    transformers' `stop_strings` cannot stand in for it: StopStringCriteria also ends an answer at a separator that
+    stands before its first word, where a base often begins, and it matches across the end of the prompt.
+    """
     import torch
 
-    def met(input_ids: Any, scores: Any, **_: Any) -> Any:
+    def is_done(input_ids: Any, scores: Any, **_: Any) -> Any:
         done = [_has_stop(tokenizer, row, stop_text) for row in input_ids[:, width:].tolist()]
         return torch.tensor(done, device=input_ids.device)
 
-    return met
+    return is_done

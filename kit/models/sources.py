@@ -8,7 +8,6 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST, PLAN = (
     "plan.json",
 )
 EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings")
-STREAMED = 10_000
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -209,24 +207,6 @@ def open_tokenizer(source: Source) -> Any:
             with loading(folder):
                 return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust(source))
     raise KitError(f"{source.folder} has no tokenizer", where=str(source.folder), fix="save one beside the model")
-
-
-def run_datasets(plan: dict[str, Any]) -> tuple[Any, Any]:
-    """(train, test) of a run's plan as the training saw them before tokenizing; the second may be None.
-
-    Of a stream the first STREAMED rows stand for all.
-    """
-    from kit.data.load import load_datasets
-    from kit.schema.run_plan import RunPlan
-
-    try:
-        checked = RunPlan.model_validate(plan)
-    except ValueError as error:
-        raise KitError(f"{PLAN} is not a plan: {first_line(error)}", where=PLAN) from None
-    parts = load_datasets(checked)
-    if checked.dataset.streaming:
-        return tuple(p and list(islice(p, STREAMED)) for p in (parts.train, parts.test))  # type: ignore[return-value]
-    return parts.train, parts.test
 
 
 @contextlib.contextmanager

@@ -63,13 +63,12 @@ def quickstart(overrides: list[str]) -> dict[str, Any]:
     samples = generate(source, max_new_tokens=8)
     print(format_samples(samples["samples"]))
     print(f"adapter and merged model agree token for token: {samples['adapter_equals_merged']}")
-    run = run_directory.shown(plan.run_path)
-    print(f"\nEverything is in {run}. Next, the same run under DeepSpeed ZeRO-3 with two processes:")
+    run_dir = run_directory.shown(plan.run_path)
+    print(f"\nEverything is in {run_dir}. Next, the same run under DeepSpeed ZeRO-3 with two processes:")
     more = "" if len(hardware.gpus()) > 1 else " trainer.use_cpu=true"
     print(f"  {command()} train recipe=quickstart launch=deepspeed launch.num_gpus=2 deepspeed=zero3{more}")
-    print(
-        f"or ask it something:  {command()} generate {run} --prompt 'Which of Q, B, X, F comes first in the alphabet?'"
-    )
+    question = "Which of Q, B, X, F comes first in the alphabet?"
+    print(f"or ask it something:  {command()} generate {run_dir} --prompt '{question}'")
     return scores
 
 

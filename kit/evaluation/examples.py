@@ -1,0 +1,210 @@
+"""Rows of a data set as question and answer, as token ids, and behind worked examples.
+
+A row is {"messages": [...]}, {"prompt", "completion"} (text or messages) or {"text"}.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kit.data.encode import (
+    IGNORED,
+    EncodedRow,
+    Turns,
+    check_turns,
+    encode_prompt,
+    encode_row,
+    open_ended,
+    template_arguments,
+)
+from kit.errors import KitError
+from kit.models.sources import Source
+
+SEPARATORS = ("\n", "\n\n", "\n\n###\n\n")  # between worked examples: the first that no example holds
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One row: `completion` is None for plain text, which has no answer of its own."""
+
+    prompt: str | Turns
+    completion: str | Turns | None
+    template: dict[str, Any] = field(default_factory=dict)  # tools and other arguments of the chat template
+
+    @property
+    def question(self) -> str:
+        if isinstance(self.prompt, str):
+            return self.prompt.strip()
+        return "\n".join(content_text(m) for m in self.prompt if m.get("role") != "system").strip()
+
+    @property
+    def answer(self) -> str:
+        if isinstance(self.completion, str):
+            return self.completion.strip()
+        return "\n".join(content_text(m) for m in self.completion or ()).strip()
+
+
+@dataclass(frozen=True)
+class Encoded(EncodedRow):
+    """A row whose labels are the tokens of its answer; generation starts from `prompt_ids`."""
+
+    prompt_ids: list[int]
+
+    @property
+    def answer_ids(self) -> list[int]:
+        return [label for label in self.labels if label != IGNORED]
+
+
+@dataclass(frozen=True)
+class Shots:
+    """Worked examples to stand before a question."""
+
+    examples: tuple[Pair, ...]
+    style: str
+    separator: str
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[dict[str, Any]], style: str) -> Shots:
+        if style not in ("chat", "text"):
+            raise KitError(f"the style {style!r} of worked examples is not known", where="style", fix="chat or text")
+        examples = tuple(as_pair(row, i, "few_shot") for i, row in enumerate(rows))
+        if any(example.completion is None for example in examples):
+            raise KitError("plain text rows have no answer to show as a worked example", where="few_shot")
+        texts = [text for example in examples for text in (example.question, example.answer)]
+        separator = next((s for s in SEPARATORS if not any(s in t for t in texts)), SEPARATORS[-1])
+        return cls(examples, style, separator)
+
+    @property
+    def stop_text(self) -> str | None:
+        # a base that continues lines does not end its answer, it goes on to the next example
+        return self.separator if self.style == "text" else None
+
+
+def content_text(message: dict[str, Any]) -> str:
+    content = message.get("content")
+    if isinstance(content, list):
+        return "".join(part.get("text") or "" for part in content if isinstance(part, dict))
+    return content or ""
+
+
+def as_pair(row: dict[str, Any], index: int, where: str = "data") -> Pair:
+    """A row as question and answer: of a chat the last assistant turn is the answer. KitError for any other row."""
+    place = f"{where}, row {index + 1}"
+    if not isinstance(row, dict):
+        raise KitError("a row is not a JSON object", where=place)
+    template = template_arguments(row, place)
+    messages = row.get("messages")
+    if messages:
+        check_turns(messages, place)
+        last = max((i for i, m in enumerate(messages) if m.get("role") == "assistant"), default=None)
+        if not last:
+            raise KitError("a chat has no assistant turn after a question", where=place)
+        return Pair(list(messages[:last]), [messages[last]], template)
+    prompt, completion = row.get("prompt"), row.get("completion")
+    if prompt is not None and completion is not None:
+        if isinstance(prompt, str) and isinstance(completion, str):
+            return Pair(prompt, completion)
+        check_turns(prompt, place)
+        check_turns(completion, place)
+        return Pair(list(prompt), list(completion), template)
+    if isinstance(row.get("text"), str):
+        return Pair(row["text"], None)
+    raise KitError(
+        f"a row has the columns {', '.join(map(str, row)) or '(none)'}",
+        where=place,
+        fix='give "messages", "prompt" and "completion", or "text"',
+    )
+
+
+def read_rows(data: str | Path | Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of a .jsonl file (or a .json list), or the rows given; KitError with the line that is wrong."""
+    if not isinstance(data, str | Path):
+        rows = list(data)
+    else:
+        path = Path(data).expanduser()
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise KitError(f"{path} cannot be read: {error}", where="data") from None
+        if path.suffix == ".json":
+            rows = _parse(text, f"{path}")
+            if not isinstance(rows, list):
+                raise KitError(f"{path} does not hold a list", where="data")
+        else:
+            lines = enumerate(text.split("\n"), 1)  # not splitlines(): U+2028 may stand inside a JSON string
+            rows = [_parse(line, f"{path}:{n}") for n, line in lines if line.strip()]
+    if not rows:
+        raise KitError("the data hold no rows", where="data")
+    return rows
+
+
+def _parse(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise KitError(f"not JSON: {error}", where=place) from None
+
+
+def tokenize_example(tokenizer: Any, example: Pair, stops: Sequence[int], chat_template: str | None = None) -> Encoded:
+    """Tokenize a row as the training does, and its prompt as generation does; the labels are the answer's tokens.
+
+    `chat_template`: the one trained with where it is not the tokenizer's own; a prompt is always in the tokenizer's.
+    What a template puts behind the end token (a newline) is trained but nobody's answer: it is left out.
+    """
+    if example.completion is None:
+        row = encode_row(tokenizer, {"text": example.prompt})
+        return Encoded(row.input_ids, row.labels, row.input_ids[:1])
+    prompt_ids = encode_prompt(tokenizer, example.prompt, chat=False, template=example.template)
+    columns = {"prompt": example.prompt, "completion": example.completion, "chat_template_kwargs": example.template}
+    row = encode_row(tokenizer, columns, chat_template=chat_template)
+    end = len(row.labels)
+    if not isinstance(example.prompt, str):
+        end = next((n for n in range(end, 0, -1) if row.labels[n - 1] in stops), end)
+    return Encoded(row.input_ids[:end], row.labels[:end], prompt_ids)
+
+
+def few_shot_style(source: Source, tokenizer: Any) -> str:
+    """ "chat" where the base itself knows chats, else "text": a base without chat training follows lines better."""
+    folder = source.base or source.folder
+    if source.base is None:
+        return "chat" if getattr(tokenizer, "chat_template", None) else "text"
+    if (folder / "chat_template.jinja").is_file():
+        return "chat"
+    try:
+        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return "text"
+    return "chat" if config.get("chat_template") else "text"
+
+
+def shot_turns(example: Pair, shots: Shots) -> Turns:
+    """The prompt of a row as a chat, the worked examples as earlier turns behind its system prompt."""
+    turns = [{"role": "user", "content": example.prompt}] if isinstance(example.prompt, str) else list(example.prompt)
+    lead = 1 if turns[0].get("role") == "system" else 0
+    examples: Turns = []
+    for shot in shots.examples:
+        examples.append({"role": "user", "content": shot.question})
+        examples.append({"role": "assistant", "content": shot.answer})
+    return [*turns[:lead], *examples, *turns[lead:]]
+
+
+def with_shots(tokenizer: Any, example: Pair, shots: Shots, *, system: str | None = None) -> list[int]:
+    """Token ids of a prompt behind worked examples, as earlier turns or as lines of question and answer."""
+    if shots.style == "chat":
+        return encode_prompt(
+            tokenizer, shot_turns(example, shots), chat=True, system=system, template=example.template
+        )
+    lines = [f"{shot.question} {shot.answer}" for shot in shots.examples] + [example.question]
+    turns = example.prompt if isinstance(example.prompt, list) else []
+    header = system or next((content_text(m) for m in turns if m.get("role") == "system"), "")
+    return open_ended(tokenizer, shots.separator.join([header, *lines] if header else lines))
+
+
+def draw(rows: Any, count: int, seed: int) -> list[dict[str, Any]]:
+    """`count` rows chosen with a fixed seed, all of them where there are fewer."""
+    return [rows[i] for i in random.Random(seed).sample(range(len(rows)), min(count, len(rows)))]
