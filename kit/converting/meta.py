@@ -70,7 +70,7 @@ def convert(
     config, generation, notes = model_config(params, vocabulary, tensors, tied, max_position_embeddings)
     size = sum(t.nbytes for t in tensors)
     atomic_folder.check_room(size, target)
-    with atomic_folder.building(target, fsync) as staging:
+    with atomic_folder.output_folder(target, fsync) as staging:
         write_tokenizer(vocabulary, staging, params.use_scaled_rope, config.max_position_embeddings)
         config.save_pretrained(staging)
         generation.save_pretrained(staging)
@@ -94,7 +94,7 @@ def convert_pickles(
     atomic_folder.check_room(sum(f.stat().st_size for f in files), target)
     for file in files:
         read_pickle(file)  # all of them are looked at before one is written
-    with atomic_folder.building(target, fsync) as staging:
+    with atomic_folder.output_folder(target, fsync) as staging:
         copy_rest(folder, staging)
         names, parameters, size, kind = write_safetensors(files, staging, dtype, progress)
         found = {"shards": names, "parameters": parameters, "bytes": size, "dtype": kind, "notes": []}
