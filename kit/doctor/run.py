@@ -28,6 +28,7 @@ from kit.doctor.run_logs import (
 )
 from kit.errors import DONE, FAILED, STOPPED
 from kit.storage import run_directory
+from kit.storage.json_files import read_json_or_empty
 
 LAST = 15  # lines that are shown where no cause is known
 FULL = 256 * 1024  # bytes: no error report or log line fits for sure
@@ -178,7 +179,7 @@ def out_of_memory(run: Path, rank: Rank, ranks: list[Rank], facts: dict[str, Any
     sentence = f"the memory of rank {rank.number}'s GPU is full, in {where}{after}"
     if also > 1:
         sentence += f" ({also} of {len(ranks)} ranks say so)"
-    fixes = oom.levers(where, run_directory.read_json(run / run_directory.PLAN), rank.text)
+    fixes = oom.levers(where, read_json_or_empty(run / run_directory.PLAN), rank.text)
     return Diagnosis(**facts, cause="cuda_oom", sentence=sentence, fixes=fixes)
 
 
@@ -296,7 +297,7 @@ def unknown(
 
 def rows_of(run: Path) -> list[str]:
     """Which rows were in the steps before a loss that is not finite, as the trainer wrote them down."""
-    found = run_directory.read_json(run / run_directory.LOGS / "nonfinite.json")
+    found = read_json_or_empty(run / run_directory.LOGS / "nonfinite.json")
     if not found:
         return []
     steps = f"{found['first_step']} to {found['last_step']}"

@@ -11,6 +11,7 @@ from typing import Any
 
 from kit.doctor import causes
 from kit.storage import run_directory
+from kit.storage.json_files import read_json_or_empty
 
 TAIL = 400_000  # bytes of a log that are read: the last start of a long run
 HEADER = re.compile(r"^--- plan \w+ rank \d+ .*$", re.M)
@@ -67,7 +68,7 @@ def read_rank(log: Path, deaths: dict[str, float]) -> Rank:
     number = int(log.stem.removeprefix("rank"))
     text = HEADER.split(tail(log))[-1]  # a resumed run appends: only its last start matters
     report = log.with_name(f"rank{number}.error.json")
-    error = run_directory.read_json(report)
+    error = read_json_or_empty(report)
     problems = error.get("problems") or []
     traces = re.findall(r"Traceback \(most recent call last\):\n(?:[ \t].*\n|\n)*(?:\S.*(?:\n|$))?", text)
     return Rank(
@@ -107,8 +108,7 @@ def tail(path: Path) -> str:
 
 def ended(run: Path) -> dict[str, Any]:
     """What the launching `kit` wrote at the end: return code, kills for memory, when each rank was gone."""
-    found = run_directory.read_json(run / run_directory.LAUNCH)
-    return (found.get("ended") or {}) if isinstance(found, dict) else {}
+    return read_json_or_empty(run / run_directory.LAUNCH).get("ended") or {}
 
 
 def signal_of(returncode: int | None) -> int | None:
@@ -176,7 +176,7 @@ def line_number(rank: Rank, wanted: str) -> str:
 
 def own_fixes(rank: Rank) -> list[str]:
     """The fixes that the kit's own refusal holds; not the general one of an unforeseen error."""
-    problems = run_directory.read_json(rank.log.with_name(f"rank{rank.number}.error.json")).get("problems") or []
+    problems = read_json_or_empty(rank.log.with_name(f"rank{rank.number}.error.json")).get("problems") or []
     general = ("the log holds the traceback", "lower trainer.per_device_train_batch_size")
     return [p["fix"] for p in problems if p.get("fix") and not p["fix"].startswith(general)]
 

@@ -24,7 +24,8 @@ from kit.errors import ENVIRONMENT, KitError
 from kit.evaluation.generate import check_settings, table
 from kit.evaluation.sampling import decode, stop_ids
 from kit.models.open import each_model
-from kit.models.sources import Source, choose, open_tokenizer, output_path, resolve, run_datasets, write_json
+from kit.models.sources import Source, choose, open_tokenizer, output_path, resolve, run_datasets
+from kit.storage.json_files import atomic_write_json
 
 METRICS = ("exact_match", "loss", "perplexity")
 EVAL = "eval.json"
@@ -124,7 +125,8 @@ def evaluate(
     }
     path = output_path(found, out, EVAL)
     if path:
-        write_json(path, result)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write_json(path, result)
     return result | {"file": str(path) if path else None}
 
 

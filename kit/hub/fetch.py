@@ -21,6 +21,7 @@ from kit.errors import DONE, ENVIRONMENT, KitError
 from kit.inspection import hub_dataset
 from kit.schema.run_plan import Dataset, Model, Tokenizer
 from kit.storage import hub_cache, safetensors_header
+from kit.storage.json_files import atomic_write_text
 from kit.system import dependencies, paths
 
 AROUND = {".json", ".jinja", ".model", ".txt", ".tiktoken"}  # config, tokenizer, templates
@@ -311,9 +312,7 @@ def note_ref(repo: Repo) -> None:
     """Write refs/<revision>, by which the cache knows a branch's commit: last, so that it names a whole snapshot."""
     ref = hub_cache.repo_folder(repo.name, repo.kind) / "refs" / (repo.revision or "main")
     ref.parent.mkdir(parents=True, exist_ok=True)
-    temporary = ref.with_name(f".{ref.name}.{os.getpid()}")
-    temporary.write_text(repo.commit)
-    os.replace(temporary, ref)
+    atomic_write_text(ref, repo.commit)
 
 
 def problem_with(error: Exception, repo: Repo) -> Exception:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import tempfile
 from dataclasses import asdict, dataclass, field
@@ -16,6 +15,7 @@ from kit.importing import accelerate, axolotl, fsdp_qlora, llamafactory, trl
 from kit.importing.command import read_command
 from kit.importing.read import SUFFIXES, detect, read_file
 from kit.importing.report import Entry, Reading, Recipe, Source, shown
+from kit.storage.json_files import atomic_write_text
 
 READERS = {
     "accelerate": accelerate.read,
@@ -235,8 +235,6 @@ def save(made: Imported, out: str, overwrite: bool = False) -> None:
         raise KitError(f"{out} is there already", "--out", "another name, or --overwrite")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + f".{os.getpid()}.part")
-        part.write_text(made.text, encoding="utf-8")
-        part.replace(path)
+        atomic_write_text(path, made.text)
     except OSError as error:
         raise KitError(f"{out} cannot be written: {error.strerror or error}", "--out", "another place") from None

@@ -16,12 +16,13 @@ from typing import Any
 
 from kit.errors import KitError
 from kit.inspection.tokenizer import read_files
-from kit.merging.adapter import CONFIG, MANIFEST, WEIGHTS, read_json, sha256
+from kit.merging.adapter import CONFIG, MANIFEST, WEIGHTS, sha256
 from kit.merging.dequantize import Quantization
 from kit.merging.parts import Plan
 from kit.merging.plan import plan_merge
 from kit.storage.atomic_folder import check_room, output_folder, refuse_target
 from kit.storage.hub_cache import fetch_command
+from kit.storage.json_files import read_json
 from kit.storage.safetensors_header import INDEX, find_model, fingerprint
 
 REPORT = "merge.json"

@@ -19,6 +19,7 @@ import psutil
 
 from kit.errors import DONE, FAILED, STOPPED, KitError
 from kit.storage import manifest, run_directory
+from kit.storage.json_files import read_json_or_empty
 
 SWEEP = "sweep.json"
 RECENT = 20  # logged steps that the pace is taken from
@@ -132,17 +133,12 @@ def trials(folder: Path) -> list[Path]:
     return sorted(plan.parent.absolute() for plan in folder.glob(f"*/{run_directory.PLAN}"))
 
 
-def read_dict(path: Path) -> dict[str, Any]:
-    found = run_directory.read_json(path)
-    return found if isinstance(found, dict) else {}
-
-
 def state(run: Path, metrics: Follower) -> dict[str, Any]:
     """Everything that is shown, as plain values: None for what is not known. KitError where the run is gone."""
     if not run.is_dir():
         raise KitError(f"{run_directory.shown(run)} is gone", fix="it was moved or deleted while it was watched")
     metrics.read()
-    status, plan = read_dict(run / run_directory.STATUS), read_dict(run / run_directory.PLAN)
+    status, plan = read_json_or_empty(run / run_directory.STATUS), read_json_or_empty(run / run_directory.PLAN)
     last = metrics.last
     trainer, model = (plan[k] if isinstance(plan.get(k), dict) else {} for k in ("trainer", "model"))
     step, total = last.get("step"), steps_in_all(metrics, trainer)
@@ -217,7 +213,7 @@ def condition(run: Path, status: dict[str, Any], metrics: Follower) -> dict[str,
 
 def submitted(run: Path) -> str:
     """The last SLURM job that was to train this run, "" for none; only its own controller knows what became of it."""
-    jobs = read_dict(run / "slurm.json").get("jobs")
+    jobs = read_json_or_empty(run / "slurm.json").get("jobs")
     rows = [job for job in jobs if isinstance(job, dict)] if isinstance(jobs, list) else []
     return next((str(job.get("id")) for job in reversed(rows) if job.get("verb") == "train"), "")
 
@@ -282,7 +278,7 @@ def checkpoint(run: Path) -> dict[str, Any]:
 
 def listed(folder: Path, known: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The states of a sweep's trials, with those that sweep.json names and that have no directory yet, or ever."""
-    rows = read_dict(folder / SWEEP).get("trials")
+    rows = read_json_or_empty(folder / SWEEP).get("trials")
     by_name = {row["run"]: row for row in rows or [] if isinstance(row, dict) and isinstance(row.get("run"), str)}
     found = []
     for trial in known:
