@@ -277,8 +277,8 @@ def test_states_without_a_failure(make, capsys, monkeypatch):
 HOLD = """
 import sys, time
 from pathlib import Path
-from kit import rundir
-with rundir.locked(Path(sys.argv[1])):
+from kit.storage import run_directory
+with run_directory.locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
 """
