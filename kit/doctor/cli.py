@@ -133,7 +133,7 @@ def doctor_run(name: str, as_json: bool) -> int:
     for line in found.last_lines:
         print(f"        | {line[:200]}")
     if found.state == "failed" and found.checkpoint:
-        print(f"next      kit resume {found.run}  ({found.checkpoint} has a manifest)")
+        print(f"next      kit resume {found.run}  ({found.checkpoint} is complete)")
     return found.code
 
 

@@ -21,13 +21,12 @@ from kit.doctor.run_logs import (
     hung,
     last_metrics,
     line_number,
-    newest_checkpoint,
     own_fixes,
     read_ranks,
     signal_of,
 )
 from kit.errors import DONE, FAILED, STOPPED
-from kit.storage import run_directory
+from kit.storage import manifest, run_directory
 from kit.storage.json_files import read_json_or_empty
 
 LAST = 15  # lines that are shown where no cause is known
@@ -59,8 +58,8 @@ class Diagnosis:
 def diagnose(run: Path) -> Diagnosis:
     """Read a run directory. It is only read: a living run is left alone."""
     status, name = run_directory.status(run), run_directory.shown(run)
-    checkpoint = newest_checkpoint(run)
-    facts: dict[str, Any] = {"run": name, "checkpoint": checkpoint}
+    newest = manifest.newest_complete(run / run_directory.CHECKPOINTS).path
+    facts: dict[str, Any] = {"run": name, "checkpoint": newest.name if newest else None}
     if (pid := run_directory.in_use(run)) is not None:
         return alive(run, pid, status, facts)
     state = status.get("state")

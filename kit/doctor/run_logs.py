@@ -132,15 +132,6 @@ def last_metrics(run: Path) -> dict[str, Any]:
     return {}
 
 
-def newest_checkpoint(run: Path) -> str | None:
-    """The name of the newest checkpoint with a manifest, as `kit resume` takes it."""
-    from kit.storage import manifest
-
-    found = [p.parent for p in (run / run_directory.CHECKPOINTS).glob(f"checkpoint-*/{manifest.NAME}")]
-    numbers = {int(p.name.split("-")[1]): p.name for p in found if p.name.split("-")[1].isdigit()}
-    return numbers[max(numbers)] if numbers else None
-
-
 def hung(ranks: list[Rank]) -> Rank:
     """Whom the others waited for: who itself waited for nobody, else who enqueued least, else who fell silent first.
 
