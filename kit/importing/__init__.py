@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from kit.errors import KitError, Problem
-from kit.importing import accelerate, axolotl, fsdp_qlora, llamafactory, trl
+from kit.importing import accelerate, axolotl, llamafactory, trl
 from kit.importing.command import read_command
 from kit.importing.read import SUFFIXES, detect, read_file
 from kit.importing.report import Entry, Reading, Recipe, Source, shown
@@ -23,11 +23,10 @@ READERS = {
     "environment": accelerate.read_environment,
     "axolotl": axolotl.read,
     "llamafactory": llamafactory.read,
-    "fsdp_qlora": fsdp_qlora.read,
     "trl": trl.read,
 }
-FORMATS = ("trl", "accelerate", "axolotl", "llamafactory", "fsdp_qlora")
-RUNS = ("trl", "axolotl", "llamafactory", "fsdp_qlora")  # each describes a whole run; one of them at a time
+FORMATS = ("trl", "accelerate", "axolotl", "llamafactory")
+RUNS = ("trl", "axolotl", "llamafactory")  # each describes a whole run; one of them at a time
 ORDER = (*(name for name in READERS if name not in RUNS), "deepspeed", *RUNS)  # the run's own words stand last
 
 
@@ -103,9 +102,9 @@ def find_sources(words: list[str], form: str | None) -> list[Source]:
                 raise KitError(error.problems[0].problem, word, error.problems[0].fix) from None
             if found is None and form is None:
                 raise KitError(
-                    f"{word} has no key of TRL, accelerate, Axolotl, LLaMA-Factory or fsdp_qlora",
+                    f"{word} has no key of TRL, accelerate, Axolotl or LLaMA-Factory",
                     word,
-                    "check the file, or say whose it is: --from trl|accelerate|axolotl|llamafactory|fsdp_qlora",
+                    "check the file, or say whose it is: --from trl|accelerate|axolotl|llamafactory",
                 )
             chosen = form if form and found not in ("accelerate", "deepspeed") else found
             chosen = form if form and len(words) == 1 else chosen

@@ -68,7 +68,6 @@ DEEPSPEED = frozenset(
     "deepspeed_inclusion_filter deepspeed_multinode_launcher deepspeed_moe_layer_cls_names gradient_clipping "
     "gradient_accumulation_steps".split()
 )
-FSDP_QLORA = frozenset("train_type model_name context_length lora_rank use_cpu_offload sharding_strategy".split())
 
 
 def read_command(words: list[str]) -> list[Source]:
@@ -144,11 +143,14 @@ def read_command(words: list[str]) -> list[Source]:
     if format_ in ("", "script", "trl") and (config := given.pop("config", None)):
         files.append(str(config))
     if format_ in ("", "script"):
-        format_ = "fsdp_qlora" if given.keys() & FSDP_QLORA else detect(given) or "trl"
+        format_ = detect(given) or ("trl" if files or not given else "")
+        if not format_:
+            raise KitError("the command has no option of TRL, Axolotl or LLaMA-Factory", "command line",
+                           "kit import FILE.yaml, or the command of one of them")  # fmt: skip
     for file in files:
         tree = read_file(Path(file))
         sources.append(Source(file, detect(tree) or format_, tree, Path(file).parent))
-    kinds = {s.format for s in sources} & {"trl", "axolotl", "llamafactory", "fsdp_qlora"}
+    kinds = {s.format for s in sources} & {"trl", "axolotl", "llamafactory"}
     if given:
         sources.append(Source(told, next(iter(kinds)) if len(kinds) == 1 else format_, given))
     if not sources:

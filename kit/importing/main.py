@@ -16,11 +16,11 @@ usage: kit import FILE... | COMMAND ... [--out RECIPE.yaml] [--from FORMAT]
 Other tools' configs as a recipe of the kit, with a list of what could not be carried over. FILE is a TRL or
 transformers argument file, an accelerate config, a DeepSpeed JSON, an Axolotl or a LLaMA-Factory YAML; several that
 belong together may be given. COMMAND is what you type to start the training: trl sft ..., accelerate launch ...,
-llamafactory-cli train ..., axolotl train ..., python train.py --train_type qlora ... (fsdp_qlora).
+llamafactory-cli train ..., axolotl train ....
 
   --out FILE      where the recipe goes; without it, it is printed and the report goes to standard error
   --overwrite     replace FILE
-  --from FORMAT   trl | accelerate | axolotl | llamafactory | fsdp_qlora, where the keys do not say it
+  --from FORMAT   trl | accelerate | axolotl | llamafactory, where the keys do not say it
   --json          recipe and report as JSON
   --all           also list what was carried and what needs nothing
 

@@ -1,4 +1,4 @@
-"""The prompt of the alpaca data sets, which three of the tools write into every row, as templates of the kit."""
+"""The prompt of the alpaca data sets, which two of the tools write into every row, as templates of the kit."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ HEAD = (
 )
 ASK = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
 ALPACA = {"prompt": f"{HEAD}{ASK}\n", "completion": "{output}"}
-ALPACA_TIGHT = {"prompt": f"{HEAD}{ASK}", "completion": "{output}"}
 ALPACA_CHAT = {
     "prompt": f"SYSTEM: {HEAD.strip()}\nUSER: {{instruction}}\n{{input}}\nASSISTANT:",
     "completion": "{output}",
