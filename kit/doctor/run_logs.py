@@ -60,8 +60,8 @@ def read_ranks(run: Path) -> list[Rank]:
     """Every rank that wrote a log, by number."""
     logs = run / run_directory.LOGS
     deaths = ended(run).get("deaths") or {}
-    found = [read_rank(log, deaths) for log in logs.glob("rank*.log") if re.fullmatch(r"rank\d+", log.stem)]
-    return sorted(found, key=lambda rank: rank.number)
+    ranks = [read_rank(log, deaths) for log in logs.glob("rank*.log") if re.fullmatch(r"rank\d+", log.stem)]
+    return sorted(ranks, key=lambda rank: rank.number)
 
 
 def read_rank(log: Path, deaths: dict[str, float]) -> Rank:
@@ -141,25 +141,25 @@ def hung(ranks: list[Rank]) -> Rank:
     if quiet:
         return min(quiet, key=lambda rank: rank.written)
     counts = {rank.number: enqueued(rank) for rank in ranks}
-    known = {number: count for number, count in counts.items() if count is not None}
-    if len(set(known.values())) > 1:
-        least = min(known, key=lambda number: known[number])
+    counted = {number: count for number, count in counts.items() if count is not None}
+    if len(set(counted.values())) > 1:
+        least = min(counted, key=lambda number: counted[number])
         return next(rank for rank in ranks if rank.number == least)
     return min(ranks, key=lambda rank: rank.written)
 
 
 def enqueued(rank: Rank) -> int | None:
-    found = re.findall(r"last enqueued(?: NCCL)? work: (\d+)", "\n".join(rank.lines))
-    return int(found[-1]) if found else None
+    numbers = re.findall(r"last enqueued(?: NCCL)? work: (\d+)", "\n".join(rank.lines))
+    return int(numbers[-1]) if numbers else None
 
 
-def line_number(rank: Rank, wanted: str) -> str:
+def line_number(rank: Rank, text: str) -> str:
     """LOG:LINE of the last line that holds `wanted`."""
     number = 0
-    if wanted:
+    if text:
         try:
             with open(rank.log, encoding="utf-8", errors="replace") as f:
-                number = max((i for i, line in enumerate(f, 1) if wanted in line), default=0)
+                number = max((i for i, line in enumerate(f, 1) if text in line), default=0)
         except OSError:
             number = 0
     return f"{run_directory.shown(rank.log)}{f':{number}' if number else ''}"

@@ -171,8 +171,8 @@ def model_files(model: Model) -> Callable[[Repo], list[str]]:
         around = tokenizer_files(repo) + [f for f in repo.sizes if f.endswith(".py") and model.trust_remote_code]
         if safetensors_header.CONFIG not in repo.sizes:
             adapter = "adapter_config.json" in repo.sizes
-            what = "an adapter" if adapter else "no model of transformers"
-            problem = f"{repo.name} is {what}: no {safetensors_header.CONFIG}"
+            content = "an adapter" if adapter else "no model of transformers"
+            problem = f"{repo.name} is {content}: no {safetensors_header.CONFIG}"
             raise KitError(problem, repo.key, "name its base model" if adapter else "name another repository")
         if model.random_init:
             return around
@@ -216,13 +216,13 @@ def data_files(config: str | None) -> Callable[[Repo], list[str]]:
 
     def choose(repo: Repo) -> list[str]:
         card = read_file(repo, hub_dataset.CARD) if hub_dataset.CARD in repo.sizes else ""
-        found = hub_dataset.files_of(list(repo.sizes), card, config)
-        if not found:
+        files = hub_dataset.files_of(list(repo.sizes), card, config)
+        if not files:
             scripts = [f for f in repo.sizes if f.endswith(".py")]
             problem = f"{repo.name} holds no data files" + (f", only a script ({scripts[0]})" if scripts else "")
             fix = "the Hub's own conversion, where it has one: dataset.revision=refs/convert/parquet"
             raise KitError(problem, repo.key, fix if scripts else "name another data set")
-        return [f for f in repo.sizes if f == hub_dataset.CARD or Path(f).name in hub_dataset.NO_DATA] + found
+        return [f for f in repo.sizes if f == hub_dataset.CARD or Path(f).name in hub_dataset.NO_DATA] + files
 
     return choose
 

@@ -74,14 +74,14 @@ def import_config(*words: str, form: str | None = None, check: bool = True) -> I
     settle(recipe)
     tree = recipe_tree(recipe)
     text = write(tree, recipe, entries, sources)
-    made = Imported(text, tree, entries, [(s.name, s.format) for s in sources], recipe.theirs, recipe.notes)
+    imported = Imported(text, tree, entries, [(s.name, s.format) for s in sources], recipe.theirs, recipe.notes)
     if not given:
         recipe.notes.append(
             "no model and no data are named here: add model=... and dataset=..., or the tool's own file"
         )
     if check:
-        made.problems = checked(made.text, recipe, bool(given))
-    return made
+        imported.problems = checked(imported.text, recipe, bool(given))
+    return imported
 
 
 def find_sources(words: list[str], form: str | None) -> list[Source]:
@@ -97,16 +97,16 @@ def find_sources(words: list[str], form: str | None) -> list[Source]:
             path = Path(word).expanduser()
             tree = read_file(path)
             try:
-                found = detect(tree)
+                detected = detect(tree)
             except KitError as error:
                 raise KitError(error.problems[0].problem, word, error.problems[0].fix) from None
-            if found is None and form is None:
+            if detected is None and form is None:
                 raise KitError(
                     f"{word} has no key of TRL, accelerate, Axolotl or LLaMA-Factory",
                     word,
                     "check the file, or say whose it is: --from trl|accelerate|axolotl|llamafactory",
                 )
-            chosen = form if form and found not in ("accelerate", "deepspeed") else found
+            chosen = form if form and detected not in ("accelerate", "deepspeed") else detected
             chosen = form if form and len(words) == 1 else chosen
             sources.append(Source(word, str(chosen), tree, path.parent))
     else:
@@ -154,9 +154,9 @@ def recipe_tree(recipe: Recipe) -> dict[str, Any]:
     if groups:
         tree["defaults"] = [{f"override /{name}": choice} for name, choice in sorted(groups.items())]
     order = "model tokenizer dataset peft quantization deepspeed fsdp trainer launch".split()
-    made = recipe.nested()
-    for section in sorted(made, key=lambda s: (order.index(s) if s in order else 99, s)):
-        tree[section] = literal(made[section])
+    nested = recipe.nested()
+    for section in sorted(nested, key=lambda s: (order.index(s) if s in order else 99, s)):
+        tree[section] = literal(nested[section])
     return tree
 
 
@@ -192,7 +192,7 @@ def write(tree: dict[str, Any], recipe: Recipe, entries: list[Entry], sources: l
     ends = []
     if recipe.theirs:
         ends += ["", "# Their defaults, written out because the kit's differ:"]
-        ends += [f"#   {comment(key)}: {comment(why)}" for key, why in recipe.theirs.items()]
+        ends += [f"#   {comment(key)}: {comment(reason)}" for key, reason in recipe.theirs.items()]
     if left:
         ends += ["", "# Not carried over:"]
         ends += [f"#   {comment(e.key)}: {comment(e.note)}{'; ' * bool(e.fix)}{comment(e.fix)}" for e in left]
@@ -225,7 +225,7 @@ def checked(text: str, recipe: Recipe, whole: bool) -> list[Problem]:
     return [Problem(p.problem, p.where.replace(str(file), "the recipe"), p.fix, p.rule) for p in problems]
 
 
-def save(made: Imported, out: str, overwrite: bool = False) -> None:
+def save(imported: Imported, out: str, overwrite: bool = False) -> None:
     """Write the recipe; KitError where the place will not do."""
     path = Path(out).expanduser()
     if path.suffix not in (".yaml", ".yml"):
@@ -234,6 +234,6 @@ def save(made: Imported, out: str, overwrite: bool = False) -> None:
         raise KitError(f"{out} is there already", "--out", "another name, or --overwrite")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write_text(path, made.text)
+        atomic_write_text(path, imported.text)
     except OSError as error:
         raise KitError(f"{out} cannot be written: {error.strerror or error}", "--out", "another place") from None

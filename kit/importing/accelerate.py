@@ -162,64 +162,66 @@ def compiled(r: Reading) -> None:
 def deepspeed(r: Reading, kind: str) -> None:
     """A JSON that is named is followed; else the flags make the JSON that accelerate makes of them."""
     block = r.get("deepspeed_config")
-    at = "deepspeed_config"
+    block_key = "deepspeed_config"
     if not isinstance(block, dict) or not block:
-        if r.has(at):
-            r.same((at,), "empty")
+        if r.has(block_key):
+            r.same((block_key,), "empty")
         return
     if kind != "DEEPSPEED" and "distributed_type" in r.tree:
-        r.same((at,), f"not read: distributed_type is {kind}")
+        r.same((block_key,), f"not read: distributed_type is {kind}")
         return
-    r.left(DEEPSPEED_LEFT, at)
+    r.left(DEEPSPEED_LEFT, block_key)
     r.equal({"deepspeed_multinode_launcher": "one machine needs none",
-             "zero3_init_flag": "the kit loads under zero.Init wherever stage 3 asks for it"}, at)  # fmt: skip
+             "zero3_init_flag": "the kit loads under zero.Init wherever stage 3 asks for it"}, block_key)  # fmt: skip
     if block.get("deepspeed_config_file"):
-        sharding.deepspeed(r, at, "deepspeed_config_file")
+        sharding.deepspeed(r, block_key, "deepspeed_config_file")
         for name in list(block):
-            if r.has(at, name):
-                r.leave((at, name), "the file stands: accelerate refuses both", "put it into the JSON")
+            if r.has(block_key, name):
+                r.leave((block_key, name), "the file stands: accelerate refuses both", "put it into the JSON")
         return
-    r.empty(at, "deepspeed_config_file")
+    r.empty(block_key, "deepspeed_config_file")
     zero = "deepspeed.zero_optimization."
     stage = block.get("zero_stage", 2)
-    if r.has(at, "gradient_accumulation_steps") and not r.empty(at, "gradient_accumulation_steps"):
+    if r.has(block_key, "gradient_accumulation_steps") and not r.empty(block_key, "gradient_accumulation_steps"):
         steps = block["gradient_accumulation_steps"]
-        path = (at, "gradient_accumulation_steps")
+        path = (block_key, "gradient_accumulation_steps")
         if steps == "auto":
             r.same(path, "the trainer's own")
         else:
             r.carry(path, "trainer.gradient_accumulation_steps", steps)
-    if r.has(at, "gradient_clipping") and not r.empty(at, "gradient_clipping"):
+    if r.has(block_key, "gradient_clipping") and not r.empty(block_key, "gradient_clipping"):
         clip = block["gradient_clipping"]
         if clip == "auto":
-            r.same((at, "gradient_clipping"), "the trainer's own")
+            r.same((block_key, "gradient_clipping"), "the trainer's own")
         else:
-            r.carry((at, "gradient_clipping"), "trainer.max_grad_norm", clip)
-    if r.has(at, "zero_stage") and not r.empty(at, "zero_stage"):
-        r.carry((at, "zero_stage"), zero + "stage", stage)
+            r.carry((block_key, "gradient_clipping"), "trainer.max_grad_norm", clip)
+    if r.has(block_key, "zero_stage") and not r.empty(block_key, "zero_stage"):
+        r.carry((block_key, "zero_stage"), zero + "stage", stage)
     else:
         r.recipe.default(zero + "stage", 2, "accelerate's default")
-    for what in ("optimizer", "param"):
-        name = f"offload_{what}_device"
-        if r.has(at, name):
+    for part in ("optimizer", "param"):
+        name = f"offload_{part}_device"
+        if r.has(block_key, name):
             if block[name] in ("none", None, False):
-                r.same((at, name), "not offloaded, as here")
-            elif what == "param" and stage != 3:
-                r.same((at, name), f"not read: stage {stage} does not offload parameters")
+                r.same((block_key, name), "not offloaded, as here")
+            elif part == "param" and stage != 3:
+                r.same((block_key, name), f"not read: stage {stage} does not offload parameters")
             else:
-                r.carry((at, name), f"{zero}offload_{what}.device", block[name])
-        name = f"offload_{what}_nvme_path"
-        if r.has(at, name) and not r.empty(at, name):
-            if block.get(f"offload_{what}_device") == "nvme":
-                r.carry((at, name), f"{zero}offload_{what}.nvme_path", block[name])
+                r.carry((block_key, name), f"{zero}offload_{part}.device", block[name])
+        name = f"offload_{part}_nvme_path"
+        if r.has(block_key, name) and not r.empty(block_key, name):
+            if block.get(f"offload_{part}_device") == "nvme":
+                r.carry((block_key, name), f"{zero}offload_{part}.nvme_path", block[name])
             else:
-                r.same((at, name), "not read: nothing goes to NVMe")
+                r.same((block_key, name), "not read: nothing goes to NVMe")
     name = "zero3_save_16bit_model"
-    if r.has(at, name) and not r.empty(at, name):
+    if r.has(block_key, name) and not r.empty(block_key, name):
         if stage == 3:
-            r.carry((at, name), zero + "stage3_gather_16bit_weights_on_model_save", block[name] in (True, "true", 1))
+            r.carry(
+                (block_key, name), zero + "stage3_gather_16bit_weights_on_model_save", block[name] in (True, "true", 1)
+            )
         else:
-            r.same((at, name), f"not read at stage {stage}")
+            r.same((block_key, name), f"not read at stage {stage}")
     # What accelerate writes into the JSON that it makes of these flags.
     for name in (
         "train_batch_size",

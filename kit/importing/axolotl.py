@@ -223,15 +223,17 @@ def trackers(r: Reading) -> None:
 
 
 def tokens(r: Reading) -> None:
-    at = "special_tokens"
-    if isinstance(r.get(at), dict):
+    block_key = "special_tokens"
+    if isinstance(r.get(block_key), dict):
         names = ("pad_token", "eos_token", "bos_token")
-        r.table({n: f"tokenizer.{n}" for n in names}, at)
-        r.left({"unk_token": ("the tokenizer's own stands", "a tokenizer of your own: tokenizer.name_or_path")}, at)
-    elif r.has(at):
-        r.same((at,), "empty")
+        r.table({n: f"tokenizer.{n}" for n in names}, block_key)
+        r.left(
+            {"unk_token": ("the tokenizer's own stands", "a tokenizer of your own: tokenizer.name_or_path")}, block_key
+        )
+    elif r.has(block_key):
+        r.same((block_key,), "empty")
     added: list[Any] = []
-    for path in ((at, "additional_special_tokens"), ("tokens",)):
+    for path in ((block_key, "additional_special_tokens"), ("tokens",)):
         if r.has(*path) and not r.empty(*path):
             added += r.get(*path) if isinstance(r.get(*path), list) else [r.get(*path)]
             note = "added as special tokens" if path == ("tokens",) else ""

@@ -83,9 +83,9 @@ def method(r: Reading, kind: str) -> None:
         r.choose(("finetuning_type",), "peft", "lora" if kind == "lora" else "none")
     else:
         r.recipe.groups["peft"] = "lora"
-    own = ["lora_target", "additional_target", "pissa_init", "pissa_iter", "adapter_name_or_path"]
+    keys = ["lora_target", "additional_target", "pissa_init", "pissa_iter", "adapter_name_or_path"]
     if kind == "full":
-        r.equal(dict.fromkeys([*LORA, *own], "not read: finetuning_type is full"))
+        r.equal(dict.fromkeys([*LORA, *keys], "not read: finetuning_type is full"))
         return
     if r.has("lora_alpha") and r.get("lora_alpha") is None:
         r.same(("lora_alpha",), "null: twice the rank")
@@ -98,8 +98,8 @@ def method(r: Reading, kind: str) -> None:
     steps = r.get("pissa_iter", default=16)
     if r.has("pissa_init"):
         if r.get("pissa_init") is True:
-            made = "pissa" if steps == -1 else f"pissa_niter_{steps}"
-            r.carry(("pissa_init",), "peft.init_lora_weights", made)
+            init = "pissa" if steps == -1 else f"pissa_niter_{steps}"
+            r.carry(("pissa_init",), "peft.init_lora_weights", init)
         else:
             r.same(("pissa_init",), "off, as here")
     if r.has("pissa_iter"):
@@ -162,17 +162,17 @@ def dataset(r: Reading) -> None:
             known(r, ("dataset",), info[named[0]], place.parent)
         else:
             there = f"{place} does not hold it" if place else f"none is in {folder}, nor beside the file"
-            why = f"{named[0]} is a name in a dataset_info.json, and {there}"
-            r.leave(("dataset",), why, "dataset.path=FILE, or give dataset_info.json beside the file")
+            reason = f"{named[0]} is a name in a dataset_info.json, and {there}"
+            r.leave(("dataset",), reason, "dataset.path=FILE, or give dataset_info.json beside the file")
         if len(named) > 1:
             if r.entries[("dataset",)].outcome == "carried":
                 r.entries[("dataset",)].note = f"NOT carried: {', '.join(named[1:])}; join the files in one folder"
                 r.recipe.notes.append(f"only {named[0]} is carried: the kit trains on one data set")
             else:
                 r.recipe.notes.append(f"{len(named)} data sets are named: the kit trains on one, join the files")
-    held = words(r.get("eval_dataset")) if r.get("eval_dataset") else []
-    if r.has("eval_dataset") and held:
-        entry = (info or {}).get(held[0])
+    eval_names = words(r.get("eval_dataset")) if r.get("eval_dataset") else []
+    if r.has("eval_dataset") and eval_names:
+        entry = (info or {}).get(eval_names[0])
         if isinstance(entry, dict) and place and (path := path_of(entry, place.parent)):
             r.carry(("eval_dataset",), "dataset.eval_path", path)
         else:
@@ -217,31 +217,31 @@ def path_of(info: dict[str, Any], folder: Path) -> str | None:
     return str(folder / str(info["file_name"])) if isinstance(info.get("file_name"), str) else None
 
 
-def known(r: Reading, at: tuple[str, ...], info: dict[str, Any], folder: Path) -> None:
+def known(r: Reading, prefix: tuple[str, ...], info: dict[str, Any], folder: Path) -> None:
     """One entry of dataset_info.json."""
     path = path_of(info, folder)
     if info.get("ranking") or path is None:
-        why = "holds preferences" if info.get("ranking") else "is neither a file nor a Hub id"
-        r.leave(at, f"its entry in dataset_info.json {why}", "dataset.path=FILE")
+        reason = "holds preferences" if info.get("ranking") else "is neither a file nor a Hub id"
+        r.leave(prefix, f"its entry in dataset_info.json {reason}", "dataset.path=FILE")
         return
-    r.carry(at, "dataset.path", path, f"from {folder / 'dataset_info.json'}")
+    r.carry(prefix, "dataset.path", path, f"from {folder / 'dataset_info.json'}")
     for name, key in (("subset", "dataset.name"), ("split", "dataset.split"), ("num_samples", "dataset.limit")):
         if info.get(name):
-            r.carry(at, key, info[name])
+            r.carry(prefix, key, info[name])
     columns = info["columns"] if isinstance(info.get("columns"), dict) else {}
     if info.get("formatting", "alpaca") == "alpaca":
         query = columns.get("query") if columns else "input"
         text = (columns.get("prompt", "instruction"), query, columns.get("response", "output"), columns.get("system"))
         if columns and "response" not in columns:  # plain text
-            r.carry(at, "dataset.columns.text", columns.get("prompt", "text"))
+            r.carry(prefix, "dataset.columns.text", columns.get("prompt", "text"))
         else:
-            r.carry(at, "dataset.template", prompts.turns(*text))
-            r.carry(at, "dataset.format", "prompt_completion")
+            r.carry(prefix, "dataset.template", prompts.turns(*text))
+            r.carry(prefix, "dataset.format", "prompt_completion")
     else:
         column = columns.get("messages") or "conversations"
-        r.carry(at, "dataset.format", "messages")
+        r.carry(prefix, "dataset.format", "messages")
         if column != "messages":
-            r.carry(at, "dataset.columns.messages", column)
+            r.carry(prefix, "dataset.columns.messages", column)
         tags = info["tags"] if isinstance(info.get("tags"), dict) else {}
         odd = {
             k: v

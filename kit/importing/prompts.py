@@ -17,6 +17,6 @@ ALPACA_CHAT = {
 
 def turns(prompt: str, query: str | None, response: str, system: str | None) -> dict[str, str]:
     """Instruction, input and output as a chat, which the tokenizer's own template then writes."""
-    made = {"system": "{" + system + "}"} if system else {}
+    chat = {"system": "{" + system + "}"} if system else {}
     user = "{" + prompt + "}" + ("\n{" + query + "}" if query else "")
-    return {**made, "user": user, "assistant": "{" + response + "}"}
+    return {**chat, "user": user, "assistant": "{" + response + "}"}

@@ -93,8 +93,8 @@ def read_file(path: Path) -> dict[Any, Any]:
     except yaml.constructor.ConstructorError as error:
         line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
         tag = re.search(r"tag '([^']+)'", str(error.problem or ""))
-        said = f"the tag {tag[1]} makes objects, and a config holds only values" if tag else str(error.problem)
-        raise KitError(said, where + line, "remove the tag") from None
+        message = f"the tag {tag[1]} makes objects, and a config holds only values" if tag else str(error.problem)
+        raise KitError(message, where + line, "remove the tag") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         line = f" line {mark.line + 1} column {mark.column + 1}" if mark else ""

@@ -75,27 +75,27 @@ class Recipe:
         self.setter[key] = entry
         self.theirs.pop(key, None)
 
-    def default(self, key: str, value: Any, why: str) -> None:
+    def default(self, key: str, value: Any, reason: str) -> None:
         """A default of the foreign tool, written out where it differs from the kit's and no source gives the key."""
         if key not in self.values and not same_value(kit_default(key), value):
             self.values[key] = value
-            self.theirs[key] = why
+            self.theirs[key] = reason
 
-    def drop(self, key: str, why: str) -> None:
+    def drop(self, key: str, reason: str) -> None:
         """Take a key back that another one makes meaningless."""
         if key in self.values:
             del self.values[key]
             self.theirs.pop(key, None)
             if entry := self.setter.pop(key, None):
-                overrule(entry, key, why)
+                overrule(entry, key, reason)
 
     def nested(self) -> dict[str, Any]:
         tree: dict[str, Any] = {}
         for key, value in self.values.items():
-            at, parts = tree, key.split(".")
+            block, parts = tree, key.split(".")
             for part in parts[:-1]:
-                at = at.setdefault(part, {})
-            at[parts[-1]] = value
+                block = block.setdefault(part, {})
+            block[parts[-1]] = value
         return tree
 
 
@@ -158,42 +158,42 @@ class Reading:
         entry.to.append(f"{group}={choice}")
         self.recipe.groups[group] = choice
 
-    def same(self, path: Key, why: str = "the same here") -> None:
-        self.note(path, "default", why)
+    def same(self, path: Key, reason: str = "the same here") -> None:
+        self.note(path, "default", reason)
 
-    def leave(self, path: Key, why: str, fix: str = "") -> None:
-        self.note(path, "left", why, fix)
+    def leave(self, path: Key, reason: str, fix: str = "") -> None:
+        self.note(path, "left", reason, fix)
 
     def note(self, path: Key, outcome: Any, note: str, fix: str = "") -> Entry:
         assert exists(self.tree, path), path
         assert path not in self.entries, path
         value = at(self.tree, path)
         secret = is_secret(path, value)
-        told = "(a secret)" if secret else shown(self.get(*path) if path else "")
-        entry = Entry(self.source(path).name, dotted(path), outcome, [], note, fix, told)
+        text = "(a secret)" if secret else shown(self.get(*path) if path else "")
+        entry = Entry(self.source(path).name, dotted(path), outcome, [], note, fix, text)
         self.entries[path] = entry
         return entry
 
-    def table(self, names: dict[str, str], *at: str | int) -> None:
+    def table(self, names: dict[str, str], *prefix: str | int) -> None:
         """Keys that only have another name here."""
         for name, key in names.items():
-            if self.has(*at, name) and not self.empty(*at, name):
-                self.carry((*at, name), key, self.get(*at, name))
+            if self.has(*prefix, name) and not self.empty(*prefix, name):
+                self.carry((*prefix, name), key, self.get(*prefix, name))
 
-    def left(self, names: dict[str, tuple[str, str]], *at: str | int) -> None:
+    def left(self, names: dict[str, tuple[str, str]], *prefix: str | int) -> None:
         """Keys that are known and have no counterpart here; switched off, they need none."""
-        for name, (why, fix) in names.items():
-            if self.has(*at, name):
-                if self.get(*at, name) in (None, False, "", [], {}, 0):
-                    self.same((*at, name), "switched off, as here")
+        for name, (reason, fix) in names.items():
+            if self.has(*prefix, name):
+                if self.get(*prefix, name) in (None, False, "", [], {}, 0):
+                    self.same((*prefix, name), "switched off, as here")
                 else:
-                    self.leave((*at, name), why, fix)
+                    self.leave((*prefix, name), reason, fix)
 
-    def equal(self, names: dict[str, str], *at: str | int) -> None:
+    def equal(self, names: dict[str, str], *prefix: str | int) -> None:
         """Keys that need nothing here, whatever their value."""
-        for name, why in names.items():
-            if self.has(*at, name):
-                self.same((*at, name), why)
+        for name, reason in names.items():
+            if self.has(*prefix, name):
+                self.same((*prefix, name), reason)
 
     def empty(self, *path: str | int) -> bool:
         """Null in a source is what a missing key is; notes it."""
@@ -206,8 +206,8 @@ class Reading:
         """What is left over is named as unknown; every entry, in the order of the sources."""
         for path, _ in self.leaves:
             if not any(path[:n] in self.entries for n in range(len(path) + 1)):
-                why = f"not a key of {self.format} that is known here"
-                self.leave(path, why, "check its name, or set what it means by hand")
+                reason = f"not a key of {self.format} that is known here"
+                self.leave(path, reason, "check its name, or set what it means by hand")
         order = {path: n for n, (path, _) in enumerate(self.leaves)}
 
         def place(path: Key) -> int:
@@ -278,8 +278,8 @@ def is_secret(path: Key, value: Any) -> bool:
 
 def secret_fix(path: Key) -> str:
     name = str(path[-1]).lower()
-    known = {"wandb": "WANDB_API_KEY", "comet": "COMET_API_KEY", "swanlab": "SWANLAB_API_KEY"}
-    variable = next((v for k, v in known.items() if k in name), "HF_TOKEN")
+    variables = {"wandb": "WANDB_API_KEY", "comet": "COMET_API_KEY", "swanlab": "SWANLAB_API_KEY"}
+    variable = next((v for k, v in variables.items() if k in name), "HF_TOKEN")
     return f"give it in the environment alone: export {variable}=..."
 
 
@@ -290,12 +290,12 @@ def shown(value: Any) -> str:
     return text if len(text) <= 70 else text[:67] + "..."
 
 
-def overrule(entry: Entry, key: str, why: str) -> None:
+def overrule(entry: Entry, key: str, reason: str) -> None:
     entry.to = [k for k in entry.to if k != key]
     if entry.to:
-        entry.note = f"{entry.note}; " * bool(entry.note) + f"{key}: {why}"
+        entry.note = f"{entry.note}; " * bool(entry.note) + f"{key}: {reason}"
     else:
-        entry.outcome, entry.note, entry.fix = "left", why, ""
+        entry.outcome, entry.note, entry.fix = "left", reason, ""
 
 
 def same_value(a: Any, b: Any) -> bool:
@@ -319,9 +319,9 @@ def group_file(name: str) -> dict[str, Any]:
 def kit_default(key: str) -> Any:
     """What the kit does where a run says nothing: the default groups, else the library's own default."""
     section, _, name = key.partition(".")
-    held = {"trainer": "trainer/sft.yaml", "peft": "peft/lora.yaml"}.get(section)
-    if held and name in group_file(held):
-        return group_file(held)[name]
+    file = {"trainer": "trainer/sft.yaml", "peft": "peft/lora.yaml"}.get(section)
+    if file and name in group_file(file):
+        return group_file(file)[name]
     table = TABLES.get(section)
     return fields.default(table, name) if table and name in fields.tables()[table] else None
 

@@ -61,14 +61,14 @@ FSDP_OTHER = {"offload_params": "cpu_offload", "fsdp_version": "version", "shard
 STRATEGIES = ["full_shard", "shard_grad_op", "no_shard", "hybrid_shard", "hybrid_shard_zero2"]
 
 
-def fsdp(r: Reading, *at: str | int) -> None:
+def fsdp(r: Reading, *prefix: str | int) -> None:
     """A block of FSDP settings, with or without the prefix fsdp_, as transformers' fsdp_config."""
-    block = r.get(*at)
+    block = r.get(*prefix)
     version = block.get("fsdp_version", block.get("version", 2 if r.format != "accelerate" else 1))
     for name in list(block):
-        if not isinstance(name, str) or not r.has(*at, name) or r.empty(*at, name):
+        if not isinstance(name, str) or not r.has(*prefix, name) or r.empty(*prefix, name):
             continue
-        path, value, plain = (*at, name), block[name], name.removeprefix("fsdp_")
+        path, value, plain = (*prefix, name), block[name], name.removeprefix("fsdp_")
         key = FSDP_OTHER.get(name) or FSDP_OTHER.get(plain, plain)
         if plain == "sharding_strategy":
             word = STRATEGIES[value - 1] if isinstance(value, int) and 1 <= value <= 5 else str(value).lower()
@@ -92,8 +92,8 @@ def fsdp(r: Reading, *at: str | int) -> None:
 def fsdp_words(r: Reading, words: list[str]) -> None:
     config = r.get("fsdp_config") or {}
     version = config.get("fsdp_version", config.get("version", 1)) if isinstance(config, dict) else 1
-    known = {*STRATEGIES, "auto_wrap", "offload"}
-    if odd := [w for w in words if w not in known]:
+    known_words = {*STRATEGIES, "auto_wrap", "offload"}
+    if odd := [w for w in words if w not in known_words]:
         r.leave(("fsdp",), f"not known: {' '.join(odd)}", "fsdp.reshard_after_forward=..., fsdp.cpu_offload=true")
         return
     r.carry(("fsdp",), "fsdp.version", version)

@@ -230,8 +230,8 @@ def training_arguments(r: Reading, skip: tuple[str, ...] = ()) -> None:
     if isinstance(r.get("model_init_kwargs"), dict):
         init_kwargs(r)
     remote_code(r)
-    known = set(fields.names("SFTConfig"))
-    for name in [n for n in r.tree if isinstance(n, str) and n in known and n not in OWNED and n not in skip]:
+    names = set(fields.names("SFTConfig"))
+    for name in [n for n in r.tree if isinstance(n, str) and n in names and n not in OWNED and n not in skip]:
         if not r.has(name):
             continue
         value = r.get(name)
@@ -290,19 +290,19 @@ def reports(r: Reading, *path: str | int) -> None:
 
 
 def init_kwargs(r: Reading) -> None:
-    at = "model_init_kwargs"
+    block_key = "model_init_kwargs"
     for name in ("dtype", "torch_dtype"):
-        if r.has(at, name) and not r.empty(at, name):
-            dtype(r, (at, name), r.get(at, name))
-    r.table({"attn_implementation": "model.attn_implementation", "revision": "model.revision"}, at)
-    for name in list(r.get(at)):
-        if r.has(at, name) and not r.empty(at, name):
+        if r.has(block_key, name) and not r.empty(block_key, name):
+            dtype(r, (block_key, name), r.get(block_key, name))
+    r.table({"attn_implementation": "model.attn_implementation", "revision": "model.revision"}, block_key)
+    for name in list(r.get(block_key)):
+        if r.has(block_key, name) and not r.empty(block_key, name):
             if name == "trust_remote_code":
-                r.leave((at, name), "a file must not switch on remote code", "model.trust_remote_code=true")
+                r.leave((block_key, name), "a file must not switch on remote code", "model.trust_remote_code=true")
             elif name == "use_cache":
-                r.same((at, name), "off while training")
+                r.same((block_key, name), "off while training")
             else:
-                r.carry((at, name), f"trainer.model_init_kwargs.{name}", r.get(at, name))
+                r.carry((block_key, name), f"trainer.model_init_kwargs.{name}", r.get(block_key, name))
 
 
 def defaults(r: Reading, changed: dict[str, Any] | None = None, who: str = "TRL") -> None:

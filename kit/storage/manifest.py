@@ -109,9 +109,9 @@ def _load(folder: Path) -> tuple[dict | None, str]:
 
 def read_manifest(folder: str | Path) -> dict:
     """The manifest of a folder; KitError (4) where it is missing or damaged. Hashes are `verify`'s matter."""
-    manifest, why = _load(Path(folder))
+    manifest, reason = _load(Path(folder))
     if manifest is None:
-        raise KitError(why, where=str(folder), fix="use another checkpoint or save it again", code=FAILED)
+        raise KitError(reason, where=str(folder), fix="use another checkpoint or save it again", code=FAILED)
     return manifest
 
 
@@ -121,9 +121,9 @@ def verify(folder: str | Path) -> list[str]:
     Files that the manifest does not name are no fault. Sizes are looked at before any hash is computed.
     """
     folder = Path(folder)
-    manifest, why = _load(folder)
+    manifest, reason = _load(folder)
     if manifest is None:
-        return [why]
+        return [reason]
     problems, same_size = [], []
     for name, entry in manifest["files"].items():
         path = folder / name
@@ -136,10 +136,10 @@ def verify(folder: str | Path) -> list[str]:
         else:
             same_size.append(name)
     try:
-        found = hash_files(folder, same_size)
+        hashes = hash_files(folder, same_size)
     except OSError as error:
         return [*problems, f"{folder} cannot be read: {error}"]
-    changed = [name for name in same_size if found[name]["sha256"] != manifest["files"][name]["sha256"]]
+    changed = [name for name in same_size if hashes[name]["sha256"] != manifest["files"][name]["sha256"]]
     return problems + [f"{folder / name} differs from the file that was saved (SHA-256)" for name in changed]
 
 

@@ -31,8 +31,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--stay", action="store_true", help="go on after its end: a batch job may start it again")
     a = parser.parse_args(argv)
     if a.interval is not None and not 0.1 <= a.interval <= 86400:
-        said = f"--interval {a.interval:g} is not between 0.1 and 86400 seconds"
-        raise KitError(said, "command line", "--interval 2")
+        problem = f"--interval {a.interval:g} is not between 0.1 and 86400 seconds"
+        raise KitError(problem, "command line", "--interval 2")
     look = Look(*state.find(a.run))
     states = look()
     if a.json:
@@ -61,11 +61,11 @@ class Look:
             return [self.one(self.folder)]
         if not self.folder.is_dir():
             raise KitError(f"{self.name} is gone", fix="it was moved or deleted while it was watched")
-        found = []
+        states = []
         for run in state.trials(self.folder):
             with contextlib.suppress(KitError):  # a trial that has just been removed
-                found.append(self.one(run))
-        return state.listed(self.folder, found)
+                states.append(self.one(run))
+        return state.listed(self.folder, states)
 
     def one(self, run: Path) -> dict[str, Any]:
         follower = self.followers.setdefault(run, state.Follower(run / run_directory.METRICS_LOG))

@@ -115,8 +115,8 @@ def number(value: Any) -> float | None:
 
 def numbers(value: Any) -> list[float]:
     """A figure per rank, [] where it is none."""
-    found = [number(v) for v in value] if isinstance(value, list) else []
-    return [v for v in found if v is not None] if None not in found else []
+    values = [number(v) for v in value] if isinstance(value, list) else []
+    return [v for v in values if v is not None] if None not in values else []
 
 
 def find(name: str) -> tuple[Path, bool]:
@@ -142,7 +142,7 @@ def state(run: Path, metrics: Follower) -> dict[str, Any]:
     last = metrics.last
     trainer, model = (plan[k] if isinstance(plan.get(k), dict) else {} for k in ("trainer", "model"))
     step, total = last.get("step"), steps_in_all(metrics, trainer)
-    found: dict[str, Any] = {
+    snapshot: dict[str, Any] = {
         "run": run_directory.shown(run),
         "name": run.name,
         "model": model.get("name_or_path"),
@@ -161,15 +161,17 @@ def state(run: Path, metrics: Follower) -> dict[str, Any]:
         "restarts": metrics.restarts,
         "losses": [[s, number(v)] for s, v in sorted(metrics.losses.items())],
     }
-    found["notes"] += [f"{key} is {last[key]} at step {step}" for key in SHOWN if key in last and found[key] is None]
+    snapshot["notes"] += [
+        f"{key} is {last[key]} at step {step}" for key in SHOWN if key in last and snapshot[key] is None
+    ]
     if metrics.damaged:
-        found["notes"].append(
+        snapshot["notes"].append(
             f"{metrics.damaged} line{'s' * (metrics.damaged > 1)} of metrics.jsonl could not be read"
         )
-    pace = found["seconds_per_step"]
-    if found["state"] == "running" and pace is not None and step is not None and total is not None:
-        found["seconds_left"] = round(max(0, total - step) * pace, 1)
-    return found
+    pace = snapshot["seconds_per_step"]
+    if snapshot["state"] == "running" and pace is not None and step is not None and total is not None:
+        snapshot["seconds_left"] = round(max(0, total - step) * pace, 1)
+    return snapshot
 
 
 def steps_in_all(metrics: Follower, trainer: dict[str, Any]) -> int | None:
@@ -184,31 +186,31 @@ def steps_in_all(metrics: Follower, trainer: dict[str, Any]) -> int | None:
 
 def condition(run: Path, status: dict[str, Any], metrics: Follower) -> dict[str, Any]:
     """state (created, running, stopped, failed, done), alive (None: on another machine), pid, problems, notes."""
-    said = str(status.get("state") or "created")
+    recorded = str(status.get("state") or "created")
     problems = status.get("problems") if isinstance(status.get("problems"), list) else []
-    found: dict[str, Any] = {
-        "state": said, "alive": False, "pid": None, "since": status.get("time"), "host": status.get("host"),
+    facts: dict[str, Any] = {
+        "state": recorded, "alive": False, "pid": None, "since": status.get("time"), "host": status.get("host"),
         "exit_code": status.get("exit_code"), "problems": [str(p) for p in problems or []], "notes": [],
     }  # fmt: skip
-    if said not in ("created", "running"):
-        return found
-    if said == "created" and (job := submitted(run)):
-        found["notes"].append(f"submitted as SLURM job {job}: scontrol show job {job} has its state and its log")
+    if recorded not in ("created", "running"):
+        return facts
+    if recorded == "created" and (job := submitted(run)):
+        facts["notes"].append(f"submitted as SLURM job {job}: scontrol show job {job} has its state and its log")
     pid = holder(run)
-    found["pid"], found["alive"] = pid, pid is not None
-    if pid is not None or said == "created":
+    facts["pid"], facts["alive"] = pid, pid is not None
+    if pid is not None or recorded == "created":
         pass
     elif status.get("host") not in (None, platform.node()):
-        found["alive"] = None  # its processes cannot be seen from here
+        facts["alive"] = None  # its processes cannot be seen from here
     else:
-        found["state"], found["exit_code"] = "failed", FAILED
-        found["problems"] = [f"it was running since {found['since']} and no process of it is alive"]
+        facts["state"], facts["exit_code"] = "failed", FAILED
+        facts["problems"] = [f"it was running since {facts['since']} and no process of it is alive"]
     quiet = time.time() - max(filter(None, (metrics.written, log_written(run))), default=math.inf)
-    if found["state"] == "running" and quiet > QUIET:
-        found["notes"].append(
+    if facts["state"] == "running" and quiet > QUIET:
+        facts["notes"].append(
             f"nothing was written for {quiet / 60:.0f} minutes: kit doctor {run_directory.shown(run)}"
         )
-    return found
+    return facts
 
 
 def submitted(run: Path) -> str:
@@ -251,12 +253,12 @@ def slowest(row: dict[str, Any]) -> dict[str, Any] | None:
     load, forward = numbers(row.get("rank_load_seconds")), numbers(row.get("rank_forward_seconds"))
     if len(load) < 2 or len(load) != len(forward):
         return None
-    own = [a + b for a, b in zip(load, forward, strict=True)]
-    rank = own.index(max(own))
+    seconds = [a + b for a, b in zip(load, forward, strict=True)]
+    rank = seconds.index(max(seconds))
     return {
         "rank": rank,
-        "seconds": round(own[rank], 5),
-        "median_seconds": round(statistics.median_low(own), 5),
+        "seconds": round(seconds[rank], 5),
+        "median_seconds": round(statistics.median_low(seconds), 5),
         "load_seconds": load[rank],
         "forward_seconds": forward[rank],
     }
@@ -264,33 +266,33 @@ def slowest(row: dict[str, Any]) -> dict[str, Any] | None:
 
 def checkpoint(run: Path) -> dict[str, Any]:
     """The newest checkpoint with a manifest, and when it was finished."""
-    found = []
+    checkpoints = []
     for file in (run / run_directory.CHECKPOINTS).glob(f"checkpoint-*/{manifest.NAME}"):
         if match := re.fullmatch(manifest.CHECKPOINT, file.parent.name):
             try:
-                found.append((int(match[1]), file.parent.name, file.stat().st_mtime))
+                checkpoints.append((int(match[1]), file.parent.name, file.stat().st_mtime))
             except OSError:  # rotated away meanwhile
                 continue
-    if not found:
+    if not checkpoints:
         return {"checkpoint": None, "checkpoint_time": None}
-    return {"checkpoint": max(found)[1], "checkpoint_time": round(max(found)[2], 3)}
+    return {"checkpoint": max(checkpoints)[1], "checkpoint_time": round(max(checkpoints)[2], 3)}
 
 
-def listed(folder: Path, known: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def listed(folder: Path, states: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The states of a sweep's trials, with those that sweep.json names and that have no directory yet, or ever."""
     rows = read_json_or_empty(folder / SWEEP).get("trials")
     by_name = {row["run"]: row for row in rows or [] if isinstance(row, dict) and isinstance(row.get("run"), str)}
-    found = []
-    for trial in known:
+    trials = []
+    for trial in states:
         said = by_name.get(trial["name"], {}).get("state")
-        found.append({**trial, "state": said if said == "pruned" and trial["state"] != "running" else trial["state"]})
-    names = {trial["name"] for trial in known}
+        trials.append({**trial, "state": said if said == "pruned" and trial["state"] != "running" else trial["state"]})
+    names = {trial["name"] for trial in states}
     for name, row in by_name.items():
         if name not in names:
             problems = row.get("problems") if isinstance(row.get("problems"), list) else []
             said = [str(p.get("problem")) if isinstance(p, dict) else str(p) for p in problems or []]
-            found.append({"name": name, "state": str(row.get("state")), "problems": said})
-    return sorted(found, key=lambda trial: trial["name"])
+            trials.append({"name": name, "state": str(row.get("state")), "problems": said})
+    return sorted(trials, key=lambda trial: trial["name"])
 
 
 def ended(states: list[dict[str, Any]]) -> bool:
@@ -300,8 +302,8 @@ def ended(states: list[dict[str, Any]]) -> bool:
 def exit_code(states: list[dict[str, Any]]) -> int:
     """0 for what is alive or done, 75 for a stopped run, a failed one's own; of a sweep the worst."""
     codes = {"stopped": STOPPED, "failed": FAILED, "refused": FAILED}
-    found = [codes.get(s["state"], DONE) for s in states]
-    if len(states) == 1 and found == [FAILED]:
+    state_codes = [codes.get(s["state"], DONE) for s in states]
+    if len(states) == 1 and state_codes == [FAILED]:
         code = states[0].get("exit_code")
         return code if type(code) is int and code > 0 else FAILED
-    return FAILED if FAILED in found else STOPPED if STOPPED in found else DONE
+    return FAILED if FAILED in state_codes else STOPPED if STOPPED in state_codes else DONE
