@@ -513,7 +513,7 @@ def test_their_own_defaults_are_written(tmp_path: Path):
         file.write_text(text + "\n")
         made = import_config(str(file), check=False)
         assert {k: whole(made).get(k, "MISSING") for k in expected} == expected, text
-        assert made.theirs
+        assert made.their_defaults
 
 
 def test_trl_defaults_are_those_of_the_installed_trl():

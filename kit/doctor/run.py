@@ -130,7 +130,7 @@ def failed(run: Path, ranks: list[Rank], status: dict[str, Any], facts: dict[str
     if waiting:
         return hanging(hung(ranks), ranks, facts)
     for rank in fell:  # every rank points at another one: the one that is named, in the words it is quoted with
-        if quoted := re.search(r"rank (\d+) failed: ([\s\S]+)", rank.said):
+        if quoted := re.search(r"rank (\d+) failed: ([\s\S]+)", rank.error):
             return from_text(run, quoted[2], int(quoted[1]), ranks, facts)
     if reported and not ranks:
         return from_text(run, "\n".join(reported), None, ranks, facts)
@@ -139,7 +139,7 @@ def failed(run: Path, ranks: list[Rank], status: dict[str, Any], facts: dict[str
 
 def named(run: Path, rank: Rank, ranks: list[Rank], status: dict[str, Any], facts: dict[str, Any]) -> Diagnosis:
     """A rank that said why, in its own words."""
-    match = causes.find(rank.said) or causes.find(rank.text)
+    match = causes.find(rank.error) or causes.find(rank.text)
     message = first_sentence(rank)
     facts = {
         **facts,

@@ -23,14 +23,14 @@ NATIVE = {"crash", "illegal_instruction", "gpu_fault", "nccl", "cuda_oom", "host
 class Rank:
     """One rank's last start.
 
-    said: its own error in words, "" where it left none; trace: the traceback; written: when its log last grew;
+    error: its own error in words, "" where it left none; trace: the traceback; written: when its log last grew;
     failed: when it wrote its error; died: when the launcher saw it gone.
     """
 
     number: int
     log: Path
     lines: list[str]
-    said: str
+    error: str
     trace: str
     code: int | None
     written: float
@@ -40,7 +40,7 @@ class Rank:
     @property
     def text(self) -> str:
         """All that can name a cause: its error, its traceback, else the end of its log."""
-        return "\n".join([self.said, self.trace]) if self.said or self.trace else "\n".join(self.lines[-60:])
+        return "\n".join([self.error, self.trace]) if self.error or self.trace else "\n".join(self.lines[-60:])
 
     @property
     def kind(self) -> str:
@@ -48,9 +48,9 @@ class Rank:
         text = self.text
         if causes.WAITED.search(text):
             return "waited"
-        if causes.FELL_AFTER.search(self.said or text):
+        if causes.FELL_AFTER.search(self.error or text):
             return "fell"
-        if self.said or self.trace:
+        if self.error or self.trace:
             return "error"
         native = causes.find(text)
         return "error" if native and native[0].id in NATIVE else "silent"
@@ -75,7 +75,7 @@ def read_rank(log: Path, deaths: dict[str, float]) -> Rank:
         number=number,
         log=log,
         lines=[line for line in text.splitlines() if line.strip()],
-        said="\n".join(sentence(p) for p in problems),
+        error="\n".join(sentence(p) for p in problems),
         trace=traces[-1] if traces and (problems or not went_on(text, traces[-1])) else "",
         code=error.get("code"),
         written=log.stat().st_mtime,
@@ -174,8 +174,8 @@ def own_fixes(rank: Rank) -> list[str]:
 
 def first_sentence(rank: Rank) -> str:
     """The error itself: the last line of the traceback, else the first of what was reported, else of the log."""
-    lines = [line for line in (rank.said or rank.trace).splitlines() if line.strip()]
-    if rank.said:
+    lines = [line for line in (rank.error or rank.trace).splitlines() if line.strip()]
+    if rank.error:
         return lines[0].removeprefix(f"rank {rank.number}: ")[:400]
     if lines:
         return lines[-1][:400]

@@ -38,7 +38,7 @@ class Imported:
     tree: dict[str, Any]
     entries: list[Entry]
     detected: list[tuple[str, str]]  # (source, format)
-    theirs: dict[str, str]
+    their_defaults: dict[str, str]
     notes: list[str]
     problems: list[Problem] = field(default_factory=list)  # what kit check says of the recipe
 
@@ -47,7 +47,7 @@ class Imported:
             "detected": [{"source": s, "format": f} for s, f in self.detected],
             "recipe": self.text,
             "keys": [asdict(e) for e in self.entries],
-            "their_defaults": self.theirs,
+            "their_defaults": self.their_defaults,
             "notes": self.notes,
             "problems": [asdict(p) for p in self.problems],
         }
@@ -74,7 +74,9 @@ def import_config(*words: str, form: str | None = None, check: bool = True) -> I
     settle(recipe)
     tree = recipe_tree(recipe)
     text = write(tree, recipe, entries, sources)
-    imported = Imported(text, tree, entries, [(s.name, s.format) for s in sources], recipe.theirs, recipe.notes)
+    imported = Imported(
+        text, tree, entries, [(s.name, s.format) for s in sources], recipe.their_defaults, recipe.notes
+    )
     if not given:
         recipe.notes.append(
             "no model and no data are named here: add model=... and dataset=..., or the tool's own file"
@@ -190,9 +192,9 @@ def write(tree: dict[str, Any], recipe: Recipe, entries: list[Entry], sources: l
     body = yaml.dump(tree, Dumper=Dumper, sort_keys=False, width=110, allow_unicode=True) if tree else ""
     left = [e for e in entries if e.outcome == "left"]
     ends = []
-    if recipe.theirs:
+    if recipe.their_defaults:
         ends += ["", "# Their defaults, written out because the kit's differ:"]
-        ends += [f"#   {comment(key)}: {comment(reason)}" for key, reason in recipe.theirs.items()]
+        ends += [f"#   {comment(key)}: {comment(reason)}" for key, reason in recipe.their_defaults.items()]
     if left:
         ends += ["", "# Not carried over:"]
         ends += [f"#   {comment(e.key)}: {comment(e.note)}{'; ' * bool(e.fix)}{comment(e.fix)}" for e in left]

@@ -15,11 +15,11 @@ MASKS = (
 
 
 def template(r: Reading, path: Key) -> None:
-    if not r.has(*path) or r.empty(*path):
+    if not r.has(*path) or r.skip_null(*path):
         return
     name = str(r.get(*path))
     if name in ("tokenizer_default", "jinja") or name.startswith("tokenizer_default_fallback_"):
-        r.same(path, "the tokenizer's own template" if name != "jinja" else "chat_template_jinja holds it")
+        r.mark_default(path, "the tokenizer's own template" if name != "jinja" else "chat_template_jinja holds it")
     elif name == "chatml":
         r.carry(path, "tokenizer.chat_template", "chatml")
     else:
@@ -39,18 +39,18 @@ def datasets(r: Reading) -> None:
         if place and "path" in test_sets[0]:
             r.carry(("test_datasets", 0, "path"), "dataset.eval_path", place)
             if test_sets[0].get("data_files") == place and r.has("test_datasets", 0, "data_files"):
-                r.same(("test_datasets", 0, "data_files"), "the file of eval_path")
+                r.mark_default(("test_datasets", 0, "data_files"), "the file of eval_path")
         if "split" in test_sets[0] and test_sets[0].get("path") == (listed or [{}])[0].get("path"):
             r.carry(("test_datasets", 0, "split"), "dataset.eval_split", test_sets[0]["split"])
             r.recipe.drop("dataset.eval_path", "a split of the same data set")
         for name in ("type", "ds_type", "field_messages"):
             if r.has("test_datasets", 0, name) and (listed or [{}])[0].get(name) == test_sets[0][name]:
-                r.same(("test_datasets", 0, name), "as the training rows")
-    if r.has("val_set_size") and not r.empty("val_set_size"):
+                r.mark_default(("test_datasets", 0, name), "as the training rows")
+    if r.has("val_set_size") and not r.skip_null("val_set_size"):
         if r.get("val_set_size"):
             r.carry(("val_set_size",), "dataset.test_size", r.get("val_set_size"))
         else:
-            r.same(("val_set_size",), "nothing is held out, as here")
+            r.mark_default(("val_set_size",), "nothing is held out, as here")
 
 
 def where(block: dict[str, Any]) -> str | None:
@@ -66,18 +66,20 @@ def one(r: Reading, prefix: Key, block: dict[str, Any]) -> None:
     place = where(block)
     if r.has(*prefix, "path"):
         if place != block["path"]:
-            r.same((*prefix, "path"), "the suffix of the file says it")
+            r.mark_default((*prefix, "path"), "the suffix of the file says it")
         else:
             r.carry((*prefix, "path"), "dataset.path", place)
-    if r.has(*prefix, "data_files") and not r.empty(*prefix, "data_files"):
+    if r.has(*prefix, "data_files") and not r.skip_null(*prefix, "data_files"):
         if place and place != block.get("path"):
             r.carry((*prefix, "data_files"), "dataset.path", place)
         else:
             r.leave((*prefix, "data_files"), "one file or folder", "dataset.path=FILE")
-    r.table({"name": "dataset.name", "split": "dataset.split", "revision": "dataset.revision"}, *prefix)
-    r.equal({"ds_type": "the suffix of the file says it", "preprocess_shards": "a matter of memory there"}, *prefix)
+    r.carry_all({"name": "dataset.name", "split": "dataset.split", "revision": "dataset.revision"}, *prefix)
+    r.mark_defaults(
+        {"ds_type": "the suffix of the file says it", "preprocess_shards": "a matter of memory there"}, *prefix
+    )
     if r.has(*prefix, "trust_remote_code"):
-        r.left({"trust_remote_code": ("data sets run no code here", "")}, *prefix)
+        r.leave_all({"trust_remote_code": ("data sets run no code here", "")}, *prefix)
     rows(r, prefix, block)
     for name in MASKS:
         if r.has(*prefix, name):
@@ -85,7 +87,7 @@ def one(r: Reading, prefix: Key, block: dict[str, Any]) -> None:
                 name in ("train_on_eos", "train_on_eot") and block[name] == "turn"
             )
             if usual or block[name] in (None, False, [], {}):
-                r.same((*prefix, name), "the same here")
+                r.mark_default((*prefix, name), "the same here")
             else:
                 r.leave((*prefix, name), "the template's marks say what is trained", "a template of your own")
 
@@ -99,17 +101,17 @@ def rows(r: Reading, prefix: Key, block: dict[str, Any]) -> None:
         own(r, path, kind)
     elif base == "completion":
         r.carry(path, "dataset.format", "text")
-        if r.has(*prefix, "field") and not r.empty(*prefix, "field"):
+        if r.has(*prefix, "field") and not r.skip_null(*prefix, "field"):
             r.carry((*prefix, "field"), "dataset.columns.text", block["field"])
     elif base in ("chat_template", "sharegpt"):
         r.carry(path, "dataset.format", "messages")
         column = block.get("field_messages") or ("conversations" if base == "sharegpt" else "messages")
-        if r.has(*prefix, "field_messages") and not r.empty(*prefix, "field_messages"):
+        if r.has(*prefix, "field_messages") and not r.skip_null(*prefix, "field_messages"):
             r.carry((*prefix, "field_messages"), "dataset.columns.messages", column)
         elif column != "messages":
             r.carry(path, "dataset.columns.messages", column)
         turns(r, prefix, block)
-        if not r.empty(*prefix, "chat_template"):
+        if not r.skip_null(*prefix, "chat_template"):
             template(r, (*prefix, "chat_template"))
         if not whole:
             r.recipe.default("trainer.assistant_only_loss", True, "Axolotl trains the assistant's words alone")
@@ -120,11 +122,11 @@ def rows(r: Reading, prefix: Key, block: dict[str, Any]) -> None:
         r.leave(path, f"rows of type {kind} are not known here", "write dataset.template.prompt and .completion")
     if r.has("train_on_inputs"):
         if whole and base in ("chat_template", "sharegpt", "completion"):
-            r.same(("train_on_inputs",), "the loss is on every token of such rows, as here")
+            r.mark_default(("train_on_inputs",), "the loss is on every token of such rows, as here")
         elif whole:
             r.carry(("train_on_inputs",), "trainer.completion_only_loss", False)
         else:
-            r.same(("train_on_inputs",), "prompts are not in the loss, as here")
+            r.mark_default(("train_on_inputs",), "prompts are not in the loss, as here")
 
 
 def turns(r: Reading, prefix: Key, block: dict[str, Any]) -> None:
@@ -136,9 +138,9 @@ def turns(r: Reading, prefix: Key, block: dict[str, Any]) -> None:
             names[new] = block[old]
     usual = {("role", "role"), ("content", "content"), ("role", "from"), ("content", "value")}
     for name in ("message_property_mappings", "message_field_role", "message_field_content"):
-        if r.has(*prefix, name) and not r.empty(*prefix, name):
+        if r.has(*prefix, name) and not r.skip_null(*prefix, name):
             if all(pair in usual for pair in names.items()):
-                r.same((*prefix, name), "role and content, or from and value, are read by themselves")
+                r.mark_default((*prefix, name), "role and content, or from and value, are read by themselves")
                 if "from" in names.values():
                     r.recipe.notes.append(
                         "turns with from and value often say human and gpt: the chat template must know these names, "
@@ -166,6 +168,6 @@ def own(r: Reading, path: Key, kind: dict[str, Any]) -> None:
     template = {"prompt": prompt, "completion": "{" + columns["output"] + "}"}
     own_keys = {*(f"field_{n}" for n in columns), "format", "system_prompt", "system_format"}
     for name in kind:
-        if name in own_keys and r.has(*path, name) and not r.empty(*path, name):
+        if name in own_keys and r.has(*path, name) and not r.skip_null(*path, name):
             r.carry((*path, name), "dataset.template", template)
-    r.left({"no_input_format": ("one form for every row", "leave empty inputs out of the data")}, *path)
+    r.leave_all({"no_input_format": ("one form for every row", "leave empty inputs out of the data")}, *path)

@@ -80,9 +80,9 @@ def print_report(imported: Imported, out: str | None, everything: bool, to: Any)
     else:
         for e in [e for e in kinds["carried"] if e.note]:
             print(f"  {e.key} -> {', '.join(e.to)}{note(e.note)}", file=to)
-    if imported.theirs:
+    if imported.their_defaults:
         print("their defaults, written out because the kit's differ:", file=to)
-        for key, reason in imported.theirs.items():
+        for key, reason in imported.their_defaults.items():
             print(f"  {key}: {reason}", file=to)
     if kinds["left"]:
         print("not carried over:", file=to)

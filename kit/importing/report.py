@@ -59,7 +59,7 @@ class Recipe:
     def __init__(self) -> None:
         self.values: dict[str, Any] = {}
         self.groups: dict[str, str] = {}
-        self.theirs: dict[str, str] = {}  # kit key: why it is written although no source says it
+        self.their_defaults: dict[str, str] = {}  # kit key: why it is written although no source says it
         self.notes: list[str] = []
         self.setter: dict[str, Entry] = {}
 
@@ -73,19 +73,19 @@ class Recipe:
                 overrule(before, key, f"{entry.source} says {shown(value)} in {entry.key}, and that stands")
         self.values[key] = value
         self.setter[key] = entry
-        self.theirs.pop(key, None)
+        self.their_defaults.pop(key, None)
 
     def default(self, key: str, value: Any, reason: str) -> None:
         """A default of the foreign tool, written out where it differs from the kit's and no source gives the key."""
         if key not in self.values and not same_value(kit_default(key), value):
             self.values[key] = value
-            self.theirs[key] = reason
+            self.their_defaults[key] = reason
 
     def drop(self, key: str, reason: str) -> None:
         """Take a key back that another one makes meaningless."""
         if key in self.values:
             del self.values[key]
-            self.theirs.pop(key, None)
+            self.their_defaults.pop(key, None)
             if entry := self.setter.pop(key, None):
                 overrule(entry, key, reason)
 
@@ -146,25 +146,25 @@ class Reading:
         """This source key sets that kit key; a second call for the same source key adds a kit key to its entry."""
         entry = self.entries.get(path)
         if entry is None:
-            entry = self.note(path, "carried", note)
+            entry = self.add_entry(path, "carried", note)
         elif note and note not in entry.note:
             entry.note = f"{entry.note}; {note}" if entry.note else note
         entry.to.append(key)
         self.recipe.set(key, typed(key, value), entry)
 
-    def choose(self, path: Key, group: str, choice: str, note: str = "") -> None:
+    def choose_group(self, path: Key, group: str, choice: str, note: str = "") -> None:
         """This source key chooses a group, as `quantization=nf4` does."""
-        entry = self.entries.get(path) or self.note(path, "carried", note)
+        entry = self.entries.get(path) or self.add_entry(path, "carried", note)
         entry.to.append(f"{group}={choice}")
         self.recipe.groups[group] = choice
 
-    def same(self, path: Key, reason: str = "the same here") -> None:
-        self.note(path, "default", reason)
+    def mark_default(self, path: Key, reason: str = "the same here") -> None:
+        self.add_entry(path, "default", reason)
 
     def leave(self, path: Key, reason: str, fix: str = "") -> None:
-        self.note(path, "left", reason, fix)
+        self.add_entry(path, "left", reason, fix)
 
-    def note(self, path: Key, outcome: Any, note: str, fix: str = "") -> Entry:
+    def add_entry(self, path: Key, outcome: Any, note: str, fix: str = "") -> Entry:
         assert exists(self.tree, path), path
         assert path not in self.entries, path
         value = at(self.tree, path)
@@ -174,31 +174,31 @@ class Reading:
         self.entries[path] = entry
         return entry
 
-    def table(self, names: dict[str, str], *prefix: str | int) -> None:
+    def carry_all(self, names: dict[str, str], *prefix: str | int) -> None:
         """Keys that only have another name here."""
         for name, key in names.items():
-            if self.has(*prefix, name) and not self.empty(*prefix, name):
+            if self.has(*prefix, name) and not self.skip_null(*prefix, name):
                 self.carry((*prefix, name), key, self.get(*prefix, name))
 
-    def left(self, names: dict[str, tuple[str, str]], *prefix: str | int) -> None:
+    def leave_all(self, names: dict[str, tuple[str, str]], *prefix: str | int) -> None:
         """Keys that are known and have no counterpart here; switched off, they need none."""
         for name, (reason, fix) in names.items():
             if self.has(*prefix, name):
                 if self.get(*prefix, name) in (None, False, "", [], {}, 0):
-                    self.same((*prefix, name), "switched off, as here")
+                    self.mark_default((*prefix, name), "switched off, as here")
                 else:
                     self.leave((*prefix, name), reason, fix)
 
-    def equal(self, names: dict[str, str], *prefix: str | int) -> None:
+    def mark_defaults(self, names: dict[str, str], *prefix: str | int) -> None:
         """Keys that need nothing here, whatever their value."""
         for name, reason in names.items():
             if self.has(*prefix, name):
-                self.same((*prefix, name), reason)
+                self.mark_default((*prefix, name), reason)
 
-    def empty(self, *path: str | int) -> bool:
+    def skip_null(self, *path: str | int) -> bool:
         """Null in a source is what a missing key is; notes it."""
         if self.has(*path) and self.get(*path) is None:
-            self.same(path, "null: nothing is set")
+            self.mark_default(path, "null: nothing is set")
             return True
         return False
 

@@ -284,14 +284,14 @@ def listed(folder: Path, states: list[dict[str, Any]]) -> list[dict[str, Any]]:
     by_name = {row["run"]: row for row in rows or [] if isinstance(row, dict) and isinstance(row.get("run"), str)}
     trials = []
     for trial in states:
-        said = by_name.get(trial["name"], {}).get("state")
-        trials.append({**trial, "state": said if said == "pruned" and trial["state"] != "running" else trial["state"]})
+        pruned = by_name.get(trial["name"], {}).get("state") == "pruned" and trial["state"] != "running"
+        trials.append({**trial, "state": "pruned" if pruned else trial["state"]})
     names = {trial["name"] for trial in states}
     for name, row in by_name.items():
         if name not in names:
             problems = row.get("problems") if isinstance(row.get("problems"), list) else []
-            said = [str(p.get("problem")) if isinstance(p, dict) else str(p) for p in problems or []]
-            trials.append({"name": name, "state": str(row.get("state")), "problems": said})
+            texts = [str(p.get("problem")) if isinstance(p, dict) else str(p) for p in problems or []]
+            trials.append({"name": name, "state": str(row.get("state")), "problems": texts})
     return sorted(trials, key=lambda trial: trial["name"])
 
 
