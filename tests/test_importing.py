@@ -22,7 +22,7 @@ from kit import api
 from kit.cli import main as cli
 from kit.errors import DONE, REFUSED, KitError
 from kit.importing import Imported, import_config
-from kit.importing.report import leaves
+from kit.importing.tree import leaves
 from kit.schema import fields
 from kit.schema.run_plan import leaves as flat
 
@@ -232,7 +232,7 @@ def test_every_source_key_ends_once(what: str, here: Path):
 
 def every_key_once(made: Imported, tree: dict) -> None:
     """Each leaf of the source is covered by one entry, its own or that of a block around it."""
-    from kit.importing.report import dotted
+    from kit.importing.tree import dotted
 
     counts = Counter(e.key for e in made.entries)
     assert {k: n for k, n in counts.items() if n > 1} == {}
@@ -523,14 +523,23 @@ def test_trl_defaults_are_those_of_the_installed_trl():
 
     from trl import ModelConfig, ScriptArguments
 
-    from kit.importing import trl
+    from kit.importing import training_arguments, trl
 
     defaults = {f.name: f.default for f in of(ModelConfig) if f.default is not MISSING}
     own = {k: defaults[k if k.startswith("lora_") else f"lora_{k}"] for k in trl.LORA_DEFAULTS}
     assert own == trl.LORA_DEFAULTS
     assert (defaults["dtype"], defaults["use_bnb_nested_quant"], defaults["use_peft"]) == ("float32", False, False)
     assert {f.name: f.default for f in of(ScriptArguments)}["dataset_test_split"] == "test"
-    read = {*trl.MODEL, *trl.LORA, *trl.BITS, *trl.DATA, *trl.UNREAD, "model_revision", "dtype", "use_peft"}
+    read = {
+        *trl.MODEL,
+        *trl.LORA,
+        *trl.BITS,
+        *trl.DATA,
+        *training_arguments.UNREAD,
+        "model_revision",
+        "dtype",
+        "use_peft",
+    }
     read |= {"lora_target_modules", "lora_task_type", "load_in_8bit", "load_in_4bit", "dataset_name"}
     read |= {"dataset_train_split", "dataset_test_split"}
     assert {f.name for c in (ModelConfig, ScriptArguments) for f in of(c)} <= read

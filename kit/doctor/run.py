@@ -23,6 +23,7 @@ from kit.doctor.run_logs import (
     line_number,
     own_fixes,
     read_ranks,
+    rows_of,
     signal_of,
 )
 from kit.errors import DONE, FAILED, STOPPED
@@ -292,14 +293,3 @@ def unknown(
     facts = {**facts, "rank": rank.number, "where": line_number(rank, ""), "last_lines": rank.lines[-LAST:]}
     sentence = f"the cause is not known; rank {rank.number} failed first, and these are its last lines"
     return Diagnosis(**facts, cause="unknown", sentence=sentence)
-
-
-def rows_of(run: Path) -> list[str]:
-    """Which rows were in the steps before a loss that is not finite, as the trainer wrote them down."""
-    report = read_json_or_empty(run / run_directory.LOGS / "nonfinite.json")
-    if not report:
-        return []
-    steps = f"{report['first_step']} to {report['last_step']}"
-    listed = ", ".join(map(str, report["rows"][:24])) + (", ..." if report["count"] > 24 else "")
-    read = f"steps {steps} read {report['count']} of the {report['of']} prepared rows: {listed}"
-    return [read, *(f"row {row}: {text[:120]!r}" for row, text in report.get("texts", {}).items())]

@@ -194,3 +194,14 @@ def ago(moment: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit} ago"
     return f"{seconds:.0f} s ago"
+
+
+def rows_of(run: Path) -> list[str]:
+    """Which rows were in the steps before a loss that is not finite, as the trainer wrote them down."""
+    report = read_json_or_empty(run / run_directory.LOGS / "nonfinite.json")
+    if not report:
+        return []
+    steps = f"{report['first_step']} to {report['last_step']}"
+    listed = ", ".join(map(str, report["rows"][:24])) + (", ..." if report["count"] > 24 else "")
+    read = f"steps {steps} read {report['count']} of the {report['of']} prepared rows: {listed}"
+    return [read, *(f"row {row}: {text[:120]!r}" for row, text in report.get("texts", {}).items())]

@@ -14,7 +14,8 @@ from kit.errors import KitError, Problem
 from kit.importing import accelerate, axolotl, llamafactory, trl
 from kit.importing.command import read_command
 from kit.importing.read import SUFFIXES, detect, read_file
-from kit.importing.report import Entry, Reading, Recipe, Source, shown
+from kit.importing.report import Entry, Reading, Recipe, Source
+from kit.importing.tree import shown
 from kit.storage.json_files import atomic_write_text
 
 READERS = {

@@ -9,6 +9,7 @@ from kit.importing import sharding, trl
 from kit.importing.axolotl_data import datasets, template
 from kit.importing.axolotl_keys import CUSTOM_OPTIMIZERS, LEFT, NAMES, NOT_SFT, PEFT, SAME, THEIR_DEFAULTS
 from kit.importing.report import Reading
+from kit.importing.training_arguments import defaults, training_arguments
 
 
 def read(r: Reading) -> None:
@@ -35,17 +36,17 @@ def read(r: Reading) -> None:
     r.mark_defaults(SAME)
     r.leave_all(LEFT)
     liger(r)
-    trl.training_arguments(r)
-    defaults = dict(THEIR_DEFAULTS)
+    training_arguments(r)
+    changed = dict(THEIR_DEFAULTS)
     if "trainer.per_device_train_batch_size" in r.recipe.values:
-        defaults["per_device_eval_batch_size"] = r.recipe.values["trainer.per_device_train_batch_size"]
+        changed["per_device_eval_batch_size"] = r.recipe.values["trainer.per_device_train_batch_size"]
     else:
-        defaults["per_device_eval_batch_size"] = 1
-    defaults.pop("learning_rate")
+        changed["per_device_eval_batch_size"] = 1
+    changed.pop("learning_rate")
     if r.get("learning_rate") is None:
         r.recipe.notes.append("Axolotl needs a learning_rate and the file has none: the kit's own stands")
-        defaults["learning_rate"] = 2.0e-4
-    trl.defaults(r, defaults, "Axolotl")
+        changed["learning_rate"] = 2.0e-4
+    defaults(r, changed, "Axolotl")
     if "warmup_steps" not in r.tree and r.get("warmup_ratio") is None:
         r.recipe.notes.append("Axolotl's own warm-up is 3% of the steps and at most 100; the limit is not carried")
     if r.get("excess_length_strategy") in (None, "drop"):

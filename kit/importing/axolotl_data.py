@@ -6,7 +6,8 @@ import re
 from typing import Any
 
 from kit.importing import prompts
-from kit.importing.report import Key, Reading
+from kit.importing.report import Reading
+from kit.importing.tree import Key
 
 MASKS = (
     "roles drop_system_message message_field_training roles_to_train train_on_eos train_on_eot shards shards_idx "

@@ -10,6 +10,7 @@ from kit.importing import prompts, trl
 from kit.importing.llamafactory_keys import ATTENTION, LEFT, LORA, NAMES, PREFIXES, SAME, THEIR_DEFAULTS
 from kit.importing.read import read_file
 from kit.importing.report import Reading
+from kit.importing.training_arguments import defaults, training_arguments
 
 
 def read(r: Reading) -> None:
@@ -51,9 +52,9 @@ def read(r: Reading) -> None:
     r.mark_defaults(SAME)
     r.leave_all(LEFT)
     unused(r)
-    trl.training_arguments(r, skip=("max_length",))
-    defaults = dict(THEIR_DEFAULTS)
-    trl.defaults(r, defaults, "LLaMA-Factory")
+    training_arguments(r, skip=("max_length",))
+    changed = dict(THEIR_DEFAULTS)
+    defaults(r, changed, "LLaMA-Factory")
     if "bf16" not in r.tree and "fp16" not in r.tree:
         r.recipe.notes.append(
             "neither bf16 nor fp16 is given: LLaMA-Factory computes in the checkpoint's dtype, the kit in what the "

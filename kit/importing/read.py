@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from kit.errors import KitError
-from kit.importing.report import MOST_KEYS
+from kit.importing.tree import MOST_KEYS
 
 LARGEST = 4_000_000  # bytes
 SUFFIXES = (".yaml", ".yml", ".json")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kit.importing.report import Key, Reading
+from kit.importing.report import Reading
+from kit.importing.tree import Key
 
 
 def read(r: Reading) -> None:

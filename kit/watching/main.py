@@ -16,6 +16,7 @@ from typing import Any
 from kit.errors import DONE, KitError
 from kit.storage import run_directory
 from kit.watching import state, view
+from kit.watching.metrics import Follower
 
 
 def main(argv: list[str]) -> int:
@@ -54,7 +55,7 @@ class Look:
 
     def __init__(self, folder: Path, sweep: bool) -> None:
         self.folder, self.sweep, self.name = folder, sweep, run_directory.shown(folder)
-        self.followers: dict[Path, state.Follower] = {}
+        self.followers: dict[Path, Follower] = {}
 
     def __call__(self) -> list[dict[str, Any]]:
         if not self.sweep:
@@ -68,7 +69,7 @@ class Look:
         return state.listed(self.folder, states)
 
     def one(self, run: Path) -> dict[str, Any]:
-        follower = self.followers.setdefault(run, state.Follower(run / run_directory.METRICS_LOG))
+        follower = self.followers.setdefault(run, Follower(run / run_directory.METRICS_LOG))
         return state.state(run, follower)
 
     def frame(self, states: list[dict[str, Any]], terminal: bool) -> Any:
