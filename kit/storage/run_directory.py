@@ -20,7 +20,7 @@ from kit.system.terminal import say
 
 PLAN, DS_CONFIG, LAUNCH, STATUS = "plan.json", "ds_config.json", "launch.json", "status.json"
 METRICS, METRICS_LOG, SAMPLES = "metrics.json", "metrics.jsonl", "samples.json"
-ADAPTER, MODEL, CHECKPOINTS, MERGED, LOGS = "adapter", "model", "checkpoints", "merged", "logs"
+ADAPTER, MODEL, CHECKPOINTS, LOGS = "adapter", "model", "checkpoints", "logs"
 LOCK, RANK_LOCK = ".lock", ".lock.rank0"  # of the command that started a run, and of its rank 0
 LOOK_SECONDS = 0.3  # for as long a lock may only be looked at (`in_use`)
 
