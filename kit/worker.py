@@ -249,11 +249,10 @@ def report(run: Path | None, rank: int, problems: list[Problem], code: int, erro
     with open(log_of(run, rank), "a", encoding="utf-8") as log:
         log.write("".join(traceback.format_exception(error)))
     from kit.storage import run_directory
+    from kit.storage.json_files import atomic_write_json
 
     found = {"code": code, "problems": [vars(p) for p in problems]}
-    run_directory.write_json(
-        run / run_directory.LOGS / f"rank{rank}.error.json", found
-    )  # as a whole: other nodes read it
+    atomic_write_json(run / run_directory.LOGS / f"rank{rank}.error.json", found)  # as a whole: other nodes read it
     if rank == 0:
         run_directory.set_status(run, "failed", exit_code=code, problems=[str(p) for p in problems])
         if not (run / run_directory.LAUNCH).exists():  # started by hand: nobody else will say it

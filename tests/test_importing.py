@@ -22,7 +22,7 @@ from kit import api
 from kit.cli import main as cli
 from kit.errors import DONE, REFUSED, KitError
 from kit.importing import Imported, import_config
-from kit.importing.report import leaves
+from kit.importing.tree import leaves
 from kit.schema import fields
 from kit.schema.run_plan import leaves as flat
 
@@ -65,7 +65,6 @@ def outcome(made: Imported, key: str) -> str:
     return found[0]
 
 
-QLORA = "python train.py --model_name meta-llama/Llama-2-7b-hf --train_type {} --batch_size 4 --context_length 1024"
 # What is imported -> kit keys and groups of the recipe, and source keys that are not carried over.
 TABLE: dict[str, tuple[dict, list[str]]] = {
     "trl_lora.yaml": (
@@ -168,33 +167,6 @@ TABLE: dict[str, tuple[dict, list[str]]] = {
         {"peft": "none", "deepspeed.file": "my_zero3.json", "trainer.max_length": 2048, "trainer.logging_steps": 500},
         ["dataset", "template"],
     ),
-    QLORA.format("qlora") + " --dataset sql --use_cpu_offload False --precision bf16 --lr 1e-4": (
-        {
-            "quantization": "nf4", "peft.r": 64, "peft.lora_alpha": 16, "peft.lora_dropout": 0.1,
-            "peft.target_modules": ["k_proj", "q_proj", "v_proj", "up_proj", "down_proj", "gate_proj"],
-            "fsdp.cpu_offload": False, "trainer.max_grad_norm": 0.0, "trainer.lr_scheduler_type": "constant",
-            "trainer.weight_decay": 0.1, "trainer.adam_beta2": 0.95, "model.dtype": "bfloat16", "trainer.bf16": True,
-            "dataset.split": "validation", "trainer.max_length": 1024, "trainer.learning_rate": 1e-4,
-        },
-        [],
-    ),
-    QLORA.format("bnb_dora") + " --lr_scheduler cosine --apply_gradient_clipping --grad_norm 0.5 --max_steps 100 "
-    "--lora_target_modules default --gradient_accumulation_steps 4 --world_size 2 --output_dir out --dataset alpaca": (
-        {
-            "quantization": "nf4", "peft.use_dora": True, "peft.target_modules": None, "trainer.max_grad_norm": 0.5,
-            "trainer.lr_scheduler_type": "cosine_with_min_lr", "trainer.lr_scheduler_kwargs.min_lr_rate": 0.1,
-            "trainer.warmup_steps": 0.1, "trainer.max_steps": 25, "launch.num_gpus": 2, "fsdp.cpu_offload": True,
-        },
-        ["output_dir"],
-    ),
-    "torchrun --nproc_per_node 2 " + QLORA.format("full").removeprefix("python ") + " --precision bf16_autocast "
-    "--optimizer fused_adam --wd 0.3 --sharding_strategy ddp --dataset_samples 64": (
-        {
-            "peft": "none", "model.dtype": "float32", "trainer.optim": "adamw_torch_fused", "dataset.limit": 64,
-            "launch": "torchrun", "launch.num_gpus": 2, "launch.launcher": "torchrun",
-        },
-        [],
-    ),
     "trl sft --model_name_or_path Qwen/Qwen3-0.6B --dataset_name trl-lib/Capybara --use_peft --load_in_8bit "
     "--lora_target_modules q_proj v_proj --learning_rate 2e-4 --eval_strategy no --bf16 true --lora-r 4": (
         {
@@ -260,7 +232,7 @@ def test_every_source_key_ends_once(what: str, here: Path):
 
 def every_key_once(made: Imported, tree: dict) -> None:
     """Each leaf of the source is covered by one entry, its own or that of a block around it."""
-    from kit.importing.report import dotted
+    from kit.importing.tree import dotted
 
     counts = Counter(e.key for e in made.entries)
     assert {k: n for k, n in counts.items() if n > 1} == {}
@@ -420,7 +392,7 @@ BROKEN = {
     "dpo": (b"stage: dpo\nmodel_name_or_path: x\n", "not a supervised fine-tuning run"),
     "rl": (b"base_model: x\nrl: dpo\n", "no supervised fine-tuning run"),
     "freeze": (b"stage: sft\nfinetuning_type: freeze\n", "not known here"),
-    "hqq": (b"train_type: hqq_lora\nmodel_name: x\n", "the kit has no HQQ"),
+    "parked": (b"train_type: qlora\nmodel_name: x\n", "has no key of"),
     "sagemaker": (b"compute_environment: AMAZON_SAGEMAKER\n", "no machine"),
 }  # fmt: skip
 
@@ -442,7 +414,7 @@ COMMANDS = {
     "axolotl merge-lora x.yaml": "does not train",
     "no-such.yaml": "there is no file",
     "hello": "neither a file",
-    "python train.py --model_name x --train_type hqq_dora": "the kit has no HQQ",
+    "python train.py --model_name x --train_type hqq_dora": "has no option of",
     "/dev/zero": "no plain file",
     "axolotl.yaml trl.yaml": "describe two runs",
     ".": "is a folder",
@@ -535,16 +507,13 @@ def test_their_own_defaults_are_written(tmp_path: Path):
         "model_name_or_path: gpt2": {"peft": "none", "trainer.learning_rate": 2e-5, "trainer.num_train_epochs": 3.0,
                                      "trainer.lr_scheduler_type": "linear", "model.dtype": "float32"},
         "model_name_or_path: gpt2\nuse_peft: true": {"peft.lora_dropout": 0.05, "peft.target_modules": None},
-        "train_type: lora": {"model.name_or_path": "meta-llama/Llama-2-7b-hf", "peft.r": 64,
-                             "trainer.learning_rate": 1e-5,
-                             "dataset.path": "yahma/alpaca-cleaned", "dataset.limit": 512},
     }  # fmt: skip
     for number, (text, expected) in enumerate(cases.items()):
         file = tmp_path / f"{number}.yaml"
         file.write_text(text + "\n")
         made = import_config(str(file), check=False)
         assert {k: whole(made).get(k, "MISSING") for k in expected} == expected, text
-        assert made.theirs
+        assert made.their_defaults
 
 
 def test_trl_defaults_are_those_of_the_installed_trl():
@@ -554,14 +523,23 @@ def test_trl_defaults_are_those_of_the_installed_trl():
 
     from trl import ModelConfig, ScriptArguments
 
-    from kit.importing import trl
+    from kit.importing import training_arguments, trl
 
     defaults = {f.name: f.default for f in of(ModelConfig) if f.default is not MISSING}
     own = {k: defaults[k if k.startswith("lora_") else f"lora_{k}"] for k in trl.LORA_DEFAULTS}
     assert own == trl.LORA_DEFAULTS
     assert (defaults["dtype"], defaults["use_bnb_nested_quant"], defaults["use_peft"]) == ("float32", False, False)
     assert {f.name: f.default for f in of(ScriptArguments)}["dataset_test_split"] == "test"
-    read = {*trl.MODEL, *trl.LORA, *trl.BITS, *trl.DATA, *trl.UNREAD, "model_revision", "dtype", "use_peft"}
+    read = {
+        *trl.MODEL,
+        *trl.LORA,
+        *trl.BITS,
+        *trl.DATA,
+        *training_arguments.UNREAD,
+        "model_revision",
+        "dtype",
+        "use_peft",
+    }
     read |= {"lora_target_modules", "lora_task_type", "load_in_8bit", "load_in_4bit", "dataset_name"}
     read |= {"dataset_train_split", "dataset_test_split"}
     assert {f.name for c in (ModelConfig, ScriptArguments) for f in of(c)} <= read

@@ -10,8 +10,7 @@ import sys
 
 import pytest
 
-from kit.errors import KitError
-from kit.storage import manifest
+from kit.storage import atomic_folder, manifest
 
 
 def make(folder, content=b"abc", step=1):
@@ -68,24 +67,20 @@ def test_a_manifest_cannot_point_outside(tmp_path):
     assert "outside the folder" in manifest.verify(folder)[0]
 
 
-def test_publish_refuses_what_is_complete_and_replaces_what_is_not(tmp_path):
-    final = tmp_path / "checkpoint-1"
-    manifest.publish(make(manifest.staging_path(final)), final)
-    with pytest.raises(KitError, match="already complete") as refused:
-        manifest.publish(make(manifest.staging_path(final), b"new"), final)
-    assert refused.value.code == 4
-    (final / "weights.bin").unlink()
-    manifest.publish(manifest.staging_path(final), final)
-    assert (final / "weights.bin").read_bytes() == b"new"
-    manifest.publish(make(manifest.staging_path(final), b"newer"), final, replace=True)
-    assert (final / "weights.bin").read_bytes() == b"newer"
-    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
-
-
-def test_publish_wants_a_manifest(tmp_path):
-    (tmp_path / ".staging-a").mkdir()
-    with pytest.raises(KitError, match="no manifest"):
-        manifest.publish(tmp_path / ".staging-a", tmp_path / "a")
+def test_an_atomic_folder_is_complete_or_absent(tmp_path):
+    target = tmp_path / "deep" / "checkpoint-1"
+    staging = atomic_folder.staging_path(target)
+    with atomic_folder.atomic_folder(target, staging) as folder:
+        (folder / "weights.bin").write_bytes(b"old")
+        assert folder == staging and not target.exists()
+    with pytest.raises(RuntimeError), atomic_folder.atomic_folder(target, staging) as folder:
+        (folder / "weights.bin").write_bytes(b"half")
+        raise RuntimeError
+    assert (target / "weights.bin").read_bytes() == b"old"
+    with atomic_folder.atomic_folder(target, staging) as folder:
+        (folder / "weights.bin").write_bytes(b"new")
+    assert (target / "weights.bin").read_bytes() == b"new"
+    assert [p.name for p in target.parent.iterdir()] == ["checkpoint-1"]
 
 
 def test_a_failed_rename_brings_the_old_one_back(tmp_path, monkeypatch):
@@ -100,15 +95,16 @@ def test_a_failed_rename_brings_the_old_one_back(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "rename", fails)
     with pytest.raises(OSError, match="No space"):
-        manifest.publish(staging, final, replace=True)
+        atomic_folder.replace_folder(staging, final)
     assert manifest.verify(final) == [] and (final / "weights.bin").read_bytes() == b"abc"
 
 
-def test_publish_into_a_folder_of_others(tmp_path):
+def test_a_save_into_a_folder_of_others(tmp_path):
     final = tmp_path / "out"
     (final / "checkpoint-1").mkdir(parents=True)
     (final / "notes.txt").write_text("mine")
-    manifest.publish_into(make(tmp_path / ".staging-out"), final)
+    with atomic_folder.atomic_folder(final, tmp_path / ".staging-out", move=manifest.move_save_into) as staging:
+        make(staging)
     assert manifest.verify(final) == [] and (final / "notes.txt").exists() and (final / "checkpoint-1").is_dir()
     assert not (tmp_path / ".staging-out").exists()
 
@@ -133,14 +129,14 @@ def test_leftovers(tmp_path):
     make(tmp_path / ".replaced-model", b"old")
     make(tmp_path / "model", b"new")
     (tmp_path / ".hydra").mkdir()
-    assert len(manifest.remove_leftovers(tmp_path)) == 4
+    assert len(atomic_folder.remove_leftovers(tmp_path)) == 4
     assert sorted(p.name for p in tmp_path.iterdir()) == [".hydra", "adapter", "model"]
     assert (tmp_path / "adapter" / "weights.bin").read_bytes() == b"old"
     assert (tmp_path / "model" / "weights.bin").read_bytes() == b"new"
 
 
 def test_discard(tmp_path):
-    manifest.discard(make(tmp_path / "checkpoint-1"))
+    atomic_folder.discard(make(tmp_path / "checkpoint-1"))
     assert list(tmp_path.iterdir()) == []
 
 

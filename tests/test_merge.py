@@ -330,7 +330,7 @@ def killed_merge(point: str, adapter: Path, base: Path, out: Path) -> int:
     def run() -> None:
         module, name, after = {
             "block": (kit.merging.stream, "_change", 2),
-            "publish": (kit.storage.atomic_folder, "publish", 0),
+            "publish": (kit.storage.atomic_folder, "replace_folder", 0),
         }[point]
         setattr(module, name, dies(getattr(module, name), after))
         merge(adapter, str(base), out, verify=False, fsync=False)

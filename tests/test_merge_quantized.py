@@ -18,6 +18,7 @@ from kit.errors import KitError
 from kit.merging import merge
 from kit.models.quantization import bnb_config, settle
 from kit.storage import run_directory
+from kit.storage.json_files import read_json_or_empty
 
 KINDS = {
     "nf4": ["quantization=nf4"],
@@ -67,7 +68,7 @@ def test_dequantized_is_the_model_that_was_trained(base, chat, tmp_path, kind):
     run = make_run(tmp_path, base, chat, *KINDS[kind])
     report = merge(run, onto="dequantized", fsync=False)
     assert report["method"] == "streaming" and report["verification"]["logits"]
-    fields = run_directory.read_json(run / "plan.json")["quantization"]
+    fields = read_json_or_empty(run / "plan.json")["quantization"]
     merged = logits(AutoModelForCausalLM.from_pretrained(run / "merged", dtype=torch.float32))
 
     def quantized():
@@ -101,7 +102,7 @@ def test_original_says_how_far_it_is_from_the_trained_model(base, chat, tmp_path
     run = make_run(tmp_path, base, chat, *KINDS[kind])
     assert cli.run(["merge", str(run), "--no-fsync"]) == 0
     said = capsys.readouterr().out
-    report = run_directory.read_json(run / "merged" / "merge.json")
+    report = read_json_or_empty(run / "merged" / "merge.json")
     assert report["onto"] == "original" and "--onto dequantized is" in said and "differs   from quantized" in said
     far = report["as_trained"]
     full = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), run / "adapter")
@@ -109,7 +110,7 @@ def test_original_says_how_far_it_is_from_the_trained_model(base, chat, tmp_path
     assert (merged - logits(full)).abs().max() < 1e-4
     assert far["mean_difference"] > 0.01 * far["logits_std"]
     assert cli.run(["merge", str(run), "--no-fsync", "--overwrite", "--onto", "dequantized"]) == 0
-    near = run_directory.read_json(run / "merged" / "merge.json")["as_trained"]
+    near = read_json_or_empty(run / "merged" / "merge.json")["as_trained"]
     assert near["mean_difference"] < far["mean_difference"]  # int8: its rounded activations stay a difference
     if kind == "nf4":
         assert near["max_difference"] < 1e-3 * near["logits_std"]

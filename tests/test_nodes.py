@@ -18,6 +18,7 @@ from kit.cli import main as cli
 from kit.errors import REFUSED, STOPPED, KitError
 from kit.launchers import command, node, ranks, ssh, supervise
 from kit.storage import run_directory
+from kit.storage.json_files import atomic_write_json
 from kit.system.secrets import is_secret
 
 CPU = ("trainer.use_cpu=true", "trainer.bf16=false")
@@ -397,7 +398,7 @@ def test_what_an_earlier_start_left_is_not_this_ones_end(tmp_path, monkeypatch):
     for there in (False, True):
         if there:
             problems = [{"problem": "no module", "where": "", "fix": ""}]
-            run_directory.write_json(tmp_path / "logs" / "rank2.error.json", {"code": 4, "problems": problems})
+            atomic_write_json(tmp_path / "logs" / "rank2.error.json", {"code": 4, "problems": problems})
         with pytest.raises(KitError, match="no module" if there else "before it was done"):
             supervise.outcome(tmp_path, 1, ".node1", before)
     run_directory.set_status(tmp_path, "stopped", step=9)

@@ -22,6 +22,7 @@ from kit.errors import DONE, FAILED, REFUSED, STOPPED
 from kit.storage import run_directory
 from kit.watching import main, view
 from kit.watching import state as watch
+from kit.watching.metrics import Follower
 
 ROOT = Path(__file__).resolve().parents[1]
 PLAN = {
@@ -58,7 +59,7 @@ def alive(run: Path) -> Path:
 
 
 def state(run: Path) -> dict:
-    return watch.state(run, watch.Follower(run / run_directory.METRICS_LOG))
+    return watch.state(run, Follower(run / run_directory.METRICS_LOG))
 
 
 def kit(*argv: str, capsys) -> tuple[int, str]:
@@ -117,7 +118,7 @@ def test_what_a_file_may_hold(rows, known, tmp_path):
     assert any(f"{damaged} lines" in note for note in at_once["notes"]) == bool(damaged)
     content = (run / run_directory.METRICS_LOG).read_bytes()
     (run / run_directory.METRICS_LOG).write_bytes(b"")
-    follower = watch.Follower(run / run_directory.METRICS_LOG)
+    follower = Follower(run / run_directory.METRICS_LOG)
     for end in range(0, len(content), 97):
         with open(run / run_directory.METRICS_LOG, "ab") as f:
             f.write(content[end : end + 97])
@@ -136,7 +137,7 @@ def replaced(file: Path, content: str) -> None:
 @pytest.mark.parametrize("how", [Path.write_text, replaced], ids=["cut off", "rotated"])
 def test_a_file_that_begins_again(how, tmp_path):
     run = alive(write(tmp_path / "r", *(row(n) for n in range(1, 10)), state="running"))
-    follower = watch.Follower(run / run_directory.METRICS_LOG)
+    follower = Follower(run / run_directory.METRICS_LOG)
     assert watch.state(run, follower)["step"] == 9
     how(run / run_directory.METRICS_LOG, json.dumps(row(11)) + "\n")
     assert watch.state(run, follower) == state(run)
@@ -154,7 +155,7 @@ def test_a_file_server_whose_clock_is_behind(tmp_path):
 
 def test_a_file_that_is_away_for_a_moment_is_not_forgotten(tmp_path):
     run = alive(write(tmp_path / "r", row(3), state="running"))
-    follower = watch.Follower(run / run_directory.METRICS_LOG)
+    follower = Follower(run / run_directory.METRICS_LOG)
     watch.state(run, follower)
     (run / run_directory.METRICS_LOG).unlink()
     assert watch.state(run, follower)["step"] == 3

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from kit.config.deepspeed import fixes as deepspeed_mend
 from kit.config.deepspeed.against_run import autos, compare, look, with_run
 from kit.config.deepspeed.findings import REFUSE, Finding, examine, problem_of
 from kit.errors import DONE, REFUSED, KitError
+from kit.storage.json_files import atomic_write_text
 from kit.system.terminal import print_problems
 
 Dict = dict[str, Any]
@@ -81,15 +80,7 @@ def write(out: str, text: str, overwrite: bool) -> str:
     path = Path(out).expanduser()
     if path.exists() and not overwrite:
         raise KitError(f"{out} is there already", "--fix", "--fix OTHER.json, or --overwrite")
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(text.encode("utf-8"))
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    atomic_write_text(path, text)
     return out
 
 

@@ -12,6 +12,7 @@ from kit.inspection.model import Base, identify
 from kit.schema import fields
 from kit.schema.run_plan import InitFrom, Model
 from kit.storage import hub_cache, manifest, safetensors_header
+from kit.storage.json_files import read_json
 
 KEY, FLAG = "peft.init_from", "peft.init_from_pickle"
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -89,7 +90,7 @@ def read_source(folder: Path, pickle: bool) -> tuple[dict[str, Any], Path, dict[
     """adapter_config.json, the weights file, and its shapes by name (None of a pickle)."""
     if not (folder / CONFIG).is_file():
         raise KitError(f"{folder} is no adapter: it has no {CONFIG}", fix="give an adapter folder or a run directory")
-    config = safetensors_header.read_json(folder / CONFIG)
+    config = read_json(folder / CONFIG)
     if (folder / WEIGHTS).is_file():
         shapes = {t.name: t.shape for t in safetensors_header.read_header(folder / WEIGHTS)}
         if not shapes:

@@ -12,6 +12,7 @@ from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, O
 from kit.config import compose
 from kit.config.compose import Composed
 from kit.errors import KitError
+from kit.storage.atomic_folder import atomic_folder, staging_path
 from kit.system import paths
 
 Value = str | int | float
@@ -84,13 +85,11 @@ def dimension(override: Override) -> Dimension:
 
 def snapshot(search: Search, folder: Path) -> None:
     """Copy the configuration folders: what a later trial is composed from, whatever is edited meanwhile."""
-    temporary = folder.with_name(folder.name + ".part")
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(paths.CONF, temporary / "hydra_conf")  # links become files
-    shutil.copytree(paths.DS_CONFIGS, temporary / "ds_configs")
-    for number, source in enumerate(search.folders):
-        shutil.copytree(source, temporary / f"own-{number}")
-    temporary.rename(folder)
+    with atomic_folder(folder, staging_path(folder), fsync=False) as staging:
+        shutil.copytree(paths.CONF, staging / "hydra_conf")  # links become files
+        shutil.copytree(paths.DS_CONFIGS, staging / "ds_configs")
+        for number, source in enumerate(search.folders):
+            shutil.copytree(source, staging / f"own-{number}")
 
 
 def compose_trial(search: Search, values: dict[str, Value], copy: Path | None = None) -> Composed:

@@ -130,13 +130,13 @@ def model_config(
     theta = params.rope_theta
     if vocabulary.ranks is None:
         theta = theta or 10000.0
-        length, why = (16384, "Code Llama") if theta > 10000 else (4096, "Llama-2")
+        length, release = (16384, "Code Llama") if theta > 10000 else (4096, "Llama-2")
     elif theta is None:
         raise KitError("params.json lacks rope_theta, which every Llama-3 has", "DIR", "fetch the file again")
     else:
-        length, why = (131072, "Llama-3.1 and later") if params.use_scaled_rope else (8192, "Llama-3")
+        length, release = (131072, "Llama-3.1 and later") if params.use_scaled_rope else (8192, "Llama-3")
     if max_position_embeddings is None:
-        notes.append(f"max_position_embeddings {length}, that of {why}: --max-position-embeddings sets another")
+        notes.append(f"max_position_embeddings {length}, that of {release}: --max-position-embeddings sets another")
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(theta)}
     if params.use_scaled_rope:
         # params.json names no factor: the releases that tie their embeddings are Llama-3.2's (32), the others have 8.

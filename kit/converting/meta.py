@@ -70,19 +70,19 @@ def convert(
     config, generation, notes = model_config(params, vocabulary, tensors, tied, max_position_embeddings)
     size = sum(t.nbytes for t in tensors)
     atomic_folder.check_room(size, target)
-    with atomic_folder.building(target, fsync) as staging:
+    with atomic_folder.output_folder(target, fsync) as staging:
         write_tokenizer(vocabulary, staging, params.use_scaled_rope, config.max_position_embeddings)
         config.save_pretrained(staging)
         generation.save_pretrained(staging)
         shards = write_shards(tensors, staging, shard_gb, progress)
         kept = str(config.dtype).removeprefix("torch.")
-        found = {
+        contents = {
             "shards": shards,
             "parameters": sum(math.prod(t.shape) for t in tensors),
             "bytes": size,
             "dtype": kept,
         }
-        report = write_report(staging, started, files, {**found, "notes": notes, "params": params.given})
+        report = write_report(staging, started, files, {**contents, "notes": notes, "params": params.given})
     return {**report, "out": str(target)}
 
 
@@ -94,20 +94,20 @@ def convert_pickles(
     atomic_folder.check_room(sum(f.stat().st_size for f in files), target)
     for file in files:
         read_pickle(file)  # all of them are looked at before one is written
-    with atomic_folder.building(target, fsync) as staging:
+    with atomic_folder.output_folder(target, fsync) as staging:
         copy_rest(folder, staging)
         names, parameters, size, kind = write_safetensors(files, staging, dtype, progress)
-        found = {"shards": names, "parameters": parameters, "bytes": size, "dtype": kind, "notes": []}
-        report = write_report(staging, started, files, found)
+        contents = {"shards": names, "parameters": parameters, "bytes": size, "dtype": kind, "notes": []}
+        report = write_report(staging, started, files, contents)
     return {**report, "out": str(target)}
 
 
-def write_report(staging: Path, started: float, files: list[Path], found: dict[str, Any]) -> dict[str, Any]:
+def write_report(staging: Path, started: float, files: list[Path], contents: dict[str, Any]) -> dict[str, Any]:
     """convert.json: what was read, what was found in it, and what it took."""
     report = {
         "source": str(files[0].parent),
         "files": [f.name for f in files],
-        **found,
+        **contents,
         "seconds": time.perf_counter() - started,
         "peak_rss_gb": peak_rss_gb(),
         "versions": {p: importlib.metadata.version(p) for p in ("torch", "transformers", "tokenizers")},
@@ -121,8 +121,8 @@ def open_checkpoint(folder: Path) -> tuple[list[Path], Params, Vocabulary]:
     if not folder.is_dir():
         raise KitError(f"there is no folder {folder}", "DIR", "give the folder of consolidated.00.pth")
     problems: list[Problem] = []
-    found = {int(m[1]): f for f in folder.iterdir() if (m := re.fullmatch(r"consolidated\.(\d+)\.pth", f.name))}
-    if missing := sorted(set(range(max(found, default=0) + 1)) - set(found)):
+    shard_files = {int(m[1]): f for f in folder.iterdir() if (m := re.fullmatch(r"consolidated\.(\d+)\.pth", f.name))}
+    if missing := sorted(set(range(max(shard_files, default=0) + 1)) - set(shard_files)):
         lacks = ", ".join(f"consolidated.{n:02}.pth" for n in missing)
         problems.append(Problem(f"{folder} lacks {lacks}", "DIR", "fetch all files of Meta's release"))
     params = vocabulary = None
@@ -142,7 +142,7 @@ def open_checkpoint(folder: Path) -> tuple[list[Path], Params, Vocabulary]:
         )
     if problems or params is None or vocabulary is None:
         raise KitError(problems)
-    return [found[n] for n in sorted(found)], params, vocabulary
+    return [shard_files[n] for n in sorted(shard_files)], params, vocabulary
 
 
 def check_checklist(folder: Path) -> None:

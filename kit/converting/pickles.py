@@ -61,7 +61,7 @@ def read_pickle(file: Path) -> dict[str, Any]:
         raise KitError(f"{file} is not a dict of tensors", "DIR", "it is no model of transformers")
     if strange := sorted({str(t.dtype) for t in loaded.values()} - {f"torch.{d}" for d in DTYPES}):
         raise KitError([Problem(f"{file} holds {', '.join(strange)}", "DIR", "convert an unquantized model")])
-    found: dict[str, Any] = {}
+    tensors: dict[str, Any] = {}
     seen: set[tuple[Any, ...]] = set()
     # The output projection of a tied model comes last, so it is the embedding that stays.
     for name in sorted(loaded, key=lambda n: "lm_head" in n):
@@ -70,8 +70,8 @@ def read_pickle(file: Path) -> dict[str, Any]:
         if tensor.numel() and place in seen:
             continue
         seen.add(place)
-        found[name] = tensor
-    return found
+        tensors[name] = tensor
+    return tensors
 
 
 def write_safetensors(

@@ -46,9 +46,9 @@ def read_shard(file: Path) -> dict[str, Tensor]:
         with FakeTensorMode():
             loaded = torch.load(file, weights_only=True)
     except pickle.UnpicklingError as error:
-        asked = re.search(r"GLOBAL (\S+)", str(error))
+        match = re.search(r"GLOBAL (\S+)", str(error))
         raise KitError(
-            f"{file} holds more than tensors ({asked[1] if asked else 'an unknown pickle'}):"
+            f"{file} holds more than tensors ({match[1] if match else 'an unknown pickle'}):"
             " torch's weights-only loader refuses it",
             fix="fetch it from Meta again: a pickle that asks for more could run any code",
         ) from None
@@ -98,13 +98,13 @@ def join_slices(
 
     `stored`: the safetensors dtype of all tensors, None for each as it is.
     """
-    wanted: dict[str, tuple[str, int | None]] = {EMBEDDING: ("model.embed_tokens.weight", 0)}
+    targets: dict[str, tuple[str, int | None]] = {EMBEDDING: ("model.embed_tokens.weight", 0)}
     for i in range(params.n_layers):
-        wanted |= {f"layers.{i}.{k}.weight": (f"model.layers.{i}.{v[0]}.weight", v[1]) for k, v in LAYER.items()}
-    wanted["norm.weight"] = ("model.norm.weight", None)
+        targets |= {f"layers.{i}.{k}.weight": (f"model.layers.{i}.{v[0]}.weight", v[1]) for k, v in LAYER.items()}
+    targets["norm.weight"] = ("model.norm.weight", None)
     if any(OUTPUT in shard for shard in shards):
-        wanted[OUTPUT] = ("lm_head.weight", 0)
-    check_names(shards, set(wanted))
+        targets[OUTPUT] = ("lm_head.weight", 0)
+    check_names(shards, set(targets))
     check_count(shards, params)
     ranks, dim, head_dim = len(shards), params.dim, params.dim // params.n_heads
     embedding = shards[0][EMBEDDING].shape
@@ -118,7 +118,7 @@ def join_slices(
         "w1": (feed, dim), "w2": (dim, feed), "w3": (feed, dim),
     }  # fmt: skip
     joined = []
-    for name, (target, axis) in wanted.items():
+    for name, (target, axis) in targets.items():
         kind = name.split(".")[-2]
         shape = shapes.get(kind, (dim,))
         slices = [shard[name] for shard in shards]
@@ -141,7 +141,7 @@ def join_slices(
     return joined
 
 
-def check_names(shards: list[dict[str, Tensor]], wanted: set[str]) -> None:
+def check_names(shards: list[dict[str, Tensor]], expected: set[str]) -> None:
     """KitError where a shard lacks a tensor, or has one that a Llama text model does not."""
     problems = []
     for shard in shards:
@@ -149,10 +149,10 @@ def check_names(shards: list[dict[str, Tensor]], wanted: set[str]) -> None:
         if any(name.startswith("vision_model.") for name in shard):
             fix = "take the text model of the same generation"
             raise KitError(f"{file} holds a vision model: the kit trains text models", fix=fix)
-        for what, names in (("lacks", wanted - set(shard)), ("holds unknown tensors:", set(shard) - wanted)):
+        for problem, names in (("lacks", expected - set(shard)), ("holds unknown tensors:", set(shard) - expected)):
             if names:
                 listed = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-                problems.append(Problem(f"{file} {what} {listed}", f"against {PARAMS}", AGAIN))
+                problems.append(Problem(f"{file} {problem} {listed}", f"against {PARAMS}", AGAIN))
     if problems:
         raise KitError(problems)
 

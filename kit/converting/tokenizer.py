@@ -46,9 +46,9 @@ class Vocabulary:
 
 def special_tokens(scaled_rope: bool) -> list[str]:
     """Llama-3's special tokens in the order of their ids; scaled RoPE and three more names came with Llama-3.1."""
-    known = LLAMA31 if scaled_rope else LLAMA3
+    names = LLAMA31 if scaled_rope else LLAMA3
     numbers = iter(range(RESERVED))
-    return [known[i] if i in known else f"<|reserved_special_token_{next(numbers)}|>" for i in range(RESERVED)]
+    return [names[i] if i in names else f"<|reserved_special_token_{next(numbers)}|>" for i in range(RESERVED)]
 
 
 def read_vocabulary(path: Path) -> Vocabulary:
@@ -148,8 +148,8 @@ def _from_ranks(ranks: dict[bytes, int], special: list[str]) -> tuple[Any, dict[
     merges = []
     for token in sorted(ranks, key=ranks.__getitem__):
         splits = [(token[:i], token[i:]) for i in range(1, len(token))]
-        known = [(a, b) for a, b in splits if a in ranks and b in ranks]
-        merges += [(text[a], text[b]) for a, b in sorted(known, key=lambda s: (ranks[s[0]], ranks[s[1]]))]
+        pairs = [(a, b) for a, b in splits if a in ranks and b in ranks]
+        merges += [(text[a], text[b]) for a, b in sorted(pairs, key=lambda s: (ranks[s[0]], ranks[s[1]]))]
     raw = Tokenizer(models.BPE({text[t]: r for t, r in ranks.items()}, merges, ignore_merges=True))
     raw.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(PATTERN), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]

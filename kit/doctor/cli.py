@@ -116,25 +116,29 @@ def doctor_run(name: str, as_json: bool) -> int:
     from kit.doctor.run import diagnose
     from kit.storage import run_directory
 
-    found = diagnose(run_directory.find_run(name))
+    diagnosis = diagnose(run_directory.find_run(name))
     if as_json:
-        print(json.dumps(found.to_json(), indent=1, ensure_ascii=False))
-        return found.code
-    print(f"run       {found.run}: {found.state}")
-    print(f"cause     {found.sentence}" if found.state in ("failed", "created") else f"state     {found.sentence}")
-    if found.said and found.said not in found.sentence:
-        print(f"said      {found.said}")
-    if found.where:
-        print(f"where     {found.where}")
-    for number, fix in enumerate(found.fixes, 1):
+        print(json.dumps(diagnosis.to_json(), indent=1, ensure_ascii=False))
+        return diagnosis.code
+    print(f"run       {diagnosis.run}: {diagnosis.state}")
+    print(
+        f"cause     {diagnosis.sentence}"
+        if diagnosis.state in ("failed", "created")
+        else f"state     {diagnosis.sentence}"
+    )
+    if diagnosis.said and diagnosis.said not in diagnosis.sentence:
+        print(f"said      {diagnosis.said}")
+    if diagnosis.where:
+        print(f"where     {diagnosis.where}")
+    for number, fix in enumerate(diagnosis.fixes, 1):
         print(f"{'fix' if number == 1 else '':<9} {fix}")
-    for other in found.others:
+    for other in diagnosis.others:
         print(f"also      {other}")
-    for line in found.last_lines:
+    for line in diagnosis.last_lines:
         print(f"        | {line[:200]}")
-    if found.state == "failed" and found.checkpoint:
-        print(f"next      kit resume {found.run}  ({found.checkpoint} has a manifest)")
-    return found.code
+    if diagnosis.state == "failed" and diagnosis.checkpoint:
+        print(f"next      kit resume {diagnosis.run}  ({diagnosis.checkpoint} is complete)")
+    return diagnosis.code
 
 
 def remove_locks() -> None:
@@ -144,8 +148,8 @@ def remove_locks() -> None:
     for path in removed:
         print(f"removed   {path}", file=sys.stderr)
     for lock in left:
-        held = f"process {lock.pid} holds it" if lock.pid else "it may be held on another machine"
-        print(f"left      {lock.path}: {held}", file=sys.stderr)
+        reason = f"process {lock.pid} holds it" if lock.pid else "it may be held on another machine"
+        print(f"left      {lock.path}: {reason}", file=sys.stderr)
     if not removed and not left:
         print("no operator locks", file=sys.stderr)
 

@@ -43,17 +43,21 @@ QUIET = re.compile(r"CUDA_DEVICE_ORDER|OMP_NUM_THREADS|MKL_NUM_THREADS|NCCL_DEBU
 
 def check_variables(env: Mapping[str, str]) -> list[Finding]:
     """One finding for each variable of the table that is set."""
-    found = []
+    findings = []
     for name, value in sorted(env.items()):
-        why = next((why for pattern, why in CHANGES if re.fullmatch(pattern, name)), None)
-        if why is not None:
-            shown = value if len(value) <= 80 else value[:77] + "..."
-            known = OK if QUIET.fullmatch(name) else WARN
-            found.append(Finding(known, "variable", f"{name}={shown}: {why}", "" if known == OK else f"unset {name}"))
+        change = next((change for pattern, change in CHANGES if re.fullmatch(pattern, name)), None)
+        if change is not None:
+            text = value if len(value) <= 80 else value[:77] + "..."
+            level = OK if QUIET.fullmatch(name) else WARN
+            findings.append(
+                Finding(level, "variable", f"{name}={text}: {change}", "" if level == OK else f"unset {name}")
+            )
     if env.get("SLURM_NTASKS", "1") not in ("", "1") and "WORLD_SIZE" not in env:
-        why = f"SLURM_NTASKS={env['SLURM_NTASKS']}: under srun each task would train alone"
-        found.append(Finding(WARN, "variable", why, "one task per node, the ranks through deepspeed or torchrun"))
-    return found or [Finding(OK, "variables", "none that changes training")]
+        change = f"SLURM_NTASKS={env['SLURM_NTASKS']}: under srun each task would train alone"
+        findings.append(
+            Finding(WARN, "variable", change, "one task per node, the ranks through deepspeed or torchrun")
+        )
+    return findings or [Finding(OK, "variables", "none that changes training")]
 
 
 def check_offline(env: Mapping[str, str], cache: Path) -> list[Finding]:
@@ -74,17 +78,19 @@ def check_offline(env: Mapping[str, str], cache: Path) -> list[Finding]:
 
 def check_leftovers(root: Path, here: Path, home: Path) -> list[Finding]:
     """Files that the deepspeed command reads unasked: a host list, variables for its ranks."""
-    found = []
+    findings = []
     hosts = root / "job" / "hostfile"
     if (lines := written(hosts)) is not None:
         names = ", ".join(line.split()[0] for line in lines[:4]) or "nobody"
-        why = f"{hosts} names {names}: a bare `deepspeed` starts there, through ssh (`kit train` does not read it)"
-        found.append(Finding(WARN, "hostfile", why, f"rm {hosts}, or deepspeed --hostfile=none"))
+        problem = f"{hosts} names {names}: a bare `deepspeed` starts there, through ssh (`kit train` does not read it)"
+        findings.append(Finding(WARN, "hostfile", problem, f"rm {hosts}, or deepspeed --hostfile=none"))
     for file in dict.fromkeys((here / ".deepspeed_env", home / ".deepspeed_env")):
         if (lines := written(file)) is not None:
             names = ", ".join(line.partition("=")[0] for line in lines[:6]) or "nothing"  # values may be secret
-            found.append(Finding(WARN, "deepspeed_env", f"{file} gives ranks on other nodes: {names}", f"rm {file}"))
-    return found or [Finding(OK, "leftovers", "no /job/hostfile, no .deepspeed_env")]
+            findings.append(
+                Finding(WARN, "deepspeed_env", f"{file} gives ranks on other nodes: {names}", f"rm {file}")
+            )
+    return findings or [Finding(OK, "leftovers", "no /job/hostfile, no .deepspeed_env")]
 
 
 def written(file: Path) -> list[str] | None:

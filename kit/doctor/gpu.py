@@ -38,57 +38,59 @@ def check_gpus(torch_cuda: str | None, root: Path, env: Mapping[str, str]) -> li
     good, text = answer([smi, f"--query-gpu={QUERY}", "--format=csv,noheader,nounits"], env)
     rows = [[part.strip() for part in line.split(",")] for line in text.splitlines() if line.count(",") == 5]
     if not good or not rows:
-        said = text.splitlines()[0] if text else "no output"
+        message = text.splitlines()[0] if text else "no output"
         fix = "the driver was replaced under the running kernel: reload its modules, or reboot"
-        return [Finding(BAD, "gpu", said, fix if "mismatch" in said else "nvidia-smi must work first")]
+        return [Finding(BAD, "gpu", message, fix if "mismatch" in message else "nvidia-smi must work first")]
     return [*one_by_one(rows, torch_cuda), *check_driver(rows[0][5], torch_cuda, root, env), *hidden(len(rows), env)]
 
 
 def cards(root: Path) -> int:
     """NVIDIA display controllers on the PCI bus."""
-    found = 0
+    count = 0
     for device in (root / "sys" / "bus" / "pci" / "devices").glob("*"):
         try:
             vendor, kind = (device / "vendor").read_text().strip(), (device / "class").read_text().strip()
         except OSError:
             continue
-        found += vendor == "0x10de" and kind.startswith("0x03")
-    return found
+        count += vendor == "0x10de" and kind.startswith("0x03")
+    return count
 
 
 def one_by_one(rows: list[list[str]], torch_cuda: str | None) -> list[Finding]:
     findings = []
     for index, name, total, used, capability, _ in rows:
-        what, size = f"gpu {index}", f"{float(total) / 1024:.0f} GiB" if total.isdigit() else "memory unknown"
-        found = f"{name}, {size}, compute capability {capability}"
+        label, size = f"gpu {index}", f"{float(total) / 1024:.0f} GiB" if total.isdigit() else "memory unknown"
+        description = f"{name}, {size}, compute capability {capability}"
         version = numbers(capability)
         oldest = OLDEST.get(numbers(torch_cuda)[0]) if torch_cuda else None
         if version and oldest and version < oldest:
-            why = f"; torch for CUDA {torch_cuda} begins at {oldest[0]}.{oldest[1]}"
-            findings.append(Finding(BAD, what, found + why, "a torch wheel for an older CUDA (2.11 has cu126)"))
+            reason = f"; torch for CUDA {torch_cuda} begins at {oldest[0]}.{oldest[1]}"
+            findings.append(
+                Finding(BAD, label, description + reason, "a torch wheel for an older CUDA (2.11 has cu126)")
+            )
         elif total.isdigit() and used.isdigit() and int(used) > max(1024, int(total) // 20):
-            found += f"; {int(used) / 1024:.1f} GiB are in use already"
-            findings.append(Finding(WARN, what, found, "nvidia-smi shows whose they are"))
+            description += f"; {int(used) / 1024:.1f} GiB are in use already"
+            findings.append(Finding(WARN, label, description, "nvidia-smi shows whose they are"))
         elif version and version < (8, 0):
-            findings.append(Finding(OK, what, found + "; no bfloat16: precision is float16 there"))
+            findings.append(Finding(OK, label, description + "; no bfloat16: precision is float16 there"))
         else:
-            findings.append(Finding(OK, what, found))
+            findings.append(Finding(OK, label, description))
     return findings
 
 
 def check_driver(driver: str, torch_cuda: str | None, root: Path, env: Mapping[str, str]) -> list[Finding]:
     good, served = answer([sys.executable, "-I", "-c", DRIVER_CUDA], env)
     serves = served if good and numbers(served) > (0,) else ""
-    found = f"{driver}, serves CUDA {serves or 'unknown'}"
+    description = f"{driver}, serves CUDA {serves or 'unknown'}"
     if torch_cuda is None:
-        return [Finding(OK, "driver", found)]
+        return [Finding(OK, "driver", description)]
     if torch_cuda == "":
         fix = "pip install torch from an index of CUDA builds (https://download.pytorch.org/whl/)"
-        return [Finding(BAD, "driver", f"{found}, but the installed torch is a CPU build", fix)]
+        return [Finding(BAD, "driver", f"{description}, but the installed torch is a CPU build", fix)]
     if serves and numbers(serves)[0] < numbers(torch_cuda)[0]:
         fix = f"a newer driver, or a torch wheel for CUDA {serves} or older"
-        return [Finding(BAD, "driver", f"{found}; torch was built for CUDA {torch_cuda}", fix)]
-    return [Finding(OK, "driver", f"{found}; torch was built for CUDA {torch_cuda}")]
+        return [Finding(BAD, "driver", f"{description}; torch was built for CUDA {torch_cuda}", fix)]
+    return [Finding(OK, "driver", f"{description}; torch was built for CUDA {torch_cuda}")]
 
 
 def hidden(count: int, env: Mapping[str, str]) -> list[Finding]:
@@ -98,11 +100,11 @@ def hidden(count: int, env: Mapping[str, str]) -> list[Finding]:
     names = [v for v in visible.split(",") if v.strip() not in ("", "-1", "NoDevFiles")]
     wrong = [v for v in names if v.strip().isdigit() and int(v) >= count]
     if wrong:
-        found = f"CUDA_VISIBLE_DEVICES={visible}, and there are {count}: {', '.join(wrong)} and all after it are lost"
-        return [Finding(BAD, "gpus seen", found, "name devices that are there")]
+        text = f"CUDA_VISIBLE_DEVICES={visible}, and there are {count}: {', '.join(wrong)} and all after it are lost"
+        return [Finding(BAD, "gpus seen", text, "name devices that are there")]
     if len(names) < count:
-        found = f"CUDA_VISIBLE_DEVICES={visible} hides {count - len(names)} of {count}"
-        return [Finding(WARN, "gpus seen", found, "unset CUDA_VISIBLE_DEVICES, unless a scheduler set it")]
+        text = f"CUDA_VISIBLE_DEVICES={visible} hides {count - len(names)} of {count}"
+        return [Finding(WARN, "gpus seen", text, "unset CUDA_VISIBLE_DEVICES, unless a scheduler set it")]
     return []
 
 
@@ -124,11 +126,13 @@ def check_nvcc(torch_cuda: str | None, root: Path, env: Mapping[str, str]) -> li
     release = re.search(r"release (\d+\.\d+)", text)
     if release is None:
         return [Finding(WARN, "nvcc", f"{nvcc} does not say its version", f"{nvcc} --version must work")]
-    found = f"{release[1]} ({nvcc}), torch was built for CUDA {torch_cuda}"
+    description = f"{release[1]} ({nvcc}), torch was built for CUDA {torch_cuda}"
     if numbers(release[1])[0] == numbers(torch_cuda)[0]:
-        return [Finding(OK, "nvcc", found)]
+        return [Finding(OK, "nvcc", description)]
     if env.get("DS_SKIP_CUDA_CHECK") == "1":
-        return [Finding(WARN, "nvcc", f"{found}; DS_SKIP_CUDA_CHECK=1 lets it compile all the same")]
+        return [Finding(WARN, "nvcc", f"{description}; DS_SKIP_CUDA_CHECK=1 lets it compile all the same")]
     return [
-        Finding(WARN, "nvcc", f"{found}; {needs}, and DeepSpeed refuses", f"CUDA_HOME of a CUDA {torch_cuda} toolkit")
+        Finding(
+            WARN, "nvcc", f"{description}; {needs}, and DeepSpeed refuses", f"CUDA_HOME of a CUDA {torch_cuda} toolkit"
+        )
     ]

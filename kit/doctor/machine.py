@@ -24,22 +24,22 @@ GIB = 2**30
 
 def check_compilers(root: Path, env: Mapping[str, str], built: bool = False) -> list[Finding]:
     """built: the operators are there already, so that a missing compiler stops nothing today."""
-    found: list[Finding] = []
+    findings: list[Finding] = []
     need = BAD if not built else WARN
     cxx = env.get("CXX") or next((c for c in ("c++", "g++") if which(c, env)), "g++")
-    for what, name, fix in (
+    for label, name, fix in (
         ("C++ compiler", cxx, "apt install g++ (or a compiler module of the cluster)"),
         ("ninja", "ninja", "pip install ninja"),
     ):
         here = which(name, {"PATH": f"{os.path.dirname(sys.executable)}{os.pathsep}{env.get('PATH', '')}"})
         if here is None:
-            why = "DeepSpeed on a CPU and offload compile with it"
-            found.append(Finding(need, what, f"{name} is not on the PATH; {why}", fix))
+            purpose = "DeepSpeed on a CPU and offload compile with it"
+            findings.append(Finding(need, label, f"{name} is not on the PATH; {purpose}", fix))
             continue
         good, text = answer([here, "--version"], env)
-        said = text.splitlines()[0] if text else "no version"
-        found.append(Finding(OK if good else WARN, what, f"{said} ({here})"))
-    return [*found, check_libaio(root)]
+        version = text.splitlines()[0] if text else "no version"
+        findings.append(Finding(OK if good else WARN, label, f"{version} ({here})"))
+    return [*findings, check_libaio(root)]
 
 
 def check_libaio(root: Path) -> Finding:
@@ -65,27 +65,29 @@ def check_libaio(root: Path) -> Finding:
 
 def check_disks(places: Mapping[str, Path], usage: Callable[[Path], Any] = shutil.disk_usage) -> list[Finding]:
     """places: what is written there -> folder, which need not exist yet."""
-    found = []
-    for what, folder in places.items():
+    findings = []
+    for label, folder in places.items():
         there = next((p for p in (folder, *folder.absolute().parents) if p.exists()), Path("/"))
         try:
             free = usage(there).free
             files = os.statvfs(there)
         except OSError as error:
-            found.append(Finding(WARN, what, f"{folder}: {error.strerror}"))
+            findings.append(Finding(WARN, label, f"{folder}: {error.strerror}"))
             continue
         size = f"{gb(free)} free in {folder}"
         if not os.access(there, os.W_OK | os.X_OK):
-            found.append(Finding(BAD, what, f"{folder} cannot be written", "another folder, or its rights"))
+            findings.append(Finding(BAD, label, f"{folder} cannot be written", "another folder, or its rights"))
         elif free < 1e9:
-            found.append(Finding(BAD, what, size, "free some space, or choose another disk"))
+            findings.append(Finding(BAD, label, size, "free some space, or choose another disk"))
         elif files.f_files and files.f_favail < 1000:
-            found.append(Finding(BAD, what, f"{size}, but only {files.f_favail} more files", "delete small files"))
-        elif free < 20e9 and what != "temporary":
-            found.append(Finding(WARN, what, f"{size}: a 7B model alone takes 14 GB", "free some, or another disk"))
+            findings.append(Finding(BAD, label, f"{size}, but only {files.f_favail} more files", "delete small files"))
+        elif free < 20e9 and label != "temporary":
+            findings.append(
+                Finding(WARN, label, f"{size}: a 7B model alone takes 14 GB", "free some, or another disk")
+            )
         else:
-            found.append(Finding(OK, what, size))
-    return found
+            findings.append(Finding(OK, label, size))
+    return findings
 
 
 def check_shm(root: Path, usage: Callable[[Path], Any] = shutil.disk_usage) -> list[Finding]:
@@ -95,12 +97,12 @@ def check_shm(root: Path, usage: Callable[[Path], Any] = shutil.disk_usage) -> l
     except OSError:
         fix = "mount a tmpfs there"
         return [Finding(BAD, "/dev/shm", "is not there: ranks of one machine exchange through it", fix)]
-    found = f"{gb(size.total)}, {gb(size.free)} free"
+    description = f"{gb(size.total)}, {gb(size.free)} free"
     fix = "docker run --shm-size=16g (or --ipc=host); or delete what earlier runs left in it"
     if size.free < 64 * 2**20:
-        return [Finding(BAD, "/dev/shm", found, fix)]
-    return [Finding(WARN, "/dev/shm", f"{found}: too little for several GPUs", fix)] if size.free < GIB else [
-        Finding(OK, "/dev/shm", found)
+        return [Finding(BAD, "/dev/shm", description, fix)]
+    return [Finding(WARN, "/dev/shm", f"{description}: too little for several GPUs", fix)] if size.free < GIB else [
+        Finding(OK, "/dev/shm", description)
     ]  # fmt: skip
 
 
@@ -111,20 +113,20 @@ def check_limits(memlock: int | None = None, files: tuple[int, int] | None = Non
     """memlock: soft limit in bytes (-1: none); files: soft and hard limit."""
     memlock = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] if memlock is None else memlock
     soft, hard = files or resource.getrlimit(resource.RLIMIT_NOFILE)
-    found = []
+    findings = []
     if memlock in (-1, resource.RLIM_INFINITY) or memlock >= 16 * GIB:
-        found.append(Finding(OK, "locked memory", "no limit" if memlock < 0 else gb(memlock)))
+        findings.append(Finding(OK, "locked memory", "no limit" if memlock < 0 else gb(memlock)))
     else:
-        why = f"{memlock / 2**20:.0f} MiB: NVMe offload locks its buffers and InfiniBand its regions"
-        found.append(Finding(WARN, "locked memory", why, "ulimit -l unlimited (docker: --ulimit memlock=-1)"))
+        problem = f"{memlock / 2**20:.0f} MiB: NVMe offload locks its buffers and InfiniBand its regions"
+        findings.append(Finding(WARN, "locked memory", problem, "ulimit -l unlimited (docker: --ulimit memlock=-1)"))
     if soft in (-1, resource.RLIM_INFINITY) or soft >= 4096:
-        found.append(Finding(OK, "open files", "no limit" if soft < 0 else str(soft)))
+        findings.append(Finding(OK, "open files", "no limit" if soft < 0 else str(soft)))
     else:
         best = "65535" if hard < 0 else str(hard)
-        found.append(
+        findings.append(
             Finding(WARN, "open files", f"{soft}: sharded models and data workers need more", f"ulimit -n {best}")
         )
-    return found
+    return findings
 
 
 def check_cpu(root: Path, env: Mapping[str, str], cores: int | None = None) -> list[Finding]:
@@ -135,8 +137,8 @@ def check_cpu(root: Path, env: Mapping[str, str], cores: int | None = None) -> l
     numa = f", {nodes} NUMA nodes" if nodes > 1 else ""
     threads = env.get("OMP_NUM_THREADS", "")
     if granted and granted < cores and not (threads.isdigit() and int(threads) <= max(1, granted)):
-        found = f"{cores} cores are seen, {granted:.1f} are granted{numa}: libraries start a thread for each seen"
-        return [Finding(WARN, "cpu", found, f"export OMP_NUM_THREADS={max(1, int(granted))}")]
+        text = f"{cores} cores are seen, {granted:.1f} are granted{numa}: libraries start a thread for each seen"
+        return [Finding(WARN, "cpu", text, f"export OMP_NUM_THREADS={max(1, int(granted))}")]
     if threads.isdigit() and int(threads) > cores:
         return [Finding(WARN, "cpu", f"OMP_NUM_THREADS={threads} on {cores} cores{numa}", "unset OMP_NUM_THREADS")]
     return [Finding(OK, "cpu", f"{cores} cores{numa}")]
@@ -150,16 +152,16 @@ def check_memory(root: Path) -> list[Finding]:
         total, free = facts["MemTotal"], facts["MemAvailable"]
     except (OSError, ValueError, KeyError, IndexError):
         return [Finding(WARN, "memory", "/proc/meminfo cannot be read")]
-    found, limit = f"{gb(total)}, {gb(free)} available", hardware.memory_limit(root)
+    description, limit = f"{gb(total)}, {gb(free)} available", hardware.memory_limit(root)
     if limit and limit < total:
         used = hardware.memory_used(root)
         free = min(free, limit - used) if used is not None else min(free, limit)
-        found = f"{gb(limit)} of {gb(total)} granted to this control group, {gb(max(free, 0))} available"
+        description = f"{gb(limit)} of {gb(total)} granted to this control group, {gb(max(free, 0))} available"
     if kills := hardware.oom_kills(root):
-        found += f"; the kernel has killed {kills} process(es) here for want of it"
+        description += f"; the kernel has killed {kills} process(es) here for want of it"
     if free < 4e9:
-        return [Finding(WARN, "memory", found, "end what else runs, or ask the scheduler for more")]
-    return [Finding(OK, "memory", found)]
+        return [Finding(WARN, "memory", description, "end what else runs, or ask the scheduler for more")]
+    return [Finding(OK, "memory", description)]
 
 
 # ---- ports ----

@@ -50,10 +50,10 @@ def levers(where: str, plan: dict[str, Any], message: str) -> list[str]:
     quantized = bool(plan.get("quantization"))
     gigabytes = {key: size(pattern, message) for key, pattern in FIGURES.items()}
     total = gigabytes["total"] or 0.0
-    mine = gigabytes["mine"] or total
-    say = {
+    used = gigabytes["mine"] or total
+    texts = {
         "others": "other processes hold memory of this GPU: nvidia-smi shows whose they are"
-        if total and mine < 0.8 * total - (gigabytes["free"] or 0) else "",
+        if total and used < 0.8 * total - (gigabytes["free"] or 0) else "",
         "batch": f"trainer.per_device_train_batch_size={batch // 2} (and twice the accumulation)" if batch > 1 else "",
         "eval": f"trainer.per_device_eval_batch_size={eval_batch // 2}" if eval_batch > 1 else "",
         "checkpointing": "" if checkpointing else "trainer.gradient_checkpointing=true",
@@ -68,7 +68,7 @@ def levers(where: str, plan: dict[str, Any], message: str) -> list[str]:
         "fragments": "export PYTORCH_ALLOC_CONF=expandable_segments:True"
         if (gigabytes["reserved"] or 0) > 0.1 * total > 0 else "",
     }  # fmt: skip
-    chosen = [say[key] for key in ORDER[where] if say[key]]
+    chosen = [texts[key] for key in ORDER[where] if texts[key]]
     return list(dict.fromkeys(chosen)) or ["a GPU with more memory, or more GPUs with deepspeed=zero3"]
 
 
@@ -82,5 +82,5 @@ FIGURES = {
 
 def size(pattern: str, message: str) -> float | None:
     """A figure of torch's message in GiB."""
-    found = re.search(pattern, message)
-    return float(found[1]) / (1024 if found[2] == "MiB" else 1) if found else None
+    match = re.search(pattern, message)
+    return float(match[1]) / (1024 if match[2] == "MiB" else 1) if match else None

@@ -36,7 +36,7 @@ def folders(env: Mapping[str, str], home: Path) -> list[Path]:
 
 def find_locks(places: list[Path], mounts: Path = Path("/proc/mounts")) -> list[Lock]:
     """Every lock two levels below the folders, as torch (py311_cu130/NAME/lock) and the kit lay them out."""
-    found = []
+    locks = []
     for path in sorted({p for place in places for p in (*place.glob("*/lock"), *place.glob("*/*/lock"))}):
         try:
             facts = path.stat()
@@ -44,8 +44,8 @@ def find_locks(places: list[Path], mounts: Path = Path("/proc/mounts")) -> list[
             continue
         age, pid = max(0.0, time.time() - facts.st_mtime), holder(path)
         away = filesystem(path, mounts) in NETWORK and age < PATIENCE
-        found.append(Lock(path, user_name(facts.st_uid), age, pid, pid is None and not away))
-    return found
+        locks.append(Lock(path, user_name(facts.st_uid), age, pid, pid is None and not away))
+    return locks
 
 
 def holder(lock: Path) -> int | None:
@@ -81,18 +81,20 @@ def user_name(uid: int) -> str:
 
 
 def check_locks(places: list[Path], mounts: Path = Path("/proc/mounts")) -> list[Finding]:
-    found = []
+    findings = []
     for lock in find_locks(places, mounts):
-        what = f"{lock.path}, {lock.age:.0f} s old, of user {lock.user}"
+        description = f"{lock.path}, {lock.age:.0f} s old, of user {lock.user}"
         if lock.pid:
-            found.append(Finding(WARN, "operator lock", f"process {lock.pid} is compiling: {what}", "wait for it"))
+            findings.append(
+                Finding(WARN, "operator lock", f"process {lock.pid} is compiling: {description}", "wait for it")
+            )
         elif lock.dead:
-            why = f"a killed build left it, every run that needs it waits for ever: {what}"
-            found.append(Finding(BAD, "operator lock", why, "kit doctor --remove-stale-locks"))
+            problem = f"a killed build left it, every run that needs it waits for ever: {description}"
+            findings.append(Finding(BAD, "operator lock", problem, "kit doctor --remove-stale-locks"))
         else:
-            why = f"no process here holds it, one on another machine may: {what}"
-            found.append(Finding(WARN, "operator lock", why, f"if none does: rm {lock.path}"))
-    return found or [Finding(OK, "operator locks", "none")]
+            problem = f"no process here holds it, one on another machine may: {description}"
+            findings.append(Finding(WARN, "operator lock", problem, f"if none does: rm {lock.path}"))
+    return findings or [Finding(OK, "operator locks", "none")]
 
 
 def remove_dead(places: list[Path], mounts: Path = Path("/proc/mounts")) -> tuple[list[Path], list[Lock]]:

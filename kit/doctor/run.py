@@ -21,13 +21,14 @@ from kit.doctor.run_logs import (
     hung,
     last_metrics,
     line_number,
-    newest_checkpoint,
     own_fixes,
     read_ranks,
+    rows_of,
     signal_of,
 )
 from kit.errors import DONE, FAILED, STOPPED
-from kit.storage import run_directory
+from kit.storage import manifest, run_directory
+from kit.storage.json_files import read_json_or_empty
 
 LAST = 15  # lines that are shown where no cause is known
 FULL = 256 * 1024  # bytes: no error report or log line fits for sure
@@ -58,8 +59,8 @@ class Diagnosis:
 def diagnose(run: Path) -> Diagnosis:
     """Read a run directory. It is only read: a living run is left alone."""
     status, name = run_directory.status(run), run_directory.shown(run)
-    checkpoint = newest_checkpoint(run)
-    facts: dict[str, Any] = {"run": name, "checkpoint": checkpoint}
+    newest = manifest.newest_complete(run / run_directory.CHECKPOINTS).path
+    facts: dict[str, Any] = {"run": name, "checkpoint": newest.name if newest else None}
     if (pid := run_directory.in_use(run)) is not None:
         return alive(run, pid, status, facts)
     state = status.get("state")
@@ -107,15 +108,15 @@ def not_started(run: Path, facts: dict[str, Any]) -> Diagnosis:
 def failed(run: Path, ranks: list[Rank], status: dict[str, Any], facts: dict[str, Any]) -> Diagnosis:
     """The root is the earliest rank with an error of its own; else one that ended without a word; else who hung."""
     facts = {**facts, "state": "failed"}
-    own = [rank for rank in ranks if rank.kind == "error"]
-    if own:
-        first = min(own, key=lambda rank: (rank.failed or rank.written, rank.number))
+    with_error = [rank for rank in ranks if rank.kind == "error"]
+    if with_error:
+        first = min(with_error, key=lambda rank: (rank.failed or rank.written, rank.number))
         return named(run, first, ranks, status, facts)
     if (free := shutil.disk_usage(run).free) < FULL:  # the ranks could not even write why they ended
         row = next(cause for cause in causes.CAUSES if cause.id == "disk_full")
         sentence = f"{row.cause}: {free // 1024} KiB are left below {run_directory.shown(run)}"
         return Diagnosis(**facts, cause="disk_full", sentence=sentence, fixes=[row.fix])
-    known = [problem for problem in status.get("problems") or [] if not causes.FELL_AFTER.search(problem)]
+    reported = [problem for problem in status.get("problems") or [] if not causes.FELL_AFTER.search(problem)]
     end, waiting = ended(run), [rank for rank in ranks if rank.kind == "waited"]
     silent = [rank for rank in ranks if rank.kind == "silent"]
     fell = [rank for rank in ranks if rank.kind == "fell"]
@@ -130,31 +131,31 @@ def failed(run: Path, ranks: list[Rank], status: dict[str, Any], facts: dict[str
     if waiting:
         return hanging(hung(ranks), ranks, facts)
     for rank in fell:  # every rank points at another one: the one that is named, in the words it is quoted with
-        if quoted := re.search(r"rank (\d+) failed: ([\s\S]+)", rank.said):
+        if quoted := re.search(r"rank (\d+) failed: ([\s\S]+)", rank.error):
             return from_text(run, quoted[2], int(quoted[1]), ranks, facts)
-    if known and not ranks:
-        return from_text(run, "\n".join(known), None, ranks, facts)
+    if reported and not ranks:
+        return from_text(run, "\n".join(reported), None, ranks, facts)
     return unknown(run, min(ranks, key=lambda rank: rank.written, default=None), ranks, status, facts)
 
 
 def named(run: Path, rank: Rank, ranks: list[Rank], status: dict[str, Any], facts: dict[str, Any]) -> Diagnosis:
     """A rank that said why, in its own words."""
-    found = causes.find(rank.said) or causes.find(rank.text)
-    said = first_sentence(rank)
+    match = causes.find(rank.error) or causes.find(rank.text)
+    message = first_sentence(rank)
     facts = {
         **facts,
         "rank": rank.number,
-        "said": said,
-        "where": line_number(rank, said[:60]),
+        "said": message,
+        "where": line_number(rank, message[:60]),
         "others": [aside(other) for other in ranks if other.number != rank.number and other.kind != "silent"],
         "code": rank.code or FAILED,
     }
     advice = own_fixes(rank)
-    if found is None:
-        if "kit.errors.KitError" in rank.trace or "KitError" in said or advice:
-            return Diagnosis(**facts, cause="refused", sentence=said, fixes=advice)
+    if match is None:
+        if "kit.errors.KitError" in rank.trace or "KitError" in message or advice:
+            return Diagnosis(**facts, cause="refused", sentence=message, fixes=advice)
         return unknown(run, rank, ranks, status, facts)
-    cause, groups = found
+    cause, groups = match
     if cause.id == "cuda_oom":
         return out_of_memory(run, rank, ranks, facts)
     sentence = cause.cause.format_map(groups)
@@ -178,7 +179,7 @@ def out_of_memory(run: Path, rank: Rank, ranks: list[Rank], facts: dict[str, Any
     sentence = f"the memory of rank {rank.number}'s GPU is full, in {where}{after}"
     if also > 1:
         sentence += f" ({also} of {len(ranks)} ranks say so)"
-    fixes = oom.levers(where, run_directory.read_json(run / run_directory.PLAN), rank.text)
+    fixes = oom.levers(where, read_json_or_empty(run / run_directory.PLAN), rank.text)
     return Diagnosis(**facts, cause="cuda_oom", sentence=sentence, fixes=fixes)
 
 
@@ -254,7 +255,7 @@ def launcher_gone(status: dict[str, Any], facts: dict[str, Any]) -> Diagnosis:
 
 def hanging(rank: Rank, ranks: list[Rank], facts: dict[str, Any]) -> Diagnosis:
     waited = [other for other in ranks if other.kind == "waited" and other is not rank]
-    said = next((line for other in waited or [rank] for line in other.lines if causes.WAITED.search(line)), "")
+    message = next((line for other in waited or [rank] for line in other.lines if causes.WAITED.search(line)), "")
     numbers = ", ".join(str(other.number) for other in waited) or "all"
     sentence = f"rank {rank.number} stayed behind: rank(s) {numbers} waited for it until the limit; "
     sentence += f"it wrote last {ago(rank.written)}"
@@ -265,18 +266,18 @@ def hanging(rank: Rank, ranks: list[Rank], facts: dict[str, Any]) -> Diagnosis:
         "TORCH_NCCL_TRACE_BUFFER_SIZE=2000 and TORCH_NCCL_DUMP_ON_TIMEOUT=1 record every collective",
     ]
     return Diagnosis(
-        **facts, cause="hang", sentence=sentence, rank=rank.number, said=said.strip()[:400], fixes=fixes,
+        **facts, cause="hang", sentence=sentence, rank=rank.number, said=message.strip()[:400], fixes=fixes,
         where=line_number(rank, ""), last_lines=rank.lines[-LAST:],
     )  # fmt: skip
 
 
 def from_text(run: Path, text: str, number: int | None, ranks: list[Rank], facts: dict[str, Any]) -> Diagnosis:
     """Words about a rank that left none itself."""
-    found = causes.find(text)
+    match = causes.find(text)
     facts = {**facts, "rank": number, "said": text.strip().splitlines()[0][:400]}
-    if found is None:
+    if match is None:
         return Diagnosis(**facts, cause="unknown", sentence="the cause is not in the table; these are its words")
-    cause, groups = found
+    cause, groups = match
     fix = cause.fix.format_map(groups) or "see the levers of kit plan"
     return Diagnosis(**facts, cause=cause.id, sentence=cause.cause.format_map(groups), fixes=[fix])
 
@@ -285,21 +286,10 @@ def unknown(
     run: Path, rank: Rank | None, ranks: list[Rank], status: dict[str, Any], facts: dict[str, Any]
 ) -> Diagnosis:
     if rank is None:
-        said = (status.get("problems") or [""])[0]
+        message = (status.get("problems") or [""])[0]
         return Diagnosis(
-            **{**facts, "said": said}, cause="unknown", sentence="no rank left a log, and no cause is known"
+            **{**facts, "said": message}, cause="unknown", sentence="no rank left a log, and no cause is known"
         )
     facts = {**facts, "rank": rank.number, "where": line_number(rank, ""), "last_lines": rank.lines[-LAST:]}
     sentence = f"the cause is not known; rank {rank.number} failed first, and these are its last lines"
     return Diagnosis(**facts, cause="unknown", sentence=sentence)
-
-
-def rows_of(run: Path) -> list[str]:
-    """Which rows were in the steps before a loss that is not finite, as the trainer wrote them down."""
-    found = run_directory.read_json(run / run_directory.LOGS / "nonfinite.json")
-    if not found:
-        return []
-    steps = f"{found['first_step']} to {found['last_step']}"
-    listed = ", ".join(map(str, found["rows"][:24])) + (", ..." if found["count"] > 24 else "")
-    read = f"steps {steps} read {found['count']} of the {found['of']} prepared rows: {listed}"
-    return [read, *(f"row {row}: {text[:120]!r}" for row, text in found.get("texts", {}).items())]

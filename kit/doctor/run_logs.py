@@ -11,6 +11,7 @@ from typing import Any
 
 from kit.doctor import causes
 from kit.storage import run_directory
+from kit.storage.json_files import read_json_or_empty
 
 TAIL = 400_000  # bytes of a log that are read: the last start of a long run
 HEADER = re.compile(r"^--- plan \w+ rank \d+ .*$", re.M)
@@ -22,14 +23,14 @@ NATIVE = {"crash", "illegal_instruction", "gpu_fault", "nccl", "cuda_oom", "host
 class Rank:
     """One rank's last start.
 
-    said: its own error in words, "" where it left none; trace: the traceback; written: when its log last grew;
+    error: its own error in words, "" where it left none; trace: the traceback; written: when its log last grew;
     failed: when it wrote its error; died: when the launcher saw it gone.
     """
 
     number: int
     log: Path
     lines: list[str]
-    said: str
+    error: str
     trace: str
     code: int | None
     written: float
@@ -39,7 +40,7 @@ class Rank:
     @property
     def text(self) -> str:
         """All that can name a cause: its error, its traceback, else the end of its log."""
-        return "\n".join([self.said, self.trace]) if self.said or self.trace else "\n".join(self.lines[-60:])
+        return "\n".join([self.error, self.trace]) if self.error or self.trace else "\n".join(self.lines[-60:])
 
     @property
     def kind(self) -> str:
@@ -47,9 +48,9 @@ class Rank:
         text = self.text
         if causes.WAITED.search(text):
             return "waited"
-        if causes.FELL_AFTER.search(self.said or text):
+        if causes.FELL_AFTER.search(self.error or text):
             return "fell"
-        if self.said or self.trace:
+        if self.error or self.trace:
             return "error"
         native = causes.find(text)
         return "error" if native and native[0].id in NATIVE else "silent"
@@ -59,22 +60,22 @@ def read_ranks(run: Path) -> list[Rank]:
     """Every rank that wrote a log, by number."""
     logs = run / run_directory.LOGS
     deaths = ended(run).get("deaths") or {}
-    found = [read_rank(log, deaths) for log in logs.glob("rank*.log") if re.fullmatch(r"rank\d+", log.stem)]
-    return sorted(found, key=lambda rank: rank.number)
+    ranks = [read_rank(log, deaths) for log in logs.glob("rank*.log") if re.fullmatch(r"rank\d+", log.stem)]
+    return sorted(ranks, key=lambda rank: rank.number)
 
 
 def read_rank(log: Path, deaths: dict[str, float]) -> Rank:
     number = int(log.stem.removeprefix("rank"))
     text = HEADER.split(tail(log))[-1]  # a resumed run appends: only its last start matters
     report = log.with_name(f"rank{number}.error.json")
-    error = run_directory.read_json(report)
+    error = read_json_or_empty(report)
     problems = error.get("problems") or []
     traces = re.findall(r"Traceback \(most recent call last\):\n(?:[ \t].*\n|\n)*(?:\S.*(?:\n|$))?", text)
     return Rank(
         number=number,
         log=log,
         lines=[line for line in text.splitlines() if line.strip()],
-        said="\n".join(sentence(p) for p in problems),
+        error="\n".join(sentence(p) for p in problems),
         trace=traces[-1] if traces and (problems or not went_on(text, traces[-1])) else "",
         code=error.get("code"),
         written=log.stat().st_mtime,
@@ -107,8 +108,7 @@ def tail(path: Path) -> str:
 
 def ended(run: Path) -> dict[str, Any]:
     """What the launching `kit` wrote at the end: return code, kills for memory, when each rank was gone."""
-    found = run_directory.read_json(run / run_directory.LAUNCH)
-    return (found.get("ended") or {}) if isinstance(found, dict) else {}
+    return read_json_or_empty(run / run_directory.LAUNCH).get("ended") or {}
 
 
 def signal_of(returncode: int | None) -> int | None:
@@ -132,15 +132,6 @@ def last_metrics(run: Path) -> dict[str, Any]:
     return {}
 
 
-def newest_checkpoint(run: Path) -> str | None:
-    """The name of the newest checkpoint with a manifest, as `kit resume` takes it."""
-    from kit.storage import manifest
-
-    found = [p.parent for p in (run / run_directory.CHECKPOINTS).glob(f"checkpoint-*/{manifest.NAME}")]
-    numbers = {int(p.name.split("-")[1]): p.name for p in found if p.name.split("-")[1].isdigit()}
-    return numbers[max(numbers)] if numbers else None
-
-
 def hung(ranks: list[Rank]) -> Rank:
     """Whom the others waited for: who itself waited for nobody, else who enqueued least, else who fell silent first.
 
@@ -150,25 +141,25 @@ def hung(ranks: list[Rank]) -> Rank:
     if quiet:
         return min(quiet, key=lambda rank: rank.written)
     counts = {rank.number: enqueued(rank) for rank in ranks}
-    known = {number: count for number, count in counts.items() if count is not None}
-    if len(set(known.values())) > 1:
-        least = min(known, key=lambda number: known[number])
+    counted = {number: count for number, count in counts.items() if count is not None}
+    if len(set(counted.values())) > 1:
+        least = min(counted, key=lambda number: counted[number])
         return next(rank for rank in ranks if rank.number == least)
     return min(ranks, key=lambda rank: rank.written)
 
 
 def enqueued(rank: Rank) -> int | None:
-    found = re.findall(r"last enqueued(?: NCCL)? work: (\d+)", "\n".join(rank.lines))
-    return int(found[-1]) if found else None
+    numbers = re.findall(r"last enqueued(?: NCCL)? work: (\d+)", "\n".join(rank.lines))
+    return int(numbers[-1]) if numbers else None
 
 
-def line_number(rank: Rank, wanted: str) -> str:
+def line_number(rank: Rank, text: str) -> str:
     """LOG:LINE of the last line that holds `wanted`."""
     number = 0
-    if wanted:
+    if text:
         try:
             with open(rank.log, encoding="utf-8", errors="replace") as f:
-                number = max((i for i, line in enumerate(f, 1) if wanted in line), default=0)
+                number = max((i for i, line in enumerate(f, 1) if text in line), default=0)
         except OSError:
             number = 0
     return f"{run_directory.shown(rank.log)}{f':{number}' if number else ''}"
@@ -176,15 +167,15 @@ def line_number(rank: Rank, wanted: str) -> str:
 
 def own_fixes(rank: Rank) -> list[str]:
     """The fixes that the kit's own refusal holds; not the general one of an unforeseen error."""
-    problems = run_directory.read_json(rank.log.with_name(f"rank{rank.number}.error.json")).get("problems") or []
+    problems = read_json_or_empty(rank.log.with_name(f"rank{rank.number}.error.json")).get("problems") or []
     general = ("the log holds the traceback", "lower trainer.per_device_train_batch_size")
     return [p["fix"] for p in problems if p.get("fix") and not p["fix"].startswith(general)]
 
 
 def first_sentence(rank: Rank) -> str:
     """The error itself: the last line of the traceback, else the first of what was reported, else of the log."""
-    lines = [line for line in (rank.said or rank.trace).splitlines() if line.strip()]
-    if rank.said:
+    lines = [line for line in (rank.error or rank.trace).splitlines() if line.strip()]
+    if rank.error:
         return lines[0].removeprefix(f"rank {rank.number}: ")[:400]
     if lines:
         return lines[-1][:400]
@@ -203,3 +194,14 @@ def ago(moment: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit} ago"
     return f"{seconds:.0f} s ago"
+
+
+def rows_of(run: Path) -> list[str]:
+    """Which rows were in the steps before a loss that is not finite, as the trainer wrote them down."""
+    report = read_json_or_empty(run / run_directory.LOGS / "nonfinite.json")
+    if not report:
+        return []
+    steps = f"{report['first_step']} to {report['last_step']}"
+    listed = ", ".join(map(str, report["rows"][:24])) + (", ..." if report["count"] > 24 else "")
+    read = f"steps {steps} read {report['count']} of the {report['of']} prepared rows: {listed}"
+    return [read, *(f"row {row}: {text[:120]!r}" for row, text in report.get("texts", {}).items())]

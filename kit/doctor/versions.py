@@ -30,8 +30,8 @@ def installed(package: str) -> str | None:
 
 def numbers(version: str) -> tuple[int, ...]:
     """The release part of a version: 2.13.0+cu130 -> (2, 13, 0)."""
-    found = re.match(r"\d+(\.\d+)*", version)
-    return tuple(int(part) for part in found[0].split(".")) if found else ()
+    match = re.match(r"\d+(\.\d+)*", version)
+    return tuple(int(part) for part in match[0].split(".")) if match else ()
 
 
 def admitted(version: str, ranges: str) -> bool:
@@ -47,17 +47,17 @@ def admitted(version: str, ranges: str) -> bool:
 
 
 def check_python(version: tuple[int, ...] = tuple(sys.version_info[:3])) -> list[Finding]:
-    text, wanted = ".".join(map(str, version)), tested()["python"]
-    if admitted(text, wanted):
+    text, allowed = ".".join(map(str, version)), tested()["python"]
+    if admitted(text, allowed):
         return [Finding(OK, "python", f"{text} ({sys.executable})")]
-    return [Finding(BAD, "python", f"{text}; the kit runs on {wanted}", "make a .venv with python3.11, 3.12 or 3.13")]
+    return [Finding(BAD, "python", f"{text}; the kit runs on {allowed}", "make a .venv with python3.11, 3.12 or 3.13")]
 
 
 def check_packages(version_of: Installed = installed) -> list[Finding]:
     """One finding for all that are as tested, one for each that is not."""
     table = tested()
     train: dict[str, dict[str, str]] = table["train"]
-    found, as_tested = [], []
+    findings, as_tested = [], []
     absent = [name for name in train if version_of(name) is None]
     for name, row in {**table["packages"], **train}.items():
         version = version_of(name)
@@ -65,23 +65,25 @@ def check_packages(version_of: Installed = installed) -> list[Finding]:
         if version is None:
             if name in train and len(absent) == len(train):
                 continue  # the bare install: said once, below
-            found.append(Finding(BAD, name, "is not installed", pin))
+            findings.append(Finding(BAD, name, "is not installed", pin))
         elif not admitted(version, row["range"]):
-            found.append(Finding(BAD, name, f"{version}; the kit needs {row['range']}", pin))
+            findings.append(Finding(BAD, name, f"{version}; the kit needs {row['range']}", pin))
         elif numbers(version) != numbers(row["tested"]):
-            found.append(Finding(WARN, name, f"{version} is allowed ({row['range']}); tested is {row['tested']}", pin))
+            findings.append(
+                Finding(WARN, name, f"{version} is allowed ({row['range']}); tested is {row['tested']}", pin)
+            )
         else:
             as_tested.append(f"{name} {version}")
     if as_tested:
-        found.insert(0, Finding(OK, "packages", f"as tested: {', '.join(as_tested)}"))
+        findings.insert(0, Finding(OK, "packages", f"as tested: {', '.join(as_tested)}"))
     if len(absent) == len(train):
-        found.append(
+        findings.append(
             Finding(
                 WARN, "packages", "the bare install: it checks, plans and submits, and cannot train here",
                 "pip install torch, then --no-build-isolation 'finetune-kit[train]'",
             )
         )  # fmt: skip
-    return found
+    return findings
 
 
 def torch_cuda() -> str | None:
@@ -99,8 +101,8 @@ def torch_cuda() -> str | None:
 
 def cuda_of(version: str, version_py: str, runtime: str | None) -> str:
     """From torch/version.py, else from a version such as 2.13.0+cu130, else from the CUDA runtime's own package."""
-    if said := re.search(r"^cuda\b[^=\n]*=\s*(?:'([\d.]+)'|None)", version_py, re.M):
-        return said[1] or ""
+    if match := re.search(r"^cuda\b[^=\n]*=\s*(?:'([\d.]+)'|None)", version_py, re.M):
+        return match[1] or ""
     if tag := re.search(r"\+cu(\d+)(\d)$", version):
         return f"{tag[1]}.{tag[2]}"
     if "+cpu" in version or runtime is None:

@@ -60,8 +60,8 @@ def loading(name: str, d: Dataset, path: str, split: str, shape: str, packed: bo
         first = Path(files[0]).suffix.lower()
         kind = data_files.SUFFIXES[first]
         alike = place.is_dir() and not any(f.name.startswith(".") or f.suffix != first for f in map(Path, files))
-        held = f"sorted(glob({literal(str(place / ('*' + first)))}))" if alike else literal(files)
-        given = [literal(kind), f"data_files={held if len(files) > 1 else literal(files[0])}", 'split="train"']
+        expression = f"sorted(glob({literal(str(place / ('*' + first)))}))" if alike else literal(files)
+        given = [literal(kind), f"data_files={expression if len(files) > 1 else literal(files[0])}", 'split="train"']
         given += ['delimiter="\\t"'] if first == ".tsv" else []
     else:
         config, revision = (d.name, d.revision) if path == d.path else (None, None)
@@ -84,9 +84,9 @@ def columns_of(d: Dataset) -> tuple[list[str], str]:
         return template_functions(d, names), f".select_columns({literal(names)})"
     rename = {theirs: ours for ours, theirs in d.columns.items() if theirs != ours}
     if d.format != "auto":
-        wanted = {d.columns.get(c, c): c for c in FORMATS[d.format]}
-        rename = {theirs: ours for theirs, ours in wanted.items() if theirs != ours}
-        return [], f".select_columns({literal(list(wanted))})" + (
+        targets = {d.columns.get(c, c): c for c in FORMATS[d.format]}
+        rename = {theirs: ours for theirs, ours in targets.items() if theirs != ours}
+        return [], f".select_columns({literal(list(targets))})" + (
             f".rename_columns({literal(rename)})" if rename else ""
         )
     lines = ["def choose_columns(rows):"]
@@ -112,8 +112,8 @@ def template_functions(d: Dataset, names: list[str]) -> list[str]:
         if "system" in d.template:
             lines.append('    turns = [turn for turn in turns if turn["content"] or turn["role"] != "system"]')
         apart = d.format == "prompt_completion"
-        made = '{"prompt": turns[:-1], "completion": turns[-1:]}' if apart else '{"messages": turns}'
-        lines.append(f"    return {made}")
+        row = '{"prompt": turns[:-1], "completion": turns[-1:]}' if apart else '{"messages": turns}'
+        lines.append(f"    return {row}")
     else:
         items = [f"{literal(key)}: {literal(text)}.format(**row)" for key, text in d.template.items()]
         lines += [f"    {line}" for line in call("return {", items, end="}")]

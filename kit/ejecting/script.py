@@ -75,7 +75,7 @@ def lines_of(plan: RunPlan, packed: bool) -> list[str]:
 def imports(body: str) -> list[str]:
     """What the body uses, in isort's order."""
     plain = [f"import {m}" for m in ("deepspeed", "torch") if re.search(rf"\b{m}\.", body)]
-    found = []
+    lines = []
     for module, names in (
         ("bitsandbytes.nn", ["Linear4bit", "Linear8bitLt"]),
         ("datasets", ["load_dataset"]),
@@ -88,10 +88,10 @@ def imports(body: str) -> list[str]:
         ("trl", ["SFTConfig", "SFTTrainer"]),
     ):
         if used := [n for n in names if re.search(rf"\b{n}\b", body)]:
-            found.append(f"from {module} import {', '.join(used)}")
+            lines.append(f"from {module} import {', '.join(used)}")
     standard = ["from glob import glob"] if "glob(" in body else []
     standard += ["from pathlib import Path"] if "Path(" in body else []
-    return [*standard, *([""] if standard else []), *plain, *found]
+    return [*standard, *([""] if standard else []), *plain, *lines]
 
 
 def arguments(plan: RunPlan) -> list[str]:
@@ -112,8 +112,8 @@ def arguments(plan: RunPlan) -> list[str]:
 
 def changed(table: str, values: dict[str, Any]) -> dict[str, Any]:
     """The values that are not the library's defaults."""
-    known = fields.tables()[table]
-    return {k: v for k, v in values.items() if k not in known or not same(v, known[k].get("default"))}
+    defaults = fields.tables()[table]
+    return {k: v for k, v in values.items() if k not in defaults or not same(v, defaults[k].get("default"))}
 
 
 def same(a: Any, b: Any) -> bool:
@@ -152,8 +152,8 @@ def model_lines(plan: RunPlan, packed: bool) -> list[str]:
         lines += call("model = AutoModelForCausalLM.from_config(", ["config", *stated(only), *given], packed)
     else:
         if quantization:
-            held = {k: v for k, v in quantization.items() if k != "quant_method" and v is not None}
-            lines += call("bits = BitsAndBytesConfig(", keywords(changed("BitsAndBytesConfig", held)), packed)
+            settings = {k: v for k, v in quantization.items() if k != "quant_method" and v is not None}
+            lines += call("bits = BitsAndBytesConfig(", keywords(changed("BitsAndBytesConfig", settings)), packed)
             given.append("quantization_config=bits")
         start = [literal(m.name_or_path), *stated(common), "use_safetensors=True", *given]
         lines += call("model = AutoModelForCausalLM.from_pretrained(", start, packed)

@@ -95,8 +95,8 @@ def refuse(plan: RunPlan) -> None:
         elif not (Path(start.path) / start.weights).is_file():
             problems.append(Problem(f"{start.path} is gone", "peft.init_from", "put the adapter back"))
         if plan.zero_stage == 3:
-            said = "PEFT cannot load an adapter into weights that ZeRO-3 has sharded"
-            problems.append(Problem(said, "peft.init_from", "deepspeed=zero2, or train with the kit"))
+            problem = "PEFT cannot load an adapter into weights that ZeRO-3 has sharded"
+            problems.append(Problem(problem, "peft.init_from", "deepspeed=zero2, or train with the kit"))
     d = plan.dataset
     if d.streaming and d.test_size:
         problems.append(Problem("a stream cannot be split", "dataset.test_size", "dataset.eval_path=FILE"))
@@ -108,8 +108,8 @@ def refuse(plan: RunPlan) -> None:
         else []
     )
     if odd:
-        said = f"str.format cannot read the columns {', '.join(odd)}"
-        problems.append(Problem(said, "dataset.template", "rename the columns in the data"))
+        problem = f"str.format cannot read the columns {', '.join(odd)}"
+        problems.append(Problem(problem, "dataset.template", "rename the columns in the data"))
     if problems:
         raise KitError(problems)
 
@@ -121,10 +121,10 @@ def deepspeed_json(plan: RunPlan) -> tuple[dict[str, Any], list[str]]:
     if plan.zero_stage != 3 or ds["zero_optimization"].get(gather):
         return ds, []
     ds["zero_optimization"][gather] = True
-    said = (
+    note = (
         f"{gather} is true: a plain trainer saves nothing under ZeRO-3 without it; the kit gathers the adapter alone"
     )
-    return ds, [said]
+    return ds, [note]
 
 
 def run_sh(plan: RunPlan, out: Path) -> str:

@@ -27,7 +27,8 @@ from kit.evaluation.generate import check_settings, table
 from kit.evaluation.loss import answer_loss
 from kit.evaluation.sampling import decode, stop_ids
 from kit.models.open import each_model
-from kit.models.sources import Source, choose, open_tokenizer, output_path, resolve, write_json
+from kit.models.sources import Source, choose, open_tokenizer, output_path, resolve
+from kit.storage.json_files import atomic_write_json
 
 METRICS = ("exact_match", "loss", "perplexity")
 EVAL = "eval.json"
@@ -104,7 +105,7 @@ def evaluate(
     }
     path = output_path(models, out, EVAL)
     if path:
-        write_json(path, result)
+        atomic_write_json(path, result)
     return result | {"file": str(path) if path else None}
 
 

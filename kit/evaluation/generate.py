@@ -14,7 +14,8 @@ from kit.errors import KitError
 from kit.evaluation.examples import Pair, Shots, as_pair, few_shot_style, with_shots
 from kit.evaluation.sampling import decode
 from kit.models.open import each_model
-from kit.models.sources import Source, choose, open_tokenizer, output_path, resolve, write_json
+from kit.models.sources import Source, choose, open_tokenizer, output_path, resolve
+from kit.storage.json_files import atomic_write_json
 
 SAMPLES = "samples.json"
 DEFAULT_PROMPTS = 5
@@ -84,7 +85,8 @@ def generate(
     difference = first_difference(samples) if {"adapter", "merged"} <= set(columns) else None
     path = output_path(found, out, SAMPLES)
     if path:
-        write_json(path, samples)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write_json(path, samples)
     return {
         "samples": samples,
         "adapter_equals_merged": difference is None if {"adapter", "merged"} <= set(columns) else None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import tempfile
 from dataclasses import asdict, dataclass, field
@@ -12,10 +11,12 @@ from typing import Any
 import yaml
 
 from kit.errors import KitError, Problem
-from kit.importing import accelerate, axolotl, fsdp_qlora, llamafactory, trl
+from kit.importing import accelerate, axolotl, llamafactory, trl
 from kit.importing.command import read_command
 from kit.importing.read import SUFFIXES, detect, read_file
-from kit.importing.report import Entry, Reading, Recipe, Source, shown
+from kit.importing.report import Entry, Reading, Recipe, Source
+from kit.importing.tree import shown
+from kit.storage.json_files import atomic_write_text
 
 READERS = {
     "accelerate": accelerate.read,
@@ -23,11 +24,10 @@ READERS = {
     "environment": accelerate.read_environment,
     "axolotl": axolotl.read,
     "llamafactory": llamafactory.read,
-    "fsdp_qlora": fsdp_qlora.read,
     "trl": trl.read,
 }
-FORMATS = ("trl", "accelerate", "axolotl", "llamafactory", "fsdp_qlora")
-RUNS = ("trl", "axolotl", "llamafactory", "fsdp_qlora")  # each describes a whole run; one of them at a time
+FORMATS = ("trl", "accelerate", "axolotl", "llamafactory")
+RUNS = ("trl", "axolotl", "llamafactory")  # each describes a whole run; one of them at a time
 ORDER = (*(name for name in READERS if name not in RUNS), "deepspeed", *RUNS)  # the run's own words stand last
 
 
@@ -39,7 +39,7 @@ class Imported:
     tree: dict[str, Any]
     entries: list[Entry]
     detected: list[tuple[str, str]]  # (source, format)
-    theirs: dict[str, str]
+    their_defaults: dict[str, str]
     notes: list[str]
     problems: list[Problem] = field(default_factory=list)  # what kit check says of the recipe
 
@@ -48,7 +48,7 @@ class Imported:
             "detected": [{"source": s, "format": f} for s, f in self.detected],
             "recipe": self.text,
             "keys": [asdict(e) for e in self.entries],
-            "their_defaults": self.theirs,
+            "their_defaults": self.their_defaults,
             "notes": self.notes,
             "problems": [asdict(p) for p in self.problems],
         }
@@ -75,14 +75,16 @@ def import_config(*words: str, form: str | None = None, check: bool = True) -> I
     settle(recipe)
     tree = recipe_tree(recipe)
     text = write(tree, recipe, entries, sources)
-    made = Imported(text, tree, entries, [(s.name, s.format) for s in sources], recipe.theirs, recipe.notes)
+    imported = Imported(
+        text, tree, entries, [(s.name, s.format) for s in sources], recipe.their_defaults, recipe.notes
+    )
     if not given:
         recipe.notes.append(
             "no model and no data are named here: add model=... and dataset=..., or the tool's own file"
         )
     if check:
-        made.problems = checked(made.text, recipe, bool(given))
-    return made
+        imported.problems = checked(imported.text, recipe, bool(given))
+    return imported
 
 
 def find_sources(words: list[str], form: str | None) -> list[Source]:
@@ -98,16 +100,16 @@ def find_sources(words: list[str], form: str | None) -> list[Source]:
             path = Path(word).expanduser()
             tree = read_file(path)
             try:
-                found = detect(tree)
+                detected = detect(tree)
             except KitError as error:
                 raise KitError(error.problems[0].problem, word, error.problems[0].fix) from None
-            if found is None and form is None:
+            if detected is None and form is None:
                 raise KitError(
-                    f"{word} has no key of TRL, accelerate, Axolotl, LLaMA-Factory or fsdp_qlora",
+                    f"{word} has no key of TRL, accelerate, Axolotl or LLaMA-Factory",
                     word,
-                    "check the file, or say whose it is: --from trl|accelerate|axolotl|llamafactory|fsdp_qlora",
+                    "check the file, or say whose it is: --from trl|accelerate|axolotl|llamafactory",
                 )
-            chosen = form if form and found not in ("accelerate", "deepspeed") else found
+            chosen = form if form and detected not in ("accelerate", "deepspeed") else detected
             chosen = form if form and len(words) == 1 else chosen
             sources.append(Source(word, str(chosen), tree, path.parent))
     else:
@@ -155,9 +157,9 @@ def recipe_tree(recipe: Recipe) -> dict[str, Any]:
     if groups:
         tree["defaults"] = [{f"override /{name}": choice} for name, choice in sorted(groups.items())]
     order = "model tokenizer dataset peft quantization deepspeed fsdp trainer launch".split()
-    made = recipe.nested()
-    for section in sorted(made, key=lambda s: (order.index(s) if s in order else 99, s)):
-        tree[section] = literal(made[section])
+    nested = recipe.nested()
+    for section in sorted(nested, key=lambda s: (order.index(s) if s in order else 99, s)):
+        tree[section] = literal(nested[section])
     return tree
 
 
@@ -191,9 +193,9 @@ def write(tree: dict[str, Any], recipe: Recipe, entries: list[Entry], sources: l
     body = yaml.dump(tree, Dumper=Dumper, sort_keys=False, width=110, allow_unicode=True) if tree else ""
     left = [e for e in entries if e.outcome == "left"]
     ends = []
-    if recipe.theirs:
+    if recipe.their_defaults:
         ends += ["", "# Their defaults, written out because the kit's differ:"]
-        ends += [f"#   {comment(key)}: {comment(why)}" for key, why in recipe.theirs.items()]
+        ends += [f"#   {comment(key)}: {comment(reason)}" for key, reason in recipe.their_defaults.items()]
     if left:
         ends += ["", "# Not carried over:"]
         ends += [f"#   {comment(e.key)}: {comment(e.note)}{'; ' * bool(e.fix)}{comment(e.fix)}" for e in left]
@@ -226,7 +228,7 @@ def checked(text: str, recipe: Recipe, whole: bool) -> list[Problem]:
     return [Problem(p.problem, p.where.replace(str(file), "the recipe"), p.fix, p.rule) for p in problems]
 
 
-def save(made: Imported, out: str, overwrite: bool = False) -> None:
+def save(imported: Imported, out: str, overwrite: bool = False) -> None:
     """Write the recipe; KitError where the place will not do."""
     path = Path(out).expanduser()
     if path.suffix not in (".yaml", ".yml"):
@@ -235,8 +237,6 @@ def save(made: Imported, out: str, overwrite: bool = False) -> None:
         raise KitError(f"{out} is there already", "--out", "another name, or --overwrite")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + f".{os.getpid()}.part")
-        part.write_text(made.text, encoding="utf-8")
-        part.replace(path)
+        atomic_write_text(path, imported.text)
     except OSError as error:
         raise KitError(f"{out} cannot be written: {error.strerror or error}", "--out", "another place") from None

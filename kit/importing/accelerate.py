@@ -62,29 +62,29 @@ def read(r: Reading) -> None:
             f"{where} is no machine that the kit starts on", f"{r.name}: compute_environment", "LOCAL_MACHINE"
         )
     if r.has("compute_environment"):
-        r.same(("compute_environment",), "the kit starts on the machine where it stands")
+        r.mark_default(("compute_environment",), "the kit starts on the machine where it stands")
     kind = str(r.get("distributed_type", default="NO")).upper()
     if kind in ("MEGATRON_LM", "XLA", "TPU"):
         raise KitError(f"the kit has no {kind}", f"{r.name}: distributed_type", "MULTI_GPU, DEEPSPEED or FSDP")
     processes(r, kind)
     precision(r)
-    r.equal(SAME)
-    r.left(LEFT)
+    r.mark_defaults(SAME)
+    r.leave_all(LEFT)
     if r.has("use_cpu"):
         if r.get("use_cpu") in (True, "true"):
             r.carry(("use_cpu",), "trainer.use_cpu", True)
         else:
-            r.same(("use_cpu",), "the GPUs that are there are used")
-    if r.has("gpu_ids") and not r.empty("gpu_ids"):
+            r.mark_default(("use_cpu",), "the GPUs that are there are used")
+    if r.has("gpu_ids") and not r.skip_null("gpu_ids"):
         if r.get("gpu_ids") == "all":
-            r.same(("gpu_ids",), "all that are there")
+            r.mark_default(("gpu_ids",), "all that are there")
         else:
             r.leave(("gpu_ids",), "devices are chosen outside", f"export CUDA_VISIBLE_DEVICES={r.get('gpu_ids')}")
-    if r.has("main_process_port") and not r.empty("main_process_port"):
+    if r.has("main_process_port") and not r.skip_null("main_process_port"):
         r.carry(("main_process_port",), "launch.master_port", r.get("main_process_port"))
     if r.has("downcast_bf16"):
         if r.get("downcast_bf16") in ("no", False, None):
-            r.same(("downcast_bf16",), "off, as here")
+            r.mark_default(("downcast_bf16",), "off, as here")
         else:
             r.leave(("downcast_bf16",), "for TPUs", "")
     compiled(r)
@@ -93,9 +93,9 @@ def read(r: Reading) -> None:
         if kind == "FSDP":
             sharding.fsdp(r, "fsdp_config")
         else:
-            r.same(("fsdp_config",), f"not read: distributed_type is {kind}")
+            r.mark_default(("fsdp_config",), f"not read: distributed_type is {kind}")
     elif r.has("fsdp_config"):
-        r.same(("fsdp_config",), "empty")
+        r.mark_default(("fsdp_config",), "empty")
     elif kind == "FSDP":
         r.recipe.default("fsdp.version", 1, "accelerate's default")
 
@@ -104,13 +104,13 @@ def processes(r: Reading, kind: str) -> None:
     machines = r.get("num_machines", default=1) or 1
     count = r.get("num_processes")
     if r.has("distributed_type"):
-        r.same(("distributed_type",), "the blocks below and the number of processes say it")
+        r.mark_default(("distributed_type",), "the blocks below and the number of processes say it")
     if r.has("num_machines"):
         if machines == 1:
-            r.same(("num_machines",), "one machine, as here")
+            r.mark_default(("num_machines",), "one machine, as here")
         else:
             r.leave(("num_machines",), PROCESSES, "launch the plan with deepspeed or torchrun on each machine")
-    if r.has("num_processes") and not r.empty("num_processes"):
+    if r.has("num_processes") and not r.skip_null("num_processes"):
         whole = isinstance(count, int) and isinstance(machines, int) and machines > 1 and count % machines == 0
         note = f"{count} over {machines} machines, counted on one" if whole else ""
         each = count // machines if whole and isinstance(count, int) else count
@@ -120,7 +120,7 @@ def processes(r: Reading, kind: str) -> None:
 
 
 def precision(r: Reading) -> None:
-    if not r.has("mixed_precision") or r.empty("mixed_precision"):
+    if not r.has("mixed_precision") or r.skip_null("mixed_precision"):
         return
     word = "no" if r.get("mixed_precision") is False else str(r.get("mixed_precision")).lower()
     if word not in PRECISION:
@@ -134,27 +134,27 @@ def compiled(r: Reading) -> None:
     block = r.get("dynamo_config")
     if r.has("dynamo_backend"):
         if str(r.get("dynamo_backend")).lower() in ("no", "false", "none"):
-            r.same(("dynamo_backend",), "not compiled, as here")
+            r.mark_default(("dynamo_backend",), "not compiled, as here")
         else:
             r.carry(("dynamo_backend",), "trainer.torch_compile", True)
             r.carry(("dynamo_backend",), "trainer.torch_compile_backend", str(r.get("dynamo_backend")).lower())
     if not isinstance(block, dict) or not block:
         if r.has("dynamo_config"):
-            r.same(("dynamo_config",), "empty")
+            r.mark_default(("dynamo_config",), "empty")
         return
     for name in list(block):
-        if not r.has("dynamo_config", name) or r.empty("dynamo_config", name):
+        if not r.has("dynamo_config", name) or r.skip_null("dynamo_config", name):
             continue
         path, value = ("dynamo_config", name), str(block[name]).lower()
         if name == "dynamo_backend" and value not in ("no", "false"):
             r.carry(path, "trainer.torch_compile", True)
             r.carry(path, "trainer.torch_compile_backend", value)
         elif name == "dynamo_backend":
-            r.same(path, "not compiled, as here")
+            r.mark_default(path, "not compiled, as here")
         elif name == "dynamo_mode" and value != "default":
             r.carry(path, "trainer.torch_compile_mode", value)
         elif value in ("false", "no", "default"):
-            r.same(path, "off, as here")
+            r.mark_default(path, "off, as here")
         else:
             r.leave(path, "transformers passes no such setting on", "")
 
@@ -162,64 +162,66 @@ def compiled(r: Reading) -> None:
 def deepspeed(r: Reading, kind: str) -> None:
     """A JSON that is named is followed; else the flags make the JSON that accelerate makes of them."""
     block = r.get("deepspeed_config")
-    at = "deepspeed_config"
+    block_key = "deepspeed_config"
     if not isinstance(block, dict) or not block:
-        if r.has(at):
-            r.same((at,), "empty")
+        if r.has(block_key):
+            r.mark_default((block_key,), "empty")
         return
     if kind != "DEEPSPEED" and "distributed_type" in r.tree:
-        r.same((at,), f"not read: distributed_type is {kind}")
+        r.mark_default((block_key,), f"not read: distributed_type is {kind}")
         return
-    r.left(DEEPSPEED_LEFT, at)
-    r.equal({"deepspeed_multinode_launcher": "one machine needs none",
-             "zero3_init_flag": "the kit loads under zero.Init wherever stage 3 asks for it"}, at)  # fmt: skip
+    r.leave_all(DEEPSPEED_LEFT, block_key)
+    r.mark_defaults({"deepspeed_multinode_launcher": "one machine needs none",
+             "zero3_init_flag": "the kit loads under zero.Init wherever stage 3 asks for it"}, block_key)  # fmt: skip
     if block.get("deepspeed_config_file"):
-        sharding.deepspeed(r, at, "deepspeed_config_file")
+        sharding.deepspeed(r, block_key, "deepspeed_config_file")
         for name in list(block):
-            if r.has(at, name):
-                r.leave((at, name), "the file stands: accelerate refuses both", "put it into the JSON")
+            if r.has(block_key, name):
+                r.leave((block_key, name), "the file stands: accelerate refuses both", "put it into the JSON")
         return
-    r.empty(at, "deepspeed_config_file")
+    r.skip_null(block_key, "deepspeed_config_file")
     zero = "deepspeed.zero_optimization."
     stage = block.get("zero_stage", 2)
-    if r.has(at, "gradient_accumulation_steps") and not r.empty(at, "gradient_accumulation_steps"):
+    if r.has(block_key, "gradient_accumulation_steps") and not r.skip_null(block_key, "gradient_accumulation_steps"):
         steps = block["gradient_accumulation_steps"]
-        path = (at, "gradient_accumulation_steps")
+        path = (block_key, "gradient_accumulation_steps")
         if steps == "auto":
-            r.same(path, "the trainer's own")
+            r.mark_default(path, "the trainer's own")
         else:
             r.carry(path, "trainer.gradient_accumulation_steps", steps)
-    if r.has(at, "gradient_clipping") and not r.empty(at, "gradient_clipping"):
+    if r.has(block_key, "gradient_clipping") and not r.skip_null(block_key, "gradient_clipping"):
         clip = block["gradient_clipping"]
         if clip == "auto":
-            r.same((at, "gradient_clipping"), "the trainer's own")
+            r.mark_default((block_key, "gradient_clipping"), "the trainer's own")
         else:
-            r.carry((at, "gradient_clipping"), "trainer.max_grad_norm", clip)
-    if r.has(at, "zero_stage") and not r.empty(at, "zero_stage"):
-        r.carry((at, "zero_stage"), zero + "stage", stage)
+            r.carry((block_key, "gradient_clipping"), "trainer.max_grad_norm", clip)
+    if r.has(block_key, "zero_stage") and not r.skip_null(block_key, "zero_stage"):
+        r.carry((block_key, "zero_stage"), zero + "stage", stage)
     else:
         r.recipe.default(zero + "stage", 2, "accelerate's default")
-    for what in ("optimizer", "param"):
-        name = f"offload_{what}_device"
-        if r.has(at, name):
+    for part in ("optimizer", "param"):
+        name = f"offload_{part}_device"
+        if r.has(block_key, name):
             if block[name] in ("none", None, False):
-                r.same((at, name), "not offloaded, as here")
-            elif what == "param" and stage != 3:
-                r.same((at, name), f"not read: stage {stage} does not offload parameters")
+                r.mark_default((block_key, name), "not offloaded, as here")
+            elif part == "param" and stage != 3:
+                r.mark_default((block_key, name), f"not read: stage {stage} does not offload parameters")
             else:
-                r.carry((at, name), f"{zero}offload_{what}.device", block[name])
-        name = f"offload_{what}_nvme_path"
-        if r.has(at, name) and not r.empty(at, name):
-            if block.get(f"offload_{what}_device") == "nvme":
-                r.carry((at, name), f"{zero}offload_{what}.nvme_path", block[name])
+                r.carry((block_key, name), f"{zero}offload_{part}.device", block[name])
+        name = f"offload_{part}_nvme_path"
+        if r.has(block_key, name) and not r.skip_null(block_key, name):
+            if block.get(f"offload_{part}_device") == "nvme":
+                r.carry((block_key, name), f"{zero}offload_{part}.nvme_path", block[name])
             else:
-                r.same((at, name), "not read: nothing goes to NVMe")
+                r.mark_default((block_key, name), "not read: nothing goes to NVMe")
     name = "zero3_save_16bit_model"
-    if r.has(at, name) and not r.empty(at, name):
+    if r.has(block_key, name) and not r.skip_null(block_key, name):
         if stage == 3:
-            r.carry((at, name), zero + "stage3_gather_16bit_weights_on_model_save", block[name] in (True, "true", 1))
+            r.carry(
+                (block_key, name), zero + "stage3_gather_16bit_weights_on_model_save", block[name] in (True, "true", 1)
+            )
         else:
-            r.same((at, name), f"not read at stage {stage}")
+            r.mark_default((block_key, name), f"not read at stage {stage}")
     # What accelerate writes into the JSON that it makes of these flags.
     for name in (
         "train_batch_size",
@@ -244,7 +246,7 @@ def read_launcher(r: Reading) -> None:
         r.carry(("master_port",), "launch.master_port", r.get("master_port"))
     for name in ("nnodes", "num_nodes"):
         if r.has(name) and str(r.get(name)) == "1":
-            r.same((name,), "one machine, as here")
+            r.mark_default((name,), "one machine, as here")
     fix = "start the plan with the launcher itself: --module kit.worker PLAN.json"
     for name in list(r.tree):
         if r.has(name):

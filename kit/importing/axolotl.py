@@ -9,6 +9,7 @@ from kit.importing import sharding, trl
 from kit.importing.axolotl_data import datasets, template
 from kit.importing.axolotl_keys import CUSTOM_OPTIMIZERS, LEFT, NAMES, NOT_SFT, PEFT, SAME, THEIR_DEFAULTS
 from kit.importing.report import Reading
+from kit.importing.training_arguments import defaults, training_arguments
 
 
 def read(r: Reading) -> None:
@@ -17,7 +18,7 @@ def read(r: Reading) -> None:
             raise KitError(
                 f"{name}: {r.get(name)} is no supervised fine-tuning run", r.name, "the kit trains SFT alone"
             )
-        r.left({name: ("", "")})
+        r.leave_all({name: ("", "")})
     optimizer(r)
     method(r)
     attention(r)
@@ -28,24 +29,24 @@ def read(r: Reading) -> None:
     datasets(r)
     sharding.deepspeed(r)
     for name, key in NAMES.items():
-        if r.has(name) and not r.empty(name):
+        if r.has(name) and not r.skip_null(name):
             r.carry((name,), key, r.get(name))
     trl.revision(r, "revision_of_model")
     trl.revision(r, "model_revision")
-    r.equal(SAME)
-    r.left(LEFT)
+    r.mark_defaults(SAME)
+    r.leave_all(LEFT)
     liger(r)
-    trl.training_arguments(r)
-    theirs = dict(THEIR_DEFAULTS)
+    training_arguments(r)
+    changed = dict(THEIR_DEFAULTS)
     if "trainer.per_device_train_batch_size" in r.recipe.values:
-        theirs["per_device_eval_batch_size"] = r.recipe.values["trainer.per_device_train_batch_size"]
+        changed["per_device_eval_batch_size"] = r.recipe.values["trainer.per_device_train_batch_size"]
     else:
-        theirs["per_device_eval_batch_size"] = 1
-    theirs.pop("learning_rate")
+        changed["per_device_eval_batch_size"] = 1
+    changed.pop("learning_rate")
     if r.get("learning_rate") is None:
         r.recipe.notes.append("Axolotl needs a learning_rate and the file has none: the kit's own stands")
-        theirs["learning_rate"] = 2.0e-4
-    trl.defaults(r, theirs, "Axolotl")
+        changed["learning_rate"] = 2.0e-4
+    defaults(r, changed, "Axolotl")
     if "warmup_steps" not in r.tree and r.get("warmup_ratio") is None:
         r.recipe.notes.append("Axolotl's own warm-up is 3% of the steps and at most 100; the limit is not carried")
     if r.get("excess_length_strategy") in (None, "drop"):
@@ -58,12 +59,12 @@ def optimizer(r: Reading) -> None:
         r.leave(("optimizer",), f"transformers has no optimizer {name}", "trainer.optim=adamw_torch_fused")
     if r.get("lr_scheduler") in ("one_cycle", "rex"):
         r.leave(("lr_scheduler",), "no such schedule here", "trainer.lr_scheduler_type=cosine")
-    if r.has("cosine_min_lr_ratio") and not r.empty("cosine_min_lr_ratio"):
+    if r.has("cosine_min_lr_ratio") and not r.skip_null("cosine_min_lr_ratio"):
         ratio = r.get("cosine_min_lr_ratio")
         r.carry(("cosine_min_lr_ratio",), "trainer.lr_scheduler_kwargs", {"min_lr_rate": ratio})
         r.carry(("cosine_min_lr_ratio",), "trainer.lr_scheduler_type", "cosine_with_min_lr")
         if r.has("lr_scheduler"):
-            r.same(("lr_scheduler",), "cosine_min_lr_ratio chooses cosine_with_min_lr")
+            r.mark_default(("lr_scheduler",), "cosine_min_lr_ratio chooses cosine_with_min_lr")
     if isinstance(r.get("optim_args"), dict) and r.has("optim_args"):
         r.carry(("optim_args",), "trainer.optim_args", ",".join(f"{k}={v}" for k, v in r.get("optim_args").items()))
 
@@ -73,32 +74,32 @@ def method(r: Reading) -> None:
     if adapter not in (None, "", "lora", "qlora"):
         raise KitError(f"adapter: {adapter} is not known here", r.name, "adapter: lora, qlora, or none")
     if r.has("adapter"):
-        r.choose(("adapter",), "peft", "lora" if adapter else "none")
+        r.choose_group(("adapter",), "peft", "lora" if adapter else "none")
     else:
         r.recipe.groups["peft"] = "none"
-        r.recipe.theirs["peft=none"] = "Axolotl trains every weight where adapter is not given"
+        r.recipe.their_defaults["peft=none"] = "Axolotl trains every weight where adapter is not given"
     for name, group in (("load_in_4bit", "nf4"), ("load_in_8bit", "int8")):
         if r.has(name):
             if r.get(name) is True:
-                r.choose((name,), "quantization", group)
+                r.choose_group((name,), "quantization", group)
             else:
-                r.same((name,), "off, as here")
+                r.mark_default((name,), "off, as here")
     if isinstance(r.get("bnb_config_kwargs"), dict):
-        r.table(
+        r.carry_all(
             {k: f"quantization.{k}" for k in r.get("bnb_config_kwargs") if isinstance(k, str)}, "bnb_config_kwargs"
         )
     if not adapter:
-        r.equal(dict.fromkeys([*PEFT, "lora_target_modules", "lora_target_linear"], "not read: no adapter"))
+        r.mark_defaults(dict.fromkeys([*PEFT, "lora_target_modules", "lora_target_linear"], "not read: no adapter"))
         return
     named, linear = r.get("lora_target_modules"), r.get("lora_target_linear") is True
     if r.has("lora_target_linear"):
         if linear:
             r.carry(("lora_target_linear",), "peft.target_modules", "all-linear")
         else:
-            r.same(("lora_target_linear",), "off: lora_target_modules says it")
-    if r.has("lora_target_modules") and not r.empty("lora_target_modules"):
+            r.mark_default(("lora_target_linear",), "off: lora_target_modules says it")
+    if r.has("lora_target_modules") and not r.skip_null("lora_target_modules"):
         if linear:
-            r.same(("lora_target_modules",), "all linear layers hold these too")
+            r.mark_default(("lora_target_modules",), "all linear layers hold these too")
         else:
             r.carry(("lora_target_modules",), "peft.target_modules", named)
     elif not linear:
@@ -116,9 +117,9 @@ def attention(r: Reading) -> None:
             if r.get(name) in (True, "auto"):
                 r.carry((name,), "model.attn_implementation", kind)
             else:
-                r.same((name,), "off: another attention")
+                r.mark_default((name,), "off: another attention")
     given = r.get("attn_implementation")
-    if r.has("attn_implementation") and not r.empty("attn_implementation"):
+    if r.has("attn_implementation") and not r.skip_null("attn_implementation"):
         if given in ("xformers", "sage", "s2", "fp8"):
             r.leave(
                 ("attn_implementation",), f"transformers has no {given} attention", "model.attn_implementation=sdpa"
@@ -129,24 +130,24 @@ def attention(r: Reading) -> None:
 
 def precision(r: Reading) -> None:
     for name, flag in (("bf16", "bf16"), ("bfloat16", "bf16"), ("fp16", "fp16"), ("float16", "fp16")):
-        if r.has(name) and not r.empty(name):
+        if r.has(name) and not r.skip_null(name):
             value = r.get(name)
             if value == "full":
                 r.carry((name,), "trainer.bf16_full_eval", True, "and the weights are bfloat16")
             elif name in ("bfloat16", "float16") and value is False:
-                r.same((name,), "off, as here")
+                r.mark_default((name,), "off, as here")
             elif name in ("bfloat16", "float16"):
                 r.carry((name,), f"trainer.{flag}", value)
                 r.carry((name,), "model.dtype", name)
             else:
                 r.carry((name,), f"trainer.{flag}", value)
     if r.has("float32"):
-        r.same(("float32",), "bf16 and fp16 say it")
+        r.mark_default(("float32",), "bf16 and fp16 say it")
     if r.has("tf32"):
         if r.get("tf32") in (True, False):
             r.carry(("tf32",), "trainer.tf32", r.get("tf32"))
         else:
-            r.same(("tf32",), "auto leaves torch's own setting")
+            r.mark_default(("tf32",), "auto leaves torch's own setting")
     value = r.get("gradient_checkpointing")
     if r.has("gradient_checkpointing") and isinstance(value, str) and value not in ("true", "false"):
         r.carry(("gradient_checkpointing",), "trainer.gradient_checkpointing", True)
@@ -157,24 +158,24 @@ def precision(r: Reading) -> None:
 
 def steps(r: Reading) -> None:
     total, micro = r.get("batch_size"), r.get("micro_batch_size", default=1)
-    if r.has("batch_size") and not r.empty("batch_size"):
+    if r.has("batch_size") and not r.skip_null("batch_size"):
         if r.get("gradient_accumulation_steps"):
-            r.same(("batch_size",), "not read: gradient_accumulation_steps is given")
+            r.mark_default(("batch_size",), "not read: gradient_accumulation_steps is given")
         elif isinstance(total, int) and isinstance(micro, int) and micro > 0 and total >= micro:
             note = f"{total} rows per process in batches of {micro}"
             r.carry(("batch_size",), "trainer.gradient_accumulation_steps", total // micro, note)
             if r.has("gradient_accumulation_steps"):
-                r.same(("gradient_accumulation_steps",), "batch_size says it")
+                r.mark_default(("gradient_accumulation_steps",), "batch_size says it")
         else:
             r.leave(("batch_size",), "no whole number of micro batches", "trainer.gradient_accumulation_steps=N")
     epochs = r.get("num_epochs", default=1)
     held_out = bool(r.get("val_set_size")) or bool(r.get("test_datasets"))
     for name, key in (("evals_per_epoch", "eval"), ("saves_per_epoch", "save")):
-        if not r.has(name) or r.empty(name):
+        if not r.has(name) or r.skip_null(name):
             continue
         times = r.get(name)
         if not times or (key == "eval" and not held_out):
-            r.same((name,), "nothing is held out to evaluate" if times else "switched off, as here")
+            r.mark_default((name,), "nothing is held out to evaluate" if times else "switched off, as here")
             continue
         share = (
             1.0 / (times * epochs)
@@ -190,18 +191,18 @@ def steps(r: Reading) -> None:
             r.carry((name,), "trainer.eval_strategy", "epoch")
     for key in ("eval", "save"):
         name = f"{key}_steps"
-        if r.has(name) and not r.empty(name):
+        if r.has(name) and not r.skip_null(name):
             if key == "eval" and not held_out:
-                r.same((name,), "nothing is held out to evaluate")
+                r.mark_default((name,), "nothing is held out to evaluate")
             else:
                 r.carry((name,), f"trainer.{name}", r.get(name))
                 r.carry((name,), f"trainer.{key}_strategy", "steps")
                 if r.has(f"{key}_strategy"):
-                    r.same((f"{key}_strategy",), f"{name} is given")
+                    r.mark_default((f"{key}_strategy",), f"{name} is given")
     if r.has("eval_strategy") and not held_out:
-        r.same(("eval_strategy",), "nothing is held out to evaluate")
+        r.mark_default(("eval_strategy",), "nothing is held out to evaluate")
     if r.has("max_steps") and r.get("max_steps") == 0:
-        r.same(("max_steps",), "0: the epochs say it")
+        r.mark_default(("max_steps",), "0: the epochs say it")
 
 
 def trackers(r: Reading) -> None:
@@ -209,30 +210,32 @@ def trackers(r: Reading) -> None:
         on = r.get(f"use_{name}") is True or bool(r.get(f"{name}_project"))
         if r.has(f"use_{name}"):
             if not r.get(f"use_{name}"):
-                r.same((f"use_{name}",), "off, as here")
+                r.mark_default((f"use_{name}",), "off, as here")
             elif name == "comet":
                 r.carry(("use_comet",), "trainer.report_to", ["comet_ml"])
             else:
-                r.choose((f"use_{name}",), "tracking", name)
+                r.choose_group((f"use_{name}",), "tracking", name)
         elif on and name == "wandb":
             r.recipe.groups["tracking"] = "wandb"
-            r.recipe.theirs["tracking=wandb"] = "Axolotl reports to wandb where wandb_project is given"
+            r.recipe.their_defaults["tracking=wandb"] = "Axolotl reports to wandb where wandb_project is given"
     for name in ("wandb_name", "mlflow_run_name", "trackio_run_name"):
         if r.has(name) and not r.get(name):
-            r.same((name,), "empty")
+            r.mark_default((name,), "empty")
 
 
 def tokens(r: Reading) -> None:
-    at = "special_tokens"
-    if isinstance(r.get(at), dict):
+    block_key = "special_tokens"
+    if isinstance(r.get(block_key), dict):
         names = ("pad_token", "eos_token", "bos_token")
-        r.table({n: f"tokenizer.{n}" for n in names}, at)
-        r.left({"unk_token": ("the tokenizer's own stands", "a tokenizer of your own: tokenizer.name_or_path")}, at)
-    elif r.has(at):
-        r.same((at,), "empty")
+        r.carry_all({n: f"tokenizer.{n}" for n in names}, block_key)
+        r.leave_all(
+            {"unk_token": ("the tokenizer's own stands", "a tokenizer of your own: tokenizer.name_or_path")}, block_key
+        )
+    elif r.has(block_key):
+        r.mark_default((block_key,), "empty")
     added: list[Any] = []
-    for path in ((at, "additional_special_tokens"), ("tokens",)):
-        if r.has(*path) and not r.empty(*path):
+    for path in ((block_key, "additional_special_tokens"), ("tokens",)):
+        if r.has(*path) and not r.skip_null(*path):
             added += r.get(*path) if isinstance(r.get(*path), list) else [r.get(*path)]
             note = "added as special tokens" if path == ("tokens",) else ""
             r.carry(path, "tokenizer.added_tokens", list(added), note)
@@ -248,7 +251,7 @@ def tokens(r: Reading) -> None:
                 "write it to my.jinja; tokenizer.chat_template=my.jinja",
             )
     elif r.has("chat_template_jinja"):
-        r.same(("chat_template_jinja",), "empty")
+        r.mark_default(("chat_template_jinja",), "empty")
 
 
 def liger(r: Reading) -> None:
@@ -259,4 +262,4 @@ def liger(r: Reading) -> None:
             if r.get(name) is True:
                 r.carry((name,), "trainer.use_liger_kernel", True)
             else:
-                r.same((name,), "off")
+                r.mark_default((name,), "off")

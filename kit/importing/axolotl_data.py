@@ -6,7 +6,8 @@ import re
 from typing import Any
 
 from kit.importing import prompts
-from kit.importing.report import Key, Reading
+from kit.importing.report import Reading
+from kit.importing.tree import Key
 
 MASKS = (
     "roles drop_system_message message_field_training roles_to_train train_on_eos train_on_eot shards shards_idx "
@@ -15,11 +16,11 @@ MASKS = (
 
 
 def template(r: Reading, path: Key) -> None:
-    if not r.has(*path) or r.empty(*path):
+    if not r.has(*path) or r.skip_null(*path):
         return
     name = str(r.get(*path))
     if name in ("tokenizer_default", "jinja") or name.startswith("tokenizer_default_fallback_"):
-        r.same(path, "the tokenizer's own template" if name != "jinja" else "chat_template_jinja holds it")
+        r.mark_default(path, "the tokenizer's own template" if name != "jinja" else "chat_template_jinja holds it")
     elif name == "chatml":
         r.carry(path, "tokenizer.chat_template", "chatml")
     else:
@@ -33,24 +34,24 @@ def datasets(r: Reading) -> None:
         one(r, ("datasets", 0), listed[0])
         for number in range(1, len(listed)):
             r.leave(("datasets", number), "the kit trains on one data set", "join the files in one folder")
-    held = r.get("test_datasets")
-    if isinstance(held, list) and held and isinstance(held[0], dict):
-        place = where(held[0])
-        if place and "path" in held[0]:
+    test_sets = r.get("test_datasets")
+    if isinstance(test_sets, list) and test_sets and isinstance(test_sets[0], dict):
+        place = where(test_sets[0])
+        if place and "path" in test_sets[0]:
             r.carry(("test_datasets", 0, "path"), "dataset.eval_path", place)
-            if held[0].get("data_files") == place and r.has("test_datasets", 0, "data_files"):
-                r.same(("test_datasets", 0, "data_files"), "the file of eval_path")
-        if "split" in held[0] and held[0].get("path") == (listed or [{}])[0].get("path"):
-            r.carry(("test_datasets", 0, "split"), "dataset.eval_split", held[0]["split"])
+            if test_sets[0].get("data_files") == place and r.has("test_datasets", 0, "data_files"):
+                r.mark_default(("test_datasets", 0, "data_files"), "the file of eval_path")
+        if "split" in test_sets[0] and test_sets[0].get("path") == (listed or [{}])[0].get("path"):
+            r.carry(("test_datasets", 0, "split"), "dataset.eval_split", test_sets[0]["split"])
             r.recipe.drop("dataset.eval_path", "a split of the same data set")
         for name in ("type", "ds_type", "field_messages"):
-            if r.has("test_datasets", 0, name) and (listed or [{}])[0].get(name) == held[0][name]:
-                r.same(("test_datasets", 0, name), "as the training rows")
-    if r.has("val_set_size") and not r.empty("val_set_size"):
+            if r.has("test_datasets", 0, name) and (listed or [{}])[0].get(name) == test_sets[0][name]:
+                r.mark_default(("test_datasets", 0, name), "as the training rows")
+    if r.has("val_set_size") and not r.skip_null("val_set_size"):
         if r.get("val_set_size"):
             r.carry(("val_set_size",), "dataset.test_size", r.get("val_set_size"))
         else:
-            r.same(("val_set_size",), "nothing is held out, as here")
+            r.mark_default(("val_set_size",), "nothing is held out, as here")
 
 
 def where(block: dict[str, Any]) -> str | None:
@@ -61,73 +62,75 @@ def where(block: dict[str, Any]) -> str | None:
     return block.get("path")
 
 
-def one(r: Reading, at: Key, block: dict[str, Any]) -> None:
+def one(r: Reading, prefix: Key, block: dict[str, Any]) -> None:
     """The data set that is trained on: its place, and its rows written as the kit's template writes them."""
     place = where(block)
-    if r.has(*at, "path"):
+    if r.has(*prefix, "path"):
         if place != block["path"]:
-            r.same((*at, "path"), "the suffix of the file says it")
+            r.mark_default((*prefix, "path"), "the suffix of the file says it")
         else:
-            r.carry((*at, "path"), "dataset.path", place)
-    if r.has(*at, "data_files") and not r.empty(*at, "data_files"):
+            r.carry((*prefix, "path"), "dataset.path", place)
+    if r.has(*prefix, "data_files") and not r.skip_null(*prefix, "data_files"):
         if place and place != block.get("path"):
-            r.carry((*at, "data_files"), "dataset.path", place)
+            r.carry((*prefix, "data_files"), "dataset.path", place)
         else:
-            r.leave((*at, "data_files"), "one file or folder", "dataset.path=FILE")
-    r.table({"name": "dataset.name", "split": "dataset.split", "revision": "dataset.revision"}, *at)
-    r.equal({"ds_type": "the suffix of the file says it", "preprocess_shards": "a matter of memory there"}, *at)
-    if r.has(*at, "trust_remote_code"):
-        r.left({"trust_remote_code": ("data sets run no code here", "")}, *at)
-    rows(r, at, block)
+            r.leave((*prefix, "data_files"), "one file or folder", "dataset.path=FILE")
+    r.carry_all({"name": "dataset.name", "split": "dataset.split", "revision": "dataset.revision"}, *prefix)
+    r.mark_defaults(
+        {"ds_type": "the suffix of the file says it", "preprocess_shards": "a matter of memory there"}, *prefix
+    )
+    if r.has(*prefix, "trust_remote_code"):
+        r.leave_all({"trust_remote_code": ("data sets run no code here", "")}, *prefix)
+    rows(r, prefix, block)
     for name in MASKS:
-        if r.has(*at, name):
+        if r.has(*prefix, name):
             usual = (name == "roles_to_train" and block[name] == ["assistant"]) or (
                 name in ("train_on_eos", "train_on_eot") and block[name] == "turn"
             )
             if usual or block[name] in (None, False, [], {}):
-                r.same((*at, name), "the same here")
+                r.mark_default((*prefix, name), "the same here")
             else:
-                r.leave((*at, name), "the template's marks say what is trained", "a template of your own")
+                r.leave((*prefix, name), "the template's marks say what is trained", "a template of your own")
 
 
-def rows(r: Reading, at: Key, block: dict[str, Any]) -> None:
+def rows(r: Reading, prefix: Key, block: dict[str, Any]) -> None:
     kind = block.get("type")
     whole = r.get("train_on_inputs") is True
-    path = (*at, "type")
+    path = (*prefix, "type")
     base = str(kind).split(":")[0].split(".")[0] if isinstance(kind, str) else kind
     if isinstance(kind, dict):
         own(r, path, kind)
     elif base == "completion":
         r.carry(path, "dataset.format", "text")
-        if r.has(*at, "field") and not r.empty(*at, "field"):
-            r.carry((*at, "field"), "dataset.columns.text", block["field"])
+        if r.has(*prefix, "field") and not r.skip_null(*prefix, "field"):
+            r.carry((*prefix, "field"), "dataset.columns.text", block["field"])
     elif base in ("chat_template", "sharegpt"):
         r.carry(path, "dataset.format", "messages")
         column = block.get("field_messages") or ("conversations" if base == "sharegpt" else "messages")
-        if r.has(*at, "field_messages") and not r.empty(*at, "field_messages"):
-            r.carry((*at, "field_messages"), "dataset.columns.messages", column)
+        if r.has(*prefix, "field_messages") and not r.skip_null(*prefix, "field_messages"):
+            r.carry((*prefix, "field_messages"), "dataset.columns.messages", column)
         elif column != "messages":
             r.carry(path, "dataset.columns.messages", column)
-        turns(r, at, block)
-        if not r.empty(*at, "chat_template"):
-            template(r, (*at, "chat_template"))
+        turns(r, prefix, block)
+        if not r.skip_null(*prefix, "chat_template"):
+            template(r, (*prefix, "chat_template"))
         if not whole:
             r.recipe.default("trainer.assistant_only_loss", True, "Axolotl trains the assistant's words alone")
     elif base == "alpaca" and str(kind) in ("alpaca", "alpaca:instruct", "alpaca:chat"):
-        made = prompts.ALPACA_CHAT if kind == "alpaca:chat" else prompts.ALPACA
-        r.carry(path, "dataset.template", made, prompts.NO_INPUT)
+        text_template = prompts.ALPACA_CHAT if kind == "alpaca:chat" else prompts.ALPACA
+        r.carry(path, "dataset.template", text_template, prompts.NO_INPUT)
     elif kind is not None and r.has(*path):
         r.leave(path, f"rows of type {kind} are not known here", "write dataset.template.prompt and .completion")
     if r.has("train_on_inputs"):
         if whole and base in ("chat_template", "sharegpt", "completion"):
-            r.same(("train_on_inputs",), "the loss is on every token of such rows, as here")
+            r.mark_default(("train_on_inputs",), "the loss is on every token of such rows, as here")
         elif whole:
             r.carry(("train_on_inputs",), "trainer.completion_only_loss", False)
         else:
-            r.same(("train_on_inputs",), "prompts are not in the loss, as here")
+            r.mark_default(("train_on_inputs",), "prompts are not in the loss, as here")
 
 
-def turns(r: Reading, at: Key, block: dict[str, Any]) -> None:
+def turns(r: Reading, prefix: Key, block: dict[str, Any]) -> None:
     """Names inside a turn: role and content, or from and value, which TRL renames itself."""
     given = block.get("message_property_mappings")
     names = {**given} if isinstance(given, dict) else {}
@@ -136,16 +139,16 @@ def turns(r: Reading, at: Key, block: dict[str, Any]) -> None:
             names[new] = block[old]
     usual = {("role", "role"), ("content", "content"), ("role", "from"), ("content", "value")}
     for name in ("message_property_mappings", "message_field_role", "message_field_content"):
-        if r.has(*at, name) and not r.empty(*at, name):
+        if r.has(*prefix, name) and not r.skip_null(*prefix, name):
             if all(pair in usual for pair in names.items()):
-                r.same((*at, name), "role and content, or from and value, are read by themselves")
+                r.mark_default((*prefix, name), "role and content, or from and value, are read by themselves")
                 if "from" in names.values():
                     r.recipe.notes.append(
                         "turns with from and value often say human and gpt: the chat template must know these names, "
                         "else rename them to user and assistant in the file"
                     )
             else:
-                r.leave((*at, name), "turns hold role and content, or from and value", "rename them in the file")
+                r.leave((*prefix, name), "turns hold role and content, or from and value", "rename them in the file")
 
 
 def own(r: Reading, path: Key, kind: dict[str, Any]) -> None:
@@ -163,9 +166,9 @@ def own(r: Reading, path: Key, kind: dict[str, Any]) -> None:
         for number, part in enumerate(fill.split(text))
     )
     prompt = head.replace("{", "{{").replace("}", "}}") + text
-    made = {"prompt": prompt, "completion": "{" + columns["output"] + "}"}
-    known = {*(f"field_{n}" for n in columns), "format", "system_prompt", "system_format"}
+    template = {"prompt": prompt, "completion": "{" + columns["output"] + "}"}
+    own_keys = {*(f"field_{n}" for n in columns), "format", "system_prompt", "system_format"}
     for name in kind:
-        if name in known and r.has(*path, name) and not r.empty(*path, name):
-            r.carry((*path, name), "dataset.template", made)
-    r.left({"no_input_format": ("one form for every row", "leave empty inputs out of the data")}, *path)
+        if name in own_keys and r.has(*path, name) and not r.skip_null(*path, name):
+            r.carry((*path, name), "dataset.template", template)
+    r.leave_all({"no_input_format": ("one form for every row", "leave empty inputs out of the data")}, *path)

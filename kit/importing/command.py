@@ -37,7 +37,7 @@ def option(word: str) -> bool:
 
 def options(words: list[str], flags: frozenset[str] = frozenset()) -> tuple[dict[str, Any], list[str]]:
     """`--key value`, `--key=value`, `--flag`, `--list a b`, and the words before the first option."""
-    found: dict[str, Any] = {}
+    given: dict[str, Any] = {}
     plain: list[str] = []
     place = 0
     while place < len(words) and not option(words[place]):
@@ -51,8 +51,8 @@ def options(words: list[str], flags: frozenset[str] = frozenset()) -> tuple[dict
         while not equals and name not in flags and place < len(words) and not option(words[place]):
             values.append(words[place])
             place += 1
-        found[name] = [scalar(v) for v in values] if len(values) > 1 else scalar(values[0]) if values else True
-    return found, plain
+        given[name] = [scalar(v) for v in values] if len(values) > 1 else scalar(values[0]) if values else True
+    return given, plain
 
 
 LAUNCH_FLAGS = frozenset(
@@ -68,12 +68,11 @@ DEEPSPEED = frozenset(
     "deepspeed_inclusion_filter deepspeed_multinode_launcher deepspeed_moe_layer_cls_names gradient_clipping "
     "gradient_accumulation_steps".split()
 )
-FSDP_QLORA = frozenset("train_type model_name context_length lora_rank use_cpu_offload sharding_strategy".split())
 
 
 def read_command(words: list[str]) -> list[Source]:
     """The sources behind a command line: its launcher, the files that it names, and its own options."""
-    told = "the command"
+    source_name = "the command"
     sources: list[Source] = []
     environment: dict[str, Any] = {}
     if len(words) == 1 and re.search(r"\s", words[0]):
@@ -108,9 +107,9 @@ def read_command(words: list[str]) -> list[Source]:
                 sources.append(Source(name, "launcher", given))
         elif name == "trl":
             if words[1:2] != ["sft"]:
-                what = words[1] if len(words) > 1 else ""
+                method = words[1] if len(words) > 1 else ""
                 raise KitError(
-                    f"trl {what} is no supervised fine-tuning run", "command line", "kit import trl sft ..."
+                    f"trl {method} is no supervised fine-tuning run", "command line", "kit import trl sft ..."
                 )
             format_, words = "trl", words[2:]
             break
@@ -144,13 +143,16 @@ def read_command(words: list[str]) -> list[Source]:
     if format_ in ("", "script", "trl") and (config := given.pop("config", None)):
         files.append(str(config))
     if format_ in ("", "script"):
-        format_ = "fsdp_qlora" if given.keys() & FSDP_QLORA else detect(given) or "trl"
+        format_ = detect(given) or ("trl" if files or not given else "")
+        if not format_:
+            raise KitError("the command has no option of TRL, Axolotl or LLaMA-Factory", "command line",
+                           "kit import FILE.yaml, or the command of one of them")  # fmt: skip
     for file in files:
         tree = read_file(Path(file))
         sources.append(Source(file, detect(tree) or format_, tree, Path(file).parent))
-    kinds = {s.format for s in sources} & {"trl", "axolotl", "llamafactory", "fsdp_qlora"}
+    kinds = {s.format for s in sources} & {"trl", "axolotl", "llamafactory"}
     if given:
-        sources.append(Source(told, next(iter(kinds)) if len(kinds) == 1 else format_, given))
+        sources.append(Source(source_name, next(iter(kinds)) if len(kinds) == 1 else format_, given))
     if not sources:
         raise KitError("the command names no file and no option", "command line", "kit import FILE.yaml")
     return sources

@@ -10,6 +10,7 @@ from kit.importing import prompts, trl
 from kit.importing.llamafactory_keys import ATTENTION, LEFT, LORA, NAMES, PREFIXES, SAME, THEIR_DEFAULTS
 from kit.importing.read import read_file
 from kit.importing.report import Reading
+from kit.importing.training_arguments import defaults, training_arguments
 
 
 def read(r: Reading) -> None:
@@ -20,40 +21,40 @@ def read(r: Reading) -> None:
         raise KitError(f"finetuning_type: {kind} is not known here", r.name, "finetuning_type: lora, or full")
     if r.get("do_train") is False:
         raise KitError("this file does not train", f"{r.name}: do_train", "do_train: true")
-    r.equal({"stage": "the kit trains SFT alone"})
+    r.mark_defaults({"stage": "the kit trains SFT alone"})
     method(r, kind)
     quantization(r)
     tokenizer(r)
     dataset(r)
     packing(r)
     checkpointing(r)
-    r.table(NAMES)
+    r.carry_all(NAMES)
     trl.revision(r, "model_revision")
-    if r.has("flash_attn") and not r.empty("flash_attn"):
+    if r.has("flash_attn") and not r.skip_null("flash_attn"):
         name = r.get("flash_attn")
         name = "disabled" if name is False else name
         if isinstance(name, str) and name in ATTENTION:
             r.carry(("flash_attn",), "model.attn_implementation", ATTENTION[name])
         elif name == "auto":
-            r.same(("flash_attn",), "transformers' own choice")
+            r.mark_default(("flash_attn",), "transformers' own choice")
         else:
             r.leave(("flash_attn",), "not known", "model.attn_implementation=sdpa")
     if r.has("use_dft_loss"):
         if r.get("use_dft_loss") is True:
             r.carry(("use_dft_loss",), "trainer.loss_type", "dft")
         else:
-            r.same(("use_dft_loss",), "off, as here")
+            r.mark_default(("use_dft_loss",), "off, as here")
     if r.has("use_swanlab"):
         if r.get("use_swanlab") is True:
             r.carry(("use_swanlab",), "trainer.report_to", ["swanlab"])
         else:
-            r.same(("use_swanlab",), "off, as here")
-    r.equal(SAME)
-    r.left(LEFT)
+            r.mark_default(("use_swanlab",), "off, as here")
+    r.mark_defaults(SAME)
+    r.leave_all(LEFT)
     unused(r)
-    trl.training_arguments(r, skip=("max_length",))
-    theirs = dict(THEIR_DEFAULTS)
-    trl.defaults(r, theirs, "LLaMA-Factory")
+    training_arguments(r, skip=("max_length",))
+    changed = dict(THEIR_DEFAULTS)
+    defaults(r, changed, "LLaMA-Factory")
     if "bf16" not in r.tree and "fp16" not in r.tree:
         r.recipe.notes.append(
             "neither bf16 nor fp16 is given: LLaMA-Factory computes in the checkpoint's dtype, the kit in what the "
@@ -70,7 +71,7 @@ def unused(r: Reading) -> None:
             if r.get(switch):
                 r.leave((name,), f"see {switch}", "")
             else:
-                r.same((name,), f"not read: {PREFIXES[prefix]}")
+                r.mark_default((name,), f"not read: {PREFIXES[prefix]}")
 
 
 def words(value: Any) -> list[str]:
@@ -80,31 +81,31 @@ def words(value: Any) -> list[str]:
 
 def method(r: Reading, kind: str) -> None:
     if r.has("finetuning_type"):
-        r.choose(("finetuning_type",), "peft", "lora" if kind == "lora" else "none")
+        r.choose_group(("finetuning_type",), "peft", "lora" if kind == "lora" else "none")
     else:
         r.recipe.groups["peft"] = "lora"
-    own = ["lora_target", "additional_target", "pissa_init", "pissa_iter", "adapter_name_or_path"]
+    keys = ["lora_target", "additional_target", "pissa_init", "pissa_iter", "adapter_name_or_path"]
     if kind == "full":
-        r.equal(dict.fromkeys([*LORA, *own], "not read: finetuning_type is full"))
+        r.mark_defaults(dict.fromkeys([*LORA, *keys], "not read: finetuning_type is full"))
         return
     if r.has("lora_alpha") and r.get("lora_alpha") is None:
-        r.same(("lora_alpha",), "null: twice the rank")
-    r.table(LORA)
-    if r.has("lora_target") and not r.empty("lora_target"):
+        r.mark_default(("lora_alpha",), "null: twice the rank")
+    r.carry_all(LORA)
+    if r.has("lora_target") and not r.skip_null("lora_target"):
         named = words(r.get("lora_target"))
         r.carry(("lora_target",), "peft.target_modules", "all-linear" if named == ["all"] else named)
-    if r.has("additional_target") and not r.empty("additional_target"):
+    if r.has("additional_target") and not r.skip_null("additional_target"):
         r.carry(("additional_target",), "peft.modules_to_save", words(r.get("additional_target")))
     steps = r.get("pissa_iter", default=16)
     if r.has("pissa_init"):
         if r.get("pissa_init") is True:
-            made = "pissa" if steps == -1 else f"pissa_niter_{steps}"
-            r.carry(("pissa_init",), "peft.init_lora_weights", made)
+            init = "pissa" if steps == -1 else f"pissa_niter_{steps}"
+            r.carry(("pissa_init",), "peft.init_lora_weights", init)
         else:
-            r.same(("pissa_init",), "off, as here")
+            r.mark_default(("pissa_init",), "off, as here")
     if r.has("pissa_iter"):
-        r.same(("pissa_iter",), "pissa_init says it" if r.get("pissa_init") else "not read: pissa_init is off")
-    if r.has("adapter_name_or_path") and not r.empty("adapter_name_or_path"):
+        r.mark_default(("pissa_iter",), "pissa_init says it" if r.get("pissa_init") else "not read: pissa_init is off")
+    if r.has("adapter_name_or_path") and not r.skip_null("adapter_name_or_path"):
         named = words(r.get("adapter_name_or_path"))
         if len(named) == 1:
             r.carry(("adapter_name_or_path",), "peft.init_from", named[0])
@@ -120,22 +121,22 @@ def quantization(r: Reading) -> None:
     bits = r.get("quantization_bit")
     if r.has("quantization_method"):
         if str(r.get("quantization_method")) in ("bnb", "bitsandbytes") or bits is None:
-            r.same(("quantization_method",), "bitsandbytes, as here")
+            r.mark_default(("quantization_method",), "bitsandbytes, as here")
         else:
             raise KitError(f"quantization_method: {r.get('quantization_method')} is not known here", r.name, "bnb")
-    if r.has("quantization_bit") and not r.empty("quantization_bit"):
+    if r.has("quantization_bit") and not r.skip_null("quantization_bit"):
         if bits not in (4, 8):
             raise KitError(f"quantization_bit: {bits} is not known here", r.name, "4 or 8")
-        r.choose(("quantization_bit",), "quantization", "nf4" if bits == 4 else "int8")
+        r.choose_group(("quantization_bit",), "quantization", "nf4" if bits == 4 else "int8")
     if bits == 4:
-        r.table({"quantization_type": "quantization.bnb_4bit_quant_type",
+        r.carry_all({"quantization_type": "quantization.bnb_4bit_quant_type",
                  "double_quantization": "quantization.bnb_4bit_use_double_quant"})  # fmt: skip
     else:
-        r.equal(dict.fromkeys(["quantization_type", "double_quantization"], "not read: no 4 bits"))
+        r.mark_defaults(dict.fromkeys(["quantization_type", "double_quantization"], "not read: no 4 bits"))
 
 
 def tokenizer(r: Reading) -> None:
-    if r.has("template") and not r.empty("template"):
+    if r.has("template") and not r.skip_null("template"):
         name = r.get("template")
         if name == "chatml":
             r.carry(("template",), "tokenizer.chat_template", "chatml")
@@ -144,7 +145,7 @@ def tokenizer(r: Reading) -> None:
                     "compare one row; tokenizer.chat_template=NAME or FILE.jinja")  # fmt: skip
     added: list[str] = []
     for name, note in (("add_special_tokens", ""), ("add_tokens", "added as special tokens")):
-        if r.has(name) and not r.empty(name):
+        if r.has(name) and not r.skip_null(name):
             added += words(r.get(name))
             r.carry((name,), "tokenizer.added_tokens", list(added), note)
 
@@ -153,7 +154,7 @@ def dataset(r: Reading) -> None:
     folder = r.get("dataset_dir", default="data")
     info, place = find_info(r, folder)
     if r.has("dataset_dir"):
-        r.same(("dataset_dir",), f"read: {place}" if place else "the paths of the data set say it")
+        r.mark_default(("dataset_dir",), f"read: {place}" if place else "the paths of the data set say it")
     named = words(r.get("dataset")) if r.get("dataset") else []
     if r.has("dataset") and named:
         if folder == "ONLINE":
@@ -162,34 +163,34 @@ def dataset(r: Reading) -> None:
             known(r, ("dataset",), info[named[0]], place.parent)
         else:
             there = f"{place} does not hold it" if place else f"none is in {folder}, nor beside the file"
-            why = f"{named[0]} is a name in a dataset_info.json, and {there}"
-            r.leave(("dataset",), why, "dataset.path=FILE, or give dataset_info.json beside the file")
+            reason = f"{named[0]} is a name in a dataset_info.json, and {there}"
+            r.leave(("dataset",), reason, "dataset.path=FILE, or give dataset_info.json beside the file")
         if len(named) > 1:
             if r.entries[("dataset",)].outcome == "carried":
                 r.entries[("dataset",)].note = f"NOT carried: {', '.join(named[1:])}; join the files in one folder"
                 r.recipe.notes.append(f"only {named[0]} is carried: the kit trains on one data set")
             else:
                 r.recipe.notes.append(f"{len(named)} data sets are named: the kit trains on one, join the files")
-    held = words(r.get("eval_dataset")) if r.get("eval_dataset") else []
-    if r.has("eval_dataset") and held:
-        entry = (info or {}).get(held[0])
+    eval_names = words(r.get("eval_dataset")) if r.get("eval_dataset") else []
+    if r.has("eval_dataset") and eval_names:
+        entry = (info or {}).get(eval_names[0])
         if isinstance(entry, dict) and place and (path := path_of(entry, place.parent)):
             r.carry(("eval_dataset",), "dataset.eval_path", path)
         else:
             r.leave(("eval_dataset",), "a name in a dataset_info.json that is not here", "dataset.eval_path=FILE")
-    if r.has("val_size") and not r.empty("val_size"):
+    if r.has("val_size") and not r.skip_null("val_size"):
         size = r.get("val_size")
         if size:
             whole = isinstance(size, float) and size >= 1 and size.is_integer()
             r.carry(("val_size",), "dataset.test_size", int(size) if whole else size)
         else:
-            r.same(("val_size",), "nothing is held out, as here")
+            r.mark_default(("val_size",), "nothing is held out, as here")
     form = r.recipe.values.get("dataset.format")
     if r.has("train_on_prompt"):
         if r.get("train_on_prompt") is not True:
-            r.same(("train_on_prompt",), "prompts are not in the loss, as here")
+            r.mark_default(("train_on_prompt",), "prompts are not in the loss, as here")
         elif form == "messages":
-            r.same(("train_on_prompt",), "the loss is on every token of chats, as here")
+            r.mark_default(("train_on_prompt",), "the loss is on every token of chats, as here")
         else:
             r.carry(("train_on_prompt",), "trainer.completion_only_loss", False)
     if form == "messages" and r.get("train_on_prompt") is not True:
@@ -217,31 +218,31 @@ def path_of(info: dict[str, Any], folder: Path) -> str | None:
     return str(folder / str(info["file_name"])) if isinstance(info.get("file_name"), str) else None
 
 
-def known(r: Reading, at: tuple[str, ...], info: dict[str, Any], folder: Path) -> None:
+def known(r: Reading, prefix: tuple[str, ...], info: dict[str, Any], folder: Path) -> None:
     """One entry of dataset_info.json."""
     path = path_of(info, folder)
     if info.get("ranking") or path is None:
-        why = "holds preferences" if info.get("ranking") else "is neither a file nor a Hub id"
-        r.leave(at, f"its entry in dataset_info.json {why}", "dataset.path=FILE")
+        reason = "holds preferences" if info.get("ranking") else "is neither a file nor a Hub id"
+        r.leave(prefix, f"its entry in dataset_info.json {reason}", "dataset.path=FILE")
         return
-    r.carry(at, "dataset.path", path, f"from {folder / 'dataset_info.json'}")
+    r.carry(prefix, "dataset.path", path, f"from {folder / 'dataset_info.json'}")
     for name, key in (("subset", "dataset.name"), ("split", "dataset.split"), ("num_samples", "dataset.limit")):
         if info.get(name):
-            r.carry(at, key, info[name])
+            r.carry(prefix, key, info[name])
     columns = info["columns"] if isinstance(info.get("columns"), dict) else {}
     if info.get("formatting", "alpaca") == "alpaca":
         query = columns.get("query") if columns else "input"
         text = (columns.get("prompt", "instruction"), query, columns.get("response", "output"), columns.get("system"))
         if columns and "response" not in columns:  # plain text
-            r.carry(at, "dataset.columns.text", columns.get("prompt", "text"))
+            r.carry(prefix, "dataset.columns.text", columns.get("prompt", "text"))
         else:
-            r.carry(at, "dataset.template", prompts.turns(*text))
-            r.carry(at, "dataset.format", "prompt_completion")
+            r.carry(prefix, "dataset.template", prompts.turns(*text))
+            r.carry(prefix, "dataset.format", "prompt_completion")
     else:
         column = columns.get("messages") or "conversations"
-        r.carry(at, "dataset.format", "messages")
+        r.carry(prefix, "dataset.format", "messages")
         if column != "messages":
-            r.carry(at, "dataset.columns.messages", column)
+            r.carry(prefix, "dataset.columns.messages", column)
         tags = info["tags"] if isinstance(info.get("tags"), dict) else {}
         odd = {
             k: v
@@ -261,11 +262,11 @@ def packing(r: Reading) -> None:
         if neat:
             r.carry(("neat_packing",), "trainer.packing", True)
         else:
-            r.same(("neat_packing",), "off: packing says it")
-    if r.has("packing") and not r.empty("packing"):
+            r.mark_default(("neat_packing",), "off: packing says it")
+    if r.has("packing") and not r.skip_null("packing"):
         on = r.get("packing") is True
         if neat:
-            r.same(("packing",), "neat_packing says it")
+            r.mark_default(("packing",), "neat_packing says it")
         else:
             r.carry(("packing",), "trainer.packing", on, "rows of one pack never see each other here" if on else "")
 
@@ -275,7 +276,7 @@ def checkpointing(r: Reading) -> None:
     if r.has("disable_gradient_checkpointing"):
         r.carry(("disable_gradient_checkpointing",), "trainer.gradient_checkpointing", not off)
         if r.has("gradient_checkpointing"):
-            r.same(("gradient_checkpointing",), "disable_gradient_checkpointing says it")
+            r.mark_default(("gradient_checkpointing",), "disable_gradient_checkpointing says it")
     if r.has("use_reentrant_gc"):
         key = "trainer.gradient_checkpointing_kwargs"
         r.carry(("use_reentrant_gc",), key, {"use_reentrant": r.get("use_reentrant_gc")})

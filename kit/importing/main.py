@@ -16,11 +16,11 @@ usage: kit import FILE... | COMMAND ... [--out RECIPE.yaml] [--from FORMAT]
 Other tools' configs as a recipe of the kit, with a list of what could not be carried over. FILE is a TRL or
 transformers argument file, an accelerate config, a DeepSpeed JSON, an Axolotl or a LLaMA-Factory YAML; several that
 belong together may be given. COMMAND is what you type to start the training: trl sft ..., accelerate launch ...,
-llamafactory-cli train ..., axolotl train ..., python train.py --train_type qlora ... (fsdp_qlora).
+llamafactory-cli train ..., axolotl train ....
 
   --out FILE      where the recipe goes; without it, it is printed and the report goes to standard error
   --overwrite     replace FILE
-  --from FORMAT   trl | accelerate | axolotl | llamafactory | fsdp_qlora, where the keys do not say it
+  --from FORMAT   trl | accelerate | axolotl | llamafactory, where the keys do not say it
   --json          recipe and report as JSON
   --all           also list what was carried and what needs nothing
 
@@ -53,23 +53,23 @@ def main(argv: list[str]) -> int:
     form = values.get("--from")
     if form is not None and form not in FORMATS:
         raise KitError(f"there is no format {form!r}", "--from", " | ".join(FORMATS))
-    made = import_config(*words, form=form)
+    imported = import_config(*words, form=form)
     out = values.get("--out")
     if out:
-        save(made, out, "--overwrite" in flags)
+        save(imported, out, "--overwrite" in flags)
     if "--json" in flags:
-        print(json.dumps(made.to_json(), indent=1, ensure_ascii=False, default=str))
+        print(json.dumps(imported.to_json(), indent=1, ensure_ascii=False, default=str))
     else:
         if not out:
-            print(made.text, end="")
-        print_report(made, out, "--all" in flags, sys.stdout if out else sys.stderr)
-    return REFUSED if made.problems else DONE
+            print(imported.text, end="")
+        print_report(imported, out, "--all" in flags, sys.stdout if out else sys.stderr)
+    return REFUSED if imported.problems else DONE
 
 
-def print_report(made: Imported, out: str | None, everything: bool, to: Any) -> None:
-    for source, form in made.detected:
+def print_report(imported: Imported, out: str | None, everything: bool, to: Any) -> None:
+    for source, form in imported.detected:
         print(f"{source}: {form}", file=to)
-    kinds = {kind: [e for e in made.entries if e.outcome == kind] for kind in ("carried", "default", "left")}
+    kinds = {kind: [e for e in imported.entries if e.outcome == kind] for kind in ("carried", "default", "left")}
     print(f"{len(kinds['carried'])} keys carried over, {len(kinds['default'])} need nothing here, "
           f"{len(kinds['left'])} not carried over", file=to)  # fmt: skip
     if everything:
@@ -80,21 +80,21 @@ def print_report(made: Imported, out: str | None, everything: bool, to: Any) -> 
     else:
         for e in [e for e in kinds["carried"] if e.note]:
             print(f"  {e.key} -> {', '.join(e.to)}{note(e.note)}", file=to)
-    if made.theirs:
+    if imported.their_defaults:
         print("their defaults, written out because the kit's differ:", file=to)
-        for key, why in made.theirs.items():
-            print(f"  {key}: {why}", file=to)
+        for key, reason in imported.their_defaults.items():
+            print(f"  {key}: {reason}", file=to)
     if kinds["left"]:
         print("not carried over:", file=to)
         for e in kinds["left"]:
             print(f"  {e.key} = {e.value}\n    {e.note}" + (f"\n    do: {e.fix}" if e.fix else ""), file=to)
-    for text in made.notes:
+    for text in imported.notes:
         print(f"note: {text}", file=to)
     if out:
         print(f"wrote {out}: kit train {out}", file=to)
-    if made.problems:
-        print(f"\nkit check refuses it as it is ({len(made.problems)}):\n", file=to, flush=True)
-        print_problems(made.problems, refused=False)
+    if imported.problems:
+        print(f"\nkit check refuses it as it is ({len(imported.problems)}):\n", file=to, flush=True)
+        print_problems(imported.problems, refused=False)
 
 
 def note(text: str) -> str:

@@ -1,4 +1,4 @@
-"""The prompt of the alpaca data sets, which three of the tools write into every row, as templates of the kit."""
+"""The prompt of the alpaca data sets, which two of the tools write into every row, as templates of the kit."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ HEAD = (
 )
 ASK = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
 ALPACA = {"prompt": f"{HEAD}{ASK}\n", "completion": "{output}"}
-ALPACA_TIGHT = {"prompt": f"{HEAD}{ASK}", "completion": "{output}"}
 ALPACA_CHAT = {
     "prompt": f"SYSTEM: {HEAD.strip()}\nUSER: {{instruction}}\n{{input}}\nASSISTANT:",
     "completion": "{output}",
@@ -18,6 +17,6 @@ ALPACA_CHAT = {
 
 def turns(prompt: str, query: str | None, response: str, system: str | None) -> dict[str, str]:
     """Instruction, input and output as a chat, which the tokenizer's own template then writes."""
-    made = {"system": "{" + system + "}"} if system else {}
+    chat = {"system": "{" + system + "}"} if system else {}
     user = "{" + prompt + "}" + ("\n{" + query + "}" if query else "")
-    return {**made, "user": user, "assistant": "{" + response + "}"}
+    return {**chat, "user": user, "assistant": "{" + response + "}"}

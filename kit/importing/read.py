@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from kit.errors import KitError
-from kit.importing.report import MOST_KEYS
+from kit.importing.tree import MOST_KEYS
 
 LARGEST = 4_000_000  # bytes
 SUFFIXES = (".yaml", ".yml", ".json")
@@ -93,8 +93,8 @@ def read_file(path: Path) -> dict[Any, Any]:
     except yaml.constructor.ConstructorError as error:
         line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
         tag = re.search(r"tag '([^']+)'", str(error.problem or ""))
-        said = f"the tag {tag[1]} makes objects, and a config holds only values" if tag else str(error.problem)
-        raise KitError(said, where + line, "remove the tag") from None
+        message = f"the tag {tag[1]} makes objects, and a config holds only values" if tag else str(error.problem)
+        raise KitError(message, where + line, "remove the tag") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         line = f" line {mark.line + 1} column {mark.column + 1}" if mark else ""
@@ -116,7 +116,6 @@ MARKS = {  # keys that only one format has
     "dataset_prepared_path num_epochs base_model_config lora_model_dir",
     "llamafactory": "stage finetuning_type cutoff_len lora_target lora_rank quantization_bit dataset_dir template "
     "additional_target neat_packing preprocessing_num_workers overwrite_cache",
-    "fsdp_qlora": "train_type model_name context_length sharding_strategy use_cpu_offload low_memory",
     "deepspeed": "zero_optimization train_micro_batch_size_per_gpu train_batch_size",
     "trl": "model_name_or_path dataset_name use_peft lora_r lora_target_modules per_device_train_batch_size "
     "learning_rate num_train_epochs max_length max_seq_length gradient_accumulation_steps output_dir "
@@ -124,7 +123,7 @@ MARKS = {  # keys that only one format has
     "warmup_ratio max_steps",
 }
 STRONG = {"accelerate": ("compute_environment", "distributed_type"), "axolotl": ("base_model",),
-          "llamafactory": ("stage", "finetuning_type", "cutoff_len"), "fsdp_qlora": ("train_type",),
+          "llamafactory": ("stage", "finetuning_type", "cutoff_len"),
           "deepspeed": ("zero_optimization",)}  # fmt: skip
 KITS_OWN = ("defaults", "trainer", "peft", "dataset", "model", "launch", "runs_dir")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -11,23 +10,11 @@ from typing import Any, Literal
 
 import yaml
 
-from kit.errors import KitError
+from kit.importing.tree import Key, at, dotted, exists, is_secret, leaves, secret_fix, shown, without
 from kit.schema import fields
-from kit.system import paths, secrets
+from kit.system import paths
 
-Key = tuple[str | int, ...]
-SECRET_NAME = re.compile(
-    r"(^|_)(api_?key|secret|password|passwd|credentials?|webhook(_url)?)$|(^|_)(hub|auth|access|hf|wandb|api)_token$"
-    r"|^(token|use_auth_token|key)$|(^|_)private_key$|_secret(_|$)",
-    re.IGNORECASE,
-)
-# What is read from somebody's file is suspected of more than what stands in one's own environment.
-SECRET_VALUE = re.compile(
-    rf"{secrets.VALUE.pattern}|\b(hf|api_org|sk|ghp|gho|glpat|xox[abp])[_-][A-Za-z0-9_-]{{16,}}|://[^/\s@]+:[^/\s@]+@"
-)
 WHOLE = {"true": True, "yes": True, "y": True, "t": True, "false": False, "no": False, "n": False, "f": False}
-MOST_KEYS = 20_000  # a config of a run has hundreds; aliases of aliases make millions of a short file
-DEEPEST = 40
 
 
 @dataclass
@@ -59,7 +46,7 @@ class Recipe:
     def __init__(self) -> None:
         self.values: dict[str, Any] = {}
         self.groups: dict[str, str] = {}
-        self.theirs: dict[str, str] = {}  # kit key: why it is written although no source says it
+        self.their_defaults: dict[str, str] = {}  # kit key: why it is written although no source says it
         self.notes: list[str] = []
         self.setter: dict[str, Entry] = {}
 
@@ -73,29 +60,29 @@ class Recipe:
                 overrule(before, key, f"{entry.source} says {shown(value)} in {entry.key}, and that stands")
         self.values[key] = value
         self.setter[key] = entry
-        self.theirs.pop(key, None)
+        self.their_defaults.pop(key, None)
 
-    def default(self, key: str, value: Any, why: str) -> None:
+    def default(self, key: str, value: Any, reason: str) -> None:
         """A default of the foreign tool, written out where it differs from the kit's and no source gives the key."""
         if key not in self.values and not same_value(kit_default(key), value):
             self.values[key] = value
-            self.theirs[key] = why
+            self.their_defaults[key] = reason
 
-    def drop(self, key: str, why: str) -> None:
+    def drop(self, key: str, reason: str) -> None:
         """Take a key back that another one makes meaningless."""
         if key in self.values:
             del self.values[key]
-            self.theirs.pop(key, None)
+            self.their_defaults.pop(key, None)
             if entry := self.setter.pop(key, None):
-                overrule(entry, key, why)
+                overrule(entry, key, reason)
 
     def nested(self) -> dict[str, Any]:
         tree: dict[str, Any] = {}
         for key, value in self.values.items():
-            at, parts = tree, key.split(".")
+            block, parts = tree, key.split(".")
             for part in parts[:-1]:
-                at = at.setdefault(part, {})
-            at[parts[-1]] = value
+                block = block.setdefault(part, {})
+            block[parts[-1]] = value
         return tree
 
 
@@ -146,59 +133,59 @@ class Reading:
         """This source key sets that kit key; a second call for the same source key adds a kit key to its entry."""
         entry = self.entries.get(path)
         if entry is None:
-            entry = self.note(path, "carried", note)
+            entry = self.add_entry(path, "carried", note)
         elif note and note not in entry.note:
             entry.note = f"{entry.note}; {note}" if entry.note else note
         entry.to.append(key)
         self.recipe.set(key, typed(key, value), entry)
 
-    def choose(self, path: Key, group: str, choice: str, note: str = "") -> None:
+    def choose_group(self, path: Key, group: str, choice: str, note: str = "") -> None:
         """This source key chooses a group, as `quantization=nf4` does."""
-        entry = self.entries.get(path) or self.note(path, "carried", note)
+        entry = self.entries.get(path) or self.add_entry(path, "carried", note)
         entry.to.append(f"{group}={choice}")
         self.recipe.groups[group] = choice
 
-    def same(self, path: Key, why: str = "the same here") -> None:
-        self.note(path, "default", why)
+    def mark_default(self, path: Key, reason: str = "the same here") -> None:
+        self.add_entry(path, "default", reason)
 
-    def leave(self, path: Key, why: str, fix: str = "") -> None:
-        self.note(path, "left", why, fix)
+    def leave(self, path: Key, reason: str, fix: str = "") -> None:
+        self.add_entry(path, "left", reason, fix)
 
-    def note(self, path: Key, outcome: Any, note: str, fix: str = "") -> Entry:
+    def add_entry(self, path: Key, outcome: Any, note: str, fix: str = "") -> Entry:
         assert exists(self.tree, path), path
         assert path not in self.entries, path
         value = at(self.tree, path)
         secret = is_secret(path, value)
-        told = "(a secret)" if secret else shown(self.get(*path) if path else "")
-        entry = Entry(self.source(path).name, dotted(path), outcome, [], note, fix, told)
+        text = "(a secret)" if secret else shown(self.get(*path) if path else "")
+        entry = Entry(self.source(path).name, dotted(path), outcome, [], note, fix, text)
         self.entries[path] = entry
         return entry
 
-    def table(self, names: dict[str, str], *at: str | int) -> None:
+    def carry_all(self, names: dict[str, str], *prefix: str | int) -> None:
         """Keys that only have another name here."""
         for name, key in names.items():
-            if self.has(*at, name) and not self.empty(*at, name):
-                self.carry((*at, name), key, self.get(*at, name))
+            if self.has(*prefix, name) and not self.skip_null(*prefix, name):
+                self.carry((*prefix, name), key, self.get(*prefix, name))
 
-    def left(self, names: dict[str, tuple[str, str]], *at: str | int) -> None:
+    def leave_all(self, names: dict[str, tuple[str, str]], *prefix: str | int) -> None:
         """Keys that are known and have no counterpart here; switched off, they need none."""
-        for name, (why, fix) in names.items():
-            if self.has(*at, name):
-                if self.get(*at, name) in (None, False, "", [], {}, 0):
-                    self.same((*at, name), "switched off, as here")
+        for name, (reason, fix) in names.items():
+            if self.has(*prefix, name):
+                if self.get(*prefix, name) in (None, False, "", [], {}, 0):
+                    self.mark_default((*prefix, name), "switched off, as here")
                 else:
-                    self.leave((*at, name), why, fix)
+                    self.leave((*prefix, name), reason, fix)
 
-    def equal(self, names: dict[str, str], *at: str | int) -> None:
+    def mark_defaults(self, names: dict[str, str], *prefix: str | int) -> None:
         """Keys that need nothing here, whatever their value."""
-        for name, why in names.items():
-            if self.has(*at, name):
-                self.same((*at, name), why)
+        for name, reason in names.items():
+            if self.has(*prefix, name):
+                self.mark_default((*prefix, name), reason)
 
-    def empty(self, *path: str | int) -> bool:
+    def skip_null(self, *path: str | int) -> bool:
         """Null in a source is what a missing key is; notes it."""
         if self.has(*path) and self.get(*path) is None:
-            self.same(path, "null: nothing is set")
+            self.mark_default(path, "null: nothing is set")
             return True
         return False
 
@@ -206,8 +193,8 @@ class Reading:
         """What is left over is named as unknown; every entry, in the order of the sources."""
         for path, _ in self.leaves:
             if not any(path[:n] in self.entries for n in range(len(path) + 1)):
-                why = f"not a key of {self.format} that is known here"
-                self.leave(path, why, "check its name, or set what it means by hand")
+                reason = f"not a key of {self.format} that is known here"
+                self.leave(path, reason, "check its name, or set what it means by hand")
         order = {path: n for n, (path, _) in enumerate(self.leaves)}
 
         def place(path: Key) -> int:
@@ -216,86 +203,12 @@ class Reading:
         return [*(self.entries[p] for p in sorted(self.entries, key=place)), *self.extra]
 
 
-def leaves(tree: Any, where: str, path: Key = (), count: list[int] | None = None) -> Iterator[tuple[Key, Any]]:
-    """(path, value) of every leaf; a list is opened where it holds blocks. KitError where it is no config."""
-    count = [0] if count is None else count
-    if len(path) > DEEPEST:
-        raise KitError(f"{where} is nested too deeply", dotted(path[:4]), "write it flat")
-    blocks = isinstance(tree, list) and any(isinstance(item, dict) for item in tree)
-    if (isinstance(tree, dict) and tree) or blocks:
-        for name, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
-            yield from leaves(value, where, (*path, name), count)
-        return
-    count[0] += 1
-    if count[0] > MOST_KEYS or (isinstance(tree, list) and len(tree) > MOST_KEYS):
-        raise KitError(
-            f"{where} holds more than {MOST_KEYS} keys: this is no config of a run", where, "check the file"
-        )
-    if path:
-        yield path, tree
-
-
-def exists(tree: Any, path: Key) -> bool:
-    for part in path:
-        if isinstance(tree, dict) and part in tree:
-            tree = tree[part]
-        elif isinstance(tree, list) and type(part) is int and part < len(tree):
-            tree = tree[part]
-        else:
-            return False
-    return True
-
-
-def at(tree: Any, path: Key) -> Any:
-    for part in path:
-        tree = tree[part]
-    return tree
-
-
-def without(value: Any, hidden: list[Key]) -> Any:
-    """A copy without the named places."""
-    gone = {p[0] for p in hidden if len(p) == 1}
-    inner = {k: [p[1:] for p in hidden if p[0] == k and len(p) > 1] for k in {p[0] for p in hidden}}
-    pairs = value.items() if isinstance(value, dict) else enumerate(value)
-    kept = {k: without(v, inner[k]) if inner.get(k) else v for k, v in pairs if k not in gone}
-    return kept if isinstance(value, dict) else list(kept.values())
-
-
-def dotted(path: Key) -> str:
-    text = ""
-    for part in path:
-        text += f"[{part}]" if type(part) is int and text else f".{part}" if text else str(part)
-    return " ".join(text.split())[:200]
-
-
-def is_secret(path: Key, value: Any) -> bool:
-    if value is None or isinstance(value, bool) or value == "":
-        return False
-    texts = value if isinstance(value, list) else [value]
-    named = bool(path) and isinstance(path[-1], str) and SECRET_NAME.search(path[-1]) is not None
-    return named or any(isinstance(text, str) and SECRET_VALUE.search(text) is not None for text in texts)
-
-
-def secret_fix(path: Key) -> str:
-    name = str(path[-1]).lower()
-    known = {"wandb": "WANDB_API_KEY", "comet": "COMET_API_KEY", "swanlab": "SWANLAB_API_KEY"}
-    variable = next((v for k, v in known.items() if k in name), "HF_TOKEN")
-    return f"give it in the environment alone: export {variable}=..."
-
-
-def shown(value: Any) -> str:
-    """A value on one line, short, with secrets inside it blotted out."""
-    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-    text = SECRET_VALUE.sub("(a secret)", " ".join(text.split()))
-    return text if len(text) <= 70 else text[:67] + "..."
-
-
-def overrule(entry: Entry, key: str, why: str) -> None:
+def overrule(entry: Entry, key: str, reason: str) -> None:
     entry.to = [k for k in entry.to if k != key]
     if entry.to:
-        entry.note = f"{entry.note}; " * bool(entry.note) + f"{key}: {why}"
+        entry.note = f"{entry.note}; " * bool(entry.note) + f"{key}: {reason}"
     else:
-        entry.outcome, entry.note, entry.fix = "left", why, ""
+        entry.outcome, entry.note, entry.fix = "left", reason, ""
 
 
 def same_value(a: Any, b: Any) -> bool:
@@ -319,9 +232,9 @@ def group_file(name: str) -> dict[str, Any]:
 def kit_default(key: str) -> Any:
     """What the kit does where a run says nothing: the default groups, else the library's own default."""
     section, _, name = key.partition(".")
-    held = {"trainer": "trainer/sft.yaml", "peft": "peft/lora.yaml"}.get(section)
-    if held and name in group_file(held):
-        return group_file(held)[name]
+    file = {"trainer": "trainer/sft.yaml", "peft": "peft/lora.yaml"}.get(section)
+    if file and name in group_file(file):
+        return group_file(file)[name]
     table = TABLES.get(section)
     return fields.default(table, name) if table and name in fields.tables()[table] else None
 

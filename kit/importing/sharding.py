@@ -4,31 +4,32 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kit.importing.report import Key, Reading
+from kit.importing.report import Reading
+from kit.importing.tree import Key
 
 
 def read(r: Reading) -> None:
     """deepspeed and fsdp as TrainingArguments holds them."""
     deepspeed(r)
-    if r.has("fsdp") and not r.empty("fsdp"):
+    if r.has("fsdp") and not r.skip_null("fsdp"):
         given = r.get("fsdp")
         words = given.split() if isinstance(given, str) else given
         if words in (False, [], True) or not isinstance(words, list):
             if words is True:
                 r.carry(("fsdp",), "fsdp.version", 2)
             else:
-                r.same(("fsdp",), "off, as here")
+                r.mark_default(("fsdp",), "off, as here")
         else:
             fsdp_words(r, [str(w) for w in words])
     if isinstance(r.get("fsdp_config"), dict):
         fsdp(r, "fsdp_config")
-    elif r.has("fsdp_config") and not r.empty("fsdp_config"):
+    elif r.has("fsdp_config") and not r.skip_null("fsdp_config"):
         r.leave(("fsdp_config",), "a path", "give that file to kit import, or write its keys under fsdp:")
 
 
 def deepspeed(r: Reading, *path: str | int) -> None:
     path = path or ("deepspeed",)
-    if not r.has(*path) or r.empty(*path):
+    if not r.has(*path) or r.skip_null(*path):
         return
     value = r.get(*path)
     if isinstance(value, dict):
@@ -38,7 +39,7 @@ def deepspeed(r: Reading, *path: str | int) -> None:
         note = "" if where else "the file is not here; the kit's own are deepspeed=zero1, zero2, zero3, ..._offload"
         r.carry(path, "deepspeed.file", where or value, note)
     else:
-        r.same(path, "off, as here")
+        r.mark_default(path, "off, as here")
 
 
 def found_file(r: Reading, path: Key, name: str) -> str | None:
@@ -61,14 +62,14 @@ FSDP_OTHER = {"offload_params": "cpu_offload", "fsdp_version": "version", "shard
 STRATEGIES = ["full_shard", "shard_grad_op", "no_shard", "hybrid_shard", "hybrid_shard_zero2"]
 
 
-def fsdp(r: Reading, *at: str | int) -> None:
+def fsdp(r: Reading, *prefix: str | int) -> None:
     """A block of FSDP settings, with or without the prefix fsdp_, as transformers' fsdp_config."""
-    block = r.get(*at)
+    block = r.get(*prefix)
     version = block.get("fsdp_version", block.get("version", 2 if r.format != "accelerate" else 1))
     for name in list(block):
-        if not isinstance(name, str) or not r.has(*at, name) or r.empty(*at, name):
+        if not isinstance(name, str) or not r.has(*prefix, name) or r.skip_null(*prefix, name):
             continue
-        path, value, plain = (*at, name), block[name], name.removeprefix("fsdp_")
+        path, value, plain = (*prefix, name), block[name], name.removeprefix("fsdp_")
         key = FSDP_OTHER.get(name) or FSDP_OTHER.get(plain, plain)
         if plain == "sharding_strategy":
             word = STRATEGIES[value - 1] if isinstance(value, int) and 1 <= value <= 5 else str(value).lower()
@@ -92,8 +93,8 @@ def fsdp(r: Reading, *at: str | int) -> None:
 def fsdp_words(r: Reading, words: list[str]) -> None:
     config = r.get("fsdp_config") or {}
     version = config.get("fsdp_version", config.get("version", 1)) if isinstance(config, dict) else 1
-    known = {*STRATEGIES, "auto_wrap", "offload"}
-    if odd := [w for w in words if w not in known]:
+    known_words = {*STRATEGIES, "auto_wrap", "offload"}
+    if odd := [w for w in words if w not in known_words]:
         r.leave(("fsdp",), f"not known: {' '.join(odd)}", "fsdp.reshard_after_forward=..., fsdp.cpu_offload=true")
         return
     r.carry(("fsdp",), "fsdp.version", version)

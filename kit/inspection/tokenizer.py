@@ -12,6 +12,7 @@ from pathlib import Path
 from kit.errors import KitError, Problem, named
 from kit.schema.run_plan import Model, Tokenizer
 from kit.storage import hub_cache, safetensors_header
+from kit.storage.json_files import read_json
 from kit.system import paths
 
 FAST, CONFIG, MAP = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
@@ -54,8 +55,8 @@ def read_files(folder: Path) -> Files | None:
     names = [FAST, CONFIG, *OTHERS]
     if not any(next(folder.glob(name), None) for name in names):
         return None
-    config = safetensors_header.read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
-    mapping = safetensors_header.read_json(folder / MAP) if (folder / MAP).is_file() else {}
+    config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    mapping = read_json(folder / MAP) if (folder / MAP).is_file() else {}
     roles: dict[str, str | None] = {}
     for role in ROLES:
         given = config.get(role, mapping.get(role))
@@ -83,7 +84,7 @@ def read_files(folder: Path) -> Files | None:
 
 def read_vocabulary(path: Path) -> tuple[dict[str, int], set[int]]:
     """Token to id, and the ids of special tokens, from a tokenizer.json; KitError where it is damaged."""
-    content = safetensors_header.read_json(path)
+    content = read_json(path)
     try:
         model = content["model"]
         # A Unigram model lists [piece, score] pairs in the order of their ids.

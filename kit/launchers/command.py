@@ -96,11 +96,12 @@ def hostfile_options(launch: Launch) -> list[str]:
 def node_hostfile(plan: RunPlan) -> Launch:
     """DeepSpeed numbers nodes by a hostfile even without ssh; the names in it mean nothing then."""
     from kit.storage import run_directory
+    from kit.storage.json_files import atomic_write_text
 
     file = plan.run_path / run_directory.LOGS / f"hostfile.node{plan.launch.node_rank}"
     file.parent.mkdir(parents=True, exist_ok=True)
     lines = [f"node{n} slots={plan.launch.num_gpus}\n" for n in range(int(plan.launch.num_nodes))]
-    run_directory.write_atomic(file, "".join(lines))
+    atomic_write_text(file, "".join(lines))
     return plan.launch.model_copy(update={"hostfile": str(file), "no_ssh": True})
 
 

@@ -13,6 +13,7 @@ import psutil
 from kit.errors import FAILED, Problem
 from kit.launchers import ssh
 from kit.storage import run_directory
+from kit.storage.json_files import read_json_or_empty
 
 PEER_SECONDS = 20  # what the ranks here get to notice by themselves that another node has failed
 
@@ -120,6 +121,6 @@ def changed(file: Path) -> float:
 def read_errors(run: Path) -> tuple[list[Problem], int]:
     """What the ranks wrote before they died, the earliest first, each problem once."""
     files = sorted(error_files(run), key=changed)
-    reports = [run_directory.read_json(f) for f in files]
+    reports = [read_json_or_empty(f) for f in files]
     problems = {p["problem"]: Problem(**p) for report in reports for p in report.get("problems", [])}
     return list(problems.values())[:3], next((r["code"] for r in reports if r.get("code")), FAILED)

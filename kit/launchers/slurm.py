@@ -22,6 +22,7 @@ from kit.launchers.slurm_script import RESUME, plain, srun, train_script, verb_s
 from kit.launchers.supervise import Stop, outcome
 from kit.schema.run_plan import RunPlan, load_plan
 from kit.storage import run_directory
+from kit.storage.json_files import atomic_write_json, atomic_write_text, read_json_or_empty
 from kit.system.secrets import is_secret
 from kit.system.terminal import say
 
@@ -199,7 +200,7 @@ def refuse_twice(run: Path) -> None:
 
 def living_job(run: Path) -> tuple[str, str] | None:
     """(id, state) of a job that trains this run, or will; None where there is none but our own."""
-    jobs = [j["id"] for j in run_directory.read_json(run / JOBS).get("jobs", []) if j["verb"] == "train"]
+    jobs = [j["id"] for j in read_json_or_empty(run / JOBS).get("jobs", []) if j["verb"] == "train"]
     if jobs and jobs[-1] != own_job() and (state := look(jobs[-1])[0]) and not state.startswith(OVER):
         return jobs[-1], state
     return None
@@ -210,15 +211,15 @@ def own_job() -> str:
 
 
 def write(script: Path, text: str) -> Path:
-    run_directory.write_atomic(script, text)
+    atomic_write_text(script, text)
     script.chmod(0o700)
     return script
 
 
 def record(run: Path, verb: str, job: str, script: Path) -> str:
-    jobs = run_directory.read_json(run / JOBS).get("jobs", [])
+    jobs = read_json_or_empty(run / JOBS).get("jobs", [])
     jobs.append({"verb": verb, "id": job, "script": str(script), "submitted": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
-    run_directory.write_json(run / JOBS, {"jobs": jobs})
+    atomic_write_json(run / JOBS, {"jobs": jobs})
     return job
 
 

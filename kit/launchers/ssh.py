@@ -20,6 +20,7 @@ from kit.config.nodes import hosts_now
 from kit.errors import ENVIRONMENT, KitError, Problem
 from kit.schema.run_plan import RunPlan
 from kit.storage import run_directory
+from kit.storage.json_files import atomic_write_text
 from kit.system.secrets import is_secret
 
 ENV_FILE = "deepspeed_env"
@@ -51,7 +52,7 @@ def environment(plan: RunPlan, own: Mapping[str, str], say: Callable[[str], None
         else:
             kept[name] = value
     file = plan.run_path / ENV_FILE
-    run_directory.write_atomic(file, "".join(f"{name}={value}\n" for name, value in sorted(kept.items())))
+    atomic_write_text(file, "".join(f"{name}={value}\n" for name, value in sorted(kept.items())))
     hidden = {k: "" for k, v in os.environ.items() if k.startswith(HANDED_ON) and is_secret(k, v)}
     return {"DS_ENV_FILE": str(file), **hidden}
 
@@ -126,7 +127,7 @@ STOP = "stop"
 
 def ask_ranks(run: Path, what: str) -> None:
     """`save`: a checkpoint and an end, as after a signal; `now`: an end. Every rank looks once a second."""
-    run_directory.write_atomic(run / run_directory.LOGS / STOP, what)
+    atomic_write_text(run / run_directory.LOGS / STOP, what)
 
 
 def forget(run: Path) -> None:

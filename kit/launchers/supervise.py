@@ -28,6 +28,7 @@ from kit.launchers import ssh as remote
 from kit.launchers.command import command, rank_environment
 from kit.schema.run_plan import RunPlan
 from kit.storage import manifest, run_directory
+from kit.storage.json_files import atomic_write_json
 from kit.system import hardware
 from kit.system.terminal import say
 
@@ -65,7 +66,7 @@ def launch(plan: RunPlan, resume: str | None = None) -> int:
                 env |= remote.environment(plan, env, say)
             record = {"argv": argv, "env": env, "cwd": os.getcwd(), "resume": resume}
             record_file = run / run_directory.LAUNCH if first else run / run_directory.LOGS / f"launch{name}.json"
-            run_directory.write_json(record_file, record)
+            atomic_write_json(record_file, record)
             if first:
                 run_directory.set_status(run, "running")
             kills, deaths = hardware.oom_kills() or 0, ranks.Deaths(run, mine)
@@ -93,7 +94,7 @@ def launch(plan: RunPlan, resume: str | None = None) -> int:
                     "deaths": deaths.seen,
                     "asked": stop.asked,
                 }
-                run_directory.write_json(record_file, {**record, "ended": end})
+                atomic_write_json(record_file, {**record, "ended": end})
     return outcome(run, process.returncode, name, before)
 
 
@@ -197,7 +198,7 @@ def outcome(run: Path, returncode: int | None, name: str = "", before: dict[str,
     if not name:
         run_directory.set_status(run, "failed", exit_code=code, problems=[str(p) for p in problems])
     report = {"code": code, "problems": [vars(p) for p in problems]}  # for the other nodes
-    run_directory.write_json(run / run_directory.LOGS / f"{ranks.node_name(name)}.error.json", report)
+    atomic_write_json(run / run_directory.LOGS / f"{ranks.node_name(name)}.error.json", report)
     raise KitError(problems, code=code)
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from kit.errors import KitError
-from kit.storage.safetensors_header import Tensor, read_header, read_json
+from kit.storage.json_files import read_json
+from kit.storage.safetensors_header import Tensor, read_header
 
 CONFIG, WEIGHTS, PICKLE, MANIFEST = (
     "adapter_config.json",

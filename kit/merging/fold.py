@@ -16,12 +16,13 @@ from typing import Any
 
 from kit.errors import KitError
 from kit.inspection.tokenizer import read_files
-from kit.merging.adapter import CONFIG, MANIFEST, WEIGHTS, read_json, sha256
+from kit.merging.adapter import CONFIG, MANIFEST, WEIGHTS, sha256
 from kit.merging.dequantize import Quantization
 from kit.merging.parts import Plan
 from kit.merging.plan import plan_merge
-from kit.storage.atomic_folder import building, check_room, refuse_target
+from kit.storage.atomic_folder import check_room, output_folder, refuse_target
 from kit.storage.hub_cache import fetch_command
+from kit.storage.json_files import read_json
 from kit.storage.safetensors_header import INDEX, find_model, fingerprint
 
 REPORT = "merge.json"
@@ -74,7 +75,7 @@ def merge(
             "was trained (--onto dequantized is)"
         )
     check_room(sum(t.end - t.start for t in plan.tensors.values()), target)
-    with building(target, fsync) as staging:
+    with output_folder(target, fsync) as staging:
         report = _build(plan, staging, dtype, fsync, progress)
         report["base"] = {"name_or_path": name, "revision": wanted, "fingerprint": fingerprint(base_folder)}
         report["peak_rss_gb"] = peak_rss_gb()

@@ -11,7 +11,6 @@ from kit.merging.adapter import (
     check_size,
     rank_and_scale,
     read_adapter,
-    read_json,
     token_rows,
     why_not_streamed,
 )
@@ -19,6 +18,7 @@ from kit.merging.dequantize import Quantization, quantized_modules
 from kit.merging.names import Names, read_names
 from kit.merging.parts import Edit, Lora, Output, Plan
 from kit.merging.ties import check_vocabulary, set_everywhere, settle_ties
+from kit.storage.json_files import read_json
 from kit.storage.safetensors_header import INDEX, Tensor, read_config, read_header, shard_files
 
 FLOATS = ("F64", "F32", "F16", "BF16")

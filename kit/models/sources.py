@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kit.errors import ENVIRONMENT, KitError, first_line
-from kit.storage.safetensors_header import CONFIG, find_model, fingerprint, read_header, read_json, read_tensors
+from kit.storage.json_files import read_json
+from kit.storage.safetensors_header import CONFIG, find_model, fingerprint, read_header, read_tensors
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST, PLAN = (
     "adapter_config.json",
@@ -43,24 +41,6 @@ class Source:
     @property
     def run_dir(self) -> Path | None:
         return self.folder if self.kind == "run" else None
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that a reader sees the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as f:
-            json.dump(value, f, indent=1, ensure_ascii=False)
-            f.write("\n")
-            f.flush()
-            os.fsync(f.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide results from the rest of a team
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
 
 
 def output_path(source: Source, out: Path | str | None, name: str) -> Path | None:

@@ -6,16 +6,152 @@ import contextlib
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from kit.errors import ENVIRONMENT, KitError
 
-OWNER = ".owner"  # the host that a staging folder belongs to
+# Names of unfinished work, all beside the folder that they belong to. None matches "checkpoint-*".
+STAGING, REPLACED, TRASH = ".staging-", ".replaced-", ".trash-"
+OWNER = ".owner"  # in the staging folder of a command: the host whose process writes it
+
+
+def staging_path(target: str | Path) -> Path:
+    """Return where all ranks of a run build `target`: beside it, so that the rename stays on one file system."""
+    target = Path(target)
+    return target.parent / (STAGING + target.name)
+
+
+@contextlib.contextmanager
+def atomic_folder(
+    target: Path, staging: Path, fsync: bool = True, move: Callable[[Path, Path], None] | None = None
+) -> Iterator[Path]:
+    """Yield the empty folder `staging`, which becomes `target` when the block ends well; else nothing of it is left.
+
+    What stands at `target` is replaced, or `move(staging, target)` is called instead. With `fsync` everything is
+    flushed before the rename, and the rename after it. OSError where the disk fails.
+    """
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+        if fsync:
+            for path in [*staging.rglob("*"), staging]:  # what its writer has flushed already costs nothing
+                sync(path)
+        if move:
+            move(staging, target)
+        else:
+            replace_folder(staging, target, fsync)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def output_folder(target: Path, fsync: bool) -> Iterator[Path]:
+    """Yield the `atomic_folder` of a command's output, after removing those of processes that are gone.
+
+    Its name holds the process id: two commands with one target do not meet before the rename. KitError (3) where the
+    disk fails.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            for old in target.parent.glob(f"{target.name}{STAGING}*"):
+                if _is_stale(old):
+                    shutil.rmtree(old, ignore_errors=True)
+            name = f"{target.name}{STAGING}{os.getpid()}"
+            staging = stack.enter_context(atomic_folder(target, target.with_name(name), fsync))
+            (staging / OWNER).write_text(socket.gethostname())
+        except OSError as error:
+            problem = f"{target.parent} cannot be written: {error}"
+            raise KitError(problem, where=str(target), code=ENVIRONMENT) from error
+        try:
+            yield staging
+            (staging / OWNER).unlink(missing_ok=True)
+            stack.close()
+        except OSError as error:
+            raise KitError(f"{target} could not be written: {error}", code=ENVIRONMENT) from error
+
+
+def _is_stale(staging: Path) -> bool:
+    pid = staging.name.rpartition("-")[2]
+    owner = staging / OWNER
+    if not pid.isdigit() or (owner.is_file() and owner.read_text() != socket.gethostname()):
+        return False  # another host's process cannot be asked
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def replace_folder(staging: Path, target: Path, fsync: bool = True) -> None:
+    """Rename `staging` to `target`; what it replaces goes only after that, and comes back where the rename fails.
+
+    The old folder is away only between two renames; a kill in that moment leaves it under another name, and `recover`
+    or `remove_leftovers` brings it back.
+    """
+    replaced = staging.with_name(staging.name.replace(STAGING, REPLACED))
+    if target.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.rename(target, replaced)
+    try:
+        os.rename(staging, target)
+    except OSError:
+        if replaced.exists():
+            os.rename(replaced, target)
+        raise
+    if fsync:
+        sync(target.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def recover(target: Path) -> None:
+    """Put back what a killed command had moved aside, or remove it where its successor stands."""
+    for replaced in target.parent.glob(f"{target.name}{REPLACED}*"):
+        _restore(replaced, target)
+
+
+def remove_leftovers(folder: str | Path) -> list[str]:
+    """Clear what killed saves left in `folder`, bring back a folder that was being replaced; return their names."""
+    prefixes = (STAGING, REPLACED, TRASH)
+    leftovers = [path for path in Path(folder).glob(".*") if path.is_dir() and path.name.startswith(prefixes)]
+    for path in leftovers:
+        if path.name.startswith(REPLACED):
+            _restore(path, path.parent / path.name.removeprefix(REPLACED))
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+    return sorted(path.name for path in leftovers)
+
+
+def _restore(replaced: Path, target: Path) -> None:
+    if target.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+    else:
+        os.rename(replaced, target)
+
+
+def discard(folder: str | Path) -> None:
+    """Delete a folder; a kill half-way leaves nothing that could be taken for a checkpoint."""
+    folder = Path(folder)
+    trash = folder.parent / (TRASH + folder.name)
+    shutil.rmtree(trash, ignore_errors=True)
+    os.rename(folder, trash)
+    shutil.rmtree(trash, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or a folder's entries: without it a rename can outlive the names after a power cut."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def refuse_target(target: Path, sources: list[Path], overwrite: bool, report: str, where: str = "--out") -> None:
-    """KitError where the output exists and may not be replaced, or would swallow what it is made of.
+    """Refuse an output folder that exists and may not be replaced, or that holds what it would be made of.
 
     `report`: the file that marks a folder as made by the same verb; only such a folder, or an empty one, is replaced.
     """
@@ -34,89 +170,10 @@ def refuse_target(target: Path, sources: list[Path], overwrite: bool, report: st
 
 
 def check_room(need: int, target: Path) -> None:
-    """KitError (3) where the disk cannot hold `need` bytes."""
+    """Refuse with exit code 3 where the disk cannot hold `need` bytes."""
     parent = next(p for p in target.parents if p.exists())
     free = shutil.disk_usage(parent).free
     if need > free:
         raise KitError(
             f"{parent} has {free / 1e9:.1f} GB free, {target.name} needs {need / 1e9:.1f}", code=ENVIRONMENT
         )
-
-
-def make_staging(target: Path) -> Path:
-    """A fresh staging folder beside the target; those of processes that are gone are removed first."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        for old in target.parent.glob(f"{target.name}.staging-*"):
-            if _is_stale(old):
-                shutil.rmtree(old, ignore_errors=True)
-        staging = target.with_name(f"{target.name}.staging-{os.getpid()}")
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir()
-        (staging / OWNER).write_text(socket.gethostname())
-    except OSError as error:
-        raise KitError(f"{target.parent} cannot be written: {error}", where=str(target), code=ENVIRONMENT) from error
-    return staging
-
-
-@contextlib.contextmanager
-def building(target: Path, fsync: bool) -> Iterator[Path]:
-    """A staging folder that becomes `target` when the block ends well, flushed before; else nothing is left.
-
-    KitError (3) where the disk fails.
-    """
-    staging = make_staging(target)
-    try:
-        yield staging
-        if fsync:
-            for path in [*staging.rglob("*"), staging]:  # what its writer has flushed already costs nothing
-                sync(path)
-        publish(staging, target, fsync)
-    except OSError as error:
-        raise KitError(f"{target} could not be written: {error}", code=ENVIRONMENT) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _is_stale(staging: Path) -> bool:
-    pid = staging.name.rpartition("-")[2]
-    owner = staging / OWNER
-    if not pid.isdigit() or (owner.is_file() and owner.read_text() != socket.gethostname()):
-        return False  # another host's process cannot be asked
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        return False
-    return False
-
-
-def publish(staging: Path, target: Path, fsync: bool) -> None:
-    """Rename the staging folder into place; what it replaces goes only after that."""
-    (staging / OWNER).unlink(missing_ok=True)
-    replaced = target.with_name(f"{target.name}.replaced-{os.getpid()}")
-    if target.exists():
-        os.rename(target, replaced)
-    os.rename(staging, target)
-    if fsync:
-        sync(target.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def recover(target: Path) -> None:
-    """Put back what a killed process had moved aside, or remove it where its successor stands."""
-    for old in target.parent.glob(f"{target.name}.replaced-*"):
-        if target.exists():
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.rename(old, target)
-
-
-def sync(path: Path) -> None:
-    """Flush a file, or a folder's entries: without it a rename can outlive the names after a power cut."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -57,10 +57,10 @@ def repo_folder(repo: str, kind: str) -> Path:
 
 def find_snapshot(repo: str, kind: str, revision: str | None = None) -> Path | None:
     """The folder of a repository's files at a revision, None where it is not in the cache."""
-    folder, wanted = repo_folder(repo, kind), revision or "main"
+    folder, ref_name = repo_folder(repo, kind), revision or "main"
     try:
-        ref = folder / "refs" / wanted
-        snapshot = folder / "snapshots" / (ref.read_text().strip() if ref.is_file() else wanted)
+        ref = folder / "refs" / ref_name
+        snapshot = folder / "snapshots" / (ref.read_text().strip() if ref.is_file() else ref_name)
         return snapshot if snapshot.is_dir() else None
     except (OSError, ValueError):  # a name that is no file name
         return None
@@ -92,7 +92,7 @@ def explain(error: Exception, repo: str, kind: str, key: str) -> KitError:
     if isinstance(error, hub.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
         error = error.__cause__  # the reason why the Hub was not asked stands behind it
     page = f"{constants.ENDPOINT}/{'datasets/' if kind == DATASET else ''}{repo}"
-    what = "data set" if kind == DATASET else "model"
+    noun = "data set" if kind == DATASET else "model"
     status = error.response.status_code if isinstance(error, hub.HfHubHTTPError) else None
     login = "hf auth login, or export HF_TOKEN=..."
 
@@ -109,14 +109,14 @@ def explain(error: Exception, repo: str, kind: str, key: str) -> KitError:
         return KitError(f"{repo} has no such revision", f"{key.partition('.')[0]}.revision", fix)
     if isinstance(error, hub.RepositoryNotFoundError):
         if get_token():
-            problem = f"there is no {what} {repo}, or your account may not see it"
+            problem = f"there is no {noun} {repo}, or your account may not see it"
             return refusal(problem, f"check the name at {page}", REFUSED)
-        problem = f"there is no {what} {repo}, or it is private and you are not logged in"
+        problem = f"there is no {noun} {repo}, or it is private and you are not logged in"
         return refusal(problem, f"check the name at {page}; if it is private, {login}", REFUSED)
     if isinstance(error, hub.RemoteEntryNotFoundError):
         return refusal(f"{repo} lacks a file that is needed: {first_line(error)}", f"look at {page}", REFUSED)
     if isinstance(error, hub.HFValidationError):
-        return refusal(f"{repo} is no name of a {what}: {first_line(error)}", "ORGANISATION/NAME", REFUSED)
+        return refusal(f"{repo} is no name of a {noun}: {first_line(error)}", "ORGANISATION/NAME", REFUSED)
     if isinstance(error, hub.OfflineModeIsEnabled):
         fix = f"unset HF_HUB_OFFLINE, or {fetch_command(key, repo)}"
         return refusal(f"{repo} is not here, and HF_HUB_OFFLINE is set", fix)

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,8 +20,6 @@ from kit.storage.atomic_folder import sync
 
 NAME = "manifest.json"
 FORMAT = 1
-# Names of unfinished work, all beside the folder that they belong to. None matches "checkpoint-*".
-STAGING, REPLACED, TRASH = ".staging-", ".replaced-", ".trash-"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -31,12 +28,6 @@ class Newest(NamedTuple):
 
     path: Path | None
     skipped: list[str]
-
-
-def staging_path(final: str | Path) -> Path:
-    """Where the content of `final` is built: beside it, so that the rename stays on one file system."""
-    final = Path(final)
-    return final.parent / (STAGING + final.name)
 
 
 def list_files(folder: str | Path) -> list[str]:
@@ -118,9 +109,9 @@ def _load(folder: Path) -> tuple[dict | None, str]:
 
 def read_manifest(folder: str | Path) -> dict:
     """The manifest of a folder; KitError (4) where it is missing or damaged. Hashes are `verify`'s matter."""
-    manifest, why = _load(Path(folder))
+    manifest, reason = _load(Path(folder))
     if manifest is None:
-        raise KitError(why, where=str(folder), fix="use another checkpoint or save it again", code=FAILED)
+        raise KitError(reason, where=str(folder), fix="use another checkpoint or save it again", code=FAILED)
     return manifest
 
 
@@ -130,9 +121,9 @@ def verify(folder: str | Path) -> list[str]:
     Files that the manifest does not name are no fault. Sizes are looked at before any hash is computed.
     """
     folder = Path(folder)
-    manifest, why = _load(folder)
+    manifest, reason = _load(folder)
     if manifest is None:
-        return [why]
+        return [reason]
     problems, same_size = [], []
     for name, entry in manifest["files"].items():
         path = folder / name
@@ -145,48 +136,15 @@ def verify(folder: str | Path) -> list[str]:
         else:
             same_size.append(name)
     try:
-        found = hash_files(folder, same_size)
+        hashes = hash_files(folder, same_size)
     except OSError as error:
         return [*problems, f"{folder} cannot be read: {error}"]
-    changed = [name for name in same_size if found[name]["sha256"] != manifest["files"][name]["sha256"]]
+    changed = [name for name in same_size if hashes[name]["sha256"] != manifest["files"][name]["sha256"]]
     return problems + [f"{folder / name} differs from the file that was saved (SHA-256)" for name in changed]
 
 
-def publish(staging: str | Path, final: str | Path, replace: bool = False) -> None:
-    """Rename a finished `staging` folder to `final`. KitError (4) where a complete `final` stands and not `replace`.
-
-    With `replace` the old folder is away only between two renames; a kill in that moment leaves it under another name
-    and `remove_leftovers` brings it back.
-    """
-    staging, final = Path(staging), Path(final)
-    manifest, why = _load(staging)
-    if manifest is None:
-        raise KitError(why, where=str(staging), fix="write the manifest before publishing", code=FAILED)
-    if final.exists() and not replace and not verify(final):
-        raise KitError(
-            f"{final} is already complete and will not be overwritten",
-            where=str(final),
-            fix="choose another folder or delete this one",
-            code=FAILED,
-        )
-    for folder in [staging, *(p for p in staging.rglob("*") if p.is_dir())]:
-        sync(folder)
-    old = final.parent / (REPLACED + final.name)
-    if final.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(final, old)
-    try:
-        os.rename(staging, final)
-    except OSError:
-        if old.exists():
-            os.rename(old, final)
-        raise
-    sync(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def publish_into(staging: str | Path, final: str | Path) -> None:
-    """Move the files of a finished `staging` one by one into `final`, which also holds things of others.
+def move_save_into(staging: str | Path, final: str | Path) -> None:
+    """Move the files of a finished `staging` one by one into `final`, which also holds files of others.
 
     The manifest goes first and comes back last, so a kill half-way is seen.
     """
@@ -197,34 +155,12 @@ def publish_into(staging: str | Path, final: str | Path) -> None:
         (final / name).parent.mkdir(parents=True, exist_ok=True)
         os.replace(staging / name, final / name)
     sync(final)
-    shutil.rmtree(staging, ignore_errors=True)
 
 
 def holds_only_a_save(folder: str | Path) -> bool:
     """Whether `folder` is empty or its manifest names everything in it: then it can be replaced as a whole."""
     manifest, _ = _load(Path(folder))
     return set(list_files(folder)) <= set(manifest["files"] if manifest else ())
-
-
-def discard(folder: str | Path) -> None:
-    """Delete a folder; a kill half-way leaves nothing that could be taken for a checkpoint."""
-    folder = Path(folder)
-    trash = folder.parent / (TRASH + folder.name)
-    shutil.rmtree(trash, ignore_errors=True)
-    os.rename(folder, trash)
-    shutil.rmtree(trash, ignore_errors=True)
-
-
-def remove_leftovers(folder: str | Path) -> list[str]:
-    """Clear what killed saves left in `folder`, bring back a folder that was being replaced; the names dealt with."""
-    found = [p for p in Path(folder).glob(".*") if p.is_dir() and p.name.startswith((STAGING, REPLACED, TRASH))]
-    for path in found:
-        final = path.parent / path.name.removeprefix(REPLACED)
-        if path.name.startswith(REPLACED) and not final.exists():
-            os.rename(path, final)
-        else:
-            shutil.rmtree(path, ignore_errors=True)
-    return sorted(path.name for path in found)
 
 
 def newest_complete(checkpoints: str | Path) -> Newest:

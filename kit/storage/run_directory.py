@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import platform
 import re
@@ -16,11 +15,12 @@ from typing import IO, Any
 
 from kit.errors import REFUSED, KitError
 from kit.schema.run_plan import RunPlan, load_plan
+from kit.storage.json_files import atomic_write_json, atomic_write_text, read_json_or_empty
 from kit.system.terminal import say
 
 PLAN, DS_CONFIG, LAUNCH, STATUS = "plan.json", "ds_config.json", "launch.json", "status.json"
 METRICS, METRICS_LOG, SAMPLES = "metrics.json", "metrics.jsonl", "samples.json"
-ADAPTER, MODEL, CHECKPOINTS, MERGED, LOGS = "adapter", "model", "checkpoints", "merged", "logs"
+ADAPTER, MODEL, CHECKPOINTS, LOGS = "adapter", "model", "checkpoints", "logs"
 LOCK, RANK_LOCK = ".lock", ".lock.rank0"  # of the command that started a run, and of its rank 0
 LOOK_SECONDS = 0.3  # for as long a lock may only be looked at (`in_use`)
 
@@ -78,40 +78,18 @@ def run_of(run: Path) -> str:
 def write_plan(plan: RunPlan) -> None:
     """plan.json, the plain ds_config.json, and Hydra's record of the command line."""
     run = plan.run_path
-    write_atomic(run / PLAN, plan.to_json())
+    atomic_write_text(run / PLAN, plan.to_json())
     if plan.deepspeed:
-        write_json(run / DS_CONFIG, plan.deepspeed)
+        atomic_write_json(run / DS_CONFIG, plan.deepspeed)
     (run / ".hydra").mkdir(exist_ok=True)
-    write_json(run / ".hydra" / "overrides.json", plan.overrides)
-    write_json(run / ".hydra" / "config.json", plan.composed)
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Replace a file as a whole: a reader sees the old or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    """The content of a JSON file, {} where it is missing or half-written."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
+    atomic_write_json(run / ".hydra" / "overrides.json", plan.overrides)
+    atomic_write_json(run / ".hydra" / "config.json", plan.composed)
 
 
 def set_status(run: Path, state: str, **facts: Any) -> None:
     """`created`, `running`, `stopped`, `failed` or `done`, with the exit code once there is one."""
     now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    write_json(run / STATUS, {"state": state, "time": now, "host": platform.node(), **facts})
+    atomic_write_json(run / STATUS, {"state": state, "time": now, "host": platform.node(), **facts})
 
 
 def set_refused(run: Path, error: KitError) -> None:
@@ -121,8 +99,7 @@ def set_refused(run: Path, error: KitError) -> None:
 
 
 def status(run: Path) -> dict[str, Any]:
-    found = read_json(run / STATUS)
-    return found if isinstance(found, dict) else {}
+    return read_json_or_empty(run / STATUS)
 
 
 def in_use(run: Path) -> int | None:

@@ -116,17 +116,6 @@ def make_header(tensors: list[tuple[str, str, tuple[int, ...], int]]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; KitError where it is missing or not one."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise KitError(f"{path} cannot be read: {error}") from None
-    if not isinstance(value, dict):
-        raise KitError(f"{path} does not hold a JSON object")
-    return value
-
-
 def shard_files(folder: Path) -> list[Path]:
     """The safetensors files of a model in index order; empty where it has none."""
     names = indexed(folder)

@@ -6,7 +6,7 @@ import math
 from html import escape
 from pathlib import Path
 
-from kit.storage import run_directory
+from kit.storage.json_files import atomic_write_text
 from kit.sweeps.pool import Trial
 from kit.sweeps.record import best, number, result
 
@@ -39,7 +39,7 @@ def write_plot(path: Path, trials: list[Trial], metric: str, direction: str, tit
         *legend(shown),
         "</svg>",
     ]
-    run_directory.write_atomic(path, "\n".join(parts) + "\n")
+    atomic_write_text(path, "\n".join(parts) + "\n")
 
 
 def text(x: float, y: float, said: str, anchor: str = "start", size: int = 12, fill: str = "#333") -> str:

@@ -16,6 +16,7 @@ from typing import Any
 from kit.errors import KitError
 from kit.schema.run_plan import HparamsSearch, RunPlan, field_class, leaves
 from kit.storage import run_directory
+from kit.storage.json_files import atomic_write_json, atomic_write_text, read_json_or_empty
 from kit.sweeps.pool import Trial, brief, short_names
 
 RECORD, TABLE, PLOT = "sweep.json", "sweep.csv", "sweep.svg"
@@ -49,13 +50,13 @@ def result(trial: Trial, metric: str) -> float | None:
     """A trial's result: the metric as it was logged last, else as metrics.json has it."""
     value = trial.curve.last(metric)
     if value is None:
-        value = run_directory.read_json(trial.run / run_directory.METRICS).get(metric)
+        value = read_json_or_empty(trial.run / run_directory.METRICS).get(metric)
     return value if isinstance(value, int | float) else None
 
 
 def figures(trial: Trial) -> dict[str, Any]:
     """The last figures of a trial, None for what it has not logged."""
-    final = run_directory.read_json(trial.run / run_directory.METRICS)
+    final = read_json_or_empty(trial.run / run_directory.METRICS)
     found = {key: trial.curve.last(key) if trial.curve.last(key) is not None else final.get(key) for key in FIGURES}
     if found["tokens_per_second"] is None:
         found["tokens_per_second"] = speed(trial)
@@ -97,7 +98,7 @@ def write_record(folder: Path, trials: list[Trial], about: dict[str, Any]) -> No
         for t in trials
     ]
     winner = best(trials, metric, about["direction"])
-    run_directory.write_json(
+    atomic_write_json(
         folder / RECORD,
         {**about, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "best": winner and winner.number, "trials": rows},
     )
@@ -137,7 +138,7 @@ def write_csv(folder: Path, trials: list[Trial], metric: str) -> None:
         found = figures(t)
         row = [t.number, t.state, *(t.values.get(key) for key in keys), *(result(t, m) for m in extra)]
         writer.writerow([*row, found["step"], *(found[key] for key in FIGURES), t.seconds, t.code, t.run.name])
-    run_directory.write_atomic(folder / TABLE, out.getvalue())
+    atomic_write_text(folder / TABLE, out.getvalue())
 
 
 def table(trials: list[Trial], settings: HparamsSearch, metric: str, title: str) -> Any:

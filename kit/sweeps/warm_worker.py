@@ -24,6 +24,7 @@ from kit.launchers.ranks import forget
 from kit.launchers.supervise import newest_checkpoint, outcome, stop_with
 from kit.schema.run_plan import load_plan
 from kit.storage import run_directory
+from kit.storage.json_files import atomic_write_json
 from kit.sweeps.pool import LOG
 from kit.system.terminal import say
 from kit.training import signals as stopping
@@ -79,7 +80,7 @@ def start(path: Path, held: Held) -> int:
         say(f"warning: {w['problem']} ({w['where']}); {w['fix']} [{w['rule']}]")
     forget(run)
     record = {"argv": sys.orig_argv, "env": rank_environment(plan), "cwd": os.getcwd(), "resume": resume}
-    run_directory.write_json(run / run_directory.LAUNCH, record)
+    atomic_write_json(run / run_directory.LAUNCH, record)
     run_directory.set_status(run, "running")
     log = worker.prepare_process(plan, rank=0)
     for stream in (sys.stdout, sys.stderr):
@@ -91,7 +92,7 @@ def start(path: Path, held: Held) -> int:
     finally:
         (run / run_directory.LOGS / "rank0.pid").unlink(missing_ok=True)
         ended = {"returncode": 0, "oom_kills": 0, "deaths": {}, "asked": int(stopping.requested() is not None)}
-    run_directory.write_json(run / run_directory.LAUNCH, {**record, "ended": {**ended, "returncode": code}})
+    atomic_write_json(run / run_directory.LAUNCH, {**record, "ended": {**ended, "returncode": code}})
     return outcome(run, code)
 
 

@@ -40,7 +40,7 @@ def nvidia_smi(*words: str) -> str:
 
 def visible_gpus(table: str, listing: str, visible: str | None) -> tuple[Gpu, ...]:
     """What CUDA_VISIBLE_DEVICES shows of nvidia-smi's table, and of its listing (`-L`) where it names MIG slices."""
-    found: dict[str, Gpu] = {}
+    by_name: dict[str, Gpu] = {}
     for line in table.strip().splitlines():
         index, uuid, name, memory, capability = (part.strip() for part in line.split(","))
         major, _, minor = capability.partition(".")
@@ -50,23 +50,23 @@ def visible_gpus(table: str, listing: str, visible: str | None) -> tuple[Gpu, ..
             import psutil
 
             size = psutil.virtual_memory().total / 2**30
-        found[index] = found[uuid] = Gpu(name, size, (int(major), int(minor)) if major.isdigit() else None)
+        by_name[index] = by_name[uuid] = Gpu(name, size, (int(major), int(minor)) if major.isdigit() else None)
     if visible is None:
-        return tuple(gpu for key, gpu in found.items() if key.isdigit())
+        return tuple(gpu for key, gpu in by_name.items() if key.isdigit())
     whole = None
     for line in listing.splitlines():
         if gpu := re.match(r"GPU \d+: .*\(UUID: ([^)]+)\)", line):
-            whole = found.get(gpu[1])
+            whole = by_name.get(gpu[1])
         elif whole and (part := re.match(r"\s+MIG (\S*?(\d+)gb\S*)\s.*\(UUID: ([^)]+)\)", line)):
             # It holds a little less than its name says.
-            found[part[3]] = Gpu(f"{whole.name} {part[1]}", 0.95 * int(part[2]), whole.capability)
-    shown = []
+            by_name[part[3]] = Gpu(f"{whole.name} {part[1]}", 0.95 * int(part[2]), whole.capability)
+    selected = []
     for name in (v.strip() for v in visible.split(",")):
-        same = [key for key in found if key == name or (name.startswith(("GPU-", "MIG-")) and key.startswith(name))]
+        same = [key for key in by_name if key == name or (name.startswith(("GPU-", "MIG-")) and key.startswith(name))]
         if len(same) != 1:
             break  # CUDA does not see what stands behind a name that it does not know
-        shown.append(found[same[0]])
-    return tuple(shown)
+        selected.append(by_name[same[0]])
+    return tuple(selected)
 
 
 @lru_cache
@@ -123,8 +123,8 @@ def memory_used(root: Path = Path("/")) -> int | None:
 def oom_kills(root: Path = Path("/")) -> int | None:
     """How many processes of this control group the kernel has killed for want of memory, None where it is not told."""
     text = control_group("memory.events", "memory", root) or control_group("memory.oom_control", "memory", root)
-    found = re.search(r"^oom_kill (\d+)$", text or "", re.M)
-    return int(found[1]) if found else None
+    match = re.search(r"^oom_kill (\d+)$", text or "", re.M)
+    return int(match[1]) if match else None
 
 
 def cpu_quota(root: Path = Path("/")) -> float | None:

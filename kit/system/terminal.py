@@ -33,14 +33,14 @@ def read_prompts(name: str) -> list[str]:
     return prompts
 
 
-def progress(what: str) -> Callable[[int, int], None] | None:
+def progress(label: str) -> Callable[[int, int], None] | None:
     """A line that is redrawn on a terminal; nothing elsewhere."""
     if not sys.stderr.isatty():
         return None
 
     def show(done: int, total: int) -> None:
         end = "\n" if done >= total else ""
-        print(f"\r{what} {100 * done // max(total, 1):3d} %", end=end, file=sys.stderr, flush=True)
+        print(f"\r{label} {100 * done // max(total, 1):3d} %", end=end, file=sys.stderr, flush=True)
 
     return show
 

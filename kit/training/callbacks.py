@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from kit.storage import manifest
+from kit.storage import atomic_folder
 from kit.training import signals as stopping
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class StopAtAgreedStep(TrainerCallback):
         self.trainer.stopped_by_signal = False
         self.trainer.saved_step = None
         if args.should_save:
-            manifest.remove_leftovers(args.output_dir)
+            atomic_folder.remove_leftovers(args.output_dir)
         self.agreement = stopping.Agreement(self.trainer.ranks)
         self.trainer.pace.attach(self.trainer.model)
 

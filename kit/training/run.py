@@ -12,6 +12,7 @@ from typing import Any
 from kit.errors import DONE, STOPPED, KitError
 from kit.schema.run_plan import RunPlan
 from kit.storage import manifest, run_directory
+from kit.storage.json_files import atomic_write_json
 
 
 def load(plan: RunPlan, args: Any) -> tuple[Any, Any, Any]:
@@ -101,7 +102,7 @@ def train(
     )
     metrics = console.summary(plan, trainer, result.metrics, held_out_metrics, saved, time.monotonic() - started)
     if writer:
-        run_directory.write_json(run / run_directory.METRICS, metrics)
+        atomic_write_json(run / run_directory.METRICS, metrics)
         run_directory.set_status(run, "done", exit_code=DONE, step=trainer.state.global_step)
         console.farewell(plan, metrics)
     args.distributed_state.wait_for_everyone()

@@ -24,7 +24,7 @@ from transformers.utils import logging
 from trl import SFTTrainer
 
 from kit.errors import FAILED, REFUSED, KitError
-from kit.storage import manifest
+from kit.storage import atomic_folder, manifest
 from kit.training import bad_batches, checkpoint, saved_config
 from kit.training import signals as stopping
 from kit.training.callbacks import StopAtAgreedStep
@@ -91,7 +91,7 @@ class ModifiedTrainer(SFTTrainer):
         error = None
         if self.args.should_save:
             if wanted is True:
-                manifest.remove_leftovers(self.args.output_dir)
+                atomic_folder.remove_leftovers(self.args.output_dir)
                 newest = manifest.newest_complete(self.args.output_dir)
                 for sentence in newest.skipped:
                     logger.warning(sentence)
@@ -285,4 +285,4 @@ class ModifiedTrainer(SFTTrainer):
         kept = {oldest_first[-1], str(Path(self.state.best_model_checkpoint or oldest_first[-1]))}
         surplus = len(oldest_first) - max(limit, len(kept))
         for path in [p for p in oldest_first if p not in kept][: max(surplus, 0)]:
-            manifest.discard(path)
+            atomic_folder.discard(path)

@@ -16,6 +16,7 @@ from typing import Any
 from kit.errors import DONE, KitError
 from kit.storage import run_directory
 from kit.watching import state, view
+from kit.watching.metrics import Follower
 
 
 def main(argv: list[str]) -> int:
@@ -31,8 +32,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--stay", action="store_true", help="go on after its end: a batch job may start it again")
     a = parser.parse_args(argv)
     if a.interval is not None and not 0.1 <= a.interval <= 86400:
-        said = f"--interval {a.interval:g} is not between 0.1 and 86400 seconds"
-        raise KitError(said, "command line", "--interval 2")
+        problem = f"--interval {a.interval:g} is not between 0.1 and 86400 seconds"
+        raise KitError(problem, "command line", "--interval 2")
     look = Look(*state.find(a.run))
     states = look()
     if a.json:
@@ -54,21 +55,21 @@ class Look:
 
     def __init__(self, folder: Path, sweep: bool) -> None:
         self.folder, self.sweep, self.name = folder, sweep, run_directory.shown(folder)
-        self.followers: dict[Path, state.Follower] = {}
+        self.followers: dict[Path, Follower] = {}
 
     def __call__(self) -> list[dict[str, Any]]:
         if not self.sweep:
             return [self.one(self.folder)]
         if not self.folder.is_dir():
             raise KitError(f"{self.name} is gone", fix="it was moved or deleted while it was watched")
-        found = []
+        states = []
         for run in state.trials(self.folder):
             with contextlib.suppress(KitError):  # a trial that has just been removed
-                found.append(self.one(run))
-        return state.listed(self.folder, found)
+                states.append(self.one(run))
+        return state.listed(self.folder, states)
 
     def one(self, run: Path) -> dict[str, Any]:
-        follower = self.followers.setdefault(run, state.Follower(run / run_directory.METRICS_LOG))
+        follower = self.followers.setdefault(run, Follower(run / run_directory.METRICS_LOG))
         return state.state(run, follower)
 
     def frame(self, states: list[dict[str, Any]], terminal: bool) -> Any:

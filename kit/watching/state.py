@@ -1,11 +1,10 @@
-"""What a run is doing, read from its directory alone: `Follower` keeps up with metrics.jsonl, `state` has it all.
+"""What a run is doing, read from its directory alone.
 
 Nothing is written and no lock is taken: a run must not notice that it is watched.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
@@ -19,103 +18,13 @@ import psutil
 
 from kit.errors import DONE, FAILED, STOPPED, KitError
 from kit.storage import manifest, run_directory
+from kit.storage.json_files import read_json_or_empty
+from kit.watching.metrics import Follower, number, numbers
 
 SWEEP = "sweep.json"
-RECENT = 20  # logged steps that the pace is taken from
 QUIET = 600.0  # seconds without a word after which a run is called quiet
 SHOWN = ("epoch", "loss", "eval_loss", "learning_rate", "grad_norm", "tokens_per_second", "mean_token_accuracy")
 PER_RANK = ("rank_load_seconds", "rank_forward_seconds", "rank_memory_gb")
-
-
-class Follower:
-    """The rows of a metrics.jsonl that may still grow, be cut off, replaced, or begin later.
-
-    `losses`: step to loss, as it ended up where a step was trained twice. `restarts`: how often training began again.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.forget()
-
-    def forget(self) -> None:
-        self.offset, self.inode, self.rest = 0, 0, b""
-        self.last: dict[str, Any] = {}  # the newest value of every figure, of this start
-        self.begun: dict[str, Any] = {}  # the row that a start of training writes
-        self.losses: dict[int, float] = {}
-        self.marks: list[tuple[float, int]] = []  # (seconds, step) of this start
-        self.restarts = self.damaged = 0
-        self.written: float | None = None
-
-    def read(self) -> None:
-        """Take in what has been added. A file that became shorter or another one is read from its beginning."""
-        try:
-            with open(self.path, "rb") as f:
-                about = os.fstat(f.fileno())
-                if self.inode and (about.st_ino != self.inode or about.st_size < self.offset):
-                    self.forget()
-                self.inode, self.written = about.st_ino, about.st_mtime
-                f.seek(self.offset)
-                new = f.read()
-        except OSError:
-            return  # not there yet, or just being moved
-        self.offset += len(new)
-        *lines, self.rest = (self.rest + new).split(b"\n")
-        for line in lines:
-            if line.strip(b"\0 \r\t"):
-                self.take(parse(line))
-
-    def take(self, row: dict[str, Any] | None) -> None:
-        if row is None:
-            self.damaged += 1
-            return
-        step, seconds = row["step"], number(row.get("seconds"))
-        before = number(self.last.get("seconds"))
-        start = "max_steps" in row
-        if before is not None and (start or (seconds is not None and seconds < before)):
-            self.restarts += 1
-            # What was trained after the checkpoint is trained again.
-            self.losses = {s: v for s, v in self.losses.items() if (s <= step if start else s < step)}
-            self.last, self.marks = {}, []
-        if start:
-            self.begun = row
-        if isinstance(value := row.get("loss"), int | float):
-            self.losses[step] = value
-        if seconds is not None and (start or "loss" in row):
-            self.marks.append((seconds, step))
-        self.last.update(row)
-
-    def pace(self) -> float | None:
-        """Seconds per step lately, evaluations and saves included; None before two marks."""
-        marks = self.marks[-RECENT - 1 :]
-        if len(self.marks) > 2 and len(marks) == len(self.marks) and self.begun:
-            marks = marks[1:]  # the first interval holds what happens once
-        if len(marks) < 2 or marks[-1][1] <= marks[0][1]:
-            return None
-        return max(0.0, (marks[-1][0] - marks[0][0]) / (marks[-1][1] - marks[0][1]))
-
-
-def parse(line: bytes) -> dict[str, Any] | None:
-    """One row; of a line that a kill left half-written, what was appended to it; None where nothing can be read."""
-    text = line.decode("utf-8", "replace").strip("\0 \r\t")
-    for part in (text, text[text.rfind('{"') :]):
-        try:
-            row = json.loads(part)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(row, dict) and type(row.get("step")) is int and row["step"] >= 0:
-            return row
-    return None
-
-
-def number(value: Any) -> float | None:
-    """A finite number, else None."""
-    return value if type(value) in (int, float) and math.isfinite(value) else None
-
-
-def numbers(value: Any) -> list[float]:
-    """A figure per rank, [] where it is none."""
-    found = [number(v) for v in value] if isinstance(value, list) else []
-    return [v for v in found if v is not None] if None not in found else []
 
 
 def find(name: str) -> tuple[Path, bool]:
@@ -132,21 +41,16 @@ def trials(folder: Path) -> list[Path]:
     return sorted(plan.parent.absolute() for plan in folder.glob(f"*/{run_directory.PLAN}"))
 
 
-def read_dict(path: Path) -> dict[str, Any]:
-    found = run_directory.read_json(path)
-    return found if isinstance(found, dict) else {}
-
-
 def state(run: Path, metrics: Follower) -> dict[str, Any]:
     """Everything that is shown, as plain values: None for what is not known. KitError where the run is gone."""
     if not run.is_dir():
         raise KitError(f"{run_directory.shown(run)} is gone", fix="it was moved or deleted while it was watched")
     metrics.read()
-    status, plan = read_dict(run / run_directory.STATUS), read_dict(run / run_directory.PLAN)
+    status, plan = read_json_or_empty(run / run_directory.STATUS), read_json_or_empty(run / run_directory.PLAN)
     last = metrics.last
     trainer, model = (plan[k] if isinstance(plan.get(k), dict) else {} for k in ("trainer", "model"))
     step, total = last.get("step"), steps_in_all(metrics, trainer)
-    found: dict[str, Any] = {
+    snapshot: dict[str, Any] = {
         "run": run_directory.shown(run),
         "name": run.name,
         "model": model.get("name_or_path"),
@@ -165,15 +69,17 @@ def state(run: Path, metrics: Follower) -> dict[str, Any]:
         "restarts": metrics.restarts,
         "losses": [[s, number(v)] for s, v in sorted(metrics.losses.items())],
     }
-    found["notes"] += [f"{key} is {last[key]} at step {step}" for key in SHOWN if key in last and found[key] is None]
+    snapshot["notes"] += [
+        f"{key} is {last[key]} at step {step}" for key in SHOWN if key in last and snapshot[key] is None
+    ]
     if metrics.damaged:
-        found["notes"].append(
+        snapshot["notes"].append(
             f"{metrics.damaged} line{'s' * (metrics.damaged > 1)} of metrics.jsonl could not be read"
         )
-    pace = found["seconds_per_step"]
-    if found["state"] == "running" and pace is not None and step is not None and total is not None:
-        found["seconds_left"] = round(max(0, total - step) * pace, 1)
-    return found
+    pace = snapshot["seconds_per_step"]
+    if snapshot["state"] == "running" and pace is not None and step is not None and total is not None:
+        snapshot["seconds_left"] = round(max(0, total - step) * pace, 1)
+    return snapshot
 
 
 def steps_in_all(metrics: Follower, trainer: dict[str, Any]) -> int | None:
@@ -188,36 +94,36 @@ def steps_in_all(metrics: Follower, trainer: dict[str, Any]) -> int | None:
 
 def condition(run: Path, status: dict[str, Any], metrics: Follower) -> dict[str, Any]:
     """state (created, running, stopped, failed, done), alive (None: on another machine), pid, problems, notes."""
-    said = str(status.get("state") or "created")
+    recorded = str(status.get("state") or "created")
     problems = status.get("problems") if isinstance(status.get("problems"), list) else []
-    found: dict[str, Any] = {
-        "state": said, "alive": False, "pid": None, "since": status.get("time"), "host": status.get("host"),
+    facts: dict[str, Any] = {
+        "state": recorded, "alive": False, "pid": None, "since": status.get("time"), "host": status.get("host"),
         "exit_code": status.get("exit_code"), "problems": [str(p) for p in problems or []], "notes": [],
     }  # fmt: skip
-    if said not in ("created", "running"):
-        return found
-    if said == "created" and (job := submitted(run)):
-        found["notes"].append(f"submitted as SLURM job {job}: scontrol show job {job} has its state and its log")
+    if recorded not in ("created", "running"):
+        return facts
+    if recorded == "created" and (job := submitted(run)):
+        facts["notes"].append(f"submitted as SLURM job {job}: scontrol show job {job} has its state and its log")
     pid = holder(run)
-    found["pid"], found["alive"] = pid, pid is not None
-    if pid is not None or said == "created":
+    facts["pid"], facts["alive"] = pid, pid is not None
+    if pid is not None or recorded == "created":
         pass
     elif status.get("host") not in (None, platform.node()):
-        found["alive"] = None  # its processes cannot be seen from here
+        facts["alive"] = None  # its processes cannot be seen from here
     else:
-        found["state"], found["exit_code"] = "failed", FAILED
-        found["problems"] = [f"it was running since {found['since']} and no process of it is alive"]
+        facts["state"], facts["exit_code"] = "failed", FAILED
+        facts["problems"] = [f"it was running since {facts['since']} and no process of it is alive"]
     quiet = time.time() - max(filter(None, (metrics.written, log_written(run))), default=math.inf)
-    if found["state"] == "running" and quiet > QUIET:
-        found["notes"].append(
+    if facts["state"] == "running" and quiet > QUIET:
+        facts["notes"].append(
             f"nothing was written for {quiet / 60:.0f} minutes: kit doctor {run_directory.shown(run)}"
         )
-    return found
+    return facts
 
 
 def submitted(run: Path) -> str:
     """The last SLURM job that was to train this run, "" for none; only its own controller knows what became of it."""
-    jobs = read_dict(run / "slurm.json").get("jobs")
+    jobs = read_json_or_empty(run / "slurm.json").get("jobs")
     rows = [job for job in jobs if isinstance(job, dict)] if isinstance(jobs, list) else []
     return next((str(job.get("id")) for job in reversed(rows) if job.get("verb") == "train"), "")
 
@@ -255,12 +161,12 @@ def slowest(row: dict[str, Any]) -> dict[str, Any] | None:
     load, forward = numbers(row.get("rank_load_seconds")), numbers(row.get("rank_forward_seconds"))
     if len(load) < 2 or len(load) != len(forward):
         return None
-    own = [a + b for a, b in zip(load, forward, strict=True)]
-    rank = own.index(max(own))
+    seconds = [a + b for a, b in zip(load, forward, strict=True)]
+    rank = seconds.index(max(seconds))
     return {
         "rank": rank,
-        "seconds": round(own[rank], 5),
-        "median_seconds": round(statistics.median_low(own), 5),
+        "seconds": round(seconds[rank], 5),
+        "median_seconds": round(statistics.median_low(seconds), 5),
         "load_seconds": load[rank],
         "forward_seconds": forward[rank],
     }
@@ -268,33 +174,33 @@ def slowest(row: dict[str, Any]) -> dict[str, Any] | None:
 
 def checkpoint(run: Path) -> dict[str, Any]:
     """The newest checkpoint with a manifest, and when it was finished."""
-    found = []
+    checkpoints = []
     for file in (run / run_directory.CHECKPOINTS).glob(f"checkpoint-*/{manifest.NAME}"):
         if match := re.fullmatch(manifest.CHECKPOINT, file.parent.name):
             try:
-                found.append((int(match[1]), file.parent.name, file.stat().st_mtime))
+                checkpoints.append((int(match[1]), file.parent.name, file.stat().st_mtime))
             except OSError:  # rotated away meanwhile
                 continue
-    if not found:
+    if not checkpoints:
         return {"checkpoint": None, "checkpoint_time": None}
-    return {"checkpoint": max(found)[1], "checkpoint_time": round(max(found)[2], 3)}
+    return {"checkpoint": max(checkpoints)[1], "checkpoint_time": round(max(checkpoints)[2], 3)}
 
 
-def listed(folder: Path, known: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def listed(folder: Path, states: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The states of a sweep's trials, with those that sweep.json names and that have no directory yet, or ever."""
-    rows = read_dict(folder / SWEEP).get("trials")
+    rows = read_json_or_empty(folder / SWEEP).get("trials")
     by_name = {row["run"]: row for row in rows or [] if isinstance(row, dict) and isinstance(row.get("run"), str)}
-    found = []
-    for trial in known:
-        said = by_name.get(trial["name"], {}).get("state")
-        found.append({**trial, "state": said if said == "pruned" and trial["state"] != "running" else trial["state"]})
-    names = {trial["name"] for trial in known}
+    trials = []
+    for trial in states:
+        pruned = by_name.get(trial["name"], {}).get("state") == "pruned" and trial["state"] != "running"
+        trials.append({**trial, "state": "pruned" if pruned else trial["state"]})
+    names = {trial["name"] for trial in states}
     for name, row in by_name.items():
         if name not in names:
             problems = row.get("problems") if isinstance(row.get("problems"), list) else []
-            said = [str(p.get("problem")) if isinstance(p, dict) else str(p) for p in problems or []]
-            found.append({"name": name, "state": str(row.get("state")), "problems": said})
-    return sorted(found, key=lambda trial: trial["name"])
+            texts = [str(p.get("problem")) if isinstance(p, dict) else str(p) for p in problems or []]
+            trials.append({"name": name, "state": str(row.get("state")), "problems": texts})
+    return sorted(trials, key=lambda trial: trial["name"])
 
 
 def ended(states: list[dict[str, Any]]) -> bool:
@@ -304,8 +210,8 @@ def ended(states: list[dict[str, Any]]) -> bool:
 def exit_code(states: list[dict[str, Any]]) -> int:
     """0 for what is alive or done, 75 for a stopped run, a failed one's own; of a sweep the worst."""
     codes = {"stopped": STOPPED, "failed": FAILED, "refused": FAILED}
-    found = [codes.get(s["state"], DONE) for s in states]
-    if len(states) == 1 and found == [FAILED]:
+    state_codes = [codes.get(s["state"], DONE) for s in states]
+    if len(states) == 1 and state_codes == [FAILED]:
         code = states[0].get("exit_code")
         return code if type(code) is int and code > 0 else FAILED
-    return FAILED if FAILED in found else STOPPED if STOPPED in found else DONE
+    return FAILED if FAILED in state_codes else STOPPED if STOPPED in state_codes else DONE

@@ -26,8 +26,8 @@ def text(renderable: Any) -> str:
         highlight=False, legacy_windows=False, emoji=False,
     )  # fmt: skip
     out.print(renderable, soft_wrap=not sys.stdout.isatty())  # in a file a path stays whole
-    found = out.file.getvalue()  # type: ignore[attr-defined]
-    return encodable("\n".join(row.rstrip() for row in found.split("\n")))
+    printed = out.file.getvalue()  # type: ignore[attr-defined]
+    return encodable("\n".join(row.rstrip() for row in printed.split("\n")))
 
 
 def encodable(words: str) -> str:
@@ -79,7 +79,7 @@ def facts(s: dict[str, Any]) -> list[tuple[str, str]]:
     left = f"{duration(s['seconds_left'])} left" if s["seconds_left"] is not None else ""
     pace = f"{s['seconds_per_step']:.3g} s per step" if s["seconds_per_step"] is not None else ""
     saved = s["checkpoint"] and f"{s['checkpoint']}, {duration(time.time() - s['checkpoint_time'])} ago"
-    found = [
+    figures = [
         ("step", f"{steps(s)}{done}{epoch}" if s["step"] is not None else "none yet"),
         ("time", ", ".join(filter(None, (spent, left, pace)))),
         ("loss", short(s["loss"])),
@@ -92,7 +92,7 @@ def facts(s: dict[str, Any]) -> list[tuple[str, str]]:
         ("checkpoint", saved or "none yet"),
         ("restarts", str(s["restarts"])),
     ]
-    return [(name, value) for name, value in found if value]
+    return [(name, value) for name, value in figures if value]
 
 
 def memory(s: dict[str, Any]) -> str:
@@ -105,11 +105,11 @@ def memory(s: dict[str, Any]) -> str:
     return f"{one:.3g} GiB {kind}" if one is not None else ""
 
 
-def slow(found: dict[str, Any] | None) -> str:
-    if not found:
+def slow(slowest: dict[str, Any] | None) -> str:
+    if not slowest:
         return ""
-    own = f"{found['seconds']:.3g} s of its own per step ({found['load_seconds']:.2g} s reading)"
-    return f"{found['rank']}: {own}, the median rank {found['median_seconds']:.3g} s"
+    own_time = f"{slowest['seconds']:.3g} s of its own per step ({slowest['load_seconds']:.2g} s reading)"
+    return f"{slowest['rank']}: {own_time}, the median rank {slowest['median_seconds']:.3g} s"
 
 
 def line(s: dict[str, Any]) -> str:
@@ -156,8 +156,10 @@ def table(name: str, states: list[dict[str, Any]]) -> Any:
         grid.add_column(names[n], justify="left" if n < 2 else "right", **wraps)
     for row in rows:
         grid.add_row(*(Text(row[n], style=COLOURS.get(row[n], "") if n == 1 else "") for n in used))
-    said = [f"{s['name']}: {problem.splitlines()[0]}" for s in states for problem in s["problems"][:1] if problem]
-    return Group(Text(f"{plain(name)}  {counts(states)}"), grid, *(Text(plain(words), style="red") for words in said))
+    problems = [f"{s['name']}: {problem.splitlines()[0]}" for s in states for problem in s["problems"][:1] if problem]
+    return Group(
+        Text(f"{plain(name)}  {counts(states)}"), grid, *(Text(plain(words), style="red") for words in problems)
+    )
 
 
 def cells(s: dict[str, Any]) -> list[str]:
@@ -165,9 +167,9 @@ def cells(s: dict[str, Any]) -> list[str]:
     names = [plain(s["name"]), plain(s["state"])]
     if "losses" not in s:
         return [*names, *[""] * 7]
-    held = [*s["rank_memory_gb"], *([s["memory_gb"]] if s["memory_gb"] is not None else [])]
+    memories = [*s["rank_memory_gb"], *([s["memory_gb"]] if s["memory_gb"] is not None else [])]
     figures = [steps(s), short(s["loss"]), short(s["eval_loss"]), rate(s["tokens_per_second"])]
-    memory = f"{max(held):.3g} GiB" if held else ""
+    memory = f"{max(memories):.3g} GiB" if memories else ""
     return [*names, *figures, memory, duration(s["seconds_left"]), str(s["restarts"] or "")]
 
 

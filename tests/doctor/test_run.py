@@ -15,7 +15,8 @@ from kit.cli import main as cli
 from kit.doctor import causes, oom, run_logs
 from kit.doctor.run import diagnose
 from kit.errors import DONE, FAILED, REFUSED, STOPPED
-from kit.storage import run_directory
+from kit.launchers.supervise import newest_checkpoint
+from kit.storage import manifest, run_directory
 
 sys.path.insert(0, str(Path(__file__).parent))
 import messages  # noqa: E402
@@ -51,6 +52,13 @@ class Run:
             )
             os.utime(report, (time.time() - age,) * 2)
         os.utime(log, (time.time() - age,) * 2)
+
+    def checkpoint(self, step: int) -> Path:
+        folder = self.path / "checkpoints" / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "optimizer.bin").write_bytes(b"state")
+        manifest.write_manifest(folder, kind="checkpoint", step=step)
+        return folder
 
     def ended(self, **facts) -> None:
         (self.path / "launch.json").write_text(json.dumps({"argv": [], "ended": facts}))
@@ -258,12 +266,19 @@ def test_rows_before_a_loss_that_is_not_finite(make):
     )
 
 
+def test_a_damaged_checkpoint_is_passed_over_as_by_resume(make, capsys):
+    run = make("failed")
+    run.checkpoint(4)
+    (run.checkpoint(8) / "optimizer.bin").write_bytes(b"stat\x00")
+    assert diagnose(run.path).checkpoint == newest_checkpoint(run.path) == "checkpoint-4"
+    assert "checkpoint-8 was passed over" in capsys.readouterr().err
+
+
 def test_states_without_a_failure(make, capsys, monkeypatch):
     run = make("done", step=40)
     assert (diagnose(run.path).state, diagnose(run.path).code) == ("done", DONE)
     run_directory.set_status(run.path, "stopped", step=12)
-    (run.path / "checkpoints" / "checkpoint-12").mkdir()
-    (run.path / "checkpoints" / "checkpoint-12" / "manifest.json").write_text("{}")
+    run.checkpoint(12)
     found = diagnose(run.path)
     assert (found.state, found.code, found.checkpoint) == ("stopped", STOPPED, "checkpoint-12")
     run_directory.set_status(run.path, "created")
@@ -277,8 +292,8 @@ def test_states_without_a_failure(make, capsys, monkeypatch):
 HOLD = """
 import sys, time
 from pathlib import Path
-from kit.storage import run_directory as rundir
-with rundir.locked(Path(sys.argv[1])):
+from kit.storage import run_directory
+with run_directory.locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
 """

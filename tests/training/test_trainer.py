@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Trainer, T
 from trl import SFTConfig, SFTTrainer
 
 from kit.errors import KitError
-from kit.storage import manifest
+from kit.storage import atomic_folder, manifest
 from kit.training import checkpoint
 from kit.training import signals as stopping
 from kit.training.trainer import ModifiedTrainer
@@ -468,7 +468,9 @@ def test_rotation_keeps_best_and_newest(base, tmp_path):
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("moment", ["_save_optimizer_and_scheduler", "_save_state", "write_manifest", "publish"])
+@pytest.mark.parametrize(
+    "moment", ["_save_optimizer_and_scheduler", "_save_state", "write_manifest", "replace_folder"]
+)
 def test_killed_save_leaves_the_older_checkpoint(moment, base, tmp_path):
     args = {"save_strategy": "steps", "save_steps": 6}
     trainer = build(ModifiedTrainer, tmp_path, str(base), args=args)
@@ -476,7 +478,7 @@ def test_killed_save_leaves_the_older_checkpoint(moment, base, tmp_path):
     child = os.fork()
     if child == 0:
         try:
-            owner = manifest if hasattr(manifest, moment) else trainer
+            owner = next(o for o in (manifest, atomic_folder, trainer) if hasattr(o, moment))
             setattr(owner, moment, lambda *a, **k: os._exit(137))
             trainer.saved_step, trainer.state.global_step = None, 7
             trainer._save_checkpoint(trainer.model, None)
