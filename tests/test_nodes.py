@@ -407,9 +407,9 @@ def test_what_an_earlier_start_left_is_not_this_ones_end(tmp_path, monkeypatch):
 @pytest.mark.launch
 def test_a_word_in_the_run_directory_stops_ranks(tmp_path):
     (tmp_path / "logs").mkdir()
-    script = "import sys, time; from pathlib import Path; from kit.training import lifeline, stopping\n"
-    script += "lifeline.watch_stop(Path(sys.argv[1]))\nprint('ready', flush=True)\n"
-    script += "while not stopping.requested(): time.sleep(0.05)\nprint('asked', flush=True)\ntime.sleep(60)"
+    script = "import sys, time; from pathlib import Path; from kit.training import signals, watchdog\n"
+    script += "watchdog.watch_stop(Path(sys.argv[1]))\nprint('ready', flush=True)\n"
+    script += "while not signals.requested(): time.sleep(0.05)\nprint('asked', flush=True)\ntime.sleep(60)"
     argv = [sys.executable, "-c", script, str(tmp_path)]
     ssh.ask_ranks(tmp_path, "now")  # an earlier start's last word
     os.utime(tmp_path / "logs" / ssh.STOP, (0, 0))

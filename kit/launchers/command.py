@@ -1,9 +1,9 @@
 """What is typed to start the ranks: one argv and the environment it needs, for each launcher.
 
 One node: `deepspeed`, `torchrun` or plain Python, with a free port of this machine.
-A hostfile: one `deepspeed` here, which reaches the nodes with ssh through pdsh (remote.py).
+A hostfile: one `deepspeed` here, which reaches the nodes with ssh through pdsh (ssh.py).
 Several nodes without ssh (torchrun; launch.no_ssh; a batch system): on every node one command with the node's rank,
-`kit launch-node PLAN --node-rank N --master-addr A --master-port P`, or `launch(plan)` of run.py (node.py).
+`kit launch-node PLAN --node-rank N --master-addr A --master-port P`, or `launch(plan)` of supervise.py (node.py).
 """
 
 from __future__ import annotations

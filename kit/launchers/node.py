@@ -1,32 +1,22 @@
 """Several nodes that each start their own ranks (no ssh): which one this is, and where node 0 is met.
 
-    kit launch-node runs/x/plan.json --node-rank 1 --master-addr node0 --master-port 29500
-
-starts the ranks of one node of a frozen plan, whose directory all nodes share, and ends when they do. What is not said
-comes from the environment: NODE_RANK, MASTER_ADDR and MASTER_PORT, else what SLURM (one task per node) or an indexed
-Kubernetes Job says. With `--resume newest` the same words start a run and, after a job was queued again, go on with
-it: they are what a batch job starts on each of its nodes, one or several. `launch(plan)` in run.py is the same for
-one's own code: it asks `placed` itself.
+What neither the plan nor `kit launch-node` names comes from the environment: NODE_RANK, MASTER_ADDR and MASTER_PORT,
+else what SLURM (one task per node) or an indexed Kubernetes Job sets.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import os
 import re
 import shlex
 import socket
 from collections.abc import Mapping
-from pathlib import Path
 
 from kit.config.nodes import by_node, hosts_now
-from kit.errors import DONE, ENVIRONMENT, REFUSED, KitError, Problem
-from kit.schema.run_plan import HOST, RunPlan, load_plan
-from kit.storage import run_directory
+from kit.errors import ENVIRONMENT, REFUSED, KitError, Problem
+from kit.schema.run_plan import HOST, RunPlan
 from kit.system import hardware
-from kit.system.dependencies import need_stack
-from kit.system.terminal import say
 
 FIRST_PORT, PORTS = 20_000, 10_000  # below what systems give to outgoing connections, and below Kubernetes' own
 
@@ -134,42 +124,3 @@ def enough_gpus(plan: RunPlan) -> None:
             f"{plan.launch.num_gpus} GPUs asked for, this node shows {seen}", "launch.num_gpus",
             "a batch job asks for them: launch.slurm.gres=gpu:N", code=ENVIRONMENT, rule="gpus-missing",
         )  # fmt: skip
-
-
-def main(argv: list[str]) -> int:
-    """`kit launch-node PLAN`: the ranks of one node of a frozen plan."""
-    parser = argparse.ArgumentParser(
-        prog="kit launch-node", description="Start the ranks of one node of a frozen plan.", allow_abbrev=False
-    )
-    parser.add_argument("plan", help="plan.json, or the run directory, on a file system that all nodes share")
-    parser.add_argument("--node-rank", type=int, help="0 to NODES - 1 (NODE_RANK, SLURM_NODEID, JOB_COMPLETION_INDEX)")
-    parser.add_argument("--master-addr", help="host name or address of node 0 (MASTER_ADDR, SLURM's first node)")
-    parser.add_argument("--master-port", type=int, help="the same on every node (MASTER_PORT, else from the run)")
-    parser.add_argument("--resume", metavar="CHECKPOINT", help="go on from it; `newest`: if there is one")
-    a = parser.parse_args(argv)
-    from kit.launchers.supervise import launch, newest_checkpoint
-
-    path = Path(a.plan)
-    run = run_directory.find_run(str(path.parent if path.name == run_directory.PLAN else path))
-    plan = load_plan(run)
-    told = {"node_rank": a.node_rank, "master_addr": a.master_addr, "master_port": a.master_port}
-    told = {key: value for key, value in told.items() if value is not None or key == "node_rank"}
-    plan = plan.model_copy(update={"run_dir": str(run), "launch": plan.launch.model_copy(update=told)})
-    if a.resume == "newest" and run_directory.status(run).get("state") == "done":
-        say(f"{run} is finished")
-        return DONE
-    if plan.launch.num_nodes == 1 and a.node_rank:
-        raise KitError(
-            f"--node-rank {a.node_rank}, but the run was planned for one node", "--node-rank",
-            "leave it out, or freeze the run with launch.num_nodes=NODES",
-        )  # fmt: skip
-    if a.resume and a.resume != "newest" and not (run / run_directory.CHECKPOINTS / a.resume).is_dir():
-        said = f"there is no {a.resume} in {run_directory.shown(run / run_directory.CHECKPOINTS)}"
-        raise KitError(said, "--resume", "--resume newest, or the name of a checkpoint there")
-    right_nodes(plan, os.environ)
-    enough_gpus(plan)
-    need_stack()
-    resume = a.resume
-    if resume == "newest" and (resume := newest_checkpoint(run)) is None:
-        say("no checkpoint yet: from the beginning")
-    return launch(plan, resume=resume)

@@ -5,7 +5,7 @@ the ranks are signalled directly, by the process ids that they write down, and w
 
 Where each node starts its own ranks, each has a process like this one: it ends its own ranks only, learns from files
 in the run directory that another node has failed, and node 0 keeps the status. Ranks that were reached with ssh look
-for a file once a second instead of being signalled (remote.py).
+for a file once a second instead of being signalled (ssh.py).
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def watch_launcher() -> None:
 
 
 def watch_stop(run: Path) -> None:
-    """Ranks that were reached with ssh are asked to stop by a file: nobody there can be signalled (remote.py)."""
+    """Ranks that were reached with ssh are asked to stop by a file: nobody there can be signalled (ssh.py)."""
 
     def watch() -> None:
         seen = ssh.asked(run) if ssh.is_old(run) else ""
