@@ -15,7 +15,9 @@ from kit.config.search_space import Dimension, Search, Value, compose_trial, sna
 from kit.errors import DONE, ENVIRONMENT, KitError, first_line
 from kit.schema.run_plan import HparamsSearch
 from kit.sweeps import record as files
-from kit.sweeps.grid import (
+from kit.sweeps.pool import Trial, busy
+from kit.sweeps.screen import Sweep, announce, named, report
+from kit.sweeps.session import (
     about,
     exit_code,
     opened,
@@ -27,8 +29,6 @@ from kit.sweeps.grid import (
     take_up,
     trial_of,
 )
-from kit.sweeps.pool import Trial, busy
-from kit.sweeps.screen import Sweep, announce, named, report
 from kit.system import paths
 from kit.system.dependencies import need_stack
 from kit.system.terminal import print_problems, say
