@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -15,17 +15,14 @@ from kit.errors import FAILED, KitError
 from kit.storage import manifest
 from kit.training import checkpoint
 
-if TYPE_CHECKING:
-    from kit.training.trainer import ModifiedTrainer
-
 
 @contextmanager
-def published(trainer: ModifiedTrainer, final: Path, kind: str) -> Iterator[Path]:
+def published(final: Path, kind: str, args: Any, ranks: Any, step: int, provenance: dict[str, Any]) -> Iterator[Path]:
     """A folder beside `final` to write into; on leaving, it is listed, flushed and renamed. Collective.
 
+    args: the trainer's; ranks: its host-side group; provenance: {"plan": hash, "base": {...}}, for the manifest.
     Any failure removes it and leaves what stood at `final` before.
     """
-    args, ranks, step = trainer.args, trainer.ranks, trainer.state.global_step
     writer = args.should_save
     staging = manifest.staging_path(final)
     try:
@@ -42,7 +39,7 @@ def published(trainer: ModifiedTrainer, final: Path, kind: str) -> Iterator[Path
         files = checkpoint.hash_together(staging, ranks, writer, args.save_on_each_node)
         if writer:
             try:
-                close(trainer, staging, final, kind, files)
+                close(staging, final, kind, files, step=step, world_size=args.world_size, provenance=provenance)
             except (KitError, OSError) as problem:
                 error = as_failure(problem, final, step)
         checkpoint.raise_together(error, ranks)
@@ -54,16 +51,18 @@ def published(trainer: ModifiedTrainer, final: Path, kind: str) -> Iterator[Path
         raise
 
 
-def close(trainer: ModifiedTrainer, staging: Path, final: Path, kind: str, files: dict[str, dict]) -> None:
+def close(
+    staging: Path, final: Path, kind: str, files: dict[str, dict], step: int, world_size: int, provenance: dict
+) -> None:
     """List what was written, and let it take the place of `final`."""
     stored = checkpoint.stored_tensors(staging)
     manifest.write_manifest(
         staging,
         kind=kind,
-        step=trainer.state.global_step,
-        world_size=trainer.args.world_size,
-        plan=trainer.provenance.get("plan"),
-        base=trainer.provenance.get("base"),
+        step=step,
+        world_size=world_size,
+        plan=provenance.get("plan"),
+        base=provenance.get("base"),
         tensors=len(stored),
         parameters=sum(math.prod(t.shape) for t in stored),
         files=files,

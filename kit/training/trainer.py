@@ -11,6 +11,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,8 @@ from trl import SFTTrainer
 
 from kit.errors import FAILED, REFUSED, KitError
 from kit.storage import manifest
-from kit.training import bad_batches, checkpoint, saved_config
-from kit.training import signals as stopping
-from kit.training.callbacks import StopAtAgreedStep
+from kit.training import bad_batches, checkpoint, saved_config, signals
+from kit.training.callbacks import StopOnSignalCallback
 from kit.training.rank_timing import Pace
 from kit.training.saving import as_failure, published
 
@@ -60,15 +60,15 @@ class ModifiedTrainer(SFTTrainer):
         self.config_before = {} if isinstance(model, PeftModel) else saved_config.config_before(model, revision)
         self.provenance = provenance or {}
         self.prepared = prepared
-        self.stopped_by_signal = False
         self.saved_step: int | None = None
         self.staging: Path | None = None  # the folder that a checkpoint is being built in
         self.checkpoint_seconds: list[float] = []  # how long each checkpoint held up training
         super().__init__(model, args, *rest, **kwargs)
         self.args.logging_nan_inf_filter = False  # it hides what `log` looks for, at the price of a sync per step
-        self.ranks = stopping.side_group(self.args.ddp_timeout)
+        self.ranks = signals.side_group(self.args.ddp_timeout)
         self.pace = Pace(self.ranks, self.args.device.type == "cuda", bool(self.args.torch_compile))
-        self.add_callback(StopAtAgreedStep(self))
+        self.stop_callback = StopOnSignalCallback(self.ranks, self._begin, self.pace.detach)
+        self.add_callback(self.stop_callback)
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, packing: bool, *rest: Any) -> Any:
         if self.prepared is None:
@@ -79,6 +79,15 @@ class ModifiedTrainer(SFTTrainer):
         return self.prepared[id(dataset), packing][1]
 
     # ---- stopping ----
+
+    @property
+    def stopped_by_signal(self) -> bool:
+        """Whether the last `train()` ended early because of a signal."""
+        return self.stop_callback.stopped
+
+    def _begin(self) -> None:
+        self.saved_step = None
+        self.pace.attach(self.model)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As upstream; a checkpoint with a manifest is verified first, and True means the newest complete one."""
@@ -184,10 +193,13 @@ class ModifiedTrainer(SFTTrainer):
             self._write_model(final)
             return
         kind = "adapter" if isinstance(self.model, PeftModel) else "model"
-        with published(self, final, kind) as staging:
+        with self._saving(final, kind) as staging:
             self._write_model(staging)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _saving(self, final: Path, kind: str) -> AbstractContextManager[Path]:
+        return published(final, kind, self.args, self.ranks, self.state.global_step, self.provenance)
 
     def _write_model(self, folder: Path) -> None:
         """The model's files in `folder`, proven complete, and the tokenizer's. Collective."""
@@ -247,7 +259,7 @@ class ModifiedTrainer(SFTTrainer):
             best = os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
             if best == final or os.path.exists(best):
                 self.state.best_model_checkpoint = best
-        with published(self, Path(final), "checkpoint") as staging:
+        with self._saving(Path(final), "checkpoint") as staging:
             self.staging = staging
             try:
                 self.save_model(str(staging), _internal_call=True)
