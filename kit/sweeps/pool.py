@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import signal
 import subprocess
@@ -58,11 +57,6 @@ class Curve:
 
     def last(self, key: str) -> Any:
         return next((v for row in reversed(self.rows) if isinstance(v := row.get(key), int | float)), None)
-
-    def series(self, key: str) -> list[tuple[int, float]]:
-        """(step, value) in order, of what is a number; a step that was trained twice counts as it ended up."""
-        rows = [(row["step"], row[key]) for row in self.rows if key in row and "step" in row]
-        return sorted((s, v) for s, v in dict(rows).items() if isinstance(v, int | float) and math.isfinite(v))
 
 
 @dataclass

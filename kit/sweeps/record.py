@@ -18,7 +18,7 @@ from kit.schema.run_plan import HparamsSearch, RunPlan, field_class, leaves
 from kit.storage import run_directory
 from kit.sweeps.pool import Trial, brief, short_names
 
-RECORD, TABLE, PLOT = "sweep.json", "sweep.csv", "sweep.svg"
+RECORD, TABLE = "sweep.json", "sweep.csv"
 FIGURES = ("loss", "eval_loss", "tokens_per_second", "peak_memory_gb")
 NAME_LENGTH = 80
 

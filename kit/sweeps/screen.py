@@ -14,7 +14,6 @@ from kit.errors import Problem
 from kit.schema.run_plan import HparamsSearch
 from kit.storage import run_directory
 from kit.sweeps import record as files
-from kit.sweeps.plot import write_plot
 from kit.sweeps.pool import ENDED, Trial
 from kit.system.terminal import print_problems, say
 
@@ -104,12 +103,10 @@ def counted(number: int) -> str:
 
 
 def report(sweep: Sweep) -> None:
-    """The table, sweep.csv and sweep.svg; what failed; which trial is the best."""
+    """The table and sweep.csv; what failed; which trial is the best."""
     from rich.console import Console
 
-    title = f"{sweep.folder.name}: {counted(len(sweep.trials))}"
     files.write_csv(sweep.folder, sweep.trials, sweep.metric)
-    write_plot(sweep.folder / files.PLOT, sweep.trials, sweep.metric, sweep.settings.direction, title)
     Console(width=None if run_directory.is_terminal() else 160).print(shown(sweep))
     failed = [t for t in sweep.trials if t.state == "failed"]
     if failed:
@@ -124,7 +121,7 @@ def report(sweep: Sweep) -> None:
         said = [f"{counted(len(them))} {how}" for them, how in ((missing, "missing"), (again, "failed")) if them]
         say(f"{', '.join(said)}: the same command goes on with {'it' if len(missing + again) == 1 else 'them'}")
     place = run_directory.shown(sweep.folder)
-    print(f"tables    {place}/{files.TABLE}, {files.RECORD}, {files.PLOT}")
+    print(f"tables    {place}/{files.TABLE}, {files.RECORD}")
     if winner := files.best(sweep.trials, sweep.metric, sweep.settings.direction):
         value = files.number(files.result(winner, sweep.metric))
         print(f"best      {run_directory.shown(winner.run)} ({sweep.metric} {value})")
