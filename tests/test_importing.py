@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kit import api
-from kit.cli import main as cli
+from kit.cli import verbs as cli
 from kit.errors import DONE, REFUSED, KitError
 from kit.importing import Imported, import_config
 from kit.importing.report import leaves

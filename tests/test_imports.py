@@ -12,7 +12,7 @@ import pytest
 from benchmarks import cli_latency
 from soak import make_inputs
 
-from kit.cli import main as cli
+from kit.cli import verbs as cli
 from kit.errors import DONE, ENVIRONMENT, FAILED, REFUSED
 
 ROOT = Path(__file__).resolve().parents[1]

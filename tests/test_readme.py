@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from kit import api
-from kit.cli import main as cli
+from kit.cli import verbs as cli
 from kit.cli import train
 from kit.launchers.slurm import VERBS
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from kit import api
-from kit.cli import main as cli
+from kit.cli import verbs as cli
 from kit.config import slurm as values
 from kit.errors import DONE, ENVIRONMENT, REFUSED, KitError
 from kit.launchers import node, slurm, slurm_script

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from kit.cli import main as cli
+from kit.cli import verbs as cli
 from kit.config import multirun, search_space
 from kit.errors import DONE, ENVIRONMENT, FAILED, REFUSED, STOPPED, KitError
 from kit.storage import run_directory

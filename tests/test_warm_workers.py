@@ -13,7 +13,7 @@ import pytest
 from test_sweeps import PRETEND, folder_of, record, started, states
 
 from kit import api
-from kit.cli import main as cli
+from kit.cli import verbs as cli
 from kit.errors import DONE, FAILED, REFUSED, STOPPED
 from kit.schema.run_plan import RunPlan
 from kit.sweeps import pool as trials
