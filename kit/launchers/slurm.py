@@ -10,7 +10,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,17 +17,15 @@ from typing import Any
 
 from kit.errors import DONE, ENVIRONMENT, FAILED, STOPPED, KitError, Problem
 from kit.launchers.ranks import read_errors
+from kit.launchers.slurm_client import OVER, look, own_job, sbatch, watch
 from kit.launchers.slurm_script import RESUME, plain, srun, train_script, verb_script
 from kit.launchers.supervise import Stop, outcome
 from kit.schema.run_plan import RunPlan, load_plan
 from kit.storage import run_directory
-from kit.system.secrets import is_secret
 from kit.system.terminal import say
 
 JOBS = "slurm.json"  # in the run directory: what was submitted
 VERBS = ("merge", "eval", "generate")
-CLIENT = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_DEBUG_FLAGS", "SLURM_EXIT_ERROR")
-OVER = tuple("COMPLETED FAILED CANCELLED TIMEOUT NODE_FAIL OUT_OF_MEMORY PREEMPTED BOOT_FAIL DEADLINE GONE".split())
 
 
 def start(plan: RunPlan, fresh: bool = False, follow: bool = False, then: Sequence[str] = ()) -> int:
@@ -205,10 +202,6 @@ def living_job(run: Path) -> tuple[str, str] | None:
     return None
 
 
-def own_job() -> str:
-    return os.environ.get("SLURM_JOB_ID", "")
-
-
 def write(script: Path, text: str) -> Path:
     run_directory.write_atomic(script, text)
     script.chmod(0o700)
@@ -220,73 +213,6 @@ def record(run: Path, verb: str, job: str, script: Path) -> str:
     jobs.append({"verb": verb, "id": job, "script": str(script), "submitted": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
     run_directory.write_json(run / JOBS, {"jobs": jobs})
     return job
-
-
-def without_secrets(env: dict[str, str]) -> tuple[dict[str, str], list[str]]:
-    """The environment that a job may be given, and the names that were left out of it."""
-    hidden = sorted(k for k, v in env.items() if is_secret(k, v))
-    return {k: v for k, v in env.items() if k not in hidden}, hidden
-
-
-def of_another_job(name: str) -> bool:
-    """Whether a variable tells of the job that we stand in: srun would take it for one of the new job."""
-    return name.startswith("SLURM_") and name not in CLIENT
-
-
-def sbatch(script: Path, *options: str) -> str:
-    """Submit a script; its job id. Tokens stay behind: SLURM writes a job's environment into files of its own."""
-    env, hidden = without_secrets({k: v for k, v in os.environ.items() if not of_another_job(k)})
-    if hidden:
-        say(f"not given to the job: {', '.join(hidden)} (hf auth login keeps a token in a file that the job can read)")
-    done = ask("sbatch", "--parsable", *options, str(script), env=env)
-    job = done.stdout.strip().partition(";")[0]
-    if done.returncode or not job.isdigit():
-        said = done.stderr.strip().removeprefix("sbatch: error: ") or f"sbatch ended with {done.returncode}"
-        large = "fewer trials: MaxArraySize at most (scontrol show config)"
-        fix = large if "job array" in said else "mend launch.slurm.*"
-        raise KitError(f"sbatch refused: {said}", str(script), fix, code=ENVIRONMENT)
-    return job
-
-
-def ask(*argv: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    try:
-        return subprocess.run(
-            argv, env=env, capture_output=True, text=True, errors="replace", timeout=120, stdin=subprocess.DEVNULL
-        )
-    except subprocess.TimeoutExpired:
-        return subprocess.CompletedProcess(argv, 1, "", f"{argv[0]} gave no answer in 120 s")
-
-
-def look(job: str) -> tuple[str, int]:
-    """A job's state and exit code; ("", 0) where the controller has forgotten it or does not answer."""
-    done = ask("scontrol", "show", "job", "-o", job)
-    state, code = re.search(r"\bJobState=(\w+)", done.stdout), re.search(r"\bExitCode=(\d+):(\d+)", done.stdout)
-    if done.returncode or not state:
-        return ("GONE" if "nvalid job id" in done.stderr else ""), 0
-    return state[1], (int(code[1]) or (128 + int(code[2]) if int(code[2]) else 0)) if code else 0
-
-
-def watch(job: str, log: Path) -> tuple[str, int]:
-    """Show a job's log until it is over: its last state and exit code. A job that is queued again is waited for."""
-    seen, before = 0, ""
-    try:
-        while True:
-            state, code = look(job)
-            if state and state != before:
-                say(f"job {job} is {state.lower()}")
-                before = state
-            if log.exists():
-                with open(log, encoding="utf-8", errors="replace") as f:
-                    f.seek(seen)
-                    sys.stdout.write(f.read())
-                    sys.stdout.flush()
-                    seen = f.tell()
-            if state.startswith(OVER):
-                return state, code
-            time.sleep(1)
-    except KeyboardInterrupt:
-        say(f"the job goes on; to end it: scancel {job}")
-        raise
 
 
 def ended(run: Path, job: str, state: str, code: int) -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from kit.launchers.slurm import OVER
+from kit.launchers.slurm_client import OVER
 from launch import cluster, harness
 
 pytestmark = [pytest.mark.launch, pytest.mark.skipif(bool(cluster.missing()), reason=cluster.missing())]
