@@ -13,7 +13,7 @@ from typing import Any
 from kit.config.multirun import Point
 from kit.config.search_space import Dimension, Search, Value, compose_trial, snapshot
 from kit.errors import DONE, ENVIRONMENT, KitError, first_line
-from kit.schema.run_plan import HparamsSearch
+from kit.schema.run_plan import HparamsSearch, RunPlan
 from kit.sweeps import record as files
 from kit.sweeps.pool import Trial, busy
 from kit.sweeps.screen import Sweep, announce, named, report
@@ -42,15 +42,7 @@ def search(fresh: bool, found: Search) -> int:
     """Run a search, or what is missing of it; the exit code of the sweep."""
     base = planned(found.base)
     settings = settings_of(base)
-    if not found.space:
-        fix = "hparams_search.search_space, or a sweep on the command line: peft.r=8,16"
-        raise KitError("the search has nothing to choose from", "hparams_search.search_space", fix)
-    if base.launch.slurm:
-        fix = "launch=auto inside an allocation, or a grid: key=value,value without hparams_search=optuna"
-        raise KitError("a search stays with its trials, which a batch job does not", "hparams_search.method", fix)
-    check_names(found)
-    if find_spec("optuna") is None:
-        raise KitError("optuna is not installed", "hparams_search=optuna", "pip install 'optuna>=4'", code=ENVIRONMENT)
+    check_search(found, base)
     need_stack()
     space = {key: vars(d) for key, d in found.space.items()}
     chosen = settings.model_dump(include={"metric", "direction", "sampler", "seed", "pruner"})
@@ -61,62 +53,88 @@ def search(fresh: bool, found: Search) -> int:
             snapshot(found, folder / COPY)
         trials = files.read_record(folder)
         sweep = Sweep(folder, settings, metric, about(folder, settings, metric), trials)
-        try:
-            study = open_study(folder, settings, len(trials))
-            known_to_study = len(study.trials)
-        except Exception as error:  # of sqlalchemy, json or optuna, whatever the file holds
-            fix = "--fresh starts anew"
-            raise KitError(f"the study cannot be read: {first_line(error)}", str(folder), fix) from None
-        if any(t.number >= known_to_study for t in trials):
-            said = "the study does not know the trials that were there before: it was removed, or kept elsewhere"
-            fix = "hparams_search.storage as it was, or --fresh"
-            raise KitError(said, f"{folder}, hparams_search.storage={settings.storage}", fix)
+        study = study_of(sweep)
         if trials:
             take_up(folder, trials)
         settle_study(study, trials, metric)
         files.write_record(folder, trials, sweep.about)
         announce(sweep, settings.n_trials)
-        pool = pool_for(settings, [base])
-        asked: dict[int, Any] = {}  # number of a running trial: optuna's trial
-
-        def next_trial() -> Trial | None:
-            for trial in trials:
-                if trial.state == "waiting" and trial.plan and pool.room_for(trial.plan) and not busy(trial):
-                    asked[trial.number] = known(study, trial.number)
-                    return trial
-            if any(t.state == "waiting" for t in trials):
-                return None
-            while len(trials) < wanted() and pool.room_for(base):
-                proposed = study.ask()
-                values = {key: suggest(proposed, key, d) for key, d in found.space.items()}
-                trial = freeze(found, folder, proposed.number, values)
-                trials.append(trial)
-                files.write_record(folder, trials, sweep.about)
-                if trial.plan:
-                    asked[trial.number] = proposed
-                    return trial
-                tell(study, trial, metric)
-            return None
-
-        def watch(trial: Trial, rows: list[dict[str, Any]]) -> bool:
-            reports = [r for r in rows if isinstance(r.get(metric), int | float) and "step" in r]
-            seen = asked[trial.number]
-            for row in reports:
-                seen.report(float(row[metric]), int(row["step"]))
-            return bool(reports) and seen.should_prune()
-
-        def wanted() -> int:
-            """How many trials in all. None ever logged the metric: neither would more of them."""
-            mute = any(t.problems and t.problems[0]["problem"].startswith(MUTE) for t in trials)
-            unheard = mute and all(files.result(t, metric) is None for t in trials)
-            return len(trials) if unheard else settings.n_trials
-
-        def missing() -> bool:
-            return len(trials) < wanted() or any(t.state == "waiting" for t in trials)
-
-        stay(sweep, pool, next_trial, lambda: not missing(), watch, lambda t: tell(study, t, metric))
+        run_trials(sweep, study, found, base)
         report(sweep)
     return max((exit_code(t) for t in trials), default=DONE)
+
+
+def run_trials(sweep: Sweep, study: Any, found: Search, base: RunPlan) -> None:
+    """Ask the study for trials and run them, side by side, until there are n_trials; `base`: the plan of any."""
+    folder, settings, metric, trials = sweep.folder, sweep.settings, sweep.metric, sweep.trials
+    pool = pool_for(settings, [base])
+    asked: dict[int, Any] = {}  # number of a running trial: optuna's trial
+
+    def next_trial() -> Trial | None:
+        for trial in trials:
+            if trial.state == "waiting" and trial.plan and pool.room_for(trial.plan) and not busy(trial):
+                asked[trial.number] = known(study, trial.number)
+                return trial
+        if any(t.state == "waiting" for t in trials):
+            return None
+        while len(trials) < wanted() and pool.room_for(base):
+            proposed = study.ask()
+            values = {key: suggest(proposed, key, d) for key, d in found.space.items()}
+            trial = freeze(found, folder, proposed.number, values)
+            trials.append(trial)
+            files.write_record(folder, trials, sweep.about)
+            if trial.plan:
+                asked[trial.number] = proposed
+                return trial
+            tell(study, trial, metric)
+        return None
+
+    def watch(trial: Trial, rows: list[dict[str, Any]]) -> bool:
+        reports = [r for r in rows if isinstance(r.get(metric), int | float) and "step" in r]
+        seen = asked[trial.number]
+        for row in reports:
+            seen.report(float(row[metric]), int(row["step"]))
+        return bool(reports) and seen.should_prune()
+
+    def wanted() -> int:
+        """How many trials in all. None ever logged the metric: neither would more of them."""
+        mute = any(t.problems and t.problems[0]["problem"].startswith(MUTE) for t in trials)
+        unheard = mute and all(files.result(t, metric) is None for t in trials)
+        return len(trials) if unheard else settings.n_trials
+
+    def over() -> bool:
+        return len(trials) >= wanted() and not any(t.state == "waiting" for t in trials)
+
+    stay(sweep, pool, next_trial, over, watch, lambda t: tell(study, t, metric))
+
+
+def check_search(found: Search, base: RunPlan) -> None:
+    """KitError where there is nothing to choose from, where it cannot run here, or for a key that no trial can set."""
+    if not found.space:
+        fix = "hparams_search.search_space, or a sweep on the command line: peft.r=8,16"
+        raise KitError("the search has nothing to choose from", "hparams_search.search_space", fix)
+    if base.launch.slurm:
+        fix = "launch=auto inside an allocation, or a grid: key=value,value without hparams_search=optuna"
+        raise KitError("a search stays with its trials, which a batch job does not", "hparams_search.method", fix)
+    check_names(found)
+    if find_spec("optuna") is None:
+        raise KitError("optuna is not installed", "hparams_search=optuna", "pip install 'optuna>=4'", code=ENVIRONMENT)
+
+
+def study_of(sweep: Sweep) -> Any:
+    """The sweep's study; KitError where it cannot be read or does not know the sweep's trials."""
+    folder, settings, trials = sweep.folder, sweep.settings, sweep.trials
+    try:
+        study = open_study(folder, settings, len(trials))
+        known_to_study = len(study.trials)
+    except Exception as error:  # of sqlalchemy, json or optuna, whatever the file holds
+        fix = "--fresh starts anew"
+        raise KitError(f"the study cannot be read: {first_line(error)}", str(folder), fix) from None
+    if any(t.number >= known_to_study for t in trials):
+        said = "the study does not know the trials that were there before: it was removed, or kept elsewhere"
+        fix = "hparams_search.storage as it was, or --fresh"
+        raise KitError(said, f"{folder}, hparams_search.storage={settings.storage}", fix)
+    return study
 
 
 def check_names(found: Search) -> None:
