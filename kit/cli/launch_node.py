@@ -32,28 +32,32 @@ def launch_node(argv: list[str]) -> int:
     parser.add_argument("--master-addr", help="host name or address of node 0 (MASTER_ADDR, SLURM's first node)")
     parser.add_argument("--master-port", type=int, help="the same on every node (MASTER_PORT, else from the run)")
     parser.add_argument("--resume", metavar="CHECKPOINT", help="go on from it; `newest`: if there is one")
-    a = parser.parse_args(argv)
-    path = Path(a.plan)
+    options = parser.parse_args(argv)
+    path = Path(options.plan)
     run = run_directory.find_run(str(path.parent if path.name == run_directory.PLAN else path))
     plan = load_plan(run)
-    told = {"node_rank": a.node_rank, "master_addr": a.master_addr, "master_port": a.master_port}
-    told = {key: value for key, value in told.items() if value is not None or key == "node_rank"}
-    plan = plan.model_copy(update={"run_dir": str(run), "launch": plan.launch.model_copy(update=told)})
-    if a.resume == "newest" and run_directory.status(run).get("state") == "done":
+    settings = {"node_rank": options.node_rank, "master_addr": options.master_addr, "master_port": options.master_port}
+    settings = {key: value for key, value in settings.items() if value is not None or key == "node_rank"}
+    plan = plan.model_copy(update={"run_dir": str(run), "launch": plan.launch.model_copy(update=settings)})
+    if options.resume == "newest" and run_directory.status(run).get("state") == "done":
         say(f"{run} is finished")
         return DONE
-    if plan.launch.num_nodes == 1 and a.node_rank:
+    if plan.launch.num_nodes == 1 and options.node_rank:
         raise KitError(
-            f"--node-rank {a.node_rank}, but the run was planned for one node", "--node-rank",
+            f"--node-rank {options.node_rank}, but the run was planned for one node", "--node-rank",
             "leave it out, or freeze the run with launch.num_nodes=NODES",
         )  # fmt: skip
-    if a.resume and a.resume != "newest" and not (run / run_directory.CHECKPOINTS / a.resume).is_dir():
-        said = f"there is no {a.resume} in {run_directory.shown(run / run_directory.CHECKPOINTS)}"
-        raise KitError(said, "--resume", "--resume newest, or the name of a checkpoint there")
+    if (
+        options.resume
+        and options.resume != "newest"
+        and not (run / run_directory.CHECKPOINTS / options.resume).is_dir()
+    ):
+        message = f"there is no {options.resume} in {run_directory.shown(run / run_directory.CHECKPOINTS)}"
+        raise KitError(message, "--resume", "--resume newest, or the name of a checkpoint there")
     right_nodes(plan, os.environ)
     enough_gpus(plan)
     need_stack()
-    resume = a.resume
+    resume = options.resume
     if resume == "newest" and (resume := newest_checkpoint(run)) is None:
         say("no checkpoint yet: from the beginning")
     return launch(plan, resume=resume)

@@ -31,30 +31,31 @@ def placed(plan: RunPlan, env: Mapping[str, str] = os.environ) -> RunPlan:
         rank = number(env, "NODE_RANK", "SLURM_NODEID", "JOB_COMPLETION_INDEX")
     problems = []
     if rank is None:
-        said = f"the run has {launch.num_nodes} nodes, each of which starts its own ranks, and this one has no number"
-        problems.append(
-            Problem(said, "launch.node_rank", "launch.node_rank=0 here; NODE_RANK and SLURM_NODEID do too")
+        message = (
+            f"the run has {launch.num_nodes} nodes, each of which starts its own ranks, and this one has no number"
         )
+        fix = "launch.node_rank=0 here; NODE_RANK and SLURM_NODEID do too"
+        problems.append(Problem(message, "launch.node_rank", fix))
     elif not 0 <= rank < int(launch.num_nodes):
-        said = f"node {rank} of {launch.num_nodes}: they are numbered from 0"
-        problems.append(Problem(said, "launch.node_rank", f"0 to {int(launch.num_nodes) - 1}"))
+        message = f"node {rank} of {launch.num_nodes}: they are numbered from 0"
+        problems.append(Problem(message, "launch.node_rank", f"0 to {int(launch.num_nodes) - 1}"))
     address = launch.master_addr or env.get("MASTER_ADDR") or first_of_slurm(env)
     if not address and launch.hostfile:
         address = next(iter(hosts_now(launch)))
     if not address:
-        said = "nobody says where node 0 is"
-        problems.append(Problem(said, "launch.master_addr", "launch.master_addr=HOST, the same on every node"))
+        message = "nobody says where node 0 is"
+        problems.append(Problem(message, "launch.master_addr", "launch.master_addr=HOST, the same on every node"))
     elif not re.fullmatch(HOST, address):
-        said = f"{address!r} is no host's name or address"
-        problems.append(Problem(said, "launch.master_addr", "that of node 0, the same on every node"))
+        message = f"{address!r} is no host's name or address"
+        problems.append(Problem(message, "launch.master_addr", "that of node 0, the same on every node"))
     port = launch.master_port if launch.master_port is not None else number(env, "MASTER_PORT")
     if port is not None and not 1 <= port <= 65535:
         problems.append(Problem(f"{port} is no port", "launch.master_port", "1 to 65535, the same on every node"))
     if problems:
         raise KitError(problems, code=REFUSED)
     port = port or port_of(plan, env)
-    told = {"node_rank": rank, "master_addr": address, "master_port": port}
-    return plan.model_copy(update={"launch": launch.model_copy(update=told)})
+    place = {"node_rank": rank, "master_addr": address, "master_port": port}
+    return plan.model_copy(update={"launch": launch.model_copy(update=place)})
 
 
 def number(env: Mapping[str, str], *names: str) -> int | None:
@@ -64,8 +65,8 @@ def number(env: Mapping[str, str], *names: str) -> int | None:
 def first_of_slurm(env: Mapping[str, str]) -> str:
     """The first host of SLURM's list, as in `gpu[03-07,11],login1`."""
     text = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or ""
-    found = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\]([^,\[]*))?", text)
-    return "".join(part or "" for part in found.groups()) if found else ""
+    match = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\]([^,\[]*))?", text)
+    return "".join(part or "" for part in match.groups()) if match else ""
 
 
 def port_of(plan: RunPlan, env: Mapping[str, str]) -> int:
@@ -93,34 +94,34 @@ def check_port(plan: RunPlan) -> None:
         try:
             probe.bind(("", port))
         except OSError as error:
-            said = f"port {port} cannot be taken: {error.strerror}"
+            message = f"port {port} cannot be taken: {error.strerror}"
             fix = "launch.master_port=PORT, another one, the same on every node"
-            raise KitError(said, "launch.master_port", fix, code=ENVIRONMENT, rule="port-taken") from None
+            raise KitError(message, "launch.master_port", fix, code=ENVIRONMENT, rule="port-taken") from None
 
 
 def others_command(plan: RunPlan) -> str:
     """What is to be typed on the other nodes."""
     launch = plan.launch
-    where = f"--master-addr {launch.master_addr} --master-port {launch.master_port}"
+    rendezvous = f"--master-addr {launch.master_addr} --master-port {launch.master_port}"
     ranks = "1" if launch.num_nodes == 2 else f"N   (N = 1 to {int(launch.num_nodes) - 1})"
-    return f"kit launch-node {shlex.quote(str(plan.run_path / 'plan.json'))} {where} --node-rank {ranks}"
+    return f"kit launch-node {shlex.quote(str(plan.run_path / 'plan.json'))} {rendezvous} --node-rank {ranks}"
 
 
 def right_nodes(plan: RunPlan, env: Mapping[str, str]) -> None:
     """KitError where the batch system has other nodes than the plan: each would train alone, into one place (T68)."""
-    given, planned = number(env, "NNODES", "SLURM_STEP_NUM_NODES"), int(plan.launch.num_nodes)
-    if given is not None and planned != given:
+    allocated, planned = number(env, "NNODES", "SLURM_STEP_NUM_NODES"), int(plan.launch.num_nodes)
+    if allocated is not None and planned != allocated:
         raise KitError(
-            f"the job has {given} node{'s' * (given != 1)}, the run was planned for {planned}", "launch.num_nodes",
-            "ask for as many nodes as the plan has", code=ENVIRONMENT,
+            f"the job has {allocated} node{'s' * (allocated != 1)}, the run was planned for {planned}",
+            "launch.num_nodes", "ask for as many nodes as the plan has", code=ENVIRONMENT,
         )  # fmt: skip
 
 
 def enough_gpus(plan: RunPlan) -> None:
     """KitError where this node has fewer GPUs than the plan, which was made on another machine."""
-    seen = len(hardware.gpus())
-    if not plan.trainer["use_cpu"] and int(plan.launch.num_gpus) > seen:
+    visible = len(hardware.gpus())
+    if not plan.trainer["use_cpu"] and int(plan.launch.num_gpus) > visible:
         raise KitError(
-            f"{plan.launch.num_gpus} GPUs asked for, this node shows {seen}", "launch.num_gpus",
+            f"{plan.launch.num_gpus} GPUs asked for, this node shows {visible}", "launch.num_gpus",
             "a batch job asks for them: launch.slurm.gres=gpu:N", code=ENVIRONMENT, rule="gpus-missing",
         )  # fmt: skip

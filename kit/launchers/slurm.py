@@ -52,12 +52,12 @@ def submit(plan: RunPlan, follow: bool = False, then: Sequence[str] = ()) -> int
     log = run / run_directory.LOGS / f"slurm-{job}.out"
     print(f"job {job}: {run_directory.shown(run)}")
     say(f"log: {run_directory.shown(log)}; stop with a checkpoint: scancel --signal=USR1 {job}; end: scancel {job}")
-    before = job
+    previous = job
     for verb in then:
         chained = write(run / f"{verb}.sbatch", verb_script(verb, [str(run)], settings_of(plan, verb), run))
-        after = sbatch(chained, "--dependency", f"afterok:{before}", "--kill-on-invalid-dep=yes")
-        before = record(run, verb, after, chained)
-        print(f"job {before}: kit {verb}, once the one before is done")
+        submitted = sbatch(chained, "--dependency", f"afterok:{previous}", "--kill-on-invalid-dep=yes")
+        previous = record(run, verb, submitted, chained)
+        print(f"job {previous}: kit {verb}, once the one before is done")
     if not follow:
         return DONE
     return ended(run, job, *watch(job, log))
@@ -83,8 +83,8 @@ def fits(plans: Sequence[RunPlan], paths: Sequence[Path]) -> None:
     """KitError where plans cannot be the tasks of one array, or where nothing can be submitted here."""
     need(())
     if len({plan.launch.model_dump_json() for plan in plans}) != 1:
-        said = "the tasks of an array share one script, so launch.* must be the same"
-        raise KitError(said, "command line", "sweep other keys")
+        message = "the tasks of an array share one script, so launch.* must be the same"
+        raise KitError(message, "command line", "sweep other keys")
     for path in paths:
         plain(path)
 
@@ -144,30 +144,30 @@ def allocated(plan: RunPlan) -> bool:
     if not job:
         return False
     if (state := look(job)[0]).startswith(OVER):
-        said = f"SLURM_JOB_ID={job} is set, but that job is {'not known' if state == 'GONE' else state.lower()}"
-        raise KitError(said, "environment", "a new shell, or: unset SLURM_JOB_ID", code=ENVIRONMENT)
-    given, wanted = os.environ.get("SLURM_JOB_NUM_NODES", ""), int(plan.launch.num_nodes)
-    if given.isdecimal() and int(given) < wanted:
-        said = f"the allocation {job} has {given} node{'s' * (given != '1')}, the run was planned for {wanted}"
-        fix = f"salloc --nodes={wanted}, or launch.num_nodes={given}"
-        raise KitError(said, "launch.num_nodes", fix, code=ENVIRONMENT)
+        message = f"SLURM_JOB_ID={job} is set, but that job is {'not known' if state == 'GONE' else state.lower()}"
+        raise KitError(message, "environment", "a new shell, or: unset SLURM_JOB_ID", code=ENVIRONMENT)
+    nodes, planned = os.environ.get("SLURM_JOB_NUM_NODES", ""), int(plan.launch.num_nodes)
+    if nodes.isdecimal() and int(nodes) < planned:
+        message = f"the allocation {job} has {nodes} node{'s' * (nodes != '1')}, the run was planned for {planned}"
+        fix = f"salloc --nodes={planned}, or launch.num_nodes={nodes}"
+        raise KitError(message, "launch.num_nodes", fix, code=ENVIRONMENT)
     return True
 
 
 def run_here(plan: RunPlan) -> int:
     """The job's step in the allocation that we stand in, in the foreground; Ctrl-C lets it save."""
     say(f"inside the allocation {own_job()}: started as a step of it")
-    stop, asked = Stop(), 0
+    stop, requests = Stop(), 0
     with stop:
         step = subprocess.Popen([*srun(plan), str(plan.run_path), *RESUME], start_new_session=True)
         while step.poll() is None:
-            if stop.asked > asked:
-                step.send_signal(signal.SIGUSR1 if asked == 0 else signal.SIGTERM)  # srun passes the first one on
-                asked = stop.asked
+            if stop.asked > requests:
+                step.send_signal(signal.SIGUSR1 if requests == 0 else signal.SIGTERM)  # srun passes the first one on
+                requests = stop.asked
             time.sleep(0.2)
     if step.returncode and run_directory.status(plan.run_path).get("state") == "created":
-        said = f"srun ended with {step.returncode} before the run began"
-        raise KitError(said, f"allocation {own_job()}", "what srun says above", code=ENVIRONMENT)
+        message = f"srun ended with {step.returncode} before the run began"
+        raise KitError(message, f"allocation {own_job()}", "what srun says above", code=ENVIRONMENT)
     return outcome(plan.run_path, step.returncode)
 
 
@@ -189,8 +189,8 @@ def need(then: Sequence[str]) -> None:
 
 def refuse_twice(run: Path) -> None:
     """KitError where a job of this run still waits or runs: two would write into one directory."""
-    if found := living_job(run):
-        job, state = found
+    if living := living_job(run):
+        job, state = living
         raise KitError(f"{run} is job {job} ({state.lower()})", fix=f"wait for it, or scancel {job}")
 
 
@@ -217,13 +217,13 @@ def record(run: Path, verb: str, job: str, script: Path) -> str:
 
 def ended(run: Path, job: str, state: str, code: int) -> int:
     """The exit code of a run that was followed; KitError with what its ranks wrote down."""
-    found = run_directory.status(run).get("state")
-    if found == "done":
+    run_state = run_directory.status(run).get("state")
+    if run_state == "done":
         return DONE
-    if found == "stopped":
+    if run_state == "stopped":
         say(f"stopped with a complete checkpoint: kit resume {run_directory.shown(run)}")
         return STOPPED
-    problems, known = read_errors(run)
+    problems, exit_code = read_errors(run)
     log = str(run / run_directory.LOGS / f"slurm-{job}.out")
     problems = problems or [Problem(f"job {job} is {state.lower()} (exit code {code})", log, "read the log")]
-    raise KitError(problems, code=known)
+    raise KitError(problems, code=exit_code)

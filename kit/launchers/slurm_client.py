@@ -37,13 +37,13 @@ def sbatch(script: Path, *options: str) -> str:
     env, hidden = without_secrets({k: v for k, v in os.environ.items() if not of_another_job(k)})
     if hidden:
         say(f"not given to the job: {', '.join(hidden)} (hf auth login keeps a token in a file that the job can read)")
-    done = ask("sbatch", "--parsable", *options, str(script), env=env)
-    job = done.stdout.strip().partition(";")[0]
-    if done.returncode or not job.isdigit():
-        said = done.stderr.strip().removeprefix("sbatch: error: ") or f"sbatch ended with {done.returncode}"
+    process = ask("sbatch", "--parsable", *options, str(script), env=env)
+    job = process.stdout.strip().partition(";")[0]
+    if process.returncode or not job.isdigit():
+        message = process.stderr.strip().removeprefix("sbatch: error: ") or f"sbatch ended with {process.returncode}"
         large = "fewer trials: MaxArraySize at most (scontrol show config)"
-        fix = large if "job array" in said else "mend launch.slurm.*"
-        raise KitError(f"sbatch refused: {said}", str(script), fix, code=ENVIRONMENT)
+        fix = large if "job array" in message else "mend launch.slurm.*"
+        raise KitError(f"sbatch refused: {message}", str(script), fix, code=ENVIRONMENT)
     return job
 
 
@@ -58,28 +58,28 @@ def ask(*argv: str, env: dict[str, str] | None = None) -> subprocess.CompletedPr
 
 def look(job: str) -> tuple[str, int]:
     """A job's state and exit code; ("", 0) where the controller has forgotten it or does not answer."""
-    done = ask("scontrol", "show", "job", "-o", job)
-    state, code = re.search(r"\bJobState=(\w+)", done.stdout), re.search(r"\bExitCode=(\d+):(\d+)", done.stdout)
-    if done.returncode or not state:
-        return ("GONE" if "nvalid job id" in done.stderr else ""), 0
+    process = ask("scontrol", "show", "job", "-o", job)
+    state, code = re.search(r"\bJobState=(\w+)", process.stdout), re.search(r"\bExitCode=(\d+):(\d+)", process.stdout)
+    if process.returncode or not state:
+        return ("GONE" if "nvalid job id" in process.stderr else ""), 0
     return state[1], (int(code[1]) or (128 + int(code[2]) if int(code[2]) else 0)) if code else 0
 
 
 def watch(job: str, log: Path) -> tuple[str, int]:
     """Show a job's log until it is over: its last state and exit code. A job that is queued again is waited for."""
-    seen, before = 0, ""
+    offset, last_state = 0, ""
     try:
         while True:
             state, code = look(job)
-            if state and state != before:
+            if state and state != last_state:
                 say(f"job {job} is {state.lower()}")
-                before = state
+                last_state = state
             if log.exists():
                 with open(log, encoding="utf-8", errors="replace") as f:
-                    f.seek(seen)
+                    f.seek(offset)
                     sys.stdout.write(f.read())
                     sys.stdout.flush()
-                    seen = f.tell()
+                    offset = f.tell()
             if state.startswith(OVER):
                 return state, code
             time.sleep(1)

@@ -39,15 +39,15 @@ PR_SET_PDEATHSIG = 1
 def launch(plan: RunPlan, resume: str | None = None) -> int:
     """Run a plan whose directory exists; the exit code of the command. Blocks until no process is left."""
     plan = node.placed(plan)
-    run, mine, ssh = plan.run_path, node.own_ranks(plan), over_ssh(plan.launch)
-    first = mine is None or mine.start == 0
-    before = None if first else run_directory.status(run)
+    run, own_ranks, ssh = plan.run_path, node.own_ranks(plan), over_ssh(plan.launch)
+    first = own_ranks is None or own_ranks.start == 0
+    status_before = None if first else run_directory.status(run)
     name = "" if first else f".node{plan.launch.node_rank}"
     if first:
         for w in plan.warnings:
             say(f"warning: {w['problem']} ({w['where']}); {w['fix']} [{w['rule']}]")
     with run_directory.locked(run, run_directory.LOCK + name):
-        if mine is not None and first:
+        if own_ranks is not None and first:
             node.check_port(plan)
             say(f"node 0 waits for the others: {node.others_command(plan)}")
         if ssh:
@@ -59,7 +59,7 @@ def launch(plan: RunPlan, resume: str | None = None) -> int:
             )
             if stop.asked:
                 return 128 + signal.SIGINT
-            ranks.forget(run, mine, name)
+            ranks.forget(run, own_ranks, name)
             argv, env = command(plan, run / run_directory.PLAN, resume)
             if ssh:
                 env |= remote.environment(plan, env, say)
@@ -68,8 +68,8 @@ def launch(plan: RunPlan, resume: str | None = None) -> int:
             run_directory.write_json(record_file, record)
             if first:
                 run_directory.set_status(run, "running")
-            kills, deaths = hardware.oom_kills() or 0, ranks.Deaths(run, mine)
-            peers = ranks.Peers(run, mine) if mine is not None or ssh else None
+            kills_before, deaths = hardware.oom_kills() or 0, ranks.Deaths(run, own_ranks)
+            peers = ranks.Peers(run, own_ranks) if own_ranks is not None or ssh else None
             # SLURM signals all processes of a step: SIGUSR1 is for us and for the ranks, and would end a launcher.
             process = subprocess.Popen(
                 argv, env={**os.environ, **env}, stdin=subprocess.DEVNULL, start_new_session=True,
@@ -82,11 +82,11 @@ def launch(plan: RunPlan, resume: str | None = None) -> int:
                     remote.ask_ranks(run, "now")
                     with contextlib.suppress(subprocess.TimeoutExpired):
                         process.wait(10)
-                kill_all(process, run, mine)
+                kill_all(process, run, own_ranks)
                 if ssh and process.returncode:  # whatever still lives on the nodes
                     remote.ask_ranks(run, "now")
                 # For `kit doctor RUN`: the launchers' own exit codes do not tell which rank went first, or why.
-                killed = (hardware.oom_kills() or 0) - kills
+                killed = (hardware.oom_kills() or 0) - kills_before
                 end = {
                     "returncode": process.returncode,
                     "oom_kills": killed,
@@ -94,7 +94,7 @@ def launch(plan: RunPlan, resume: str | None = None) -> int:
                     "asked": stop.asked,
                 }
                 run_directory.write_json(record_file, {**record, "ended": end})
-    return outcome(run, process.returncode, name, before)
+    return outcome(run, process.returncode, name, status_before)
 
 
 def newest_checkpoint(run: Path) -> str | None:
@@ -161,11 +161,11 @@ def wait(
         time.sleep(0.1)
 
 
-def kill_all(process: subprocess.Popen[bytes], run: Path, mine: range | None = None) -> None:
+def kill_all(process: subprocess.Popen[bytes], run: Path, own_ranks: range | None = None) -> None:
     """End the launcher, everything below it and every rank; ranks under torchrun have sessions of their own."""
-    left = ranks.living(run, mine)
+    pids = ranks.living(run, own_ranks)
     ops.kill_tree(process.pid)
-    for pid in left:
+    for pid in pids:
         ops.kill_tree(pid)
     try:
         os.killpg(process.pid, signal.SIGKILL)
@@ -173,17 +173,17 @@ def kill_all(process: subprocess.Popen[bytes], run: Path, mine: range | None = N
         pass
     process.wait()
     for file in (run / run_directory.LOGS).glob("rank*.pid"):
-        if mine is None or int(file.stem.removeprefix("rank")) in mine:
+        if own_ranks is None or int(file.stem.removeprefix("rank")) in own_ranks:
             file.unlink(missing_ok=True)
 
 
-def outcome(run: Path, returncode: int | None, name: str = "", before: dict[str, Any] | None = None) -> int:
+def outcome(run: Path, returncode: int | None, name: str = "", status_before: dict[str, Any] | None = None) -> int:
     """The exit code, from what rank 0 wrote down: a launcher's own code says little (deepspeed can end with 0).
 
     `name`: of a node that is not the first, which waits for the first one's word and leaves the status alone;
-    `before`: the status when that node began, which may be an earlier start's.
+    `status_before`: the status when that node began, which may be an earlier start's.
     """
-    state = settled(run, returncode, before) if name else run_directory.status(run)
+    state = settled(run, returncode, status_before) if name else run_directory.status(run)
     if state.get("state") == "done":
         return DONE
     if state.get("state") == "stopped":
@@ -201,10 +201,10 @@ def outcome(run: Path, returncode: int | None, name: str = "", before: dict[str,
     raise KitError(problems, code=code)
 
 
-def settled(run: Path, returncode: int | None, before: dict[str, Any] | None) -> dict[str, Any]:
+def settled(run: Path, returncode: int | None, status_before: dict[str, Any] | None) -> dict[str, Any]:
     """The run's status once node 0 has written how it ended; ranks that failed here need no word of node 0."""
     deadline = time.monotonic() + SETTLE_SECONDS
-    while (state := run_directory.status(run)).get("state") in ("created", "running") or state == before:
+    while (state := run_directory.status(run)).get("state") in ("created", "running") or state == status_before:
         if time.monotonic() > deadline or (returncode and ranks.read_errors(run)[0]):
             return {}
         time.sleep(0.5)

@@ -49,10 +49,10 @@ def train_one(fresh: bool, composed: Composed) -> int:
         return error.code
 
 
-def search(fresh: bool, found: Search) -> int:
+def search(fresh: bool, spec: Search) -> int:
     from kit.sweeps.optuna_search import search as search_trials
 
-    return search_trials(fresh, found)
+    return search_trials(fresh, spec)
 
 
 def grid(fresh: bool, points: list[Point]) -> list[tuple[int, float | None]]:
@@ -76,8 +76,8 @@ def grid(fresh: bool, points: list[Point]) -> list[tuple[int, float | None]]:
         from kit.launchers import slurm
 
         slurm.fits(list(plans.values()), [first.run_path.parent])  # before a directory is made
-    parts = [[p.values, files.identity(plans[p.number]) if p.number in plans else None] for p in points]
-    folder = sweep_folder(first, files.digest(parts), fresh)
+    identities = [[p.values, files.identity(plans[p.number]) if p.number in plans else None] for p in points]
+    folder = sweep_folder(first, files.digest(identities), fresh)
     with opened(folder):
         trials = files.read_record(folder)
         if trials:
@@ -105,19 +105,19 @@ def grid(fresh: bool, points: list[Point]) -> list[tuple[int, float | None]]:
     return [(exit_code(t), files.result(t, sweep.metric)) for t in trials]
 
 
-def queued(sweep: Sweep, pending: list[Trial], said: dict[int, RunPlan]) -> list[tuple[int, float | None]]:
+def queued(sweep: Sweep, pending: list[Trial], new_plans: dict[int, RunPlan]) -> list[tuple[int, float | None]]:
     """What is missing as one job array, which needs nobody to stay; the table as it stands. Exit code and metric.
 
-    `said`: the plans of this command line. A frozen trial keeps all but launch.slurm.*, so that what sbatch or the
+    `new_plans`: those of this command line. A frozen trial keeps all but launch.slurm.*, so that what sbatch or the
     cluster did not take can be mended.
     """
     from kit.launchers import slurm
 
     for trial in pending:
-        if found := slurm.living_job(trial.run):
+        if living := slurm.living_job(trial.run):
             trial.state = "running"
-            say(f"trial {trial.number:03d} is job {found[0]} ({found[1].lower()})")
-        elif trial.plan and (new := said.get(trial.number)) and new.launch.slurm != trial.plan.launch.slurm:
+            say(f"trial {trial.number:03d} is job {living[0]} ({living[1].lower()})")
+        elif trial.plan and (new := new_plans.get(trial.number)) and new.launch.slurm != trial.plan.launch.slurm:
             trial.plan = with_slurm(trial.plan, new)
             run_directory.write_plan(trial.plan)
     plans = [t.plan for t in pending if t.plan and t.state == "waiting"]

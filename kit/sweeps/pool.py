@@ -45,15 +45,15 @@ class Curve:
                 new = f.read()
         except OSError:
             return []
-        whole = new[: new.rfind(b"\n") + 1]
-        self.offset += len(whole)
-        found = []
-        for line in whole.splitlines():
+        complete = new[: new.rfind(b"\n") + 1]
+        self.offset += len(complete)
+        rows = []
+        for line in complete.splitlines():
             with contextlib.suppress(ValueError):
                 row = json.loads(line)
-                found += [row] if isinstance(row, dict) else []
-        self.rows += found
-        return found
+                rows += [row] if isinstance(row, dict) else []
+        self.rows += rows
+        return rows
 
     def last(self, key: str) -> Any:
         return next((v for row in reversed(self.rows) if isinstance(v := row.get(key), int | float)), None)
@@ -130,9 +130,9 @@ class Pool:
         """Start a trial in a session of its own, or in a living worker; its output in logs/trial.log."""
         assert trial.plan is not None
         key = self.key(trial)
-        if self.warm and not key and (why := warm_pool.why_cold(trial.plan)) and why not in self.told:
-            self.told.add(why)
-            say(f"trial {trial.number:03d} {trial.label()} starts cold, and so do others for this reason: {why}")
+        if self.warm and not key and (reason := warm_pool.why_cold(trial.plan)) and reason not in self.told:
+            self.told.add(reason)
+            say(f"trial {trial.number:03d} {trial.label()} starts cold, and so do others for this reason: {reason}")
         worker = next((w for w in self.idle if w.key == key), None)
         if worker:
             self.idle.remove(worker)
@@ -182,19 +182,19 @@ class Pool:
 
     def ended(self) -> list[Trial]:
         """The trials that ended since the last look, with state, exit code, problems and seconds."""
-        over = []
+        ended_trials = []
         for trial in list(self.running):
             assert trial.process is not None
-            worker, code, why = trial.worker, trial.process.poll(), ""
+            worker, code, reason = trial.worker, trial.process.poll(), ""
             if worker:
                 answer = worker.answer()
                 if answer is None and warm_pool.overdue(trial.asked, trial.plan):
                     worker.kill()
-                code, why = (None, "") if answer is None else (answer["code"], answer["why"])
+                code, reason = (None, "") if answer is None else (answer["code"], answer["why"])
             if code is None:
                 continue
             self.running.remove(trial)
-            if worker and not why:
+            if worker and not reason:
                 self.idle.append(worker)
             elif worker:
                 self.dismiss(worker)
@@ -203,16 +203,16 @@ class Pool:
             trial.devices, trial.worker = [], None
             settle(trial, code)
             if worker and trial.state == "failed" and trial.code == FAILED and not (trial.pruning or self.ending):
-                said = trial.problems[0]["problem"].splitlines()[0] if trial.problems else why
-                say(f"trial {trial.number:03d} {trial.label()} failed in a warm worker, which is ended: {said}")
+                cause = trial.problems[0]["problem"].splitlines()[0] if trial.problems else reason
+                say(f"trial {trial.number:03d} {trial.label()} failed in a warm worker, which is ended: {cause}")
                 say(f"trial {trial.number:03d} starts cold")
                 trial.cold = True
                 self.start(trial)
                 continue
-            if worker and why and trial.state in ("done", "stopped", "pruned"):
-                say(f"the worker of trial {trial.number:03d} takes no other trial: {why}")
-            over.append(trial)
-        return over
+            if worker and reason and trial.state in ("done", "stopped", "pruned"):
+                say(f"the worker of trial {trial.number:03d} takes no other trial: {reason}")
+            ended_trials.append(trial)
+        return ended_trials
 
     def ask(self) -> None:
         """Tell every trial to stop: once with a checkpoint, twice at once."""
@@ -224,10 +224,10 @@ class Pool:
         """End whatever still lives, ranks first found by what they wrote down."""
         self.ending = True
         for trial in self.running:
-            left = ranks_left(trial.run)
+            pids = ranks_left(trial.run)
             if trial.process:
                 ops.kill_tree(trial.process.pid)
-            for pid in left:
+            for pid in pids:
                 ops.kill_tree(pid)
         while self.idle:
             self.dismiss(self.idle.pop())
@@ -267,8 +267,8 @@ def settle(trial: Trial, code: int) -> None:
         trial.state, trial.code = "stopped", STOPPED
     else:
         how = f"was killed by signal {-code}" if code < 0 else f"ended with {code}"
-        asked = trial.asked is not None  # then whoever asked did not wait for the checkpoint
-        trial.state, trial.code = ("stopped", STOPPED) if asked else ("failed", FAILED)
+        was_asked = trial.asked is not None  # then whoever asked did not wait for the checkpoint
+        trial.state, trial.code = ("stopped", STOPPED) if was_asked else ("failed", FAILED)
         trial.problems = [{"problem": f"the trial {how}", "where": str(trial.run / run_directory.LOGS / LOG)}]
 
 
@@ -288,9 +288,9 @@ def busy(trial: Trial) -> bool:
 
 def ranks_left(run: Path) -> list[int]:
     """Process ids of ranks that live; a number that has become another process's does not count."""
-    found = []
+    pids = []
     for pid in living(run):
         with contextlib.suppress(psutil.Error):
             if any(str(run) in part for part in psutil.Process(pid).cmdline()):
-                found.append(pid)
-    return found
+                pids.append(pid)
+    return pids

@@ -29,29 +29,30 @@ TICK = 0.2
 
 def planned(composed: Composed) -> RunPlan:
     """The plan of one trial, for a share of this machine; KitError with all that is wrong with it."""
-    raw = composed.tree.get("hparams_search")
-    launch, share = composed.tree.get("launch"), raw.get("gpus_per_trial") if isinstance(raw, dict) else None
+    search_settings = composed.tree.get("hparams_search")
+    share = search_settings.get("gpus_per_trial") if isinstance(search_settings, dict) else None
+    launch = composed.tree.get("launch")
     if isinstance(launch, dict) and launch.get("num_gpus") == "auto" and not launch.get("slurm") and hardware.gpus():
         launch["num_gpus"] = share if isinstance(share, int) else 1
     plan = build_plan(composed, here=True)
     settings = settings_of(plan)
     problems = []
     if isinstance(share, int) and plan.trainer["use_cpu"]:
-        said = f"hparams_search.gpus_per_trial is {share}, and trainer.use_cpu is true"
+        message = f"hparams_search.gpus_per_trial is {share}, and trainer.use_cpu is true"
         fix = "leave it out: launch.num_gpus counts processes, hparams_search.parallel trials at a time"
-        problems.append(Problem(said, "hparams_search.gpus_per_trial", fix))
+        problems.append(Problem(message, "hparams_search.gpus_per_trial", fix))
     elif isinstance(share, int) and share != plan.world_size:
-        said = f"hparams_search.gpus_per_trial is {share}, launch.num_gpus is {plan.world_size}"
-        problems.append(Problem(said, "hparams_search.gpus_per_trial", "give one of them"))
+        message = f"hparams_search.gpus_per_trial is {share}, launch.num_gpus is {plan.world_size}"
+        problems.append(Problem(message, "hparams_search.gpus_per_trial", "give one of them"))
     if (settings.metric or "").startswith("eval_") and plan.trainer.get("eval_strategy") in (None, "no"):
-        said = f"hparams_search.metric={settings.metric}, but the trial does not evaluate"
-        problems.append(Problem(said, "hparams_search.metric", "trainer.eval_strategy=steps, or metric=loss"))
+        message = f"hparams_search.metric={settings.metric}, but the trial does not evaluate"
+        problems.append(Problem(message, "hparams_search.metric", "trainer.eval_strategy=steps, or metric=loss"))
     if plan.launch.master_port and plan.world_size > 1 and settings.parallel != 1:
-        said = "trials side by side cannot share launch.master_port"
-        problems.append(Problem(said, "launch.master_port", "leave it out, or hparams_search.parallel=1"))
+        message = "trials side by side cannot share launch.master_port"
+        problems.append(Problem(message, "launch.master_port", "leave it out, or hparams_search.parallel=1"))
     if by_node(plan.launch) and not plan.launch.slurm:
-        said = "a trial starts all of its ranks itself, which several nodes without ssh do not let it"
-        problems.append(Problem(said, "launch.num_nodes", "launch.hostfile=FILE, or launch=slurm"))
+        message = "a trial starts all of its ranks itself, which several nodes without ssh do not let it"
+        problems.append(Problem(message, "launch.num_nodes", "launch.hostfile=FILE, or launch=slurm"))
     if problems:
         raise KitError(problems)
     return plan
@@ -155,28 +156,28 @@ def pool_for(settings: HparamsSearch, plans: list[RunPlan]) -> Pool:
 def visible_devices() -> list[str] | None:
     """The names by which CUDA_VISIBLE_DEVICES knows this process's GPUs; None where there are none."""
     count = len(hardware.gpus())
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES")
     if not count:
         return None
-    return [v.strip() for v in given.split(",") if v.strip()][:count] if given else [str(i) for i in range(count)]
+    return [v.strip() for v in devices.split(",") if v.strip()][:count] if devices else [str(i) for i in range(count)]
 
 
 def stay(
     sweep: Sweep,
     pool: Pool,
     next_trial: Callable[[], Trial | None],
-    over: Callable[[], bool],
+    is_over: Callable[[], bool],
     watch: Callable[[Trial, list[dict[str, Any]]], bool] = lambda trial, rows: False,
     ended: Callable[[Trial], None] = lambda trial: None,
 ) -> None:
-    """Start what `next_trial` gives until nothing runs and all is `over`; a trial that `watch` names is stopped early.
+    """Start what `next_trial` gives until nothing runs and `is_over()`; a trial that `watch` names is stopped early.
 
     Ctrl-C and SIGTERM let the running trials save a checkpoint, and start no other.
     """
-    asked, deadline = 0, None
+    requests, deadline = 0, None
     with Stop() as signals, screen(sweep) as draw:
         try:
-            while pool.running or not (over() or signals.asked):
+            while pool.running or not (is_over() or signals.asked):
                 while not signals.asked and (trial := next_trial()) is not None:
                     pool.start(trial)
                     draw(trial)
@@ -189,8 +190,8 @@ def stay(
                     ended(trial)
                     draw(trial)
                     files.write_record(sweep.folder, sweep.trials, sweep.about)
-                if signals.asked > asked:
-                    asked = signals.asked
+                if signals.asked > requests:
+                    requests = signals.asked
                     grace = max((t.plan.launch.grace_seconds for t in pool.running if t.plan), default=0.0)
                     deadline = deadline or time.monotonic() + grace + PATIENCE
                     say("stopping: the running trials save a checkpoint (again to end them at once)")

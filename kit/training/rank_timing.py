@@ -43,8 +43,8 @@ class Pace:
         self.latest = {}
         if not self.compiled:
             # First and last of the hooks, so that what others hang on is in between.
-            before = model.register_forward_pre_hook(self.before, prepend=True)
-            self.hooks = [before, model.register_forward_hook(self.after)]
+            pre_hook = model.register_forward_pre_hook(self.before, prepend=True)
+            self.hooks = [pre_hook, model.register_forward_hook(self.after)]
 
     def detach(self) -> None:
         for hook in self.hooks:
@@ -101,19 +101,19 @@ class Pace:
     def exchange(self) -> None:
         """Send this rank's figures to rank 0, which keeps those of all in `latest`. Collective; only rank 0 waits."""
         self.due = False
-        mine = torch.tensor(self.own(), dtype=torch.float32)
+        own = torch.tensor(self.own(), dtype=torch.float32)
         self.reset()
-        found = [mine]
+        gathered = [own]
         if self.group is not None:
             first = dist.get_rank() == 0
             if self.pending is not None:
                 self.pending[0].wait()
-            found = [torch.empty_like(mine) for _ in range(dist.get_world_size())] if first else []
-            work = dist.gather(mine, found if first else None, dst=0, group=self.group, async_op=True)
-            self.pending = None if first else (work, mine)  # the tensor must live until it is sent
+            gathered = [torch.empty_like(own) for _ in range(dist.get_world_size())] if first else []
+            work = dist.gather(own, gathered if first else None, dst=0, group=self.group, async_op=True)
+            self.pending = None if first else (work, own)  # the tensor must live until it is sent
             if first:
                 work.wait()
-        columns = torch.stack(found).T.tolist() if found else [[], [], []]
+        columns = torch.stack(gathered).T.tolist() if gathered else [[], [], []]
         names = ("rank_load_seconds", "rank_forward_seconds", "rank_memory_gb")
         rounded = [[round(v, digits) for v in column] for column, digits in zip(columns, (5, 5, 3), strict=True)]
         self.latest = dict(zip(names, rounded, strict=True))

@@ -155,8 +155,8 @@ def start_process_group(plan: RunPlan) -> None:
         # DeepSpeed leaves the buffers through which its ranks exchange, 70 MB each, in memory for ever, run after run.
         # Once every rank has opened them their names are not needed, and without a name they go with the last rank.
         dist.barrier()
-        where = f"{os.getuid()}_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}_{dist.get_rank()}"
-        Path("/dev/shm", f"deepspeed_allreduce_buffer_{where}").unlink(missing_ok=True)
+        buffer = f"{os.getuid()}_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}_{dist.get_rank()}"
+        Path("/dev/shm", f"deepspeed_allreduce_buffer_{buffer}").unlink(missing_ok=True)
 
 
 def check_world(plan: RunPlan) -> None:

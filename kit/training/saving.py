@@ -17,7 +17,7 @@ from kit.training import checkpoint
 
 
 @contextmanager
-def published(final: Path, kind: str, args: Any, ranks: Any, step: int, provenance: dict[str, Any]) -> Iterator[Path]:
+def published(final: Path, kind: str, args: Any, group: Any, step: int, provenance: dict[str, Any]) -> Iterator[Path]:
     """A folder beside `final` to write into; on leaving, it is listed, flushed and renamed. Collective.
 
     args: the trainer's; ranks: its host-side group; provenance: {"plan": hash, "base": {...}}, for the manifest.
@@ -33,16 +33,16 @@ def published(final: Path, kind: str, args: Any, ranks: Any, step: int, provenan
                 staging.mkdir(parents=True)
             except OSError as problem:
                 error = as_failure(problem, staging, step)
-        checkpoint.raise_together(error, ranks)
+        checkpoint.raise_together(error, group)
         yield staging
-        checkpoint.exchange(None, ranks)  # every rank's files are there
-        files = checkpoint.hash_together(staging, ranks, writer, args.save_on_each_node)
+        checkpoint.exchange(None, group)  # every rank's files are there
+        files = checkpoint.hash_together(staging, group, writer, args.save_on_each_node)
         if writer:
             try:
                 close(staging, final, kind, files, step=step, world_size=args.world_size, provenance=provenance)
             except (KitError, OSError) as problem:
                 error = as_failure(problem, final, step)
-        checkpoint.raise_together(error, ranks)
+        checkpoint.raise_together(error, group)
     except BaseException as problem:
         if writer:
             shutil.rmtree(staging, ignore_errors=True)

@@ -95,37 +95,37 @@ class ModifiedTrainer(SFTTrainer):
             resume_from_checkpoint = self._checked_resume(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def _checked_resume(self, wanted: Any) -> str | bool:
-        found: Any = wanted
+    def _checked_resume(self, requested: Any) -> str | bool:
+        chosen: Any = requested
         error = None
         if self.args.should_save:
-            if wanted is True:
+            if requested is True:
                 manifest.remove_leftovers(self.args.output_dir)
                 newest = manifest.newest_complete(self.args.output_dir)
                 for sentence in newest.skipped:
                     logger.warning(sentence)
-                found = str(newest.path or True)
+                chosen = str(newest.path or True)
                 if newest.path is None:
-                    found = True  # no checkpoint of ours: upstream's rule, for runs that SFTTrainer began
-            elif (Path(wanted) / manifest.NAME).is_file():
-                problems = manifest.verify(wanted)
+                    chosen = True  # no checkpoint of ours: upstream's rule, for runs that SFTTrainer began
+            elif (Path(requested) / manifest.NAME).is_file():
+                problems = manifest.verify(requested)
                 if problems:
                     error = KitError(
-                        "; ".join(problems), where=str(wanted), fix="resume from an older checkpoint", code=FAILED
+                        "; ".join(problems), where=str(requested), fix="resume from an older checkpoint", code=FAILED
                     )
         checkpoint.raise_together(error, self.ranks)
-        found = checkpoint.exchange(found, self.ranks)[0]
-        if found is not True and (Path(found) / manifest.NAME).is_file() and self.is_deepspeed_enabled:
-            saved = manifest.read_manifest(found)["world_size"]
+        chosen = checkpoint.exchange(chosen, self.ranks)[0]
+        if chosen is not True and (Path(chosen) / manifest.NAME).is_file() and self.is_deepspeed_enabled:
+            saved = manifest.read_manifest(chosen)["world_size"]
             if saved != self.args.world_size:
                 raise KitError(
-                    f"{found} was saved by {saved} processes and this run has {self.args.world_size}: "
+                    f"{chosen} was saved by {saved} processes and this run has {self.args.world_size}: "
                     "ZeRO's optimizer state is cut by the number of processes",
-                    where=str(found),
+                    where=str(chosen),
                     fix=f"resume with {saved} processes, or start a new run from the adapter in it",
                     code=REFUSED,
                 )
-        return found if found is True else os.fspath(found)
+        return chosen if chosen is True else os.fspath(chosen)
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
         with checkpoint.same_dtypes(self.model):
@@ -231,8 +231,8 @@ class ModifiedTrainer(SFTTrainer):
             return
         self.model.save_pretrained(str(folder), state_dict=tensors, save_embedding_layers=embeddings)
         for adapter, keys in expected.items():
-            where = folder if adapter == "default" else folder / adapter
-            for remark in checkpoint.check_adapter(where, keys, trained=self.state.global_step > 0):
+            adapter_folder = folder if adapter == "default" else folder / adapter
+            for remark in checkpoint.check_adapter(adapter_folder, keys, trained=self.state.global_step > 0):
                 logger.warning(remark)
 
     def _write_full(self, folder: Path, writer: bool) -> None:
