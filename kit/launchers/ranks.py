@@ -74,35 +74,37 @@ class Deaths:
     """When each rank was first seen gone, by rank: zombies count, which a launcher only collects a second later."""
 
     def __init__(self, run: Path, own_ranks: range | None = None) -> None:
-        self.run, self.mine = run, own_ranks
-        self.seen: dict[str, float] = {}
+        self.run, self.own_ranks = run, own_ranks
+        self.times: dict[str, float] = {}
 
-    def look(self) -> None:
-        for rank, pid in written(self.run, self.mine):
-            if str(rank) not in self.seen and not lives(pid):
-                self.seen[str(rank)] = time.time()
+    def update(self) -> None:
+        for rank, pid in written(self.run, self.own_ranks):
+            if str(rank) not in self.times and not lives(pid):
+                self.times[str(rank)] = time.time()
 
 
 class Peers:
     """Whether ranks of another node have failed, from the errors that they leave in the run directory."""
 
     def __init__(self, run: Path, own_ranks: range | None) -> None:
-        self.run, self.mine = run, own_ranks
-        self.before = self.errors()  # of an earlier start, which their own node removes when it starts again
+        self.run, self.own_ranks = run, own_ranks
+        self.errors_before = self.errors()  # of an earlier start, which their own node removes when it starts again
         self.deadline: float | None = None
 
     def errors(self) -> dict[str, int]:
         modified = {}
         for file in error_files(self.run):
             rank = file.name.removeprefix("rank").partition(".")[0]
-            if not (self.mine is not None and rank.isdigit() and int(rank) in self.mine):
+            if not (self.own_ranks is not None and rank.isdigit() and int(rank) in self.own_ranks):
                 with contextlib.suppress(OSError):
                     modified[file.name] = file.stat().st_mtime_ns
         return modified
 
     def failed(self) -> bool:
         """True once the ranks here have had their time to notice it."""
-        if self.deadline is None and any(self.before.get(name) != mtime for name, mtime in self.errors().items()):
+        if self.deadline is None and any(
+            self.errors_before.get(name) != mtime for name, mtime in self.errors().items()
+        ):
             self.deadline = time.monotonic() + PEER_SECONDS
         return self.deadline is not None and time.monotonic() > self.deadline
 

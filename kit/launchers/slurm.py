@@ -161,9 +161,9 @@ def run_here(plan: RunPlan) -> int:
     with stop:
         step = subprocess.Popen([*srun(plan), str(plan.run_path), *RESUME], start_new_session=True)
         while step.poll() is None:
-            if stop.asked > requests:
+            if stop.requests > requests:
                 step.send_signal(signal.SIGUSR1 if requests == 0 else signal.SIGTERM)  # srun passes the first one on
-                requests = stop.asked
+                requests = stop.requests
             time.sleep(0.2)
     if step.returncode and run_directory.status(plan.run_path).get("state") == "created":
         message = f"srun ended with {step.returncode} before the run began"

@@ -55,9 +55,9 @@ def launch(plan: RunPlan, resume: str | None = None) -> int:
         stop = Stop()
         with stop:
             ops.prepare(
-                ops.needed(plan), plan.launch.build_seconds, say, rank_environment(plan), lambda: stop.asked > 0
+                ops.needed(plan), plan.launch.build_seconds, say, rank_environment(plan), lambda: stop.requests > 0
             )
-            if stop.asked:
+            if stop.requests:
                 return 128 + signal.SIGINT
             ranks.forget(run, own_ranks, name)
             argv, env = command(plan, run / run_directory.PLAN, resume)
@@ -90,8 +90,8 @@ def launch(plan: RunPlan, resume: str | None = None) -> int:
                 end = {
                     "returncode": process.returncode,
                     "oom_kills": killed,
-                    "deaths": deaths.seen,
-                    "asked": stop.asked,
+                    "deaths": deaths.times,
+                    "asked": stop.requests,
                 }
                 run_directory.write_json(record_file, {**record, "ended": end})
     return outcome(run, process.returncode, name, status_before)
@@ -112,21 +112,21 @@ class Stop:
     """Turns Ctrl-C, SIGTERM and SIGUSR1 into a flag while ranks run, and gives the handlers back afterwards."""
 
     def __init__(self) -> None:
-        self.asked = 0
-        self.before: dict[int, Any] = {}
+        self.requests = 0
+        self.handlers_before: dict[int, Any] = {}
 
     def __enter__(self) -> Stop:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup: it goes on without us
-                self.before[number] = signal.signal(number, self.ask)
+                self.handlers_before[number] = signal.signal(number, self.count)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
+        for number, handler in self.handlers_before.items():
             signal.signal(number, handler)
 
-    def ask(self, number: int, frame: FrameType | None) -> None:
-        self.asked += 1
+    def count(self, number: int, frame: FrameType | None) -> None:
+        self.requests += 1
 
 
 def wait(
@@ -141,13 +141,13 @@ def wait(
     """Until the launcher ends. The first request lets the ranks save; the second, or `grace` seconds, ends them."""
     deadline = None
     while process.poll() is None:
-        deaths.look()
+        deaths.update()
         if peers and peers.failed():
             say("ranks of another node have failed: ending those that are left")
             return
-        if stop.asked and deadline is None:
+        if stop.requests and deadline is None:
             deadline = time.monotonic() + grace
-            pids = ranks.living(run, deaths.mine)
+            pids = ranks.living(run, deaths.own_ranks)
             if ssh:
                 remote.ask_ranks(run, "save")
             elif not pids:  # nothing trains yet, so there is nothing to save
@@ -155,7 +155,7 @@ def wait(
             say("stopping: the ranks save a checkpoint at the next step (again to end them at once)")
             for pid in pids:
                 ranks.send(pid, signal.SIGTERM)
-        if deadline is not None and (stop.asked > 1 or time.monotonic() > deadline):
+        if deadline is not None and (stop.requests > 1 or time.monotonic() > deadline):
             say("ending the ranks without a checkpoint")
             return
         time.sleep(0.1)

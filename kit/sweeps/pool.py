@@ -78,7 +78,7 @@ class Trial:
     pruning: bool = False
     worker: Worker | None = None  # the warm process that has it
     cold: bool = False  # a warm process failed with it: it is not given to another
-    asked: float | None = None  # when it was told to stop
+    stop_requested: float | None = None  # when it was told to stop
 
     def __post_init__(self) -> None:
         self.curve = Curve(self.run / run_directory.METRICS_LOG)
@@ -108,7 +108,7 @@ class Pool:
         self.running: list[Trial] = []
         self.idle: list[Worker] = []
         self.ending = False
-        self.told: set[str] = set()  # why trials start cold in spite of `warm`
+        self.explained: set[str] = set()  # why trials start cold in spite of `warm`
 
     def room_for(self, plan: RunPlan) -> bool:
         free = None if self.free is None else len(self.free) + sum(len(w.devices) for w in self.idle)
@@ -130,8 +130,8 @@ class Pool:
         """Start a trial in a session of its own, or in a living worker; its output in logs/trial.log."""
         assert trial.plan is not None
         key = self.key(trial)
-        if self.warm and not key and (reason := warm_pool.why_cold(trial.plan)) and reason not in self.told:
-            self.told.add(reason)
+        if self.warm and not key and (reason := warm_pool.why_cold(trial.plan)) and reason not in self.explained:
+            self.explained.add(reason)
             say(f"trial {trial.number:03d} {trial.label()} starts cold, and so do others for this reason: {reason}")
         worker = next((w for w in self.idle if w.key == key), None)
         if worker:
@@ -140,9 +140,9 @@ class Pool:
             worker = self.new_process(trial, key)
         if worker:
             trial.worker, trial.process, trial.devices = worker, worker.process, worker.devices
-            worker.give(trial.run / run_directory.PLAN)
+            worker.assign(trial.run / run_directory.PLAN)
         trial.state, trial.started, trial.problems, trial.code = "running", time.monotonic(), [], None
-        trial.asked = None
+        trial.stop_requested = None
         self.running.append(trial)
 
     def new_process(self, trial: Trial, key: str | None) -> Worker | None:
@@ -154,7 +154,7 @@ class Pool:
         while self.idle and (
             len(self.running) + len(self.idle) >= self.slots or (needed and len(self.free or []) < needed)
         ):
-            self.dismiss(self.idle.pop(0))
+            self.end_worker(self.idle.pop(0))
         if plan.trainer["use_cpu"]:
             threads = max(1, hardware.cores() // (self.slots * plan.world_size))
             env.setdefault("OMP_NUM_THREADS", str(threads))
@@ -175,7 +175,7 @@ class Pool:
             )
         return None
 
-    def dismiss(self, worker: Worker) -> None:
+    def end_worker(self, worker: Worker) -> None:
         worker.end()
         if self.free is not None:
             self.free = self.free + worker.devices
@@ -187,17 +187,17 @@ class Pool:
             assert trial.process is not None
             worker, code, reason = trial.worker, trial.process.poll(), ""
             if worker:
-                answer = worker.answer()
-                if answer is None and warm_pool.overdue(trial.asked, trial.plan):
+                result = worker.poll_result()
+                if result is None and warm_pool.overdue(trial.stop_requested, trial.plan):
                     worker.kill()
-                code, reason = (None, "") if answer is None else (answer["code"], answer["why"])
+                code, reason = (None, "") if result is None else (result["code"], result["why"])
             if code is None:
                 continue
             self.running.remove(trial)
             if worker and not reason:
                 self.idle.append(worker)
             elif worker:
-                self.dismiss(worker)
+                self.end_worker(worker)
             elif self.free is not None:
                 self.free = self.free + trial.devices
             trial.devices, trial.worker = [], None
@@ -214,7 +214,7 @@ class Pool:
             ended_trials.append(trial)
         return ended_trials
 
-    def ask(self) -> None:
+    def stop_all(self) -> None:
         """Tell every trial to stop: once with a checkpoint, twice at once."""
         self.ending = True
         for trial in self.running:
@@ -230,7 +230,7 @@ class Pool:
             for pid in pids:
                 ops.kill_tree(pid)
         while self.idle:
-            self.dismiss(self.idle.pop())
+            self.end_worker(self.idle.pop())
 
 
 def child(plan: Path) -> list[str]:
@@ -240,7 +240,7 @@ def child(plan: Path) -> list[str]:
 
 def stop(trial: Trial) -> None:
     if trial.process and trial.process.poll() is None:
-        again, trial.asked = trial.asked is not None, trial.asked or time.monotonic()
+        again, trial.stop_requested = trial.stop_requested is not None, trial.stop_requested or time.monotonic()
         if trial.worker and again:  # a cold trial ends its rank itself
             trial.worker.kill()
         else:
@@ -267,7 +267,7 @@ def settle(trial: Trial, code: int) -> None:
         trial.state, trial.code = "stopped", STOPPED
     else:
         how = f"was killed by signal {-code}" if code < 0 else f"ended with {code}"
-        was_asked = trial.asked is not None  # then whoever asked did not wait for the checkpoint
+        was_asked = trial.stop_requested is not None  # then whoever asked did not wait for the checkpoint
         trial.state, trial.code = ("stopped", STOPPED) if was_asked else ("failed", FAILED)
         trial.problems = [{"problem": f"the trial {how}", "where": str(trial.run / run_directory.LOGS / LOG)}]
 

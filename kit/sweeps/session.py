@@ -177,8 +177,8 @@ def stay(
     requests, deadline = 0, None
     with Stop() as signals, screen(sweep) as draw:
         try:
-            while pool.running or not (is_over() or signals.asked):
-                while not signals.asked and (trial := next_trial()) is not None:
+            while pool.running or not (is_over() or signals.requests):
+                while not signals.requests and (trial := next_trial()) is not None:
                     pool.start(trial)
                     draw(trial)
                     files.write_record(sweep.folder, sweep.trials, sweep.about)
@@ -190,12 +190,12 @@ def stay(
                     ended(trial)
                     draw(trial)
                     files.write_record(sweep.folder, sweep.trials, sweep.about)
-                if signals.asked > requests:
-                    requests = signals.asked
+                if signals.requests > requests:
+                    requests = signals.requests
                     grace = max((t.plan.launch.grace_seconds for t in pool.running if t.plan), default=0.0)
                     deadline = deadline or time.monotonic() + grace + PATIENCE
                     say("stopping: the running trials save a checkpoint (again to end them at once)")
-                    pool.ask()
+                    pool.stop_all()
                 if deadline and time.monotonic() > deadline:
                     pool.kill()
                 draw(None)

@@ -103,8 +103,8 @@ class Worker:
         assert self.process.stdout is not None
         os.set_blocking(self.process.stdout.fileno(), False)
 
-    def give(self, plan: Path) -> None:
-        """Hand over a trial. A worker that has died meanwhile is found out by `answer`."""
+    def assign(self, plan: Path) -> None:
+        """Hand over a trial. A worker that has died meanwhile is found out by `poll_result`."""
         assert self.process.stdin is not None
         try:
             self.process.stdin.write(json.dumps({"plan": str(plan)}).encode() + b"\n")
@@ -112,7 +112,7 @@ class Worker:
         except OSError:
             return
 
-    def answer(self) -> dict[str, Any] | None:
+    def poll_result(self) -> dict[str, Any] | None:
         """What became of the trial: `code`, and `why` the worker is done for ("" where it is not). None: not yet."""
         assert self.process.stdout is not None
         gone = self.process.poll()  # first: what it wrote before it went is read below

@@ -114,9 +114,9 @@ class Held:
         self.data: Any = None
         self.model: Any = None
         self.prepared: dict[Any, Any] = {}
-        self.before: Any = None
+        self.model_before: Any = None
         self.sums: list[Any] = []
-        self.drawn = False
+        self.draws_random = False
 
     def load(self, plan: Any, args: Any) -> tuple[Any, Any, Any]:
         """In the place of kit.training.run.load: the first trial loads, the others get the same, put back."""
@@ -131,10 +131,10 @@ class Held:
             return load_tokenizer(plan), self.data, self.model
         state = random_state()
         tokenizer, self.data, self.model = run.load(plan, args)
-        self.drawn = any(not torch.equal(a, b) for a, b in zip(state, random_state(), strict=True))
+        self.draws_random = any(not torch.equal(a, b) for a, b in zip(state, random_state(), strict=True))
         if not plan.quantization:  # that is on its device already; the trainer would move this one
             self.model.to(args.device)
-        self.before = remember(self.model)
+        self.model_before = remember(self.model)
         self.sums = checksums(self.model)
         gc.collect()
         gc.freeze()  # looking through all that was imported took half a second, twice a trial
@@ -145,9 +145,9 @@ class Held:
         import torch
         from accelerate.state import AcceleratorState, GradientState
 
-        if self.model is None or self.drawn:
+        if self.model is None or self.draws_random:
             return "loading the base drew random numbers: it depends on the seed"
-        restore(self.before)
+        restore(self.model_before)
         # Whatever was compiled (an optimizer, an attention): after a number of shapes torch no longer compiles.
         torch._dynamo.reset()
         AcceleratorState._reset_state(reset_partial_state=True)

@@ -32,7 +32,7 @@ class Progress(TrainerCallback):
     """Appends every log to metrics.jsonl; without a terminal it prints a line per interval instead of a bar.
 
     Each start of training first writes a row of its own, with max_steps and no loss. Rows with a loss also hold
-    tokens_per_second, without the time of evaluations and saves, and the lists of `trainer.pace`, a figure per rank.
+    tokens_per_second, without the time of evaluations and saves, and `trainer.rank_timer.latest`, a figure per rank.
     """
 
     def __init__(self, run: Path, plan: RunPlan) -> None:
@@ -94,7 +94,7 @@ class Progress(TrainerCallback):
             figures["tokens_per_second"] = round((tokens - self.tokens) / (now - self.interval), 1)
         self.interval = self.stepped = now
         self.tokens = tokens if tokens is not None else self.tokens
-        return figures | (self.trainer.pace.latest if self.trainer is not None else {})
+        return figures | (self.trainer.rank_timer.latest if self.trainer is not None else {})
 
     def append(self, row: dict[str, Any]) -> None:
         with open(self.path, "a", encoding="utf-8") as f:

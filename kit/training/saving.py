@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from transformers.trainer_utils import sort_checkpoints
 
 from kit.errors import FAILED, KitError
 from kit.storage import manifest
@@ -82,3 +83,14 @@ def as_failure(problem: BaseException, where: Path, step: int) -> KitError:
         fix="free disk space or choose another folder, then resume from the last complete checkpoint",
         code=FAILED,
     )
+
+
+def rotate_checkpoints(folder: str, limit: int | None, best: str | None) -> None:
+    """Delete all but `limit` checkpoints in a folder: the newest and the best always stay, then the newer ones."""
+    if not limit or limit < 1:
+        return
+    oldest_first = sort_checkpoints(folder, use_mtime=True)
+    kept = {oldest_first[-1], str(Path(best or oldest_first[-1]))}
+    surplus = len(oldest_first) - max(limit, len(kept))
+    for path in [p for p in oldest_first if p not in kept][: max(surplus, 0)]:
+        manifest.discard(path)

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, sort_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from transformers.utils import logging
 from trl import SFTTrainer
 
@@ -29,7 +29,7 @@ from kit.storage import manifest
 from kit.training import bad_batches, checkpoint, saved_config, signals
 from kit.training.callbacks import StopOnSignalCallback
 from kit.training.rank_timing import Pace
-from kit.training.saving import as_failure, published
+from kit.training.saving import as_failure, published, rotate_checkpoints
 
 logger = logging.get_logger(__name__)
 
@@ -66,8 +66,8 @@ class ModifiedTrainer(SFTTrainer):
         super().__init__(model, args, *rest, **kwargs)
         self.args.logging_nan_inf_filter = False  # it hides what `log` looks for, at the price of a sync per step
         self.ranks = signals.side_group(self.args.ddp_timeout)
-        self.pace = Pace(self.ranks, self.args.device.type == "cuda", bool(self.args.torch_compile))
-        self.stop_callback = StopOnSignalCallback(self.ranks, self._begin, self.pace.detach)
+        self.rank_timer = Pace(self.ranks, self.args.device.type == "cuda", bool(self.args.torch_compile))
+        self.stop_callback = StopOnSignalCallback(self.ranks, self._begin, self.rank_timer.detach)
         self.add_callback(self.stop_callback)
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, packing: bool, *rest: Any) -> Any:
@@ -87,7 +87,7 @@ class ModifiedTrainer(SFTTrainer):
 
     def _begin(self) -> None:
         self.saved_step = None
-        self.pace.attach(self.model)
+        self.rank_timer.attach(self.model)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As upstream; a checkpoint with a manifest is verified first, and True means the newest complete one."""
@@ -145,17 +145,19 @@ class ModifiedTrainer(SFTTrainer):
     # ---- figures ----
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
-        return super().get_batch_samples(self.pace.rows(epoch_iterator), *args, **kwargs)
+        return super().get_batch_samples(self.rank_timer.time_batches(epoch_iterator), *args, **kwargs)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         # The condition under which upstream gathers the loss from all ranks: none of them skips the exchange.
-        self.pace.due = self.control.should_log and self.state.global_step > self._globalstep_last_logged
+        self.rank_timer.exchange_due = (
+            self.control.should_log and self.state.global_step > self._globalstep_last_logged
+        )
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As upstream, then stop where the loss or the gradient is not finite; all ranks see the same values."""
-        if self.pace.due:
-            self.pace.exchange()
+        if self.rank_timer.exchange_due:
+            self.rank_timer.exchange()
         super().log(logs, *args, **kwargs)
         for name in ("loss", "grad_norm", "train_loss"):
             value = logs.get(name)
@@ -273,7 +275,7 @@ class ModifiedTrainer(SFTTrainer):
                 self._save_state(staging)
         self.saved_step = step
         if self.args.should_save:
-            self._rotate(run_dir)
+            rotate_checkpoints(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
         self.checkpoint_seconds.append(time.monotonic() - started)
         if self.args.push_to_hub:
             self._push_from_checkpoint(final)
@@ -287,14 +289,3 @@ class ModifiedTrainer(SFTTrainer):
                 else:
                     self.state.stateful_callbacks[name] = part.state()
         self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
-
-    def _rotate(self, run_dir: str) -> None:
-        """Keep save_total_limit checkpoints: the newest and the best always, then the newer ones."""
-        limit = self.args.save_total_limit
-        if not limit or limit < 1:
-            return
-        oldest_first = sort_checkpoints(run_dir, use_mtime=True)
-        kept = {oldest_first[-1], str(Path(self.state.best_model_checkpoint or oldest_first[-1]))}
-        surplus = len(oldest_first) - max(limit, len(kept))
-        for path in [p for p in oldest_first if p not in kept][: max(surplus, 0)]:
-            manifest.discard(path)
