@@ -174,7 +174,8 @@ def run_here(plan: RunPlan) -> int:
 def need(then: Sequence[str]) -> None:
     wrong = [verb for verb in then if verb not in VERBS]
     if wrong:
-        raise KitError(f"--then {wrong[0]}: no step after training", "--then", f"some of {','.join(VERBS)}")
+        verbs = ",".join(VERBS)
+        raise KitError(f"--then {wrong[0]}: no step after training", "--then", f"some of {verbs}")
     if len(set(then)) < len(then):
         raise KitError("--then names a verb twice", "--then", "each verb once")
     from shutil import which

@@ -29,8 +29,8 @@ TICK = 0.2
 
 def planned(composed: Composed) -> RunPlan:
     """The plan of one trial, for a share of this machine; KitError with all that is wrong with it."""
-    search_settings = composed.tree.get("hparams_search")
-    share = search_settings.get("gpus_per_trial") if isinstance(search_settings, dict) else None
+    raw_settings = composed.tree.get("hparams_search")
+    share = raw_settings.get("gpus_per_trial") if isinstance(raw_settings, dict) else None
     launch = composed.tree.get("launch")
     if isinstance(launch, dict) and launch.get("num_gpus") == "auto" and not launch.get("slurm") and hardware.gpus():
         launch["num_gpus"] = share if isinstance(share, int) else 1
