@@ -1,4 +1,4 @@
-from kit.cli.main import main
+from kit.cli import main
 
 if __name__ == "__main__":
     main()

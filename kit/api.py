@@ -59,10 +59,10 @@ def train(
             "launch.node_rank",
             "kit train ... launch.node_rank=0 there, and here the kit launch-node command that it prints",
         )
-    own = {"node_rank": plan.launch.node_rank}  # which is this command's, not the plan's
+    node_rank = {"node_rank": plan.launch.node_rank}  # which is this command's, not the plan's
     plan = plan.model_copy(update={"launch": plan.launch.model_copy(update={"node_rank": None})})
     plan = run_directory.create(plan, fresh)
-    return launch(plan.model_copy(update={"launch": plan.launch.model_copy(update=own)}))
+    return launch(plan.model_copy(update={"launch": plan.launch.model_copy(update=node_rank)}))
 
 
 def resume(run: str, *overrides: str) -> int:
@@ -144,8 +144,8 @@ def changed(plan: RunPlan, overrides: list[str]) -> RunPlan:
             fix=f"global_batch_size={plan.global_batch_size} derives the accumulation",
         )
     # The name and the base's identity stay: the directory is this run's for good.
-    kept = {key: getattr(plan, key) for key in ("run_dir", "hash", "name", "base", "init_from")}
-    return new.model_copy(update={**kept, "composed": {**new.composed, "peft": tree.get("peft")}})
+    unchanged = {key: getattr(plan, key) for key in ("run_dir", "hash", "name", "base", "init_from")}
+    return new.model_copy(update={**unchanged, "composed": {**new.composed, "peft": tree.get("peft")}})
 
 
 def plan_summary(plan: RunPlan) -> dict[str, Any]:

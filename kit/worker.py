@@ -155,9 +155,11 @@ def compose_on_rank0(args: list[str], rank: int) -> tuple[str, Any]:
     Returns the plan's path and the store, which must live until the process group is made on the same port.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world)  # torchrun, deepspeed
-    if world > here and not any(a.startswith("launch.num_nodes=") for a in args):
-        args = [*args, f"launch.num_nodes={world // here}"]
+    ranks_per_node = int(
+        os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world
+    )  # torchrun, deepspeed
+    if world > ranks_per_node and not any(a.startswith("launch.num_nodes=") for a in args):
+        args = [*args, f"launch.num_nodes={world // ranks_per_node}"]
     if world == 1:
         return read_child(compose_child(args, world)), None
     from torch.distributed import rendezvous
@@ -181,10 +183,10 @@ def compose_child(args: list[str], world: int) -> str:
 
 
 def read_child(answer: str) -> str:
-    found = json.loads(answer)
-    if "plan" not in found:
-        raise KitError([Problem(**p) for p in found["problems"]], code=found["code"])
-    return str(found["plan"])
+    reply = json.loads(answer)
+    if "plan" not in reply:
+        raise KitError([Problem(**p) for p in reply["problems"]], code=reply["code"])
+    return str(reply["plan"])
 
 
 def prepare_process(plan: Any, rank: int) -> TextIO:
@@ -193,13 +195,13 @@ def prepare_process(plan: Any, rank: int) -> TextIO:
 
     if devices := os.environ.pop("KIT_VISIBLE_DEVICES", None):
         os.environ["CUDA_VISIBLE_DEVICES"] = devices
-    own = rank_environment(plan)
+    rank_env = rank_environment(plan)
     several = plan.launch.num_nodes not in (1, "auto") or plan.launch.hostfile
     if several:  # the operators of a node that no `kit` has prepared
         from kit.launchers import ops
 
-        ops.prepare(ops.needed(plan), plan.launch.build_seconds, lambda line: None, own)
-    for key, value in own.items():
+        ops.prepare(ops.needed(plan), plan.launch.build_seconds, lambda line: None, rank_env)
+    for key, value in rank_env.items():
         if key == "PATH" or key not in os.environ:
             os.environ[key] = value
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of kernels that nobody asked for
@@ -251,8 +253,8 @@ def report(run: Path | None, rank: int, problems: list[Problem], code: int, erro
     from kit.storage import run_directory
     from kit.storage.json_files import atomic_write_json
 
-    found = {"code": code, "problems": [vars(p) for p in problems]}
-    atomic_write_json(run / run_directory.LOGS / f"rank{rank}.error.json", found)  # as a whole: other nodes read it
+    record = {"code": code, "problems": [vars(p) for p in problems]}
+    atomic_write_json(run / run_directory.LOGS / f"rank{rank}.error.json", record)  # as a whole: other nodes read it
     if rank == 0:
         run_directory.set_status(run, "failed", exit_code=code, problems=[str(p) for p in problems])
         if not (run / run_directory.LAUNCH).exists():  # started by hand: nobody else will say it

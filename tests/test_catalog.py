@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from kit.cli import main as cli
+from kit.cli import verbs as cli
 from kit.errors import DONE, REFUSED
 from kit.explain import catalog
 from kit.system import paths

@@ -13,7 +13,7 @@ import pytest
 from conftest import write_rows
 
 from kit import api
-from kit.cli import main as cli
+from kit.cli import verbs as cli
 from kit.errors import DONE, REFUSED
 
 

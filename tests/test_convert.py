@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from kit.cli import main as cli
+from kit.cli import verbs as cli
 from kit.converting import convert
 from kit.errors import KitError
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kit import api
-from kit.cli import main as cli
+from kit.cli import verbs as cli
 from kit.errors import DONE, REFUSED
 from kit.explain import diff
 from kit.storage import run_directory

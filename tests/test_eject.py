@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, write_rows
 
 from kit import api
-from kit.cli import main as cli
+from kit.cli import verbs as cli
 from kit.ejecting import script, text, verb
 from kit.errors import DONE, REFUSED, KitError
 from kit.schema import fields

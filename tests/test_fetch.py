@@ -41,7 +41,7 @@ A data set.
 PROBE = """
 import contextlib, io, json, sys
 exec(sys.argv[2])
-from kit.cli import main as cli
+from kit.cli import verbs as cli
 answers = []
 for argv in json.loads(sys.argv[1]):
     out, err = io.StringIO(), io.StringIO()

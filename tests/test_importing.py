@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kit import api
-from kit.cli import main as cli
+from kit.cli import verbs as cli
 from kit.errors import DONE, REFUSED, KitError
 from kit.importing import Imported, import_config
 from kit.importing.tree import leaves
@@ -578,7 +578,7 @@ def test_the_command_writes_a_recipe_and_says_what_is_left(here: Path, capsys):
 
 def test_no_torch_and_no_trl_are_loaded(here: Path):
     code = (
-        "import sys; from kit.cli import main as cli; "
+        "import sys; from kit.cli import verbs as cli; "
         "assert cli.run(['import', 'axolotl_qlora.yaml', '--out', 'made.yaml']) == 0; "
         "heavy = set('torch transformers trl peft deepspeed numpy'.split()); "
         "bad = {n.partition('.')[0] for n in sys.modules} & heavy; "

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from kit import api
-from kit.cli import main as cli
+from kit.cli import verbs as cli
 from kit.errors import DONE
 from kit.launchers import supervise as launching
 from kit.storage import run_directory

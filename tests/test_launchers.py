@@ -282,7 +282,7 @@ def test_nohup_outlives_the_terminal():
             signal.signal(signal.SIGHUP, handler)
             with supervise.Stop() as stop:
                 os.kill(os.getpid(), signal.SIGHUP)
-            assert stop.asked == asked and signal.getsignal(signal.SIGHUP) == handler
+            assert stop.requests == asked and signal.getsignal(signal.SIGHUP) == handler
     finally:
         signal.signal(signal.SIGHUP, before)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from kit import api, worker
-from kit.cli import main as cli
+from kit.cli import verbs as cli
 from kit.errors import REFUSED, STOPPED, KitError
 from kit.launchers import command, node, ranks, ssh, supervise
 from kit.storage import run_directory

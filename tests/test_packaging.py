@@ -162,7 +162,7 @@ def closure(start: list[Requirement]) -> set[str]:
 
 BARE = """
 import json, sys
-from kit.cli import main as cli
+from kit.cli import verbs as cli
 
 codes = []
 for argv in json.loads(sys.argv[1]):

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from kit import api
-from kit.cli import main as cli
 from kit.cli import train
+from kit.cli import verbs as cli
 from kit.launchers.slurm import VERBS
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from kit import api
-from kit.cli import main as cli
+from kit.cli import verbs as cli
 from kit.config import slurm as values
 from kit.errors import DONE, ENVIRONMENT, REFUSED, KitError
-from kit.launchers import node, slurm, slurm_script
+from kit.launchers import node, slurm, slurm_client, slurm_script
 from kit.schema.run_plan import Slurm
 from kit.storage import run_directory
 
@@ -429,7 +429,7 @@ def test_a_job_learns_nothing_of_the_one_it_was_submitted_from(sbatch: Path, tmp
     """srun ends where SLURM_MEM_PER_CPU of an allocation meets the --mem of the job."""
     for name in ("SLURM_MEM_PER_CPU", "SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_CONF", "SBATCH_ACCOUNT"):
         monkeypatch.setenv(name, "1")
-    slurm.sbatch(tmp_path / "x.sbatch")
+    slurm_client.sbatch(tmp_path / "x.sbatch")
     given = {line.partition("=")[0] for line in (sbatch / "env").read_text().splitlines()}
     assert {"SLURM_CONF", "SBATCH_ACCOUNT"} <= given
     assert not given & {"SLURM_MEM_PER_CPU", "SLURM_JOB_ID", "SLURM_NTASKS"}
@@ -438,7 +438,7 @@ def test_a_job_learns_nothing_of_the_one_it_was_submitted_from(sbatch: Path, tmp
 def test_what_sbatch_says_of_a_long_array(sbatch: Path, tmp_path: Path):
     (sbatch / "sbatch").write_text("#!/bin/bash\necho 'sbatch: error: Invalid job array specification' >&2; exit 1\n")
     with pytest.raises(KitError) as refused:
-        slurm.sbatch(tmp_path / "x.sbatch")
+        slurm_client.sbatch(tmp_path / "x.sbatch")
     assert "MaxArraySize" in refused.value.problems[0].fix
 
 

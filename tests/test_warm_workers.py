@@ -13,7 +13,7 @@ import pytest
 from test_sweeps import PRETEND, folder_of, record, started, states
 
 from kit import api
-from kit.cli import main as cli
+from kit.cli import verbs as cli
 from kit.errors import DONE, FAILED, REFUSED, STOPPED
 from kit.schema.run_plan import RunPlan
 from kit.sweeps import pool as trials
@@ -285,7 +285,7 @@ def test_what_was_compiled_goes_with_the_trial():
     double = torch.compile(lambda x: x * 2, backend=backend, dynamic=False)
     held = Held()
     held.model = torch.nn.Linear(2, 2)
-    held.before, held.sums = remember(held.model), checksums(held.model)
+    held.model_before, held.sums = remember(held.model), checksums(held.model)
     for size in range(2, 22):
         double(torch.ones(size))
     assert len(made) < 20 and held.reset() == ""

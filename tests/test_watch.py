@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from kit.cli import main as cli
+from kit.cli import verbs as cli
 from kit.errors import DONE, FAILED, REFUSED, STOPPED
 from kit.storage import run_directory
 from kit.watching import main, view

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from kit import api
-from kit.cli import main as cli
+from kit.cli import verbs as cli
 from kit.config import keys
 from kit.errors import DONE, REFUSED, KitError
 from kit.explain import why

@@ -105,6 +105,7 @@ def evaluate(
     }
     path = output_path(models, out, EVAL)
     if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write_json(path, result)
     return result | {"file": str(path) if path else None}
 

@@ -1,9 +1,9 @@
 """What is typed to start the ranks: one argv and the environment it needs, for each launcher.
 
 One node: `deepspeed`, `torchrun` or plain Python, with a free port of this machine.
-A hostfile: one `deepspeed` here, which reaches the nodes with ssh through pdsh (remote.py).
+A hostfile: one `deepspeed` here, which reaches the nodes with ssh through pdsh (ssh.py).
 Several nodes without ssh (torchrun; launch.no_ssh; a batch system): on every node one command with the node's rank,
-`kit launch-node PLAN --node-rank N --master-addr A --master-port P`, or `launch(plan)` of run.py (node.py).
+`kit launch-node PLAN --node-rank N --master-addr A --master-port P`, or `launch(plan)` of supervise.py (node.py).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def command(plan: RunPlan, plan_path: Path, resume: str | None = None) -> tuple[
     launch, count = plan.launch, str(plan.launch.num_gpus)
     port = str(launch.master_port or free_port())
     target = [launch.script] if launch.script else [WORKER]
-    tail = [str(plan_path), *(["--resume", resume] if resume else [])]
+    script_args = [str(plan_path), *(["--resume", resume] if resume else [])]
     module = [] if launch.script else ["--module"]
     env = rank_environment(plan)
     address = (launch.master_addr or "127.0.0.1") if by_node(launch) else "127.0.0.1"
@@ -54,8 +54,8 @@ def command(plan: RunPlan, plan_path: Path, resume: str | None = None) -> tuple[
             argv += ["--no_ssh_check", "--master_port", port]  # checked already, all nodes and not the first alone
             argv += ["--master_addr", launch.master_addr] if launch.master_addr else []
         elif by_node(launch):
-            own = node_hostfile(plan) if not launch.hostfile else launch
-            argv += ["--no_ssh", "--node_rank", str(launch.node_rank), *hostfile_options(own)]
+            node_launch = node_hostfile(plan) if not launch.hostfile else launch
+            argv += ["--no_ssh", "--node_rank", str(launch.node_rank), *hostfile_options(node_launch)]
             argv += ["--master_addr", address, "--master_port", port]
             if not launch.hostfile:
                 env |= own_devices(plan)
@@ -64,14 +64,14 @@ def command(plan: RunPlan, plan_path: Path, resume: str | None = None) -> tuple[
             env |= {} if "--include" in argv or "--exclude" in argv else own_devices(plan)
             # A hostfile left in /job would turn one node into a cluster; an absent file means this machine.
             argv += ["--hostfile", str(plan.run_path / "no-hostfile"), "--master_addr", address]
-        argv += ["--log_level", "error", "--no_local_rank", *module, *target, *tail]
+        argv += ["--log_level", "error", "--no_local_rank", *module, *target, *script_args]
     elif launch.launcher == "torchrun":
         argv = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", count]
         argv += ["--nnodes", str(launch.num_nodes if by_node(launch) else 1)]
         argv += ["--node_rank", str(launch.node_rank)] if by_node(launch) else []
-        argv += ["--master_addr", address, "--master_port", port, *module, *target, *tail]
+        argv += ["--master_addr", address, "--master_port", port, *module, *target, *script_args]
     else:
-        argv = [sys.executable, *(target if launch.script else ["-m", *target]), *tail]
+        argv = [sys.executable, *(target if launch.script else ["-m", *target]), *script_args]
         if plan.deepspeed:  # DeepSpeed asks MPI for its rank where these are not set
             env |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
             env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -127,11 +127,11 @@ def rank_environment(plan: RunPlan) -> dict[str, str]:
     """What must be in the environment before torch, transformers or deepspeed are imported, in launcher and ranks."""
     from kit.launchers.ops import extensions_dir
 
-    here = os.path.dirname(sys.executable)
+    bin_dir = os.path.dirname(sys.executable)
     path = os.environ.get("PATH", "").split(os.pathsep)
     env = {
         # One ninja for all: two versions hash command lines differently, and each would compile the operators again.
-        "PATH": os.pathsep.join([here, *(p for p in path if p != here)]),
+        "PATH": os.pathsep.join([bin_dir, *(p for p in path if p != bin_dir)]),
         "PYTHONUNBUFFERED": "1",
         **{key: os.environ.get(key, value) for key, value in NO_TELEMETRY.items()},
         "TOKENIZERS_PARALLELISM": os.environ.get("TOKENIZERS_PARALLELISM", "false"),
@@ -156,20 +156,20 @@ def interface(plan: RunPlan) -> str:
     gloo would take the one that the host's name resolves to, which is often the loopback.
     """
     address = os.environ.get("MASTER_ADDR") or plan.launch.master_addr
-    own = "lo" if sys.platform == "linux" else "lo0"
+    loopback = "lo" if sys.platform == "linux" else "lo0"
     if plan.launch.num_nodes in (1, "auto") or not address:
-        return own
+        return loopback
     import psutil
 
     try:
-        family, _, _, _, place = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
+        family, _, _, _, sockaddr = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, socket.SOCK_DGRAM) as probe:  # nothing is sent: the system only chooses a route
-            probe.connect(place)
+            probe.connect(sockaddr)
             source = probe.getsockname()[0]
     except OSError:
-        return own
-    held = {a.address: name for name, addresses in psutil.net_if_addrs().items() for a in addresses}
-    return held.get(source, own)
+        return loopback
+    interfaces = {a.address: name for name, addresses in psutil.net_if_addrs().items() for a in addresses}
+    return interfaces.get(source, loopback)
 
 
 def tracker_environment(plan: RunPlan) -> dict[str, str]:
@@ -184,5 +184,5 @@ def tracker_environment(plan: RunPlan) -> dict[str, str]:
         "mlflow": {"MLFLOW_TRACKING_URI": f"sqlite:///{run}/mlflow.db", "MLFLOW_EXPERIMENT_NAME": plan.name},
         "trackio": {"TRACKIO_DIR": str(run / "trackio")},
     }
-    chosen = [settings.get(name, {}) for name in trackers.names(plan.trainer.get("report_to"))]
-    return {key: value for some in chosen for key, value in some.items() if key not in os.environ}
+    variables = [settings.get(name, {}) for name in trackers.names(plan.trainer.get("report_to"))]
+    return {key: value for each in variables for key, value in each.items() if key not in os.environ}

@@ -1,32 +1,22 @@
 """Several nodes that each start their own ranks (no ssh): which one this is, and where node 0 is met.
 
-    kit launch-node runs/x/plan.json --node-rank 1 --master-addr node0 --master-port 29500
-
-starts the ranks of one node of a frozen plan, whose directory all nodes share, and ends when they do. What is not said
-comes from the environment: NODE_RANK, MASTER_ADDR and MASTER_PORT, else what SLURM (one task per node) or an indexed
-Kubernetes Job says. With `--resume newest` the same words start a run and, after a job was queued again, go on with
-it: they are what a batch job starts on each of its nodes, one or several. `launch(plan)` in run.py is the same for
-one's own code: it asks `placed` itself.
+What neither the plan nor `kit launch-node` names comes from the environment: NODE_RANK, MASTER_ADDR and MASTER_PORT,
+else what SLURM (one task per node) or an indexed Kubernetes Job sets.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import os
 import re
 import shlex
 import socket
 from collections.abc import Mapping
-from pathlib import Path
 
 from kit.config.nodes import by_node, hosts_now
-from kit.errors import DONE, ENVIRONMENT, REFUSED, KitError, Problem
-from kit.schema.run_plan import HOST, RunPlan, load_plan
-from kit.storage import run_directory
+from kit.errors import ENVIRONMENT, REFUSED, KitError, Problem
+from kit.schema.run_plan import HOST, RunPlan
 from kit.system import hardware
-from kit.system.dependencies import need_stack
-from kit.system.terminal import say
 
 FIRST_PORT, PORTS = 20_000, 10_000  # below what systems give to outgoing connections, and below Kubernetes' own
 
@@ -41,30 +31,31 @@ def placed(plan: RunPlan, env: Mapping[str, str] = os.environ) -> RunPlan:
         rank = number(env, "NODE_RANK", "SLURM_NODEID", "JOB_COMPLETION_INDEX")
     problems = []
     if rank is None:
-        said = f"the run has {launch.num_nodes} nodes, each of which starts its own ranks, and this one has no number"
-        problems.append(
-            Problem(said, "launch.node_rank", "launch.node_rank=0 here; NODE_RANK and SLURM_NODEID do too")
+        message = (
+            f"the run has {launch.num_nodes} nodes, each of which starts its own ranks, and this one has no number"
         )
+        fix = "launch.node_rank=0 here; NODE_RANK and SLURM_NODEID do too"
+        problems.append(Problem(message, "launch.node_rank", fix))
     elif not 0 <= rank < int(launch.num_nodes):
-        said = f"node {rank} of {launch.num_nodes}: they are numbered from 0"
-        problems.append(Problem(said, "launch.node_rank", f"0 to {int(launch.num_nodes) - 1}"))
+        message = f"node {rank} of {launch.num_nodes}: they are numbered from 0"
+        problems.append(Problem(message, "launch.node_rank", f"0 to {int(launch.num_nodes) - 1}"))
     address = launch.master_addr or env.get("MASTER_ADDR") or first_of_slurm(env)
     if not address and launch.hostfile:
         address = next(iter(hosts_now(launch)))
     if not address:
-        said = "nobody says where node 0 is"
-        problems.append(Problem(said, "launch.master_addr", "launch.master_addr=HOST, the same on every node"))
+        message = "nobody says where node 0 is"
+        problems.append(Problem(message, "launch.master_addr", "launch.master_addr=HOST, the same on every node"))
     elif not re.fullmatch(HOST, address):
-        said = f"{address!r} is no host's name or address"
-        problems.append(Problem(said, "launch.master_addr", "that of node 0, the same on every node"))
+        message = f"{address!r} is no host's name or address"
+        problems.append(Problem(message, "launch.master_addr", "that of node 0, the same on every node"))
     port = launch.master_port if launch.master_port is not None else number(env, "MASTER_PORT")
     if port is not None and not 1 <= port <= 65535:
         problems.append(Problem(f"{port} is no port", "launch.master_port", "1 to 65535, the same on every node"))
     if problems:
         raise KitError(problems, code=REFUSED)
     port = port or port_of(plan, env)
-    told = {"node_rank": rank, "master_addr": address, "master_port": port}
-    return plan.model_copy(update={"launch": launch.model_copy(update=told)})
+    place = {"node_rank": rank, "master_addr": address, "master_port": port}
+    return plan.model_copy(update={"launch": launch.model_copy(update=place)})
 
 
 def number(env: Mapping[str, str], *names: str) -> int | None:
@@ -74,8 +65,8 @@ def number(env: Mapping[str, str], *names: str) -> int | None:
 def first_of_slurm(env: Mapping[str, str]) -> str:
     """The first host of SLURM's list, as in `gpu[03-07,11],login1`."""
     text = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or ""
-    found = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\]([^,\[]*))?", text)
-    return "".join(part or "" for part in found.groups()) if found else ""
+    match = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\]([^,\[]*))?", text)
+    return "".join(part or "" for part in match.groups()) if match else ""
 
 
 def port_of(plan: RunPlan, env: Mapping[str, str]) -> int:
@@ -103,73 +94,34 @@ def check_port(plan: RunPlan) -> None:
         try:
             probe.bind(("", port))
         except OSError as error:
-            said = f"port {port} cannot be taken: {error.strerror}"
+            message = f"port {port} cannot be taken: {error.strerror}"
             fix = "launch.master_port=PORT, another one, the same on every node"
-            raise KitError(said, "launch.master_port", fix, code=ENVIRONMENT, rule="port-taken") from None
+            raise KitError(message, "launch.master_port", fix, code=ENVIRONMENT, rule="port-taken") from None
 
 
 def others_command(plan: RunPlan) -> str:
     """What is to be typed on the other nodes."""
     launch = plan.launch
-    where = f"--master-addr {launch.master_addr} --master-port {launch.master_port}"
+    rendezvous = f"--master-addr {launch.master_addr} --master-port {launch.master_port}"
     ranks = "1" if launch.num_nodes == 2 else f"N   (N = 1 to {int(launch.num_nodes) - 1})"
-    return f"kit launch-node {shlex.quote(str(plan.run_path / 'plan.json'))} {where} --node-rank {ranks}"
+    return f"kit launch-node {shlex.quote(str(plan.run_path / 'plan.json'))} {rendezvous} --node-rank {ranks}"
 
 
 def right_nodes(plan: RunPlan, env: Mapping[str, str]) -> None:
     """KitError where the batch system has other nodes than the plan: each would train alone, into one place (T68)."""
-    given, planned = number(env, "NNODES", "SLURM_STEP_NUM_NODES"), int(plan.launch.num_nodes)
-    if given is not None and planned != given:
+    allocated, planned = number(env, "NNODES", "SLURM_STEP_NUM_NODES"), int(plan.launch.num_nodes)
+    if allocated is not None and planned != allocated:
         raise KitError(
-            f"the job has {given} node{'s' * (given != 1)}, the run was planned for {planned}", "launch.num_nodes",
-            "ask for as many nodes as the plan has", code=ENVIRONMENT,
+            f"the job has {allocated} node{'s' * (allocated != 1)}, the run was planned for {planned}",
+            "launch.num_nodes", "ask for as many nodes as the plan has", code=ENVIRONMENT,
         )  # fmt: skip
 
 
 def enough_gpus(plan: RunPlan) -> None:
     """KitError where this node has fewer GPUs than the plan, which was made on another machine."""
-    seen = len(hardware.gpus())
-    if not plan.trainer["use_cpu"] and int(plan.launch.num_gpus) > seen:
+    visible = len(hardware.gpus())
+    if not plan.trainer["use_cpu"] and int(plan.launch.num_gpus) > visible:
         raise KitError(
-            f"{plan.launch.num_gpus} GPUs asked for, this node shows {seen}", "launch.num_gpus",
+            f"{plan.launch.num_gpus} GPUs asked for, this node shows {visible}", "launch.num_gpus",
             "a batch job asks for them: launch.slurm.gres=gpu:N", code=ENVIRONMENT, rule="gpus-missing",
         )  # fmt: skip
-
-
-def main(argv: list[str]) -> int:
-    """`kit launch-node PLAN`: the ranks of one node of a frozen plan."""
-    parser = argparse.ArgumentParser(
-        prog="kit launch-node", description="Start the ranks of one node of a frozen plan.", allow_abbrev=False
-    )
-    parser.add_argument("plan", help="plan.json, or the run directory, on a file system that all nodes share")
-    parser.add_argument("--node-rank", type=int, help="0 to NODES - 1 (NODE_RANK, SLURM_NODEID, JOB_COMPLETION_INDEX)")
-    parser.add_argument("--master-addr", help="host name or address of node 0 (MASTER_ADDR, SLURM's first node)")
-    parser.add_argument("--master-port", type=int, help="the same on every node (MASTER_PORT, else from the run)")
-    parser.add_argument("--resume", metavar="CHECKPOINT", help="go on from it; `newest`: if there is one")
-    a = parser.parse_args(argv)
-    from kit.launchers.supervise import launch, newest_checkpoint
-
-    path = Path(a.plan)
-    run = run_directory.find_run(str(path.parent if path.name == run_directory.PLAN else path))
-    plan = load_plan(run)
-    told = {"node_rank": a.node_rank, "master_addr": a.master_addr, "master_port": a.master_port}
-    told = {key: value for key, value in told.items() if value is not None or key == "node_rank"}
-    plan = plan.model_copy(update={"run_dir": str(run), "launch": plan.launch.model_copy(update=told)})
-    if a.resume == "newest" and run_directory.status(run).get("state") == "done":
-        say(f"{run} is finished")
-        return DONE
-    if plan.launch.num_nodes == 1 and a.node_rank:
-        raise KitError(
-            f"--node-rank {a.node_rank}, but the run was planned for one node", "--node-rank",
-            "leave it out, or freeze the run with launch.num_nodes=NODES",
-        )  # fmt: skip
-    if a.resume and a.resume != "newest" and not (run / run_directory.CHECKPOINTS / a.resume).is_dir():
-        said = f"there is no {a.resume} in {run_directory.shown(run / run_directory.CHECKPOINTS)}"
-        raise KitError(said, "--resume", "--resume newest, or the name of a checkpoint there")
-    right_nodes(plan, os.environ)
-    enough_gpus(plan)
-    need_stack()
-    resume = a.resume
-    if resume == "newest" and (resume := newest_checkpoint(run)) is None:
-        say("no checkpoint yet: from the beginning")
-    return launch(plan, resume=resume)

@@ -31,25 +31,25 @@ def extensions_dir() -> Path:
     A home shared by a cluster mixes CPUs: code compiled with -march=native must not travel between them. Another
     environment has other include paths, for which ninja would compile everything again, in the ranks and silently.
     """
-    if given := os.environ.get("TORCH_EXTENSIONS_DIR"):
-        return Path(given).absolute()
+    if directory := os.environ.get("TORCH_EXTENSIONS_DIR"):
+        return Path(directory).absolute()
     try:
         cpu = Path("/proc/cpuinfo").read_text().split("\n\n", 1)[0]
         cpu = "".join(line for line in cpu.splitlines() if line.startswith(("model name", "flags")))
     except OSError:
         cpu = platform.processor()
-    parts = [cpu, sys.prefix, platform.python_version(), *(version(p) for p in ("torch", "deepspeed"))]
-    return paths.cache() / "ops" / hashlib.sha256("|".join(parts).encode()).hexdigest()[:12]
+    fingerprint = [cpu, sys.prefix, platform.python_version(), *(version(p) for p in ("torch", "deepspeed"))]
+    return paths.cache() / "ops" / hashlib.sha256("|".join(fingerprint).encode()).hexdigest()[:12]
 
 
 def installed() -> str:
     """When torch and DeepSpeed were installed. ninja compiles again what is older than its sources, so an environment
     that was made anew at the same place has nothing built, whatever lies in the folder."""
-    found = []
+    mtimes = []
     for package in ("torch", "deepspeed"):
         spec = importlib.util.find_spec(package)
-        found.append(str(os.stat(spec.origin).st_mtime_ns) if spec and spec.origin else "none")
-    return " ".join(found)
+        mtimes.append(str(os.stat(spec.origin).st_mtime_ns) if spec and spec.origin else "none")
+    return " ".join(mtimes)
 
 
 def is_built(stamp: Path) -> bool:
@@ -70,10 +70,11 @@ def needed(plan: RunPlan) -> list[str]:
     names = ["deepspeed_shm_comm"] if plan.trainer["use_cpu"] else []
     zero = plan.deepspeed.get("zero_optimization", {})
     devices = {part: (zero.get(part) or {}).get("device", "none") for part in ("offload_optimizer", "offload_param")}
-    own = plan.deepspeed.get("optimizer") or {}  # DeepSpeed's own optimizer, from a file that names one
+    optimizer = plan.deepspeed.get("optimizer") or {}  # DeepSpeed's own optimizer, from a file that names one
+    parameters = optimizer.get("params") or {}
     if devices["offload_optimizer"] in ("cpu", "nvme"):
         names.append("cpu_adam")
-    elif str(own.get("type")).lower() in ("adam", "adamw") and not (own.get("params") or {}).get("torch_adam"):
+    elif str(optimizer.get("type")).lower() in ("adam", "adamw") and not parameters.get("torch_adam"):
         names.append("fused_adam")
     if "nvme" in devices.values():
         names.append("async_io")
@@ -113,7 +114,7 @@ def wait_for_turn(
     fd: int, deadline: float, say: Callable[[str], None], folder: Path, stopped: Callable[[], bool]
 ) -> None:
     """One build at a time per folder: the lock is the kernel's, so a dead builder frees it."""
-    told = False
+    announced = False
     while not stopped():
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -121,9 +122,9 @@ def wait_for_turn(
         except OSError:
             if time.monotonic() > deadline:
                 raise KitError(f"another process has been building in {folder} all along", code=ENVIRONMENT) from None
-            if not told:
+            if not announced:
                 say("another run is compiling DeepSpeed's operators: waiting for it")
-                told = True
+                announced = True
             time.sleep(0.5)
 
 

@@ -18,22 +18,23 @@ from kit.storage.json_files import read_json_or_empty
 PEER_SECONDS = 20  # what the ranks here get to notice by themselves that another node has failed
 
 
-def written(run: Path, mine: range | None = None) -> list[tuple[int, int]]:
-    """(rank, process id) as ranks of this machine wrote them down; `mine`: those of one node."""
-    found = []
+def written(run: Path, own_ranks: range | None = None) -> list[tuple[int, int]]:
+    """(rank, process id) as ranks of this machine wrote them down; `own_ranks`: those of one node."""
+    pids = []
     for file in sorted((run / run_directory.LOGS).glob("rank*.pid")):
         rank = int(file.stem.removeprefix("rank"))
         with contextlib.suppress(OSError):
             pid, _, host = file.read_text().strip().partition(" ")
-            here = not host or host == socket.gethostname()  # where there are several nodes, a number says little
-            if pid.isdigit() and here and (mine is None or rank in mine):
-                found.append((rank, int(pid)))
-    return found
+            # Where there are several nodes, a number says little.
+            on_this_host = not host or host == socket.gethostname()
+            if pid.isdigit() and on_this_host and (own_ranks is None or rank in own_ranks):
+                pids.append((rank, int(pid)))
+    return pids
 
 
-def living(run: Path, mine: range | None = None) -> list[int]:
+def living(run: Path, own_ranks: range | None = None) -> list[int]:
     """Process ids of the living ranks on this machine."""
-    return [pid for _, pid in written(run, mine) if psutil.pid_exists(pid)]
+    return [pid for _, pid in written(run, own_ranks) if psutil.pid_exists(pid)]
 
 
 def send(pid: int, number: int) -> None:
@@ -43,17 +44,17 @@ def send(pid: int, number: int) -> None:
         return
 
 
-def forget(run: Path, mine: range | None = None, name: str = "") -> None:
+def forget(run: Path, own_ranks: range | None = None, name: str = "") -> None:
     """Remove what an earlier start left in logs/: pids, errors, notes; on one node of several only its own."""
-    logs, numbers = run / run_directory.LOGS, "*" if mine is None else None
-    for number in [numbers] if numbers else list(map(str, mine or ())):
+    logs, numbers = run / run_directory.LOGS, "*" if own_ranks is None else None
+    for number in [numbers] if numbers else list(map(str, own_ranks or ())):
         for pattern in (f"rank{number}.pid", f"rank{number}.error.json"):
             for file in logs.glob(pattern):
                 file.unlink(missing_ok=True)
     if not name:
         (logs / "nonfinite.json").unlink(missing_ok=True)
         ssh.forget(run)
-    for file in logs.glob("node*.error.json") if mine is None else [logs / f"{node_name(name)}.error.json"]:
+    for file in logs.glob("node*.error.json") if own_ranks is None else [logs / f"{node_name(name)}.error.json"]:
         file.unlink(missing_ok=True)
 
 
@@ -73,36 +74,38 @@ def lives(pid: int) -> bool:
 class Deaths:
     """When each rank was first seen gone, by rank: zombies count, which a launcher only collects a second later."""
 
-    def __init__(self, run: Path, mine: range | None = None) -> None:
-        self.run, self.mine = run, mine
-        self.seen: dict[str, float] = {}
+    def __init__(self, run: Path, own_ranks: range | None = None) -> None:
+        self.run, self.own_ranks = run, own_ranks
+        self.times: dict[str, float] = {}
 
-    def look(self) -> None:
-        for rank, pid in written(self.run, self.mine):
-            if str(rank) not in self.seen and not lives(pid):
-                self.seen[str(rank)] = time.time()
+    def update(self) -> None:
+        for rank, pid in written(self.run, self.own_ranks):
+            if str(rank) not in self.times and not lives(pid):
+                self.times[str(rank)] = time.time()
 
 
 class Peers:
     """Whether ranks of another node have failed, from the errors that they leave in the run directory."""
 
-    def __init__(self, run: Path, mine: range | None) -> None:
-        self.run, self.mine = run, mine
-        self.before = self.errors()  # of an earlier start, which their own node removes when it starts again
+    def __init__(self, run: Path, own_ranks: range | None) -> None:
+        self.run, self.own_ranks = run, own_ranks
+        self.errors_before = self.errors()  # of an earlier start, which their own node removes when it starts again
         self.deadline: float | None = None
 
     def errors(self) -> dict[str, int]:
-        found = {}
+        modified = {}
         for file in error_files(self.run):
             rank = file.name.removeprefix("rank").partition(".")[0]
-            if not (self.mine is not None and rank.isdigit() and int(rank) in self.mine):
+            if not (self.own_ranks is not None and rank.isdigit() and int(rank) in self.own_ranks):
                 with contextlib.suppress(OSError):
-                    found[file.name] = file.stat().st_mtime_ns
-        return found
+                    modified[file.name] = file.stat().st_mtime_ns
+        return modified
 
     def failed(self) -> bool:
         """True once the ranks here have had their time to notice it."""
-        if self.deadline is None and any(self.before.get(name) != at for name, at in self.errors().items()):
+        if self.deadline is None and any(
+            self.errors_before.get(name) != mtime for name, mtime in self.errors().items()
+        ):
             self.deadline = time.monotonic() + PEER_SECONDS
         return self.deadline is not None and time.monotonic() > self.deadline
 

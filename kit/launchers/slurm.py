@@ -10,7 +10,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,18 +17,16 @@ from typing import Any
 
 from kit.errors import DONE, ENVIRONMENT, FAILED, STOPPED, KitError, Problem
 from kit.launchers.ranks import read_errors
+from kit.launchers.slurm_client import OVER, look, own_job, sbatch, watch
 from kit.launchers.slurm_script import RESUME, plain, srun, train_script, verb_script
 from kit.launchers.supervise import Stop, outcome
 from kit.schema.run_plan import RunPlan, load_plan
 from kit.storage import run_directory
 from kit.storage.json_files import atomic_write_json, atomic_write_text, read_json_or_empty
-from kit.system.secrets import is_secret
 from kit.system.terminal import say
 
 JOBS = "slurm.json"  # in the run directory: what was submitted
 VERBS = ("merge", "eval", "generate")
-CLIENT = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_DEBUG_FLAGS", "SLURM_EXIT_ERROR")
-OVER = tuple("COMPLETED FAILED CANCELLED TIMEOUT NODE_FAIL OUT_OF_MEMORY PREEMPTED BOOT_FAIL DEADLINE GONE".split())
 
 
 def start(plan: RunPlan, fresh: bool = False, follow: bool = False, then: Sequence[str] = ()) -> int:
@@ -56,12 +53,12 @@ def submit(plan: RunPlan, follow: bool = False, then: Sequence[str] = ()) -> int
     log = run / run_directory.LOGS / f"slurm-{job}.out"
     print(f"job {job}: {run_directory.shown(run)}")
     say(f"log: {run_directory.shown(log)}; stop with a checkpoint: scancel --signal=USR1 {job}; end: scancel {job}")
-    before = job
+    previous = job
     for verb in then:
         chained = write(run / f"{verb}.sbatch", verb_script(verb, [str(run)], settings_of(plan, verb), run))
-        after = sbatch(chained, "--dependency", f"afterok:{before}", "--kill-on-invalid-dep=yes")
-        before = record(run, verb, after, chained)
-        print(f"job {before}: kit {verb}, once the one before is done")
+        submitted = sbatch(chained, "--dependency", f"afterok:{previous}", "--kill-on-invalid-dep=yes")
+        previous = record(run, verb, submitted, chained)
+        print(f"job {previous}: kit {verb}, once the one before is done")
     if not follow:
         return DONE
     return ended(run, job, *watch(job, log))
@@ -87,8 +84,8 @@ def fits(plans: Sequence[RunPlan], paths: Sequence[Path]) -> None:
     """KitError where plans cannot be the tasks of one array, or where nothing can be submitted here."""
     need(())
     if len({plan.launch.model_dump_json() for plan in plans}) != 1:
-        said = "the tasks of an array share one script, so launch.* must be the same"
-        raise KitError(said, "command line", "sweep other keys")
+        message = "the tasks of an array share one script, so launch.* must be the same"
+        raise KitError(message, "command line", "sweep other keys")
     for path in paths:
         plain(path)
 
@@ -148,37 +145,38 @@ def allocated(plan: RunPlan) -> bool:
     if not job:
         return False
     if (state := look(job)[0]).startswith(OVER):
-        said = f"SLURM_JOB_ID={job} is set, but that job is {'not known' if state == 'GONE' else state.lower()}"
-        raise KitError(said, "environment", "a new shell, or: unset SLURM_JOB_ID", code=ENVIRONMENT)
-    given, wanted = os.environ.get("SLURM_JOB_NUM_NODES", ""), int(plan.launch.num_nodes)
-    if given.isdecimal() and int(given) < wanted:
-        said = f"the allocation {job} has {given} node{'s' * (given != '1')}, the run was planned for {wanted}"
-        fix = f"salloc --nodes={wanted}, or launch.num_nodes={given}"
-        raise KitError(said, "launch.num_nodes", fix, code=ENVIRONMENT)
+        message = f"SLURM_JOB_ID={job} is set, but that job is {'not known' if state == 'GONE' else state.lower()}"
+        raise KitError(message, "environment", "a new shell, or: unset SLURM_JOB_ID", code=ENVIRONMENT)
+    nodes, planned = os.environ.get("SLURM_JOB_NUM_NODES", ""), int(plan.launch.num_nodes)
+    if nodes.isdecimal() and int(nodes) < planned:
+        message = f"the allocation {job} has {nodes} node{'s' * (nodes != '1')}, the run was planned for {planned}"
+        fix = f"salloc --nodes={planned}, or launch.num_nodes={nodes}"
+        raise KitError(message, "launch.num_nodes", fix, code=ENVIRONMENT)
     return True
 
 
 def run_here(plan: RunPlan) -> int:
     """The job's step in the allocation that we stand in, in the foreground; Ctrl-C lets it save."""
     say(f"inside the allocation {own_job()}: started as a step of it")
-    stop, asked = Stop(), 0
+    stop, requests = Stop(), 0
     with stop:
         step = subprocess.Popen([*srun(plan), str(plan.run_path), *RESUME], start_new_session=True)
         while step.poll() is None:
-            if stop.asked > asked:
-                step.send_signal(signal.SIGUSR1 if asked == 0 else signal.SIGTERM)  # srun passes the first one on
-                asked = stop.asked
+            if stop.requests > requests:
+                step.send_signal(signal.SIGUSR1 if requests == 0 else signal.SIGTERM)  # srun passes the first one on
+                requests = stop.requests
             time.sleep(0.2)
     if step.returncode and run_directory.status(plan.run_path).get("state") == "created":
-        said = f"srun ended with {step.returncode} before the run began"
-        raise KitError(said, f"allocation {own_job()}", "what srun says above", code=ENVIRONMENT)
+        message = f"srun ended with {step.returncode} before the run began"
+        raise KitError(message, f"allocation {own_job()}", "what srun says above", code=ENVIRONMENT)
     return outcome(plan.run_path, step.returncode)
 
 
 def need(then: Sequence[str]) -> None:
     wrong = [verb for verb in then if verb not in VERBS]
     if wrong:
-        raise KitError(f"--then {wrong[0]}: no step after training", "--then", f"some of {','.join(VERBS)}")
+        verbs = ",".join(VERBS)
+        raise KitError(f"--then {wrong[0]}: no step after training", "--then", f"some of {verbs}")
     if len(set(then)) < len(then):
         raise KitError("--then names a verb twice", "--then", "each verb once")
     from shutil import which
@@ -193,8 +191,8 @@ def need(then: Sequence[str]) -> None:
 
 def refuse_twice(run: Path) -> None:
     """KitError where a job of this run still waits or runs: two would write into one directory."""
-    if found := living_job(run):
-        job, state = found
+    if living := living_job(run):
+        job, state = living
         raise KitError(f"{run} is job {job} ({state.lower()})", fix=f"wait for it, or scancel {job}")
 
 
@@ -204,10 +202,6 @@ def living_job(run: Path) -> tuple[str, str] | None:
     if jobs and jobs[-1] != own_job() and (state := look(jobs[-1])[0]) and not state.startswith(OVER):
         return jobs[-1], state
     return None
-
-
-def own_job() -> str:
-    return os.environ.get("SLURM_JOB_ID", "")
 
 
 def write(script: Path, text: str) -> Path:
@@ -223,82 +217,15 @@ def record(run: Path, verb: str, job: str, script: Path) -> str:
     return job
 
 
-def without_secrets(env: dict[str, str]) -> tuple[dict[str, str], list[str]]:
-    """The environment that a job may be given, and the names that were left out of it."""
-    hidden = sorted(k for k, v in env.items() if is_secret(k, v))
-    return {k: v for k, v in env.items() if k not in hidden}, hidden
-
-
-def of_another_job(name: str) -> bool:
-    """Whether a variable tells of the job that we stand in: srun would take it for one of the new job."""
-    return name.startswith("SLURM_") and name not in CLIENT
-
-
-def sbatch(script: Path, *options: str) -> str:
-    """Submit a script; its job id. Tokens stay behind: SLURM writes a job's environment into files of its own."""
-    env, hidden = without_secrets({k: v for k, v in os.environ.items() if not of_another_job(k)})
-    if hidden:
-        say(f"not given to the job: {', '.join(hidden)} (hf auth login keeps a token in a file that the job can read)")
-    done = ask("sbatch", "--parsable", *options, str(script), env=env)
-    job = done.stdout.strip().partition(";")[0]
-    if done.returncode or not job.isdigit():
-        said = done.stderr.strip().removeprefix("sbatch: error: ") or f"sbatch ended with {done.returncode}"
-        large = "fewer trials: MaxArraySize at most (scontrol show config)"
-        fix = large if "job array" in said else "mend launch.slurm.*"
-        raise KitError(f"sbatch refused: {said}", str(script), fix, code=ENVIRONMENT)
-    return job
-
-
-def ask(*argv: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    try:
-        return subprocess.run(
-            argv, env=env, capture_output=True, text=True, errors="replace", timeout=120, stdin=subprocess.DEVNULL
-        )
-    except subprocess.TimeoutExpired:
-        return subprocess.CompletedProcess(argv, 1, "", f"{argv[0]} gave no answer in 120 s")
-
-
-def look(job: str) -> tuple[str, int]:
-    """A job's state and exit code; ("", 0) where the controller has forgotten it or does not answer."""
-    done = ask("scontrol", "show", "job", "-o", job)
-    state, code = re.search(r"\bJobState=(\w+)", done.stdout), re.search(r"\bExitCode=(\d+):(\d+)", done.stdout)
-    if done.returncode or not state:
-        return ("GONE" if "nvalid job id" in done.stderr else ""), 0
-    return state[1], (int(code[1]) or (128 + int(code[2]) if int(code[2]) else 0)) if code else 0
-
-
-def watch(job: str, log: Path) -> tuple[str, int]:
-    """Show a job's log until it is over: its last state and exit code. A job that is queued again is waited for."""
-    seen, before = 0, ""
-    try:
-        while True:
-            state, code = look(job)
-            if state and state != before:
-                say(f"job {job} is {state.lower()}")
-                before = state
-            if log.exists():
-                with open(log, encoding="utf-8", errors="replace") as f:
-                    f.seek(seen)
-                    sys.stdout.write(f.read())
-                    sys.stdout.flush()
-                    seen = f.tell()
-            if state.startswith(OVER):
-                return state, code
-            time.sleep(1)
-    except KeyboardInterrupt:
-        say(f"the job goes on; to end it: scancel {job}")
-        raise
-
-
 def ended(run: Path, job: str, state: str, code: int) -> int:
     """The exit code of a run that was followed; KitError with what its ranks wrote down."""
-    found = run_directory.status(run).get("state")
-    if found == "done":
+    run_state = run_directory.status(run).get("state")
+    if run_state == "done":
         return DONE
-    if found == "stopped":
+    if run_state == "stopped":
         say(f"stopped with a complete checkpoint: kit resume {run_directory.shown(run)}")
         return STOPPED
-    problems, known = read_errors(run)
+    problems, exit_code = read_errors(run)
     log = str(run / run_directory.LOGS / f"slurm-{job}.out")
     problems = problems or [Problem(f"job {job} is {state.lower()} (exit code {code})", log, "read the log")]
-    raise KitError(problems, code=known)
+    raise KitError(problems, code=exit_code)

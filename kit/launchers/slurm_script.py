@@ -61,17 +61,19 @@ def train_script(plan: RunPlan, runs: Sequence[Path], output: str, at_once: int 
     """The script of one run, or of an array with a task to each of `runs`."""
     assert plan.launch.slurm
     slurm, nodes = plan.launch.slurm.model_dump(), int(plan.launch.num_nodes)
-    most, name = slurm["max_requeues"], f"{plan.name}-{plan.hash}" if len(runs) == 1 else f"{plan.name}-array"
-    own = [f"--signal=B:USR1@{slurm['signal_seconds']}", "--requeue", "--open-mode=append"]
+    requeues, name = slurm["max_requeues"], f"{plan.name}-{plan.hash}" if len(runs) == 1 else f"{plan.name}-array"
+    options = [f"--signal=B:USR1@{slurm['signal_seconds']}", "--requeue", "--open-mode=append"]
     if len(runs) > 1:
-        own.append(f"--array=0-{len(runs) - 1}" + (f"%{int(at_once)}" if at_once else ""))
-    lines = header(f"kit train of {len(runs)} run{'s' * (len(runs) > 1)}", name, output, slurm, nodes, own)
+        options.append(f"--array=0-{len(runs) - 1}" + (f"%{int(at_once)}" if at_once else ""))
+    lines = header(f"kit train of {len(runs)} run{'s' * (len(runs) > 1)}", name, output, slurm, nodes, options)
     if len(runs) == 1:
         lines += [f"run={quoted([str(runs[0])])}", "job=$SLURM_JOB_ID"]
     else:
         lines += ["runs=(", *(f"  {quoted([str(run)])}" for run in runs), ")"]
         lines += ["run=${runs[$SLURM_ARRAY_TASK_ID]}", "job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"]
-    step = STEP.format(srun=quoted(srun(plan)), resume=quoted(RESUME), stopped=STOPPED, failed=FAILED, requeues=most)
+    step = STEP.format(
+        srun=quoted(srun(plan)), resume=quoted(RESUME), stopped=STOPPED, failed=FAILED, requeues=requeues
+    )
     return "\n".join(lines) + "\n" + step
 
 
@@ -84,20 +86,20 @@ def verb_script(verb: str, argv: Sequence[str], slurm: dict[str, Any], folder: P
     return "\n".join([*lines, quoted(["exec", *step, "--cpu-bind=none", *MODULE, verb, *argv])]) + "\n"
 
 
-def header(about: str, name: str, output: str, slurm: dict[str, Any], nodes: int, own: Sequence[str]) -> list[str]:
+def header(about: str, name: str, output: str, slurm: dict[str, Any], nodes: int, more: Sequence[str]) -> list[str]:
     """The lines before the work: options for sbatch, modules and set-up. KitError for a value that is not plain."""
-    found = [*values.value_problems(slurm), *values.extra_problems(slurm)]
-    if found:
-        raise KitError([Problem(problem, key, fix, "slurm-value") for problem, key, fix in found])
+    problems = [*values.value_problems(slurm), *values.extra_problems(slurm)]
+    if problems:
+        raise KitError([Problem(problem, key, fix, "slurm-value") for problem, key, fix in problems])
     if not values.JOB_NAME.fullmatch(name):
         raise KitError(f"{name!r} cannot be a job's name", "name", "letters, digits, . _ -", rule="slurm-value")
-    options = [f"--job-name={name}", f"--output={output}", f"--nodes={int(nodes)}", "--ntasks-per-node=1", *own]
+    directives = [f"--job-name={name}", f"--output={output}", f"--nodes={int(nodes)}", "--ntasks-per-node=1", *more]
     if slurm.get("cpus_per_task"):
-        options.append(f"--cpus-per-task={int(slurm['cpus_per_task'])}")
-    options += [f"--{key}={slurm[key]}" for key in values.PATTERNS if slurm.get(key) is not None]
-    options += slurm.get("extra") or []
+        directives.append(f"--cpus-per-task={int(slurm['cpus_per_task'])}")
+    directives += [f"--{key}={slurm[key]}" for key in values.PATTERNS if slurm.get(key) is not None]
+    directives += slurm.get("extra") or []
     lines = ["#!/bin/bash", f"# {about}, written by kit {__version__}; sbatch takes it again as it is."]
-    lines += [f"#SBATCH {option}" for option in options] + [""]
+    lines += [f"#SBATCH {option}" for option in directives] + [""]
     lines += [quoted(["module", "load", module]) for module in slurm.get("modules") or []]
     lines += [quoted(shlex.split(command)) for command in slurm.get("setup") or []]
     return lines
@@ -109,8 +111,8 @@ def quoted(words: Sequence[str]) -> str:
 
 
 def ansi(word: str) -> str:
-    plain = word.replace("\\", "\\\\").replace("'", "\\'")
-    return "$'" + values.CONTROL.sub(lambda m: "".join(f"\\x{b:02x}" for b in m[0].encode()), plain) + "'"
+    escaped = word.replace("\\", "\\\\").replace("'", "\\'")
+    return "$'" + values.CONTROL.sub(lambda m: "".join(f"\\x{b:02x}" for b in m[0].encode()), escaped) + "'"
 
 
 def plain(path: Path) -> None:

@@ -36,23 +36,24 @@ HANDED_ON = ("PYTHON", "MLFLOW", "MV2", "UCX", "NCCL")  # by DeepSpeed itself, s
 PLAIN = re.compile(r"[\w@%+=:,./ -]*")  # DeepSpeed puts anything else into double quotes for a shell, unescaped
 
 
-def environment(plan: RunPlan, own: Mapping[str, str], say: Callable[[str], None]) -> dict[str, str]:
-    """Write the file and return what the deepspeed command itself needs. `own`: the kit's settings for the ranks.
+def environment(plan: RunPlan, rank_env: Mapping[str, str], say: Callable[[str], None]) -> dict[str, str]:
+    """Write the file and return what the deepspeed command itself needs. `rank_env`: the kit's settings for the ranks.
 
     The lines of a person's `.deepspeed_env` (home, then working directory) come along as well.
     """
-    mine = {name: value for name, value in os.environ.items() if name.startswith(PASSED) and name not in OWN}
-    given = persons_lines()
-    kept: dict[str, str] = {}
-    for name, value in {**{k: own[k] for k in ("DS_ACCELERATOR",) if k in own}, **mine, **given}.items():
+    inherited = {name: value for name, value in os.environ.items() if name.startswith(PASSED) and name not in OWN}
+    user_env = persons_lines()
+    sent: dict[str, str] = {}
+    accelerator = {name: rank_env[name] for name in ("DS_ACCELERATOR",) if name in rank_env}
+    for name, value in {**accelerator, **inherited, **user_env}.items():
         if is_secret(name, value):
             say(f"{name} looks like a secret and is not sent to the nodes: log in there, or keep it in a file")
         elif not re.fullmatch(r"[A-Za-z_]\w*", name) or not PLAIN.fullmatch(value):
             say(f"{name} is not sent to the nodes: its value has characters that a shell would read")
         else:
-            kept[name] = value
+            sent[name] = value
     file = plan.run_path / ENV_FILE
-    atomic_write_text(file, "".join(f"{name}={value}\n" for name, value in sorted(kept.items())))
+    atomic_write_text(file, "".join(f"{name}={value}\n" for name, value in sorted(sent.items())))
     hidden = {k: "" for k, v in os.environ.items() if k.startswith(HANDED_ON) and is_secret(k, v)}
     return {"DS_ENV_FILE": str(file), **hidden}
 
@@ -60,14 +61,14 @@ def environment(plan: RunPlan, own: Mapping[str, str], say: Callable[[str], None
 def persons_lines() -> dict[str, str]:
     """What is in a `.deepspeed_env` of one's own, which DS_ENV_FILE would hide."""
     name = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
-    found: dict[str, str] = {}
+    variables: dict[str, str] = {}
     for file in (Path.home() / name, Path(name)):
         if file.is_file() and os.access(file, os.R_OK):
             for line in file.read_text(errors="replace").splitlines():
                 key, equals, value = line.strip().partition("=")
                 if equals and not key.startswith("#"):
-                    found[key.strip()] = value.strip().strip("\"'")
-    return found
+                    variables[key.strip()] = value.strip().strip("\"'")
+    return variables
 
 
 def hosts(plan: RunPlan) -> list[str]:

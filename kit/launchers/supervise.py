@@ -5,7 +5,7 @@ the ranks are signalled directly, by the process ids that they write down, and w
 
 Where each node starts its own ranks, each has a process like this one: it ends its own ranks only, learns from files
 in the run directory that another node has failed, and node 0 keeps the status. Ranks that were reached with ssh look
-for a file once a second instead of being signalled (remote.py).
+for a file once a second instead of being signalled (ssh.py).
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ PR_SET_PDEATHSIG = 1
 def launch(plan: RunPlan, resume: str | None = None) -> int:
     """Run a plan whose directory exists; the exit code of the command. Blocks until no process is left."""
     plan = node.placed(plan)
-    run, mine, ssh = plan.run_path, node.own_ranks(plan), over_ssh(plan.launch)
-    first = mine is None or mine.start == 0
-    before = None if first else run_directory.status(run)
+    run, own_ranks, ssh = plan.run_path, node.own_ranks(plan), over_ssh(plan.launch)
+    first = own_ranks is None or own_ranks.start == 0
+    status_before = None if first else run_directory.status(run)
     name = "" if first else f".node{plan.launch.node_rank}"
     if first:
         for w in plan.warnings:
             say(f"warning: {w['problem']} ({w['where']}); {w['fix']} [{w['rule']}]")
     with run_directory.locked(run, run_directory.LOCK + name):
-        if mine is not None and first:
+        if own_ranks is not None and first:
             node.check_port(plan)
             say(f"node 0 waits for the others: {node.others_command(plan)}")
         if ssh:
@@ -56,11 +56,11 @@ def launch(plan: RunPlan, resume: str | None = None) -> int:
         stop = Stop()
         with stop:
             ops.prepare(
-                ops.needed(plan), plan.launch.build_seconds, say, rank_environment(plan), lambda: stop.asked > 0
+                ops.needed(plan), plan.launch.build_seconds, say, rank_environment(plan), lambda: stop.requests > 0
             )
-            if stop.asked:
+            if stop.requests:
                 return 128 + signal.SIGINT
-            ranks.forget(run, mine, name)
+            ranks.forget(run, own_ranks, name)
             argv, env = command(plan, run / run_directory.PLAN, resume)
             if ssh:
                 env |= remote.environment(plan, env, say)
@@ -69,8 +69,8 @@ def launch(plan: RunPlan, resume: str | None = None) -> int:
             atomic_write_json(record_file, record)
             if first:
                 run_directory.set_status(run, "running")
-            kills, deaths = hardware.oom_kills() or 0, ranks.Deaths(run, mine)
-            peers = ranks.Peers(run, mine) if mine is not None or ssh else None
+            kills_before, deaths = hardware.oom_kills() or 0, ranks.Deaths(run, own_ranks)
+            peers = ranks.Peers(run, own_ranks) if own_ranks is not None or ssh else None
             # SLURM signals all processes of a step: SIGUSR1 is for us and for the ranks, and would end a launcher.
             process = subprocess.Popen(
                 argv, env={**os.environ, **env}, stdin=subprocess.DEVNULL, start_new_session=True,
@@ -83,19 +83,19 @@ def launch(plan: RunPlan, resume: str | None = None) -> int:
                     remote.ask_ranks(run, "now")
                     with contextlib.suppress(subprocess.TimeoutExpired):
                         process.wait(10)
-                kill_all(process, run, mine)
+                kill_all(process, run, own_ranks)
                 if ssh and process.returncode:  # whatever still lives on the nodes
                     remote.ask_ranks(run, "now")
                 # For `kit doctor RUN`: the launchers' own exit codes do not tell which rank went first, or why.
-                killed = (hardware.oom_kills() or 0) - kills
+                killed = (hardware.oom_kills() or 0) - kills_before
                 end = {
                     "returncode": process.returncode,
                     "oom_kills": killed,
-                    "deaths": deaths.seen,
-                    "asked": stop.asked,
+                    "deaths": deaths.times,
+                    "asked": stop.requests,
                 }
                 atomic_write_json(record_file, {**record, "ended": end})
-    return outcome(run, process.returncode, name, before)
+    return outcome(run, process.returncode, name, status_before)
 
 
 def newest_checkpoint(run: Path) -> str | None:
@@ -113,21 +113,21 @@ class Stop:
     """Turns Ctrl-C, SIGTERM and SIGUSR1 into a flag while ranks run, and gives the handlers back afterwards."""
 
     def __init__(self) -> None:
-        self.asked = 0
-        self.before: dict[int, Any] = {}
+        self.requests = 0
+        self.handlers_before: dict[int, Any] = {}
 
     def __enter__(self) -> Stop:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup: it goes on without us
-                self.before[number] = signal.signal(number, self.ask)
+                self.handlers_before[number] = signal.signal(number, self.count)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
+        for number, handler in self.handlers_before.items():
             signal.signal(number, handler)
 
-    def ask(self, number: int, frame: FrameType | None) -> None:
-        self.asked += 1
+    def count(self, number: int, frame: FrameType | None) -> None:
+        self.requests += 1
 
 
 def wait(
@@ -142,13 +142,13 @@ def wait(
     """Until the launcher ends. The first request lets the ranks save; the second, or `grace` seconds, ends them."""
     deadline = None
     while process.poll() is None:
-        deaths.look()
+        deaths.update()
         if peers and peers.failed():
             say("ranks of another node have failed: ending those that are left")
             return
-        if stop.asked and deadline is None:
+        if stop.requests and deadline is None:
             deadline = time.monotonic() + grace
-            pids = ranks.living(run, deaths.mine)
+            pids = ranks.living(run, deaths.own_ranks)
             if ssh:
                 remote.ask_ranks(run, "save")
             elif not pids:  # nothing trains yet, so there is nothing to save
@@ -156,17 +156,17 @@ def wait(
             say("stopping: the ranks save a checkpoint at the next step (again to end them at once)")
             for pid in pids:
                 ranks.send(pid, signal.SIGTERM)
-        if deadline is not None and (stop.asked > 1 or time.monotonic() > deadline):
+        if deadline is not None and (stop.requests > 1 or time.monotonic() > deadline):
             say("ending the ranks without a checkpoint")
             return
         time.sleep(0.1)
 
 
-def kill_all(process: subprocess.Popen[bytes], run: Path, mine: range | None = None) -> None:
+def kill_all(process: subprocess.Popen[bytes], run: Path, own_ranks: range | None = None) -> None:
     """End the launcher, everything below it and every rank; ranks under torchrun have sessions of their own."""
-    left = ranks.living(run, mine)
+    pids = ranks.living(run, own_ranks)
     ops.kill_tree(process.pid)
-    for pid in left:
+    for pid in pids:
         ops.kill_tree(pid)
     try:
         os.killpg(process.pid, signal.SIGKILL)
@@ -174,17 +174,17 @@ def kill_all(process: subprocess.Popen[bytes], run: Path, mine: range | None = N
         pass
     process.wait()
     for file in (run / run_directory.LOGS).glob("rank*.pid"):
-        if mine is None or int(file.stem.removeprefix("rank")) in mine:
+        if own_ranks is None or int(file.stem.removeprefix("rank")) in own_ranks:
             file.unlink(missing_ok=True)
 
 
-def outcome(run: Path, returncode: int | None, name: str = "", before: dict[str, Any] | None = None) -> int:
+def outcome(run: Path, returncode: int | None, name: str = "", status_before: dict[str, Any] | None = None) -> int:
     """The exit code, from what rank 0 wrote down: a launcher's own code says little (deepspeed can end with 0).
 
     `name`: of a node that is not the first, which waits for the first one's word and leaves the status alone;
-    `before`: the status when that node began, which may be an earlier start's.
+    `status_before`: the status when that node began, which may be an earlier start's.
     """
-    state = settled(run, returncode, before) if name else run_directory.status(run)
+    state = settled(run, returncode, status_before) if name else run_directory.status(run)
     if state.get("state") == "done":
         return DONE
     if state.get("state") == "stopped":
@@ -202,10 +202,10 @@ def outcome(run: Path, returncode: int | None, name: str = "", before: dict[str,
     raise KitError(problems, code=code)
 
 
-def settled(run: Path, returncode: int | None, before: dict[str, Any] | None) -> dict[str, Any]:
+def settled(run: Path, returncode: int | None, status_before: dict[str, Any] | None) -> dict[str, Any]:
     """The run's status once node 0 has written how it ended; ranks that failed here need no word of node 0."""
     deadline = time.monotonic() + SETTLE_SECONDS
-    while (state := run_directory.status(run)).get("state") in ("created", "running") or state == before:
+    while (state := run_directory.status(run)).get("state") in ("created", "running") or state == status_before:
         if time.monotonic() > deadline or (returncode and ranks.read_errors(run)[0]):
             return {}
         time.sleep(0.5)

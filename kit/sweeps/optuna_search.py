@@ -13,9 +13,11 @@ from typing import Any
 from kit.config.multirun import Point
 from kit.config.search_space import Dimension, Search, Value, compose_trial, snapshot
 from kit.errors import DONE, ENVIRONMENT, KitError, first_line
-from kit.schema.run_plan import HparamsSearch
+from kit.schema.run_plan import HparamsSearch, RunPlan
 from kit.sweeps import record as files
-from kit.sweeps.grid import (
+from kit.sweeps.pool import Trial, busy
+from kit.sweeps.screen import Sweep, announce, named, report
+from kit.sweeps.session import (
     about,
     exit_code,
     opened,
@@ -27,8 +29,6 @@ from kit.sweeps.grid import (
     take_up,
     trial_of,
 )
-from kit.sweeps.pool import Trial, busy
-from kit.sweeps.screen import Sweep, announce, named, report
 from kit.system import paths
 from kit.system.dependencies import need_stack
 from kit.system.terminal import print_problems, say
@@ -38,111 +38,129 @@ MUTE = "the trial never logged"
 NAMES = {"unknown-key", "renamed-key", "removed-key", "owned"}  # rules about keys: wrong whatever the value
 
 
-def search(fresh: bool, found: Search) -> int:
+def search(fresh: bool, spec: Search) -> int:
     """Run a search, or what is missing of it; the exit code of the sweep."""
-    base = planned(found.base)
+    base = planned(spec.base)
     settings = settings_of(base)
-    if not found.space:
-        fix = "hparams_search.search_space, or a sweep on the command line: peft.r=8,16"
-        raise KitError("the search has nothing to choose from", "hparams_search.search_space", fix)
-    if base.launch.slurm:
-        fix = "launch=auto inside an allocation, or a grid: key=value,value without hparams_search=optuna"
-        raise KitError("a search stays with its trials, which a batch job does not", "hparams_search.method", fix)
-    check_names(found)
-    if find_spec("optuna") is None:
-        raise KitError("optuna is not installed", "hparams_search=optuna", "pip install 'optuna>=4'", code=ENVIRONMENT)
+    check_search(spec, base)
     need_stack()
-    space = {key: vars(d) for key, d in found.space.items()}
-    chosen = settings.model_dump(include={"metric", "direction", "sampler", "seed", "pruner"})
-    folder = sweep_folder(base, files.digest([files.identity(base), space, chosen]), fresh)
+    space = {key: vars(d) for key, d in spec.space.items()}
+    study_settings = settings.model_dump(include={"metric", "direction", "sampler", "seed", "pruner"})
+    folder = sweep_folder(base, files.digest([files.identity(base), space, study_settings]), fresh)
     metric = settings.metric or files.default_metric(base)
     with opened(folder):
         if not (folder / COPY).exists():
-            snapshot(found, folder / COPY)
+            snapshot(spec, folder / COPY)
         trials = files.read_record(folder)
         sweep = Sweep(folder, settings, metric, about(folder, settings, metric), trials)
-        try:
-            study = open_study(folder, settings, len(trials))
-            known_to_study = len(study.trials)
-        except Exception as error:  # of sqlalchemy, json or optuna, whatever the file holds
-            fix = "--fresh starts anew"
-            raise KitError(f"the study cannot be read: {first_line(error)}", str(folder), fix) from None
-        if any(t.number >= known_to_study for t in trials):
-            said = "the study does not know the trials that were there before: it was removed, or kept elsewhere"
-            fix = "hparams_search.storage as it was, or --fresh"
-            raise KitError(said, f"{folder}, hparams_search.storage={settings.storage}", fix)
+        study = study_of(sweep)
         if trials:
             take_up(folder, trials)
         settle_study(study, trials, metric)
         files.write_record(folder, trials, sweep.about)
         announce(sweep, settings.n_trials)
-        pool = pool_for(settings, [base])
-        asked: dict[int, Any] = {}  # number of a running trial: optuna's trial
-
-        def next_trial() -> Trial | None:
-            for trial in trials:
-                if trial.state == "waiting" and trial.plan and pool.room_for(trial.plan) and not busy(trial):
-                    asked[trial.number] = known(study, trial.number)
-                    return trial
-            if any(t.state == "waiting" for t in trials):
-                return None
-            while len(trials) < wanted() and pool.room_for(base):
-                proposed = study.ask()
-                values = {key: suggest(proposed, key, d) for key, d in found.space.items()}
-                trial = freeze(found, folder, proposed.number, values)
-                trials.append(trial)
-                files.write_record(folder, trials, sweep.about)
-                if trial.plan:
-                    asked[trial.number] = proposed
-                    return trial
-                tell(study, trial, metric)
-            return None
-
-        def watch(trial: Trial, rows: list[dict[str, Any]]) -> bool:
-            reports = [r for r in rows if isinstance(r.get(metric), int | float) and "step" in r]
-            seen = asked[trial.number]
-            for row in reports:
-                seen.report(float(row[metric]), int(row["step"]))
-            return bool(reports) and seen.should_prune()
-
-        def wanted() -> int:
-            """How many trials in all. None ever logged the metric: neither would more of them."""
-            mute = any(t.problems and t.problems[0]["problem"].startswith(MUTE) for t in trials)
-            unheard = mute and all(files.result(t, metric) is None for t in trials)
-            return len(trials) if unheard else settings.n_trials
-
-        def missing() -> bool:
-            return len(trials) < wanted() or any(t.state == "waiting" for t in trials)
-
-        stay(sweep, pool, next_trial, lambda: not missing(), watch, lambda t: tell(study, t, metric))
+        run_trials(sweep, study, spec, base)
         report(sweep)
     return max((exit_code(t) for t in trials), default=DONE)
 
 
-def check_names(found: Search) -> None:
+def run_trials(sweep: Sweep, study: Any, spec: Search, base: RunPlan) -> None:
+    """Ask the study for trials and run them, side by side, until there are n_trials; `base`: the plan of any."""
+    folder, settings, metric, trials = sweep.folder, sweep.settings, sweep.metric, sweep.trials
+    pool = pool_for(settings, [base])
+    asked: dict[int, Any] = {}  # number of a running trial: optuna's trial
+
+    def next_trial() -> Trial | None:
+        for trial in trials:
+            if trial.state == "waiting" and trial.plan and pool.room_for(trial.plan) and not busy(trial):
+                asked[trial.number] = known(study, trial.number)
+                return trial
+        if any(t.state == "waiting" for t in trials):
+            return None
+        while len(trials) < wanted() and pool.room_for(base):
+            proposed = study.ask()
+            values = {key: suggest(proposed, key, d) for key, d in spec.space.items()}
+            trial = freeze(spec, folder, proposed.number, values)
+            trials.append(trial)
+            files.write_record(folder, trials, sweep.about)
+            if trial.plan:
+                asked[trial.number] = proposed
+                return trial
+            tell(study, trial, metric)
+        return None
+
+    def watch(trial: Trial, rows: list[dict[str, Any]]) -> bool:
+        reports = [r for r in rows if isinstance(r.get(metric), int | float) and "step" in r]
+        optuna_trial = asked[trial.number]
+        for row in reports:
+            optuna_trial.report(float(row[metric]), int(row["step"]))
+        return bool(reports) and optuna_trial.should_prune()
+
+    def wanted() -> int:
+        """How many trials in all. None ever logged the metric: neither would more of them."""
+        mute = any(t.problems and t.problems[0]["problem"].startswith(MUTE) for t in trials)
+        unheard = mute and all(files.result(t, metric) is None for t in trials)
+        return len(trials) if unheard else settings.n_trials
+
+    def over() -> bool:
+        return len(trials) >= wanted() and not any(t.state == "waiting" for t in trials)
+
+    stay(sweep, pool, next_trial, over, watch, lambda t: tell(study, t, metric))
+
+
+def check_search(spec: Search, base: RunPlan) -> None:
+    """KitError where there is nothing to choose from, where it cannot run here, or for a key that no trial can set."""
+    if not spec.space:
+        fix = "hparams_search.search_space, or a sweep on the command line: peft.r=8,16"
+        raise KitError("the search has nothing to choose from", "hparams_search.search_space", fix)
+    if base.launch.slurm:
+        fix = "launch=auto inside an allocation, or a grid: key=value,value without hparams_search=optuna"
+        raise KitError("a search stays with its trials, which a batch job does not", "hparams_search.method", fix)
+    check_names(spec)
+    if find_spec("optuna") is None:
+        raise KitError("optuna is not installed", "hparams_search=optuna", "pip install 'optuna>=4'", code=ENVIRONMENT)
+
+
+def study_of(sweep: Sweep) -> Any:
+    """The sweep's study; KitError where it cannot be read or does not know the sweep's trials."""
+    folder, settings, trials = sweep.folder, sweep.settings, sweep.trials
+    try:
+        study = open_study(folder, settings, len(trials))
+        known_to_study = len(study.trials)
+    except Exception as error:  # of sqlalchemy, json or optuna, whatever the file holds
+        fix = "--fresh starts anew"
+        raise KitError(f"the study cannot be read: {first_line(error)}", str(folder), fix) from None
+    if any(t.number >= known_to_study for t in trials):
+        message = "the study does not know the trials that were there before: it was removed, or kept elsewhere"
+        fix = "hparams_search.storage as it was, or --fresh"
+        raise KitError(message, f"{folder}, hparams_search.storage={settings.storage}", fix)
+    return study
+
+
+def check_names(spec: Search) -> None:
     """Refuse a key that no trial can set; a value that some trial cannot have is refused with that trial."""
     try:
-        planned(compose_trial(found, {k: d.choices[0] if d.choices else d.low for k, d in found.space.items()}))
+        planned(compose_trial(spec, {k: d.choices[0] if d.choices else d.low for k, d in spec.space.items()}))
     except KitError as error:
         if wrong := [p for p in error.problems if p.rule in NAMES]:
             raise KitError(wrong) from None
 
 
-def open_study(folder: Path, settings: HparamsSearch, before: int) -> Any:
-    """The study in the sweep's directory; `before`: trials that it had, so that a seed does not repeat itself."""
+def open_study(folder: Path, settings: HparamsSearch, trials_before: int) -> Any:
+    """The study in the sweep's directory; `trials_before`: how many it had, so that a seed does not repeat itself."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    seed = settings.seed + before
+    seed = settings.seed + trials_before
     samplers: dict[str, Any] = {
         "tpe": lambda: optuna.samplers.TPESampler(seed=seed, constant_liar=settings.parallel != 1),
         "random": lambda: optuna.samplers.RandomSampler(seed=seed),
     }
-    p = settings.pruner
+    pruner = settings.pruner
     pruners: dict[str, Any] = {
         "none": lambda: optuna.pruners.NopPruner(),
-        "median": lambda: optuna.pruners.MedianPruner(p.n_startup_trials, p.n_warmup_steps),
-        "halving": lambda: optuna.pruners.SuccessiveHalvingPruner(p.min_resource, p.reduction_factor),
+        "median": lambda: optuna.pruners.MedianPruner(pruner.n_startup_trials, pruner.n_warmup_steps),
+        "halving": lambda: optuna.pruners.SuccessiveHalvingPruner(pruner.min_resource, pruner.reduction_factor),
     }
     return optuna.create_study(
         storage=storage(folder, settings.storage),
@@ -150,14 +168,14 @@ def open_study(folder: Path, settings: HparamsSearch, before: int) -> Any:
         load_if_exists=True,
         direction=settings.direction,
         sampler=samplers[settings.sampler](),
-        pruner=pruners[p.name](),
+        pruner=pruners[pruner.name](),
     )
 
 
-def storage(folder: Path, kind: str) -> Any:
+def storage(folder: Path, backend: str) -> Any:
     import optuna
 
-    if kind == "sqlite":
+    if backend == "sqlite":
         return f"sqlite:///{folder / 'study.db'}"
     from optuna.storages.journal import JournalFileBackend
 
@@ -196,26 +214,28 @@ def silent(trial: Trial, metric: str) -> bool:
     trial.state, trial.code = "failed", None
     logged = ", ".join(sorted({k for row in trial.curve.rows for k in row})) or "nothing"
     fix = "hparams_search.metric=ANOTHER, trainer.logging_steps=1"
-    said = f"{MUTE} {metric}; it logged {logged}"
-    trial.problems = [{"problem": said, "where": "hparams_search.metric", "fix": fix}]
+    message = f"{MUTE} {metric}; it logged {logged}"
+    trial.problems = [{"problem": message, "where": "hparams_search.metric", "fix": fix}]
     return True
 
 
-def suggest(trial: Any, key: str, d: Dimension) -> Value:
-    if d.choices:
-        return trial.suggest_categorical(key, d.choices)
-    if d.whole:
-        return trial.suggest_int(key, int(d.low), int(d.high), step=int(d.step or 1), log=d.log)
-    return trial.suggest_float(key, d.low, d.high, step=d.step, log=d.log)
+def suggest(trial: Any, key: str, dimension: Dimension) -> Value:
+    if dimension.choices:
+        return trial.suggest_categorical(key, dimension.choices)
+    if dimension.whole:
+        return trial.suggest_int(
+            key, int(dimension.low), int(dimension.high), step=int(dimension.step or 1), log=dimension.log
+        )
+    return trial.suggest_float(key, dimension.low, dimension.high, step=dimension.step, log=dimension.log)
 
 
-def freeze(found: Search, folder: Path, number: int, values: dict[str, Value]) -> Trial:
+def freeze(spec: Search, folder: Path, number: int, values: dict[str, Value]) -> Trial:
     """A proposal composed and frozen; refused and listed where it is no valid run."""
     point = Point(number, {key: v if isinstance(v, str) else f"{v:.6g}" for key, v in values.items()})
     plan = None
     try:
         with paths.using(folder / COPY):
-            plan = planned(compose_trial(found, values, folder / COPY))
+            plan = planned(compose_trial(spec, values, folder / COPY))
     except KitError as error:
         point.problems = error.problems
         say(f"trial {number:03d} refused")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import signal
 import subprocess
@@ -46,23 +45,18 @@ class Curve:
                 new = f.read()
         except OSError:
             return []
-        whole = new[: new.rfind(b"\n") + 1]
-        self.offset += len(whole)
-        found = []
-        for line in whole.splitlines():
+        complete = new[: new.rfind(b"\n") + 1]
+        self.offset += len(complete)
+        rows = []
+        for line in complete.splitlines():
             with contextlib.suppress(ValueError):
                 row = json.loads(line)
-                found += [row] if isinstance(row, dict) else []
-        self.rows += found
-        return found
+                rows += [row] if isinstance(row, dict) else []
+        self.rows += rows
+        return rows
 
     def last(self, key: str) -> Any:
         return next((v for row in reversed(self.rows) if isinstance(v := row.get(key), int | float)), None)
-
-    def series(self, key: str) -> list[tuple[int, float]]:
-        """(step, value) in order, of what is a number; a step that was trained twice counts as it ended up."""
-        rows = [(row["step"], row[key]) for row in self.rows if key in row and "step" in row]
-        return sorted((s, v) for s, v in dict(rows).items() if isinstance(v, int | float) and math.isfinite(v))
 
 
 @dataclass
@@ -84,7 +78,7 @@ class Trial:
     pruning: bool = False
     worker: Worker | None = None  # the warm process that has it
     cold: bool = False  # a warm process failed with it: it is not given to another
-    asked: float | None = None  # when it was told to stop
+    stop_requested: float | None = None  # when it was told to stop
 
     def __post_init__(self) -> None:
         self.curve = Curve(self.run / run_directory.METRICS_LOG)
@@ -114,7 +108,7 @@ class Pool:
         self.running: list[Trial] = []
         self.idle: list[Worker] = []
         self.ending = False
-        self.told: set[str] = set()  # why trials start cold in spite of `warm`
+        self.explained: set[str] = set()  # why trials start cold in spite of `warm`
 
     def room_for(self, plan: RunPlan) -> bool:
         free = None if self.free is None else len(self.free) + sum(len(w.devices) for w in self.idle)
@@ -136,9 +130,9 @@ class Pool:
         """Start a trial in a session of its own, or in a living worker; its output in logs/trial.log."""
         assert trial.plan is not None
         key = self.key(trial)
-        if self.warm and not key and (why := warm_pool.why_cold(trial.plan)) and why not in self.told:
-            self.told.add(why)
-            say(f"trial {trial.number:03d} {trial.label()} starts cold, and so do others for this reason: {why}")
+        if self.warm and not key and (reason := warm_pool.why_cold(trial.plan)) and reason not in self.explained:
+            self.explained.add(reason)
+            say(f"trial {trial.number:03d} {trial.label()} starts cold, and so do others for this reason: {reason}")
         worker = next((w for w in self.idle if w.key == key), None)
         if worker:
             self.idle.remove(worker)
@@ -146,9 +140,9 @@ class Pool:
             worker = self.new_process(trial, key)
         if worker:
             trial.worker, trial.process, trial.devices = worker, worker.process, worker.devices
-            worker.give(trial.run / run_directory.PLAN)
+            worker.assign(trial.run / run_directory.PLAN)
         trial.state, trial.started, trial.problems, trial.code = "running", time.monotonic(), [], None
-        trial.asked = None
+        trial.stop_requested = None
         self.running.append(trial)
 
     def new_process(self, trial: Trial, key: str | None) -> Worker | None:
@@ -160,7 +154,7 @@ class Pool:
         while self.idle and (
             len(self.running) + len(self.idle) >= self.slots or (needed and len(self.free or []) < needed)
         ):
-            self.dismiss(self.idle.pop(0))
+            self.end_worker(self.idle.pop(0))
         if plan.trainer["use_cpu"]:
             threads = max(1, hardware.cores() // (self.slots * plan.world_size))
             env.setdefault("OMP_NUM_THREADS", str(threads))
@@ -181,46 +175,46 @@ class Pool:
             )
         return None
 
-    def dismiss(self, worker: Worker) -> None:
+    def end_worker(self, worker: Worker) -> None:
         worker.end()
         if self.free is not None:
             self.free = self.free + worker.devices
 
     def ended(self) -> list[Trial]:
         """The trials that ended since the last look, with state, exit code, problems and seconds."""
-        over = []
+        ended_trials = []
         for trial in list(self.running):
             assert trial.process is not None
-            worker, code, why = trial.worker, trial.process.poll(), ""
+            worker, code, reason = trial.worker, trial.process.poll(), ""
             if worker:
-                answer = worker.answer()
-                if answer is None and warm_pool.overdue(trial.asked, trial.plan):
+                result = worker.poll_result()
+                if result is None and warm_pool.overdue(trial.stop_requested, trial.plan):
                     worker.kill()
-                code, why = (None, "") if answer is None else (answer["code"], answer["why"])
+                code, reason = (None, "") if result is None else (result["code"], result["why"])
             if code is None:
                 continue
             self.running.remove(trial)
-            if worker and not why:
+            if worker and not reason:
                 self.idle.append(worker)
             elif worker:
-                self.dismiss(worker)
+                self.end_worker(worker)
             elif self.free is not None:
                 self.free = self.free + trial.devices
             trial.devices, trial.worker = [], None
             settle(trial, code)
             if worker and trial.state == "failed" and trial.code == FAILED and not (trial.pruning or self.ending):
-                said = trial.problems[0]["problem"].splitlines()[0] if trial.problems else why
-                say(f"trial {trial.number:03d} {trial.label()} failed in a warm worker, which is ended: {said}")
+                cause = trial.problems[0]["problem"].splitlines()[0] if trial.problems else reason
+                say(f"trial {trial.number:03d} {trial.label()} failed in a warm worker, which is ended: {cause}")
                 say(f"trial {trial.number:03d} starts cold")
                 trial.cold = True
                 self.start(trial)
                 continue
-            if worker and why and trial.state in ("done", "stopped", "pruned"):
-                say(f"the worker of trial {trial.number:03d} takes no other trial: {why}")
-            over.append(trial)
-        return over
+            if worker and reason and trial.state in ("done", "stopped", "pruned"):
+                say(f"the worker of trial {trial.number:03d} takes no other trial: {reason}")
+            ended_trials.append(trial)
+        return ended_trials
 
-    def ask(self) -> None:
+    def stop_all(self) -> None:
         """Tell every trial to stop: once with a checkpoint, twice at once."""
         self.ending = True
         for trial in self.running:
@@ -230,13 +224,13 @@ class Pool:
         """End whatever still lives, ranks first found by what they wrote down."""
         self.ending = True
         for trial in self.running:
-            left = ranks_left(trial.run)
+            pids = ranks_left(trial.run)
             if trial.process:
                 ops.kill_tree(trial.process.pid)
-            for pid in left:
+            for pid in pids:
                 ops.kill_tree(pid)
         while self.idle:
-            self.dismiss(self.idle.pop())
+            self.end_worker(self.idle.pop())
 
 
 def child(plan: Path) -> list[str]:
@@ -246,7 +240,7 @@ def child(plan: Path) -> list[str]:
 
 def stop(trial: Trial) -> None:
     if trial.process and trial.process.poll() is None:
-        again, trial.asked = trial.asked is not None, trial.asked or time.monotonic()
+        again, trial.stop_requested = trial.stop_requested is not None, trial.stop_requested or time.monotonic()
         if trial.worker and again:  # a cold trial ends its rank itself
             trial.worker.kill()
         else:
@@ -273,8 +267,8 @@ def settle(trial: Trial, code: int) -> None:
         trial.state, trial.code = "stopped", STOPPED
     else:
         how = f"was killed by signal {-code}" if code < 0 else f"ended with {code}"
-        asked = trial.asked is not None  # then whoever asked did not wait for the checkpoint
-        trial.state, trial.code = ("stopped", STOPPED) if asked else ("failed", FAILED)
+        was_asked = trial.stop_requested is not None  # then whoever asked did not wait for the checkpoint
+        trial.state, trial.code = ("stopped", STOPPED) if was_asked else ("failed", FAILED)
         trial.problems = [{"problem": f"the trial {how}", "where": str(trial.run / run_directory.LOGS / LOG)}]
 
 
@@ -294,9 +288,9 @@ def busy(trial: Trial) -> bool:
 
 def ranks_left(run: Path) -> list[int]:
     """Process ids of ranks that live; a number that has become another process's does not count."""
-    found = []
+    pids = []
     for pid in living(run):
         with contextlib.suppress(psutil.Error):
             if any(str(run) in part for part in psutil.Process(pid).cmdline()):
-                found.append(pid)
-    return found
+                pids.append(pid)
+    return pids

@@ -19,7 +19,7 @@ from kit.storage import run_directory
 from kit.storage.json_files import atomic_write_json, atomic_write_text, read_json_or_empty
 from kit.sweeps.pool import Trial, brief, short_names
 
-RECORD, TABLE, PLOT = "sweep.json", "sweep.csv", "sweep.svg"
+RECORD, TABLE = "sweep.json", "sweep.csv"
 FIGURES = ("loss", "eval_loss", "tokens_per_second", "peak_memory_gb")
 NAME_LENGTH = 80
 
@@ -57,12 +57,12 @@ def result(trial: Trial, metric: str) -> float | None:
 def figures(trial: Trial) -> dict[str, Any]:
     """The last figures of a trial, None for what it has not logged."""
     final = read_json_or_empty(trial.run / run_directory.METRICS)
-    found = {key: trial.curve.last(key) if trial.curve.last(key) is not None else final.get(key) for key in FIGURES}
-    if found["tokens_per_second"] is None:
-        found["tokens_per_second"] = speed(trial)
-    if found["peak_memory_gb"] is None:
-        found["peak_memory_gb"] = trial.curve.last("memory_gb")
-    return {"step": trial.curve.last("step"), **found}
+    values = {key: trial.curve.last(key) if trial.curve.last(key) is not None else final.get(key) for key in FIGURES}
+    if values["tokens_per_second"] is None:
+        values["tokens_per_second"] = speed(trial)
+    if values["peak_memory_gb"] is None:
+        values["peak_memory_gb"] = trial.curve.last("memory_gb")
+    return {"step": trial.curve.last("step"), **values}
 
 
 def speed(trial: Trial) -> float | None:
@@ -75,8 +75,8 @@ def speed(trial: Trial) -> float | None:
 
 def best(trials: list[Trial], metric: str, direction: str) -> Trial | None:
     """The finished trial with the best result; of equals the first."""
-    found = [(result(t, metric), t) for t in trials if t.state == "done"]
-    scored = [(v, t) for v, t in found if v is not None and math.isfinite(v)]  # nan is neither more nor less
+    results = [(result(t, metric), t) for t in trials if t.state == "done"]
+    scored = [(v, t) for v, t in results if v is not None and math.isfinite(v)]  # nan is neither more nor less
     sign = -1 if direction == "maximize" else 1
     return min(scored, key=lambda pair: sign * pair[0])[1] if scored else None
 
@@ -135,9 +135,9 @@ def write_csv(folder: Path, trials: list[Trial], metric: str) -> None:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["trial", "state", *keys, *extra, "step", *FIGURES, "seconds", "exit_code", "run"])
     for t in trials:
-        found = figures(t)
+        values = figures(t)
         row = [t.number, t.state, *(t.values.get(key) for key in keys), *(result(t, m) for m in extra)]
-        writer.writerow([*row, found["step"], *(found[key] for key in FIGURES), t.seconds, t.code, t.run.name])
+        writer.writerow([*row, values["step"], *(values[key] for key in FIGURES), t.seconds, t.code, t.run.name])
     atomic_write_text(folder / TABLE, out.getvalue())
 
 
@@ -148,20 +148,20 @@ def table(trials: list[Trial], settings: HparamsSearch, metric: str, title: str)
 
     keys = list(dict.fromkeys(key for t in trials for key in t.values))
     names = short_names(keys)
-    shown = Table(title=escape(title), title_justify="left")
+    grid = Table(title=escape(title), title_justify="left")
     losses = ["loss", metric] if metric != "loss" else ["loss"]
     for name in ("trial", *(names[k] for k in keys), "state", "step", *losses, "tokens/s", "seconds"):
-        shown.add_column(name, justify="left" if name == "state" else "right", overflow="fold")
+        grid.add_column(name, justify="left" if name == "state" else "right", overflow="fold")
     winner = best(trials, metric, settings.direction)
     for t in trials:
-        found = figures(t)
+        figures_of = figures(t)
         seconds = t.seconds + (time.monotonic() - t.started if t.state == "running" else 0)
         state = t.state + (f" on {','.join(t.devices)}" if t.devices else "") + (" (best)" if t is winner else "")
-        cells = [number(v) for v in (found["loss"], result(t, metric))[: len(losses)]]
-        cells.append(number(found["tokens_per_second"]))
+        cells = [number(v) for v in (figures_of["loss"], result(t, metric))[: len(losses)]]
+        cells.append(number(figures_of["tokens_per_second"]))
         values = [escape(brief(t.values.get(key, ""))) for key in keys]  # [q_proj] would be a style
-        shown.add_row(str(t.number), *values, state, steps(t, found["step"]), *cells, f"{seconds:.0f}")
-    return shown
+        grid.add_row(str(t.number), *values, state, steps(t, figures_of["step"]), *cells, f"{seconds:.0f}")
+    return grid
 
 
 def steps(trial: Trial, step: int | None) -> str:
@@ -182,9 +182,9 @@ def line(trials: list[Trial]) -> str:
     running = []
     for t in trials:
         if t.state == "running":
-            found = figures(t)
-            loss = f" loss {number(found['loss'])}" if found["loss"] is not None else ""
-            running.append(f"{t.number:03d} step {steps(t, found['step']) or '-'}{loss}")
+            values = figures(t)
+            loss = f" loss {number(values['loss'])}" if values["loss"] is not None else ""
+            running.append(f"{t.number:03d} step {steps(t, values['step']) or '-'}{loss}")
     return counts + (": " + " | ".join(running) if running else "")
 
 

@@ -14,7 +14,6 @@ from kit.errors import Problem
 from kit.schema.run_plan import HparamsSearch
 from kit.storage import run_directory
 from kit.sweeps import record as files
-from kit.sweeps.plot import write_plot
 from kit.sweeps.pool import ENDED, Trial
 from kit.system.terminal import print_problems, say
 
@@ -35,8 +34,8 @@ def announce(sweep: Sweep, count: int) -> None:
     refused = [t for t in sweep.trials if t.state == "refused"]
     if refused:
         say(f"{len(refused)} of {len(sweep.trials)} trials refused; the others run")
-        said = [(t.number, t.values, Problem(**p)) for t in refused for p in t.problems]
-        print_problems(gathered(said), refused=False)
+        problems = [(t.number, t.values, Problem(**p)) for t in refused for p in t.problems]
+        print_problems(gathered(problems), refused=False)
     for text in dict.fromkeys(w for t in sweep.trials if t.plan for w in api.warnings(t.plan)):
         say(f"warning: {text}")
     say(f"{counted(count - len(refused))} in {run_directory.shown(sweep.folder)}")
@@ -44,23 +43,23 @@ def announce(sweep: Sweep, count: int) -> None:
 
 def named(number: int, values: dict[str, Any], problem: Problem) -> Problem:
     """A problem with the trial that has it."""
-    at = ", ".join(f"{k}={v}" for k, v in values.items())
-    return Problem(f"trial {number} ({at}): {problem.problem}", problem.where, problem.fix, problem.rule)
+    setting = ", ".join(f"{k}={v}" for k, v in values.items())
+    return Problem(f"trial {number} ({setting}): {problem.problem}", problem.where, problem.fix, problem.rule)
 
 
-def gathered(found: list[tuple[int, dict[str, Any], Problem]]) -> list[Problem]:
+def gathered(problems_of_trials: list[tuple[int, dict[str, Any], Problem]]) -> list[Problem]:
     """The problems of several trials (number, values, problem); what more than one of them has is said once."""
     by_problem: dict[Problem, list[tuple[int, dict[str, Any]]]] = {}
-    for number, values, problem in found:
+    for number, values, problem in problems_of_trials:
         by_problem.setdefault(problem, []).append((number, values))
-    once = []
+    merged = []
     for problem, trials in by_problem.items():
         number, values = trials[0]
         others = ", ".join(str(n) for n, _ in trials[1:9]) + (", ..." if len(trials) > 9 else "")
-        where = f" (the same in trial{'s' if len(trials) > 2 else ''} {others})" if others else ""
-        text = problem.problem + where
-        once.append(named(number, values, Problem(text, problem.where, problem.fix, problem.rule)))
-    return once
+        same = f" (the same in trial{'s' if len(trials) > 2 else ''} {others})" if others else ""
+        text = problem.problem + same
+        merged.append(named(number, values, Problem(text, problem.where, problem.fix, problem.rule)))
+    return merged
 
 
 @contextmanager
@@ -84,10 +83,10 @@ def screen(sweep: Sweep) -> Iterator[Callable[[Trial | None], None]]:
     def tell(trial: Trial | None) -> None:
         nonlocal last
         if trial is not None:
-            where = f" on GPU {','.join(trial.devices)}" if trial.devices else ""
+            devices = f" on GPU {','.join(trial.devices)}" if trial.devices else ""
             reason = f": {trial.problems[0]['problem'].splitlines()[0]}" if trial.problems else ""
-            took = f" after {trial.seconds:.0f} s" if trial.state != "running" else ""
-            say(f"trial {trial.number:03d} {trial.label()} {trial.state}{where}{took}{reason}")
+            duration = f" after {trial.seconds:.0f} s" if trial.state != "running" else ""
+            say(f"trial {trial.number:03d} {trial.label()} {trial.state}{devices}{duration}{reason}")
         elif time.monotonic() - last > sweep.settings.progress_seconds:
             last = time.monotonic()
             say(files.line(sweep.trials))
@@ -104,12 +103,10 @@ def counted(number: int) -> str:
 
 
 def report(sweep: Sweep) -> None:
-    """The table, sweep.csv and sweep.svg; what failed; which trial is the best."""
+    """The table and sweep.csv; what failed; which trial is the best."""
     from rich.console import Console
 
-    title = f"{sweep.folder.name}: {counted(len(sweep.trials))}"
     files.write_csv(sweep.folder, sweep.trials, sweep.metric)
-    write_plot(sweep.folder / files.PLOT, sweep.trials, sweep.metric, sweep.settings.direction, title)
     Console(width=None if run_directory.is_terminal() else 160).print(shown(sweep))
     failed = [t for t in sweep.trials if t.state == "failed"]
     if failed:
@@ -121,10 +118,10 @@ def report(sweep: Sweep) -> None:
     again = failed if sweep.settings.method == "grid" else []  # a search goes on to other values
     missing = [t for t in sweep.trials if t.state not in ENDED]
     if missing or again:
-        said = [f"{counted(len(them))} {how}" for them, how in ((missing, "missing"), (again, "failed")) if them]
-        say(f"{', '.join(said)}: the same command goes on with {'it' if len(missing + again) == 1 else 'them'}")
-    place = run_directory.shown(sweep.folder)
-    print(f"tables    {place}/{files.TABLE}, {files.RECORD}, {files.PLOT}")
+        counts = [f"{counted(len(them))} {how}" for them, how in ((missing, "missing"), (again, "failed")) if them]
+        say(f"{', '.join(counts)}: the same command goes on with {'it' if len(missing + again) == 1 else 'them'}")
+    folder = run_directory.shown(sweep.folder)
+    print(f"tables    {folder}/{files.TABLE}, {files.RECORD}")
     if winner := files.best(sweep.trials, sweep.metric, sweep.settings.direction):
         value = files.number(files.result(winner, sweep.metric))
         print(f"best      {run_directory.shown(winner.run)} ({sweep.metric} {value})")

@@ -60,12 +60,12 @@ def why_cold(plan: RunPlan) -> str | None:
     if plan.model.trust_remote_code:
         return "the base's own code may remember the trials before"
     for key, value in peft.items():
-        known = key in ADAPTER | HARMLESS or not value or (key, value) == ("bias", "none")
+        allowed = key in ADAPTER | HARMLESS or not value or (key, value) == ("bias", "none")
         if key == "init_lora_weights":
-            known = any(value is v or value == v for v in DRAWN)
+            allowed = any(value is v or value == v for v in DRAWN)
         if key == "peft_type":
-            known = value == "LORA"
-        if not known:
+            allowed = value == "LORA"
+        if not allowed:
             return f"peft.{key}={value} may change the base"
     # Each of the three words about compiling turns it on.
     for key in ("torch_compile", "torch_compile_backend", "torch_compile_mode", "push_to_hub", "auto_find_batch_size"):
@@ -84,8 +84,8 @@ def key(plan: RunPlan) -> str:
     anew = {f"trainer.{k}" for k in TRAINER} | {f"peft.{k}" for k in ADAPTER}
     if plan.trainer.get("shuffle_dataset"):  # then the order of the tokenized rows depends on it
         anew.remove("trainer.seed")
-    held = {k: v for k, v in leaves(shared).items() if not any(k == a or k.startswith(a + ".") for a in anew)}
-    return hashlib.sha256(json.dumps(held, sort_keys=True, default=str).encode()).hexdigest()
+    shared_leaves = {k: v for k, v in leaves(shared).items() if not any(k == a or k.startswith(a + ".") for a in anew)}
+    return hashlib.sha256(json.dumps(shared_leaves, sort_keys=True, default=str).encode()).hexdigest()
 
 
 class Worker:
@@ -103,8 +103,8 @@ class Worker:
         assert self.process.stdout is not None
         os.set_blocking(self.process.stdout.fileno(), False)
 
-    def give(self, plan: Path) -> None:
-        """Hand over a trial. A worker that has died meanwhile is found out by `answer`."""
+    def assign(self, plan: Path) -> None:
+        """Hand over a trial. A worker that has died meanwhile is found out by `poll_result`."""
         assert self.process.stdin is not None
         try:
             self.process.stdin.write(json.dumps({"plan": str(plan)}).encode() + b"\n")
@@ -112,7 +112,7 @@ class Worker:
         except OSError:
             return
 
-    def answer(self) -> dict[str, Any] | None:
+    def poll_result(self) -> dict[str, Any] | None:
         """What became of the trial: `code`, and `why` the worker is done for ("" where it is not). None: not yet."""
         assert self.process.stdout is not None
         gone = self.process.poll()  # first: what it wrote before it went is read below
@@ -147,6 +147,6 @@ def child() -> list[str]:
     return [sys.executable, "-m", WORKER, str(os.getpid())]
 
 
-def overdue(asked: float | None, plan: RunPlan | None) -> bool:
+def overdue(requested: float | None, plan: RunPlan | None) -> bool:
     """Whether a trial that was told to stop has had its time to save."""
-    return asked is not None and plan is not None and time.monotonic() - asked > plan.launch.grace_seconds
+    return requested is not None and plan is not None and time.monotonic() - requested > plan.launch.grace_seconds

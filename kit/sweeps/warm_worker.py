@@ -37,11 +37,11 @@ def main(argv: list[str]) -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print must not look like an answer
     tee()
-    held = Held()
-    why = ""
-    while not why and (line := sys.stdin.readline()):
-        code, why = trial(Path(json.loads(line)["plan"]), held)
-        answers.write(json.dumps({"code": code, "why": why}) + "\n")
+    state = Held()
+    reason = ""
+    while not reason and (line := sys.stdin.readline()):
+        code, reason = trial(Path(json.loads(line)["plan"]), state)
+        answers.write(json.dumps({"code": code, "why": reason}) + "\n")
         answers.flush()
     os._exit(DONE)
 
@@ -52,7 +52,7 @@ def tee() -> None:
     sys.stdout, sys.stderr = worker.Tee(sys.stdout, null), worker.Tee(sys.stderr, null)
 
 
-def trial(path: Path, held: Held) -> tuple[int, str]:
+def trial(path: Path, state: Held) -> tuple[int, str]:
     """One trial: its exit code, and why this process must not have another ("" where it may)."""
     stopping.reset()
     run = path.parent
@@ -61,17 +61,17 @@ def trial(path: Path, held: Held) -> tuple[int, str]:
         os.dup2(log.fileno(), 2)
     try:
         with run_directory.locked(run), run_directory.locked(run, run_directory.RANK_LOCK), environment():
-            code = start(path, held)
+            code = start(path, state)
     except KitError as error:
         print(error, file=sys.stderr)
         run_directory.set_refused(run, error)
         code = error.code
     if code not in (DONE, STOPPED):
         return code, "a trial failed in it"
-    return code, held.reset()
+    return code, state.reset()
 
 
-def start(path: Path, held: Held) -> int:
+def start(path: Path, state: Held) -> int:
     """What a launcher and its one rank do with a plan; KitError where the run is not done and not stopped."""
     run = path.parent
     plan = load_plan(path).model_copy(update={"run_dir": str(run)})
@@ -86,7 +86,7 @@ def start(path: Path, held: Held) -> int:
     for stream in (sys.stdout, sys.stderr):
         stream.log = log  # type: ignore[union-attr]
     try:
-        code = worker.session(plan, resume, load=held.load, prepared=held.prepared)
+        code = worker.session(plan, resume, load=state.load, prepared=state.prepared)
     except Exception as error:
         code = worker.failed(run, 0, error)
     finally:
@@ -99,13 +99,13 @@ def start(path: Path, held: Held) -> int:
 @contextmanager
 def environment() -> Iterator[None]:
     """Libraries note a run's settings in the environment: the next one finds it as it was."""
-    before = dict(os.environ)
+    variables = dict(os.environ)
     try:
         yield
     finally:
-        for key in os.environ.keys() - before.keys():
+        for key in os.environ.keys() - variables.keys():
             del os.environ[key]
-        os.environ.update(before)
+        os.environ.update(variables)
 
 
 class Held:
@@ -115,9 +115,9 @@ class Held:
         self.data: Any = None
         self.model: Any = None
         self.prepared: dict[Any, Any] = {}
-        self.before: Any = None
+        self.model_before: Any = None
         self.sums: list[Any] = []
-        self.drawn = False
+        self.draws_random = False
 
     def load(self, plan: Any, args: Any) -> tuple[Any, Any, Any]:
         """In the place of kit.training.run.load: the first trial loads, the others get the same, put back."""
@@ -132,10 +132,10 @@ class Held:
             return load_tokenizer(plan), self.data, self.model
         state = random_state()
         tokenizer, self.data, self.model = run.load(plan, args)
-        self.drawn = any(not torch.equal(a, b) for a, b in zip(state, random_state(), strict=True))
+        self.draws_random = any(not torch.equal(a, b) for a, b in zip(state, random_state(), strict=True))
         if not plan.quantization:  # that is on its device already; the trainer would move this one
             self.model.to(args.device)
-        self.before = remember(self.model)
+        self.model_before = remember(self.model)
         self.sums = checksums(self.model)
         gc.collect()
         gc.freeze()  # looking through all that was imported took half a second, twice a trial
@@ -146,9 +146,9 @@ class Held:
         import torch
         from accelerate.state import AcceleratorState, GradientState
 
-        if self.model is None or self.drawn:
+        if self.model is None or self.draws_random:
             return "loading the base drew random numbers: it depends on the seed"
-        restore(self.before)
+        restore(self.model_before)
         # Whatever was compiled (an optimizer, an attention): after a number of shapes torch no longer compiles.
         torch._dynamo.reset()
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -169,31 +169,31 @@ def remember(model: Any) -> tuple[list[Any], list[Any], list[Any]]:
     """What makes a model what it is, beside the values of its tensors: modules, configs, parameters."""
     from transformers import GenerationConfig, PreTrainedConfig
 
-    kinds = (PreTrainedConfig, GenerationConfig)
+    config_types = (PreTrainedConfig, GenerationConfig)
     modules = [(m, type(m), {k: shallow(v) for k, v in vars(m).items()}) for m in model.modules()]
     configs: dict[int, Any] = {}
-    found = [v for _, _, own in modules for v in own.values() if isinstance(v, kinds)]
-    while found:
-        config = found.pop()
+    pending = [v for _, _, attributes in modules for v in attributes.values() if isinstance(v, config_types)]
+    while pending:
+        config = pending.pop()
         if id(config) not in configs:  # parts of a model share the object, and must go on to
-            own = {k: v if isinstance(v, kinds) else copy.deepcopy(v) for k, v in vars(config).items()}
-            configs[id(config)] = config, own
-            found += [v for v in own.values() if isinstance(v, kinds)]
+            attributes = {k: v if isinstance(v, config_types) else copy.deepcopy(v) for k, v in vars(config).items()}
+            configs[id(config)] = config, attributes
+            pending += [v for v in attributes.values() if isinstance(v, config_types)]
     parameters = [(p, p.data, p.requires_grad) for p in model.parameters()]
     return modules, list(configs.values()), parameters
 
 
-def restore(before: tuple[list[Any], list[Any], list[Any]]) -> None:
+def restore(snapshot: tuple[list[Any], list[Any], list[Any]]) -> None:
     """Undo all that was put into, hooked onto or set on a model; the adapter goes with it."""
-    modules, configs, parameters = before
+    modules, configs, parameters = snapshot
     for module, kind, own in modules:
         module.__class__ = kind
         vars(module).clear()
         vars(module).update({k: shallow(v) for k, v in own.items()})
     for config, own in configs:
-        kept = {k: v if any(v is c for c, _ in configs) else copy.deepcopy(v) for k, v in own.items()}
+        attributes = {k: v if any(v is c for c, _ in configs) else copy.deepcopy(v) for k, v in own.items()}
         vars(config).clear()
-        vars(config).update(kept)
+        vars(config).update(attributes)
     for parameter, data, trains in parameters:
         if parameter.dtype != data.dtype or parameter.data_ptr() != data.data_ptr():
             parameter.data = data

@@ -19,8 +19,8 @@ def rows_of_steps(trainer: Any, first: int, last: int) -> list[int]:
     """
     loader, args, total = trainer.callback_handler.train_dataloader, trainer.args, len(trainer.train_dataset)
     sampler = loader.get_sampler() if hasattr(loader, "get_sampler") else loader.sampler
-    kind = type(sampler).__name__
-    if kind not in ("SeedableRandomSampler", "SequentialSampler"):
+    sampler_type = type(sampler).__name__
+    if sampler_type not in ("SeedableRandomSampler", "SequentialSampler"):
         return []
     import torch
 
@@ -29,7 +29,7 @@ def rows_of_steps(trainer: Any, first: int, last: int) -> list[int]:
     rows: list[int] = []
     for epoch, group in groupby(range(first - 1, last), lambda step: step // steps):
         order = list(range(total))
-        if kind == "SeedableRandomSampler":
+        if sampler_type == "SeedableRandomSampler":
             generator = torch.Generator().manual_seed(epoch + sampler.initial_seed)
             order = torch.randperm(total, generator=generator).tolist()
         for step in group:
@@ -48,5 +48,5 @@ def note(trainer: Any) -> None:
     rows = rows_of_steps(trainer, first, last)
     data, decode = trainer.train_dataset, trainer.processing_class.decode
     texts = {row: decode(list(data[row].get("input_ids") or [])[:TOKENS]) for row in rows[-SHOWN:]}  # the last step's
-    found = {"first_step": first, "last_step": last, "count": len(rows), "of": len(data), "rows": rows[:MOST]}
-    (folder / FILE).write_text(json.dumps({**found, "texts": texts}, ensure_ascii=False), encoding="utf-8")
+    record = {"first_step": first, "last_step": last, "count": len(rows), "of": len(data), "rows": rows[:MOST]}
+    (folder / FILE).write_text(json.dumps({**record, "texts": texts}, ensure_ascii=False), encoding="utf-8")

@@ -1,50 +1,52 @@
-"""What the trainer does about a signal, and where its clocks begin and end: a callback of transformers."""
+"""What the trainer does about a signal: a callback of transformers."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import Any
 
 from transformers import TrainerCallback
 from transformers.utils import logging
 
 from kit.storage import atomic_folder
-from kit.training import signals as stopping
-
-if TYPE_CHECKING:
-    from kit.training.trainer import ModifiedTrainer
+from kit.training import signals
 
 logger = logging.get_logger(__name__)
 
 
-class StopAtAgreedStep(TrainerCallback):
-    """Turns a signal on any rank into one step at which all ranks save and stop."""
+class StopOnSignalCallback(TrainerCallback):
+    """Turns a signal on any rank into one step at which all ranks save and stop; `stopped` says that it did.
 
-    def __init__(self, trainer: ModifiedTrainer) -> None:
-        self.trainer = trainer
-        self.agreement: stopping.Agreement | None = None
+    group: the ranks' host-side group (`signals.side_group`), None in a one-process run.
+    begin, end: called where training begins and ends, on every rank.
+    """
+
+    def __init__(self, group: Any, begin: Callable[[], None], end: Callable[[], None]) -> None:
+        self.group, self.begin, self.end = group, begin, end
+        self.stopped = False
+        self.agreement: signals.Agreement | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.trainer.stopped_by_signal = False
-        self.trainer.saved_step = None
+        self.stopped = False
         if args.should_save:
             atomic_folder.remove_leftovers(args.output_dir)
-        self.agreement = stopping.Agreement(self.trainer.ranks)
-        self.trainer.pace.attach(self.trainer.model)
+        self.agreement = signals.Agreement(self.group)
+        self.begin()
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.agreement is None or not self.agreement.step() or state.global_step >= state.max_steps:
             return  # after the last step there is nothing to stop: the run is finished and is saved as such
-        cause = stopping.requested() or "a signal on another rank"
+        cause = signals.requested() or "a signal on another rank"
         logger.warning(f"{cause}: saving and stopping at step {state.global_step}")
-        self.trainer.stopped_by_signal = True
+        self.stopped = True
         control.should_save = control.should_training_stop = True
         control.should_evaluate = False  # whoever sent the signal waits seconds, not for an evaluation
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        if self.trainer.stopped_by_signal:  # reached on the way out, also in the middle of an epoch
+        if self.stopped:  # reached on the way out, also in the middle of an epoch
             control.should_save = control.should_evaluate = False
 
     def on_train_end(self, args, state, control, **kwargs):
-        self.trainer.pace.detach()
+        self.end()
         if self.agreement is not None:
             self.agreement.finish()

@@ -32,7 +32,7 @@ class Progress(TrainerCallback):
     """Appends every log to metrics.jsonl; without a terminal it prints a line per interval instead of a bar.
 
     Each start of training first writes a row of its own, with max_steps and no loss. Rows with a loss also hold
-    tokens_per_second, without the time of evaluations and saves, and the lists of `trainer.pace`, a figure per rank.
+    tokens_per_second, without the time of evaluations and saves, and `trainer.rank_timer.latest`, a figure per rank.
     """
 
     def __init__(self, run: Path, plan: RunPlan) -> None:
@@ -81,20 +81,20 @@ class Progress(TrainerCallback):
             row |= self.speed(logs)
         self.append(row)
         if args.disable_tqdm and ("loss" in logs or "eval_loss" in logs):
-            shown = [
+            figures = [
                 f"{k} {v:.4g}" for k, v in logs.items() if k in ("loss", "eval_loss", "grad_norm", "learning_rate")
             ]
-            print(f"step {state.global_step}/{state.max_steps}  {'  '.join(shown)}  {seconds:.0f} s", flush=True)
+            print(f"step {state.global_step}/{state.max_steps}  {'  '.join(figures)}  {seconds:.0f} s", flush=True)
 
     def speed(self, logs: dict[str, Any]) -> dict[str, Any]:
         """tokens_per_second of the interval that ends here, of all ranks together, and each rank's own figures."""
-        found: dict[str, Any] = {}
+        figures: dict[str, Any] = {}
         now, tokens = time.monotonic(), logs.get("num_tokens")
         if tokens is not None and now > self.interval and tokens >= self.tokens:
-            found["tokens_per_second"] = round((tokens - self.tokens) / (now - self.interval), 1)
+            figures["tokens_per_second"] = round((tokens - self.tokens) / (now - self.interval), 1)
         self.interval = self.stepped = now
         self.tokens = tokens if tokens is not None else self.tokens
-        return found | (self.trainer.pace.latest if self.trainer is not None else {})
+        return figures | (self.trainer.rank_timer.latest if self.trainer is not None else {})
 
     def append(self, row: dict[str, Any]) -> None:
         with open(self.path, "a", encoding="utf-8") as f:
@@ -175,11 +175,11 @@ def summary(
 def farewell(plan: RunPlan, metrics: dict[str, Any]) -> None:
     """The last lines of a finished run: the figures and the commands that come next."""
     run = run_directory.shown(plan.run_path)
-    place = run_directory.ADAPTER if plan.peft else run_directory.MODEL
+    folder = run_directory.ADAPTER if plan.peft else run_directory.MODEL
     loss = f", loss {metrics['train_loss']:.4g} on average" if "train_loss" in metrics else ""
     if metrics["first_loss"] is not None:  # a run shorter than logging_steps logs none
         loss = f", loss {metrics['first_loss']:.4g} -> {metrics['last_loss']:.4g}"
     held_out = f", held out {metrics['eval_loss']:.4g}" if "eval_loss" in metrics else ""
     print(f"done      {metrics['step']} steps in {metrics['train_runtime']:.1f} s{loss}{held_out}")
-    print(f"saved     {run}/{place}")
+    print(f"saved     {run}/{folder}")
     print(f"next      kit merge {run}" if plan.peft else f"next      kit generate {run}", flush=True)

@@ -19,12 +19,12 @@ EVENTS = 64  # forward passes that are timed on a GPU per interval; more would t
 
 
 class Pace:
-    """The clocks of one rank. `due` says that the next `exchange` is one that every rank makes."""
+    """The clocks of one rank. `exchange_due` says that the next `exchange` is one that every rank makes."""
 
     def __init__(self, group: Any, cuda: bool, compiled: bool) -> None:
         self.group, self.cuda = group, cuda
         self.compiled = compiled  # a hook on a compiled model would break its graph
-        self.due = False
+        self.exchange_due = False
         self.latest: dict[str, list[float]] = {}
         self.hooks: list[Any] = []
         self.pending: tuple[Any, torch.Tensor] | None = None
@@ -34,7 +34,7 @@ class Pace:
         self.steps = self.passes = 0
         self.load = self.forward = 0.0
         self.events: list[tuple[Any, Any]] = []
-        self.begun: Any = None
+        self.forward_started: Any = None
 
     def attach(self, model: Any) -> None:
         """Time the model's forward passes until `detach`."""
@@ -43,39 +43,39 @@ class Pace:
         self.latest = {}
         if not self.compiled:
             # First and last of the hooks, so that what others hang on is in between.
-            before = model.register_forward_pre_hook(self.before, prepend=True)
-            self.hooks = [before, model.register_forward_hook(self.after)]
+            pre_hook = model.register_forward_pre_hook(self.start_forward, prepend=True)
+            self.hooks = [pre_hook, model.register_forward_hook(self.end_forward)]
 
     def detach(self) -> None:
         for hook in self.hooks:
             hook.remove()
         self.hooks = []
 
-    def before(self, module: Any, *_: Any) -> None:
-        self.begun = None
+    def start_forward(self, module: Any, *_: Any) -> None:
+        self.forward_started = None
         if not module.training:
             return
         if not self.cuda:
-            self.begun = time.perf_counter()
+            self.forward_started = time.perf_counter()
         elif len(self.events) < EVENTS:
-            self.begun = torch.cuda.Event(enable_timing=True)
-            self.begun.record()
+            self.forward_started = torch.cuda.Event(enable_timing=True)
+            self.forward_started.record()
 
-    def after(self, module: Any, *_: Any) -> None:
+    def end_forward(self, module: Any, *_: Any) -> None:
         if not module.training:
             return
         self.passes += 1
-        if self.begun is None:
+        if self.forward_started is None:
             return
         if self.cuda:
             end = torch.cuda.Event(enable_timing=True)
             end.record()
-            self.events.append((self.begun, end))
+            self.events.append((self.forward_started, end))
         else:
-            self.forward += time.perf_counter() - self.begun
-        self.begun = None
+            self.forward += time.perf_counter() - self.forward_started
+        self.forward_started = None
 
-    def rows(self, batches: Iterator[Any]) -> Iterator[Any]:
+    def time_batches(self, batches: Iterator[Any]) -> Iterator[Any]:
         """The batches of one step as they are, timed."""
         self.steps += 1
         while True:
@@ -87,7 +87,7 @@ class Pace:
             self.load += time.perf_counter() - started
             yield batch
 
-    def own(self) -> list[float]:
+    def figures(self) -> list[float]:
         """[seconds of reading per step, seconds of forward passes per step, GiB] of this rank's interval."""
         if self.cuda:  # the loss has just been fetched, so the events lie behind; one that does not is left out
             done = [a.elapsed_time(b) / 1e3 for a, b in self.events if b.query()]
@@ -100,20 +100,20 @@ class Pace:
 
     def exchange(self) -> None:
         """Send this rank's figures to rank 0, which keeps those of all in `latest`. Collective; only rank 0 waits."""
-        self.due = False
-        mine = torch.tensor(self.own(), dtype=torch.float32)
+        self.exchange_due = False
+        own = torch.tensor(self.figures(), dtype=torch.float32)
         self.reset()
-        found = [mine]
+        gathered = [own]
         if self.group is not None:
             first = dist.get_rank() == 0
             if self.pending is not None:
                 self.pending[0].wait()
-            found = [torch.empty_like(mine) for _ in range(dist.get_world_size())] if first else []
-            work = dist.gather(mine, found if first else None, dst=0, group=self.group, async_op=True)
-            self.pending = None if first else (work, mine)  # the tensor must live until it is sent
+            gathered = [torch.empty_like(own) for _ in range(dist.get_world_size())] if first else []
+            work = dist.gather(own, gathered if first else None, dst=0, group=self.group, async_op=True)
+            self.pending = None if first else (work, own)  # the tensor must live until it is sent
             if first:
                 work.wait()
-        columns = torch.stack(found).T.tolist() if found else [[], [], []]
+        columns = torch.stack(gathered).T.tolist() if gathered else [[], [], []]
         names = ("rank_load_seconds", "rank_forward_seconds", "rank_memory_gb")
         rounded = [[round(v, digits) for v in column] for column, digits in zip(columns, (5, 5, 3), strict=True)]
         self.latest = dict(zip(names, rounded, strict=True))

@@ -42,27 +42,15 @@ def train(
     """
     started = time.monotonic()
     import torch
-    from transformers import set_seed
-    from trl import SFTConfig
 
     from kit.data import masks as labels
     from kit.models.initial_adapter import load_adapter
     from kit.models.load import check_embeddings_train, load_peft_config, restore_adapter_dtype
-    from kit.training import console, tracking
+    from kit.training import console
     from kit.training.trainer import ModifiedTrainer
 
     run = plan.run_path
-    check_world(plan)
-    console.quiet()
-    start_process_group(plan)
-    # Before the model and kept alive: zero.Init looks for the live DeepSpeed config that this object holds (T19).
-    args = SFTConfig(**sft_arguments(plan))
-    check_ranks(plan)
-    writer = args.process_index == 0
-    if writer:
-        run_directory.set_status(run, "running", pid=os.getpid())
-    set_seed(args.seed)  # PEFT initialises the adapter before the Trainer seeds (T84)
-
+    args = start_rank(plan)
     tokenizer, data, model = load(plan, args)
     progress = console.Progress(run, plan)
     trainer = ModifiedTrainer(
@@ -88,27 +76,58 @@ def train(
     checkpoint = str(find_checkpoint(plan, resume)) if resume else None
     result = trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.stopped_by_signal:
-        if writer:
+        if args.process_index == 0:
             run_directory.set_status(run, "stopped", exit_code=STOPPED, step=trainer.state.global_step)
         args.distributed_state.wait_for_everyone()  # a launcher ends all ranks when the first one leaves
         return STOPPED
 
-    saved = time.monotonic()
-    trainer.save_model(str(run / (run_directory.ADAPTER if plan.peft else run_directory.MODEL)))
-    saved = time.monotonic() - saved
-    tracking.reopen_mlflow(plan)
-    held_out_metrics = (
-        trainer.evaluate(None if data.test is data.validation else data.test) if data.test is not None else {}
-    )
-    metrics = console.summary(plan, trainer, result.metrics, held_out_metrics, saved, time.monotonic() - started)
-    if writer:
-        atomic_write_json(run / run_directory.METRICS, metrics)
-        run_directory.set_status(run, "done", exit_code=DONE, step=trainer.state.global_step)
-        console.farewell(plan, metrics)
+    save_and_evaluate(plan, trainer, data, result.metrics, started)
     args.distributed_state.wait_for_everyone()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return DONE
+
+
+def start_rank(plan: RunPlan) -> Any:
+    """Join the other ranks, seed, and return the trainer's SFTConfig. Collective.
+
+    SFTConfig comes before the model and is kept alive: zero.Init looks for the live DeepSpeed config that it holds
+    (T19).
+    """
+    from transformers import set_seed
+    from trl import SFTConfig
+
+    from kit.training import console
+
+    check_world(plan)
+    console.quiet()
+    start_process_group(plan)
+    args = SFTConfig(**sft_arguments(plan))
+    check_ranks(plan)
+    if args.process_index == 0:
+        run_directory.set_status(plan.run_path, "running", pid=os.getpid())
+    set_seed(args.seed)  # PEFT initialises the adapter before the Trainer seeds (T84)
+    return args
+
+
+def save_and_evaluate(plan: RunPlan, trainer: Any, data: Any, trained: dict[str, float], started: float) -> None:
+    """Save what was trained, evaluate it on the held-out rows, and write metrics.json and the status. Collective.
+
+    trained: the figures of `trainer.train()`. started: when this rank began, by time.monotonic().
+    """
+    from kit.training import console, tracking
+
+    run = plan.run_path
+    save_started = time.monotonic()
+    trainer.save_model(str(run / (run_directory.ADAPTER if plan.peft else run_directory.MODEL)))
+    save_seconds = time.monotonic() - save_started
+    tracking.reopen_mlflow(plan)
+    held_out = trainer.evaluate(None if data.test is data.validation else data.test) if data.test is not None else {}
+    metrics = console.summary(plan, trainer, trained, held_out, save_seconds, time.monotonic() - started)
+    if trainer.args.process_index == 0:
+        atomic_write_json(run / run_directory.METRICS, metrics)
+        run_directory.set_status(run, "done", exit_code=DONE, step=trainer.state.global_step)
+        console.farewell(plan, metrics)
 
 
 def sft_arguments(plan: RunPlan) -> dict[str, Any]:
@@ -137,8 +156,8 @@ def start_process_group(plan: RunPlan) -> None:
         # DeepSpeed leaves the buffers through which its ranks exchange, 70 MB each, in memory for ever, run after run.
         # Once every rank has opened them their names are not needed, and without a name they go with the last rank.
         dist.barrier()
-        where = f"{os.getuid()}_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}_{dist.get_rank()}"
-        Path("/dev/shm", f"deepspeed_allreduce_buffer_{where}").unlink(missing_ok=True)
+        buffer = f"{os.getuid()}_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}_{dist.get_rank()}"
+        Path("/dev/shm", f"deepspeed_allreduce_buffer_{buffer}").unlink(missing_ok=True)
 
 
 def check_world(plan: RunPlan) -> None:

@@ -6,25 +6,23 @@ import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from safetensors import SafetensorError
+from transformers.trainer_utils import sort_checkpoints
 
 from kit.errors import FAILED, KitError
 from kit.storage import atomic_folder, manifest
 from kit.training import checkpoint
 
-if TYPE_CHECKING:
-    from kit.training.trainer import ModifiedTrainer
-
 
 @contextmanager
-def published(trainer: ModifiedTrainer, final: Path, kind: str) -> Iterator[Path]:
+def published(final: Path, kind: str, args: Any, group: Any, step: int, provenance: dict[str, Any]) -> Iterator[Path]:
     """A folder beside `final` to write into; on leaving, it is listed, flushed and renamed. Collective.
 
+    args: the trainer's; group: its host-side group; provenance: {"plan": hash, "base": {...}}, for the manifest.
     Any failure removes it and leaves what stood at `final` before.
     """
-    args, ranks, step = trainer.args, trainer.ranks, trainer.state.global_step
     writer = args.should_save
     staging = atomic_folder.staging_path(final)
     move = None if kind == "checkpoint" else move_save
@@ -36,17 +34,17 @@ def published(trainer: ModifiedTrainer, final: Path, kind: str) -> Iterator[Path
                     stack.enter_context(atomic_folder.atomic_folder(final, staging, move=move))
                 except OSError as problem:
                     error = as_failure(problem, staging, step)
-            checkpoint.raise_together(error, ranks)
+            checkpoint.raise_together(error, group)
             yield staging
-            checkpoint.exchange(None, ranks)  # every rank's files are there
-            files = checkpoint.hash_together(staging, ranks, writer, args.save_on_each_node)
+            checkpoint.exchange(None, group)  # every rank's files are there
+            files = checkpoint.hash_together(staging, group, writer, args.save_on_each_node)
             if writer:
                 try:
-                    write_manifest(trainer, staging, kind, files)
+                    write_manifest(staging, kind, files, step=step, world_size=args.world_size, provenance=provenance)
                     stack.close()  # flushed and renamed, before any rank goes on
                 except (KitError, OSError) as problem:
                     error = as_failure(problem, final, step)
-            checkpoint.raise_together(error, ranks)
+            checkpoint.raise_together(error, group)
     except KitError:
         raise
     except (OSError, SafetensorError, RuntimeError) as problem:
@@ -61,16 +59,18 @@ def move_save(staging: Path, final: Path) -> None:
         manifest.move_save_into(staging, final)
 
 
-def write_manifest(trainer: ModifiedTrainer, staging: Path, kind: str, files: dict[str, dict]) -> None:
+def write_manifest(
+    staging: Path, kind: str, files: dict[str, dict], step: int, world_size: int, provenance: dict
+) -> None:
     """List what was written, with the step, the plan and the base that it belongs to."""
     stored = checkpoint.stored_tensors(staging)
     manifest.write_manifest(
         staging,
         kind=kind,
-        step=trainer.state.global_step,
-        world_size=trainer.args.world_size,
-        plan=trainer.provenance.get("plan"),
-        base=trainer.provenance.get("base"),
+        step=step,
+        world_size=world_size,
+        plan=provenance.get("plan"),
+        base=provenance.get("base"),
         tensors=len(stored),
         parameters=sum(math.prod(t.shape) for t in stored),
         files=files,
@@ -86,3 +86,14 @@ def as_failure(problem: BaseException, where: Path, step: int) -> KitError:
         fix="free disk space or choose another folder, then resume from the last complete checkpoint",
         code=FAILED,
     )
+
+
+def rotate_checkpoints(folder: str, limit: int | None, best: str | None) -> None:
+    """Delete all but `limit` checkpoints in a folder: the newest and the best always stay, then the newer ones."""
+    if not limit or limit < 1:
+        return
+    oldest_first = sort_checkpoints(folder, use_mtime=True)
+    kept = {oldest_first[-1], str(Path(best or oldest_first[-1]))}
+    surplus = len(oldest_first) - max(limit, len(kept))
+    for path in [p for p in oldest_first if p not in kept][: max(surplus, 0)]:
+        atomic_folder.discard(path)

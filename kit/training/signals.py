@@ -68,10 +68,10 @@ class Agreement:
         self.active = _installed
         if group is not None:
             # One rank with handlers is enough; every rank must know it, because the steps' exchange is collective.
-            self.ask(_installed)
+            self.start_exchange(_installed)
             self.active = self.finish()
 
-    def ask(self, value: bool) -> None:
+    def start_exchange(self, value: bool) -> None:
         """Start the exchange of one flag; collective, returns at once."""
         import torch
         import torch.distributed as dist
@@ -87,7 +87,7 @@ class Agreement:
             return bool(_received)
         answer = self.finish()
         if not answer:
-            self.ask(bool(_received))
+            self.start_exchange(bool(_received))
         return answer
 
     def finish(self) -> bool:

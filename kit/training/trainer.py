@@ -11,6 +11,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,16 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, sort_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from transformers.utils import logging
 from trl import SFTTrainer
 
 from kit.errors import FAILED, REFUSED, KitError
 from kit.storage import atomic_folder, manifest
-from kit.training import bad_batches, checkpoint, saved_config
-from kit.training import signals as stopping
-from kit.training.callbacks import StopAtAgreedStep
+from kit.training import bad_batches, checkpoint, saved_config, signals
+from kit.training.callbacks import StopOnSignalCallback
 from kit.training.rank_timing import Pace
-from kit.training.saving import as_failure, published
+from kit.training.saving import as_failure, published, rotate_checkpoints
 
 logger = logging.get_logger(__name__)
 
@@ -60,15 +60,15 @@ class ModifiedTrainer(SFTTrainer):
         self.config_before = {} if isinstance(model, PeftModel) else saved_config.config_before(model, revision)
         self.provenance = provenance or {}
         self.prepared = prepared
-        self.stopped_by_signal = False
         self.saved_step: int | None = None
         self.staging: Path | None = None  # the folder that a checkpoint is being built in
         self.checkpoint_seconds: list[float] = []  # how long each checkpoint held up training
         super().__init__(model, args, *rest, **kwargs)
         self.args.logging_nan_inf_filter = False  # it hides what `log` looks for, at the price of a sync per step
-        self.ranks = stopping.side_group(self.args.ddp_timeout)
-        self.pace = Pace(self.ranks, self.args.device.type == "cuda", bool(self.args.torch_compile))
-        self.add_callback(StopAtAgreedStep(self))
+        self.ranks = signals.side_group(self.args.ddp_timeout)
+        self.rank_timer = Pace(self.ranks, self.args.device.type == "cuda", bool(self.args.torch_compile))
+        self.stop_callback = StopOnSignalCallback(self.ranks, self._begin, self.rank_timer.detach)
+        self.add_callback(self.stop_callback)
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, packing: bool, *rest: Any) -> Any:
         if self.prepared is None:
@@ -80,43 +80,52 @@ class ModifiedTrainer(SFTTrainer):
 
     # ---- stopping ----
 
+    @property
+    def stopped_by_signal(self) -> bool:
+        """Whether the last `train()` ended early because of a signal."""
+        return self.stop_callback.stopped
+
+    def _begin(self) -> None:
+        self.saved_step = None
+        self.rank_timer.attach(self.model)
+
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As upstream; a checkpoint with a manifest is verified first, and True means the newest complete one."""
         if resume_from_checkpoint:
             resume_from_checkpoint = self._checked_resume(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def _checked_resume(self, wanted: Any) -> str | bool:
-        found: Any = wanted
+    def _checked_resume(self, requested: Any) -> str | bool:
+        chosen: Any = requested
         error = None
         if self.args.should_save:
-            if wanted is True:
+            if requested is True:
                 atomic_folder.remove_leftovers(self.args.output_dir)
                 newest = manifest.newest_complete(self.args.output_dir)
                 for sentence in newest.skipped:
                     logger.warning(sentence)
-                found = str(newest.path or True)
+                chosen = str(newest.path or True)
                 if newest.path is None:
-                    found = True  # no checkpoint of ours: upstream's rule, for runs that SFTTrainer began
-            elif (Path(wanted) / manifest.NAME).is_file():
-                problems = manifest.verify(wanted)
+                    chosen = True  # no checkpoint of ours: upstream's rule, for runs that SFTTrainer began
+            elif (Path(requested) / manifest.NAME).is_file():
+                problems = manifest.verify(requested)
                 if problems:
                     error = KitError(
-                        "; ".join(problems), where=str(wanted), fix="resume from an older checkpoint", code=FAILED
+                        "; ".join(problems), where=str(requested), fix="resume from an older checkpoint", code=FAILED
                     )
         checkpoint.raise_together(error, self.ranks)
-        found = checkpoint.exchange(found, self.ranks)[0]
-        if found is not True and (Path(found) / manifest.NAME).is_file() and self.is_deepspeed_enabled:
-            saved = manifest.read_manifest(found)["world_size"]
+        chosen = checkpoint.exchange(chosen, self.ranks)[0]
+        if chosen is not True and (Path(chosen) / manifest.NAME).is_file() and self.is_deepspeed_enabled:
+            saved = manifest.read_manifest(chosen)["world_size"]
             if saved != self.args.world_size:
                 raise KitError(
-                    f"{found} was saved by {saved} processes and this run has {self.args.world_size}: "
+                    f"{chosen} was saved by {saved} processes and this run has {self.args.world_size}: "
                     "ZeRO's optimizer state is cut by the number of processes",
-                    where=str(found),
+                    where=str(chosen),
                     fix=f"resume with {saved} processes, or start a new run from the adapter in it",
                     code=REFUSED,
                 )
-        return found if found is True else os.fspath(found)
+        return chosen if chosen is True else os.fspath(chosen)
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
         with checkpoint.same_dtypes(self.model):
@@ -136,17 +145,19 @@ class ModifiedTrainer(SFTTrainer):
     # ---- figures ----
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
-        return super().get_batch_samples(self.pace.rows(epoch_iterator), *args, **kwargs)
+        return super().get_batch_samples(self.rank_timer.time_batches(epoch_iterator), *args, **kwargs)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         # The condition under which upstream gathers the loss from all ranks: none of them skips the exchange.
-        self.pace.due = self.control.should_log and self.state.global_step > self._globalstep_last_logged
+        self.rank_timer.exchange_due = (
+            self.control.should_log and self.state.global_step > self._globalstep_last_logged
+        )
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As upstream, then stop where the loss or the gradient is not finite; all ranks see the same values."""
-        if self.pace.due:
-            self.pace.exchange()
+        if self.rank_timer.exchange_due:
+            self.rank_timer.exchange()
         super().log(logs, *args, **kwargs)
         for name in ("loss", "grad_norm", "train_loss"):
             value = logs.get(name)
@@ -184,10 +195,13 @@ class ModifiedTrainer(SFTTrainer):
             self._write_model(final)
             return
         kind = "adapter" if isinstance(self.model, PeftModel) else "model"
-        with published(self, final, kind) as staging:
+        with self._saving(final, kind) as staging:
             self._write_model(staging)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _saving(self, final: Path, kind: str) -> AbstractContextManager[Path]:
+        return published(final, kind, self.args, self.ranks, self.state.global_step, self.provenance)
 
     def _write_model(self, folder: Path) -> None:
         """The model's files in `folder`, proven complete, and the tokenizer's. Collective."""
@@ -219,8 +233,8 @@ class ModifiedTrainer(SFTTrainer):
             return
         self.model.save_pretrained(str(folder), state_dict=tensors, save_embedding_layers=embeddings)
         for adapter, keys in expected.items():
-            where = folder if adapter == "default" else folder / adapter
-            for remark in checkpoint.check_adapter(where, keys, trained=self.state.global_step > 0):
+            adapter_folder = folder if adapter == "default" else folder / adapter
+            for remark in checkpoint.check_adapter(adapter_folder, keys, trained=self.state.global_step > 0):
                 logger.warning(remark)
 
     def _write_full(self, folder: Path, writer: bool) -> None:
@@ -247,7 +261,7 @@ class ModifiedTrainer(SFTTrainer):
             best = os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
             if best == final or os.path.exists(best):
                 self.state.best_model_checkpoint = best
-        with published(self, Path(final), "checkpoint") as staging:
+        with self._saving(Path(final), "checkpoint") as staging:
             self.staging = staging
             try:
                 self.save_model(str(staging), _internal_call=True)
@@ -261,7 +275,7 @@ class ModifiedTrainer(SFTTrainer):
                 self._save_state(staging)
         self.saved_step = step
         if self.args.should_save:
-            self._rotate(run_dir)
+            rotate_checkpoints(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
         self.checkpoint_seconds.append(time.monotonic() - started)
         if self.args.push_to_hub:
             self._push_from_checkpoint(final)
@@ -275,14 +289,3 @@ class ModifiedTrainer(SFTTrainer):
                 else:
                     self.state.stateful_callbacks[name] = part.state()
         self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
-
-    def _rotate(self, run_dir: str) -> None:
-        """Keep save_total_limit checkpoints: the newest and the best always, then the newer ones."""
-        limit = self.args.save_total_limit
-        if not limit or limit < 1:
-            return
-        oldest_first = sort_checkpoints(run_dir, use_mtime=True)
-        kept = {oldest_first[-1], str(Path(self.state.best_model_checkpoint or oldest_first[-1]))}
-        surplus = len(oldest_first) - max(limit, len(kept))
-        for path in [p for p in oldest_first if p not in kept][: max(surplus, 0)]:
-            atomic_folder.discard(path)

@@ -43,13 +43,13 @@ def watch_launcher() -> None:
 
 
 def watch_stop(run: Path) -> None:
-    """Ranks that were reached with ssh are asked to stop by a file: nobody there can be signalled (remote.py)."""
+    """Ranks that were reached with ssh are asked to stop by a file: nobody there can be signalled (ssh.py)."""
 
     def watch() -> None:
-        seen = ssh.asked(run) if ssh.is_old(run) else ""
+        last_word = ssh.asked(run) if ssh.is_old(run) else ""
         while True:
-            if (word := ssh.asked(run)) != seen:
-                seen = word
+            if (word := ssh.asked(run)) != last_word:
+                last_word = word
                 if word == "now":
                     os._exit(FAILED)
                 if word:

@@ -20,17 +20,17 @@ def pace_in_turns(block: int) -> None:
         def on(self):
             return (self.begun_steps - 1) // block % 2 == 0
 
-        def rows(self, batches):
+        def time_batches(self, batches):
             self.begun_steps += 1
-            return super().rows(batches) if self.on() else batches
+            return super().time_batches(batches) if self.on() else batches
 
-        def before(self, module, *rest):
+        def start_forward(self, module, *rest):
             if self.on():
-                super().before(module, *rest)
+                super().start_forward(module, *rest)
 
-        def after(self, module, *rest):
+        def end_forward(self, module, *rest):
             if self.on():
-                super().after(module, *rest)
+                super().end_forward(module, *rest)
 
         def exchange(self):
             if self.on():

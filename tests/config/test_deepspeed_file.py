@@ -16,7 +16,7 @@ import source_ds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kit.cli import main as cli
+from kit.cli import verbs as cli
 from kit.config.deepspeed import check as zero_check
 from kit.config.deepspeed import fixes as deepspeed_mend
 from kit.config.deepspeed import json_edit

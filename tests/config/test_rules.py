@@ -14,7 +14,7 @@ from soak import VALID, make_inputs, mutations
 from test_cli_check import REFUSED_RUNS
 
 from kit import api
-from kit.cli import main as cli
+from kit.cli import verbs as cli
 from kit.config.rules import explain
 from kit.config.rules import table as rules
 from kit.config.rules.table import CHECKS, RULES, Facts

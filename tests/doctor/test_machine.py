@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from kit.cli import main as cli
+from kit.cli import verbs as cli
 from kit.doctor import cli as doctor
 from kit.doctor import environment, gpu, machine, op_locks, versions
 from kit.doctor.findings import BAD, OK, WARN, Finding, answer

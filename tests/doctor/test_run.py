@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from kit.cli import main as cli
+from kit.cli import verbs as cli
 from kit.doctor import causes, oom, run_logs
 from kit.doctor.run import diagnose
 from kit.errors import DONE, FAILED, REFUSED, STOPPED

@@ -13,7 +13,7 @@ import pytest
 import source_ds
 
 from kit import api
-from kit.cli import main as cli
+from kit.cli import verbs as cli
 from kit.errors import DONE
 from launch import harness
 

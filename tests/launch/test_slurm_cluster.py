@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from kit.launchers.slurm import OVER
+from kit.launchers.slurm_client import OVER
 from launch import cluster, harness
 
 pytestmark = [pytest.mark.launch, pytest.mark.skipif(bool(cluster.missing()), reason=cluster.missing())]
@@ -84,9 +84,9 @@ SUBMIT = """
 import json, sys
 from pathlib import Path
 from kit import api
-from kit.storage import run_directory as rundir
 from kit.launchers import slurm
-plans = [rundir.create(api.compose(*json.loads(line), here=True)) for line in sys.argv[2:]]
+from kit.storage import run_directory
+plans = [run_directory.create(api.compose(*json.loads(line), here=True)) for line in sys.argv[2:]]
 print(slurm.submit_array(plans, Path(sys.argv[1])))
 """
 

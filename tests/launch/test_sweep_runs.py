@@ -65,7 +65,7 @@ def six(base: Path, chat: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def test_six_trials(six: Path):
-    """One refused up front, one failing on purpose, the others trained; table, CSV and plot."""
+    """One refused up front, one failing on purpose, the others trained; table and CSV."""
     _, found = record(six.parent)
     by_rank = {t["values"]["peft.r"]: t for t in found["trials"]}
     assert {r: t["state"] for r, t in by_rank.items()} == {
@@ -75,7 +75,6 @@ def test_six_trials(six: Path):
     assert "it fails on purpose" in (six / "001-r-8" / "logs" / "trial.log").read_text()
     rows = list(csv.DictReader((six / "sweep.csv").open()))
     assert len(rows) == 6 and float(rows[0]["loss"]) == harness.rows(six / "000-r-2")[2]
-    assert (six / "sweep.svg").read_text().count("<polyline") == 4
     adapter = json.loads((six / "004-r-16" / "adapter" / "adapter_config.json").read_text())
     assert adapter["r"] == 16
 

@@ -86,9 +86,9 @@ def served(plans: list[Path], log: Path) -> list[dict]:
     asked = False
     try:
         for plan in plans:
-            worker.give(plan)
+            worker.assign(plan)
             deadline = time.monotonic() + 120
-            while (answer := worker.answer()) is None and time.monotonic() < deadline:
+            while (answer := worker.poll_result()) is None and time.monotonic() < deadline:
                 time.sleep(0.02)
                 if plan.parent.name == "stopped" and not asked and (plan.parent / "metrics.jsonl").exists():
                     os.kill(worker.process.pid, signal.SIGTERM)

@@ -69,8 +69,8 @@ def train(base, out, monkeypatch, **changes):
     trainer.train_dataset = Rows(trainer.train_dataset)
     before = len(trainer.model._forward_hooks), len(trainer.model._forward_pre_hooks)
     sent: list[int] = []
-    exchange = trainer.pace.exchange
-    monkeypatch.setattr(trainer.pace, "exchange", lambda: (sent.append(trainer.state.global_step), exchange()))
+    exchange = trainer.rank_timer.exchange
+    monkeypatch.setattr(trainer.rank_timer, "exchange", lambda: (sent.append(trainer.state.global_step), exchange()))
     trainer.train()
     assert (len(trainer.model._forward_hooks), len(trainer.model._forward_pre_hooks)) == before
     found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -113,7 +113,7 @@ def test_tokens_per_second_leave_out_evaluations(base, tmp_path, monkeypatch):
 def test_a_compiled_model_gets_no_hook():
     pace, model = Pace(None, False, True), torch.nn.Linear(2, 2)
     pace.attach(model)
-    assert not model._forward_hooks and list(pace.rows(iter([1, 2]))) == [1, 2]
+    assert not model._forward_hooks and list(pace.time_batches(iter([1, 2]))) == [1, 2]
     pace.exchange()
     assert pace.latest["rank_forward_seconds"] == [0.0] and pace.steps == 0
 
@@ -144,7 +144,7 @@ def test_on_a_gpu_events_are_read_and_never_waited_for(monkeypatch):
     pace, model = Pace(None, True, False), torch.nn.Linear(2, 2)
     pace.attach(model)
     for _ in range(10):
-        list(pace.rows(iter([1] * 20)))
+        list(pace.time_batches(iter([1] * 20)))
         for _ in range(20):
             model(torch.ones(1, 2))
     model.eval()

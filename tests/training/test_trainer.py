@@ -650,7 +650,7 @@ FOLLOWED = {
         SFTTrainer._prepare_dataset,
         "_prepare_dataset; kit/sweeps/warm_pool.py: of what it reads in args only the seed may be in TRAINER",
     ),
-    "Trainer._run_epoch": (Trainer._run_epoch, "_run_epoch, StopAtAgreedStep: when the loop looks at control"),
+    "Trainer._run_epoch": (Trainer._run_epoch, "_run_epoch, StopOnSignalCallback: when the loop looks at control"),
     "Trainer._maybe_log_save_evaluate": (
         Trainer._maybe_log_save_evaluate,
         "log, on_step_end: order of log and save; _maybe_log_save_evaluate: when all ranks gather the loss",

@@ -54,7 +54,7 @@ VERBS = {  # module and function, which takes the words after the verb and retur
     "diff": "kit.explain.diff:main",
     "eject": "kit.ejecting.verb:main",
     "import": "kit.importing.main:main",
-    "launch-node": "kit.launchers.node:main",
+    "launch-node": "kit.cli.launch_node:launch_node",
     "compose": "kit.cli.train:compose",
 }
 
