@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from kit.errors import KitError, first_line
+from kit.models.adapters import embeddings_changed
+from kit.models.tensors import finite, full_shape, raw_tensors
 from kit.schema.run_plan import InitFrom
 from kit.storage import manifest
-from kit.training.checkpoint import embeddings_changed, finite, full_shape, raw_tensors
 
 KEY = "peft.init_from"
 
