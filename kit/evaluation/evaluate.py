@@ -23,7 +23,7 @@ from kit.data.encode import (
 from kit.errors import ENVIRONMENT, KitError
 from kit.evaluation.generate import check_settings, table
 from kit.evaluation.sampling import decode, stop_ids
-from kit.models.open import each_model
+from kit.models.inference import each_model
 from kit.models.sources import Source, choose, open_tokenizer, output_path, resolve, run_datasets, write_json
 
 METRICS = ("exact_match", "loss", "perplexity")

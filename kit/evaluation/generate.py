@@ -11,7 +11,7 @@ from typing import Any
 from kit.data.encode import Pair, Shots, as_pair, encode_prompt, few_shot_style, with_shots
 from kit.errors import KitError
 from kit.evaluation.sampling import decode
-from kit.models.open import each_model
+from kit.models.inference import each_model
 from kit.models.sources import Source, choose, open_tokenizer, output_path, resolve, run_datasets, write_json
 
 SAMPLES = "samples.json"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kit.errors import FAILED, KitError
-from kit.merging.adapter import WEIGHTS, Adapter, read_bytes, token_rows
+from kit.merging.adapter import Adapter, read_bytes, token_rows
 from kit.merging.dequantize import Quantization, restore_by_bitsandbytes
 from kit.merging.logits import check_logits
 from kit.merging.parts import Plan
@@ -67,7 +67,7 @@ def check_tensors(out: Path, plan: Plan, stored: dict[str, Tensor]) -> dict[str,
 
     adapter, names = plan.adapter, plan.names
     merged = read_tensors(out)
-    with safe_open(adapter.folder / WEIGHTS, "pt") as weights:
+    with safe_open(adapter.opened.weights, "pt") as weights:
 
         def compare(parameter: str) -> tuple[str, int, int]:
             name = names.stored.get(parameter, parameter)

@@ -15,14 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from kit.errors import KitError
+from kit.inspection.adapter import CONFIG, AdapterFolder, holds_adapter, read_adapter_folder
 from kit.inspection.tokenizer import read_files
-from kit.merging.adapter import CONFIG, MANIFEST, WEIGHTS, read_json, sha256
 from kit.merging.dequantize import Quantization
 from kit.merging.parts import Plan
 from kit.merging.plan import plan_merge
 from kit.storage.atomic_folder import building, check_room, refuse_target
 from kit.storage.hub_cache import fetch_command
-from kit.storage.safetensors_header import INDEX, find_model, fingerprint
+from kit.storage.manifest import NAME as MANIFEST
+from kit.storage.manifest import hash_file
+from kit.storage.safetensors_header import INDEX, find_model, fingerprint, read_json
 
 REPORT = "merge.json"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -59,11 +61,11 @@ def merge(
     if dtype is not None and dtype not in DTYPES:
         raise KitError(f"dtype={dtype!r} is not known", where="--dtype", fix=f"one of {', '.join(DTYPES)}")
     adapter, run = find_adapter(source)
-    manifest = read_json(adapter / MANIFEST) if (adapter / MANIFEST).is_file() else {}
+    opened = read_adapter_folder(adapter)
     run_plan = find_plan(adapter, run)
     trained_on = read_quantization(run_plan, onto)
-    name, wanted, base_folder = find_base(base, revision, adapter, manifest, run_plan)
-    proven = refuse_other_base(base_folder, name, manifest)
+    name, wanted, base_folder = find_base(base, revision, opened, run_plan)
+    proven = refuse_other_base(base_folder, name, opened.base)
     target = (Path(out).expanduser() if out else default_target(source, adapter, run)).absolute()
     refuse_target(target, [base_folder, adapter, *([run] if run else [])], overwrite, REPORT)
     dequantize = onto == "dequantized"
@@ -102,9 +104,9 @@ def find_adapter(source: str | Path) -> tuple[Path, Path | None]:
             f"{source} is neither a folder nor an adapter in the local Hub cache",
             fix="give a run, an adapter folder or a Hub id that `hf download` has fetched",
         )
-    if (folder / CONFIG).is_file():
+    if holds_adapter(folder):
         return folder, None
-    if (folder / "adapter" / CONFIG).is_file():
+    if holds_adapter(folder / "adapter"):
         return folder / "adapter", folder
     if (folder / "model").is_dir():
         raise KitError(f"{folder} trained the whole model: there is no adapter to merge", fix="use its model/ folder")
@@ -149,12 +151,11 @@ def default_target(source: str | Path, adapter: Path, run: Path | None) -> Path:
 
 
 def find_base(
-    base: str | None, revision: str | None, adapter: Path, manifest: dict, run_plan: dict
+    base: str | None, revision: str | None, adapter: AdapterFolder, run_plan: dict
 ) -> tuple[str, str | None, Path]:
     """Name, revision and folder of the base: what was asked for, else what was written down when it was trained."""
     model = run_plan.get("model") or {}
-    recorded = manifest.get("base") or {}
-    config = read_json(adapter / CONFIG)
+    recorded, config = adapter.base, adapter.config
     choices = [
         (base, revision),
         (recorded.get("name_or_path"), revision or recorded.get("revision")),
@@ -169,23 +170,22 @@ def find_base(
         )
     name, wanted = next(((n, r) for n, r in choices if n), (None, None))
     if not name:
-        raise KitError(f"{adapter} does not say which base it belongs to", fix="name it with --base")
+        raise KitError(f"{adapter.folder} does not say which base it belongs to", fix="name it with --base")
     folder = find_model(name, wanted)
     if folder is None:
         raise KitError(
             f"the base {name}{f' at {wanted}' if wanted else ''} is not on this machine",
-            where="--base" if base else str(adapter / CONFIG),
+            where="--base" if base else str(adapter.folder / CONFIG),
             fix=f"{fetch_command('model.name_or_path', name, wanted)}; or give its folder with --base",
         )
     return name, wanted, folder
 
 
-def refuse_other_base(folder: Path, name: str, manifest: dict) -> bool:
+def refuse_other_base(folder: Path, name: str, recorded: dict) -> bool:
     """Whether the base is proven to be the one trained on; KitError where it is another of whatever shape."""
-    recorded = manifest.get("base") or {}
     config, weights = recorded.get("config_sha256"), recorded.get("fingerprint")
     wrong = []
-    if config and (folder / "config.json").is_file() and sha256(folder / "config.json") != config:
+    if config and (folder / "config.json").is_file() and hash_file(folder / "config.json")["sha256"] != config:
         wrong.append("its config.json differs")
     if weights and fingerprint(folder) != weights:
         wrong.append("its weights differ")
@@ -216,6 +216,7 @@ def _build(
         _write_config(plan, staging)
     copy_side_files(plan, staging)
     check_tokenizer(plan)
+    opened = plan.adapter.opened
     changes = [f["relative_change"] for f in figures["tensors"] if f["relative_change"] is not None]
     return {
         "method": "peft" if plan.through_peft else "streaming",
@@ -224,7 +225,7 @@ def _build(
         "quantization": plan.trained_on.fields if plan.trained_on else None,
         "adapter": {
             "path": str(plan.adapter.folder),
-            "sha256": {name: sha256(plan.adapter.folder / name) for name in (WEIGHTS, CONFIG)},
+            "sha256": {path.name: hash_file(path)["sha256"] for path in (opened.weights, opened.folder / CONFIG)},
         },
         "changed_tensors": len(figures["tensors"]),
         "bytes": figures["bytes"],

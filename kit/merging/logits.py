@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from kit.errors import FAILED, KitError
-from kit.merging.adapter import CONFIG, WEIGHTS
 from kit.merging.dequantize import restore_by_bitsandbytes
-from kit.merging.names import forget_deepspeed, model_class
 from kit.merging.parts import Plan
 from kit.merging.stream import side_by_side, torch_dtype
+from kit.models.adapters import attach_adapter
+from kit.models.open import architecture_class, open_base
+from kit.models.quantization import compute_in
 from kit.storage.safetensors_header import read_config, read_tensors
 
 # Logits of two models with equal weights are equal; the few neighbours above move them by up to 2.3e-4 of their spread
@@ -39,7 +40,7 @@ def check_logits(out: Path, plan: Plan, prompts: list[str] | None, whole: bool) 
     dtype = torch.float32 if whole else torch_dtype(kept)
     tokens = make_prompts(out, read_config(out), prompts)
     device = _device(merged, dtype)
-    model = add_adapter(load_base(plan, dtype, device), plan.adapter.folder).to(dtype)
+    model = attach_adapter(load_base(plan, dtype, device), plan.adapter.opened).to(dtype)
     trained = _logits(model, tokens)
     once = None
     if whole:
@@ -128,16 +129,14 @@ def _device(tensors: dict[str, Any], dtype: Any) -> str:
     return "cuda" if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 2 * needed else "cpu"
 
 
-def load(folder: Path, dtype: Any, device: str = "cpu", quantization_config: Any = None) -> Any:
-    """A model in evaluation mode, whatever DeepSpeed state this process was left in."""
+def load(folder: Path, dtype: Any, device: str = "cpu", quantization: dict[str, Any] | None = None) -> Any:
+    """A model in evaluation mode, of the class that its config names."""
     from transformers import AutoConfig
 
-    forget_deepspeed()
     config = AutoConfig.from_pretrained(folder)
-    if quantization_config is not None:  # such a model may not be moved afterwards
-        more = {"quantization_config": quantization_config, "device_map": device}
-        return model_class(config).from_pretrained(folder, config=config, dtype=dtype, **more).eval()
-    return model_class(config).from_pretrained(folder, config=config, dtype=dtype).eval().to(device)
+    model_class = architecture_class(config)
+    settings = {"device": device, "quantization": quantization, "model_class": model_class, "config": config}
+    return open_base(folder, dtype=dtype, **settings).eval()
 
 
 def load_base(plan: Plan, dtype: Any, device: str = "cpu") -> Any:
@@ -157,50 +156,10 @@ def load_base(plan: Plan, dtype: Any, device: str = "cpu") -> Any:
 def load_as_trained(plan: Plan, device: str) -> Any:
     """Quantized base + adapter as the run had them, the arithmetic in float32."""
     import torch
-    from bitsandbytes.nn import Int8Params, Linear4bit, Params4bit
-
-    from kit.models.quantization import bnb_config, settle
 
     assert plan.trained_on is not None
-    dtype = getattr(torch, plan.trained_on.dtype)
-    model = add_adapter(
-        settle(load(plan.base, dtype, device, bnb_config(plan.trained_on.fields))), plan.adapter.folder
-    )
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.compute_dtype = torch.float32
-    for parameter in model.parameters():
-        if not isinstance(parameter, Int8Params | Params4bit):
-            parameter.data = parameter.data.float()
-    return model.eval()
-
-
-def add_adapter(model: Any, adapter: Path) -> Any:
-    """Base + adapter in peft; KitError where a tensor of the adapter finds no place in it."""
-    from peft import PeftModel
-    from safetensors import safe_open
-
-    with safe_open(adapter / WEIGHTS, "pt") as weights:
-        sizes = [
-            weights.get_slice(k).get_shape()[0]
-            for k in weights.keys()  # noqa: SIM118 (not a dict)
-            if k.endswith(("embed_tokens.weight", "wte.weight", "embed_tokens.base_layer.weight", "lm_head.weight"))
-        ]
-    embeddings = model.get_input_embeddings()
-    if sizes and embeddings is not None and sizes[0] != embeddings.weight.shape[0]:
-        model.resize_token_embeddings(sizes[0], mean_resizing=False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        together = PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=False)
-        report = together.load_adapter(str(adapter), "default", autocast_adapter_dtype=False)
-    lost = [*report.missing_keys, *report.unexpected_keys]
-    if lost:
-        raise KitError(
-            f"{len(lost)} tensors of the adapter do not fit the base, {lost[0]} first",
-            where=str(adapter / CONFIG),
-            fix="give the base that the adapter was trained on with --base",
-        )
-    return together.eval()
+    model = load(plan.base, getattr(torch, plan.trained_on.dtype), device, plan.trained_on.fields)
+    return compute_in(attach_adapter(model, plan.adapter.opened), torch.float32).eval()
 
 
 def _logits(model: Any, tokens: list[Any]) -> list[Any]:

@@ -7,19 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from kit.errors import KitError, Problem
+from kit.inspection.adapter import check_size, missing_tensors, unknown_modules
 from kit.merging.adapter import (
-    check_size,
     rank_and_scale,
     read_adapter,
-    read_json,
     token_rows,
     why_not_streamed,
 )
 from kit.merging.dequantize import Quantization, quantized_modules
-from kit.merging.names import Names, read_names
+from kit.merging.names import Names, build_empty, read_names
 from kit.merging.parts import Edit, Lora, Output, Plan
 from kit.merging.ties import check_vocabulary, set_everywhere, settle_ties
-from kit.storage.safetensors_header import INDEX, Tensor, read_config, read_header, shard_files
+from kit.models.adapters import expected_keys
+from kit.storage.safetensors_header import INDEX, Tensor, read_config, read_header, read_json, shard_files
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 BINS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -56,6 +56,8 @@ def plan_merge(
         edits.setdefault(parameter, Edit()).restore = plan.restores(parameter)
     if not proven:
         _refuse_shallow(plan)
+    if names.kinds is not None:
+        _refuse_incomplete(plan)
     settle_ties(plan, edits)
     _lay_out(plan, shards, edits, dtype)
     return plan
@@ -114,11 +116,7 @@ def _names_missing(plan: Plan) -> str:
     if absent and names.converts:
         return f"transformers renames modules of this model, {absent[0]} among them"
     if absent:
-        raise KitError(
-            f"the base has no module for {len(absent)} of the adapter's: {', '.join(absent[:5])}",
-            where=f"base {plan.base}",
-            fix="give the base that the adapter was trained on with --base",
-        )
+        raise unknown_modules(adapter.folder, absent)
     for module in adapter.lora:
         parameter = f"{module}.weight"
         if parameter in names.fused:
@@ -224,6 +222,13 @@ def _refuse_shallow(plan: Plan) -> None:
             where=f"base {plan.base}",
             fix="give the base that the adapter was trained on with --base",
         )
+
+
+def _refuse_incomplete(plan: Plan) -> None:
+    """Refuse an adapter that lacks tensors which its config asks for in this base."""
+    adapter = plan.adapter.opened
+    if missing := expected_keys(build_empty(plan.base), adapter) - (adapter.tensors or {}).keys():
+        raise missing_tensors(adapter.folder, missing)
 
 
 def _lay_out(plan: Plan, shards: dict[str, list[Tensor]], edits: dict[str, Edit], dtype: str | None) -> None:

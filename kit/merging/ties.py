@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kit.errors import KitError
+from kit.inspection.architectures import EMBEDDING_NAMES
 from kit.merging.adapter import read_bytes
 from kit.merging.parts import Edit, Plan
 from kit.storage.safetensors_header import Tensor
@@ -75,4 +76,4 @@ def check_vocabulary(plan: Plan) -> None:
 
 def _is_vocabulary(plan: Plan, name: str) -> bool:
     module = {v: k for k, v in plan.names.stored.items()}.get(name, name).rpartition(".")[0]
-    return module.split(".")[-1] in ("lm_head", "embed_tokens", "wte", "embed_out", "embed_in", "output_layer")
+    return module.split(".")[-1] in EMBEDDING_NAMES
