@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kit.errors import KitError, Problem
-from kit.inspection.adapter import check_size, missing_tensors, unknown_modules
+from kit.inspection.adapter import PREFIX, check_size, missing_tensors, unknown_modules
 from kit.merging.adapter import (
     rank_and_scale,
     read_adapter,
@@ -51,13 +51,13 @@ def plan_merge(
     plan.through_peft = through_peft or _names_missing(plan)
     if plan.through_peft:
         return plan
-    edits = _edits(plan)
-    for parameter in (f"{module}.weight" for module in plan.dequantized):
-        edits.setdefault(parameter, Edit()).restore = plan.restores(parameter)
     if not proven:
         _refuse_shallow(plan)
-    if names.kinds is not None:
-        _refuse_incomplete(plan)
+    edits = _edits(plan)
+    if missing := _missing_keys(plan):
+        raise missing_tensors(folder, missing)
+    for parameter in (f"{module}.weight" for module in plan.dequantized):
+        edits.setdefault(parameter, Edit()).restore = plan.restores(parameter)
     settle_ties(plan, edits)
     _lay_out(plan, shards, edits, dtype)
     return plan
@@ -144,8 +144,8 @@ def _edits(plan: Plan) -> dict[str, Edit]:
         a = parts.get("lora_embedding_A" if embedding else "lora_A.weight")
         b = parts.get("lora_embedding_B" if embedding else "lora_B.weight")
         if a is None or b is None:
-            problems.append(Problem(f"{module} has only {', '.join(parts)}", where=str(adapter.folder)))
-            continue
+            absent = "A" if a is None else "B"
+            raise missing_tensors(adapter.folder, _missing_keys(plan) or [f"{PREFIX}{module}.lora_{absent}.weight"])
         if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != rank or b.shape[1] != rank:
             problems.append(_misfit(f"{module} lora_A/lora_B", f"{a.shape} and {b.shape}", f"rank {rank}"))
             continue
@@ -224,11 +224,12 @@ def _refuse_shallow(plan: Plan) -> None:
         )
 
 
-def _refuse_incomplete(plan: Plan) -> None:
-    """Refuse an adapter that lacks tensors which its config asks for in this base."""
+def _missing_keys(plan: Plan) -> set[str]:
+    """The tensors that the adapter's config asks for in this base and its file lacks; empty where that is unknown."""
     adapter = plan.adapter.opened
-    if missing := expected_keys(build_empty(plan.base), adapter) - (adapter.tensors or {}).keys():
-        raise missing_tensors(adapter.folder, missing)
+    if plan.names.kinds is None:
+        return set()
+    return expected_keys(build_empty(plan.base), adapter) - (adapter.tensors or {}).keys()
 
 
 def _lay_out(plan: Plan, shards: dict[str, list[Tensor]], edits: dict[str, Edit], dtype: str | None) -> None:
