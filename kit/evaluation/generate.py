@@ -120,7 +120,9 @@ def _prompts(
     if asked is not None and not given:
         raise KitError("there are no prompts", where="prompts", fix="give at least one")
     if any(not isinstance(p, str | list) or not p for p in given):
-        raise KitError("a prompt is neither text nor a list of messages", where="prompts")
+        raise KitError(
+            "a prompt is neither text nor a list of messages", where="prompts", fix="give text or a list of messages"
+        )
     if given and (raw or not template or all(isinstance(p, list) for p in given) or source.plan is None):
         return given, template
     if source.plan is None:

@@ -114,7 +114,9 @@ def find_adapter(source: str | Path) -> tuple[Path, Path | None]:
         raise KitError(
             f"{folder} has no finished adapter", fix="finish it with `kit resume`, or give one of its checkpoints"
         )
-    raise KitError(f"{folder} is neither a run nor an adapter: it has no {CONFIG}")
+    raise KitError(
+        f"{folder} is neither a run nor an adapter: it has no {CONFIG}", fix="give a run or an adapter folder"
+    )
 
 
 def find_plan(adapter: Path, run: Path | None) -> dict[str, Any]:

@@ -82,7 +82,10 @@ def _read_base(base: Path, config: dict[str, Any]) -> dict[str, list[Tensor]]:
     for tensor in (t for file in shards.values() for t in file):
         check_size(tensor)
         if tensor.name in seen:
-            raise KitError(f"{tensor.name} is stored twice, in {seen[tensor.name].file} and {tensor.file}")
+            raise KitError(
+                f"{tensor.name} is stored twice, in {seen[tensor.name].file} and {tensor.file}",
+                fix="fetch the model again",
+            )
         seen[tensor.name] = tensor
     if (base / INDEX).is_file():
         missing = [n for n in read_json(base / INDEX)["weight_map"] if n not in seen]
@@ -160,11 +163,23 @@ def _edits(plan: Plan) -> dict[str, Edit]:
             continue
         magnitude = parts.get("lora_magnitude_vector")
         if bool(adapter.config.get("use_dora")) != (magnitude is not None):
-            problems.append(Problem(f"{module}: use_dora and lora_magnitude_vector disagree", str(adapter.folder)))
+            problems.append(
+                Problem(
+                    f"{module}: use_dora and lora_magnitude_vector disagree",
+                    str(adapter.folder),
+                    "copy the adapter again",
+                )
+            )
         edit.lora = Lora(a, b, scale, transposed, magnitude)
         if "lora_B.bias" in parts:
             if _stored(plan, f"{module}.bias") is None:
-                problems.append(Problem(f"{module} has no bias that lora_bias could be merged into", str(plan.base)))
+                problems.append(
+                    Problem(
+                        f"{module} has no bias that lora_bias could be merged into",
+                        str(plan.base),
+                        "give the base that the adapter was trained on with --base",
+                    )
+                )
             edits.setdefault(f"{module}.bias", Edit()).add = (parts["lora_B.bias"], scale)
     for module, tensor in adapter.rows.items():
         edit = edits.setdefault(f"{module}.weight", Edit())
@@ -249,7 +264,11 @@ def _lay_out(plan: Plan, shards: dict[str, list[Tensor]], edits: dict[str, Edit]
         partner = plan.tensors.get(tied.get(name, ""))
         source = edit.replace or partner
         if source is None:
-            raise KitError(f"{parameter} is in the adapter but neither stored in the base nor tied", str(plan.base))
+            raise KitError(
+                f"{parameter} is in the adapter but neither stored in the base nor tied",
+                str(plan.base),
+                "give the base that the adapter was trained on with --base",
+            )
         file = partner.file.name if partner else list(shards)[-1]
         new = _output(name, source, edit, dtype)
         if partner:

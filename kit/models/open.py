@@ -101,8 +101,14 @@ def library_errors(path: Path) -> Iterator[None]:
     except KitError:
         raise
     except ImportError as error:
-        raise KitError(f"{path} needs a package that is missing: {error}", code=ENVIRONMENT) from error
+        raise KitError(
+            f"{path} needs a package that is missing: {error}", fix="install it", code=ENVIRONMENT
+        ) from error
     except Exception as error:  # noqa: BLE001 - safetensors, tokenizers and remote code raise their own types
         if "out of memory" in str(error).lower():
             raise KitError(f"{path} does not fit into memory", code=ENVIRONMENT, fix="use a smaller dtype") from error
-        raise KitError(f"{path} cannot be loaded: {first_line(error)}", where=str(path)) from error
+        raise KitError(
+            f"{path} cannot be loaded: {first_line(error)}",
+            where=str(path),
+            fix="give a folder that transformers and peft can load; copy or fetch its files again",
+        ) from error

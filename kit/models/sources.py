@@ -218,7 +218,7 @@ def run_datasets(plan: dict[str, Any]) -> tuple[Any, Any]:
     try:
         checked = RunPlan.model_validate(plan)
     except ValueError as error:
-        raise KitError(f"{PLAN} is not a plan: {first_line(error)}", where=PLAN) from None
+        raise KitError(f"{PLAN} is not a plan: {first_line(error)}", where=PLAN, fix="copy the run again") from None
     parts = load_datasets(checked)
     if checked.dataset.streaming:
         return tuple(p and list(islice(p, STREAMED)) for p in (parts.train, parts.test))  # type: ignore[return-value]
