@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import resource
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,23 +15,18 @@ from typing import Any
 
 from kit.errors import KitError
 from kit.inspection.adapter import CONFIG, AdapterFolder, holds_adapter, read_adapter_folder
-from kit.inspection.tokenizer import read_files
 from kit.merging.dequantize import Quantization
 from kit.merging.parts import Plan
 from kit.merging.plan import plan_merge
+from kit.merging.side_files import check_tokenizer, copy_side_files, write_config, write_index
 from kit.storage.atomic_folder import building, check_room, refuse_target
 from kit.storage.hub_cache import fetch_command
 from kit.storage.manifest import NAME as MANIFEST
 from kit.storage.manifest import hash_file
-from kit.storage.safetensors_header import INDEX, find_model, fingerprint, read_json
+from kit.storage.safetensors_header import find_model, fingerprint, read_json
 
 REPORT = "merge.json"
 DTYPES = ("float32", "bfloat16", "float16")
-TOKENIZER = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
-    "spiece.model", "*.tiktoken", "chat_template*", "preprocessor_config.json", "processor_config.json",
-    "video_preprocessor_config.json", "additional_chat_templates/*",
-)  # fmt: skip
 
 
 def merge(
@@ -214,8 +208,8 @@ def _build(
         from kit.merging.stream import write_shards
 
         figures = write_shards(plan, staging, fsync=fsync, progress=progress)
-        _write_index(plan, staging)
-        _write_config(plan, staging)
+        write_index(plan, staging)
+        write_config(plan, staging)
     copy_side_files(plan, staging)
     check_tokenizer(plan)
     opened = plan.adapter.opened
@@ -240,79 +234,6 @@ def _build(
         "fsync_seconds": figures["fsync_seconds"],
         "versions": {p: importlib.metadata.version(p) for p in ("torch", "transformers", "peft", "safetensors")},
     }
-
-
-def _write_index(plan: Plan, staging: Path) -> None:
-    if not plan.indexed:
-        return
-    from kit.storage.safetensors_header import read_header
-
-    headers = {file: read_header(staging / file) for file in plan.shards}
-    index = read_json(plan.base / INDEX)
-    places = {t.name: file for file, tensors in headers.items() for t in tensors}
-    order = [*index["weight_map"], *(n for n in places if n not in index["weight_map"])]
-    index["weight_map"] = {n: places[n] for n in order}
-    size = sum(t.end - t.start for tensors in headers.values() for t in tensors)
-    index["metadata"] = {**(index.get("metadata") or {}), "total_size": size}
-    (staging / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _write_config(plan: Plan, staging: Path) -> None:
-    if plan.changes:
-        (staging / "config.json").write_text(json.dumps(plan.config, indent=2) + "\n", encoding="utf-8")
-    else:
-        shutil.copyfile(plan.base / "config.json", staging / "config.json")
-
-
-def copy_side_files(plan: Plan, staging: Path) -> None:
-    """Generation config and code of the base; tokenizer and chat template of the adapter, else of the base."""
-    for pattern in ("generation_config.json", "*.py"):
-        _copy(plan.base, pattern, staging)
-    trained = plan.adapter.folder
-    has_own = any((trained / n).is_file() for n in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
-    for folder in [trained] if has_own else [plan.base, trained]:
-        for pattern in TOKENIZER:
-            _copy(folder, pattern, staging)
-    if has_own:
-        name_end_token(plan.config, staging)
-
-
-def name_end_token(config: dict[str, Any], staging: Path) -> None:
-    """Generation stops at the end token that the run trained, and at those that the base knew."""
-    files = read_files(staging)
-    end = files and (files.tokens or {}).get(files.roles.get("eos_token") or "")
-    if end is None:
-        return
-    path = staging / "generation_config.json"
-    generation = read_json(path) if path.is_file() else {}
-    known = generation.get("eos_token_id", config.get("eos_token_id"))
-    known = known if isinstance(known, list) else [] if known is None else [known]
-    if end not in known:
-        generation["eos_token_id"] = [end, *known]
-        path.write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
-
-
-def _copy(folder: Path, pattern: str, staging: Path) -> None:
-    for path in sorted(folder.glob(pattern)):
-        if path.is_file():
-            place = staging / path.relative_to(folder)
-            place.parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, place)
-
-
-def check_tokenizer(plan: Plan) -> None:
-    """KitError where the adapter's tokenizer knows tokens that the embeddings have no row for."""
-    rows = plan.vocabulary or (plan.config.get("text_config") or {}).get("vocab_size") or plan.config.get("vocab_size")
-    ours = read_files(plan.adapter.folder)
-    if ours is None or not rows or ours.size <= rows:
-        return
-    before = read_files(plan.base)
-    if before is None or before.size < ours.size:  # some bases name a token that they have no row for themselves
-        raise KitError(
-            f"the tokenizer saved with the adapter reaches id {ours.size - 1}, the embeddings have {rows} rows",
-            where=str(plan.adapter.folder / "tokenizer.json"),
-            fix="save the adapter with its resized embeddings (save_embedding_layers=true)",
-        )
 
 
 def _verified(staging: Path, plan: Plan, how: str, own: list[str]) -> dict[str, Any]:
