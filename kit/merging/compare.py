@@ -14,7 +14,7 @@ from kit.errors import FAILED, KitError
 from kit.merging.adapter import Adapter, read_bytes, token_rows
 from kit.merging.dequantize import Quantization, restore_by_bitsandbytes
 from kit.merging.logits import check_logits
-from kit.merging.parts import Plan
+from kit.merging.parts import MergePlan
 from kit.merging.plan import plan_merge
 from kit.merging.stream import side_by_side, torch_dtype
 from kit.storage.safetensors_header import Tensor, read_config, read_tensors
@@ -60,7 +60,7 @@ def verify(
     return result
 
 
-def check_tensors(out: Path, plan: Plan, stored: dict[str, Tensor]) -> dict[str, Any]:
+def check_tensors(out: Path, plan: MergePlan, stored: dict[str, Tensor]) -> dict[str, Any]:
     """Compare every module that the adapter names or that was dequantized, and the edges of every other tensor."""
     import torch
     from safetensors import safe_open
@@ -100,7 +100,7 @@ def check_tensors(out: Path, plan: Plan, stored: dict[str, Tensor]) -> dict[str,
     }
 
 
-def _parameters(plan: Plan) -> list[str]:
+def _parameters(plan: MergePlan) -> list[str]:
     """Every parameter that the adapter names, by its own keys, or that starts from a dequantized weight."""
     adapter = plan.adapter
     found = dict.fromkeys(adapter.full)
@@ -112,7 +112,7 @@ def _parameters(plan: Plan) -> list[str]:
     return list(found)
 
 
-def _expected(plan: Plan, weights: Any, parameter: str, start: Tensor | None) -> tuple[slice, Any]:
+def _expected(plan: MergePlan, weights: Any, parameter: str, start: Tensor | None) -> tuple[slice, Any]:
     """Which rows, and what base + adapter hold there in float32, by a peft layer (and by bitsandbytes)."""
     import torch
 

@@ -16,7 +16,7 @@ from typing import Any
 from kit.errors import KitError
 from kit.inspection.adapter import CONFIG, AdapterFolder, holds_adapter, read_adapter_folder
 from kit.merging.dequantize import Quantization
-from kit.merging.parts import Plan
+from kit.merging.parts import MergePlan
 from kit.merging.plan import plan_merge
 from kit.merging.side_files import check_tokenizer, copy_side_files, write_config, write_index
 from kit.storage.atomic_folder import building, check_room, refuse_target
@@ -196,7 +196,7 @@ def refuse_other_base(folder: Path, name: str, recorded: dict) -> bool:
 
 
 def _build(
-    plan: Plan, staging: Path, dtype: str | None, fsync: bool, progress: Callable[[int, int], None] | None
+    plan: MergePlan, staging: Path, dtype: str | None, fsync: bool, progress: Callable[[int, int], None] | None
 ) -> dict[str, Any]:
     """Write the model's files into the staging folder; gives the report so far."""
     begun = time.perf_counter()
@@ -236,7 +236,7 @@ def _build(
     }
 
 
-def _verified(staging: Path, plan: Plan, how: str, own: list[str]) -> dict[str, Any]:
+def _verified(staging: Path, plan: MergePlan, how: str, own: list[str]) -> dict[str, Any]:
     from kit.merging.compare import verify as compare
     from kit.merging.logits import PROMPTS
 

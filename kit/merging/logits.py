@@ -10,7 +10,7 @@ from typing import Any
 
 from kit.errors import FAILED, KitError
 from kit.merging.dequantize import restore_by_bitsandbytes
-from kit.merging.parts import Plan
+from kit.merging.parts import MergePlan
 from kit.merging.stream import side_by_side, torch_dtype
 from kit.models.adapters import attach_adapter
 from kit.models.open import architecture_class, open_base
@@ -25,7 +25,7 @@ ROUNDED = {"F32": 1e-3, "F64": 1e-3, "F16": 0.3, "BF16": 1.0}  # largest differe
 PROMPTS = ("The capital of France is", "def add(a, b):\n    return", "Question: What is 12 * 7?\nAnswer:")
 
 
-def check_logits(out: Path, plan: Plan, prompts: list[str] | None, whole: bool) -> dict[str, Any]:
+def check_logits(out: Path, plan: MergePlan, prompts: list[str] | None, whole: bool) -> dict[str, Any]:
     """Run prompts through base + adapter, through the same rounded once, and through the merged model.
 
     One model at a time. `whole`: in float32; else in the base's dtype, where only the looser of the limits applies.
@@ -99,7 +99,7 @@ def _apart(a: list[Any], b: list[Any]) -> dict[str, float]:
     }
 
 
-def _ties_matter(plan: Plan, out: Path) -> bool:
+def _ties_matter(plan: MergePlan, out: Path) -> bool:
     """Whether peft's own merge is not what was trained: it adds LoRA on tied matrices to both ends, or twice."""
     key = "tie_word_embeddings"
     ends = {p.removesuffix(".weight") for pair in plan.names.tied.items() for p in pair}
@@ -139,7 +139,7 @@ def load(folder: Path, dtype: Any, device: str = "cpu", quantization: dict[str, 
     return open_base(folder, dtype=dtype, **settings).eval()
 
 
-def load_base(plan: Plan, dtype: Any, device: str = "cpu") -> Any:
+def load_base(plan: MergePlan, dtype: Any, device: str = "cpu") -> Any:
     """The base that a plan merges onto: as it is stored, or with what quantizing left of its linear layers."""
     model = load(plan.base, dtype)
 
@@ -153,7 +153,7 @@ def load_base(plan: Plan, dtype: Any, device: str = "cpu") -> Any:
     return model.to(device)
 
 
-def load_as_trained(plan: Plan, device: str) -> Any:
+def load_as_trained(plan: MergePlan, device: str) -> Any:
     """Quantized base + adapter as the run had them, the arithmetic in float32."""
     import torch
 

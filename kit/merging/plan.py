@@ -16,7 +16,7 @@ from kit.merging.adapter import (
 )
 from kit.merging.dequantize import Quantization, quantized_modules
 from kit.merging.names import Names, build_empty, read_names
-from kit.merging.parts import Edit, Lora, Output, Plan
+from kit.merging.parts import Edit, Lora, MergePlan, Output
 from kit.merging.ties import check_vocabulary, set_everywhere, settle_ties
 from kit.models.adapters import expected_keys
 from kit.storage.safetensors_header import INDEX, Tensor, read_config, read_header, read_json, shard_files
@@ -33,7 +33,7 @@ def plan_merge(
     proven: bool = False,
     trained_on: Quantization | None = None,
     dequantize: bool = False,
-) -> Plan:
+) -> MergePlan:
     """Plan a merge; `proven`: the base is known to be the adapter's own. KitError lists all that does not fit.
 
     trained_on: how the run quantized the base; `dequantize`: merge onto what that left of it.
@@ -44,7 +44,7 @@ def plan_merge(
     adapter = read_adapter(folder)
     through_peft = why_not_streamed(adapter)
     names = Names({}) if through_peft and not dequantize else _names(base, config, tensors)
-    plan = Plan(base, adapter, config, names, tensors, indexed=(base / INDEX).is_file(), trained_on=trained_on)
+    plan = MergePlan(base, adapter, config, names, tensors, indexed=(base / INDEX).is_file(), trained_on=trained_on)
     if dequantize and trained_on:
         plan.dequantized = quantized_modules(base, trained_on)
     plan.notes += [names.note] if names.note else []
@@ -110,7 +110,7 @@ def _names(base: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Na
         ) from error
 
 
-def _names_missing(plan: Plan) -> str:
+def _names_missing(plan: MergePlan) -> str:
     """Why the adapter's names do not lead to one stored tensor each; KitError where they lead nowhere at all."""
     names, adapter = plan.names, plan.adapter
     absent = [m for m in [*adapter.lora, *adapter.rows] if names.kind(m) is None]
@@ -132,7 +132,7 @@ def _names_missing(plan: Plan) -> str:
     return next((f"{p} is stored in several parts" for p in whole if p in names.fused), "")
 
 
-def _edits(plan: Plan) -> dict[str, Edit]:
+def _edits(plan: MergePlan) -> dict[str, Edit]:
     """Edits by parameter name; KitError lists every tensor whose shape does not fit."""
     adapter, problems = plan.adapter, []
     edits: dict[str, Edit] = {}
@@ -207,12 +207,12 @@ def _misfit(what: str, change: object, base: object) -> Problem:
     )
 
 
-def _stored(plan: Plan, parameter: str) -> Tensor | None:
+def _stored(plan: MergePlan, parameter: str) -> Tensor | None:
     name = plan.names.stored.get(parameter)
     return plan.tensors[name] if name else None
 
 
-def _refuse_shallow(plan: Plan) -> None:
+def _refuse_shallow(plan: MergePlan) -> None:
     """Refuse a base with whole layers that the adapter does not know, unless it was trained on a choice of layers."""
     config, kinds = plan.adapter.config, plan.names.kinds
     targets = config.get("target_modules")
@@ -239,7 +239,7 @@ def _refuse_shallow(plan: Plan) -> None:
         )
 
 
-def _missing_keys(plan: Plan) -> set[str]:
+def _missing_keys(plan: MergePlan) -> set[str]:
     """The tensors that the adapter's config asks for in this base and its file lacks; empty where that is unknown."""
     adapter = plan.adapter.opened
     if plan.names.kinds is None:
@@ -247,7 +247,7 @@ def _missing_keys(plan: Plan) -> set[str]:
     return expected_keys(build_empty(plan.base), adapter) - (adapter.tensors or {}).keys()
 
 
-def _lay_out(plan: Plan, shards: dict[str, list[Tensor]], edits: dict[str, Edit], dtype: str | None) -> None:
+def _lay_out(plan: MergePlan, shards: dict[str, list[Tensor]], edits: dict[str, Edit], dtype: str | None) -> None:
     """Fill plan.shards: the base's files and order, what is new behind its partner or in the last file."""
     by_stored = {plan.names.stored.get(p, p): e for p, e in edits.items()}
     tied = {plan.names.stored.get(o, o): plan.names.stored.get(m, m) for o, m in plan.names.tied.items()}
@@ -286,7 +286,7 @@ def _lay_out(plan: Plan, shards: dict[str, list[Tensor]], edits: dict[str, Edit]
         set_everywhere(plan, "torch_dtype" if "torch_dtype" in plan.config else "dtype", dtype)
 
 
-def _ties(plan: Plan) -> bool:
+def _ties(plan: MergePlan) -> bool:
     return "tie_word_embeddings" not in plan.changes
 
 

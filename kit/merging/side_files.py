@@ -9,7 +9,7 @@ from typing import Any
 
 from kit.errors import KitError
 from kit.inspection.tokenizer import read_files
-from kit.merging.parts import Plan
+from kit.merging.parts import MergePlan
 from kit.storage.safetensors_header import INDEX, read_header, read_json
 
 TOKENIZER = (
@@ -19,7 +19,7 @@ TOKENIZER = (
 )  # fmt: skip
 
 
-def write_index(plan: Plan, staging: Path) -> None:
+def write_index(plan: MergePlan, staging: Path) -> None:
     """Write the index of the merged shards, in the order of the base\'s, where the base has one."""
     if not plan.indexed:
         return
@@ -33,7 +33,7 @@ def write_index(plan: Plan, staging: Path) -> None:
     (staging / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def write_config(plan: Plan, staging: Path) -> None:
+def write_config(plan: MergePlan, staging: Path) -> None:
     """Write config.json: the base\'s bytes where nothing in it changes."""
     if plan.changes:
         (staging / "config.json").write_text(json.dumps(plan.config, indent=2) + "\n", encoding="utf-8")
@@ -41,7 +41,7 @@ def write_config(plan: Plan, staging: Path) -> None:
         shutil.copyfile(plan.base / "config.json", staging / "config.json")
 
 
-def copy_side_files(plan: Plan, staging: Path) -> None:
+def copy_side_files(plan: MergePlan, staging: Path) -> None:
     """Generation config and code of the base; tokenizer and chat template of the adapter, else of the base."""
     for pattern in ("generation_config.json", "*.py"):
         _copy(plan.base, pattern, staging)
@@ -77,7 +77,7 @@ def _copy(folder: Path, pattern: str, staging: Path) -> None:
             shutil.copyfile(path, place)
 
 
-def check_tokenizer(plan: Plan) -> None:
+def check_tokenizer(plan: MergePlan) -> None:
     """KitError where the adapter's tokenizer knows tokens that the embeddings have no row for."""
     rows = plan.vocabulary or (plan.config.get("text_config") or {}).get("vocab_size") or plan.config.get("vocab_size")
     ours = read_files(plan.adapter.folder)

@@ -19,7 +19,7 @@ from kit.errors import FAILED, KitError
 from kit.merging.adapter import read_bytes
 from kit.merging.byte_ranges import copy_range, read_into, reserve, write_all
 from kit.merging.dequantize import aligned, restorer
-from kit.merging.parts import Lora, Output, Plan
+from kit.merging.parts import Lora, MergePlan, Output
 from kit.storage.safetensors_header import Tensor, make_header
 
 BLOCK = 1 << 21  # values at a time: what one core's cache holds, roughly
@@ -69,7 +69,7 @@ def cores() -> int:
 
 
 def write_shards(
-    plan: Plan, folder: Path, *, fsync: bool, progress: Callable[[int, int], None] | None = None
+    plan: MergePlan, folder: Path, *, fsync: bool, progress: Callable[[int, int], None] | None = None
 ) -> dict[str, Any]:
     """Write every shard of a plan into `folder`; gives seconds, fsync_seconds, bytes and the figures of each change.
 

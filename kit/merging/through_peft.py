@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from kit.errors import KitError
-from kit.merging.parts import Plan
+from kit.merging.parts import MergePlan
 from kit.storage.safetensors_header import read_header
 
 
-def write_through_peft(plan: Plan, folder: Path, dtype: str | None) -> dict[str, Any]:
+def write_through_peft(plan: MergePlan, folder: Path, dtype: str | None) -> dict[str, Any]:
     """Load base + adapter, merge, save into `folder`; needs memory for the base in float32. Gives the figures."""
     import torch
 
