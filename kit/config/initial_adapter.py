@@ -103,39 +103,45 @@ def _with_flag(problem: Problem) -> str:
 
 def compare(folder: Path, config: dict[str, Any], peft: dict[str, Any], base: Base) -> list[Problem]:
     """One problem that lists all settings that differ, with the overrides that make the run's equal."""
-    theirs, ours = (str(c.get("peft_type", "LORA")).upper() for c in (config, peft))
-    table = fields.tables().get(ours, {})
-    if theirs != ours:
+    source_type, run_type = (str(c.get("peft_type", "LORA")).upper() for c in (config, peft))
+    table = fields.tables().get(run_type, {})
+    if source_type != run_type:
         return [
             Problem(
-                f"{folder} is a {theirs} adapter, the run trains {ours}", KEY, f"peft.peft_type={theirs}", "init-from"
+                f"{folder} is a {source_type} adapter, the run trains {run_type}",
+                KEY,
+                f"peft.peft_type={source_type}",
+                "init-from",
             )
         ]
     if "target_modules" not in table:
-        return [Problem(f"{KEY} continues adapters of layers; {ours} has none", KEY, "leave it out", "init-from")]
+        return [Problem(f"{KEY} continues adapters of layers; {run_type} has none", KEY, "leave it out", "init-from")]
     problems = []
-    for where, said in ((f"{folder / CONFIG}", config), ("the run", peft)):
-        if (init := said.get("init_lora_weights", True)) not in PLAIN_INITS:
+    for where, settings in ((f"{folder / CONFIG}", config), ("the run", peft)):
+        if (init := settings.get("init_lora_weights", True)) not in PLAIN_INITS:
             problem = f"init_lora_weights={init} in {where} alters the base's weights when it begins"
             fix = "peft.init_lora_weights=true, with an adapter that was begun so"
             problems.append(Problem(problem, KEY, fix, "init-from"))
-    differ, mend = [], []
+    differences, overrides = [], []
     for key, entry in table.items():
         if key in FREE or key == "peft_type" or "instead" in entry:
             continue
         default = entry.get("default")
-        there, here = config.get(key, default), peft.get(key, default)
+        source_value, run_value = config.get(key, default), peft.get(key, default)
         if key in ("target_modules", "modules_to_save"):
             same = same_modules(key, config, peft, base)
         else:
-            same = (there or None) == (here or None)
+            same = (source_value or None) == (run_value or None)
         if not same:
-            differ.append(f"{key} is {shown(there)} there, {shown(here)} here")
-            mend.append(f"peft.{key}={shown(there)}")
-    if differ:
+            differences.append(f"{key} is {shown(source_value)} there, {shown(run_value)} here")
+            overrides.append(f"peft.{key}={shown(source_value)}")
+    if differences:
         problems.append(
             Problem(
-                f"the run's adapter is not the one in {folder}: {'; '.join(differ)}", KEY, " ".join(mend), "init-from"
+                f"the run's adapter is not the one in {folder}: {'; '.join(differences)}",
+                KEY,
+                " ".join(overrides),
+                "init-from",
             )
         )
     return problems
@@ -144,8 +150,8 @@ def compare(folder: Path, config: dict[str, Any], peft: dict[str, Any], base: Ba
 def same_modules(key: str, config: dict[str, Any], peft: dict[str, Any], base: Base) -> bool:
     """Whether two lists name the same modules by their leaves; true where only the built model could tell."""
     sides = []
-    for said in (config, peft):
-        value = said.get(key)
+    for settings in (config, peft):
+        value = settings.get(key)
         if value == "all-linear":
             known = LINEARS.get((base.config or {}).get("model_type", ""))
             if known is None:
@@ -154,7 +160,7 @@ def same_modules(key: str, config: dict[str, Any], peft: dict[str, Any], base: B
         if isinstance(value, str):
             return True  # a regular expression: the ranks compare tensor by tensor
         leaves = {str(v).rpartition(".")[2] for v in value or ()}
-        if key == "modules_to_save" and said.get("ensure_weight_tying"):
+        if key == "modules_to_save" and settings.get("ensure_weight_tying"):
             leaves -= set(OUTPUT_EMBEDDINGS)  # PEFT writes down the one end that holds the tied matrix
         sides.append(leaves)
     return sides[0] == sides[1]
@@ -173,9 +179,9 @@ def shown(value: Any) -> str:
 
 def compare_shapes(adapter: AdapterFolder, model: Model) -> list[Problem]:
     """Refuse the first tensor that has no place in the base, or another shape, where the base's files are here."""
-    place = safetensors_header.find_model(model.name_or_path, model.revision)
+    base_folder = safetensors_header.find_model(model.name_or_path, model.revision)
     try:
-        stored = safetensors_header.read_tensors(place) if place else {}
+        stored = safetensors_header.read_tensors(base_folder) if base_folder else {}
     except KitError:
         return []  # the base itself is refused elsewhere
     if unknown := [name for key in adapter.tensors or {} if (name := _whole_of_nothing(key, adapter.config, stored))]:
@@ -211,9 +217,9 @@ def _whole_of_nothing(key: str, config: dict[str, Any], stored: dict[str, Any]) 
 def compare_base(adapter: AdapterFolder, model: Model, base: Base) -> tuple[list[Problem], str]:
     """Whether the adapter was trained on the run's base: by the fingerprints where both are known, else a remark."""
     recorded = adapter.base
-    ours = identify(model, base.folder) if recorded else None
-    if recorded and ours:
-        if recorded.get("fingerprint") == ours["fingerprint"]:
+    own = identify(model, base.folder) if recorded else None
+    if recorded and own:
+        if recorded.get("fingerprint") == own["fingerprint"]:
             return [], ""
         problem = f"{adapter.folder} was trained on other weights than {model.name_or_path}"
         named = recorded.get("name_or_path")

@@ -78,8 +78,8 @@ def check_tensors(out: Path, plan: MergePlan, stored: dict[str, Tensor]) -> dict
             start = stored.get(name) or stored.get(names.stored.get(names.tied.get(parameter, ""), ""))
             with torch.no_grad():  # a thread's own setting
                 band, expected = _expected(plan, weights, parameter, start)
-                found = _rows(merged[name], band).to(expected.dtype)
-                return name, expected.numel(), _compare(name, expected, found, merged[name].dtype)
+                written = _rows(merged[name], band).to(expected.dtype)
+                return name, expected.numel(), _compare(name, expected, written, merged[name].dtype)
 
         compared = side_by_side(compare, _parameters(plan))
     named = {name for name, _, _ in compared}
@@ -103,13 +103,13 @@ def check_tensors(out: Path, plan: MergePlan, stored: dict[str, Tensor]) -> dict
 def _parameters(plan: MergePlan) -> list[str]:
     """Every parameter that the adapter names, by its own keys, or that starts from a dequantized weight."""
     adapter = plan.adapter
-    found = dict.fromkeys(adapter.full)
+    parameters = dict.fromkeys(adapter.full)
     for module, parts in adapter.lora.items():
-        found[f"{module}.weight"] = None
+        parameters[f"{module}.weight"] = None
         if "lora_B.bias" in parts:
-            found[f"{module}.bias"] = None
-    found.update(dict.fromkeys(f"{module}.weight" for module in [*adapter.rows, *sorted(plan.dequantized)]))
-    return list(found)
+            parameters[f"{module}.bias"] = None
+    parameters.update(dict.fromkeys(f"{module}.weight" for module in [*adapter.rows, *sorted(plan.dequantized)]))
+    return list(parameters)
 
 
 def _expected(plan: MergePlan, weights: Any, parameter: str, start: Tensor | None) -> tuple[slice, Any]:
@@ -221,13 +221,13 @@ def _rows(tensor: Tensor, band: slice) -> Any:
     return flat.reshape(band.stop - band.start, *tensor.shape[1:])
 
 
-def _compare(name: str, expected: Any, found: Any, stored: str) -> int:
+def _compare(name: str, expected: Any, written: Any, stored: str) -> int:
     """How many values are a neighbour of the expected one; KitError where one is further off or too many are."""
     import torch
 
     dtype = torch_dtype(stored)
     rounded = expected.to(dtype).to(expected.dtype)
-    error = (found - rounded).abs()
+    error = (written - rounded).abs()
     largest = float(expected.abs().max()) if expected.numel() else 0.0
     near = error <= torch.finfo(dtype).eps * expected.abs() + SLACK * largest
     # In float32 a neighbour is nothing to count: sums in another order end there all the time.

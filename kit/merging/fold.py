@@ -77,9 +77,9 @@ def merge(
         if verify:
             begun = time.perf_counter()
             how = "auto" if verify is True else str(verify)
-            found = _verified(staging, plan, how, run_plan.get("prompts") or [])
-            report["as_trained"] = (found.get("logits") or {}).pop("as_trained", None)
-            report["verification"] = found
+            figures = _verified(staging, plan, how, run_plan.get("prompts") or [])
+            report["as_trained"] = (figures.get("logits") or {}).pop("as_trained", None)
+            report["verification"] = figures
             report["seconds"]["verify"] = time.perf_counter() - begun
             report["peak_rss_gb_verified"] = peak_rss_gb()
         else:
@@ -115,8 +115,8 @@ def find_adapter(source: str | Path) -> tuple[Path, Path | None]:
 
 def find_plan(adapter: Path, run: Path | None) -> dict[str, Any]:
     """plan.json of the run, also of an adapter or a checkpoint that lies inside one; empty without it."""
-    places = [run] if run else list(adapter.parents)[:2]
-    return next((read_json(p / "plan.json") for p in places if (p / "plan.json").is_file()), {})
+    folders = [run] if run else list(adapter.parents)[:2]
+    return next((read_json(p / "plan.json") for p in folders if (p / "plan.json").is_file()), {})
 
 
 def read_quantization(run_plan: dict[str, Any], onto: str | None) -> Quantization | None:
@@ -180,14 +180,14 @@ def find_base(
 def refuse_other_base(folder: Path, name: str, recorded: dict) -> bool:
     """Whether the base is proven to be the one trained on; KitError where it is another of whatever shape."""
     config, weights = recorded.get("config_sha256"), recorded.get("fingerprint")
-    wrong = []
+    differences = []
     if config and (folder / "config.json").is_file() and hash_file(folder / "config.json")["sha256"] != config:
-        wrong.append("its config.json differs")
+        differences.append("its config.json differs")
     if weights and fingerprint(folder) != weights:
-        wrong.append("its weights differ")
-    if wrong:
+        differences.append("its weights differ")
+    if differences:
         raise KitError(
-            f"{name} is not the base that the adapter was trained on: {' and '.join(wrong)}",
+            f"{name} is not the base that the adapter was trained on: {' and '.join(differences)}",
             where=f"{folder}, against {MANIFEST}",
             fix=f"give the base that was trained on ({recorded.get('name_or_path')}"
             + (f" at {recorded['revision']})" if recorded.get("revision") else ")"),

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kit.errors import KitError
 from kit.models.open import architecture_class, forget_deepspeed
 from kit.storage.safetensors_header import Tensor
 
@@ -43,7 +44,23 @@ def build_empty(base: Path) -> Any:
 
 
 def read_names(base: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Names:
-    """Names for a base; a model with code of its own is stored as it is built, so its names stand for themselves."""
+    """Names for a base; a model with code of its own is stored as it is built, so its names stand for themselves.
+
+    KitError where transformers cannot build a model from the base's config.
+    """
+    try:
+        return _ask_transformers(base, config, tensors)
+    except KitError:
+        raise
+    except Exception as error:  # whatever a model class raises when it is built from this config
+        raise KitError(
+            f"{base} cannot be built as a model: {type(error).__name__}: {error}",
+            where="config.json",
+            fix="check the base and the installed transformers",
+        ) from error
+
+
+def _ask_transformers(base: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Names:
     if config.get("auto_map") and not _is_native(config):
         return Names(
             {name: name for name in tensors},

@@ -43,7 +43,7 @@ def plan_merge(
     tensors = {t.name: t for file in shards.values() for t in file}
     adapter = read_adapter(folder)
     through_peft = why_not_streamed(adapter)
-    names = Names({}) if through_peft and not dequantize else _names(base, config, tensors)
+    names = Names({}) if through_peft and not dequantize else read_names(base, config, tensors)
     plan = MergePlan(base, adapter, config, names, tensors, indexed=(base / INDEX).is_file(), trained_on=trained_on)
     if dequantize and trained_on:
         plan.dequantized = quantized_modules(base, trained_on)
@@ -95,19 +95,6 @@ def _read_base(base: Path, config: dict[str, Any]) -> dict[str, list[Tensor]]:
                 fix="fetch the model again",
             )
     return shards
-
-
-def _names(base: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Names:
-    try:
-        return read_names(base, config, tensors)
-    except KitError:
-        raise
-    except Exception as error:  # whatever a model class raises when it is built from this config
-        raise KitError(
-            f"{base} cannot be built as a model: {type(error).__name__}: {error}",
-            where="config.json",
-            fix="check the base and the installed transformers",
-        ) from error
 
 
 def _names_missing(plan: MergePlan) -> str:
@@ -181,6 +168,15 @@ def _edits(plan: MergePlan) -> dict[str, Edit]:
                     )
                 )
             edits.setdefault(f"{module}.bias", Edit()).add = (parts["lora_B.bias"], scale)
+    problems += _edit_rows(plan, edits)
+    if problems:
+        raise KitError(problems)
+    return edits
+
+
+def _edit_rows(plan: MergePlan, edits: dict[str, Edit]) -> list[Problem]:
+    """Add the rows of trained tokens to `edits`; gives those that do not fit."""
+    adapter, problems = plan.adapter, []
     for module, tensor in adapter.rows.items():
         edit = edits.setdefault(f"{module}.weight", Edit())
         start = edit.replace or _stored(plan, f"{module}.weight") or _stored(plan, plan.names.tied[f"{module}.weight"])
@@ -195,9 +191,7 @@ def _edits(plan: MergePlan) -> dict[str, Edit]:
                 )
             )
         edit.rows = (indices, tensor)
-    if problems:
-        raise KitError(problems)
-    return edits
+    return problems
 
 
 def _misfit(what: str, change: object, base: object) -> Problem:

@@ -25,9 +25,9 @@ def write_index(plan: MergePlan, staging: Path) -> None:
         return
     headers = {file: read_header(staging / file) for file in plan.shards}
     index = read_json(plan.base / INDEX)
-    places = {t.name: file for file, tensors in headers.items() for t in tensors}
-    order = [*index["weight_map"], *(n for n in places if n not in index["weight_map"])]
-    index["weight_map"] = {n: places[n] for n in order}
+    files = {t.name: file for file, tensors in headers.items() for t in tensors}
+    order = [*index["weight_map"], *(n for n in files if n not in index["weight_map"])]
+    index["weight_map"] = {n: files[n] for n in order}
     size = sum(t.end - t.start for tensors in headers.values() for t in tensors)
     index["metadata"] = {**(index.get("metadata") or {}), "total_size": size}
     (staging / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
@@ -72,21 +72,21 @@ def name_end_token(config: dict[str, Any], staging: Path) -> None:
 def _copy(folder: Path, pattern: str, staging: Path) -> None:
     for path in sorted(folder.glob(pattern)):
         if path.is_file():
-            place = staging / path.relative_to(folder)
-            place.parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, place)
+            target = staging / path.relative_to(folder)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target)
 
 
 def check_tokenizer(plan: MergePlan) -> None:
     """KitError where the adapter's tokenizer knows tokens that the embeddings have no row for."""
     rows = plan.vocabulary or (plan.config.get("text_config") or {}).get("vocab_size") or plan.config.get("vocab_size")
-    ours = read_files(plan.adapter.folder)
-    if ours is None or not rows or ours.size <= rows:
+    trained = read_files(plan.adapter.folder)
+    if trained is None or not rows or trained.size <= rows:
         return
-    before = read_files(plan.base)
-    if before is None or before.size < ours.size:  # some bases name a token that they have no row for themselves
+    base = read_files(plan.base)
+    if base is None or base.size < trained.size:  # some bases name a token that they have no row for themselves
         raise KitError(
-            f"the tokenizer saved with the adapter reaches id {ours.size - 1}, the embeddings have {rows} rows",
+            f"the tokenizer saved with the adapter reaches id {trained.size - 1}, the embeddings have {rows} rows",
             where=str(plan.adapter.folder / "tokenizer.json"),
             fix="save the adapter with its resized embeddings (save_embedding_layers=true)",
         )

@@ -235,14 +235,7 @@ def _change(fd: int, output: Output, offset: int) -> dict[str, Any]:
             if tokens is not None:
                 inside = (tokens[0] >= first) & (tokens[0] < last)
                 w[tokens[0][inside] - first] = tokens[1][inside]
-            # The root of the sum of squares bounds every value: one cheap pass in the usual case.
-            if not float(torch.dot(flat, flat)) < float(limit) ** 2 and not bool((flat.abs() <= limit).all()):
-                raise KitError(
-                    f"{output.name} would hold values that are not finite in {output.dtype}",
-                    where=str(output.source.file),
-                    fix="the adapter or the base is damaged, or the base's dtype is too narrow (see --dtype)",
-                    code=FAILED,
-                )
+            _check_finite(flat, limit, output)
             out, data = _buffer("out", flat.numel(), result)
             out.copy_(flat)
             write_all(fd, data, offset + first * width * result.itemsize)
@@ -251,6 +244,20 @@ def _change(fd: int, output: Output, offset: int) -> dict[str, Any]:
         moved = float(((left.T @ left) * (right @ right.T)).sum().clamp(min=0))
     known = edit is not None and edit.lora is not None
     return {"tensor": output.name, "relative_change": (moved / before) ** 0.5 if known and before else None}
+
+
+def _check_finite(values: Any, limit: float, output: Output) -> None:
+    """KitError (4) where a value is not finite in the dtype that is written, whose largest number is `limit`."""
+    import torch
+
+    # The root of the sum of squares bounds every value: one cheap pass in the usual case.
+    if not float(torch.dot(values, values)) < float(limit) ** 2 and not bool((values.abs() <= limit).all()):
+        raise KitError(
+            f"{output.name} would hold values that are not finite in {output.dtype}",
+            where=str(output.source.file),
+            fix="the adapter or the base is damaged, or the base's dtype is too narrow (see --dtype)",
+            code=FAILED,
+        )
 
 
 def _block(fd: int, source: Tensor, first: int, last: int, width: int, work: Any) -> Any:

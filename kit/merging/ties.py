@@ -48,10 +48,10 @@ def settle_ties(plan: MergePlan, edits: dict[str, Edit]) -> None:
 
 
 def set_everywhere(plan: MergePlan, key: str, value: object) -> None:
-    places = [plan.config, *(v for v in plan.config.values() if isinstance(v, dict) and key in v)]
-    for place in places:
-        if place is plan.config or key in place:
-            place[key] = value
+    configs = [plan.config, *(v for v in plan.config.values() if isinstance(v, dict) and key in v)]
+    for config in configs:
+        if config is plan.config or key in config:
+            config[key] = value
     plan.changes.append(key)
 
 

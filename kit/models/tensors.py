@@ -16,13 +16,13 @@ def raw_tensors(model: nn.Module) -> dict[str, Tensor]:
 
     Unlike `state_dict()` it runs no hooks: bitsandbytes packs the state of every quantized layer in one.
     """
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         own = {**module._parameters, **module._buffers}
         for name, tensor in own.items():
             if tensor is not None and name not in module._non_persistent_buffers_set:
-                found[f"{prefix}.{name}" if prefix else name] = tensor
-    return found
+                tensors[f"{prefix}.{name}" if prefix else name] = tensor
+    return tensors
 
 
 def finite(tensor: Tensor) -> bool:

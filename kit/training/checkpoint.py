@@ -68,11 +68,11 @@ def hash_together(folder: Path, group: Any, writer: bool, each_node: bool = Fals
         load[rank] += listing[name] + 1
         share[rank].append(name)
     try:
-        found: Any = manifest.hash_files(folder, share[dist.get_rank(group)], sync=True)
+        hashes: Any = manifest.hash_files(folder, share[dist.get_rank(group)], sync=True)
     except OSError as error:
-        found = f"{error}"
+        hashes = f"{error}"
     merged: dict[str, dict] = {}
-    for rank, part in enumerate(exchange(found, group)):
+    for rank, part in enumerate(exchange(hashes, group)):
         if isinstance(part, str):
             raise KitError(f"rank {rank} cannot read back what was saved: {part}", where=str(folder), code=FAILED)
         merged.update(part)
@@ -247,10 +247,10 @@ def check_model(folder: Path, state_dict: dict[str, Tensor], ignored: Iterable[s
     stored = list(read_tensors(folder).values())
     unique = {t.data_ptr(): t for k, t in state_dict.items() if k not in set(ignored)}
     expected = sum(t.numel() for t in unique.values())
-    found = sum(math.prod(t.shape) for t in stored)
-    if not stored or found != expected or any(0 in t.shape for t in stored):
+    written = sum(math.prod(t.shape) for t in stored)
+    if not stored or written != expected or any(0 in t.shape for t in stored):
         raise KitError(
-            f"the saved model is not complete: its files hold {found} numbers, the model {expected}",
+            f"the saved model is not complete: its files hold {written} numbers, the model {expected}",
             where=str(folder),
             fix="nothing was published; resume from the last checkpoint and report the configuration",
             code=FAILED,
