@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from kit.errors import KitError, Problem
 from kit.inspection.adapter import (
     CONFIG,
+    PLAIN_INITS,
     PREFIX,
     SAVE_AGAIN,
     AdapterFolder,
@@ -30,7 +31,6 @@ FREE = set(
     init_lora_weights runtime_config eva_config loftq_config corda_config lora_ga_config megatron_core
     megatron_config modules_to_tie target_modules_to_tie qalora_group_size""".split()
 )
-PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # the others alter the base's weights
 
 
 class Start(NamedTuple):

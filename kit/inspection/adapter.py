@@ -16,6 +16,7 @@ from kit.storage.safetensors_header import Tensor, read_header, read_json
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
+PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # the others alter the base's weights
 COPY_AGAIN = "copy the adapter again, or give an earlier checkpoint"
 SAVE_AGAIN = f"load it once with peft where you trust it and save it again: that writes {WEIGHTS}"
 # PEFT loads keys with its adapter's name in them as well as keys without, but not of these two.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kit.errors import KitError
-from kit.inspection.adapter import PREFIX, AdapterFolder, read_adapter_folder
+from kit.inspection.adapter import PLAIN_INITS, PREFIX, AdapterFolder, read_adapter_folder
 from kit.storage.safetensors_header import Tensor
 
 PARTS = re.compile(
@@ -27,7 +27,6 @@ EXACT = set(
     trainable_token_indices use_dora use_rslora eva_config qalora_group_size megatron_core loftq_config
     modules_to_tie target_modules_to_tie""".split()
 )
-PLAIN_INITS = {True, False, None, "gaussian", "eva", "orthogonal"}  # the others alter the base's weights
 
 
 @dataclass
