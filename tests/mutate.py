@@ -119,6 +119,7 @@ def handed_over(plan: RunPlan, key: str) -> Any:
 
     import kit.training.run as worker
     from kit.models.load import base_arguments, load_peft_config
+    from kit.models.quantization import bnb_config
 
     arguments = worker.sft_arguments(plan)
     SFTConfig(**{**arguments, "deepspeed": None, "fsdp": None, "fsdp_config": None, "ddp_backend": None})
@@ -131,7 +132,7 @@ def handed_over(plan: RunPlan, key: str) -> Any:
             plan.init_from and plan.init_from.model_dump() if last.startswith("init_from") else getattr(adapter, last)
         )
     if section == "quantization":
-        return getattr(loading["quantization_config"], last)
+        return getattr(bnb_config(plan.quantization or {}), last)
     if section == "deepspeed":
         return zero.at(arguments["deepspeed"], last)
     if key in ("model.dtype", "model.attn_implementation"):

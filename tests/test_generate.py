@@ -16,6 +16,7 @@ from kit.errors import KitError
 from kit.evaluation.generate import format_samples, generate
 from kit.evaluation.sampling import decode, stop_ids
 from kit.models.sources import resolve
+from kit.storage.manifest import write_manifest
 from kit.storage.safetensors_header import fingerprint
 
 CHATML = (
@@ -76,13 +77,13 @@ def save(model, tokenizer, folder):
     return folder
 
 
-def make_run(folder, base, tokenizer, plan=None, manifest=None, **lora):
+def make_run(folder, base, tokenizer, plan=None, recorded=None, **lora):
     """A run directory as training and merging leave it: plan.json, adapter/ with random weights, merged/."""
     torch.manual_seed(1)
     settings = {"r": 4, "target_modules": ["q_proj", "v_proj", "down_proj"], "init_lora_weights": False} | lora
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(task_type="CAUSAL_LM", **settings))
     save(model, tokenizer, folder / "adapter")
-    (folder / "adapter" / "manifest.json").write_text(json.dumps({"base": manifest}))
+    write_manifest(folder / "adapter", kind="adapter", base=recorded)
     save(model.merge_and_unload(), tokenizer, folder / "merged")
     (folder / "plan.json").write_text(json.dumps({"model": {"name_or_path": str(base)}, **(plan or {})}))
     return folder
@@ -308,12 +309,11 @@ def test_sources_are_told_apart(run, base, tokenizer, tmp_path):
     alone = shutil.copytree(run / "adapter", tmp_path / "alone")
     config = json.loads((alone / "adapter_config.json").read_text())
     (alone / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "no/such"}))
+    write_manifest(alone, kind="adapter")
     with pytest.raises(KitError, match="base model was not found here: no/such"):
         resolve(alone)
     assert resolve(alone, base=str(base)).base == base.resolve()
-    (alone / "manifest.json").write_text(
-        json.dumps({"base": {"name_or_path": str(base), "fingerprint": fingerprint(base)}})
-    )
+    write_manifest(alone, kind="adapter", base={"name_or_path": str(base), "fingerprint": fingerprint(base)})
     assert resolve(alone).base == base.resolve()
     other = save(make_model(seed=5), tokenizer, tmp_path / "other")
     with pytest.raises(KitError, match="not the base that"):
@@ -324,6 +324,7 @@ def test_sources_are_told_apart(run, base, tokenizer, tmp_path):
     shutil.copy(alone / "adapter_config.json", moved / "adapter" / "adapter_config.json")
     config = json.loads((moved / "adapter" / "adapter_config.json").read_text())
     (moved / "adapter" / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "no/such"}))
+    write_manifest(moved / "adapter", kind="adapter")
     partial = resolve(moved)
     assert list(partial.paths) == ["merged"] and set(partial.skipped) == {"base", "adapter"}
     with pytest.raises(KitError, match="has no 'adapter'.*not found"):
@@ -352,6 +353,7 @@ def test_bad_sources_and_settings_are_refused(run, base, tokenizer, tmp_path):
     config = json.loads((part / "adapter" / "adapter_config.json").read_text())
     config["target_modules"] = ["q_proj", "v_proj", "down_proj", "o_proj"]
     (part / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    write_manifest(part / "adapter", kind="adapter")
     refused("adapter lacks 4 tensors", part, which=["adapter"])
     (part / "merged" / "config.json").write_text(json.dumps({"model_type": "no_such_model"}))
     refused("cannot be loaded", part, which=["merged"])

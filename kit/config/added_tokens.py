@@ -11,12 +11,10 @@ from __future__ import annotations
 from typing import Any
 
 from kit.errors import Problem
-from kit.inspection.architectures import EMBEDDING, EMBEDDINGS, LINEARS
+from kit.inspection.architectures import EMBEDDING, EMBEDDINGS, INPUT_EMBEDDINGS, LINEARS, OUTPUT_EMBEDDINGS
 from kit.inspection.model import Base
 from kit.schema import fields
 
-INPUTS = ("embed_tokens", "wte", "embed_in", "word_embeddings")
-OUTPUTS = ("lm_head", "embed_out")
 # transformers' configs that tie where config.json does not say (a value that is the class's default is not written).
 TIED = ("gpt2", "opt", "gemma", "gemma2", "gemma3_text")
 
@@ -44,8 +42,8 @@ def find_ends(base: Base) -> tuple[str, str] | None:
     if kind in LINEARS:
         return EMBEDDINGS.get(kind, EMBEDDING).rpartition(".")[2], "lm_head"
     leaves = {m.rpartition(".")[2] for m in base.modules or ()}
-    first = [n for n in INPUTS if n in leaves]
-    last = [n for n in OUTPUTS if n in leaves]
+    first = [n for n in INPUT_EMBEDDINGS if n in leaves]
+    last = [n for n in OUTPUT_EMBEDDINGS if n in leaves]
     if len(first) == 1 and (len(last) == 1 or is_tied(base)):
         return first[0], last[0] if last else "lm_head"
     return None

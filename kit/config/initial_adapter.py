@@ -5,24 +5,32 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kit.config.added_tokens import OUTPUTS
 from kit.errors import KitError, Problem
-from kit.inspection.architectures import LINEARS
+from kit.inspection.adapter import (
+    CONFIG,
+    PLAIN_INITS,
+    PREFIX,
+    SAVE_AGAIN,
+    AdapterFolder,
+    holds_adapter,
+    is_embedding,
+    module_or_parameter,
+    read_adapter_folder,
+    unknown_modules,
+)
+from kit.inspection.architectures import LINEARS, OUTPUT_EMBEDDINGS
 from kit.inspection.model import Base, identify
 from kit.schema import fields
 from kit.schema.run_plan import InitFrom, Model
 from kit.storage import hub_cache, manifest, safetensors_header
-from kit.storage.json_files import read_json
 
 KEY, FLAG = "peft.init_from", "peft.init_from_pickle"
-CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 # What neither changes the adapter's function nor which tensors it has: training's own, bookkeeping, the first values.
 FREE = set(
     """task_type auto_mapping peft_version base_model_name_or_path revision inference_mode lora_dropout
     init_lora_weights runtime_config eva_config loftq_config corda_config lora_ga_config megatron_core
     megatron_config modules_to_tie target_modules_to_tie qalora_group_size""".split()
 )
-PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # the others alter the base's weights
 
 
 class Start(NamedTuple):
@@ -69,88 +77,71 @@ def find_source(
             return None, [Problem(problem, KEY, fix, "init-from")], []
         note = f"{start.name} is not on this machine: it is compared when the run starts"
         return InitFrom(path=start.name), [], [note]
-    if not (folder / CONFIG).is_file() and (folder / "adapter" / CONFIG).is_file():
+    if not holds_adapter(folder) and holds_adapter(folder / "adapter"):
         folder = folder / "adapter"  # a run directory stands for what it trained
     try:
-        config, file, shapes = read_source(folder, start.pickle)
-        check_damage(folder, file)
+        adapter = read_adapter_folder(folder, accept_pickle=start.pickle)
     except KitError as error:
-        return None, [Problem(p.problem, KEY, p.fix, "init-from-files") for p in error.problems], []
-    problems, notes = compare(folder, config, peft, base), []
-    found, remark = compare_base(folder, config, model, base)
-    problems += found or compare_shapes(folder, shapes or {}, model)
+        return None, [Problem(p.problem, KEY, _with_flag(p), "init-from-files") for p in error.problems], []
+    problems, notes = compare(folder, adapter.config, peft, base), []
+    base_problems, remark = compare_base(adapter, model, base)
+    problems += base_problems or compare_shapes(adapter, model)
     notes += [f"the adapter starts from {folder}: its weights, not its optimizer", *([remark] if remark else [])]
-    if shapes is None:
+    file = adapter.weights
+    if adapter.tensors is None:
         notes.append(f"{file.name} is a pickle: read weights-only, its tensors are compared when the run starts")
     sha256 = str(manifest.hash_file(file)["sha256"])
     return InitFrom(path=str(folder), weights=file.name, sha256=sha256), problems, notes
 
 
-def read_source(folder: Path, pickle: bool) -> tuple[dict[str, Any], Path, dict[str, tuple[int, ...]] | None]:
-    """adapter_config.json, the weights file, and its shapes by name (None of a pickle)."""
-    if not (folder / CONFIG).is_file():
-        raise KitError(f"{folder} is no adapter: it has no {CONFIG}", fix="give an adapter folder or a run directory")
-    config = read_json(folder / CONFIG)
-    if (folder / WEIGHTS).is_file():
-        shapes = {t.name: t.shape for t in safetensors_header.read_header(folder / WEIGHTS)}
-        if not shapes:
-            raise KitError(f"{folder / WEIGHTS} holds no tensors", fix="give another adapter")
-        return config, folder / WEIGHTS, shapes
-    if not (folder / PICKLE).is_file():
-        raise KitError(f"{folder} has no {WEIGHTS}", fix="the adapter was not saved whole")
-    if not pickle:
-        raise KitError(
-            f"{folder / PICKLE} is a pickle, and a pickle can hold code",
-            fix=f"{FLAG}=true reads it weights-only (tensors, and nothing that runs), if you know where it comes from",
-        )
-    return config, folder / PICKLE, None
-
-
-def check_damage(folder: Path, file: Path) -> None:
-    """KitError where a file differs from the hash in the adapter's manifest; without one nothing can be said."""
-    if not (folder / manifest.NAME).is_file():
-        return
-    listed = manifest.read_manifest(folder)["files"]
-    for path in (folder / CONFIG, file):
-        if path.name in listed and manifest.hash_file(path)["sha256"] != listed[path.name]["sha256"]:
-            raise KitError(f"{path} is not the file that was saved: its SHA-256 differs", fix="copy the adapter again")
+def _with_flag(problem: Problem) -> str:
+    """The fix of a refused adapter folder, with the key that allows a pickle where one was refused."""
+    if problem.fix != SAVE_AGAIN:
+        return problem.fix
+    return f"{problem.fix}; or {FLAG}=true reads it weights-only (tensors, and nothing that runs)"
 
 
 def compare(folder: Path, config: dict[str, Any], peft: dict[str, Any], base: Base) -> list[Problem]:
     """One problem that lists all settings that differ, with the overrides that make the run's equal."""
-    theirs, ours = (str(c.get("peft_type", "LORA")).upper() for c in (config, peft))
-    table = fields.tables().get(ours, {})
-    if theirs != ours:
+    source_type, run_type = (str(c.get("peft_type", "LORA")).upper() for c in (config, peft))
+    table = fields.tables().get(run_type, {})
+    if source_type != run_type:
         return [
             Problem(
-                f"{folder} is a {theirs} adapter, the run trains {ours}", KEY, f"peft.peft_type={theirs}", "init-from"
+                f"{folder} is a {source_type} adapter, the run trains {run_type}",
+                KEY,
+                f"peft.peft_type={source_type}",
+                "init-from",
             )
         ]
     if "target_modules" not in table:
-        return [Problem(f"{KEY} continues adapters of layers; {ours} has none", KEY, "leave it out", "init-from")]
+        return [Problem(f"{KEY} continues adapters of layers; {run_type} has none", KEY, "leave it out", "init-from")]
     problems = []
-    for where, said in ((f"{folder / CONFIG}", config), ("the run", peft)):
-        if (init := said.get("init_lora_weights", True)) not in PLAIN_INITS:
+    for where, settings in ((f"{folder / CONFIG}", config), ("the run", peft)):
+        if (init := settings.get("init_lora_weights", True)) not in PLAIN_INITS:
             problem = f"init_lora_weights={init} in {where} alters the base's weights when it begins"
             fix = "peft.init_lora_weights=true, with an adapter that was begun so"
             problems.append(Problem(problem, KEY, fix, "init-from"))
-    differ, mend = [], []
+    differences, overrides = [], []
     for key, entry in table.items():
         if key in FREE or key == "peft_type" or "instead" in entry:
             continue
         default = entry.get("default")
-        there, here = config.get(key, default), peft.get(key, default)
+        source_value, run_value = config.get(key, default), peft.get(key, default)
         if key in ("target_modules", "modules_to_save"):
             same = same_modules(key, config, peft, base)
         else:
-            same = (there or None) == (here or None)
+            same = (source_value or None) == (run_value or None)
         if not same:
-            differ.append(f"{key} is {shown(there)} there, {shown(here)} here")
-            mend.append(f"peft.{key}={shown(there)}")
-    if differ:
+            differences.append(f"{key} is {shown(source_value)} there, {shown(run_value)} here")
+            overrides.append(f"peft.{key}={shown(source_value)}")
+    if differences:
         problems.append(
             Problem(
-                f"the run's adapter is not the one in {folder}: {'; '.join(differ)}", KEY, " ".join(mend), "init-from"
+                f"the run's adapter is not the one in {folder}: {'; '.join(differences)}",
+                KEY,
+                " ".join(overrides),
+                "init-from",
             )
         )
     return problems
@@ -159,8 +150,8 @@ def compare(folder: Path, config: dict[str, Any], peft: dict[str, Any], base: Ba
 def same_modules(key: str, config: dict[str, Any], peft: dict[str, Any], base: Base) -> bool:
     """Whether two lists name the same modules by their leaves; true where only the built model could tell."""
     sides = []
-    for said in (config, peft):
-        value = said.get(key)
+    for settings in (config, peft):
+        value = settings.get(key)
         if value == "all-linear":
             known = LINEARS.get((base.config or {}).get("model_type", ""))
             if known is None:
@@ -169,8 +160,8 @@ def same_modules(key: str, config: dict[str, Any], peft: dict[str, Any], base: B
         if isinstance(value, str):
             return True  # a regular expression: the ranks compare tensor by tensor
         leaves = {str(v).rpartition(".")[2] for v in value or ()}
-        if key == "modules_to_save" and said.get("ensure_weight_tying"):
-            leaves -= set(OUTPUTS)  # PEFT writes down the one end that holds the tied matrix
+        if key == "modules_to_save" and settings.get("ensure_weight_tying"):
+            leaves -= set(OUTPUT_EMBEDDINGS)  # PEFT writes down the one end that holds the tied matrix
         sides.append(leaves)
     return sides[0] == sides[1]
 
@@ -186,36 +177,53 @@ def shown(value: Any) -> str:
     return str(value)
 
 
-def compare_shapes(folder: Path, shapes: dict[str, tuple[int, ...]], model: Model) -> list[Problem]:
-    """The first LoRA matrix that fits no side of the base's weight, where the base's files are here."""
-    place = safetensors_header.find_model(model.name_or_path, model.revision)
+def compare_shapes(adapter: AdapterFolder, model: Model) -> list[Problem]:
+    """Refuse the first tensor that has no place in the base, or another shape, where the base's files are here."""
+    base_folder = safetensors_header.find_model(model.name_or_path, model.revision)
     try:
-        stored = safetensors_header.read_tensors(place) if place else {}
+        stored = safetensors_header.read_tensors(base_folder) if base_folder else {}
     except KitError:
         return []  # the base itself is refused elsewhere
-    for name, shape in shapes.items():
-        module, _, part = name.removeprefix("base_model.model.").partition(".lora_")
+    if unknown := [name for key in adapter.tensors or {} if (name := _whole_of_nothing(key, adapter.config, stored))]:
+        refusal = unknown_modules(adapter.folder, unknown).problems[0]
+        return [Problem(refusal.problem, KEY, refusal.fix, "init-from-base")]
+    for key, tensor in (adapter.tensors or {}).items():
+        module, _, part = key.removeprefix(PREFIX).partition(".lora_")
         weight = stored.get(f"{module}.weight")
         if weight is None or len(weight.shape) != 2 or part not in ("A.weight", "B.weight"):
             continue
-        side = shape[1] if part == "A.weight" else shape[0]
+        side = tensor.shape[1] if part == "A.weight" else tensor.shape[0]
         if side not in weight.shape:
             rows, columns = weight.shape
-            said = f"{folder} is an adapter of another base: {module} is {rows} x {columns} here, and it has {side}"
-            return [Problem(said, KEY, "the base that it was trained on, or another adapter", "init-from-base")]
+            text = f"{adapter.folder} is an adapter of another base: {module} is {rows} x {columns} here, and it has"
+            fix = "the base that it was trained on, or another adapter"
+            return [Problem(f"{text} {side}", KEY, fix, "init-from-base")]
     return []
 
 
-def compare_base(folder: Path, config: dict[str, Any], model: Model, base: Base) -> tuple[list[Problem], str]:
+def _whole_of_nothing(key: str, config: dict[str, Any], stored: dict[str, Any]) -> str:
+    """The parameter that a key replaces where the base has none of that name; empty where it has, or may have.
+
+    The base may hold modules that are saved whole, embeddings and biases under another name, or tied.
+    """
+    parameter = module_or_parameter(key)
+    module, _, leaf = parameter.rpartition(".")
+    saved = any(module.endswith(str(name)) for name in config.get("modules_to_save") or ())
+    if not stored or not key.startswith(PREFIX) or leaf != "weight" or ".lora_" in key or saved or is_embedding(key):
+        return ""
+    return "" if parameter in stored else parameter
+
+
+def compare_base(adapter: AdapterFolder, model: Model, base: Base) -> tuple[list[Problem], str]:
     """Whether the adapter was trained on the run's base: by the fingerprints where both are known, else a remark."""
-    recorded = (manifest.read_manifest(folder).get("base") or {}) if (folder / manifest.NAME).is_file() else {}
-    ours = identify(model, base.folder) if recorded else None
-    if recorded and ours:
-        if recorded.get("fingerprint") == ours["fingerprint"]:
+    recorded = adapter.base
+    own = identify(model, base.folder) if recorded else None
+    if recorded and own:
+        if recorded.get("fingerprint") == own["fingerprint"]:
             return [], ""
-        problem = f"{folder} was trained on other weights than {model.name_or_path}"
+        problem = f"{adapter.folder} was trained on other weights than {model.name_or_path}"
         named = recorded.get("name_or_path")
         fix = f"model.name_or_path={named}" if named else "give its own base"
         return [Problem(problem, KEY, fix, "init-from-base")], ""
-    named = recorded.get("name_or_path") or config.get("base_model_name_or_path")
+    named = recorded.get("name_or_path") or adapter.config.get("base_model_name_or_path")
     return [], f"that adapter was trained on {named or 'a base that it does not name'}: not compared with this base"

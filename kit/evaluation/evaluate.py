@@ -26,7 +26,7 @@ from kit.evaluation.examples import (
 from kit.evaluation.generate import check_settings, table
 from kit.evaluation.loss import answer_loss
 from kit.evaluation.sampling import decode, stop_ids
-from kit.models.open import each_model
+from kit.models.inference import each_model
 from kit.models.sources import Source, choose, open_tokenizer, output_path, resolve
 from kit.storage.json_files import atomic_write_json
 

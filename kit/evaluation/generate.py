@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from kit.data.load import run_datasets
 from kit.errors import KitError
 from kit.evaluation.examples import Pair, Shots, as_pair, few_shot_style, with_shots
 from kit.evaluation.sampling import decode
-from kit.models.open import each_model
+from kit.models.inference import each_model
 from kit.models.sources import Source, choose, open_tokenizer, output_path, resolve
 from kit.storage.json_files import atomic_write_json
 
@@ -52,53 +52,57 @@ def generate(
     KitError for a bad source, prompt or setting.
     """
     check_settings(max_new_tokens=max_new_tokens, batch_size=batch_size, temperature=temperature, top_p=top_p)
-    found = resolve(source, base, revision)
-    names = choose(found, which)
-    tokenizer = open_tokenizer(found)
-    asked, chat = _prompts(found, tokenizer, prompts, raw)
-    encoded = [encode_prompt(tokenizer, p, chat=chat and not raw, system=system) for p in asked]
+    models = resolve(source, base, revision)
+    names = choose(models, which)
+    tokenizer = open_tokenizer(models)
+    chosen, chat = _prompts(models, tokenizer, prompts, raw)
+    encoded = [encode_prompt(tokenizer, p, chat=chat and not raw, system=system) for p in chosen]
     shots_for, shots = next((n for n in ("base", "model") if n in names), None), None
     if few_shot and shots_for:
-        shots = Shots.from_rows(few_shot, style or few_shot_style(found, tokenizer))
-    settings: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_p": top_p,
-        "seed": seed,
-    }
+        shots = Shots.from_rows(few_shot, style or few_shot_style(models, tokenizer))
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
+    settings["seed"] = seed
 
     def use(name: str, model: Any) -> dict[str, list[dict[str, Any]]]:
         outputs = {name: decode(model, tokenizer, encoded, batch_size=batch_size, **settings)}
         if shots and name == shots_for:
-            ids = [with_shots(tokenizer, Pair(p, None), shots, system=system) for p in asked]
+            ids = [with_shots(tokenizer, Pair(p, None), shots, system=system) for p in chosen]
             outputs[f"{name}_few_shot"] = decode(
                 model, tokenizer, ids, batch_size=batch_size, stop_text=shots.stop_text, **settings
             )
         return outputs
 
-    parts = each_model(use, found, names, tokenizer, dtype=dtype, device=device)
-    columns = {name: outputs for part in parts.values() for name, outputs in part.items()}
-    samples = [
-        {"prompt": prompt, "outputs": {name: outputs[i] for name, outputs in columns.items()}}
-        for i, prompt in enumerate(asked)
-    ]
-    difference = first_difference(samples) if {"adapter", "merged"} <= set(columns) else None
-    path = output_path(found, out, SAMPLES)
+    parts = each_model(use, models, names, tokenizer, dtype=dtype, device=device)
+    samples = _side_by_side(chosen, parts.values())
+    path = output_path(models, out, SAMPLES)
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write_json(path, samples)
+    settings |= {"raw": raw, "system": system, "few_shot": len(shots.examples) if shots else 0}
+    return _report(models, samples, settings, path)
+
+
+def _side_by_side(prompts: Sequence[Any], parts: Iterable[dict[str, list[dict[str, Any]]]]) -> list[dict[str, Any]]:
+    """[{prompt, outputs: {name: answer}}] of the answers by model."""
+    columns = {name: outputs for part in parts for name, outputs in part.items()}
+    return [
+        {"prompt": prompt, "outputs": {name: outputs[i] for name, outputs in columns.items()}}
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+def _report(
+    source: Source, samples: list[dict[str, Any]], settings: dict[str, Any], path: Path | None
+) -> dict[str, Any]:
+    """What `generate` returns, adapter and merged compared where both answered."""
+    both = bool(samples) and {"adapter", "merged"} <= samples[0]["outputs"].keys()
+    difference = first_difference(samples) if both else None
     return {
         "samples": samples,
-        "adapter_equals_merged": difference is None if {"adapter", "merged"} <= set(columns) else None,
+        "adapter_equals_merged": difference is None if both else None,
         "first_difference": difference,
-        "skipped": found.skipped,
-        "settings": settings
-        | {
-            "raw": raw,
-            "system": system,
-            "few_shot": len(shots.examples) if shots else 0,
-            "quantized_base": found.quantized,
-        },
+        "skipped": source.skipped,
+        "settings": settings | {"quantized_base": source.quantized},
         "file": str(path) if path else None,
     }
 
@@ -124,7 +128,9 @@ def _prompts(
     if asked is not None and not given:
         raise KitError("there are no prompts", where="prompts", fix="give at least one")
     if any(not isinstance(p, str | list) or not p for p in given):
-        raise KitError("a prompt is neither text nor a list of messages", where="prompts")
+        raise KitError(
+            "a prompt is neither text nor a list of messages", where="prompts", fix="give text or a list of messages"
+        )
     if given and (raw or not template or all(isinstance(p, list) for p in given) or source.plan is None):
         return given, template
     if source.plan is None:
@@ -153,15 +159,15 @@ def _opening(prompt: str | list[dict]) -> str | list[dict]:
 def first_difference(samples: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """Where adapter and merged first part: {sample, position, adapter, merged} (token ids, None past the end)."""
     for index, sample in enumerate(samples):
-        ours, theirs = (sample["outputs"][name]["tokens"] for name in ("adapter", "merged"))
-        if ours != theirs:
-            length = min(len(ours), len(theirs))
-            position = next((n for n in range(length) if ours[n] != theirs[n]), length)
+        adapter, merged = (sample["outputs"][name]["tokens"] for name in ("adapter", "merged"))
+        if adapter != merged:
+            length = min(len(adapter), len(merged))
+            position = next((n for n in range(length) if adapter[n] != merged[n]), length)
             return {
                 "sample": index,
                 "position": position,
-                "adapter": ours[position] if position < len(ours) else None,
-                "merged": theirs[position] if position < len(theirs) else None,
+                "adapter": adapter[position] if position < len(adapter) else None,
+                "merged": merged[position] if position < len(merged) else None,
             }
     return None
 

@@ -35,6 +35,10 @@ LINEARS = {
     "gpt2": [f"transformer.h.*.{n}" for n in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")],
     **dict.fromkeys(["mixtral", "qwen3_moe"], [f"model.layers.*.{n}" for n in _ATTENTION]),
 }
+# Leaf names of the matrices with a row per token: where tokens enter and where they are predicted.
+INPUT_EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings")
+OUTPUT_EMBEDDINGS = ("lm_head", "embed_out", "output_layer")
+EMBEDDING_NAMES = (*INPUT_EMBEDDINGS, *OUTPUT_EMBEDDINGS)
 EMBEDDING = "model.embed_tokens"
 EMBEDDINGS = {"gpt2": "transformer.wte", "opt": "model.decoder.embed_tokens"}  # else EMBEDDING
 FUSED_EXPERTS = ("mixtral", "qwen3_moe")  # one 3-D parameter for all experts of a layer: no module to target

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from dataclasses import dataclass
@@ -10,16 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from kit.errors import KitError
-from kit.storage.json_files import read_json
-from kit.storage.safetensors_header import Tensor, read_header
+from kit.inspection.adapter import PLAIN_INITS, PREFIX, AdapterFolder, read_adapter_folder
+from kit.storage.safetensors_header import Tensor
 
-CONFIG, WEIGHTS, PICKLE, MANIFEST = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "adapter_model.bin",
-    "manifest.json",
-)
-PREFIX = "base_model.model."
 PARTS = re.compile(
     r"^(?P<module>.+?)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B"
     r"|lora_magnitude_vector)(\.weight)?$"
@@ -35,53 +27,38 @@ EXACT = set(
     trainable_token_indices use_dora use_rslora eva_config qalora_group_size megatron_core loftq_config
     modules_to_tie target_modules_to_tie""".split()
 )
-PLAIN_INITS = {True, False, None, "gaussian", "eva", "orthogonal"}  # the others alter the base's weights
 
 
 @dataclass
 class Adapter:
-    """An adapter folder: its config, tensors by module and part, full tensors by parameter, manifest."""
+    """An adapter folder with its tensors by module and part, full tensors by parameter."""
 
-    folder: Path
-    config: dict[str, Any]
-    tensors: dict[str, Tensor]
+    opened: AdapterFolder
     lora: dict[str, dict[str, Tensor]]
     full: dict[str, Tensor]  # parameter name -> replacement
     shared: set[str]  # replacements of a base layer itself: a tied partner sees them too
     rows: dict[str, Tensor]  # module -> new rows
     unknown: list[str]
-    manifest: dict[str, Any] | None
 
+    @property
+    def folder(self) -> Path:
+        return self.opened.folder
 
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.opened.config
+
+    @property
+    def manifest(self) -> dict[str, Any] | None:
+        return self.opened.manifest
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """Read an adapter folder; KitError where a file is missing, damaged, pickled or not as its manifest says."""
-    if not (folder / WEIGHTS).is_file():
-        if (folder / PICKLE).is_file():
-            raise KitError(
-                f"{folder / PICKLE} is a pickle, which can run any code when it is read",
-                fix=f"load it once with peft where you trust it and save it again: that writes {WEIGHTS}",
-            )
-        raise KitError(f"{folder} has no {WEIGHTS}", fix="give a run, an adapter folder or a cached Hub id")
-    config = read_json(folder / CONFIG)
-    manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else None
-    for name, entry in ((manifest or {}).get("files") or {}).items():
-        path = folder / name
-        if name in (CONFIG, WEIGHTS) and (not path.is_file() or sha256(path) != entry.get("sha256")):
-            raise KitError(
-                f"{path} is not the file that was saved: its SHA-256 differs from {MANIFEST}",
-                fix="copy the adapter again, or merge an earlier checkpoint",
-            )
-    tensors = {t.name: t for t in read_header(folder / WEIGHTS)}
-    for tensor in tensors.values():
-        check_size(tensor)
-    adapter = Adapter(folder, config, tensors, {}, {}, set(), {}, [], manifest)
-    for key, tensor in tensors.items():
+    """Read an adapter folder and sort its tensors by module; KitError as of `read_adapter_folder`."""
+    opened = read_adapter_folder(folder)
+    assert opened.tensors is not None  # only an accepted pickle has none
+    adapter = Adapter(opened, {}, {}, set(), {}, [])
+    for key, tensor in opened.tensors.items():
         _sort_in(adapter, key, tensor)
     return adapter
 
@@ -102,20 +79,6 @@ def _sort_in(adapter: Adapter, key: str, tensor: Tensor) -> None:
         adapter.full[f"{module}.{parameter}"] = tensor
         if not own:
             adapter.shared.add(f"{module}.{parameter}")
-
-
-def check_size(tensor: Tensor) -> None:
-    """KitError where a tensor's bytes are not what its shape and dtype need."""
-    bits = {"F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "BOOL": 8}.get(tensor.dtype)
-    if bits is None:
-        bits = 16 if tensor.dtype in ("F16", "BF16", "I16", "U16") else 8 if "8" in tensor.dtype else 0
-    need = math.prod(tensor.shape) * bits // 8
-    if bits and need != tensor.end - tensor.start or tensor.end < tensor.start:
-        raise KitError(
-            f"{tensor.file} is damaged: {tensor.name} is said to be {tensor.dtype} {list(tensor.shape)} "
-            f"but has {tensor.end - tensor.start} bytes",
-            fix="fetch the file again",
-        )
 
 
 def why_not_streamed(adapter: Adapter) -> str:

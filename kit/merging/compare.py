@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from kit.errors import FAILED, KitError
-from kit.merging.adapter import WEIGHTS, Adapter, read_bytes, token_rows
+from kit.merging.adapter import Adapter, read_bytes, token_rows
 from kit.merging.dequantize import Quantization, restore_by_bitsandbytes
 from kit.merging.logits import check_logits
-from kit.merging.parts import Plan
+from kit.merging.parts import MergePlan
 from kit.merging.plan import plan_merge
 from kit.merging.stream import side_by_side, torch_dtype
 from kit.storage.safetensors_header import Tensor, read_config, read_tensors
@@ -60,14 +60,14 @@ def verify(
     return result
 
 
-def check_tensors(out: Path, plan: Plan, stored: dict[str, Tensor]) -> dict[str, Any]:
+def check_tensors(out: Path, plan: MergePlan, stored: dict[str, Tensor]) -> dict[str, Any]:
     """Compare every module that the adapter names or that was dequantized, and the edges of every other tensor."""
     import torch
     from safetensors import safe_open
 
     adapter, names = plan.adapter, plan.names
     merged = read_tensors(out)
-    with safe_open(adapter.folder / WEIGHTS, "pt") as weights:
+    with safe_open(adapter.opened.weights, "pt") as weights:
 
         def compare(parameter: str) -> tuple[str, int, int]:
             name = names.stored.get(parameter, parameter)
@@ -78,8 +78,8 @@ def check_tensors(out: Path, plan: Plan, stored: dict[str, Tensor]) -> dict[str,
             start = stored.get(name) or stored.get(names.stored.get(names.tied.get(parameter, ""), ""))
             with torch.no_grad():  # a thread's own setting
                 band, expected = _expected(plan, weights, parameter, start)
-                found = _rows(merged[name], band).to(expected.dtype)
-                return name, expected.numel(), _compare(name, expected, found, merged[name].dtype)
+                written = _rows(merged[name], band).to(expected.dtype)
+                return name, expected.numel(), _compare(name, expected, written, merged[name].dtype)
 
         compared = side_by_side(compare, _parameters(plan))
     named = {name for name, _, _ in compared}
@@ -100,19 +100,19 @@ def check_tensors(out: Path, plan: Plan, stored: dict[str, Tensor]) -> dict[str,
     }
 
 
-def _parameters(plan: Plan) -> list[str]:
+def _parameters(plan: MergePlan) -> list[str]:
     """Every parameter that the adapter names, by its own keys, or that starts from a dequantized weight."""
     adapter = plan.adapter
-    found = dict.fromkeys(adapter.full)
+    parameters = dict.fromkeys(adapter.full)
     for module, parts in adapter.lora.items():
-        found[f"{module}.weight"] = None
+        parameters[f"{module}.weight"] = None
         if "lora_B.bias" in parts:
-            found[f"{module}.bias"] = None
-    found.update(dict.fromkeys(f"{module}.weight" for module in [*adapter.rows, *sorted(plan.dequantized)]))
-    return list(found)
+            parameters[f"{module}.bias"] = None
+    parameters.update(dict.fromkeys(f"{module}.weight" for module in [*adapter.rows, *sorted(plan.dequantized)]))
+    return list(parameters)
 
 
-def _expected(plan: Plan, weights: Any, parameter: str, start: Tensor | None) -> tuple[slice, Any]:
+def _expected(plan: MergePlan, weights: Any, parameter: str, start: Tensor | None) -> tuple[slice, Any]:
     """Which rows, and what base + adapter hold there in float32, by a peft layer (and by bitsandbytes)."""
     import torch
 
@@ -221,13 +221,13 @@ def _rows(tensor: Tensor, band: slice) -> Any:
     return flat.reshape(band.stop - band.start, *tensor.shape[1:])
 
 
-def _compare(name: str, expected: Any, found: Any, stored: str) -> int:
+def _compare(name: str, expected: Any, written: Any, stored: str) -> int:
     """How many values are a neighbour of the expected one; KitError where one is further off or too many are."""
     import torch
 
     dtype = torch_dtype(stored)
     rounded = expected.to(dtype).to(expected.dtype)
-    error = (found - rounded).abs()
+    error = (written - rounded).abs()
     largest = float(expected.abs().max()) if expected.numel() else 0.0
     near = error <= torch.finfo(dtype).eps * expected.abs() + SLACK * largest
     # In float32 a neighbour is nothing to count: sums in another order end there all the time.

@@ -128,11 +128,11 @@ def restore_by_bitsandbytes(weight: Any, quantization: Quantization, conv1d: boo
     if quantization.bits == 8:
         int8: Any = Int8Params(loaded, requires_grad=False)
         int8 = int8.to("cpu")  # bitsandbytes quantizes when a parameter arrives on a device
-        found = functional.int8_vectorwise_dequant(int8.CB, int8.SCB)
+        restored = functional.int8_vectorwise_dequant(int8.CB, int8.SCB)
     else:
         packed: Any = Params4bit(
             loaded, compress_statistics=quantization.nested, quant_type=quantization.kind, requires_grad=False
         )
         packed = packed.to("cpu")
-        found = functional.dequantize_4bit(packed.data, packed.quant_state)
-    return (found.T if conv1d else found).float()
+        restored = functional.dequantize_4bit(packed.data, packed.quant_state)
+    return (restored.T if conv1d else restored).float()

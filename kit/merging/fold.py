@@ -8,30 +8,26 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import resource
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from kit.errors import KitError
-from kit.inspection.tokenizer import read_files
-from kit.merging.adapter import CONFIG, MANIFEST, WEIGHTS, sha256
+from kit.inspection.adapter import CONFIG, AdapterFolder, holds_adapter, read_adapter_folder
 from kit.merging.dequantize import Quantization
-from kit.merging.parts import Plan
+from kit.merging.parts import MergePlan
 from kit.merging.plan import plan_merge
+from kit.merging.side_files import check_tokenizer, copy_side_files, write_config, write_index
 from kit.storage.atomic_folder import check_room, output_folder, refuse_target
 from kit.storage.hub_cache import fetch_command
 from kit.storage.json_files import read_json
-from kit.storage.safetensors_header import INDEX, find_model, fingerprint
+from kit.storage.manifest import NAME as MANIFEST
+from kit.storage.manifest import hash_file
+from kit.storage.safetensors_header import find_model, fingerprint
 
 REPORT = "merge.json"
 DTYPES = ("float32", "bfloat16", "float16")
-TOKENIZER = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
-    "spiece.model", "*.tiktoken", "chat_template*", "preprocessor_config.json", "processor_config.json",
-    "video_preprocessor_config.json", "additional_chat_templates/*",
-)  # fmt: skip
 
 
 def merge(
@@ -60,11 +56,11 @@ def merge(
     if dtype is not None and dtype not in DTYPES:
         raise KitError(f"dtype={dtype!r} is not known", where="--dtype", fix=f"one of {', '.join(DTYPES)}")
     adapter, run = find_adapter(source)
-    manifest = read_json(adapter / MANIFEST) if (adapter / MANIFEST).is_file() else {}
+    opened = read_adapter_folder(adapter)
     run_plan = find_plan(adapter, run)
     trained_on = read_quantization(run_plan, onto)
-    name, wanted, base_folder = find_base(base, revision, adapter, manifest, run_plan)
-    proven = refuse_other_base(base_folder, name, manifest)
+    name, wanted, base_folder = find_base(base, revision, opened, run_plan)
+    proven = refuse_other_base(base_folder, name, opened.base)
     target = (Path(out).expanduser() if out else default_target(source, adapter, run)).absolute()
     refuse_target(target, [base_folder, adapter, *([run] if run else [])], overwrite, REPORT)
     dequantize = onto == "dequantized"
@@ -82,9 +78,9 @@ def merge(
         if verify:
             begun = time.perf_counter()
             how = "auto" if verify is True else str(verify)
-            found = _verified(staging, plan, how, run_plan.get("prompts") or [])
-            report["as_trained"] = (found.get("logits") or {}).pop("as_trained", None)
-            report["verification"] = found
+            figures = _verified(staging, plan, how, run_plan.get("prompts") or [])
+            report["as_trained"] = (figures.get("logits") or {}).pop("as_trained", None)
+            report["verification"] = figures
             report["seconds"]["verify"] = time.perf_counter() - begun
             report["peak_rss_gb_verified"] = peak_rss_gb()
         else:
@@ -103,9 +99,9 @@ def find_adapter(source: str | Path) -> tuple[Path, Path | None]:
             f"{source} is neither a folder nor an adapter in the local Hub cache",
             fix="give a run, an adapter folder or a Hub id that `hf download` has fetched",
         )
-    if (folder / CONFIG).is_file():
+    if holds_adapter(folder):
         return folder, None
-    if (folder / "adapter" / CONFIG).is_file():
+    if holds_adapter(folder / "adapter"):
         return folder / "adapter", folder
     if (folder / "model").is_dir():
         raise KitError(f"{folder} trained the whole model: there is no adapter to merge", fix="use its model/ folder")
@@ -113,13 +109,15 @@ def find_adapter(source: str | Path) -> tuple[Path, Path | None]:
         raise KitError(
             f"{folder} has no finished adapter", fix="finish it with `kit resume`, or give one of its checkpoints"
         )
-    raise KitError(f"{folder} is neither a run nor an adapter: it has no {CONFIG}")
+    raise KitError(
+        f"{folder} is neither a run nor an adapter: it has no {CONFIG}", fix="give a run or an adapter folder"
+    )
 
 
 def find_plan(adapter: Path, run: Path | None) -> dict[str, Any]:
     """plan.json of the run, also of an adapter or a checkpoint that lies inside one; empty without it."""
-    places = [run] if run else list(adapter.parents)[:2]
-    return next((read_json(p / "plan.json") for p in places if (p / "plan.json").is_file()), {})
+    folders = [run] if run else list(adapter.parents)[:2]
+    return next((read_json(p / "plan.json") for p in folders if (p / "plan.json").is_file()), {})
 
 
 def read_quantization(run_plan: dict[str, Any], onto: str | None) -> Quantization | None:
@@ -150,12 +148,11 @@ def default_target(source: str | Path, adapter: Path, run: Path | None) -> Path:
 
 
 def find_base(
-    base: str | None, revision: str | None, adapter: Path, manifest: dict, run_plan: dict
+    base: str | None, revision: str | None, adapter: AdapterFolder, run_plan: dict
 ) -> tuple[str, str | None, Path]:
     """Name, revision and folder of the base: what was asked for, else what was written down when it was trained."""
     model = run_plan.get("model") or {}
-    recorded = manifest.get("base") or {}
-    config = read_json(adapter / CONFIG)
+    recorded, config = adapter.base, adapter.config
     choices = [
         (base, revision),
         (recorded.get("name_or_path"), revision or recorded.get("revision")),
@@ -170,29 +167,28 @@ def find_base(
         )
     name, wanted = next(((n, r) for n, r in choices if n), (None, None))
     if not name:
-        raise KitError(f"{adapter} does not say which base it belongs to", fix="name it with --base")
+        raise KitError(f"{adapter.folder} does not say which base it belongs to", fix="name it with --base")
     folder = find_model(name, wanted)
     if folder is None:
         raise KitError(
             f"the base {name}{f' at {wanted}' if wanted else ''} is not on this machine",
-            where="--base" if base else str(adapter / CONFIG),
+            where="--base" if base else str(adapter.folder / CONFIG),
             fix=f"{fetch_command('model.name_or_path', name, wanted)}; or give its folder with --base",
         )
     return name, wanted, folder
 
 
-def refuse_other_base(folder: Path, name: str, manifest: dict) -> bool:
+def refuse_other_base(folder: Path, name: str, recorded: dict) -> bool:
     """Whether the base is proven to be the one trained on; KitError where it is another of whatever shape."""
-    recorded = manifest.get("base") or {}
     config, weights = recorded.get("config_sha256"), recorded.get("fingerprint")
-    wrong = []
-    if config and (folder / "config.json").is_file() and sha256(folder / "config.json") != config:
-        wrong.append("its config.json differs")
+    differences = []
+    if config and (folder / "config.json").is_file() and hash_file(folder / "config.json")["sha256"] != config:
+        differences.append("its config.json differs")
     if weights and fingerprint(folder) != weights:
-        wrong.append("its weights differ")
-    if wrong:
+        differences.append("its weights differ")
+    if differences:
         raise KitError(
-            f"{name} is not the base that the adapter was trained on: {' and '.join(wrong)}",
+            f"{name} is not the base that the adapter was trained on: {' and '.join(differences)}",
             where=f"{folder}, against {MANIFEST}",
             fix=f"give the base that was trained on ({recorded.get('name_or_path')}"
             + (f" at {recorded['revision']})" if recorded.get("revision") else ")"),
@@ -201,7 +197,7 @@ def refuse_other_base(folder: Path, name: str, manifest: dict) -> bool:
 
 
 def _build(
-    plan: Plan, staging: Path, dtype: str | None, fsync: bool, progress: Callable[[int, int], None] | None
+    plan: MergePlan, staging: Path, dtype: str | None, fsync: bool, progress: Callable[[int, int], None] | None
 ) -> dict[str, Any]:
     """Write the model's files into the staging folder; gives the report so far."""
     begun = time.perf_counter()
@@ -213,10 +209,11 @@ def _build(
         from kit.merging.stream import write_shards
 
         figures = write_shards(plan, staging, fsync=fsync, progress=progress)
-        _write_index(plan, staging)
-        _write_config(plan, staging)
+        write_index(plan, staging)
+        write_config(plan, staging)
     copy_side_files(plan, staging)
     check_tokenizer(plan)
+    opened = plan.adapter.opened
     changes = [f["relative_change"] for f in figures["tensors"] if f["relative_change"] is not None]
     return {
         "method": "peft" if plan.through_peft else "streaming",
@@ -225,7 +222,7 @@ def _build(
         "quantization": plan.trained_on.fields if plan.trained_on else None,
         "adapter": {
             "path": str(plan.adapter.folder),
-            "sha256": {name: sha256(plan.adapter.folder / name) for name in (WEIGHTS, CONFIG)},
+            "sha256": {path.name: hash_file(path)["sha256"] for path in (opened.weights, opened.folder / CONFIG)},
         },
         "changed_tensors": len(figures["tensors"]),
         "bytes": figures["bytes"],
@@ -240,80 +237,7 @@ def _build(
     }
 
 
-def _write_index(plan: Plan, staging: Path) -> None:
-    if not plan.indexed:
-        return
-    from kit.storage.safetensors_header import read_header
-
-    headers = {file: read_header(staging / file) for file in plan.shards}
-    index = read_json(plan.base / INDEX)
-    places = {t.name: file for file, tensors in headers.items() for t in tensors}
-    order = [*index["weight_map"], *(n for n in places if n not in index["weight_map"])]
-    index["weight_map"] = {n: places[n] for n in order}
-    size = sum(t.end - t.start for tensors in headers.values() for t in tensors)
-    index["metadata"] = {**(index.get("metadata") or {}), "total_size": size}
-    (staging / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _write_config(plan: Plan, staging: Path) -> None:
-    if plan.changes:
-        (staging / "config.json").write_text(json.dumps(plan.config, indent=2) + "\n", encoding="utf-8")
-    else:
-        shutil.copyfile(plan.base / "config.json", staging / "config.json")
-
-
-def copy_side_files(plan: Plan, staging: Path) -> None:
-    """Generation config and code of the base; tokenizer and chat template of the adapter, else of the base."""
-    for pattern in ("generation_config.json", "*.py"):
-        _copy(plan.base, pattern, staging)
-    trained = plan.adapter.folder
-    has_own = any((trained / n).is_file() for n in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
-    for folder in [trained] if has_own else [plan.base, trained]:
-        for pattern in TOKENIZER:
-            _copy(folder, pattern, staging)
-    if has_own:
-        name_end_token(plan.config, staging)
-
-
-def name_end_token(config: dict[str, Any], staging: Path) -> None:
-    """Generation stops at the end token that the run trained, and at those that the base knew."""
-    files = read_files(staging)
-    end = files and (files.tokens or {}).get(files.roles.get("eos_token") or "")
-    if end is None:
-        return
-    path = staging / "generation_config.json"
-    generation = read_json(path) if path.is_file() else {}
-    known = generation.get("eos_token_id", config.get("eos_token_id"))
-    known = known if isinstance(known, list) else [] if known is None else [known]
-    if end not in known:
-        generation["eos_token_id"] = [end, *known]
-        path.write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
-
-
-def _copy(folder: Path, pattern: str, staging: Path) -> None:
-    for path in sorted(folder.glob(pattern)):
-        if path.is_file():
-            place = staging / path.relative_to(folder)
-            place.parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, place)
-
-
-def check_tokenizer(plan: Plan) -> None:
-    """KitError where the adapter's tokenizer knows tokens that the embeddings have no row for."""
-    rows = plan.vocabulary or (plan.config.get("text_config") or {}).get("vocab_size") or plan.config.get("vocab_size")
-    ours = read_files(plan.adapter.folder)
-    if ours is None or not rows or ours.size <= rows:
-        return
-    before = read_files(plan.base)
-    if before is None or before.size < ours.size:  # some bases name a token that they have no row for themselves
-        raise KitError(
-            f"the tokenizer saved with the adapter reaches id {ours.size - 1}, the embeddings have {rows} rows",
-            where=str(plan.adapter.folder / "tokenizer.json"),
-            fix="save the adapter with its resized embeddings (save_embedding_layers=true)",
-        )
-
-
-def _verified(staging: Path, plan: Plan, how: str, own: list[str]) -> dict[str, Any]:
+def _verified(staging: Path, plan: MergePlan, how: str, own: list[str]) -> dict[str, Any]:
     from kit.merging.compare import verify as compare
     from kit.merging.logits import PROMPTS
 

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from kit.errors import FAILED, KitError
-from kit.merging.adapter import CONFIG, WEIGHTS
 from kit.merging.dequantize import restore_by_bitsandbytes
-from kit.merging.names import forget_deepspeed, model_class
-from kit.merging.parts import Plan
+from kit.merging.parts import MergePlan
 from kit.merging.stream import side_by_side, torch_dtype
+from kit.models.adapters import attach_adapter
+from kit.models.open import architecture_class, open_base
+from kit.models.quantization import compute_in
 from kit.storage.safetensors_header import read_config, read_tensors
 
 # Logits of two models with equal weights are equal; the few neighbours above move them by up to 2.3e-4 of their spread
@@ -24,7 +25,7 @@ ROUNDED = {"F32": 1e-3, "F64": 1e-3, "F16": 0.3, "BF16": 1.0}  # largest differe
 PROMPTS = ("The capital of France is", "def add(a, b):\n    return", "Question: What is 12 * 7?\nAnswer:")
 
 
-def check_logits(out: Path, plan: Plan, prompts: list[str] | None, whole: bool) -> dict[str, Any]:
+def check_logits(out: Path, plan: MergePlan, prompts: list[str] | None, whole: bool) -> dict[str, Any]:
     """Run prompts through base + adapter, through the same rounded once, and through the merged model.
 
     One model at a time. `whole`: in float32; else in the base's dtype, where only the looser of the limits applies.
@@ -39,7 +40,7 @@ def check_logits(out: Path, plan: Plan, prompts: list[str] | None, whole: bool) 
     dtype = torch.float32 if whole else torch_dtype(kept)
     tokens = make_prompts(out, read_config(out), prompts)
     device = _device(merged, dtype)
-    model = add_adapter(load_base(plan, dtype, device), plan.adapter.folder).to(dtype)
+    model = attach_adapter(load_base(plan, dtype, device), plan.adapter.opened).to(dtype)
     trained = _logits(model, tokens)
     once = None
     if whole:
@@ -53,7 +54,7 @@ def check_logits(out: Path, plan: Plan, prompts: list[str] | None, whole: bool) 
     del model
     gc.collect()
     model = load(out, dtype, device)
-    ours = _logits(model, tokens)
+    merged_logits = _logits(model, tokens)
     del model
     gc.collect()
     spread = float(torch.cat([t.flatten() for t in trained]).std()) or 1.0
@@ -62,27 +63,35 @@ def check_logits(out: Path, plan: Plan, prompts: list[str] | None, whole: bool) 
         "tokens": sum(t.shape[-1] for t in tokens),
         "computed_in": str(dtype).removeprefix("torch."),
         "computed_on": device,
-        **_apart(trained, ours),
+        **_apart(trained, merged_logits),
         "logits_std": spread,
         "tolerance": ROUNDED[kept] * spread,
     }
-    far = result["max_difference"] > result["tolerance"]
     if once is not None:
-        exact = max(float((a - b).abs().max()) for a, b in zip(once, ours, strict=True))
+        exact = max(float((a - b).abs().max()) for a, b in zip(once, merged_logits, strict=True))
         result |= {"max_difference_from_rounded": exact, "tolerance_from_rounded": LOGITS * spread}
-        far = exact > LOGITS * spread or (far and kept in ("F32", "F64"))
-    if far or not math.isfinite(result["max_difference"]):
+    _judge(result, kept, out)
+    if plan.trained_on:
+        as_trained = _logits(load_as_trained(plan, device), tokens)
+        result["as_trained"] = _apart(as_trained, merged_logits) | {"logits_std": spread}
+    return result
+
+
+def _judge(result: dict[str, Any], kept: str, out: Path) -> None:
+    """KitError (4) where the logits lie further apart than storing the weights in the dtype `kept` explains."""
+    limit = LOGITS * result["logits_std"]
+    exact = result.get("max_difference_from_rounded")
+    differs = result["max_difference"] > result["tolerance"]
+    if exact is not None:
+        differs = exact > limit or (differs and kept in ("F32", "F64"))
+    if differs or not math.isfinite(result["max_difference"]):
         raise KitError(
             f"the merged model does not answer as base + adapter do: logits differ by {result['max_difference']:.3g} "
-            f"(allowed {result['tolerance']:.3g}), from the rounded sum by "
-            f"{result.get('max_difference_from_rounded', 0):.3g} (allowed {LOGITS * spread:.3g})",
+            f"(allowed {result['tolerance']:.3g}), from the rounded sum by {exact or 0:.3g} (allowed {limit:.3g})",
             where=str(out),
             fix="nothing was published; merge again, and report it if it stays",
             code=FAILED,
         )
-    if plan.trained_on:
-        result["as_trained"] = _apart(_logits(load_as_trained(plan, device), tokens), ours) | {"logits_std": spread}
-    return result
 
 
 def _apart(a: list[Any], b: list[Any]) -> dict[str, float]:
@@ -98,7 +107,7 @@ def _apart(a: list[Any], b: list[Any]) -> dict[str, float]:
     }
 
 
-def _ties_matter(plan: Plan, out: Path) -> bool:
+def _ties_matter(plan: MergePlan, out: Path) -> bool:
     """Whether peft's own merge is not what was trained: it adds LoRA on tied matrices to both ends, or twice."""
     key = "tie_word_embeddings"
     ends = {p.removesuffix(".weight") for pair in plan.names.tied.items() for p in pair}
@@ -128,19 +137,17 @@ def _device(tensors: dict[str, Any], dtype: Any) -> str:
     return "cuda" if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 2 * needed else "cpu"
 
 
-def load(folder: Path, dtype: Any, device: str = "cpu", quantization_config: Any = None) -> Any:
-    """A model in evaluation mode, whatever DeepSpeed state this process was left in."""
+def load(folder: Path, dtype: Any, device: str = "cpu", quantization: dict[str, Any] | None = None) -> Any:
+    """A model in evaluation mode, of the class that its config names."""
     from transformers import AutoConfig
 
-    forget_deepspeed()
     config = AutoConfig.from_pretrained(folder)
-    if quantization_config is not None:  # such a model may not be moved afterwards
-        more = {"quantization_config": quantization_config, "device_map": device}
-        return model_class(config).from_pretrained(folder, config=config, dtype=dtype, **more).eval()
-    return model_class(config).from_pretrained(folder, config=config, dtype=dtype).eval().to(device)
+    model_class = architecture_class(config)
+    settings = {"device": device, "quantization": quantization, "model_class": model_class, "config": config}
+    return open_base(folder, dtype=dtype, **settings).eval()
 
 
-def load_base(plan: Plan, dtype: Any, device: str = "cpu") -> Any:
+def load_base(plan: MergePlan, dtype: Any, device: str = "cpu") -> Any:
     """The base that a plan merges onto: as it is stored, or with what quantizing left of its linear layers."""
     model = load(plan.base, dtype)
 
@@ -154,53 +161,13 @@ def load_base(plan: Plan, dtype: Any, device: str = "cpu") -> Any:
     return model.to(device)
 
 
-def load_as_trained(plan: Plan, device: str) -> Any:
+def load_as_trained(plan: MergePlan, device: str) -> Any:
     """Quantized base + adapter as the run had them, the arithmetic in float32."""
     import torch
-    from bitsandbytes.nn import Int8Params, Linear4bit, Params4bit
-
-    from kit.models.quantization import bnb_config, settle
 
     assert plan.trained_on is not None
-    dtype = getattr(torch, plan.trained_on.dtype)
-    model = add_adapter(
-        settle(load(plan.base, dtype, device, bnb_config(plan.trained_on.fields))), plan.adapter.folder
-    )
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.compute_dtype = torch.float32
-    for parameter in model.parameters():
-        if not isinstance(parameter, Int8Params | Params4bit):
-            parameter.data = parameter.data.float()
-    return model.eval()
-
-
-def add_adapter(model: Any, adapter: Path) -> Any:
-    """Base + adapter in peft; KitError where a tensor of the adapter finds no place in it."""
-    from peft import PeftModel
-    from safetensors import safe_open
-
-    with safe_open(adapter / WEIGHTS, "pt") as weights:
-        sizes = [
-            weights.get_slice(k).get_shape()[0]
-            for k in weights.keys()  # noqa: SIM118 (not a dict)
-            if k.endswith(("embed_tokens.weight", "wte.weight", "embed_tokens.base_layer.weight", "lm_head.weight"))
-        ]
-    embeddings = model.get_input_embeddings()
-    if sizes and embeddings is not None and sizes[0] != embeddings.weight.shape[0]:
-        model.resize_token_embeddings(sizes[0], mean_resizing=False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        together = PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=False)
-        report = together.load_adapter(str(adapter), "default", autocast_adapter_dtype=False)
-    lost = [*report.missing_keys, *report.unexpected_keys]
-    if lost:
-        raise KitError(
-            f"{len(lost)} tensors of the adapter do not fit the base, {lost[0]} first",
-            where=str(adapter / CONFIG),
-            fix="give the base that the adapter was trained on with --base",
-        )
-    return together.eval()
+    model = load(plan.base, getattr(torch, plan.trained_on.dtype), device, plan.trained_on.fields)
+    return compute_in(attach_adapter(model, plan.adapter.opened), torch.float32).eval()
 
 
 def _logits(model: Any, tokens: list[Any]) -> list[Any]:

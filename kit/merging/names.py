@@ -6,11 +6,12 @@ between the two when it loads. The model is built on the meta device, so a 70B b
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kit.errors import KitError
+from kit.models.open import architecture_class, forget_deepspeed
 from kit.storage.safetensors_header import Tensor
 
 
@@ -30,23 +31,6 @@ class Names:
         return "unknown" if self.kinds is None else self.kinds.get(module)
 
 
-def forget_deepspeed() -> None:
-    """Drop a ZeRO-3 config left by a run in this process: from_pretrained would return empty parameters under it."""
-    module = sys.modules.get("transformers.integrations.deepspeed")
-    if module is not None:
-        module.unset_hf_deepspeed_config()
-
-
-def model_class(config: Any) -> Any:
-    """The transformers class that a base's config names, else AutoModelForCausalLM."""
-    import transformers
-
-    for name in getattr(config, "architectures", None) or []:
-        if hasattr(transformers, name):
-            return getattr(transformers, name)
-    return transformers.AutoModelForCausalLM
-
-
 def build_empty(base: Path) -> Any:
     """The base's model with shapes only."""
     import torch
@@ -54,13 +38,29 @@ def build_empty(base: Path) -> Any:
 
     forget_deepspeed()
     config = transformers.AutoConfig.from_pretrained(base)
-    cls = model_class(config)
+    cls = architecture_class(config)
     with torch.device("meta"):
         return cls.from_config(config) if cls is transformers.AutoModelForCausalLM else cls(config)
 
 
 def read_names(base: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Names:
-    """Names for a base; a model with code of its own is stored as it is built, so its names stand for themselves."""
+    """Names for a base; a model with code of its own is stored as it is built, so its names stand for themselves.
+
+    KitError where transformers cannot build a model from the base's config.
+    """
+    try:
+        return _ask_transformers(base, config, tensors)
+    except KitError:
+        raise
+    except Exception as error:  # whatever a model class raises when it is built from this config
+        raise KitError(
+            f"{base} cannot be built as a model: {type(error).__name__}: {error}",
+            where="config.json",
+            fix="check the base and the installed transformers",
+        ) from error
+
+
+def _ask_transformers(base: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Names:
     if config.get("auto_map") and not _is_native(config):
         return Names(
             {name: name for name in tensors},

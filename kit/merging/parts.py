@@ -46,7 +46,7 @@ class Output:
 
 
 @dataclass
-class Plan:
+class MergePlan:
     """The merge of one adapter into one base."""
 
     base: Path

@@ -7,17 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from kit.errors import KitError, Problem
+from kit.inspection.adapter import PREFIX, check_size, missing_tensors, unknown_modules
 from kit.merging.adapter import (
-    check_size,
     rank_and_scale,
     read_adapter,
     token_rows,
     why_not_streamed,
 )
 from kit.merging.dequantize import Quantization, quantized_modules
-from kit.merging.names import Names, read_names
-from kit.merging.parts import Edit, Lora, Output, Plan
+from kit.merging.names import Names, build_empty, read_names
+from kit.merging.parts import Edit, Lora, MergePlan, Output
 from kit.merging.ties import check_vocabulary, set_everywhere, settle_ties
+from kit.models.adapters import expected_keys
 from kit.storage.json_files import read_json
 from kit.storage.safetensors_header import INDEX, Tensor, read_config, read_header, shard_files
 
@@ -33,7 +34,7 @@ def plan_merge(
     proven: bool = False,
     trained_on: Quantization | None = None,
     dequantize: bool = False,
-) -> Plan:
+) -> MergePlan:
     """Plan a merge; `proven`: the base is known to be the adapter's own. KitError lists all that does not fit.
 
     trained_on: how the run quantized the base; `dequantize`: merge onto what that left of it.
@@ -43,19 +44,21 @@ def plan_merge(
     tensors = {t.name: t for file in shards.values() for t in file}
     adapter = read_adapter(folder)
     through_peft = why_not_streamed(adapter)
-    names = Names({}) if through_peft and not dequantize else _names(base, config, tensors)
-    plan = Plan(base, adapter, config, names, tensors, indexed=(base / INDEX).is_file(), trained_on=trained_on)
+    names = Names({}) if through_peft and not dequantize else read_names(base, config, tensors)
+    plan = MergePlan(base, adapter, config, names, tensors, indexed=(base / INDEX).is_file(), trained_on=trained_on)
     if dequantize and trained_on:
         plan.dequantized = quantized_modules(base, trained_on)
     plan.notes += [names.note] if names.note else []
     plan.through_peft = through_peft or _names_missing(plan)
     if plan.through_peft:
         return plan
-    edits = _edits(plan)
-    for parameter in (f"{module}.weight" for module in plan.dequantized):
-        edits.setdefault(parameter, Edit()).restore = plan.restores(parameter)
     if not proven:
         _refuse_shallow(plan)
+    edits = _edits(plan)
+    if missing := _missing_keys(plan):
+        raise missing_tensors(folder, missing)
+    for parameter in (f"{module}.weight" for module in plan.dequantized):
+        edits.setdefault(parameter, Edit()).restore = plan.restores(parameter)
     settle_ties(plan, edits)
     _lay_out(plan, shards, edits, dtype)
     return plan
@@ -80,7 +83,10 @@ def _read_base(base: Path, config: dict[str, Any]) -> dict[str, list[Tensor]]:
     for tensor in (t for file in shards.values() for t in file):
         check_size(tensor)
         if tensor.name in seen:
-            raise KitError(f"{tensor.name} is stored twice, in {seen[tensor.name].file} and {tensor.file}")
+            raise KitError(
+                f"{tensor.name} is stored twice, in {seen[tensor.name].file} and {tensor.file}",
+                fix="fetch the model again",
+            )
         seen[tensor.name] = tensor
     if (base / INDEX).is_file():
         missing = [n for n in read_json(base / INDEX)["weight_map"] if n not in seen]
@@ -92,20 +98,7 @@ def _read_base(base: Path, config: dict[str, Any]) -> dict[str, list[Tensor]]:
     return shards
 
 
-def _names(base: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Names:
-    try:
-        return read_names(base, config, tensors)
-    except KitError:
-        raise
-    except Exception as error:  # whatever a model class raises when it is built from this config
-        raise KitError(
-            f"{base} cannot be built as a model: {type(error).__name__}: {error}",
-            where="config.json",
-            fix="check the base and the installed transformers",
-        ) from error
-
-
-def _names_missing(plan: Plan) -> str:
+def _names_missing(plan: MergePlan) -> str:
     """Why the adapter's names do not lead to one stored tensor each; KitError where they lead nowhere at all."""
     names, adapter = plan.names, plan.adapter
     absent = [m for m in [*adapter.lora, *adapter.rows] if names.kind(m) is None]
@@ -114,11 +107,7 @@ def _names_missing(plan: Plan) -> str:
     if absent and names.converts:
         return f"transformers renames modules of this model, {absent[0]} among them"
     if absent:
-        raise KitError(
-            f"the base has no module for {len(absent)} of the adapter's: {', '.join(absent[:5])}",
-            where=f"base {plan.base}",
-            fix="give the base that the adapter was trained on with --base",
-        )
+        raise unknown_modules(adapter.folder, absent)
     for module in adapter.lora:
         parameter = f"{module}.weight"
         if parameter in names.fused:
@@ -131,7 +120,7 @@ def _names_missing(plan: Plan) -> str:
     return next((f"{p} is stored in several parts" for p in whole if p in names.fused), "")
 
 
-def _edits(plan: Plan) -> dict[str, Edit]:
+def _edits(plan: MergePlan) -> dict[str, Edit]:
     """Edits by parameter name; KitError lists every tensor whose shape does not fit."""
     adapter, problems = plan.adapter, []
     edits: dict[str, Edit] = {}
@@ -146,8 +135,8 @@ def _edits(plan: Plan) -> dict[str, Edit]:
         a = parts.get("lora_embedding_A" if embedding else "lora_A.weight")
         b = parts.get("lora_embedding_B" if embedding else "lora_B.weight")
         if a is None or b is None:
-            problems.append(Problem(f"{module} has only {', '.join(parts)}", where=str(adapter.folder)))
-            continue
+            absent = "A" if a is None else "B"
+            raise missing_tensors(adapter.folder, _missing_keys(plan) or [f"{PREFIX}{module}.lora_{absent}.weight"])
         if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != rank or b.shape[1] != rank:
             problems.append(_misfit(f"{module} lora_A/lora_B", f"{a.shape} and {b.shape}", f"rank {rank}"))
             continue
@@ -162,12 +151,33 @@ def _edits(plan: Plan) -> dict[str, Edit]:
             continue
         magnitude = parts.get("lora_magnitude_vector")
         if bool(adapter.config.get("use_dora")) != (magnitude is not None):
-            problems.append(Problem(f"{module}: use_dora and lora_magnitude_vector disagree", str(adapter.folder)))
+            problems.append(
+                Problem(
+                    f"{module}: use_dora and lora_magnitude_vector disagree",
+                    str(adapter.folder),
+                    "copy the adapter again",
+                )
+            )
         edit.lora = Lora(a, b, scale, transposed, magnitude)
         if "lora_B.bias" in parts:
             if _stored(plan, f"{module}.bias") is None:
-                problems.append(Problem(f"{module} has no bias that lora_bias could be merged into", str(plan.base)))
+                problems.append(
+                    Problem(
+                        f"{module} has no bias that lora_bias could be merged into",
+                        str(plan.base),
+                        "give the base that the adapter was trained on with --base",
+                    )
+                )
             edits.setdefault(f"{module}.bias", Edit()).add = (parts["lora_B.bias"], scale)
+    problems += _edit_rows(plan, edits)
+    if problems:
+        raise KitError(problems)
+    return edits
+
+
+def _edit_rows(plan: MergePlan, edits: dict[str, Edit]) -> list[Problem]:
+    """Add the rows of trained tokens to `edits`; gives those that do not fit."""
+    adapter, problems = plan.adapter, []
     for module, tensor in adapter.rows.items():
         edit = edits.setdefault(f"{module}.weight", Edit())
         start = edit.replace or _stored(plan, f"{module}.weight") or _stored(plan, plan.names.tied[f"{module}.weight"])
@@ -182,9 +192,7 @@ def _edits(plan: Plan) -> dict[str, Edit]:
                 )
             )
         edit.rows = (indices, tensor)
-    if problems:
-        raise KitError(problems)
-    return edits
+    return problems
 
 
 def _misfit(what: str, change: object, base: object) -> Problem:
@@ -194,12 +202,12 @@ def _misfit(what: str, change: object, base: object) -> Problem:
     )
 
 
-def _stored(plan: Plan, parameter: str) -> Tensor | None:
+def _stored(plan: MergePlan, parameter: str) -> Tensor | None:
     name = plan.names.stored.get(parameter)
     return plan.tensors[name] if name else None
 
 
-def _refuse_shallow(plan: Plan) -> None:
+def _refuse_shallow(plan: MergePlan) -> None:
     """Refuse a base with whole layers that the adapter does not know, unless it was trained on a choice of layers."""
     config, kinds = plan.adapter.config, plan.names.kinds
     targets = config.get("target_modules")
@@ -226,7 +234,15 @@ def _refuse_shallow(plan: Plan) -> None:
         )
 
 
-def _lay_out(plan: Plan, shards: dict[str, list[Tensor]], edits: dict[str, Edit], dtype: str | None) -> None:
+def _missing_keys(plan: MergePlan) -> set[str]:
+    """The tensors that the adapter's config asks for in this base and its file lacks; empty where that is unknown."""
+    adapter = plan.adapter.opened
+    if plan.names.kinds is None:
+        return set()
+    return expected_keys(build_empty(plan.base), adapter) - (adapter.tensors or {}).keys()
+
+
+def _lay_out(plan: MergePlan, shards: dict[str, list[Tensor]], edits: dict[str, Edit], dtype: str | None) -> None:
     """Fill plan.shards: the base's files and order, what is new behind its partner or in the last file."""
     by_stored = {plan.names.stored.get(p, p): e for p, e in edits.items()}
     tied = {plan.names.stored.get(o, o): plan.names.stored.get(m, m) for o, m in plan.names.tied.items()}
@@ -243,7 +259,11 @@ def _lay_out(plan: Plan, shards: dict[str, list[Tensor]], edits: dict[str, Edit]
         partner = plan.tensors.get(tied.get(name, ""))
         source = edit.replace or partner
         if source is None:
-            raise KitError(f"{parameter} is in the adapter but neither stored in the base nor tied", str(plan.base))
+            raise KitError(
+                f"{parameter} is in the adapter but neither stored in the base nor tied",
+                str(plan.base),
+                "give the base that the adapter was trained on with --base",
+            )
         file = partner.file.name if partner else list(shards)[-1]
         new = _output(name, source, edit, dtype)
         if partner:
@@ -261,7 +281,7 @@ def _lay_out(plan: Plan, shards: dict[str, list[Tensor]], edits: dict[str, Edit]
         set_everywhere(plan, "torch_dtype" if "torch_dtype" in plan.config else "dtype", dtype)
 
 
-def _ties(plan: Plan) -> bool:
+def _ties(plan: MergePlan) -> bool:
     return "tie_word_embeddings" not in plan.changes
 
 

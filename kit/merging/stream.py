@@ -6,7 +6,6 @@ about 16 MB per worker whatever the model.
 
 from __future__ import annotations
 
-import errno
 import os
 import threading
 import time
@@ -18,14 +17,14 @@ from typing import Any
 
 from kit.errors import FAILED, KitError
 from kit.merging.adapter import read_bytes
+from kit.merging.byte_ranges import copy_range, read_into, reserve, write_all
 from kit.merging.dequantize import aligned, restorer
-from kit.merging.parts import Lora, Output, Plan
+from kit.merging.parts import Lora, MergePlan, Output
 from kit.storage.safetensors_header import Tensor, make_header
 
 BLOCK = 1 << 21  # values at a time: what one core's cache holds, roughly
 COPY = 64 << 20  # bytes of one file-to-file copy
 ITEM = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-NO_SHORTCUT = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF}
 
 _local = threading.local()
 
@@ -70,7 +69,7 @@ def cores() -> int:
 
 
 def write_shards(
-    plan: Plan, folder: Path, *, fsync: bool, progress: Callable[[int, int], None] | None = None
+    plan: MergePlan, folder: Path, *, fsync: bool, progress: Callable[[int, int], None] | None = None
 ) -> dict[str, Any]:
     """Write every shard of a plan into `folder`; gives seconds, fsync_seconds, bytes and the figures of each change.
 
@@ -92,8 +91,8 @@ def write_shards(
             for output in outputs:
                 jobs.append((output, offset))
                 offset += _size(output)
-            _reserve(fd, offset)
-            _drain(fd, memoryview(header), 0)
+            reserve(fd, offset)
+            write_all(fd, memoryview(header), 0)
             done, total = done + len(header), total + offset
             queues.append([(fd, job) for job in _coalesce(jobs)])
         figures = _run(queues, threads, done, total, progress)
@@ -126,7 +125,7 @@ def _run(
         if isinstance(job[0], Output):
             figure, size = _change(fd, *job), _size(job[0])
         else:
-            figure, size = None, _copy(fd, *job)
+            figure, size = None, copy_range(fd, *job)
         with lock:
             done += size
             if figure:
@@ -176,50 +175,6 @@ def _coalesce(jobs: list[tuple[Output, int]]) -> list[tuple]:
             run = [source.file, source.start, offset, size]
     flush()
     return out
-
-
-def _reserve(fd: int, size: int) -> None:
-    try:
-        os.posix_fallocate(fd, 0, size)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise KitError(f"no room for {size / 1e9:.1f} GB: {os.strerror(error.errno)}", code=FAILED) from None
-        os.ftruncate(fd, size)
-
-
-def _copy(fd: int, file: Path, source: int, target: int, size: int) -> int:
-    left = size
-    with open(file, "rb", buffering=0) as handle:
-        try:
-            while left:
-                moved = os.copy_file_range(handle.fileno(), fd, left, source + size - left, target + size - left)
-                if not moved:
-                    raise KitError(f"{file} ended early", fix="fetch the file again", code=FAILED)
-                left -= moved
-        except OSError as error:
-            if error.errno not in NO_SHORTCUT:
-                raise
-        buffer = memoryview(bytearray(min(left, 8 << 20)))
-        while left:
-            part = buffer[: min(left, len(buffer))]
-            _fill(handle.fileno(), part, source + size - left, file)
-            _drain(fd, part, target + size - left)
-            left -= len(part)
-    return size
-
-
-def _fill(fd: int, view: memoryview, offset: int, file: Path) -> None:
-    while view:
-        count = os.preadv(fd, [view], offset)
-        if not count:
-            raise KitError(f"{file} ended early", fix="fetch the file again", code=FAILED)
-        view, offset = view[count:], offset + count
-
-
-def _drain(fd: int, view: memoryview, offset: int) -> None:
-    while view:
-        count = os.pwrite(fd, view, offset)
-        view, offset = view[count:], offset + count
 
 
 def _buffer(role: str, count: int, dtype: Any) -> tuple[Any, memoryview]:
@@ -280,17 +235,10 @@ def _change(fd: int, output: Output, offset: int) -> dict[str, Any]:
             if tokens is not None:
                 inside = (tokens[0] >= first) & (tokens[0] < last)
                 w[tokens[0][inside] - first] = tokens[1][inside]
-            # The root of the sum of squares bounds every value: one cheap pass in the usual case.
-            if not float(torch.dot(flat, flat)) < float(limit) ** 2 and not bool((flat.abs() <= limit).all()):
-                raise KitError(
-                    f"{output.name} would hold values that are not finite in {output.dtype}",
-                    where=str(output.source.file),
-                    fix="the adapter or the base is damaged, or the base's dtype is too narrow (see --dtype)",
-                    code=FAILED,
-                )
+            _check_finite(flat, limit, output)
             out, data = _buffer("out", flat.numel(), result)
             out.copy_(flat)
-            _drain(fd, data, offset + first * width * result.itemsize)
+            write_all(fd, data, offset + first * width * result.itemsize)
     if lora and lora[2] is None:  # |L R| from two r x r products
         left, right = lora[0].double(), lora[1].double()
         moved = float(((left.T @ left) * (right @ right.T)).sum().clamp(min=0))
@@ -298,12 +246,26 @@ def _change(fd: int, output: Output, offset: int) -> dict[str, Any]:
     return {"tensor": output.name, "relative_change": (moved / before) ** 0.5 if known and before else None}
 
 
+def _check_finite(values: Any, limit: float, output: Output) -> None:
+    """KitError (4) where a value is not finite in the dtype that is written, whose largest number is `limit`."""
+    import torch
+
+    # The root of the sum of squares bounds every value: one cheap pass in the usual case.
+    if not float(torch.dot(values, values)) < float(limit) ** 2 and not bool((values.abs() <= limit).all()):
+        raise KitError(
+            f"{output.name} would hold values that are not finite in {output.dtype}",
+            where=str(output.source.file),
+            fix="the adapter or the base is damaged, or the base's dtype is too narrow (see --dtype)",
+            code=FAILED,
+        )
+
+
 def _block(fd: int, source: Tensor, first: int, last: int, width: int, work: Any) -> Any:
     """Rows [first, last) of a stored tensor as a (rows, width) block in the working dtype."""
     stored = torch_dtype(source.dtype)
     count = (last - first) * width
     raw, data = _buffer("raw", count, stored)
-    _fill(fd, data, source.start + first * width * stored.itemsize, source.file)
+    read_into(fd, data, source.start + first * width * stored.itemsize, source.file)
     w, _ = _buffer("work", count, work)
     w.copy_(raw)
     return w.view(last - first, width)

@@ -7,22 +7,23 @@ from pathlib import Path
 from typing import Any
 
 from kit.errors import KitError
-from kit.merging.parts import Plan
+from kit.merging.parts import MergePlan
 from kit.storage.safetensors_header import read_header
 
 
-def write_through_peft(plan: Plan, folder: Path, dtype: str | None) -> dict[str, Any]:
+def write_through_peft(plan: MergePlan, folder: Path, dtype: str | None) -> dict[str, Any]:
     """Load base + adapter, merge, save into `folder`; needs memory for the base in float32. Gives the figures."""
     import torch
 
-    from kit.merging.logits import add_adapter, load_base
+    from kit.merging.logits import load_base
     from kit.merging.stream import torch_dtype
+    from kit.models.adapters import attach_adapter
 
     started = time.perf_counter()
     stored = [t.dtype for t in plan.tensors.values() if t.dtype in ("F64", "F32", "F16", "BF16")]
     kept = getattr(torch, dtype) if dtype else torch_dtype(max(set(stored), key=stored.count))
     try:
-        model = add_adapter(load_base(plan, torch.float32), plan.adapter.folder).to(torch.float32)
+        model = attach_adapter(load_base(plan, torch.float32), plan.adapter.opened).to(torch.float32)
         model = model.merge_and_unload(safe_merge=True).to(kept)
         model.save_pretrained(folder)
     except KitError:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from kit.errors import KitError
+from kit.inspection.architectures import EMBEDDING_NAMES
 from kit.merging.adapter import read_bytes
-from kit.merging.parts import Edit, Plan
+from kit.merging.parts import Edit, MergePlan
 from kit.storage.safetensors_header import Tensor
 
 
@@ -14,7 +15,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return read_bytes(a) == read_bytes(b)
 
 
-def settle_ties(plan: Plan, edits: dict[str, Edit]) -> None:
+def settle_ties(plan: MergePlan, edits: dict[str, Edit]) -> None:
     """Keep tied matrices tied where both ends stay equal, else write both and untie them in config.json.
 
     As trained: LoRA or modules_to_save on one end leave the other end as it was; token rows and a changed base layer
@@ -46,15 +47,15 @@ def settle_ties(plan: Plan, edits: dict[str, Edit]) -> None:
         plan.notes.append(f"{other} and {main} were tied and differ now: both are written, tie_word_embeddings=false")
 
 
-def set_everywhere(plan: Plan, key: str, value: object) -> None:
-    places = [plan.config, *(v for v in plan.config.values() if isinstance(v, dict) and key in v)]
-    for place in places:
-        if place is plan.config or key in place:
-            place[key] = value
+def set_everywhere(plan: MergePlan, key: str, value: object) -> None:
+    configs = [plan.config, *(v for v in plan.config.values() if isinstance(v, dict) and key in v)]
+    for config in configs:
+        if config is plan.config or key in config:
+            config[key] = value
     plan.changes.append(key)
 
 
-def check_vocabulary(plan: Plan) -> None:
+def check_vocabulary(plan: MergePlan) -> None:
     """Where embeddings were resized: the ends agree, and config.json says so."""
     outputs = {o.name: o for outputs in plan.shards.values() for o in outputs}
     resized = {n: o for n, o in outputs.items() if n in plan.tensors and o.shape != plan.tensors[n].shape}
@@ -73,6 +74,6 @@ def check_vocabulary(plan: Plan) -> None:
     set_everywhere(plan, "vocab_size", plan.vocabulary)
 
 
-def _is_vocabulary(plan: Plan, name: str) -> bool:
+def _is_vocabulary(plan: MergePlan, name: str) -> bool:
     module = {v: k for k, v in plan.names.stored.items()}.get(name, name).rpartition(".")[0]
-    return module.split(".")[-1] in ("lm_head", "embed_tokens", "wte", "embed_out", "embed_in", "output_layer")
+    return module.split(".")[-1] in EMBEDDING_NAMES

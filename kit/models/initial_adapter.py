@@ -9,10 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kit.errors import KitError, first_line
+from kit.errors import KitError, Problem, first_line
+from kit.inspection.adapter import (
+    PICKLE,
+    PREFIX,
+    missing_tensors,
+    module_or_parameter,
+    read_adapter_folder,
+    standard_keys,
+    unknown_modules,
+)
+from kit.models.adapters import embeddings_changed
+from kit.models.tensors import finite, full_shape, raw_tensors
 from kit.schema.run_plan import InitFrom
 from kit.storage import manifest
-from kit.training.checkpoint import embeddings_changed, finite, full_shape, raw_tensors
 
 KEY = "peft.init_from"
 
@@ -22,10 +32,17 @@ def load_adapter(model: Any, source: InitFrom) -> None:
 
     KitError where a tensor is missing, surplus, of another shape or not finite; then nothing has been changed.
     """
-    tensors = read_tensors(Path(source.path), source)
+    folder = Path(source.path)
+    tensors = as_in_model(model, load_tensors(folder, source))
     targets = adapter_parameters(model)
-    problems = [f"{key} is missing" for key in sorted(targets.keys() - tensors.keys())]
-    problems += [f"{key} has no place in this run's adapter" for key in sorted(tensors.keys() - targets.keys())]
+    if missing := targets.keys() - tensors.keys():
+        raise KitError(_at_key(missing_tensors(folder, missing)))
+    modules = {name.removeprefix(PREFIX) for name, _ in model.named_modules()}
+    surplus = sorted(tensors.keys() - targets.keys())
+    unknown = [name for name in map(module_or_parameter, surplus) if not {name, name.rpartition(".")[0]} & modules]
+    if unknown:
+        raise KitError(_at_key(unknown_modules(folder, unknown)))
+    problems = [f"{key} has no place in this run's adapter" for key in surplus]
     for key in sorted(targets.keys() & tensors.keys()):
         if tuple(tensors[key].shape) != full_shape(targets[key]):
             problems.append(f"{key} has shape {tuple(tensors[key].shape)}, the run's {full_shape(targets[key])}")
@@ -38,8 +55,15 @@ def load_adapter(model: Any, source: InitFrom) -> None:
         copy_into(target, tensors[key])
 
 
-def read_tensors(folder: Path, source: InitFrom) -> dict[str, Tensor]:
-    """The adapter's tensors on the CPU; a pickle is read weights-only. KitError where the file is not the plan's."""
+def _at_key(error: KitError) -> list[Problem]:
+    return [Problem(problem.problem, KEY, problem.fix) for problem in error.problems]
+
+
+def load_tensors(folder: Path, source: InitFrom) -> dict[str, Tensor]:
+    """Load the adapter's tensors by PEFT's own keys; a pickle, which the plan must name, is read weights-only.
+
+    KitError where the file is not the plan's.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -49,14 +73,28 @@ def read_tensors(folder: Path, source: InitFrom) -> dict[str, Tensor]:
     if source.sha256 and manifest.hash_file(path)["sha256"] != source.sha256:
         raise KitError(f"{path} has changed since the run was planned", KEY, "plan the run again")
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        adapter = read_adapter_folder(folder, accept_pickle=source.weights == PICKLE)
+    except KitError as error:
+        raise KitError(_at_key(error)) from error
+    try:
+        if adapter.tensors is not None and path == adapter.weights:
+            stored = load_file(path)
+            return {key: stored[tensor.name] for key, tensor in adapter.tensors.items()}
+        stored = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, SafetensorError, RuntimeError, ValueError, EOFError, OSError) as error:
         raise KitError(f"{path} is refused: {first_line(error)}", KEY, "give an adapter in safetensors") from error
-    if not isinstance(tensors, dict) or not all(isinstance(v, Tensor) for v in tensors.values()):
+    if not isinstance(stored, dict) or not all(isinstance(v, Tensor) for v in stored.values()):
         raise KitError(f"{path} holds other things than tensors by name", KEY, "give an adapter in safetensors")
-    return tensors
+    return {key: stored[name] for name, key in standard_keys(stored).items()}
+
+
+def as_in_model(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Convert what transformers renames and fuses when it loads a base, e.g. one LoRA per expert of Mixtral."""
+    from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+
+    converted = convert_peft_adapter_state_dict_for_transformers(model, model.peft_config["default"], tensors)
+    keys = standard_keys(converted)
+    return {key if key.startswith(PREFIX) else PREFIX + key: converted[name] for name, key in keys.items()}
 
 
 def adapter_parameters(model: Any) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 from kit.errors import KitError, first_line
 from kit.inspection.tokenizer import find_template
-from kit.models.quantization import bnb_config, settle
+from kit.models.open import count_rows, open_base
 from kit.schema.run_plan import RunPlan
 
 logger = logging.get_logger(__name__)
@@ -56,16 +56,16 @@ def load_model(plan: RunPlan, tokenizer: Any) -> Any:
     transformers takes the current GPU, which SFTConfig has set to this rank's.
     """
     m = plan.model
-    common = {"revision": m.revision, "trust_remote_code": m.trust_remote_code}
+    common: dict[str, Any] = {"revision": m.revision, "trust_remote_code": m.trust_remote_code}
     kwargs = base_arguments(plan)
     try:
-        config = AutoConfig.from_pretrained(m.name_or_path, **common)
         if m.random_init:
+            config = AutoConfig.from_pretrained(m.name_or_path, **common)
             model = AutoModelForCausalLM.from_config(config, **kwargs, trust_remote_code=m.trust_remote_code)
         else:
-            model = AutoModelForCausalLM.from_pretrained(m.name_or_path, use_safetensors=True, **common, **kwargs)
-            if plan.quantization:
-                settle(model)
+            model = open_base(
+                m.name_or_path, quantization=plan.quantization, sharded=plan.zero_stage == 3, **common, **kwargs
+            )
     except (OSError, ValueError) as error:
         raise KitError(f"{m.name_or_path} cannot be loaded: {first_line(error)}", "model.name_or_path") from error
     if plan.zero_stage == 3 and not plan.quantization and not hasattr(next(model.parameters()), "ds_id"):
@@ -75,12 +75,10 @@ def load_model(plan: RunPlan, tokenizer: Any) -> Any:
 
 
 def base_arguments(plan: RunPlan) -> dict[str, Any]:
-    """How the base is loaded: `trainer.model_init_kwargs`, dtype, attention and quantization."""
+    """How the base is loaded: `trainer.model_init_kwargs`, dtype and attention."""
     kwargs = {**(plan.trainer.get("model_init_kwargs") or {}), "dtype": getattr(torch, plan.model.dtype)}
     if plan.model.attn_implementation:
         kwargs["attn_implementation"] = plan.model.attn_implementation
-    if plan.quantization:
-        kwargs["quantization_config"] = bnb_config(plan.quantization)
     return kwargs
 
 
@@ -89,8 +87,7 @@ def fit_embeddings(model: Any, tokenizer: Any, added: bool) -> None:
 
     KitError where other tokens of the tokenizer have no row; special ones that no text need hold are only named.
     """
-    rows = model.get_input_embeddings().weight
-    rows = getattr(rows, "ds_shape", rows.shape)[0]  # under ZeRO-3 the local shape is empty (T21)
+    rows = count_rows(model)
     beyond = {token: i for token, i in tokenizer.get_vocab().items() if i >= rows}
     if beyond and added:
         model.resize_token_embeddings(max(beyond.values()) + 1)  # new rows are drawn around the mean of the old ones

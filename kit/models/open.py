@@ -1,185 +1,114 @@
-"""Opening models for inference: one in memory at a time, the adapter laid over the base that is already there."""
+"""Opening a base model: one door for training, generation, evaluation and the checks of a merge."""
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Sequence
+import contextlib
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from kit.errors import ENVIRONMENT, KitError
-from kit.models.sources import ADAPTER_WEIGHTS, DTYPES, EMBEDDINGS, Source, loading, trust
-from kit.storage.safetensors_header import read_config, read_header, read_tensors
-from kit.system.hardware import cpu_multiplies_bf16
-
-T = TypeVar("T")
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+from kit.errors import ENVIRONMENT, KitError, first_line
+from kit.models.quantization import bnb_config, settle
 
 
-def pick_device(device: str | None) -> str:
-    import torch
-
-    if device is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise KitError("there is no GPU that torch can use", where="device", fix="device=cpu", code=ENVIRONMENT)
-    return device
-
-
-def pick_dtype(asked: str | None, device: str, folder: Path, plan: dict[str, Any] | None) -> str:
-    """The dtype to run in: what is asked, else the run's own on a GPU, else what the device is good at."""
-    import torch
-
-    if asked and asked != "auto":
-        name = DTYPES.get(asked, asked).removeprefix("torch.")
-        if name not in BYTES:
-            raise KitError(f"dtype {asked!r} is not known", where="dtype", fix="float32, bfloat16 or float16")
-        return name
-    if device.startswith("cuda"):
-        half = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-        return "float32" if (plan or {}).get("precision") == "float32" else half
-    config = read_config(folder)
-    stored = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
-    return "bfloat16" if device == "cpu" and stored == "bfloat16" and cpu_multiplies_bf16() else "float32"
-
-
-def each_model(
-    use: Callable[[str, Any], T],
-    source: Source,
-    names: Sequence[str],
-    tokenizer: Any,
+def open_base(
+    name_or_path: str | Path,
     *,
-    dtype: str | None = None,
+    dtype: Any,
+    quantization: Mapping[str, Any] | None = None,
     device: str | None = None,
-) -> dict[str, T]:
-    """{name: use(name, model in eval mode)} in order: base, adapter, then whole models, each freed before the next.
+    model_class: Any = None,
+    sharded: bool = False,
+    **settings: Any,
+) -> Any:
+    """Load a causal language model, quantized by bitsandbytes where `quantization` says how.
 
-    The base is used before the adapter is put on it, so a resized or retrained embedding cannot leak into it.
-    A run that trained over a quantized base gets that same base, since it is what the adapter has learned to correct.
-    A callback rather than a generator: a loop variable would keep each model alive while the next one loads.
+    Args:
+        name_or_path: a folder or a Hub id.
+        dtype: of the weights, before they are quantized.
+        quantization: the plan's section, None for weights as they are stored.
+        device: "cpu", "cuda" or "auto" (over the GPUs, then host memory); None leaves the model where transformers
+            loads it: on the CPU, a quantized one on the process's current GPU if there is one (T41).
+        model_class: AutoModelForCausalLM unless given.
+        sharded: keep the ZeRO-3 setting of this process, under which the weights arrive sharded (T19); else it is
+            forgotten, since without training every weight would arrive with shape (0,).
+        settings: what from_pretrained takes besides (revision, trust_remote_code, attn_implementation, ...).
+
+    Raises KitError where the files lack a tensor of the model, which transformers would fill with random numbers.
     """
-    _no_deepspeed()
-    device = pick_device(device)
-    results: dict[str, T] = {}
-    if {"base", "adapter"} & set(names):
-        assert source.base is not None  # resolve() names neither without it
-        model = _open(source, source.base, dtype, device, _quantization(source))
-        _resize(model, max(len(tokenizer), _rows(model)))
-        if "base" in names:
-            results["base"] = use("base", model)
-        if "adapter" in names:
-            model = _with_adapter(model, source.paths["adapter"])
-            results["adapter"] = use("adapter", model)
-        del model
-        _collect()
-    for name in names:
-        if name in ("base", "adapter"):
-            continue
-        model = _open(source, source.paths[name], dtype, device, None)
-        results[name] = use(name, model)
-        del model
-        _collect()
-    return results
-
-
-def _open(source: Source, folder: Path, dtype: str | None, device: str, quantization: Any) -> Any:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    chosen = pick_dtype(dtype, device, folder, source.plan)
-    attention = ((source.plan or {}).get("model") or {}).get("attn_implementation")
-    extra: dict[str, Any] = {"attn_implementation": attention} if attention in ("eager", "sdpa") else {}
-    placed = False
-    if quantization is not None:
-        extra |= {"quantization_config": quantization, "device_map": {"": device}}
-        placed = True
-    elif device == "cuda" and _parameters(folder) * BYTES[chosen] > 0.9 * torch.cuda.mem_get_info()[0]:
-        extra["device_map"] = "auto"  # over the GPUs, then host memory
-        placed = True
-    with loading(folder):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            str(folder),
-            dtype=getattr(torch, chosen),
-            trust_remote_code=trust(source),
-            output_loading_info=True,
-            **extra,
+    if model_class is None:
+        from transformers import AutoModelForCausalLM as model_class
+    if not sharded:
+        forget_deepspeed()
+    if quantization:
+        settings["quantization_config"] = bnb_config(quantization)
+    if device is not None and (quantization or device == "auto"):  # such a model may not be moved afterwards
+        settings["device_map"] = "auto" if device == "auto" else {"": device}
+    model, info = model_class.from_pretrained(
+        str(name_or_path), dtype=dtype, use_safetensors=True, output_loading_info=True, **settings
+    )
+    if missing := sorted(info["missing_keys"]):
+        raise KitError(
+            f"{name_or_path} lacks {len(missing)} tensors of a {type(model).__name__}, the first {missing[0]}",
+            where=str(name_or_path),
+            fix="give a complete causal language model",
         )
-        model, info = loaded
-        missing = sorted(info["missing_keys"])
-        if missing:  # transformers fills these with random numbers and goes on
-            raise KitError(
-                f"{folder} lacks {len(missing)} tensors of a {type(model).__name__}, the first {missing[0]}",
-                where=str(folder),
-                fix="give a complete causal language model",
-            )
-        return (model if placed else model.to(device)).eval()
+    if quantization:
+        settle(model)
+    if device is not None and "device_map" not in settings:
+        model = model.to(device)
+    return model
 
 
-def _with_adapter(model: Any, folder: Path) -> Any:
-    from peft import PeftModel, get_peft_model_state_dict
-
-    tensors = {t.name: t.shape for t in read_header(folder / ADAPTER_WEIGHTS)}
-    rows = {s[0] for n, s in tensors.items() if n.endswith(".weight") and n.split(".")[-2] in EMBEDDINGS}
-    if len(rows) == 1 and not (rows & {_rows(model)}):
-        _resize(model, rows.pop())
-    with loading(folder):
-        wrapped = PeftModel.from_pretrained(model, str(folder), is_trainable=False)
-        missing = set(get_peft_model_state_dict(wrapped, save_embedding_layers=False)) - set(tensors)
-        if missing:  # PEFT warns and leaves them at their initial values
-            raise KitError(
-                f"the adapter lacks {len(missing)} tensors that its config asks for, the first {min(missing)}",
-                where=str(folder),
-            )
-    return wrapped.eval()
+def forget_deepspeed() -> None:
+    """Drop a ZeRO-3 setting left by training in this process: every weight would be loaded with shape (0,)."""
+    module = sys.modules.get("transformers.integrations.deepspeed")
+    if module is not None:
+        module.unset_hf_deepspeed_config()
 
 
-def _quantization(source: Source) -> Any:
-    fields = (source.plan or {}).get("quantization")
-    if not fields:
-        return None
-    from transformers import BitsAndBytesConfig
+def architecture_class(config: Any) -> Any:
+    """The transformers class that a base's config names, else AutoModelForCausalLM."""
+    import transformers
 
-    known = {k: v for k, v in fields.items() if k != "quant_method" and v is not None}
-    with loading(source.folder):
-        config = BitsAndBytesConfig(**known)
-        import bitsandbytes  # noqa: F401 - absent, it would fail half-way through loading
-
-        return config
+    for name in getattr(config, "architectures", None) or []:
+        if hasattr(transformers, name):
+            return getattr(transformers, name)
+    return transformers.AutoModelForCausalLM
 
 
-def _rows(model: Any) -> int:
-    return int(model.get_input_embeddings().weight.shape[0])
+def count_rows(model: Any) -> int:
+    """Rows of the input embedding, also where ZeRO-3 left an empty placeholder (T21)."""
+    weight = model.get_input_embeddings().weight
+    return int(getattr(weight, "ds_shape", weight.shape)[0])
 
 
-def _resize(model: Any, rows: int) -> None:
-    if rows != _rows(model):
+def resize_embeddings(model: Any, rows: int) -> None:
+    """Give both embeddings `rows` rows; the new ones are drawn around the mean of the old, always alike."""
+    if rows != count_rows(model):
         import torch
 
-        torch.manual_seed(0)  # new rows are drawn around the mean of the old ones
+        torch.manual_seed(0)
         model.resize_token_embeddings(rows)
 
 
-def _parameters(folder: Path) -> int:
-    total = 0
-    for tensor in read_tensors(folder).values():
-        count = 1
-        for size in tensor.shape:
-            count *= size
-        total += count
-    return total
-
-
-def _no_deepspeed() -> None:
-    """Forget a ZeRO-3 setting left by training in this process, which would load every weight with shape (0,)."""
-    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
-
-    if is_deepspeed_zero3_enabled():
-        unset_hf_deepspeed_config()
-
-
-def _collect() -> None:
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+@contextlib.contextmanager
+def library_errors(path: Path) -> Iterator[None]:
+    """Say a library's failure on a damaged or unsuitable folder as a KitError."""
+    try:
+        yield
+    except KitError:
+        raise
+    except ImportError as error:
+        raise KitError(
+            f"{path} needs a package that is missing: {error}", fix="install it", code=ENVIRONMENT
+        ) from error
+    except Exception as error:  # noqa: BLE001 - safetensors, tokenizers and remote code raise their own types
+        if "out of memory" in str(error).lower():
+            raise KitError(f"{path} does not fit into memory", code=ENVIRONMENT, fix="use a smaller dtype") from error
+        raise KitError(
+            f"{path} cannot be loaded: {first_line(error)}",
+            where=str(path),
+            fix="give a folder that transformers and peft can load; copy or fetch its files again",
+        ) from error

@@ -41,3 +41,16 @@ def settle(model: Any) -> Any:
             weight: Any = module.weight
             weight.SCB = module.state.SCB
     return model
+
+
+def compute_in(model: Any, dtype: Any) -> Any:
+    """Let a quantized model compute in `dtype`, its packed weights as they are; gives the model."""
+    from bitsandbytes.nn import Int8Params, Linear4bit, Params4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.compute_dtype = dtype
+    for parameter in model.parameters():
+        if not isinstance(parameter, Int8Params | Params4bit):
+            parameter.data = parameter.data.to(dtype)
+    return model

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kit.errors import ENVIRONMENT, KitError, first_line
+from kit.errors import KitError
+from kit.inspection.adapter import CONFIG as ADAPTER_CONFIG
+from kit.inspection.adapter import AdapterFolder, holds_adapter, read_adapter_folder
+from kit.models.open import library_errors
 from kit.storage.json_files import read_json
-from kit.storage.safetensors_header import CONFIG, find_model, fingerprint, read_header, read_tensors
+from kit.storage.manifest import NAME as MANIFEST
+from kit.storage.safetensors_header import CONFIG, find_model, fingerprint, read_tensors
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST, PLAN = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "manifest.json",
-    "plan.json",
-)
-EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings")
+PLAN = "plan.json"
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -66,17 +63,19 @@ def resolve(source: str | Path, base: str | None = None, revision: str | None = 
         )
     if (folder / PLAN).is_file():
         return _resolve_run(folder, base, revision)
-    if (folder / ADAPTER_CONFIG).is_file():
+    if holds_adapter(folder):
+        adapter = read_adapter_folder(folder)
         plan = next((read_json(p / PLAN) for p in list(folder.parents)[:2] if (p / PLAN).is_file()), None)
-        found, reason = _find_base(folder, plan, base, revision)
-        if found is None:
+        base_folder, reason = _find_base(folder, adapter, plan, base, revision)
+        if base_folder is None:
             raise KitError(reason, where=str(folder), fix="name the base model with --base MODEL")
-        return Source(folder, "adapter", {"base": found, "adapter": _whole_adapter(folder)}, found, plan)
+        return Source(folder, "adapter", {"base": base_folder, "adapter": folder}, base_folder, plan)
     if (folder / CONFIG).is_file():
         return Source(folder, "model", {"model": _whole_model(folder)})
     raise KitError(
         f"{folder} is not a run, an adapter or a model: it has no {PLAN}, {ADAPTER_CONFIG} or {CONFIG}",
         where=str(source),
+        fix="give a run directory, an adapter folder or a model folder",
     )
 
 
@@ -84,23 +83,23 @@ def _resolve_run(folder: Path, base: str | None, revision: str | None) -> Source
     plan = read_json(folder / PLAN)
     paths: dict[str, Path] = {}
     skipped: dict[str, str] = {}
-    adapter, full, merged = folder / "adapter", folder / "model", folder / "merged"
-    trained = adapter if (adapter / ADAPTER_CONFIG).is_file() else full
-    found, reason = _find_base(trained, plan, base, revision)
-    if found:
-        paths["base"] = found
+    full, merged = folder / "model", folder / "merged"
+    adapter = read_adapter_folder(folder / "adapter") if holds_adapter(folder / "adapter") else None
+    base_folder, reason = _find_base(adapter.folder if adapter else full, adapter, plan, base, revision)
+    if base_folder:
+        paths["base"] = base_folder
     else:
         skipped["base"] = reason
-    if trained is adapter:
-        if found:
-            paths["adapter"] = _whole_adapter(adapter)
+    if adapter:
+        if base_folder:
+            paths["adapter"] = adapter.folder
         else:
             skipped["adapter"] = reason
     elif (full / CONFIG).is_file():
         paths["model"] = _whole_model(full)
     if (merged / CONFIG).is_file():
         paths["merged"] = _whole_model(merged)
-    if trained is not adapter and not {"model", "merged"} & set(paths):
+    if adapter is None and not {"model", "merged"} & set(paths):
         raise KitError(
             f"{folder} holds no finished adapter or model",
             where=str(folder),
@@ -108,15 +107,19 @@ def _resolve_run(folder: Path, base: str | None, revision: str | None) -> Source
         )
     if not paths:
         raise KitError(reason, where=str(folder), fix="name the base model with --base MODEL")
-    return Source(folder, "run", paths, found, plan, skipped)
+    return Source(folder, "run", paths, base_folder, plan, skipped)
 
 
-def _find_base(trained: Path, plan: dict | None, asked: str | None, revision: str | None) -> tuple[Path | None, str]:
+def _find_base(
+    trained: Path, adapter: AdapterFolder | None, plan: dict | None, asked: str | None, revision: str | None
+) -> tuple[Path | None, str]:
     """The base model's folder, or None and why."""
-    manifest = read_json(trained / MANIFEST) if (trained / MANIFEST).is_file() else {}
-    recorded = manifest.get("base") or {}
+    if adapter:
+        recorded, config = adapter.base, adapter.config
+    else:
+        described = read_json(trained / MANIFEST) if (trained / MANIFEST).is_file() else {}
+        recorded, config = described.get("base") or {}, {}
     model = (plan or {}).get("model") or {}
-    config = read_json(trained / ADAPTER_CONFIG) if (trained / ADAPTER_CONFIG).is_file() else {}
     candidates = [
         (recorded.get("name_or_path"), recorded.get("revision")),
         (model.get("name_or_path"), model.get("revision")),
@@ -127,31 +130,23 @@ def _find_base(trained: Path, plan: dict | None, asked: str | None, revision: st
     elif model.get("random_init"):
         return None, "the run drew its base at random and did not keep it"
     tried = [name for name, _ in candidates if name]
-    for name, at in candidates:
-        found = find_model(str(name), at) if name else None
-        if found is None:
+    for name, candidate_revision in candidates:
+        folder = find_model(str(name), candidate_revision) if name else None
+        if folder is None:
             continue
-        if not read_tensors(found):
-            return None, f"the base model {found} has no safetensors weights (was it initialised at random?)"
+        if not read_tensors(folder):
+            return None, f"the base model {folder} has no safetensors weights (was it initialised at random?)"
         expected = recorded.get("fingerprint")
-        if expected and fingerprint(found) != expected:
+        if expected and fingerprint(folder) != expected:
             raise KitError(
-                f"{found} is not the base that {trained.name} was trained on: its weights differ",
+                f"{folder} is not the base that {trained.name} was trained on: its weights differ",
                 where=str(trained / MANIFEST),
                 fix="give the same model and revision with --base",
             )
-        return found, ""
+        return folder, ""
     if tried:
         return None, f"the base model was not found here: {', '.join(dict.fromkeys(map(str, tried)))}"
     return None, f"{trained} does not say which base model it belongs to"
-
-
-def _whole_adapter(folder: Path) -> Path:
-    # without this file PEFT would take the folder for a Hub id and go online
-    if not (folder / ADAPTER_WEIGHTS).is_file():
-        raise KitError(f"{folder} has no {ADAPTER_WEIGHTS}", where=str(folder), fix="the adapter was not saved whole")
-    read_header(folder / ADAPTER_WEIGHTS)
-    return folder
 
 
 def _whole_model(folder: Path) -> Path:
@@ -184,21 +179,6 @@ def open_tokenizer(source: Source) -> Any:
         if (folder / "tokenizer_config.json").is_file() or (folder / "tokenizer.json").is_file():
             from transformers import AutoTokenizer
 
-            with loading(folder):
+            with library_errors(folder):
                 return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust(source))
     raise KitError(f"{source.folder} has no tokenizer", where=str(source.folder), fix="save one beside the model")
-
-
-@contextlib.contextmanager
-def loading(path: Path) -> Iterator[None]:
-    """Say a library's failure on a damaged or unsuitable folder as a KitError."""
-    try:
-        yield
-    except KitError:
-        raise
-    except ImportError as error:
-        raise KitError(f"{path} needs a package that is missing: {error}", code=ENVIRONMENT) from error
-    except Exception as error:  # noqa: BLE001 - safetensors, tokenizers and remote code raise their own types
-        if "out of memory" in str(error).lower():
-            raise KitError(f"{path} does not fit into memory", code=ENVIRONMENT, fix="use a smaller dtype") from error
-        raise KitError(f"{path} cannot be loaded: {first_line(error)}", where=str(path)) from error

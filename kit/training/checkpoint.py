@@ -16,9 +16,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kit.errors import FAILED, KitError
+from kit.models.adapters import embeddings_changed
+from kit.models.tensors import finite, full_shape, raw_tensors
 from kit.storage import manifest
-from kit.storage.safetensors_header import CONFIG, find_model, read_header, read_tensors
 from kit.storage.safetensors_header import Tensor as StoredTensor
+from kit.storage.safetensors_header import read_header, read_tensors
 
 ADAPTER = "adapter_model.safetensors"
 Shapes = dict[str, tuple[int, ...]]
@@ -66,11 +68,11 @@ def hash_together(folder: Path, group: Any, writer: bool, each_node: bool = Fals
         load[rank] += listing[name] + 1
         share[rank].append(name)
     try:
-        found: Any = manifest.hash_files(folder, share[dist.get_rank(group)], sync=True)
+        hashes: Any = manifest.hash_files(folder, share[dist.get_rank(group)], sync=True)
     except OSError as error:
-        found = f"{error}"
+        hashes = f"{error}"
     merged: dict[str, dict] = {}
-    for rank, part in enumerate(exchange(found, group)):
+    for rank, part in enumerate(exchange(hashes, group)):
         if isinstance(part, str):
             raise KitError(f"rank {rank} cannot read back what was saved: {part}", where=str(folder), code=FAILED)
         merged.update(part)
@@ -78,38 +80,6 @@ def hash_together(folder: Path, group: Any, writer: bool, each_node: bool = Fals
 
 
 # ---- tensors ----
-
-
-def full_shape(tensor: Tensor) -> tuple[int, ...]:
-    """The shape of a tensor, also where ZeRO-3 left an empty placeholder (T21)."""
-    return tuple(getattr(tensor, "ds_shape", tensor.shape))
-
-
-def raw_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers under their state_dict names, as references.
-
-    Unlike `state_dict()` it runs no hooks: bitsandbytes packs the state of every quantized layer in one.
-    """
-    found: dict[str, Tensor] = {}
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        own = {**module._parameters, **module._buffers}
-        for name, tensor in own.items():
-            if tensor is not None and name not in module._non_persistent_buffers_set:
-                found[f"{prefix}.{name}" if prefix else name] = tensor
-    return found
-
-
-def finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or infinite; true of integers.
-
-    NaN and infinity survive a sum, so one reduction without temporaries clears nearly every tensor; only a sum that
-    overflowed is looked at value by value.
-    """
-    if not tensor.is_floating_point():
-        return True
-    if tensor.element_size() > 1 and bool(torch.isfinite(tensor.sum(dtype=torch.float32))):
-        return True
-    return bool(torch.isfinite(tensor.float()).all())
 
 
 def gather(tensors: dict[str, Tensor], keep: bool, copy: bool = True) -> dict[str, Tensor]:
@@ -178,34 +148,6 @@ def same_dtypes(model: nn.Module) -> Iterator[None]:
     for name, parameter in model.named_parameters():
         if name in before and parameter.dtype != before[name]:
             parameter.data = parameter.data.to(before[name])
-
-
-def embeddings_changed(model: Any, adapter: str = "default") -> bool:
-    """Whether the adapter file must carry the embedding matrices: PEFT's "auto" rule, decided without the network.
-
-    True where the embeddings carry an adapter or where the vocabulary differs from the base's; unknown base: False.
-    Embeddings in modules_to_save are in the file as they are: PEFT's rule would write each of them three times.
-    (T33, T39; peft/utils/save_and_load.py, get_peft_model_state_dict)
-    """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils import ModulesToSaveWrapper
-
-    config = model.peft_config[adapter]
-    if not hasattr(model, "get_input_embeddings") or not getattr(model, "config", None):
-        return False
-    layers = (model.get_input_embeddings(), model.get_output_embeddings())
-    if all(isinstance(layer, ModulesToSaveWrapper) for layer in layers):
-        return False
-    tokens_only = (
-        config.peft_type == "TRAINABLE_TOKENS" or getattr(config, "trainable_token_indices", None) is not None
-    )
-    if not tokens_only and any(isinstance(layer, BaseTunerLayer) for layer in layers):
-        return True
-    base = config.base_model_name_or_path and find_model(config.base_model_name_or_path, config.revision)
-    if not base or not (base / CONFIG).is_file():
-        return False
-    before = type(model.config).from_pretrained(base).get_text_config().vocab_size
-    return before != model.config.get_text_config().vocab_size
 
 
 def trainable_state_dict(model: Any, writer: bool = True) -> tuple[dict[str, Tensor], dict[str, Shapes], bool]:
@@ -305,10 +247,10 @@ def check_model(folder: Path, state_dict: dict[str, Tensor], ignored: Iterable[s
     stored = list(read_tensors(folder).values())
     unique = {t.data_ptr(): t for k, t in state_dict.items() if k not in set(ignored)}
     expected = sum(t.numel() for t in unique.values())
-    found = sum(math.prod(t.shape) for t in stored)
-    if not stored or found != expected or any(0 in t.shape for t in stored):
+    written = sum(math.prod(t.shape) for t in stored)
+    if not stored or written != expected or any(0 in t.shape for t in stored):
         raise KitError(
-            f"the saved model is not complete: its files hold {found} numbers, the model {expected}",
+            f"the saved model is not complete: its files hold {written} numbers, the model {expected}",
             where=str(folder),
             fix="nothing was published; resume from the last checkpoint and report the configuration",
             code=FAILED,

@@ -20,8 +20,8 @@ def config_before(model: Any, revision: str | None = None) -> dict[str, dict]:
         folder = find_model(model, revision)
         files = {name: folder / f"{name}.json" for name in ("config", "generation_config")} if folder else {}
         return {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items() if file.is_file()}
-    found = {name: getattr(model, name, None) for name in ("config", "generation_config")}
-    return {name: json.loads(value.to_json_string()) for name, value in found.items() if value is not None}
+    configs = {name: getattr(model, name, None) for name in ("config", "generation_config")}
+    return {name: json.loads(value.to_json_string()) for name, value in configs.items() if value is not None}
 
 
 def restore_config(folder: Path, before: dict[str, dict], tokenizer: Any, keep_pad: bool = False) -> None:

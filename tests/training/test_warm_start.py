@@ -61,9 +61,9 @@ def test_every_tensor_arrives(base, tmp_path, settings):
 
 def spoil(tensors: dict, how: str) -> None:
     key = sorted(tensors)[0]
-    if how == "is missing":
+    if how.startswith("lacks"):
         del tensors[key]
-    elif how == "no place":
+    elif how.startswith("no module"):
         tensors[key.replace("layers.0", "layers.7")] = tensors[key].clone()
     elif how == "has shape":
         tensors[key] = tensors[key][:1].clone()
@@ -71,7 +71,7 @@ def spoil(tensors: dict, how: str) -> None:
         tensors[key][0, 0] = float("nan")
 
 
-@pytest.mark.parametrize("how", ["is missing", "no place", "has shape", "NaN"])
+@pytest.mark.parametrize("how", ["lacks 1 tensors", "no module for 1 of", "has shape", "NaN"])
 def test_what_does_not_fit_changes_nothing(base, tmp_path, how):
     saved(adapted(base, 1), tmp_path)
     file = tmp_path / "adapter_model.safetensors"

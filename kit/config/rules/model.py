@@ -279,7 +279,7 @@ def layers_range(f: Facts) -> Found:
 def tied_target(f: Facts) -> Found:
     targets = (f.plan["peft"] or {}).get("target_modules")
     ends = (
-        [t for t in targets if str(t).rpartition(".")[2] in ("embed_tokens", "wte")]
+        [t for t in targets if str(t).rpartition(".")[2] in architectures.INPUT_EMBEDDINGS]
         if isinstance(targets, list)
         else []
     )
@@ -295,7 +295,7 @@ def tied_saved(f: Facts) -> Found:
     peft = f.plan["peft"] or {}
     saved = peft.get("modules_to_save")
     ends = (
-        [s for s in saved if str(s).rpartition(".")[2] in ("embed_tokens", "wte", "lm_head")]
+        [s for s in saved if str(s).rpartition(".")[2] in architectures.EMBEDDING_NAMES]
         if isinstance(saved, list)
         else []
     )

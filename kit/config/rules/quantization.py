@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from kit.config.deepspeed.resolve import at
+from kit.inspection.architectures import INPUT_EMBEDDINGS
 
 if TYPE_CHECKING:
     from kit.config.rules.table import Facts
@@ -86,7 +87,7 @@ def trained_whole(f: Facts) -> Found:
     if not _bits(f) or f.modules is None:
         return
     kept = (f.plan["quantization"] or {}).get("llm_int8_skip_modules") or ["lm_head"]
-    linears = {m.rsplit(".", 1)[-1] for m in f.modules} - {"embed_tokens", "wte", "wpe", "embed_positions", *kept}
+    linears = {m.rsplit(".", 1)[-1] for m in f.modules} - {*INPUT_EMBEDDINGS, "wpe", "embed_positions", *kept}
     for name in sorted(linears.intersection(saved)):
         yield (
             f"{name} is quantized, so it cannot be trained whole",

@@ -1,0 +1,132 @@
+"""Models for inference: one in memory at a time, the adapter laid over the base that is already there."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from kit.errors import ENVIRONMENT, KitError
+from kit.inspection.adapter import read_adapter_folder
+from kit.models.adapters import attach_adapter
+from kit.models.open import count_rows, library_errors, open_base, resize_embeddings
+from kit.models.quantization import compute_in
+from kit.models.sources import DTYPES, Source, trust
+from kit.storage.safetensors_header import read_config, read_tensors
+from kit.system.hardware import cpu_multiplies_bf16
+
+T = TypeVar("T")
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def pick_device(device: str | None) -> str:
+    """Return the device to run on: the one asked for, else the GPU where torch can use one."""
+    import torch
+
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise KitError("there is no GPU that torch can use", where="device", fix="device=cpu", code=ENVIRONMENT)
+    return device
+
+
+def pick_dtype(asked: str | None, device: str, folder: Path, plan: dict[str, Any] | None) -> str:
+    """Return the dtype to run in: what is asked, else the run's own on a GPU, else what the device is good at."""
+    import torch
+
+    if asked and asked != "auto":
+        name = DTYPES.get(asked, asked).removeprefix("torch.")
+        if name not in BYTES:
+            raise KitError(f"dtype {asked!r} is not known", where="dtype", fix="float32, bfloat16 or float16")
+        return name
+    if device.startswith("cuda"):
+        half = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+        return "float32" if (plan or {}).get("precision") == "float32" else half
+    config = read_config(folder)
+    stored = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+    return "bfloat16" if device == "cpu" and stored == "bfloat16" and cpu_multiplies_bf16() else "float32"
+
+
+def each_model(
+    use: Callable[[str, Any], T],
+    source: Source,
+    names: Sequence[str],
+    tokenizer: Any,
+    *,
+    dtype: str | None = None,
+    device: str | None = None,
+) -> dict[str, T]:
+    """{name: use(name, model in eval mode)} in order: base, adapter, then whole models, each freed before the next.
+
+    The base is used before the adapter is put on it, so a resized or retrained embedding cannot leak into it.
+    A run that trained over a quantized base gets that same base, since it is what the adapter has learned to correct.
+    A callback rather than a generator: a loop variable would keep each model alive while the next one loads.
+    """
+    device = pick_device(device)
+    results: dict[str, T] = {}
+    if {"base", "adapter"} & set(names):
+        assert source.base is not None  # resolve() names neither without it
+        model = _open(source, source.base, dtype, device, (source.plan or {}).get("quantization"))
+        rows = count_rows(model)
+        resize_embeddings(model, max(len(tokenizer), rows))
+        if "base" in names:
+            results["base"] = use("base", model)
+        if "adapter" in names:
+            adapter = read_adapter_folder(source.paths["adapter"])
+            model = attach_adapter(model, adapter, base_rows=rows, float32=True)
+            results["adapter"] = use("adapter", model)
+        del model
+        _collect()
+    for name in names:
+        if name in ("base", "adapter"):
+            continue
+        model = _open(source, source.paths[name], dtype, device, None)
+        results[name] = use(name, model)
+        del model
+        _collect()
+    return results
+
+
+def _open(source: Source, folder: Path, dtype: str | None, device: str, quantization: dict[str, Any] | None) -> Any:
+    """Open one model of a source; a quantized base as it was trained on, computing in `dtype` where that is asked."""
+    import torch
+
+    planned = (source.plan or {}).get("model") or {}
+    attention = planned.get("attn_implementation")
+    settings = {"attn_implementation": attention} if attention in ("eager", "sdpa") else {}
+    chosen = pick_dtype(dtype, device, folder, source.plan)
+    loaded_in = str(planned.get("dtype") or chosen) if quantization else chosen
+    if device == "cuda" and not quantization:
+        needed = _count_parameters(folder) * BYTES[chosen]
+        device = "auto" if needed > 0.9 * torch.cuda.mem_get_info()[0] else device
+    with library_errors(folder):
+        model = open_base(
+            folder,
+            dtype=getattr(torch, loaded_in),
+            quantization=quantization,
+            device=device,
+            trust_remote_code=trust(source),
+            **settings,
+        )
+        if quantization and dtype not in (None, "auto"):
+            compute_in(model, getattr(torch, chosen))
+        return model.eval()
+
+
+def _count_parameters(folder: Path) -> int:
+    total = 0
+    for tensor in read_tensors(folder).values():
+        count = 1
+        for size in tensor.shape:
+            count *= size
+        total += count
+    return total
+
+
+def _collect() -> None:
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
