@@ -24,13 +24,15 @@ FREE = set(
 PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # the others alter the base's weights
 
 
-class Start(NamedTuple):
+class InitialAdapter(NamedTuple):
+    """`peft.init_from` and `peft.init_from_pickle` as given."""
+
     name: str  # a folder or a Hub id
     pickle: bool
 
 
-def take_out(peft: Any) -> tuple[Any, Start | None, list[Problem]]:
-    """The section peft without the kit's own keys, and what they say."""
+def take_init_from(peft: Any) -> tuple[Any, InitialAdapter | None, list[Problem]]:
+    """Split the section peft into what PEFT knows and the kit's own keys."""
     if not isinstance(peft, dict) or not {"init_from", "init_from_pickle"} & peft.keys():
         return peft, None, []
     rest = {k: v for k, v in peft.items() if k not in ("init_from", "init_from_pickle")}
@@ -46,13 +48,13 @@ def take_out(peft: Any) -> tuple[Any, Start | None, list[Problem]]:
         problems.append(
             Problem(f"peft=none, but {KEY} is given", KEY, "peft=lora, or merge the adapter first", "init-from")
         )
-    return rest, Start(name, bool(pickle)) if name and not problems else None, problems
+    return rest, InitialAdapter(name, bool(pickle)) if name and not problems else None, problems
 
 
-def find_source(
-    start: Start, peft: dict[str, Any], model: Model, base: Base, here: bool
+def find_initial_adapter(
+    start: InitialAdapter, peft: dict[str, Any], model: Model, base: Base, here: bool
 ) -> tuple[InitFrom | None, list[Problem], list[str]]:
-    """The adapter to start from, what forbids it, and what cannot be known here.
+    """Find the adapter to start from; return it with problems, and with notes of what cannot be known here.
 
     `here`: the run is about to start on this machine, so a Hub id must be in the cache.
     """

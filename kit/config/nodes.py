@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 
-from kit.errors import KitError, Problem
+from kit.config.report import Report
+from kit.errors import KitError
 from kit.schema.run_plan import Launch
 from kit.system import hardware
 
@@ -23,14 +23,14 @@ class Unfit(ValueError):
         self.key, self.fix = key, fix
 
 
-def resolve_nodes(launch: Launch, world: int | None, set_by: Callable[[str], str]) -> tuple[Launch, list[Problem]]:
-    """num_nodes as a number, and num_gpus where a hostfile or a filter gives it. `world`: processes that run already.
+def resolve_nodes(launch: Launch, world_size: int | None, report: Report) -> Launch:
+    """Resolve num_nodes, and num_gpus where a hostfile or a filter gives it. `world_size`: processes that run already.
 
     DeepSpeed takes nodes of unequal size; the plan has one number for all, so they are refused.
     """
     nodes = launch.num_nodes
-    if not (launch.hostfile or launch.include or launch.exclude) or world is not None:
-        return launch.model_copy(update={"num_nodes": 1 if nodes == "auto" else nodes}), []
+    if not (launch.hostfile or launch.include or launch.exclude) or world_size is not None:
+        return launch.model_copy(update={"num_nodes": 1 if nodes == "auto" else nodes})
     try:
         if launch.hostfile:
             hosts = read_hostfile(Path(launch.hostfile).expanduser())
@@ -38,9 +38,9 @@ def resolve_nodes(launch: Launch, world: int | None, set_by: Callable[[str], str
             hosts = {"localhost": list(range(len(hardware.gpus()) or slots_named(launch)))}
         count, each = counted(chosen(hosts, launch.include, launch.exclude), launch)
     except Unfit as wrong:
-        where = set_by(f"launch.{wrong.key}")
-        return launch.model_copy(update={"num_nodes": 1}), [Problem(str(wrong), where, wrong.fix, "hostfile")]
-    return launch.model_copy(update={"num_nodes": count, "num_gpus": each}), []
+        report.problem(f"launch.{wrong.key}", str(wrong), wrong.fix, "hostfile")
+        return launch.model_copy(update={"num_nodes": 1})
+    return launch.model_copy(update={"num_nodes": count, "num_gpus": each})
 
 
 def read_hostfile(path: Path) -> Hosts:

@@ -32,7 +32,8 @@ class Base:
     def text(self) -> dict[str, Any]:
         """The config of the language model, which lies inside where the base has towers; empty where not known."""
         config = self.config or {}
-        return config.get("text_config") or config
+        inside = config.get("text_config")
+        return inside if isinstance(inside, dict) and inside else config
 
     @property
     def hidden_size(self) -> int | None:

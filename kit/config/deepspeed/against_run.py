@@ -58,39 +58,30 @@ def look(overrides: list[str], model: str | None, config_dir: str | None) -> Set
     if "deepspeed" in heads:
         raise KitError("deepspeed is what --deepspeed gives", "command line", "change the file itself")
     from kit.config.compose import compose
-    from kit.config.nodes import resolve_nodes
-    from kit.config.resolve import resolve_batch, resolve_launch, resolve_precision
-    from kit.config.sections import located, origin, read_input, read_trainer
+    from kit.config.report import Report
+    from kit.config.resolve import resolve_processes
+    from kit.config.sections import read_sections
 
     composed = compose(overrides, config_dir)
-    set_by, tree = origin(composed.provenance), copy.deepcopy(composed.tree)
+    tree = copy.deepcopy(composed.tree) | {"deepspeed": {}}  # the file takes its place
     if model and isinstance(tree.get("model"), dict):
         tree["model"] |= {"name_or_path": model, "config": {}}
     for section, key in (("model", "name_or_path"), ("dataset", "path")):
         if isinstance(tree.get(section), dict) and tree[section].get(key) == "???":
             tree[section][key] = PLACEHOLDER
-    given, problems = read_input(tree, set_by)
-    if given is None:
-        raise KitError(problems)
-    setting = Setting()
-    if given.model.name_or_path != PLACEHOLDER:
-        base, found = inspect(given.model, here=False)
-        problems += located(found, set_by, "model.name_or_path")
-        setting.hidden_size, setting.notes = base.hidden_size, list(base.notes)
+    report = Report(composed.provenance)
+    sections = read_sections(tree, report)
+    setting = Setting(notes=report.notes)
+    if sections.run.model.name_or_path != PLACEHOLDER:
+        base, problems = inspect(sections.run.model, here=False)
+        report.add(problems, "model.name_or_path")
+        report.notes += base.notes
+        setting.hidden_size = base.hidden_size
     if set(heads) - {"model"}:  # a run
-        trainer, found = read_trainer(tree.get("trainer"), set_by)
-        problems += found
-        launch, found = resolve_nodes(given.launch, None, set_by)
-        problems += found
-        launch, trainer["use_cpu"] = resolve_launch(launch, trainer, True, False, None, setting.notes)
-        setting.precision = resolve_precision(trainer, trainer["use_cpu"], setting.notes)
-        nodes = launch.num_nodes if isinstance(launch.num_nodes, int) else 1
-        setting.world_size = nodes * (launch.num_gpus if isinstance(launch.num_gpus, int) else 1)
-        wanted = given.global_batch_size
-        problems += resolve_batch(trainer, wanted, setting.world_size, set_by, composed.provenance)[1]
-        setting.trainer = trainer
-    if problems:
-        raise KitError(problems)
+        processes = resolve_processes(sections, report, deepspeed=True, here=False, world_size=None)
+        setting.world_size, setting.precision = processes.world_size, processes.precision
+        setting.trainer = sections.trainer
+    report.refuse()
     return setting
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from kit.config.rules.table import CHECKS, READING, RULES, Rule
+from kit.config.rules.context import Rule
+from kit.config.rules.table import CHECKS, READING, RULES
 from kit.errors import KitError
 
 FILE = Path(__file__).with_name("stories.yaml")
@@ -35,8 +36,8 @@ def find(id: str) -> Rule:
 
 def facts(rule: Rule) -> dict[str, str]:
     """What the table knows of a rule, in words."""
-    when = "only on the machine where the run starts" if rule.here else "always"
-    made = f"while reading, in kit/config/{rule.maker}.py" if rule.maker else when
+    when = "only on the machine where the run starts" if rule.on_this_machine else "always"
+    made = f"while reading, in kit/{rule.reported_by}.py" if rule.reported_by else when
     held: dict[str, Any] = {
         "severity": SEVERITIES[rule.severity],
         "looks at": ", ".join(rule.keys) or "any key",
