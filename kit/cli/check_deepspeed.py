@@ -10,14 +10,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from kit.config.deepspeed import check as zero_check
-from kit.config.deepspeed import fixes as deepspeed_mend
 from kit.config.deepspeed.against_run import autos, compare, look, with_run
+from kit.config.deepspeed.check import parse_deepspeed_json, read_text
 from kit.config.deepspeed.findings import REFUSE, Finding, examine, problem_of
+from kit.config.deepspeed.fixes import mend
 from kit.errors import DONE, REFUSED, KitError
 from kit.system.terminal import print_problems
-
-Dict = dict[str, Any]
 
 
 def main(argv: list[str]) -> int:
@@ -56,19 +54,19 @@ def main(argv: list[str]) -> int:
 
 def answer_for(
     file: str, overrides: list[str], model: str | None, config_dir: str | None, fix: str | None, overwrite: bool
-) -> Dict:
+) -> dict[str, Any]:
     """Findings, autos and, where `fix` is not None, the changes; the mended file is written."""
-    text = zero_check.read(file)
-    tree = zero_check.parse(text, file, twice=True)
+    text = read_text(file)
+    tree = parse_deepspeed_json(text, file, twice=True)
     setting = look(overrides, model, config_dir)
     out, against = compare(tree, setting)
     found = with_run(examine(text, file), tree, text, setting, against)
-    answer: Dict = {"file": file, "valid": not any(f.severity == REFUSE for f in found), "problems": found}
+    answer: dict[str, Any] = {"file": file, "valid": not any(f.severity == REFUSE for f in found), "problems": found}
     answer["auto"] = autos(tree, text, setting, out, against)
     answer["notes"] = setting.notes
     if fix is not None:
-        mended, changes = deepspeed_mend.mend(text, examine)
-        tree = zero_check.parse(mended, file, twice=True)
+        mended, changes = mend(text, examine)
+        tree = parse_deepspeed_json(mended, file, twice=True)
         left = with_run(examine(mended, file), tree, mended, setting, compare(tree, setting)[1])
         answer |= {"changes": [vars(c) for c in changes], "remaining": left, "written": None}
         if changes:
@@ -93,14 +91,14 @@ def write(out: str, text: str, overwrite: bool) -> str:
     return out
 
 
-def row(finding: Finding) -> Dict:
+def row(finding: Finding) -> dict[str, Any]:
     return {
         "rule": finding.rule, "severity": finding.severity, "key": finding.key, "line": finding.line,
         "problem": finding.problem, "fix": finding.fix, "mendable": bool(finding.edits),
     }  # fmt: skip
 
 
-def say(answer: Dict, fixing: bool) -> None:
+def say(answer: dict[str, Any], fixing: bool) -> None:
     """The answer in words: autos and changes on standard output, problems on standard error."""
     file = answer["file"]
     for r in answer["auto"]:

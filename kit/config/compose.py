@@ -23,7 +23,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from kit.config.deepspeed import resolve as zero
+from kit.config.deepspeed.check import load_deepspeed_file
 from kit.errors import KitError, Problem
 from kit.system import paths
 
@@ -121,7 +121,7 @@ def register() -> None:
     logging.getLogger("hydra").setLevel(logging.ERROR)
     store = ConfigStore.instance()
     for file in sorted(paths.DS_CONFIGS.glob("*.json")):
-        store.store(group="deepspeed", name=file.stem, node=OmegaConf.create(zero.load(file)))
+        store.store(group="deepspeed", name=file.stem, node=OmegaConf.create(load_deepspeed_file(file)))
 
 
 def read_args(args: list[str], flags: list[str] | None = None) -> tuple[list[str], Path | None]:
@@ -286,7 +286,7 @@ def lines_of(file: Path, prefix: str) -> Layer:
 
 
 def lines_of_own(deepspeed: Any) -> Layer:
-    """The same of the JSON in `deepspeed.file`; nothing where it cannot be read, which `zero.load` tells of."""
+    """The same of the JSON in `deepspeed.file`; nothing where it cannot be read, which sections.py reports."""
     file = deepspeed.get("file") if isinstance(deepspeed, dict) else None
     try:
         return lines_of(Path(file).expanduser(), "deepspeed") if isinstance(file, str) else {}

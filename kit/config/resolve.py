@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from kit.config import slurm
 from kit.config.added_tokens import train_embeddings, vocabulary_rows
-from kit.config.deepspeed.resolve import resolve as resolve_json
+from kit.config.deepspeed.resolve import resolve_deepspeed_json
 from kit.config.initial_adapter import find_initial_adapter
 from kit.config.inputs import Inputs
 from kit.config.nodes import resolve_nodes
@@ -226,7 +226,7 @@ def resolve_deepspeed(
     For another machine the width of a model that is not here may stay unknown: it is said, not guessed.
     """
     try:
-        return resolve_json(
+        return resolve_deepspeed_json(
             deepspeed,
             trainer=trainer,
             world_size=processes.world_size,

@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from kit.config.deepspeed import check as deepspeed_check
+from kit.config.deepspeed.check import check_deepspeed_json, load_deepspeed_file
 from kit.config.initial_adapter import InitialAdapter, take_init_from
 from kit.config.input_checks import check_values
 from kit.config.report import Report
@@ -253,13 +253,13 @@ def read_deepspeed_section(values: Any, report: Report) -> dict[str, Any] | None
     values = dict(values)
     if file := values.pop("file", None):
         try:
-            values = merge(deepspeed_check.load(Path(os.path.expanduser(str(file)))), values)
+            values = merge(load_deepspeed_file(Path(os.path.expanduser(str(file)))), values)
         except KitError as error:
             place = report.set_by("deepspeed.file")
             problems = [Problem(p.problem, p.where or place, p.fix, p.rule) for p in error.problems]
             report.problems += named(problems, "deepspeed-file")
             return None
-    report.add(deepspeed_check.check(values))
+    report.add(check_deepspeed_json(values))
     return values
 
 

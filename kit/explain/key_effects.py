@@ -10,6 +10,7 @@ from typing import Any
 from kit.config import keys
 from kit.config.sections import OWNED
 from kit.schema import fields
+from kit.schema.dotted import value_at
 from kit.schema.run_plan import RunPlan
 
 ABSENT: Any = object()
@@ -103,14 +104,6 @@ WORKER = {
 }
 
 
-def at(tree: Any, key: str) -> Any:
-    for part in key.split("."):
-        if not isinstance(tree, dict) or part not in tree:
-            return ABSENT
-        tree = tree[part]
-    return tree
-
-
 def default_of(key: str, kind: str) -> str:
     section = key.partition(".")[0]
     table = keys.table_of(section, kind)
@@ -149,7 +142,7 @@ def becomes(key: str, value: Any, plan: RunPlan | None, kind: str, tree: dict[st
         lines.append(USED[key].format(shown(value)))
     elif target and name:
         known = WORKER if section == "trainer" else {}
-        left_out = plan and name not in known and at(plan.model_dump(), key) is ABSENT
+        left_out = plan and name not in known and value_at(plan.model_dump(), key, ABSENT) is ABSENT
         lines.append(f"{target}({name}={shown(value)})" + (", by itself: the run says nothing" if left_out else ""))
     elif section == "tracking" and name:
         lines.append(f"trainer.{name}={shown(value)}, where trainer.{name} is not given")
@@ -166,7 +159,7 @@ def in_json(key: str, plan: RunPlan | None, tree: dict[str, Any]) -> list[str]:
     if section == "deepspeed" and name not in ("", "file"):
         if plan is None:
             return ["ds_config.json is not known: the run is refused"]
-        held = at(plan.deepspeed or {}, name)
+        held = value_at(plan.deepspeed or {}, name, ABSENT)
         if held is ABSENT:
             return [
                 "ds_config.json has no such key: DeepSpeed's default" if plan.deepspeed else "nothing: deepspeed=none"
@@ -176,9 +169,9 @@ def in_json(key: str, plan: RunPlan | None, tree: dict[str, Any]) -> list[str]:
         return [f"ds_config.json: {name} = {shown(held)}{said}"]
     found = []
     for k, sources in FILLED.items():
-        held = at(plan.deepspeed, k) if plan else ABSENT
+        held = value_at(plan.deepspeed, k, ABSENT) if plan else ABSENT
         # A literal size in the JSON stays; the other keys are checked to agree.
-        follows = section != "model" or at(tree, f"deepspeed.{k}") in ("auto", ABSENT)
+        follows = section != "model" or value_at(tree, f"deepspeed.{k}", ABSENT) in ("auto", ABSENT)
         if key in sources and follows and held is not ABSENT:
             found.append(f"ds_config.json: {k} = {shown(held)}")
     return found

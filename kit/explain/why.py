@@ -12,7 +12,8 @@ from typing import Any
 from kit.config import keys
 from kit.config.rules import table as rules
 from kit.errors import DONE, KitError, Problem
-from kit.explain.key_effects import ABSENT, WORKER, at, becomes, default_of, derived, shown, upstream
+from kit.explain.key_effects import ABSENT, WORKER, becomes, default_of, derived, shown, upstream
+from kit.schema.dotted import value_at
 from kit.schema.run_plan import RunPlan, field_class, leaves, load_plan
 from kit.storage import run_directory
 from kit.system import paths
@@ -74,8 +75,8 @@ def one(
 ) -> dict[str, Any]:
     """One key: value, where it comes from, what was below, what it becomes."""
     entry = entries.get(key) or {}
-    written = at(composed.tree, key)
-    resolved = at(plan.model_dump(), key) if plan else ABSENT
+    written = value_at(composed.tree, key, ABSENT)
+    resolved = value_at(plan.model_dump(), key, ABSENT) if plan else ABSENT
     chain = chain_of(key, composed, entry, kind, run)
     worker = WORKER.get(key.removeprefix("trainer.")) if key.startswith("trainer.") else None
     value = next((v for v in (resolved, written, entry.get("default")) if v is not ABSENT), None)
@@ -119,7 +120,7 @@ def chain_of(key: str, composed: Any, entry: dict[str, Any], kind: str, run: Pat
     removed = [o for o in composed.overrides if o.startswith("~") and o[1:].partition("=")[0] in (key, section)]
     found += [{"where": f"command line: {o}", "value": "removed"} for o in removed]
     if run and found and found[-1]["value"] is None:
-        found[-1]["value"] = at(composed.tree, key) if at(composed.tree, key) is not ABSENT else None
+        found[-1]["value"] = value_at(composed.tree, key)
     below = {"where": default_of(key, kind), "value": entry.get("default")}
     return [*reversed(found), *([below] if entry else [])]
 

@@ -1,7 +1,6 @@
 """What a run is: `RunInput` is the composed tree, `RunPlan` the frozen result that every later step reads.
 
-`trainer`, `peft`, `quantization` and `deepspeed` are dicts because their schema is the libraries' own (fields.py,
-zero.py).
+`trainer`, `peft`, `quantization` and `deepspeed` are dicts because their schema is the libraries' own (fields.py).
 """
 
 from __future__ import annotations

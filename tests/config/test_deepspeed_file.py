@@ -17,14 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kit.cli import main as cli
-from kit.config.deepspeed import check as zero_check
-from kit.config.deepspeed import fixes as deepspeed_mend
-from kit.config.deepspeed import json_edit
-from kit.config.deepspeed import resolve as zero
+from kit.config.deepspeed import fixes, json_edit
 from kit.config.deepspeed.against_run import Setting, autos, compare
+from kit.config.deepspeed.check import load_deepspeed_file
 from kit.config.deepspeed.findings import examine
+from kit.config.deepspeed.resolve import resolve_deepspeed_json
 from kit.errors import DONE, REFUSED, KitError
 from kit.schema import fields
+from kit.schema.dotted import value_at
 
 ROOT = Path(__file__).parents[2]
 OURS = sorted((ROOT / "ds_configs").glob("*.json"))
@@ -42,10 +42,10 @@ def whole(zero: Any = None, **more: Any) -> dict[str, Any]:
 def mended(tree: Any) -> tuple[dict[str, Any], list[str], list[str]]:
     """(the file after --fix, what was done, keys of what is left)."""
     text = tree if isinstance(tree, str) else json.dumps(tree, indent=2)
-    after, changes = deepspeed_mend.mend(text, examine)
+    after, changes = fixes.mend(text, examine)
     left = examine(after)
     assert not [f for f in left if f.edits]
-    assert deepspeed_mend.mend(after, examine) == (after, [])
+    assert fixes.mend(after, examine) == (after, [])
     return json.loads(after), [c.did for c in changes], [f.key for f in left]
 
 
@@ -85,7 +85,7 @@ def test_the_faults_of_the_sources_files(name: str) -> None:
 
 def test_what_the_doctors_literals_become_is_said() -> None:
     """What stood in the file is to be given to the trainer, or it would be lost."""
-    _, changes = deepspeed_mend.mend(json.dumps(source_ds.FILES["doctor_zero2"], indent=2), examine)
+    _, changes = fixes.mend(json.dumps(source_ds.FILES["doctor_zero2"], indent=2), examine)
     keep = "; ".join(c.keep for c in changes)
     for told in ("processes = 64", "per_device_train_batch_size=16", "gradient_accumulation_steps=1",
                  "learning_rate=0.001", "adam_beta1=0.9, adam_beta2=0.999", "adam_epsilon=1e-08"):  # fmt: skip
@@ -198,12 +198,12 @@ def test_one_fault(tree: dict[str, Any], key: str, after: Any) -> None:
     got, did, left = mended(tree)
     if after == LEFT:
         assert key in left
-        assert zero_check.at(got, key) == zero_check.at(tree, key)
+        assert value_at(got, key) == value_at(tree, key)
         return
     assert left == [] and (did or not key)
     for name, value in after.items():
         holder, _, last = name.rpartition(".")
-        block = zero_check.at(got, holder) if holder else got
+        block = value_at(got, holder) if holder else got
         assert block.get(last, MISSING) == value, got
 
 
@@ -241,7 +241,7 @@ HAND = """{
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_untouched_values_stay_as_they_were_written(end: str) -> None:
     text = HAND.replace("\n", end)
-    after, _ = deepspeed_mend.mend(text, examine)
+    after, _ = fixes.mend(text, examine)
     assert "\n" not in after.replace(end, "")
     lines = after.split(end)
     before = text.split(end)
@@ -269,7 +269,7 @@ def test_untouched_values_stay_as_they_were_written(end: str) -> None:
     ],
 )  # fmt: skip
 def test_edits(text: str, edit: tuple[Any, ...], after: str) -> None:
-    assert deepspeed_mend.apply(text, deepspeed_mend.Edit(*edit)) == after
+    assert fixes.apply(text, fixes.Edit(*edit)) == after
 
 
 # --- mutated files -----------------------------------------------------------------------------------------------
@@ -338,7 +338,9 @@ def test_deepspeed_itself_reads_what_is_left_without_fault() -> None:
         draw = random.Random(seed)
         tree, _, left = mended(mutate(draw, partial(draw.choice, SOME)))
         if not left:
-            settled = zero.resolve(tree, trainer={"max_steps": 10}, world_size=1, hidden_size=64, precision="float32")
+            settled = resolve_deepspeed_json(
+                tree, trainer={"max_steps": 10}, world_size=1, hidden_size=64, precision="float32"
+            )
             DeepSpeedConfig(settled)
             read += 1
     assert read > 100
@@ -346,14 +348,14 @@ def test_deepspeed_itself_reads_what_is_left_without_fault() -> None:
 
 @pytest.mark.parametrize("file", OURS, ids=lambda f: f.stem)
 def test_what_auto_becomes_is_what_deepspeed_gets(file: Path) -> None:
-    """The values that are shown for a run are those of zero.resolve, which the ranks use."""
-    text, tree = file.read_text(), zero.load(file)
+    """The values that are shown for a run are those of resolve_deepspeed_json, which the ranks use."""
+    text, tree = file.read_text(), load_deepspeed_file(file)
     setting = Setting(64, {"per_device_train_batch_size": 3, "max_grad_norm": 0.3}, 2, "bfloat16")
     out, against = compare(tree, setting)
-    given = zero.resolve(tree, trainer=setting.trainer, world_size=2, hidden_size=64, precision="bfloat16")
+    given = resolve_deepspeed_json(tree, trainer=setting.trainer, world_size=2, hidden_size=64, precision="bfloat16")
     rows = autos(tree, text, setting, out, against)
     assert len(rows) == text.count('"auto"') and against == []
-    assert [r["becomes"] for r in rows] == [zero_check.at(given, r["key"]) for r in rows]
+    assert [r["becomes"] for r in rows] == [value_at(given, r["key"]) for r in rows]
     assert [r["line"] for r in rows] == [n for n, line in enumerate(text.splitlines(), 1) if '"auto"' in line]
 
 

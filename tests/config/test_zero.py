@@ -1,4 +1,4 @@
-"""zero.resolve fills what transformers and accelerate fill; zero.check knows every key that DeepSpeed reads."""
+"""The kit fills what transformers and accelerate fill, and knows every key that DeepSpeed reads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from kit.config.deepspeed import resolve as zero
+from kit.config.deepspeed.check import check_deepspeed_json, load_deepspeed_file
+from kit.config.deepspeed.resolve import SURVIVES_OFFLOAD, resolve_deepspeed_json
 from kit.errors import KitError
 from kit.schema import fields
 
@@ -43,7 +44,7 @@ def precision(trainer: dict[str, Any]) -> Any:
 def resolve(ds: dict[str, Any], trainer: dict[str, Any] | None = None, **given: Any) -> dict[str, Any]:
     trainer = trainer or {}
     given = {"world_size": 1, "hidden_size": 64, "precision": precision(trainer)} | given
-    return zero.resolve(ds, trainer=trainer, **given)
+    return resolve_deepspeed_json(ds, trainer=trainer, **given)
 
 
 def filled_upstream(ds: dict[str, Any], trainer: dict[str, Any], world_size: int, hidden_size: int, steps: int) -> Any:
@@ -69,7 +70,7 @@ def filled_upstream(ds: dict[str, Any], trainer: dict[str, Any], world_size: int
 @pytest.mark.parametrize("trainer", SETTINGS, ids=range(len(SETTINGS)))
 @pytest.mark.parametrize("name", FILES)
 def test_fills_what_upstream_fills(name: str, trainer: dict[str, Any], world_size: int, hidden_size: int) -> None:
-    given = zero.load(FILES[name])
+    given = load_deepspeed_file(FILES[name])
     mine = resolve(given, trainer, world_size=world_size, hidden_size=hidden_size)
     assert '"auto"' not in json.dumps(mine)
     theirs = filled_upstream(given, trainer, world_size, hidden_size, 100)
@@ -81,7 +82,7 @@ def test_fills_what_upstream_fills(name: str, trainer: dict[str, Any], world_siz
 
 @pytest.mark.parametrize("warmup, steps", [(0, 20), (7, 20), (0.1, 55)])
 def test_optimizer_and_scheduler_blocks_too(warmup: float, steps: int) -> None:
-    given = zero.load(FILES["zero2"]) | copy.deepcopy(OWN_BLOCKS)
+    given = load_deepspeed_file(FILES["zero2"]) | copy.deepcopy(OWN_BLOCKS)
     trainer = {"max_steps": steps, "warmup_steps": warmup, "learning_rate": 5e-5, "weight_decay": 0.01}
     mine = resolve(given, trainer)
     theirs = filled_upstream(given, trainer, 1, 64, steps)
@@ -95,7 +96,7 @@ def test_deepspeed_reads_the_result(name: str) -> None:
     from deepspeed.runtime.config import DeepSpeedConfig
 
     trainer = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "bf16": True}
-    read = DeepSpeedConfig(resolve(zero.load(FILES[name]), trainer))
+    read = DeepSpeedConfig(resolve(load_deepspeed_file(FILES[name]), trainer))
     assert (read.train_batch_size, read.gradient_accumulation_steps, read.gradient_clipping) == (6, 3, 1.0)
     assert read.bfloat16_config.enabled and not read.float16_config.enabled
     assert read.zero_config.stage == int(re.findall(r"\d", name)[0])
@@ -164,7 +165,7 @@ def test_offload_keeps_the_optimizer_that_was_asked_for() -> None:
         with pytest.raises(KitError, match=f"trainer.optim={optim} by plain CPU Adam"):
             resolve(ds, {"optim": optim})
         resolve(ds | {"zero_force_ds_cpu_optimizer": False}, {"optim": optim})
-    for optim in zero.SURVIVES_OFFLOAD:
+    for optim in SURVIVES_OFFLOAD:
         resolve(ds, {"optim": optim})
 
 
@@ -177,7 +178,7 @@ def test_all_problems_at_once_and_bad_trainer_values_do_not_crash() -> None:
 
 def test_an_unknown_width_is_said() -> None:
     with pytest.raises(KitError, match="width of the model is not known") as caught:
-        resolve(zero.load(FILES["zero3"]), hidden_size=None)
+        resolve(load_deepspeed_file(FILES["zero3"]), hidden_size=None)
     assert "model.config" in caught.value.problems[0].fix
     resolve(ZERO2, hidden_size=None)
 
@@ -230,7 +231,7 @@ CHECKED = [
 
 @pytest.mark.parametrize("ds, key, fix", CHECKED)
 def test_checked(ds: dict[str, Any], key: str, fix: str) -> None:
-    problems = zero.check(ds)
+    problems = check_deepspeed_json(ds)
     assert [p.where for p in problems] == [f"deepspeed.{key}"]
     assert fix in problems[0].fix
 
@@ -238,7 +239,7 @@ def test_checked(ds: dict[str, Any], key: str, fix: str) -> None:
 def test_optimizer_params_are_free() -> None:
     """They go to whatever optimizer is named, so names that we do not know are not refused."""
     block = {"optimizer": {"type": "Muon", "params": {"lr": "auto", "momentum": 0.9, "muon_lr": 0.1}}}
-    assert zero.check(ZERO2 | block) == []
+    assert check_deepspeed_json(ZERO2 | block) == []
 
 
 @pytest.mark.parametrize(
@@ -256,10 +257,10 @@ def test_bad_files(tmp_path: Path, text: str, place: str, said: str) -> None:
     file = tmp_path / "ds.json"
     file.write_text(text)
     with pytest.raises(KitError, match=said) as caught:
-        zero.load(file)
+        load_deepspeed_file(file)
     assert str(file) in caught.value.problems[0].where and place in caught.value.problems[0].where
     with pytest.raises(KitError, match="cannot read"):
-        zero.load(tmp_path / "none.json")
+        load_deepspeed_file(tmp_path / "none.json")
 
 
 def test_no_key_of_the_installed_deepspeed_is_missing() -> None:

@@ -6,15 +6,14 @@ import copy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from kit.config.deepspeed import check as zero_check
-from kit.config.deepspeed import fixes as deepspeed_mend
 from kit.config.deepspeed import json_edit
-from kit.config.deepspeed import resolve as zero
+from kit.config.deepspeed.check import accepts_auto, check_deepspeed_json
 from kit.config.deepspeed.findings import REFUSE, Finding, path_of
-from kit.config.deepspeed.fixes import OWNED
+from kit.config.deepspeed.fixes import OWNED, Edit, entry_at
+from kit.config.deepspeed.resolve import fill_deepspeed_json
 from kit.errors import KitError, Problem
+from kit.schema.dotted import value_at
 
-Dict = dict[str, Any]
 PLACEHOLDER = "not-given"  # for what a run must name and this check does not need
 FORMULA = {
     "zero_optimization.reduce_bucket_size": "hidden_size x hidden_size",
@@ -36,7 +35,7 @@ class Setting:
     """What is known beside the file: a model's width, and a run's trainer where one was named."""
 
     hidden_size: int | None = None
-    trainer: Dict | None = None
+    trainer: dict[str, Any] | None = None
     world_size: int = 1
     precision: Any = "float32"
     notes: list[str] = field(default_factory=list)
@@ -85,19 +84,19 @@ def look(overrides: list[str], model: str | None, config_dir: str | None) -> Set
     return setting
 
 
-def compare(tree: Dict, setting: Setting) -> tuple[Dict, list[Problem]]:
+def compare(tree: dict[str, Any], setting: Setting) -> tuple[dict[str, Any], list[Problem]]:
     """The file filled as for a run, and what disagrees with the run; without what is wrong by itself."""
-    return zero.attempt(
+    return fill_deepspeed_json(
         sound(tree), trainer=setting.trainer or {}, world_size=setting.world_size, hidden_size=setting.hidden_size,
         precision=setting.precision,
     )  # fmt: skip
 
 
-def sound(tree: Dict) -> Dict:
+def sound(tree: dict[str, Any]) -> dict[str, Any]:
     """The file without what is wrong in it: what is left can be compared and filled."""
     tree = copy.deepcopy(tree)
     for _ in range(10):
-        problems = zero_check.check(tree)
+        problems = check_deepspeed_json(tree)
         if not problems:
             return tree
         for problem in problems:
@@ -113,7 +112,9 @@ def sound(tree: Dict) -> Dict:
     return {"zero_optimization": {}}
 
 
-def with_run(found: list[Finding], tree: Dict, text: str, setting: Setting, against: list[Problem]) -> list[Finding]:
+def with_run(
+    found: list[Finding], tree: dict[str, Any], text: str, setting: Setting, against: list[Problem]
+) -> list[Finding]:
     """Literals that differ from what the run's trainer would set, in place of the remark that they are literals."""
     if setting.trainer is None:
         return found
@@ -124,29 +125,31 @@ def with_run(found: list[Finding], tree: Dict, text: str, setting: Setting, agai
             continue
         inside = p.where.startswith("deepspeed.")
         path = path_of(tree, p.where.removeprefix("deepspeed.")) if inside else (p.where,)
-        held = zero_check.at(tree, ".".join(path))
+        held = value_at(tree, ".".join(path))
         if inside and p.rule == "mismatch" and (held is None or held == "auto"):
             continue  # mended, or in a block that goes
         said, fix = (t.replace("deepspeed.", "") for t in (p.problem, p.fix))
         before = at_path.get(path)
         line = json_edit.line(text, root, path if inside else ("zero_optimization", "offload_optimizer"))
-        edits = (deepspeed_mend.Edit("replace", path, "auto"),) if p.rule == "mismatch" else ()
+        edits = (Edit("replace", path, "auto"),) if p.rule == "mismatch" else ()
         new = Finding(p.rule, REFUSE, path, line, said, fix, edits)
         at_path[path] = replace(new, edits=before.edits, fix=before.fix, keep=before.keep) if before else new
     return sorted(at_path.values(), key=lambda f: f.line)
 
 
-def autos(tree: Dict, text: str, setting: Setting, out: Dict, against: list[Problem]) -> list[Dict]:
+def autos(
+    tree: dict[str, Any], text: str, setting: Setting, out: dict[str, Any], against: list[Problem]
+) -> list[dict[str, Any]]:
     """Every "auto" that is filled: the line, the key, what it becomes where that is known, and where it comes from."""
     root, rows = json_edit.parse(text), []
     needs = {p.where.removeprefix("deepspeed."): p.problem for p in against if p.rule == "scheduler"}
 
-    def walk(block: Dict, above: json_edit.Path) -> None:
+    def walk(block: dict[str, Any], above: json_edit.Path) -> None:
         for name, value in block.items():
             path = (*above, name)
             if isinstance(value, dict):
                 walk(value, path)
-            if value != "auto" or not zero_check.own_auto(deepspeed_mend.entry_at(path, tree)[1]):
+            if value != "auto" or not accepts_auto(entry_at(path, tree)[1]):
                 continue
             key = ".".join(path)
             becomes, source = filled(key, out, setting)
@@ -158,9 +161,9 @@ def autos(tree: Dict, text: str, setting: Setting, out: Dict, against: list[Prob
     return rows
 
 
-def filled(key: str, out: Dict, setting: Setting) -> tuple[Any, str]:
+def filled(key: str, out: dict[str, Any], setting: Setting) -> tuple[Any, str]:
     """(value or None, where it comes from) of one "auto"."""
-    value = zero_check.at(out, key)
+    value = value_at(out, key)
     if key in FORMULA:
         if setting.hidden_size is None:
             return None, f"{FORMULA[key]}: needs the model (model=NAME or --model DIR)"

@@ -1,6 +1,6 @@
-"""A DeepSpeed JSON from anywhere, by itself: what is wrong in it for a transformers trainer, and what would mend it.
+"""Finds what is wrong in a DeepSpeed JSON from anywhere for a transformers trainer, and what would mend it.
 
-`zero_check.check` knows what DeepSpeed refuses or ignores. Here comes what only the trainer misses: keys that it fills
+What DeepSpeed refuses or ignores, check.py knows. Here comes what only the trainer misses: keys that it fills
 when they are there and never adds, literals that it will compare with its own, an optimizer that takes its place.
 """
 
@@ -11,13 +11,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from kit.config.deepspeed import check as zero_check
-from kit.config.deepspeed import fixes as mend
 from kit.config.deepspeed import json_edit
-from kit.config.deepspeed.check import ADAMS, Dict, at
-from kit.config.deepspeed.fixes import OWNED, Edit
+from kit.config.deepspeed.check import ADAMS, check_deepspeed_json, parse_deepspeed_json
+from kit.config.deepspeed.fixes import OWNED, Edit, edits_for, instead, shown
 from kit.errors import Problem
 from kit.schema import fields
+from kit.schema.dotted import value_at
 
 REFUSE, WARN = "refuse", "warn"
 NEEDED = {  # the trainer fills these where they are, and nobody adds them
@@ -51,7 +50,7 @@ class Finding:
 
 def examine(text: str, name: str = "the file") -> list[Finding]:
     """All findings of one file in the order of its lines; KitError only where it is no JSON."""
-    tree = zero_check.parse(text, name, twice=True)
+    tree = parse_deepspeed_json(text, name, twice=True)
     root = json_edit.parse(text)
     found = [*_doubled(text, root), *_checked(tree)]
     made = {(*e.path[:-1], e.value) for f in found for e in f.edits if e.what == "rename"}
@@ -86,17 +85,17 @@ def path_of(tree: Any, dotted: str) -> json_edit.Path:
     return (*path, *dotted.split("."))
 
 
-def _checked(tree: Dict) -> Iterator[Finding]:
-    """What zero_check.check says, each with its edits."""
+def _checked(tree: dict[str, Any]) -> Iterator[Finding]:
+    """What check_deepspeed_json says, each with its edits."""
     seen = set()
-    for problem in zero_check.check(tree):
+    for problem in check_deepspeed_json(tree):
         path = path_of(tree, problem.where.removeprefix("deepspeed."))
-        edits = mend.edits(problem.rule, path, tree)
+        edits = edits_for(problem.rule, path, tree)
         said, fix = (text.replace("deepspeed.", "") for text in (problem.problem, problem.fix))
         if (path, problem.rule) not in seen:
             key = "gradient_clipping" if path[-1] == "max_grad_norm" else ".".join(path)
-            value = at(tree, ".".join(path))
-            keep = mend.instead(key, value) if key in OWNED and edits and value not in (None, "auto") else ""
+            value = value_at(tree, ".".join(path))
+            keep = instead(key, value) if key in OWNED and edits and value not in (None, "auto") else ""
             yield Finding(problem.rule or "kind", REFUSE, path, 0, said, fix, edits, keep)
         seen.add((path, problem.rule))
 
@@ -112,7 +111,7 @@ def _doubled(text: str, root: json_edit.Node) -> Iterator[Finding]:
         yield Finding("doubled", REFUSE, path, 0, f"{'.'.join(path)} is given {len(values)} times", fix, edits)
 
 
-def _add_auto(tree: Dict, key: str) -> Edit | None:
+def _add_auto(tree: dict[str, Any], key: str) -> Edit | None:
     """The edit that makes a key "auto", in its block or with it; None where the block is of another kind."""
     block, _, last = key.rpartition(".")
     holder = tree.get(block) if block else tree
@@ -121,17 +120,17 @@ def _add_auto(tree: Dict, key: str) -> Edit | None:
     return None if holder is not None else Edit("replace" if block in tree else "add", (block,), {last: "auto"})
 
 
-def _missing(tree: Dict) -> Iterator[Finding]:
+def _missing(tree: dict[str, Any]) -> Iterator[Finding]:
     """Keys that the trainer would fill, had they been there."""
     clipping = fields.default("deepspeed", "gradient_clipping")
     for key, why in NEEDED.items():
         edit = _add_auto(tree, key)
-        if at(tree, key) is None and edit:
+        if value_at(tree, key) is None and edit:
             said = f"{key} is missing: {why.format(clipping=clipping)}"
             outer, _, last = key.rpartition(".")
             shown = f'"{outer}": {{"{last}": "auto"}}' if outer else f'"{last}": "auto"'
             yield Finding("missing", REFUSE, tuple(key.split(".")), 0, said, f"add {shown}", (edit,))
-    kind, params = at(tree, "scheduler.type"), at(tree, "scheduler.params")
+    kind, params = value_at(tree, "scheduler.type"), value_at(tree, "scheduler.params")
     table = fields.tables().get(f"deepspeed.scheduler.{kind}", {}) if isinstance(kind, str) else {}
     for key in (k for k in SCHEDULED if k in table):
         if isinstance(params, dict) and params.get(key) is None:
@@ -150,22 +149,22 @@ def _missing(tree: Dict) -> Iterator[Finding]:
             yield Finding("missing", REFUSE, block, 0, said, 'give its keys as "auto"', (Edit("add", block, autos),))
 
 
-def _literals(tree: Dict) -> Iterator[Finding]:
+def _literals(tree: dict[str, Any]) -> Iterator[Finding]:
     """Values that are the trainer's: others raise after the model is loaded, equal ones wait to differ (T1)."""
     for key, setting in OWNED.items():
-        value = at(tree, key)
+        value = value_at(tree, key)
         if value is None or value == "auto" or isinstance(value, dict):
             continue
         path = tuple(key.split("."))
-        said = f"{key} is {mend.shown(value)}: the trainer refuses any other than its own {setting}"
+        said = f"{key} is {shown(value)}: the trainer refuses any other than its own {setting}"
         if key == "train_batch_size":
-            said = f"{key} is {mend.shown(value)}: that ties the file to one number of GPUs (T5)"
-        keep = mend.instead(key, value)
+            said = f"{key} is {shown(value)}: that ties the file to one number of GPUs (T5)"
+        keep = instead(key, value)
         fix = f'"auto", and {keep} in the training arguments'
         yield Finding("literal", WARN, path, 0, said, fix, (Edit("replace", path, "auto"),), keep)
 
 
-def _optimizer(tree: Dict) -> Iterator[Finding]:
+def _optimizer(tree: dict[str, Any]) -> Iterator[Finding]:
     """An optimizer block takes the place of trainer.optim and of all that builds on it (T9)."""
     block = tree.get("optimizer")
     if not isinstance(block, dict):
@@ -177,7 +176,7 @@ def _optimizer(tree: Dict) -> Iterator[Finding]:
         decoupled = kind.lower() == "adamw" or params.get("adam_w_mode", True) is True
         if decoupled and not block.get("legacy_fusion"):
             keys = [k for k in params if f"optimizer.params.{k}" in OWNED and params[k] not in ("auto", None)]
-            keep = ", ".join(mend.instead(f"optimizer.params.{k}", params[k]) for k in keys)
+            keep = ", ".join(instead(f"optimizer.params.{k}", params[k]) for k in keys)
             fix = "remove it: adamw_torch, the trainer's default, is the same arithmetic"
             fix += f"; give the training arguments {keep}" if keep else ""
             yield Finding("optimizer", WARN, ("optimizer",), 0, said, fix, (Edit("remove", ("optimizer",)),), keep)

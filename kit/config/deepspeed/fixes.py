@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from kit.config.deepspeed import json_edit
-from kit.config.deepspeed.check import Dict, at, own_auto, typed_params
+from kit.config.deepspeed.check import accepts_auto, typed_params
 from kit.schema import fields
+from kit.schema.dotted import value_at
 
 OWNED = {  # values that transformers compares with its own -> its setting
     "train_batch_size": "per_device_train_batch_size x gradient_accumulation_steps x processes",
@@ -61,7 +62,7 @@ class Change:
 
 
 def mend(text: str, examine: Callable[[str], list[Any]]) -> tuple[str, list[Change]]:
-    """The text with all that has one answer mended, and what was done. `examine`: deepspeed_file.examine."""
+    """The text with all that has one answer mended, and what was done. `examine`: findings.examine."""
     changes: list[Change] = []
     seen = {text}
     while finding := next((f for f in examine(text) if f.edits), None):
@@ -110,8 +111,8 @@ def instead(key: str, value: Any) -> str:
     return f"{setting} = {shown(value)}" if " " in setting else f"{setting}={shown(value)}"
 
 
-def edits(rule: str, path: json_edit.Path, tree: Dict) -> tuple[Edit, ...]:
-    """The edits for one problem of zero_check.check; none where they would be a guess."""
+def edits_for(rule: str, path: json_edit.Path, tree: dict[str, Any]) -> tuple[Edit, ...]:
+    """The edits for one problem of check_deepspeed_json; none where they would be a guess."""
     holder = _holder(tree, path)
     if holder is None or (path[-1] not in holder and rule != "deepspeed"):
         return ()
@@ -134,7 +135,7 @@ def edits(rule: str, path: json_edit.Path, tree: Dict) -> tuple[Edit, ...]:
     return ()
 
 
-def entry_at(path: json_edit.Path, tree: Dict) -> tuple[str, dict[str, Any]]:
+def entry_at(path: json_edit.Path, tree: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """The table that a key belongs to ("" where nothing is known of its block) and its entry (empty if unknown)."""
     table, typed = "deepspeed", typed_params(tree)
     for depth, key in enumerate(path[:-1], 1):
@@ -143,7 +144,7 @@ def entry_at(path: json_edit.Path, tree: Dict) -> tuple[str, dict[str, Any]]:
     return table, fields.tables().get(table, {}).get(path[-1], {})
 
 
-def _holder(tree: Any, path: json_edit.Path) -> Dict | None:
+def _holder(tree: Any, path: json_edit.Path) -> dict[str, Any] | None:
     for key in path[:-1]:
         tree = tree.get(key) if isinstance(tree, dict) else None
     return tree if isinstance(tree, dict) else None
@@ -154,7 +155,7 @@ def _good(table: str, key: str, value: Any) -> bool:
     return not [p for p in fields.check(table, {key: value}) if p.rule != "missing-key"]
 
 
-def _renamed(path: json_edit.Path, holder: Dict, table: str, value: Any) -> tuple[Edit, ...]:
+def _renamed(path: json_edit.Path, holder: dict[str, Any], table: str, value: Any) -> tuple[Edit, ...]:
     """An unknown key that is plainly a known one, which is not there as well."""
     key = path[-1]
     known = {name.lower(): name for name in fields.names(table)} if table else {}
@@ -167,12 +168,14 @@ def _renamed(path: json_edit.Path, holder: Dict, table: str, value: Any) -> tupl
     if not meant or meant in holder:
         return ()
     entry = fields.tables()[table][meant]
-    fits = _good(table, meant, value) or (value == "auto" and own_auto(entry)) or (isinstance(value, dict) and
+    fits = _good(table, meant, value) or (value == "auto" and accepts_auto(entry)) or (isinstance(value, dict) and
                                                                                 "table" in entry)  # fmt: skip
     return (Edit("rename", path, meant),) if fits else ()
 
 
-def _old(path: json_edit.Path, holder: Dict, table: str, entry: dict[str, Any], value: Any) -> tuple[Edit, ...]:
+def _old(
+    path: json_edit.Path, holder: dict[str, Any], table: str, entry: dict[str, Any], value: Any
+) -> tuple[Edit, ...]:
     """A deprecated name."""
     key, gone = path[-1], Edit("remove", path)
     offload = {"cpu_offload": "offload_optimizer", "cpu_offload_param": "offload_param"}
@@ -181,7 +184,7 @@ def _old(path: json_edit.Path, holder: Dict, table: str, entry: dict[str, Any], 
         if value is not True:
             return (gone,) if value in (False, None) else ()
         if new in holder:  # DeepSpeed refuses the two together
-            return (gone,) if at(holder, f"{new}.device") in ("cpu", "nvme") else ()
+            return (gone,) if value_at(holder, f"{new}.device") in ("cpu", "nvme") else ()
         block = {"device": "cpu"} | ({"pin_memory": pinned} if isinstance(pinned, bool) else {})
         return Edit("rename", path, new), Edit("replace", (*path[:-1], new), block)
     if key == "cpu_offload_use_pin_memory":
@@ -199,7 +202,7 @@ def _old(path: json_edit.Path, holder: Dict, table: str, entry: dict[str, Any], 
     return (Edit("rename", path, new),)
 
 
-def _conflict(key: str, path: json_edit.Path, tree: Dict) -> tuple[Edit, ...]:
+def _conflict(key: str, path: json_edit.Path, tree: dict[str, Any]) -> tuple[Edit, ...]:
     if key == "fp16.enabled":
         return Edit("replace", path, "auto"), Edit("replace", ("bf16", "enabled"), "auto")
     return (Edit("remove", path),) if key in UNREAD else ()
@@ -213,7 +216,7 @@ def _value(path: json_edit.Path, table: str, entry: dict[str, Any], value: Any) 
         return (Edit("replace", path, {"stage": int(value)}),) if staged else ()
     block = fields.tables().get(str(entry.get("table")), {}) if kinds and "dict" in kinds else {}
     for new in _candidates(entry, kinds, block, value):
-        if table and _good(table, key, new) or (new == "auto" and own_auto(entry)):
+        if table and _good(table, key, new) or (new == "auto" and accepts_auto(entry)):
             return (Edit("replace", path, new),)
     if entry.get("required") or not (value in ("auto", None) or (value is False and "device" in block)):
         return ()
@@ -223,11 +226,11 @@ def _value(path: json_edit.Path, table: str, entry: dict[str, Any], value: Any) 
 def _candidates(entry: dict[str, Any], kinds: list[str], block: dict[str, Any], value: Any) -> list[Any]:
     """What the value may have meant, the likeliest first; each is tried against the table."""
     out: list[Any] = []
-    if "enabled" in block and (isinstance(value, bool) or (value == "auto" and own_auto(block["enabled"]))):
+    if "enabled" in block and (isinstance(value, bool) or (value == "auto" and accepts_auto(block["enabled"]))):
         out.append({"enabled": value})
     if "device" in block and isinstance(value, str) and value != "auto":
         out.append({"device": value.lower()})
-    if value is None and own_auto(entry):
+    if value is None and accepts_auto(entry):
         out.append("auto")
     if isinstance(value, str) and value != "auto":
         word = value.strip().lower()
@@ -246,7 +249,7 @@ def _candidates(entry: dict[str, Any], kinds: list[str], block: dict[str, Any], 
     if isinstance(value, bool) and "int" in kinds and "choices" in entry:
         out.append(int(value))  # stage: true
     if isinstance(value, float) and math.isfinite(value) and "int" in kinds:
-        out.append("auto" if abs(value) < 1 and own_auto(entry) else round(value))  # a share of the model's size
+        out.append("auto" if abs(value) < 1 and accepts_auto(entry) else round(value))  # a share of the model's size
     if isinstance(value, int) and not isinstance(value, bool) and value in (0, 1) and "bool" in kinds:
         out.append(bool(value))
     return out

@@ -1,6 +1,6 @@
 """Edits of a JSON text that leave the rest of it as it was written: spaces, order, `5e8`, line ends.
 
-The text must be valid JSON with a block at the top (`zero_check.parse` says where it is not).
+The text must be valid JSON with a block at the top (`parse_deepspeed_json` says where it is not).
 A path is a tuple of keys.
 """
 

@@ -1,6 +1,6 @@
-"""DeepSpeed's JSON without DeepSpeed: replace every "auto" before anything is launched.
+"""Fills every "auto" of a DeepSpeed JSON before anything is launched, and compares the JSON with the trainer.
 
-DeepSpeed and transformers compare the JSON with the trainer only after the model is loaded; `resolve` does beforehand.
+DeepSpeed and transformers compare the two only after the model is loaded.
 Upstream: transformers integrations/deepspeed.py, accelerate utils/dataclasses.py, deepspeed runtime/config.py.
 """
 
@@ -12,29 +12,25 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from kit.config.deepspeed.check import ADAMS
-from kit.config.deepspeed.check import Dict as Dict
-from kit.config.deepspeed.check import at as at
-from kit.config.deepspeed.check import check as check
-from kit.config.deepspeed.check import load as load
-from kit.config.deepspeed.check import put as put
+from kit.config.deepspeed.check import ADAMS, check_deepspeed_json
 from kit.errors import KitError, Problem
 from kit.schema import fields
+from kit.schema.dotted import set_value, value_at
 
 # Under offload accelerate swaps the optimizer for DeepSpeed's CPU version; only these keep their arithmetic, and
 # the engine refuses what is neither CPUAdam nor CPULion (accelerate utils/deepspeed.py, deepspeed engine.py).
 SURVIVES_OFFLOAD = ("adamw_torch", "adamw_torch_fused", "lion_32bit")
 
 
-def resolve(ds: Mapping[str, Any], **given: Any) -> Dict:
-    """`attempt` where nothing may be wrong: KitError with all problems, those of `check` included."""
-    out, problems = attempt(ds, **given)
+def resolve_deepspeed_json(ds: Mapping[str, Any], **given: Any) -> dict[str, Any]:
+    """Fill the JSON as fill_deepspeed_json does; KitError with all problems where anything is wrong."""
+    out, problems = fill_deepspeed_json(ds, **given)
     if problems:
         raise KitError(problems)
     return out
 
 
-def attempt(
+def fill_deepspeed_json(
     ds: Mapping[str, Any],
     *,
     trainer: Mapping[str, Any],
@@ -44,16 +40,16 @@ def attempt(
     total_steps: int | None = None,
     chosen: Collection[str] = (),
     where: str = "deepspeed",
-) -> tuple[Dict, list[Problem]]:
-    """The JSON as DeepSpeed will get it: no "auto", nothing that disagrees with the trainer, nothing left to defaults.
+) -> tuple[dict[str, Any], list[Problem]]:
+    """Fill the JSON as DeepSpeed will get it: no "auto", no disagreement with the trainer, nothing left to defaults.
 
     `trainer`: SFTConfig values (absent ones have TRL's default); `total_steps`: optimizer steps of the run, where
-    they are known; `chosen`: names of trainer settings that the user gave. With it come all problems, those of `check`
-    included; the given JSON as it is where values of the wrong kind are among them. Bucket sizes are HF's own
+    they are known; `chosen`: names of trainer settings that the user gave. Returns the JSON with all problems, those
+    of check_deepspeed_json included; unfilled where values of the wrong type are among them. Bucket sizes are HF's own
     formulas, for tiny models too: DeepSpeed sends a tensor that is larger than the bucket by itself, so a small
     bucket costs speed but never correctness.
     """
-    problems = check(ds, where)
+    problems = check_deepspeed_json(ds, where)
     if any(p.rule not in ("unknown-key", "range", "deepspeed") for p in problems):
         return dict(ds), problems  # nothing can be computed from values of the wrong kind
     out = fields.cast("deepspeed", copy.deepcopy(dict(ds)))
@@ -70,7 +66,7 @@ def attempt(
         on = precision == dtype or trainer.get(f"{name}_full_eval") is True
         mend = f"trainer.{name}={str(not on).lower()}"
         fill.match(f"{name}.enabled", on, f"the precision of the run ({precision})", mend=mend)
-    if at(out, "fp16.enabled") and at(out, "bf16.enabled"):
+    if value_at(out, "fp16.enabled") and value_at(out, "bf16.enabled"):
         said = f"evaluation in another half precision than the run's {precision}"
         fix = "leave fp16_full_eval and bf16_full_eval out"
         problems.append(Problem(said, "trainer.fp16_full_eval", fix, "full-eval"))
@@ -79,8 +75,8 @@ def attempt(
     if "scheduler" in out:
         _fill_scheduler(fill, fill.setting("max_steps") if fill.setting("max_steps") > 0 else total_steps)
     if trainer.get("save_on_each_node"):
-        put(out, "checkpoint.use_node_local_storage", True)
-    if at(out, "zero_optimization.compute_grad_norm") is False and out["gradient_clipping"]:
+        set_value(out, "checkpoint.use_node_local_storage", True)
+    if value_at(out, "zero_optimization.compute_grad_norm") is False and out["gradient_clipping"]:
         key = "zero_optimization.compute_grad_norm"
         fill.refuse(key, "clipping needs the gradient norm", "trainer.max_grad_norm=0")
     return _without_auto(out), problems
@@ -90,7 +86,7 @@ def attempt(
 class _Fill:
     """The JSON being filled (in place), where its values come from, and what was found wrong."""
 
-    out: Dict
+    out: dict[str, Any]
     trainer: Mapping[str, Any]
     chosen: Collection[str]
     where: str
@@ -110,13 +106,13 @@ class _Fill:
 
     def match(self, key: str, value: Any, source: str, *, present_only: bool = False, mend: str = "") -> None:
         """Put `value` at a dotted key; a literal that is there already must be the same."""
-        given = at(self.out, key)
+        given = value_at(self.out, key)
         if given is None and present_only:
             return
         if given is not None and given != "auto" and given != value:
             said = f"{self.where}.{key} is {given}, but {source} makes it {value}"
             self.refuse(key, said, f"{self.where}.{key}=auto, or {mend or f'{source}={given}'}", "mismatch")
-        put(self.out, key, value)
+        set_value(self.out, key, value)
 
 
 def _fill_zero(fill: _Fill, hidden_size: int | None) -> None:
@@ -154,7 +150,7 @@ def _fill_optimizer(fill: _Fill) -> None:
             said = "zero_allow_untested_optimizer=false refuses every optimizer but DeepSpeed's own"
             fill.refuse("zero_allow_untested_optimizer", said, fix, "optimizer")
         out["zero_allow_untested_optimizer"] = True  # transformers sets it as well
-        offloads = at(out, "zero_optimization.offload_optimizer.device") in ("cpu", "nvme")
+        offloads = value_at(out, "zero_optimization.offload_optimizer.device") in ("cpu", "nvme")
         if offloads and optim not in SURVIVES_OFFLOAD and out.get("zero_force_ds_cpu_optimizer", True):
             said = f"offload_optimizer replaces trainer.optim={optim} by plain CPU Adam"
             fix = f"trainer.optim=adamw_torch, or {fill.where}.zero_force_ds_cpu_optimizer=false to keep {optim}"
@@ -163,7 +159,7 @@ def _fill_optimizer(fill: _Fill) -> None:
     if "optim" in fill.chosen or optim != fields.default("SFTConfig", "optim"):
         said = f"trainer.optim={optim} would be ignored: {fill.where}.optimizer is given"
         fill.refuse("optimizer", said, f"leave trainer.optim out, or '~{fill.where}.optimizer'", "optimizer")
-    other = str(at(out, "optimizer.type")).lower() not in ADAMS  # does not take all of these
+    other = str(value_at(out, "optimizer.type")).lower() not in ADAMS  # does not take all of these
     betas = [fill.setting("adam_beta1"), fill.setting("adam_beta2")]
     named = "trainer.adam_beta1 and adam_beta2"
     fill.match("optimizer.params.lr", fill.setting("learning_rate"), "trainer.learning_rate")
@@ -178,11 +174,11 @@ def _fill_scheduler(fill: _Fill, total: int | None) -> None:
     if "lr_scheduler_type" in fill.chosen:
         said = f"trainer.lr_scheduler_type would be ignored: {fill.where}.scheduler is given"
         fill.refuse("scheduler", said, drop, "scheduler")
-    table = f"deepspeed.scheduler.{at(out, 'scheduler.type')}"
+    table = f"deepspeed.scheduler.{value_at(out, 'scheduler.type')}"
     out["scheduler"]["params"] = fields.cast(table, out["scheduler"].get("params") or {})
     taken = fields.names(table)
-    if at(out, "scheduler.params.warmup_min_lr") == "auto":
-        put(out, "scheduler.params.warmup_min_lr", 0)
+    if value_at(out, "scheduler.params.warmup_min_lr") == "auto":
+        set_value(out, "scheduler.params.warmup_min_lr", 0)
     if "warmup_max_lr" in taken:
         fill.match("scheduler.params.warmup_max_lr", fill.setting("learning_rate"), "trainer.learning_rate")
     if "total_num_steps" in taken and total is None:
@@ -199,6 +195,6 @@ def _fill_scheduler(fill: _Fill, total: int | None) -> None:
         fill.match("scheduler.params.warmup_num_steps", max(1, steps), "trainer.warmup_steps")
 
 
-def _without_auto(tree: Dict) -> Dict:
+def _without_auto(tree: dict[str, Any]) -> dict[str, Any]:
     """Leave out the "auto" that is DeepSpeed's own word for its default (pipeline.stages, keep_in_fp32_modules)."""
     return {k: _without_auto(v) if isinstance(v, dict) else v for k, v in tree.items() if v != "auto"}
