@@ -11,9 +11,10 @@ import pytest
 from kit import api
 from kit.cli import main as cli
 from kit.config import keys
+from kit.config.deepspeed.filled_keys import FILLED_KEYS
 from kit.errors import DONE, REFUSED, KitError
 from kit.explain import why
-from kit.explain.key_effects import FILLED, RESOLVED, USED
+from kit.explain.key_effects import RESOLVED, USED
 from kit.schema import fields
 from kit.storage import run_directory
 
@@ -210,7 +211,8 @@ def test_rules_that_read_a_key_are_named():
 def test_the_words_stand_for_keys_that_exist():
     """A key that is renamed upstream or here must not stay in the tables of sentences."""
     known = keys.known()
-    for key in [*RESOLVED, *USED, *(f"deepspeed.{k}" for k in FILLED), *sum(FILLED.values(), [])]:
+    filled = [*(f"deepspeed.{k}" for k in FILLED_KEYS), *(s for row in FILLED_KEYS.values() for s in row.sources)]
+    for key in [*RESOLVED, *USED, *filled]:
         schedulers = [t for t in fields.tables() if t.startswith("deepspeed.scheduler.")]
         in_scheduler = any(key.rpartition(".")[2] in fields.tables()[t] for t in schedulers)
         assert key in known or key in keys.SECTIONS or in_scheduler or key == "model.config.hidden_size", key

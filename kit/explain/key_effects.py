@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kit.config import keys
+from kit.config.deepspeed.filled_keys import FILLED_KEYS
 from kit.config.sections import OWNED
 from kit.schema import fields
 from kit.schema.dotted import value_at
@@ -16,31 +17,6 @@ from kit.schema.run_plan import RunPlan
 ABSENT: Any = object()
 LIBRARY = {"SFTConfig": "TRL's SFTConfig", "BitsAndBytesConfig": "transformers' BitsAndBytesConfig",
            "deepspeed": "DeepSpeed"}  # fmt: skip
-# Keys of DeepSpeed's JSON that are filled from elsewhere (kit/config/deepspeed/resolve.py), and from what.
-FILLED = {
-    "train_micro_batch_size_per_gpu": ["trainer.per_device_train_batch_size"],
-    "gradient_accumulation_steps": ["trainer.gradient_accumulation_steps"],
-    "train_batch_size": [
-        "trainer.per_device_train_batch_size",
-        "trainer.gradient_accumulation_steps",
-        "launch.num_gpus",
-    ],
-    "gradient_clipping": ["trainer.max_grad_norm"],
-    "bf16.enabled": ["trainer.bf16", "trainer.bf16_full_eval", "precision"],
-    "fp16.enabled": ["trainer.fp16", "trainer.fp16_full_eval", "precision"],
-    "optimizer.params.lr": ["trainer.learning_rate"],
-    "optimizer.params.betas": ["trainer.adam_beta1", "trainer.adam_beta2"],
-    "optimizer.params.eps": ["trainer.adam_epsilon"],
-    "optimizer.params.weight_decay": ["trainer.weight_decay"],
-    "scheduler.params.warmup_max_lr": ["trainer.learning_rate"],
-    "scheduler.params.warmup_num_steps": ["trainer.warmup_steps"],
-    "scheduler.params.total_num_steps": ["trainer.max_steps"],
-    "zero_allow_untested_optimizer": ["trainer.optim"],
-    "checkpoint.use_node_local_storage": ["trainer.save_on_each_node"],
-    "zero_optimization.reduce_bucket_size": ["model.config.hidden_size"],
-    "zero_optimization.stage3_prefetch_bucket_size": ["model.config.hidden_size"],
-    "zero_optimization.stage3_param_persistence_threshold": ["model.config.hidden_size"],
-}
 # How a value comes about that nobody wrote down (kit/config/plan.py, resolve.py, embeddings.py).
 RESOLVED = {
     "trainer.bf16": "auto: what the hardware is fast at; true but for GPUs without bfloat16 and most CPUs",
@@ -119,7 +95,8 @@ def derived(key: str, written: Any, resolved: Any, literal: str | None) -> str:
     if key.startswith("deepspeed."):
         if literal not in (None, "auto", '"auto"'):
             return ""
-        return f"filled from {' and '.join(FILLED.get(key.removeprefix('deepspeed.'), ['the trainer']))}"
+        row = FILLED_KEYS.get(key.removeprefix("deepspeed."))
+        return f"filled from {' and '.join((row and row.sources) or ['the trainer'])}"
     if written in (ABSENT, None, "auto") or key == "trainer.gradient_accumulation_steps":
         return RESOLVED.get(key, "") if resolved is not None else ""
     if isinstance(resolved, str) and isinstance(written, str) and resolved.endswith(Path(written).name):
@@ -164,15 +141,16 @@ def in_json(key: str, plan: RunPlan | None, tree: dict[str, Any]) -> list[str]:
             return [
                 "ds_config.json has no such key: DeepSpeed's default" if plan.deepspeed else "nothing: deepspeed=none"
             ]
-        twins = [s for s in FILLED.get(name, ()) if s.startswith("trainer.")]
+        row = FILLED_KEYS.get(name)
+        twins = [s for s in row.sources if s.startswith("trainer.")] if row else []
         said = f", as {' and '.join(twins)} to SFTConfig" if twins else ""
         return [f"ds_config.json: {name} = {shown(held)}{said}"]
     found = []
-    for k, sources in FILLED.items():
+    for k, row in FILLED_KEYS.items():
         held = value_at(plan.deepspeed, k, ABSENT) if plan else ABSENT
         # A literal size in the JSON stays; the other keys are checked to agree.
-        follows = section != "model" or value_at(tree, f"deepspeed.{k}", ABSENT) in ("auto", ABSENT)
-        if key in sources and follows and held is not ABSENT:
+        follows = row.filled_by != "hidden_size" or value_at(tree, f"deepspeed.{k}", ABSENT) in ("auto", ABSENT)
+        if key in row.sources and follows and held is not ABSENT:
             found.append(f"ds_config.json: {k} = {shown(held)}")
     return found
 

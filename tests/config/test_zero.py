@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 
 from kit.config.deepspeed.check import check_deepspeed_json, load_deepspeed_file
+from kit.config.deepspeed.filled_keys import FILLED_KEYS, TRAINER_SETTINGS
 from kit.config.deepspeed.resolve import SURVIVES_OFFLOAD, resolve_deepspeed_json
 from kit.errors import KitError
 from kit.schema import fields
+from kit.schema.dotted import set_value, value_at
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 ROOT = Path(__file__).parents[2]
@@ -89,6 +91,68 @@ def test_optimizer_and_scheduler_blocks_too(warmup: float, steps: int) -> None:
     assert {k: mine[k] for k in OWN_BLOCKS} == {k: theirs[k] for k in OWN_BLOCKS}
     assert "zero_allow_untested_optimizer" not in mine
     assert filled_upstream(mine, trainer, 1, 64, steps)["scheduler"] == mine["scheduler"]
+
+
+def all_auto() -> dict[str, Any]:
+    """A JSON in which all keys of the table that hold an "auto" hold one."""
+    ds: dict[str, Any] = {"optimizer": {"type": "AdamW"}, "scheduler": {"type": "WarmupDecayLR"}}
+    for key, row in FILLED_KEYS.items():
+        if row.filled_by != "added":
+            set_value(ds, key, "auto")
+    set_value(ds, "zero_optimization.stage", 3)
+    return ds
+
+
+CHANGES = {
+    "per_device_train_batch_size": 3, "gradient_accumulation_steps": 3, "max_grad_norm": 0.5, "learning_rate": 1e-3,
+    "adam_beta1": 0.5, "adam_beta2": 0.5, "adam_epsilon": 1e-3, "weight_decay": 0.3, "warmup_steps": 7,
+    "bf16": True, "bf16_full_eval": True, "fp16": True, "fp16_full_eval": True, "save_on_each_node": True,
+}  # fmt: skip
+
+
+def test_upstream_fills_the_keys_of_the_table_from_its_sources() -> None:
+    """A change of one setting changes in transformers' JSON the keys that the table says, and no other."""
+    before = filled_upstream(all_auto(), {}, 2, 64, 50)
+    after = {
+        f"trainer.{name}": filled_upstream(all_auto(), {name: value}, 2, 64, 50) for name, value in CHANGES.items()
+    }
+    after["trainer.max_steps"] = filled_upstream(all_auto(), {}, 2, 64, 70)
+    after["launch.num_gpus"] = filled_upstream(all_auto(), {}, 4, 64, 50)
+    after["model.config.hidden_size"] = filled_upstream(all_auto(), {}, 2, 128, 50)
+    for source, filled in after.items():
+        keys = {k for k in FILLED_KEYS if value_at(before, k) != value_at(filled, k)}
+        assert keys == {k for k, row in FILLED_KEYS.items() if source in row.sources}, source
+    sources = {source for row in FILLED_KEYS.values() for source in row.sources}
+    assert sources == {*after, "precision", "trainer.optim"}  # bf16 and fp16 once more; set when the optimizer is made
+
+
+def test_upstream_fills_every_constant_of_the_table() -> None:
+    filled = filled_upstream(all_auto(), {}, 2, 64, 50)
+    for key, row in FILLED_KEYS.items():
+        if row.filled_by == "constant":
+            assert value_at(filled, key) in (row.constant, "none"), (
+                key
+            )  # no path: accelerate's word, or the key left out
+    assert not [key for key in FILLED_KEYS if value_at(filled, key) == "auto"]
+
+
+def test_every_auto_of_the_table_is_filled_as_upstream_fills_it() -> None:
+    ours = resolve(all_auto(), total_steps=50, world_size=2)
+    theirs = filled_upstream(all_auto(), {}, 2, 64, 50)
+    for key, row in FILLED_KEYS.items():
+        if row.filled_by != "added":
+            assert value_at(ours, key) == value_at(theirs, key) or key.endswith("nvme_path"), key
+
+
+@pytest.mark.parametrize("key", [k for k, row in FILLED_KEYS.items() if row.filled_by != "added"])
+def test_upstream_compares_literals_with_the_settings_of_the_table(key: str) -> None:
+    ds = all_auto()
+    set_value(ds, key, {"optimizer.params.betas": [0.5, 0.6]}.get(key, 7) if "enabled" not in key else True)
+    if key in TRAINER_SETTINGS:
+        with pytest.raises(ValueError, match=rf"ds {re.escape(key)}="):
+            filled_upstream(ds, {}, 2, 64, 50)
+    else:
+        assert value_at(filled_upstream(ds, {}, 2, 64, 50), key) == 7
 
 
 @pytest.mark.parametrize("name", FILES)

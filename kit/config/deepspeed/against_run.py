@@ -8,26 +8,14 @@ from typing import Any
 
 from kit.config.deepspeed import json_edit
 from kit.config.deepspeed.check import accepts_auto, check_deepspeed_json
+from kit.config.deepspeed.filled_keys import FILLED_KEYS
 from kit.config.deepspeed.findings import REFUSE, Finding, path_of
-from kit.config.deepspeed.fixes import OWNED, Edit, entry_at
+from kit.config.deepspeed.fixes import Edit, entry_at
 from kit.config.deepspeed.resolve import fill_deepspeed_json
 from kit.errors import KitError, Problem
 from kit.schema.dotted import value_at
 
 PLACEHOLDER = "not-given"  # for what a run must name and this check does not need
-FORMULA = {
-    "zero_optimization.reduce_bucket_size": "hidden_size x hidden_size",
-    "zero_optimization.stage3_prefetch_bucket_size": "int(0.9 x hidden_size x hidden_size)",
-    "zero_optimization.stage3_param_persistence_threshold": "10 x hidden_size",
-}
-FIXED = {  # what accelerate and transformers put there whatever the run is
-    "zero_optimization.stage3_gather_16bit_weights_on_model_save": False,
-    "zero_optimization.offload_optimizer.device": "none",
-    "zero_optimization.offload_param.device": "none",
-    "zero_optimization.offload_optimizer.nvme_path": None,
-    "zero_optimization.offload_param.nvme_path": None,
-    "scheduler.params.warmup_min_lr": 0,
-}
 
 
 @dataclass
@@ -163,13 +151,14 @@ def autos(
 
 def filled(key: str, out: dict[str, Any], setting: Setting) -> tuple[Any, str]:
     """(value or None, where it comes from) of one "auto"."""
+    row = FILLED_KEYS.get(key)
+    if row is None:
+        return None, "a word of DeepSpeed's own: it decides by itself"
+    if row.filled_by == "constant":
+        return row.constant, "accelerate and transformers, always"
     value = value_at(out, key)
-    if key in FORMULA:
-        if setting.hidden_size is None:
-            return None, f"{FORMULA[key]}: needs the model (model=NAME or --model DIR)"
-        return value, f"{FORMULA[key]}, hidden_size {setting.hidden_size}"
-    if key in OWNED:
-        return (value if setting.trainer is not None else None), f"the trainer's {OWNED[key]}"
-    if key in FIXED:
-        return FIXED[key], "accelerate and transformers, always"
-    return None, "a word of DeepSpeed's own: it decides by itself"
+    if row.filled_by == "trainer":
+        return (value if setting.trainer is not None else None), f"the trainer's {row.words}"
+    if setting.hidden_size is None:
+        return None, f"{row.words}: needs the model (model=NAME or --model DIR)"
+    return value, f"{row.words}, hidden_size {setting.hidden_size}"

@@ -13,7 +13,8 @@ from typing import Any
 
 from kit.config.deepspeed import json_edit
 from kit.config.deepspeed.check import ADAMS, check_deepspeed_json, parse_deepspeed_json
-from kit.config.deepspeed.fixes import OWNED, Edit, edits_for, instead, shown
+from kit.config.deepspeed.filled_keys import TRAINER_SETTINGS
+from kit.config.deepspeed.fixes import Edit, edits_for, instead, shown
 from kit.errors import Problem
 from kit.schema import fields
 from kit.schema.dotted import value_at
@@ -95,7 +96,7 @@ def _checked(tree: dict[str, Any]) -> Iterator[Finding]:
         if (path, problem.rule) not in seen:
             key = "gradient_clipping" if path[-1] == "max_grad_norm" else ".".join(path)
             value = value_at(tree, ".".join(path))
-            keep = instead(key, value) if key in OWNED and edits and value not in (None, "auto") else ""
+            keep = instead(key, value) if key in TRAINER_SETTINGS and edits and value not in (None, "auto") else ""
             yield Finding(problem.rule or "kind", REFUSE, path, 0, said, fix, edits, keep)
         seen.add((path, problem.rule))
 
@@ -151,7 +152,7 @@ def _missing(tree: dict[str, Any]) -> Iterator[Finding]:
 
 def _literals(tree: dict[str, Any]) -> Iterator[Finding]:
     """Values that are the trainer's: others raise after the model is loaded, equal ones wait to differ (T1)."""
-    for key, setting in OWNED.items():
+    for key, setting in TRAINER_SETTINGS.items():
         value = value_at(tree, key)
         if value is None or value == "auto" or isinstance(value, dict):
             continue
@@ -175,7 +176,9 @@ def _optimizer(tree: dict[str, Any]) -> Iterator[Finding]:
     if adam and params.keys() <= PLAIN_ADAM and params.get("bias_correction", True) is True:
         decoupled = kind.lower() == "adamw" or params.get("adam_w_mode", True) is True
         if decoupled and not block.get("legacy_fusion"):
-            keys = [k for k in params if f"optimizer.params.{k}" in OWNED and params[k] not in ("auto", None)]
+            keys = [
+                k for k in params if f"optimizer.params.{k}" in TRAINER_SETTINGS and params[k] not in ("auto", None)
+            ]
             keep = ", ".join(instead(f"optimizer.params.{k}", params[k]) for k in keys)
             fix = "remove it: adamw_torch, the trainer's default, is the same arithmetic"
             fix += f"; give the training arguments {keep}" if keep else ""

@@ -14,24 +14,10 @@ from typing import Any
 
 from kit.config.deepspeed import json_edit
 from kit.config.deepspeed.check import accepts_auto, typed_params
+from kit.config.deepspeed.filled_keys import TRAINER_SETTINGS
 from kit.schema import fields
 from kit.schema.dotted import value_at
 
-OWNED = {  # values that transformers compares with its own -> its setting
-    "train_batch_size": "per_device_train_batch_size x gradient_accumulation_steps x processes",
-    "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
-    "gradient_accumulation_steps": "gradient_accumulation_steps",
-    "gradient_clipping": "max_grad_norm",
-    "fp16.enabled": "fp16",
-    "bf16.enabled": "bf16",
-    "optimizer.params.lr": "learning_rate",
-    "optimizer.params.betas": "adam_beta1 and adam_beta2",
-    "optimizer.params.eps": "adam_epsilon",
-    "optimizer.params.weight_decay": "weight_decay",
-    "scheduler.params.warmup_max_lr": "learning_rate",
-    "scheduler.params.warmup_num_steps": "warmup_steps",
-    "scheduler.params.total_num_steps": "max_steps",
-}
 DTYPES = {"float32": "fp32", "float16": "fp16", "half": "fp16", "bfloat16": "bf16"}
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 UNREAD = {  # conflicts in which DeepSpeed does not read the key, or refuses it where leaving it out changes nothing
@@ -107,7 +93,7 @@ def instead(key: str, value: Any) -> str:
     """What to give the trainer so that an "auto" becomes the value that stood there."""
     if key.endswith("betas") and isinstance(value, list) and len(value) == 2:
         return f"adam_beta1={shown(value[0])}, adam_beta2={shown(value[1])}"
-    setting = OWNED[key]
+    setting = TRAINER_SETTINGS[key]
     return f"{setting} = {shown(value)}" if " " in setting else f"{setting}={shown(value)}"
 
 
@@ -128,7 +114,7 @@ def edits_for(rule: str, path: json_edit.Path, tree: dict[str, Any]) -> tuple[Ed
         off = value in (False, None, {}) or (isinstance(value, dict) and value.get("enabled") is False)
         gone = off or key == "amp" or (path[-1] == "mics_shard_size" and value == -1)  # fp16 and bf16 follow as "auto"
         return (Edit("remove", path),) if gone else ()
-    if key in OWNED and entry.get("auto"):
+    if key in TRAINER_SETTINGS and entry.get("auto"):
         return (Edit("replace", path, "auto"),)
     if rule in ("kind", "choice", "auto", "zero-block"):
         return _value(path, table, entry, value)

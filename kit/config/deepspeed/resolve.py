@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from kit.config.deepspeed.check import ADAMS, check_deepspeed_json
+from kit.config.deepspeed.filled_keys import FILLED_KEYS, TRAINER_SETTINGS
 from kit.errors import KitError, Problem
 from kit.schema import fields
 from kit.schema.dotted import set_value, value_at
@@ -55,13 +56,10 @@ def fill_deepspeed_json(
     out = fields.cast("deepspeed", copy.deepcopy(dict(ds)))
     fill = _Fill(out, trainer, chosen, where, problems)
 
+    fill.copy("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
     micro, steps = fill.setting("per_device_train_batch_size"), fill.setting("gradient_accumulation_steps")
-    fill.match("train_micro_batch_size_per_gpu", micro, "trainer.per_device_train_batch_size")
-    fill.match("gradient_accumulation_steps", steps, "trainer.gradient_accumulation_steps")
-    product = "trainer.per_device_train_batch_size x gradient_accumulation_steps x processes"
-    source = f"{product} ({micro} x {steps} x {world_size})"
+    source = f"trainer.{TRAINER_SETTINGS['train_batch_size']} ({micro} x {steps} x {world_size})"
     fill.match("train_batch_size", micro * steps * world_size, source, mend="change one of the three")
-    fill.match("gradient_clipping", fill.setting("max_grad_norm"), "trainer.max_grad_norm")
     for name, dtype in (("fp16", "float16"), ("bf16", "bfloat16")):
         on = precision == dtype or trainer.get(f"{name}_full_eval") is True
         mend = f"trainer.{name}={str(not on).lower()}"
@@ -104,6 +102,12 @@ class _Fill:
         if all(p.where != path for p in self.problems):
             self.problems.append(Problem(said, path, fix, rule))
 
+    def copy(self, *keys: str, present_only: bool = False) -> None:
+        """Put the trainer's value at keys that one setting fills as it is."""
+        for key in keys:
+            [source] = FILLED_KEYS[key].sources
+            self.match(key, self.setting(source.removeprefix("trainer.")), source, present_only=present_only)
+
     def match(self, key: str, value: Any, source: str, *, present_only: bool = False, mend: str = "") -> None:
         """Put `value` at a dotted key; a literal that is there already must be the same."""
         given = value_at(self.out, key)
@@ -116,29 +120,25 @@ class _Fill:
 
 
 def _fill_zero(fill: _Fill, hidden_size: int | None) -> None:
-    """Bucket sizes from the model's width (transformers' formulas) and what accelerate fills."""
-    zero = fill.out["zero_optimization"]
-    sized = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
-    asked = [key for key in sized if zero.get(key) == "auto"]
-    if asked and hidden_size is None:
-        said = f'the width of the model is not known, so "auto" cannot be filled: {", ".join(asked)}'
+    """Fill sizes from the model's width (transformers' formulas), and what accelerate fills whatever the run is."""
+    auto = {key: row for key, row in FILLED_KEYS.items() if value_at(fill.out, key) == "auto"}
+    sizes = {key: row.size for key, row in auto.items() if row.size}
+    if sizes and hidden_size is None:
+        names = ", ".join(key.rpartition(".")[2] for key in sizes)
+        text = f'the width of the model is not known, so "auto" cannot be filled: {names}'
         fix = "model.config.hidden_size=N, fetch the model's config.json, or give numbers for these keys"
-        fill.refuse(f"zero_optimization.{asked[0]}", said, fix, "hidden-size")
+        fill.refuse(next(iter(sizes)), text, fix, "hidden-size")
     elif hidden_size is not None:
-        square = hidden_size * hidden_size
-        for key, value in zip(sized, (square, int(0.9 * square), 10 * hidden_size), strict=True):
-            if key in asked:
-                zero[key] = value
-    if zero.get("stage3_gather_16bit_weights_on_model_save") == "auto":
-        zero["stage3_gather_16bit_weights_on_model_save"] = False
+        for key, compute in sizes.items():
+            set_value(fill.out, key, compute(hidden_size))
+    for key, row in auto.items():
+        if row.filled_by == "constant" and row.constant is not None:
+            set_value(fill.out, key, row.constant)
     for name in ("offload_optimizer", "offload_param"):
-        block = zero.get(name)
-        if not isinstance(block, dict):
-            continue
-        if block.get("device") == "auto":
-            block["device"] = "none"
-        if block.get("device", "none") != "nvme" and block.get("nvme_path") in ("auto", "none"):
-            del block["nvme_path"]
+        block = fill.out["zero_optimization"].get(name)
+        if isinstance(block, dict) and block.get("device", "none") != "nvme":
+            if block.get("nvme_path") in ("auto", "none"):
+                del block["nvme_path"]
 
 
 def _fill_optimizer(fill: _Fill) -> None:
@@ -162,10 +162,9 @@ def _fill_optimizer(fill: _Fill) -> None:
     other = str(value_at(out, "optimizer.type")).lower() not in ADAMS  # does not take all of these
     betas = [fill.setting("adam_beta1"), fill.setting("adam_beta2")]
     named = "trainer.adam_beta1 and adam_beta2"
-    fill.match("optimizer.params.lr", fill.setting("learning_rate"), "trainer.learning_rate")
+    fill.copy("optimizer.params.lr")
     fill.match("optimizer.params.betas", betas, named, present_only=other, mend=f"change {named}")
-    for key, source in (("eps", "adam_epsilon"), ("weight_decay", "weight_decay")):
-        fill.match(f"optimizer.params.{key}", fill.setting(source), f"trainer.{source}", present_only=other)
+    fill.copy("optimizer.params.eps", "optimizer.params.weight_decay", present_only=other)
 
 
 def _fill_scheduler(fill: _Fill, total: int | None) -> None:
@@ -177,10 +176,8 @@ def _fill_scheduler(fill: _Fill, total: int | None) -> None:
     table = f"deepspeed.scheduler.{value_at(out, 'scheduler.type')}"
     out["scheduler"]["params"] = fields.cast(table, out["scheduler"].get("params") or {})
     taken = fields.names(table)
-    if value_at(out, "scheduler.params.warmup_min_lr") == "auto":
-        set_value(out, "scheduler.params.warmup_min_lr", 0)
     if "warmup_max_lr" in taken:
-        fill.match("scheduler.params.warmup_max_lr", fill.setting("learning_rate"), "trainer.learning_rate")
+        fill.copy("scheduler.params.warmup_max_lr")
     if "total_num_steps" in taken and total is None:
         said = f"{fill.where}.scheduler needs the number of steps, which is not known before the data is read"
         fill.refuse("scheduler.params.total_num_steps", said, f"trainer.max_steps=N, or {drop}", "scheduler")
