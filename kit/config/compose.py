@@ -24,16 +24,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from kit.config.deepspeed.check import load_deepspeed_file
+from kit.config.provenance import GROUPS, RUN_FILE, Layer, deepspeed_file_layer, layers_of
 from kit.errors import KitError, Problem
 from kit.system import paths
-
-GROUPS = (
-    "model tokenizer dataset peft quantization deepspeed fsdp trainer launch tracking hparams_search recipe"
-).split()
-RUN_FILE = "file-"  # what a user's run.yaml is called among the recipes
-Layer = dict[
-    str, tuple[str, str]
-]  # dotted key: where one file (or the command line) sets it, and what is written there
 
 
 @dataclass
@@ -220,7 +213,7 @@ def read_cfg(cfg: DictConfig, hydra: Any, overrides: list[str], run_file: Path |
     tree = plain(cfg)
     recipe = run_file.stem if run_file is not None else choices.get("recipe")
     below = layers_of(choices, sources, run_file)
-    own = lines_of_own(tree.get("deepspeed"))  # lowest: what a recipe or the command line says goes on top
+    own = deepspeed_file_layer(tree.get("deepspeed"))  # lowest: what a recipe or the command line says goes on top
     provenance = {key: place for layer in [own, *below] for key, (place, _) in layer.items()}
     typed: Layer = {}
     for override in overrides:
@@ -235,63 +228,6 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     """Interpolations resolved, only JSON types left (T79); what is missing stays "???" for the schema to name."""
     tree = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
     return json.loads(json.dumps(tree))
-
-
-def layers_of(choices: dict[str, Any], sources: list[Path], run_file: Path | None) -> list[Layer]:
-    """What the primary config, each chosen group file, and the recipe set, in this order."""
-
-    def find(group: str, name: str) -> Path | None:
-        if group == "recipe" and run_file is not None and name.startswith(RUN_FILE):
-            return run_file
-        if group == "deepspeed" and (file := paths.DS_CONFIGS / f"{name}.json").is_file():
-            return file
-        return next((f for s in sources if (f := s / group / f"{name}.yaml").is_file()), None)
-
-    found = [lines_of(paths.CONF / "train.yaml", "")]
-    for group in [g for g in GROUPS if g != "recipe"]:
-        if (name := choices.get(group)) and (file := find(group, str(name))):
-            found.append(lines_of(file, group))
-    pending, seen = [str(choices["recipe"])] if choices.get("recipe") else [], []
-    while pending:  # a recipe may stand on another one; the outer one wins, so it is read last
-        name = pending.pop()
-        if (file := find("recipe", name)) is None or file in seen:
-            continue
-        seen.append(file)
-        pending += [d for d in (yaml_of(file).get("defaults") or []) if isinstance(d, str) and d != "_self_"]
-    return found + [lines_of(file, "") for file in reversed(seen)]
-
-
-def yaml_of(file: Path) -> dict[str, Any]:
-    content = yaml.load(file.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    return content if isinstance(content, dict) else {}
-
-
-def lines_of(file: Path, prefix: str) -> Layer:
-    """Dotted key to (`folder/file:line`, value as written) for every leaf of a YAML or JSON file."""
-    text = file.read_text(encoding="utf-8")
-    label = f"{file.parent.name}/{file.name}" if paths.ROOT in file.resolve().parents else str(file)
-    found: Layer = {}
-
-    def walk(node: yaml.Node | None, key: str) -> None:
-        if isinstance(node, yaml.MappingNode) and node.value:
-            for name, value in node.value:
-                if not (key == "" and name.value in ("defaults", "hydra")):
-                    walk(value, f"{key}.{name.value}" if key else str(name.value))
-        elif node is not None and key:
-            written = text[node.start_mark.index : node.end_mark.index].strip()
-            found[key] = (f"{label}:{node.start_mark.line + 1}", written)
-
-    walk(yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)), prefix)
-    return found
-
-
-def lines_of_own(deepspeed: Any) -> Layer:
-    """The same of the JSON in `deepspeed.file`; nothing where it cannot be read, which sections.py reports."""
-    file = deepspeed.get("file") if isinstance(deepspeed, dict) else None
-    try:
-        return lines_of(Path(file).expanduser(), "deepspeed") if isinstance(file, str) else {}
-    except (OSError, ValueError, RuntimeError, yaml.YAMLError):  # RuntimeError: ~nobody, and nested too deeply
-        return {}
 
 
 def refusal(error: Exception, args: list[str]) -> KitError:

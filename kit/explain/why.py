@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kit.config import keys
+from kit.config.provenance import file_layer
 from kit.config.rules import table as rules
 from kit.errors import DONE, KitError, Problem
 from kit.explain.key_effects import ABSENT, WORKER, becomes, default_of, derived, shown, upstream
@@ -106,9 +107,7 @@ def chain_of(key: str, composed: Any, entry: dict[str, Any], kind: str, run: Pat
     layers = list(composed.layers)
     file = (composed.tree.get("deepspeed") or {}).get("file") if key.startswith("deepspeed.") else None
     if isinstance(file, str) and os.path.isfile(os.path.expanduser(file)):
-        from kit.config.compose import lines_of
-
-        layers.insert(max(len(layers) - 1, 0), lines_of(Path(file).expanduser(), "deepspeed"))
+        layers.insert(max(len(layers) - 1, 0), file_layer(Path(file).expanduser(), "deepspeed"))
     found = []
     section, _, name = key.partition(".")
     for layer in layers:

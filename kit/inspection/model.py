@@ -43,40 +43,47 @@ class Base:
 
 
 def inspect(model: Model, here: bool) -> tuple[Base, list[Problem]]:
-    """Look at `model.name_or_path` on disk and in the Hub cache; problems where it is there and not a model.
+    """Inspect `model.name_or_path` on disk and in the Hub cache; problems where it is there and not a model.
 
     `here`: the run is about to start on this machine, so what is only promised will not do.
     """
     name = model.name_or_path
-    preset = dict(model.config) or None
     folder = safetensors_header.find_model(name, model.revision)
-    local = Path(name).expanduser().is_dir()
-    if folder is None and hub_cache.looks_like_id(name) and (refused := architectures.refuse_name(name)):
-        return Base(config=preset), refused
-    if folder is None and here and hub_cache.looks_like_id(name):
-        try:
-            folder = fetch_config(name, model.revision)
-        except KitError as error:
-            return Base(), named(error.problems, "hub")
-    if folder is None:
-        if preset and paths.made_by_quickstart(name) and not here:
-            return Base(config=preset, notes=[f"{name} is not made yet: `make quickstart` makes it"]), []
-        if not hub_cache.looks_like_id(name):
-            if paths.made_by_quickstart(name):
-                said = f"{name} is not made yet"
-                return Base(), [Problem(said, "model.name_or_path", "make quickstart", "model-folder")]
-            said, fix = f"there is no model folder {name}", "check the path, or give a Hub id"
-            return Base(), [Problem(said, "model.name_or_path", fix, "model-folder")]
-        note = f"{name} is not on this machine: " + (
-            "its shape is the preset's" if preset else "what depends on its shape cannot be checked here"
-        )
-        if hub_cache.offline():
-            note += f"; {hub_cache.fetch_command('model.name_or_path', name, model.revision)}"
-        if preset is None:
-            return Base(notes=[note]), []
-        key = "model.config.model_type"
-        refused, notes = architectures.refuse_config(name, preset, model.trust_remote_code, key)
-        return Base(preset, modules=architectures.modules(preset), notes=[note, *notes]), refused
+    if folder is None and hub_cache.looks_like_id(name):
+        if refused := architectures.refuse_name(name):
+            return Base(config=dict(model.config) or None), refused
+        if here:
+            try:
+                folder = fetch_config(name, model.revision)
+            except KitError as error:
+                return Base(), named(error.problems, "hub")
+    return inspect_absent(model, here) if folder is None else inspect_folder(model, folder, here)
+
+
+def inspect_absent(model: Model, here: bool) -> tuple[Base, list[Problem]]:
+    """Return what the preset knows of a model that is not on this machine; a problem where it cannot come to be."""
+    name, key, preset = model.name_or_path, "model.name_or_path", dict(model.config) or None
+    if preset and paths.made_by_quickstart(name) and not here:
+        return Base(config=preset, notes=[f"{name} is not made yet: `make quickstart` makes it"]), []
+    if not hub_cache.looks_like_id(name):
+        if paths.made_by_quickstart(name):
+            return Base(), [Problem(f"{name} is not made yet", key, "make quickstart", "model-folder")]
+        fix = "check the path, or give a Hub id"
+        return Base(), [Problem(f"there is no model folder {name}", key, fix, "model-folder")]
+    note = f"{name} is not on this machine: " + (
+        "its shape is the preset's" if preset else "what depends on its shape cannot be checked here"
+    )
+    if hub_cache.offline():
+        note += f"; {hub_cache.fetch_command(key, name, model.revision)}"
+    if preset is None:
+        return Base(notes=[note]), []
+    refused, notes = architectures.refuse_config(name, preset, model.trust_remote_code, "model.config.model_type")
+    return Base(preset, modules=architectures.modules(preset), notes=[note, *notes]), refused
+
+
+def inspect_folder(model: Model, folder: Path, here: bool) -> tuple[Base, list[Problem]]:
+    """Read config.json and the headers of the weights in a folder, one of the Hub cache's too."""
+    name, local = model.name_or_path, Path(model.name_or_path).expanduser().is_dir()
     try:
         config = safetensors_header.read_config(folder)
         # A part of the shards in the cache is a download that was cut short: the model is not here.
@@ -96,29 +103,28 @@ def inspect(model: Model, here: bool) -> tuple[Base, list[Problem]]:
         base.modules = [
             n.removesuffix(".weight") for n, t in tensors.items() if n.endswith(".weight") and len(t.shape) == 2
         ]
-    if not tensors and not local and not model.random_init:
-        if here and hub_cache.offline():
-            fix = hub_cache.fetch_command("model.name_or_path", name, model.revision)
-            return base, [Problem(f"the weights of {name} are not in {hub_cache.cache()}, and HF_HUB_OFFLINE is set",
-                                  "model.name_or_path", fix, "offline")]  # fmt: skip
+    if not tensors and not model.random_init:
+        if local or (here and hub_cache.offline()):
+            return base, [weights_missing(model, folder, local)]
         base.notes.append(f"the weights of {name} are not on this machine: the ranks fetch them")
-    elif not tensors and not model.random_init:
-        pickles = sorted(folder.glob("*.bin"))
-        problem = (
-            f"{folder} holds {pickles[0].name}, a pickle" if pickles else f"{folder} is not a model: it has no weights"
-        )
-        fix = (
-            f"kit convert {folder} OUT makes safetensors of it: give OUT"
-            if pickles
-            else "give a folder with safetensors, or model.random_init=true"
-        )
-        return base, [Problem(problem, "model.name_or_path", fix, "model-files")]
-    if differ := differences(preset or {}, config):
+    if differ := differences(dict(model.config), config):
         listed = ", ".join(f"{key} {a} against {b}" for key, (a, b) in sorted(differ.items()))
-        base.notes.append(
-            f"the preset's shape differs from {folder / safetensors_header.CONFIG}, which wins: {listed}"
-        )
+        file = folder / safetensors_header.CONFIG
+        base.notes.append(f"the preset's shape differs from {file}, which wins: {listed}")
     return base, []
+
+
+def weights_missing(model: Model, folder: Path, local: bool) -> Problem:
+    """Return the problem of a model that has no safetensors: pickles alone, nothing, or a download cut short."""
+    name, key = model.name_or_path, "model.name_or_path"
+    if not local:
+        text = f"the weights of {name} are not in {hub_cache.cache()}, and HF_HUB_OFFLINE is set"
+        return Problem(text, key, hub_cache.fetch_command(key, name, model.revision), "offline")
+    if pickles := sorted(folder.glob("*.bin")):
+        fix = f"kit convert {folder} OUT makes safetensors of it: give OUT"
+        return Problem(f"{folder} holds {pickles[0].name}, a pickle", key, fix, "model-files")
+    fix = "give a folder with safetensors, or model.random_init=true"
+    return Problem(f"{folder} is not a model: it has no weights", key, fix, "model-files")
 
 
 def differences(preset: dict[str, Any], config: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

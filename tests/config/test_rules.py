@@ -328,8 +328,8 @@ def test_a_port_in_use(run: RuleContext):
 
 
 def test_packages_that_are_not_installed(run: RuleContext, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    monkeypatch.setattr("kit.config.rules.tracking.find_spec", lambda name: None)
+    for module in ("adapter", "quantization", "tracking"):
+        monkeypatch.setattr(f"kit.config.rules.{module}.find_spec", lambda name: None)
     run.plan["quantization"] = {"load_in_8bit": True}
     run.plan["trainer"]["report_to"] = ["wandb"]
     run.plan["peft"]["init_lora_weights"] = "loftq"

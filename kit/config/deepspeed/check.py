@@ -128,8 +128,22 @@ def accepts_auto(entry: Mapping[str, Any]) -> bool:
 
 
 def _conflicts(ds: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """(key, problem, fix) for keys that do not go together; each stands in DeepSpeed's validators or engine."""
+    """Yield (key, problem, fix) of keys that do not go together, as DeepSpeed's validators and engine have it."""
     zero: dict[str, Any] = dict(ds.get("zero_optimization") or {})
+    yield from _offload_conflicts(zero)
+    yield from _zero_conflicts(ds, zero)
+    yield from _precision_conflicts(ds, zero)
+    no_sum = zero.get("stage", 0) == 3 or zero.get("zenflow") or value_at(ds, "compile.deepcompile")
+    if no_sum and str(ds.get("gradient_allreduce_op")).lower() == "sum":
+        yield "gradient_allreduce_op", "sum is not for stage 3, ZenFlow or DeepCompile", "gradient_allreduce_op=mean"
+    if value_at(ds, "tensor_parallel.dtype") is not None:
+        yield "tensor_parallel.dtype", "it takes a torch.dtype, which no JSON holds: DeepSpeed refuses it", "remove it"
+    if (ds.get("sequence_parallel_size") or 1) != 1:
+        yield ("sequence_parallel_size", "with transformers, sequence parallelism is accelerate's to set up",
+               "remove it")  # fmt: skip
+
+
+def _offload_conflicts(zero: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     stage = zero.get("stage", 0)
     optimizer, param = (dict(zero.get(f"offload_{what}") or {}) for what in ("optimizer", "param"))
     z = "zero_optimization"
@@ -147,6 +161,10 @@ def _conflicts(ds: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
         yield f"{z}.offload_optimizer.ratio", "a ratio below 1 needs stage 3", "zero_optimization.stage=3, or ratio=1"
     if optimizer.get("super_offload") and stage != 3:
         yield f"{z}.offload_optimizer.super_offload", "super_offload needs stage 3", "zero_optimization.stage=3"
+
+
+def _zero_conflicts(ds: dict[str, Any], zero: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    stage, z = zero.get("stage", 0), "zero_optimization"
     if zero.get("compute_grad_norm") is False and stage not in (1, 2):
         yield f"{z}.compute_grad_norm", "compute_grad_norm=false needs stage 1 or 2", "compute_grad_norm=true"
     if zero.get("compute_grad_norm") is False and ds.get("gradient_clipping", "auto") not in (0, "auto"):
@@ -155,19 +173,14 @@ def _conflicts(ds: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
         yield f"{z}.elastic_checkpoint", "stage 3 has no elastic checkpoints", "remove it"
     if zero.get("legacy_stage1"):
         yield f"{z}.legacy_stage1", "the engine refuses legacy_stage1", "remove it"
+
+
+def _precision_conflicts(ds: dict[str, Any], zero: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     for what in ("fp16", "bf16"):
         block = dict(ds.get(what) or {})
-        if block.get(f"{what}_master_weights_and_grads") and stage == 0:
+        if block.get(f"{what}_master_weights_and_grads") and zero.get("stage", 0) == 0:
             yield f"{what}.{what}_master_weights_and_grads", "it needs ZeRO 1, 2 or 3", "zero_optimization.stage=1"
     if value_at(ds, "bf16.bf16_optimizer_states") and not value_at(ds, "bf16.bf16_master_weights_and_grads"):
         yield "bf16.bf16_optimizer_states", "it needs bf16_master_weights_and_grads", "set both"
     if value_at(ds, "fp16.enabled") is True and value_at(ds, "bf16.enabled") is True:
         yield "fp16.enabled", "fp16 and bf16 cannot both be enabled", 'set both to "auto"'
-    no_sum = stage == 3 or zero.get("zenflow") or value_at(ds, "compile.deepcompile")
-    if no_sum and str(ds.get("gradient_allreduce_op")).lower() == "sum":
-        yield "gradient_allreduce_op", "sum is not for stage 3, ZenFlow or DeepCompile", "gradient_allreduce_op=mean"
-    if value_at(ds, "tensor_parallel.dtype") is not None:
-        yield "tensor_parallel.dtype", "it takes a torch.dtype, which no JSON holds: DeepSpeed refuses it", "remove it"
-    if (ds.get("sequence_parallel_size") or 1) != 1:
-        yield ("sequence_parallel_size", "with transformers, sequence parallelism is accelerate's to set up",
-               "remove it")  # fmt: skip

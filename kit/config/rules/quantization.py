@@ -5,6 +5,8 @@ All of them hold before a weight is loaded; kit/config/rules/table.py lists them
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 from kit.config.rules.context import RuleContext, Violations
 from kit.schema.dotted import value_at
 
@@ -189,7 +191,5 @@ def given_to_the_model(run: RuleContext) -> Violations:
 
 
 def bitsandbytes_missing(run: RuleContext) -> Violations:
-    from importlib.util import find_spec
-
     if _bits(run) and find_spec("bitsandbytes") is None:
         yield "bitsandbytes is not installed", "quantization", "pip install bitsandbytes"

@@ -7,7 +7,7 @@ reported while the configuration is read and resolved, by the module that `repor
 from __future__ import annotations
 
 from kit.config import slurm
-from kit.config.rules import launch, model, quantization, tracking, trainer
+from kit.config.rules import adapter, launch, model, quantization, tracking, trainer
 from kit.config.rules.context import Rule, RuleContext
 from kit.schema import trackers
 
@@ -146,17 +146,18 @@ CHECKS = [
     Rule("attention-precision", "flash-attn", ("model.attn_implementation", f"{T}.bf16"), model.attention_precision),
     Rule("packing-recurrent", "T60", (f"{T}.packing", f"{T}.padding_free"), model.packing_recurrent, "warn"),
     # the adapter against the base
-    Rule("lm-head-target", "T38", ("peft.target_modules",), model.lm_head_target),
-    Rule("targets-match", "fault 37", ("peft.target_modules",), model.targets_match_nothing),
-    Rule("patterns-match", "T52", ("peft.rank_pattern", "peft.alpha_pattern"), model.patterns_match_nothing),
-    Rule("saved-match", "peft 0.21, tried", ("peft.modules_to_save",), model.saved_match_nothing),
-    Rule("loftq-packages", "peft LoraConfig", ("peft.init_lora_weights",), model.loftq_packages, on_this_machine=True),
+    Rule("lm-head-target", "T38", ("peft.target_modules",), adapter.lm_head_target),
+    Rule("targets-match", "fault 37", ("peft.target_modules",), adapter.targets_match_nothing),
+    Rule("patterns-match", "T52", ("peft.rank_pattern", "peft.alpha_pattern"), adapter.patterns_match_nothing),
+    Rule("saved-match", "peft 0.21, tried", ("peft.modules_to_save",), adapter.saved_match_nothing),
+    Rule("loftq-packages", "peft LoraConfig", ("peft.init_lora_weights",), adapter.loftq_packages,
+         on_this_machine=True),
     Rule("layers-range", "peft 0.21, tried",
-         ("peft.layers_to_transform", "peft.layers_pattern", "peft.target_modules"), model.layers_range),
-    Rule("tied-target", "T51", ("peft.target_modules",), model.tied_target, "warn"),
-    Rule("tied-saved", "T51", ("peft.modules_to_save", "peft.ensure_weight_tying"), model.tied_saved, "warn"),
+         ("peft.layers_to_transform", "peft.layers_pattern", "peft.target_modules"), adapter.layers_range),
+    Rule("tied-target", "T51", ("peft.target_modules",), adapter.tied_target, "warn"),
+    Rule("tied-saved", "T51", ("peft.modules_to_save", "peft.ensure_weight_tying"), adapter.tied_saved, "warn"),
     Rule("prefix-checkpointing", "peft PeftModel", ("peft.peft_type", *CHECKPOINTING[::2]),
-         model.prefix_checkpointing),
+         adapter.prefix_checkpointing),
     # the trainer
     Rule("remote-code", "security", ("model.trust_remote_code", f"{T}.trust_remote_code"), trainer.trust_remote_code),
     Rule("best-model", "T17", (f"{T}.load_best_model_at_end", f"{T}.eval_strategy", f"{T}.save_strategy",
