@@ -73,7 +73,7 @@ def read(name: str, config_dir: str | None = None) -> RunPlan:
     if name.endswith(".json"):
         return load_plan(name)
     own = [Path(config_dir) / "recipe" / f"{name}.yaml"] if config_dir else []
-    recipes = {f.stem for f in catalog.choices(catalog.RECIPE)} | {f.stem for f in own if f.is_file()}
+    recipes = {f.stem for f in catalog.choice_files(catalog.RECIPE)} | {f.stem for f in own if f.is_file()}
     if name in recipes and not (Path(name) / run_directory.PLAN).is_file():
         return api.compose(f"recipe={name}", config_dir=config_dir)
     try:
