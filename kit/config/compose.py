@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from kit.config.deepspeed.check import load_deepspeed_file
-from kit.config.provenance import GROUPS, RUN_FILE, Layer, deepspeed_file_layer, layers_of
+from kit.config.provenance import GROUPS, RUN_FILE, Layer, read_deepspeed_file_layer, read_layers
 from kit.errors import KitError, Problem
 from kit.system import paths
 
@@ -42,8 +42,8 @@ class Composed:
 
 def compose(args: list[str], config_dir: str | None = None) -> Composed:
     """Compose `[run.yaml] key=value ...` without running anything; KitError for what Hydra itself refuses."""
-    register()
-    overrides, run_file = read_args(args)
+    register_with_hydra()
+    overrides, run_file = parse_overrides(args)
     return compose_overrides(overrides, run_file, [Path(config_dir)] if config_dir else [], args)
 
 
@@ -55,30 +55,30 @@ def compose_overrides(overrides: list[str], run_file: Path | None, folders: list
     try:
         with initialize_config_dir(config_dir=str(paths.CONF), version_base="1.3", job_name="kit"):
             cfg = hydra_compose("train", overrides=[*searchpath, *overrides], return_hydra_config=True)
-        return read_cfg(cfg, cfg.hydra, overrides, run_file)
+        return to_composed(cfg, cfg.hydra, overrides, run_file)
     except (HydraException, OmegaConfBaseException, OSError, yaml.YAMLError) as error:
-        raise refusal(error, args) from None
+        raise hydra_refusal(error, args) from None
     except (TypeError, ValueError, RecursionError) as error:  # Hydra's own code on what it did not expect
-        raise misread(error, args) from None
+        raise hydra_type_error(error, args) from None
     finally:
         GlobalHydra.instance().clear()
 
 
-def no_task(composed: Composed) -> None:
+def ignore_composed(composed: Composed) -> None:
     """For the flags with which Hydra only prints: help and shell completion."""
 
 
-def run_hydra(args: list[str], task: Callable[[Composed], None] = no_task) -> int:
+def run_hydra(args: list[str], task: Callable[[Composed], None] = ignore_composed) -> int:
     """Hand the command line to Hydra's own main, for its flags (`-m`, `--cfg`, `--info`, ...); `task` runs per job."""
-    register()
-    overrides, run_file = read_args([a for a in args if not a.startswith("-")], flags=args)
-    flags = [a for a in args if a.startswith("-") or a in flag_values(args)]
+    register_with_hydra()
+    overrides, run_file = parse_overrides([a for a in args if not a.startswith("-")], flags=args)
+    flags = [a for a in args if a.startswith("-") or a in values_of_flags(args)]
 
     def job(cfg: DictConfig) -> None:
         from hydra.core.hydra_config import HydraConfig
 
         hydra = HydraConfig.get()
-        task(read_cfg(cfg, hydra, [str(o) for o in hydra.overrides.task], run_file))
+        task(to_composed(cfg, hydra, [str(o) for o in hydra.overrides.task], run_file))
 
     argv, sys.argv = sys.argv, ["kit train", *flags, *overrides]
     try:
@@ -101,14 +101,14 @@ def apply(tree: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
             if override.is_delete() or override.is_sweep_override():
                 raise KitError(f"{override.input_line} cannot be used here", fix="give key=value", rule="override")
             OmegaConf.update(cfg, override.key_or_group, override.value(), force_add=True)
-        return plain(cfg)
+        return to_plain_tree(cfg)
     except (HydraException, OmegaConfBaseException) as error:
-        raise refusal(error, overrides) from None
+        raise hydra_refusal(error, overrides) from None
     except (TypeError, ValueError, RecursionError) as error:
-        raise misread(error, overrides) from None
+        raise hydra_type_error(error, overrides) from None
 
 
-def register() -> None:
+def register_with_hydra() -> None:
     """Make ds_configs/*.json the group `deepspeed`, and `${kit.dir:...}` known."""
     OmegaConf.register_new_resolver("kit.dir", paths.kit_dir, replace=True)
     logging.getLogger("hydra").setLevel(logging.ERROR)
@@ -117,7 +117,7 @@ def register() -> None:
         store.store(group="deepspeed", name=file.stem, node=OmegaConf.create(load_deepspeed_file(file)))
 
 
-def read_args(args: list[str], flags: list[str] | None = None) -> tuple[list[str], Path | None]:
+def parse_overrides(args: list[str], flags: list[str] | None = None) -> tuple[list[str], Path | None]:
     """Overrides in Hydra's grammar from what people type, and the run.yaml if one was named.
 
     The composed tree is in struct mode, so `trainer.eval_steps=5` would need a `+`. Every value override becomes `++`:
@@ -125,7 +125,7 @@ def read_args(args: list[str], flags: list[str] | None = None) -> tuple[list[str
     """
     overrides: list[str] = []
     run_file: Path | None = None
-    taken = flag_values(flags or [])
+    taken = values_of_flags(flags or [])
     for arg in args:
         if arg in taken:
             continue
@@ -187,13 +187,13 @@ def store_run_file(path: Path, given: set[str]) -> list[str]:
             if group == "recipe":
                 content["defaults"] = [choice, *content.get("defaults", ["_self_"])]
             elif group not in given:
-                chosen += read_args([f"{group}={choice}"])[0]
+                chosen += parse_overrides([f"{group}={choice}"])[0]
     name = RUN_FILE + re.sub(r"[^A-Za-z0-9_-]", "_", path.stem)  # never the name of a shipped recipe
     ConfigStore.instance().store(group="recipe", name=name, node=OmegaConf.create(content), package="_global_")
     return [*chosen, f"recipe={name}"]
 
 
-def flag_values(args: list[str]) -> set[str]:
+def values_of_flags(args: list[str]) -> set[str]:
     """The words behind Hydra's flags that take one: `--config-dir DIR`, `--cfg job`, ..."""
     takes = {"--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp"}
     return {b for a, b in zip(args, args[1:], strict=False) if a in takes} | {
@@ -201,7 +201,7 @@ def flag_values(args: list[str]) -> set[str]:
     }
 
 
-def read_cfg(cfg: DictConfig, hydra: Any, overrides: list[str], run_file: Path | None) -> Composed:
+def to_composed(cfg: DictConfig, hydra: Any, overrides: list[str], run_file: Path | None) -> Composed:
     """The plain tree of a composed config, with the origin of every key."""
     runtime = hydra.runtime
     choices = {str(k): v for k, v in runtime.choices.items() if not str(k).startswith("hydra/")}
@@ -210,10 +210,11 @@ def read_cfg(cfg: DictConfig, hydra: Any, overrides: list[str], run_file: Path |
         OmegaConf.set_struct(cfg, False)
     OmegaConf.set_readonly(cfg, False)
     cfg.pop("hydra", None)  # a copy without it would cost as much as all other work here
-    tree = plain(cfg)
+    tree = to_plain_tree(cfg)
     recipe = run_file.stem if run_file is not None else choices.get("recipe")
-    below = layers_of(choices, sources, run_file)
-    own = deepspeed_file_layer(tree.get("deepspeed"))  # lowest: what a recipe or the command line says goes on top
+    below = read_layers(choices, sources, run_file)
+    # The file is lowest: what a recipe or the command line says goes on top.
+    own = read_deepspeed_file_layer(tree.get("deepspeed"))
     provenance = {key: place for layer in [own, *below] for key, (place, _) in layer.items()}
     typed: Layer = {}
     for override in overrides:
@@ -224,19 +225,19 @@ def read_cfg(cfg: DictConfig, hydra: Any, overrides: list[str], run_file: Path |
     return Composed(tree, overrides, provenance, None if recipe in (None, "null") else recipe, [*below, typed])
 
 
-def plain(cfg: DictConfig) -> dict[str, Any]:
+def to_plain_tree(cfg: DictConfig) -> dict[str, Any]:
     """Interpolations resolved, only JSON types left (T79); what is missing stays "???" for the schema to name."""
     tree = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
     return json.loads(json.dumps(tree))
 
 
-def refusal(error: Exception, args: list[str]) -> KitError:
+def hydra_refusal(error: Exception, args: list[str]) -> KitError:
     """Hydra's and OmegaConf's refusals in our words: the problem and what to type instead."""
     text = " ".join(str(error).split("Available options")[0].split())
     choice = re.search(r"Could not find '([\w-]+)/([^']+)'", text)
     if choice:
         group, name = choice.groups()
-        names = options(group)
+        names = group_options(group)
         near = difflib.get_close_matches(name, names, 1)
         fix = f"did you mean {group}={near[0]}? " if near else ""
         return KitError(
@@ -261,13 +262,13 @@ def refusal(error: Exception, args: list[str]) -> KitError:
     )
 
 
-def misread(error: Exception, args: list[str]) -> KitError:
+def hydra_type_error(error: Exception, args: list[str]) -> KitError:
     """Hydra checks few kinds of values itself: `launch=1` is a TypeError somewhere inside it."""
     for arg in args:
         group, equals, value = arg.lstrip("+~").partition("=")
         odd = value == "null" or not re.fullmatch(r"[A-Za-z][\w./-]*", value.strip("\"'"))
         if equals and group in GROUPS and odd:
-            names = ", ".join(options(group))
+            names = ", ".join(group_options(group))
             said = f"{group}={value} names no choice of {group}"
             return KitError(said, f"command line: {arg}", f"known: {names}", rule="group-choice")
     if isinstance(error, RecursionError):
@@ -277,7 +278,7 @@ def misread(error: Exception, args: list[str]) -> KitError:
     return KitError(f"the overrides cannot be composed: {text}", "command line", "check the values", rule="override")
 
 
-def options(group: str) -> list[str]:
+def group_options(group: str) -> list[str]:
     """The names that `group=` can take from the kit's own folders."""
     names = {f.stem for f in (paths.CONF / group).glob("*.yaml")}
     if group == "deepspeed":

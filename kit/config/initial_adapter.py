@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kit.config.added_tokens import OUTPUTS
+from kit.config.added_tokens import OUTPUT_EMBEDDINGS
 from kit.errors import KitError, Problem
 from kit.inspection.architectures import LINEARS
-from kit.inspection.model import Base, identify
+from kit.inspection.model import Base, identify_base
 from kit.schema import fields
 from kit.schema.run_plan import InitFrom, Model
 from kit.storage import hub_cache, manifest, safetensors_header
@@ -16,7 +16,7 @@ from kit.storage import hub_cache, manifest, safetensors_header
 KEY, FLAG = "peft.init_from", "peft.init_from_pickle"
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 # What neither changes the adapter's function nor which tensors it has: training's own, bookkeeping, the first values.
-FREE = set(
+NOT_COMPARED = set(
     """task_type auto_mapping peft_version base_model_name_or_path revision inference_mode lora_dropout
     init_lora_weights runtime_config eva_config loftq_config corda_config lora_ga_config megatron_core
     megatron_config modules_to_tie target_modules_to_tie qalora_group_size""".split()
@@ -73,11 +73,11 @@ def find_initial_adapter(
     if not (folder / CONFIG).is_file() and (folder / "adapter" / CONFIG).is_file():
         folder = folder / "adapter"  # a run directory stands for what it trained
     try:
-        config, file, shapes = read_source(folder, start.pickle)
-        check_damage(folder, file)
+        config, file, shapes = read_adapter_files(folder, start.pickle)
+        check_hashes(folder, file)
     except KitError as error:
         return None, [Problem(p.problem, KEY, p.fix, "init-from-files") for p in error.problems], []
-    problems, notes = compare(folder, config, peft, base), []
+    problems, notes = compare_configs(folder, config, peft, base), []
     found, remark = compare_base(folder, config, model, base)
     problems += found or compare_shapes(folder, shapes or {}, model)
     notes += [f"the adapter starts from {folder}: its weights, not its optimizer", *([remark] if remark else [])]
@@ -87,7 +87,7 @@ def find_initial_adapter(
     return InitFrom(path=str(folder), weights=file.name, sha256=sha256), problems, notes
 
 
-def read_source(folder: Path, pickle: bool) -> tuple[dict[str, Any], Path, dict[str, tuple[int, ...]] | None]:
+def read_adapter_files(folder: Path, pickle: bool) -> tuple[dict[str, Any], Path, dict[str, tuple[int, ...]] | None]:
     """adapter_config.json, the weights file, and its shapes by name (None of a pickle)."""
     if not (folder / CONFIG).is_file():
         raise KitError(f"{folder} is no adapter: it has no {CONFIG}", fix="give an adapter folder or a run directory")
@@ -107,7 +107,7 @@ def read_source(folder: Path, pickle: bool) -> tuple[dict[str, Any], Path, dict[
     return config, folder / PICKLE, None
 
 
-def check_damage(folder: Path, file: Path) -> None:
+def check_hashes(folder: Path, file: Path) -> None:
     """KitError where a file differs from the hash in the adapter's manifest; without one nothing can be said."""
     if not (folder / manifest.NAME).is_file():
         return
@@ -117,7 +117,7 @@ def check_damage(folder: Path, file: Path) -> None:
             raise KitError(f"{path} is not the file that was saved: its SHA-256 differs", fix="copy the adapter again")
 
 
-def compare(folder: Path, config: dict[str, Any], peft: dict[str, Any], base: Base) -> list[Problem]:
+def compare_configs(folder: Path, config: dict[str, Any], peft: dict[str, Any], base: Base) -> list[Problem]:
     """One problem that lists all settings that differ, with the overrides that make the run's equal."""
     theirs, ours = (str(c.get("peft_type", "LORA")).upper() for c in (config, peft))
     table = fields.tables().get(ours, {})
@@ -137,7 +137,7 @@ def compare(folder: Path, config: dict[str, Any], peft: dict[str, Any], base: Ba
             problems.append(Problem(problem, KEY, fix, "init-from"))
     differ, mend = [], []
     for key, entry in table.items():
-        if key in FREE or key == "peft_type" or "instead" in entry:
+        if key in NOT_COMPARED or key == "peft_type" or "instead" in entry:
             continue
         default = entry.get("default")
         there, here = config.get(key, default), peft.get(key, default)
@@ -146,8 +146,8 @@ def compare(folder: Path, config: dict[str, Any], peft: dict[str, Any], base: Ba
         else:
             same = (there or None) == (here or None)
         if not same:
-            differ.append(f"{key} is {shown(there)} there, {shown(here)} here")
-            mend.append(f"peft.{key}={shown(there)}")
+            differ.append(f"{key} is {format_value(there)} there, {format_value(here)} here")
+            mend.append(f"peft.{key}={format_value(there)}")
     if differ:
         problems.append(
             Problem(
@@ -171,19 +171,19 @@ def same_modules(key: str, config: dict[str, Any], peft: dict[str, Any], base: B
             return True  # a regular expression: the ranks compare tensor by tensor
         leaves = {str(v).rpartition(".")[2] for v in value or ()}
         if key == "modules_to_save" and said.get("ensure_weight_tying"):
-            leaves -= set(OUTPUTS)  # PEFT writes down the one end that holds the tied matrix
+            leaves -= set(OUTPUT_EMBEDDINGS)  # PEFT writes down the one end that holds the tied matrix
         sides.append(leaves)
     return sides[0] == sides[1]
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A value as one would type it behind `key=`."""
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
     if isinstance(value, list | tuple):
         return f"[{','.join(sorted(map(str, value)))}]"
     if isinstance(value, dict):
-        return "{" + ",".join(f"{k}:{shown(v)}" for k, v in value.items()) + "}"
+        return "{" + ",".join(f"{k}:{format_value(v)}" for k, v in value.items()) + "}"
     return str(value)
 
 
@@ -210,7 +210,7 @@ def compare_shapes(folder: Path, shapes: dict[str, tuple[int, ...]], model: Mode
 def compare_base(folder: Path, config: dict[str, Any], model: Model, base: Base) -> tuple[list[Problem], str]:
     """Whether the adapter was trained on the run's base: by the fingerprints where both are known, else a remark."""
     recorded = (manifest.read_manifest(folder).get("base") or {}) if (folder / manifest.NAME).is_file() else {}
-    ours = identify(model, base.folder) if recorded else None
+    ours = identify_base(model, base.folder) if recorded else None
     if recorded and ours:
         if recorded.get("fingerprint") == ours["fingerprint"]:
             return [], ""

@@ -11,7 +11,7 @@ from kit.errors import KitError, Problem, named
 from kit.inspection import dataset as data_files
 from kit.inspection import dataset_template as templates
 from kit.inspection import hub_dataset
-from kit.inspection.model import Base, inspect, look_at_tokenizer
+from kit.inspection.model import Base, check_tokenizer_cached, inspect_model
 from kit.schema.run_plan import Dataset
 from kit.system import paths
 
@@ -27,9 +27,9 @@ class Inputs:
 def inspect_inputs(sections: Sections, report: Report, here: bool) -> Inputs:
     """Inspect what is on this machine. `here`: the run is about to start on it, so that everything must be."""
     run = sections.run
-    base, problems = inspect(run.model, here)
+    base, problems = inspect_model(run.model, here)
     report.add(problems, "model.name_or_path")
-    report.add(look_at_tokenizer(run.tokenizer, here))
+    report.add(check_tokenizer_cached(run.tokenizer, here))
     data_format, problems = find_data_format(run.dataset, here)
     report.add(problems)
     report.notes += base.notes

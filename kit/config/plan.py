@@ -15,7 +15,7 @@ from kit.config.resolve import Resolved, make_paths_absolute, resolve
 from kit.config.rules import table as rules
 from kit.config.rules.context import RuleContext
 from kit.config.sections import Sections, read_sections
-from kit.inspection.model import identify
+from kit.inspection.model import identify_base
 from kit.schema.run_plan import RunPlan, identity_hash
 from kit.system import hardware
 
@@ -33,7 +33,7 @@ def build_plan(composed: Composed, *, here: bool = True, world_size: int | None 
     # A batch job finds its files here and its GPUs elsewhere: kit/launchers/node.py looks at the node's.
     batch_job = resolved.processes.launch.slurm is not None
     on_this_machine = here and (not batch_job or world_size is not None)
-    rules.apply(
+    rules.apply_rules(
         RuleContext(
             plan=resolved.tree,
             report=report,
@@ -73,7 +73,7 @@ def freeze(
         **tree,
         tracking=dict(run.tracking),
         prompts=run.prompts,
-        base=identify(run.model, inputs.base.folder) if here else None,
+        base=identify_base(run.model, inputs.base.folder) if here else None,
         notes=report.notes,
         warnings=[asdict(w) for w in unique(report.warnings)],
         overrides=composed.overrides,

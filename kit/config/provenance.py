@@ -17,7 +17,7 @@ RUN_FILE = "file-"  # what a user's run.yaml is called among the recipes
 Layer = dict[str, tuple[str, str]]
 
 
-def layers_of(choices: dict[str, Any], sources: list[Path], run_file: Path | None) -> list[Layer]:
+def read_layers(choices: dict[str, Any], sources: list[Path], run_file: Path | None) -> list[Layer]:
     """Read what the primary config, each chosen group file, and the recipe set, in this order."""
 
     def find_file(group: str, name: str) -> Path | None:
@@ -27,10 +27,10 @@ def layers_of(choices: dict[str, Any], sources: list[Path], run_file: Path | Non
             return file
         return next((f for s in sources if (f := s / group / f"{name}.yaml").is_file()), None)
 
-    layers = [file_layer(paths.CONF / "train.yaml", "")]
+    layers = [read_file_layer(paths.CONF / "train.yaml", "")]
     for group in [g for g in GROUPS if g != "recipe"]:
         if (name := choices.get(group)) and (file := find_file(group, str(name))):
-            layers.append(file_layer(file, group))
+            layers.append(read_file_layer(file, group))
     pending, seen = [str(choices["recipe"])] if choices.get("recipe") else [], []
     while pending:  # a recipe may stand on another one; the outer one wins, so it is read last
         name = pending.pop()
@@ -38,7 +38,7 @@ def layers_of(choices: dict[str, Any], sources: list[Path], run_file: Path | Non
             continue
         seen.append(file)
         pending += [d for d in (read_yaml(file).get("defaults") or []) if isinstance(d, str) and d != "_self_"]
-    return layers + [file_layer(file, "") for file in reversed(seen)]
+    return layers + [read_file_layer(file, "") for file in reversed(seen)]
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def file_layer(file: Path, prefix: str) -> Layer:
+def read_file_layer(file: Path, prefix: str) -> Layer:
     """Read (`folder/file:line`, value as written) by dotted key, for every leaf of a YAML or JSON file."""
     text = file.read_text(encoding="utf-8")
     label = f"{file.parent.name}/{file.name}" if paths.ROOT in file.resolve().parents else str(file)
@@ -65,10 +65,10 @@ def file_layer(file: Path, prefix: str) -> Layer:
     return layer
 
 
-def deepspeed_file_layer(deepspeed: Any) -> Layer:
+def read_deepspeed_file_layer(deepspeed: Any) -> Layer:
     """Read where `deepspeed.file` sets its keys; nothing where it cannot be read, which sections.py reports."""
     file = deepspeed.get("file") if isinstance(deepspeed, dict) else None
     try:
-        return file_layer(Path(file).expanduser(), "deepspeed") if isinstance(file, str) else {}
+        return read_file_layer(Path(file).expanduser(), "deepspeed") if isinstance(file, str) else {}
     except (OSError, ValueError, RuntimeError, yaml.YAMLError):  # RuntimeError: ~nobody, and nested too deeply
         return {}

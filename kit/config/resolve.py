@@ -18,7 +18,7 @@ from kit.config.report import Report
 from kit.config.sections import QUANTIZATION_AUTO, Sections
 from kit.errors import KitError
 from kit.inspection.model import Base
-from kit.inspection.tokenizer import examine, is_file_name
+from kit.inspection.tokenizer import examine_tokenizer, is_file_name
 from kit.schema.dotted import value_at
 from kit.schema.run_plan import InitFrom, Launch
 from kit.system import hardware
@@ -99,7 +99,7 @@ def resolve_adapter(
     """Resolve the adapter's settings, which added tokens extend, and the adapter that it starts from."""
     run, base = sections.run, inputs.base
     chat, assistant_only = inputs.data_format == "messages", sections.trainer.get("assistant_only_loss") is True
-    tokens = examine(run.tokenizer, run.model, vocabulary_rows(base), chat, assistant_only)
+    tokens = examine_tokenizer(run.tokenizer, run.model, vocabulary_rows(base), chat, assistant_only)
     report.add(tokens.problems)
     report.notes += tokens.notes
     peft, problems, notes = train_embeddings(sections.peft, base, tokens.new_tokens)

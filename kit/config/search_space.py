@@ -41,7 +41,7 @@ class Search:
     run_file: Path | None
 
 
-def written_space(base: Composed, others: bool) -> dict[str, str]:
+def given_search_space(base: Composed, others: bool) -> dict[str, str]:
     """hparams_search.search_space; what the kit's own file suggests only where nobody else says anything."""
     space = (base.tree.get("hparams_search") or {}).get("search_space")
     if not isinstance(space, dict):
@@ -55,7 +55,7 @@ def written_space(base: Composed, others: bool) -> dict[str, str]:
     return own if own or others else space
 
 
-def dimension(override: Override) -> Dimension:
+def to_dimension(override: Override) -> Dimension:
     """A sweep override as what a search can sample; KitError where it cannot."""
     value, key, line = override.value(), str(override.key_or_group), str(override.input_line).lstrip("+")
     if isinstance(value, IntervalSweep):
@@ -95,8 +95,8 @@ def snapshot(search: Search, folder: Path) -> None:
 
 def compose_trial(search: Search, values: dict[str, Value], copy: Path | None = None) -> Composed:
     """A trial of a search; `copy` is the snapshot to compose it from, which must be in use (paths.using)."""
-    compose.register()
+    compose.register_with_hydra()
     chosen = [f"{k}={v if isinstance(v, str) else repr(v)}" for k, v in values.items()]
-    overrides = [*search.fixed, *compose.read_args(chosen)[0]]
+    overrides = [*search.fixed, *compose.parse_overrides(chosen)[0]]
     own = sorted(copy.glob("own-*"), key=lambda f: int(f.name.partition("-")[2])) if copy else search.folders
     return compose.compose_overrides(overrides, search.run_file, own, overrides)

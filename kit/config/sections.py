@@ -26,7 +26,7 @@ from kit.schema.run_plan import RunInput, Strict, leaves
 # Keys whose "auto" is filled by kit/config/resolve.py.
 TRAINER_AUTO = ("bf16", "fp16", "use_cpu")
 QUANTIZATION_AUTO = ("bnb_4bit_compute_dtype", "bnb_4bit_quant_storage")
-FSDP = (  # what transformers' _process_fsdp_args reads, with or without "fsdp_" before it
+FSDP_KEYS = (  # what transformers' _process_fsdp_args reads, with or without "fsdp_" before it
     "version", "cpu_offload", "auto_wrap_policy", "min_num_params", "transformer_layer_cls_to_wrap",
     "cpu_ram_efficient_loading", "state_dict_type", "activation_checkpointing", "reshard_after_forward",
     "forward_prefetch", "backward_prefetch", "use_orig_params", "sync_module_states",
@@ -253,7 +253,7 @@ def read_deepspeed_section(values: Any, report: Report) -> dict[str, Any] | None
     values = dict(values)
     if file := values.pop("file", None):
         try:
-            values = merge(load_deepspeed_file(Path(os.path.expanduser(str(file)))), values)
+            values = merge_trees(load_deepspeed_file(Path(os.path.expanduser(str(file)))), values)
         except KitError as error:
             place = report.set_by("deepspeed.file")
             problems = [Problem(p.problem, p.where or place, p.fix, p.rule) for p in error.problems]
@@ -263,11 +263,13 @@ def read_deepspeed_section(values: Any, report: Report) -> dict[str, Any] | None
     return values
 
 
-def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+def merge_trees(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     """Merge two trees; where both hold a value, that of `above` stands."""
     out = dict(below)
     for key, value in above.items():
-        out[key] = merge(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
+        out[key] = (
+            merge_trees(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
+        )
     return out
 
 
@@ -275,9 +277,9 @@ def check_fsdp_section(values: Any, report: Report) -> None:
     """Report names in `fsdp` that transformers never reads: it would shard otherwise than was meant."""
     for key, value in (values or {}).items() if isinstance(values, dict) else ():
         name, dotted = str(key).removeprefix("fsdp_"), f"fsdp.{key}"
-        if name not in FSDP:
-            close = difflib.get_close_matches(name, FSDP, 1)
-            fix = f"did you mean fsdp.{close[0]}?" if close else f"one of {', '.join(FSDP)}"
+        if name not in FSDP_KEYS:
+            close = difflib.get_close_matches(name, FSDP_KEYS, 1)
+            fix = f"did you mean fsdp.{close[0]}?" if close else f"one of {', '.join(FSDP_KEYS)}"
             report.problem(dotted, f"unknown key {dotted}", fix, "unknown-key")
         elif name == "auto_wrap_policy" and value not in ("TRANSFORMER_BASED_WRAP", "SIZE_BASED_WRAP", "NO_WRAP"):
             fix = "TRANSFORMER_BASED_WRAP, SIZE_BASED_WRAP or NO_WRAP"

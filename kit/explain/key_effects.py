@@ -15,10 +15,10 @@ from kit.schema.dotted import value_at
 from kit.schema.run_plan import RunPlan
 
 ABSENT: Any = object()
-LIBRARY = {"SFTConfig": "TRL's SFTConfig", "BitsAndBytesConfig": "transformers' BitsAndBytesConfig",
+LIBRARY_NAMES = {"SFTConfig": "TRL's SFTConfig", "BitsAndBytesConfig": "transformers' BitsAndBytesConfig",
            "deepspeed": "DeepSpeed"}  # fmt: skip
 # How a value comes about that nobody wrote down (kit/config/plan.py, resolve.py, embeddings.py).
-RESOLVED = {
+RESOLUTIONS = {
     "trainer.bf16": "auto: what the hardware is fast at; true but for GPUs without bfloat16 and most CPUs",
     "trainer.fp16": "auto: true only on GPUs that have no bfloat16",
     "trainer.use_cpu": "auto: true where there is no GPU and no number of GPUs is asked for",
@@ -39,7 +39,7 @@ RESOLVED = {
     "tokenizer.pad_token": "model.pad_token",
 }
 # What the worker does with the keys that are the kit's own (kit/training/, kit/data/load.py, kit/launchers/).
-USED = {
+EFFECTS = {
     "model.name_or_path": "AutoModelForCausalLM.from_pretrained({})",
     "model.revision": "AutoModelForCausalLM.from_pretrained(revision={})",
     "model.dtype": "AutoModelForCausalLM.from_pretrained(dtype={})",
@@ -72,7 +72,7 @@ USED = {
     "world_size": "WORLD_SIZE={} of the ranks",
 }
 # What the worker itself hands to SFTConfig (kit/training/run.py).
-WORKER = {
+SET_BY_WORKER = {
     "output_dir": "the checkpoints folder of the run directory",
     "deepspeed": "the resolved DeepSpeed JSON",
     "fsdp": "true where the group fsdp is given",
@@ -80,15 +80,15 @@ WORKER = {
 }
 
 
-def default_of(key: str, kind: str) -> str:
+def describe_default(key: str, kind: str) -> str:
     section = key.partition(".")[0]
-    table = keys.table_of(section, kind)
-    if table is None or key in keys.OURS:
+    table = keys.table_of_section(section, kind)
+    if table is None or key in keys.KIT_KEYS:
         return "the kit's default"
-    return f"{LIBRARY.get(table, f'PEFT, {table}')}: its default"
+    return f"{LIBRARY_NAMES.get(table, f'PEFT, {table}')}: its default"
 
 
-def derived(key: str, written: Any, resolved: Any, literal: str | None) -> str:
+def describe_resolution(key: str, written: Any, resolved: Any, literal: str | None) -> str:
     """How the plan came to another value than the composed one; "" where it did not. `literal`: as a file has it."""
     if resolved is ABSENT or resolved == written:
         return ""
@@ -98,13 +98,13 @@ def derived(key: str, written: Any, resolved: Any, literal: str | None) -> str:
         row = FILLED_KEYS.get(key.removeprefix("deepspeed."))
         return f"filled from {' and '.join((row and row.sources) or ['the trainer'])}"
     if written in (ABSENT, None, "auto") or key == "trainer.gradient_accumulation_steps":
-        return RESOLVED.get(key, "") if resolved is not None else ""
+        return RESOLUTIONS.get(key, "") if resolved is not None else ""
     if isinstance(resolved, str) and isinstance(written, str) and resolved.endswith(Path(written).name):
         return "the path made absolute"
-    return RESOLVED.get(key, "")
+    return RESOLUTIONS.get(key, "")
 
 
-def becomes(key: str, value: Any, plan: RunPlan | None, kind: str, tree: dict[str, Any]) -> list[str]:
+def describe_library_effect(key: str, value: Any, plan: RunPlan | None, kind: str, tree: dict[str, Any]) -> list[str]:
     """What the libraries are handed, one line each."""
     section, _, name = key.partition(".")
     if value == "???":
@@ -115,22 +115,22 @@ def becomes(key: str, value: Any, plan: RunPlan | None, kind: str, tree: dict[st
     target = {"trainer": "SFTConfig", "quantization": "BitsAndBytesConfig", "peft": f"PEFT's {kind} config"}.get(
         section
     )
-    if key in USED:
-        lines.append(USED[key].format(shown(value)))
+    if key in EFFECTS:
+        lines.append(EFFECTS[key].format(shorten(value)))
     elif target and name:
-        known = WORKER if section == "trainer" else {}
+        known = SET_BY_WORKER if section == "trainer" else {}
         left_out = plan and name not in known and value_at(plan.model_dump(), key, ABSENT) is ABSENT
-        lines.append(f"{target}({name}={shown(value)})" + (", by itself: the run says nothing" if left_out else ""))
+        lines.append(f"{target}({name}={shorten(value)})" + (", by itself: the run says nothing" if left_out else ""))
     elif section == "tracking" and name:
-        lines.append(f"trainer.{name}={shown(value)}, where trainer.{name} is not given")
+        lines.append(f"trainer.{name}={shorten(value)}, where trainer.{name} is not given")
     elif section == "fsdp" and name:
-        lines.append(f"SFTConfig(fsdp_config={{{name}: {shown(value)}}})")
-    elif held := next((k for k in (key.rpartition(".")[0], section) if k in USED), None):
-        lines.append(USED[held].format(shown(value), name=name))
-    return lines + in_json(key, plan, tree)
+        lines.append(f"SFTConfig(fsdp_config={{{name}: {shorten(value)}}})")
+    elif held := next((k for k in (key.rpartition(".")[0], section) if k in EFFECTS), None):
+        lines.append(EFFECTS[held].format(shorten(value), name=name))
+    return lines + describe_deepspeed_effect(key, plan, tree)
 
 
-def in_json(key: str, plan: RunPlan | None, tree: dict[str, Any]) -> list[str]:
+def describe_deepspeed_effect(key: str, plan: RunPlan | None, tree: dict[str, Any]) -> list[str]:
     """What stands in the DeepSpeed JSON because of a key."""
     section, _, name = key.partition(".")
     if section == "deepspeed" and name not in ("", "file"):
@@ -144,18 +144,18 @@ def in_json(key: str, plan: RunPlan | None, tree: dict[str, Any]) -> list[str]:
         row = FILLED_KEYS.get(name)
         twins = [s for s in row.sources if s.startswith("trainer.")] if row else []
         said = f", as {' and '.join(twins)} to SFTConfig" if twins else ""
-        return [f"ds_config.json: {name} = {shown(held)}{said}"]
+        return [f"ds_config.json: {name} = {shorten(held)}{said}"]
     found = []
     for k, row in FILLED_KEYS.items():
         held = value_at(plan.deepspeed, k, ABSENT) if plan else ABSENT
         # A literal size in the JSON stays; the other keys are checked to agree.
         follows = row.filled_by != "hidden_size" or value_at(tree, f"deepspeed.{k}", ABSENT) in ("auto", ABSENT)
         if key in row.sources and follows and held is not ABSENT:
-            found.append(f"ds_config.json: {k} = {shown(held)}")
+            found.append(f"ds_config.json: {k} = {shorten(held)}")
     return found
 
 
-def upstream(key: str, entry: dict[str, Any], kind: str) -> str:
+def describe_field(key: str, entry: dict[str, Any], kind: str) -> str:
     """Kind, range, choices and default of the library's field."""
     owner = OWNED.get(key.removeprefix("trainer.")) if key.startswith("trainer.") else None
     if not entry.get("kinds"):
@@ -166,12 +166,12 @@ def upstream(key: str, entry: dict[str, Any], kind: str) -> str:
     parts = [" or ".join(words), *bounds]
     if choices:
         parts.append("one of " + ", ".join(choices[:12]) + (f" and {len(choices) - 12} more" if choices[12:] else ""))
-    table = keys.table_of(key.partition(".")[0], kind) or ""
-    parts.append(f"default {shown(entry.get('default'))} ({LIBRARY.get(table, f'PEFT, {table}')})")
+    table = keys.table_of_section(key.partition(".")[0], kind) or ""
+    parts.append(f"default {shorten(entry.get('default'))} ({LIBRARY_NAMES.get(table, f'PEFT, {table}')})")
     return "; ".join([*parts, *([owner] if owner else [])])
 
 
-def shown(value: Any) -> str:
+def shorten(value: Any) -> str:
     """A value as YAML would have it in one line, shortened."""
     if value is ABSENT:
         return "nothing"

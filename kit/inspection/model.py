@@ -42,7 +42,7 @@ class Base:
         return size if isinstance(size, int) else None
 
 
-def inspect(model: Model, here: bool) -> tuple[Base, list[Problem]]:
+def inspect_model(model: Model, here: bool) -> tuple[Base, list[Problem]]:
     """Inspect `model.name_or_path` on disk and in the Hub cache; problems where it is there and not a model.
 
     `here`: the run is about to start on this machine, so what is only promised will not do.
@@ -78,7 +78,7 @@ def inspect_absent(model: Model, here: bool) -> tuple[Base, list[Problem]]:
     if preset is None:
         return Base(notes=[note]), []
     refused, notes = architectures.refuse_config(name, preset, model.trust_remote_code, "model.config.model_type")
-    return Base(preset, modules=architectures.modules(preset), notes=[note, *notes]), refused
+    return Base(preset, modules=architectures.module_names(preset), notes=[note, *notes]), refused
 
 
 def inspect_folder(model: Model, folder: Path, here: bool) -> tuple[Base, list[Problem]]:
@@ -98,7 +98,7 @@ def inspect_folder(model: Model, folder: Path, here: bool) -> tuple[Base, list[P
     if tensors:
         base.bytes = sum(t.end - t.start for t in tensors.values())
         base.numbers = sum(math.prod(t.shape) for t in tensors.values())
-    base.modules = architectures.modules(config)  # stored names differ where transformers renames or fuses them
+    base.modules = architectures.module_names(config)  # stored names differ where transformers renames or fuses them
     if base.modules is None and tensors:
         base.modules = [
             n.removesuffix(".weight") for n, t in tensors.items() if n.endswith(".weight") and len(t.shape) == 2
@@ -107,7 +107,7 @@ def inspect_folder(model: Model, folder: Path, here: bool) -> tuple[Base, list[P
         if local or (here and hub_cache.offline()):
             return base, [weights_missing(model, folder, local)]
         base.notes.append(f"the weights of {name} are not on this machine: the ranks fetch them")
-    if differ := differences(dict(model.config), config):
+    if differ := preset_differences(dict(model.config), config):
         listed = ", ".join(f"{key} {a} against {b}" for key, (a, b) in sorted(differ.items()))
         file = folder / safetensors_header.CONFIG
         base.notes.append(f"the preset's shape differs from {file}, which wins: {listed}")
@@ -127,7 +127,7 @@ def weights_missing(model: Model, folder: Path, local: bool) -> Problem:
     return Problem(f"{folder} is not a model: it has no weights", key, fix, "model-files")
 
 
-def differences(preset: dict[str, Any], config: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+def preset_differences(preset: dict[str, Any], config: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Keys of a preset that config.json holds with another value, as (preset's, config.json's).
 
     A model with towers keeps the shape of its text part in `text_config`, transformers 5 keeps rope_theta and
@@ -140,13 +140,13 @@ def differences(preset: dict[str, Any], config: dict[str, Any]) -> dict[str, tup
     for key, value in preset.items():
         held = next((p[key] for p in places if key in p), elsewhere.get(key, value))
         if isinstance(value, dict) and isinstance(held, dict):
-            found |= {f"{key}.{k}": pair for k, pair in differences(value, held).items()}
+            found |= {f"{key}.{k}": pair for k, pair in preset_differences(value, held).items()}
         elif held != value and key not in ("torch_dtype", "dtype") and not (held is None and key in DERIVED):
             found[key] = (value, held)
     return found
 
 
-def look_at_tokenizer(tokenizer: Tokenizer, here: bool) -> list[Problem]:
+def check_tokenizer_cached(tokenizer: Tokenizer, here: bool) -> list[Problem]:
     """The problem of a tokenizer of its own that is not in the Hub cache where the Hub may not be asked."""
     key, name = "tokenizer.name_or_path", tokenizer.name_or_path
     if not (here and hub_cache.offline() and name and hub_cache.looks_like_id(name)):
@@ -175,7 +175,7 @@ def fetch_config(name: str, revision: str | None) -> Path:
         raise hub_cache.explain(error, name, hub_cache.MODEL, key) from None
 
 
-def identify(model: Model, folder: Path | None) -> dict[str, Any] | None:
+def identify_base(model: Model, folder: Path | None) -> dict[str, Any] | None:
     """What ties an adapter to its base: name, revision, and hashes of config.json and of the weights."""
     if folder is None or model.random_init or not safetensors_header.shard_files(folder):
         return None

@@ -23,7 +23,7 @@ PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 
 @dataclass(frozen=True)
-class Files:
+class TokenizerFiles:
     """A tokenizer's files as they lie on the disk."""
 
     folder: Path
@@ -40,16 +40,16 @@ class Files:
 
 
 @dataclass
-class Found:
+class TokenizerReport:
     """What the tokenizer section means for the run."""
 
-    files: Files | None = None
+    files: TokenizerFiles | None = None
     new_tokens: list[str] = field(default_factory=list)  # of added_tokens, those that the vocabulary lacks
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
-def read_files(folder: Path) -> Files | None:
+def read_files(folder: Path) -> TokenizerFiles | None:
     """The tokenizer in a folder, None where there is none; KitError where a file is damaged."""
     names = [FAST, CONFIG, *OTHERS]
     if not any(next(folder.glob(name), None) for name in names):
@@ -78,7 +78,7 @@ def read_files(folder: Path) -> Files | None:
     if given is None and any((folder / name).exists() for name in TEMPLATES):
         file = folder / TEMPLATES[0]
         given = file.read_text(encoding="utf-8") if file.is_file() else ""
-    return Files(folder, tokens, special, roles, given, several)
+    return TokenizerFiles(folder, tokens, special, roles, given, several)
 
 
 def read_vocabulary(path: Path) -> tuple[dict[str, int], set[int]]:
@@ -156,12 +156,14 @@ def marks_answers(template: str) -> bool | None:
 # ---- the section `tokenizer` of a run ----
 
 
-def examine(t: Tokenizer, model: Model, rows: int | None, chat: bool, assistant_only_loss: bool) -> Found:
+def examine_tokenizer(
+    t: Tokenizer, model: Model, rows: int | None, chat: bool, assistant_only_loss: bool
+) -> TokenizerReport:
     """Look at the tokenizer of a run; problems name dotted keys.
 
     rows: of the base's embedding (config.json's vocab_size), None where that is not known. chat: the data are chats.
     """
-    found = Found()
+    found = TokenizerReport()
     name = t.name_or_path or model.name_or_path
     folder = safetensors_header.find_model(name, t.revision or (model.revision if t.name_or_path is None else None))
     if folder is None and t.name_or_path and not hub_cache.looks_like_id(t.name_or_path):
@@ -189,7 +191,7 @@ def examine(t: Tokenizer, model: Model, rows: int | None, chat: bool, assistant_
     return found
 
 
-def _look_at_template(found: Found, t: Tokenizer, chat: bool, assistant_only_loss: bool) -> None:
+def _look_at_template(found: TokenizerReport, t: Tokenizer, chat: bool, assistant_only_loss: bool) -> None:
     text = found.files.template if found.files else None
     if t.chat_template:
         try:
@@ -214,7 +216,7 @@ def _look_at_template(found: Found, t: Tokenizer, chat: bool, assistant_only_los
                 "chat-template",
             )
         )
-    if text and chat and assistant_only_loss and marks_answers(text) is False and not found_several(found, t):
+    if text and chat and assistant_only_loss and marks_answers(text) is False and not uses_several_templates(found, t):
         found.problems.append(
             Problem(
                 "assistant_only_loss needs a chat template with {% generation %} marks around the answers; this one "
@@ -226,12 +228,12 @@ def _look_at_template(found: Found, t: Tokenizer, chat: bool, assistant_only_los
         )
 
 
-def found_several(found: Found, t: Tokenizer) -> bool:
+def uses_several_templates(found: TokenizerReport, t: Tokenizer) -> bool:
     """Several templates in one tokenizer: which of them is used is decided per row."""
     return t.chat_template is None and bool(found.files and found.files.several_templates)
 
 
-def _look_at_tokens(found: Found, t: Tokenizer, name: str, rows: int | None) -> None:
+def _look_at_tokens(found: TokenizerReport, t: Tokenizer, name: str, rows: int | None) -> None:
     for token in t.added_tokens:
         if not token.strip() or t.added_tokens.count(token) > 1:
             problem = f"added token {token!r} is {'blank' if not token.strip() else 'listed twice'}"

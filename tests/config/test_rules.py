@@ -292,7 +292,7 @@ def run(base: Path, chat: Path) -> RuleContext:
 
 def fired(run: RuleContext) -> set[str]:
     report = Report({})
-    rules.apply(replace(run, report=report))
+    rules.apply_rules(replace(run, report=report))
     return {p.rule for p in (*report.problems, *report.warnings)}
 
 

@@ -9,8 +9,8 @@ from typing import Any
 from kit.config.deepspeed import json_edit
 from kit.config.deepspeed.check import accepts_auto, check_deepspeed_json
 from kit.config.deepspeed.filled_keys import FILLED_KEYS
-from kit.config.deepspeed.findings import REFUSE, Finding, path_of
-from kit.config.deepspeed.fixes import Edit, entry_at
+from kit.config.deepspeed.findings import REFUSE, Finding, path_in_tree
+from kit.config.deepspeed.fixes import Edit, field_at
 from kit.config.deepspeed.resolve import fill_deepspeed_json
 from kit.errors import KitError, Problem
 from kit.schema.dotted import value_at
@@ -19,7 +19,7 @@ PLACEHOLDER = "not-given"  # for what a run must name and this check does not ne
 
 
 @dataclass
-class Setting:
+class RunSettings:
     """What is known beside the file: a model's width, and a run's trainer where one was named."""
 
     hidden_size: int | None = None
@@ -29,18 +29,18 @@ class Setting:
     notes: list[str] = field(default_factory=list)
 
 
-def look(overrides: list[str], model: str | None, config_dir: str | None) -> Setting:
+def read_run_settings(overrides: list[str], model: str | None, config_dir: str | None) -> RunSettings:
     """The width of the model and the trainer's values; KitError where what was named is wrong."""
-    from kit.inspection.model import inspect
+    from kit.inspection.model import inspect_model
     from kit.schema.run_plan import Model
 
     if not overrides:
         if not model:
-            return Setting()
-        base, found = inspect(Model(name_or_path=model, random_init=True), here=False)  # its shape is enough
+            return RunSettings()
+        base, found = inspect_model(Model(name_or_path=model, random_init=True), here=False)  # its shape is enough
         if found:
             raise KitError([Problem(p.problem, "--model", p.fix, p.rule) for p in found])
-        return Setting(base.hidden_size, notes=base.notes)
+        return RunSettings(base.hidden_size, notes=base.notes)
     heads = [o.lstrip("+~").partition("=")[0].split(".")[0].split("@")[0] for o in overrides]
     if "deepspeed" in heads:
         raise KitError("deepspeed is what --deepspeed gives", "command line", "change the file itself")
@@ -58,9 +58,9 @@ def look(overrides: list[str], model: str | None, config_dir: str | None) -> Set
             tree[section][key] = PLACEHOLDER
     report = Report(composed.provenance)
     sections = read_sections(tree, report)
-    setting = Setting(notes=report.notes)
+    setting = RunSettings(notes=report.notes)
     if sections.run.model.name_or_path != PLACEHOLDER:
-        base, problems = inspect(sections.run.model, here=False)
+        base, problems = inspect_model(sections.run.model, here=False)
         report.add(problems, "model.name_or_path")
         report.notes += base.notes
         setting.hidden_size = base.hidden_size
@@ -72,15 +72,18 @@ def look(overrides: list[str], model: str | None, config_dir: str | None) -> Set
     return setting
 
 
-def compare(tree: dict[str, Any], setting: Setting) -> tuple[dict[str, Any], list[Problem]]:
+def fill_for_run(tree: dict[str, Any], setting: RunSettings) -> tuple[dict[str, Any], list[Problem]]:
     """The file filled as for a run, and what disagrees with the run; without what is wrong by itself."""
     return fill_deepspeed_json(
-        sound(tree), trainer=setting.trainer or {}, world_size=setting.world_size, hidden_size=setting.hidden_size,
+        drop_faults(tree),
+        trainer=setting.trainer or {},
+        world_size=setting.world_size,
+        hidden_size=setting.hidden_size,
         precision=setting.precision,
-    )  # fmt: skip
+    )
 
 
-def sound(tree: dict[str, Any]) -> dict[str, Any]:
+def drop_faults(tree: dict[str, Any]) -> dict[str, Any]:
     """The file without what is wrong in it: what is left can be compared and filled."""
     tree = copy.deepcopy(tree)
     for _ in range(10):
@@ -88,7 +91,7 @@ def sound(tree: dict[str, Any]) -> dict[str, Any]:
         if not problems:
             return tree
         for problem in problems:
-            path = path_of(tree, problem.where.removeprefix("deepspeed."))
+            path = path_in_tree(tree, problem.where.removeprefix("deepspeed."))
             if problem.rule == "missing-key":
                 path = path[:-1]
             holder: Any = tree
@@ -100,56 +103,56 @@ def sound(tree: dict[str, Any]) -> dict[str, Any]:
     return {"zero_optimization": {}}
 
 
-def with_run(
-    found: list[Finding], tree: dict[str, Any], text: str, setting: Setting, against: list[Problem]
+def add_mismatches(
+    found: list[Finding], tree: dict[str, Any], text: str, setting: RunSettings, against: list[Problem]
 ) -> list[Finding]:
     """Literals that differ from what the run's trainer would set, in place of the remark that they are literals."""
     if setting.trainer is None:
         return found
     at_path = {f.path: f for f in found}
-    root = json_edit.parse(text)
+    root = json_edit.parse_nodes(text)
     for p in against:
         if p.rule not in ("mismatch", "optimizer", "offload-optimizer"):
             continue
         inside = p.where.startswith("deepspeed.")
-        path = path_of(tree, p.where.removeprefix("deepspeed.")) if inside else (p.where,)
+        path = path_in_tree(tree, p.where.removeprefix("deepspeed.")) if inside else (p.where,)
         held = value_at(tree, ".".join(path))
         if inside and p.rule == "mismatch" and (held is None or held == "auto"):
             continue  # mended, or in a block that goes
         said, fix = (t.replace("deepspeed.", "") for t in (p.problem, p.fix))
         before = at_path.get(path)
-        line = json_edit.line(text, root, path if inside else ("zero_optimization", "offload_optimizer"))
+        line = json_edit.line_of(text, root, path if inside else ("zero_optimization", "offload_optimizer"))
         edits = (Edit("replace", path, "auto"),) if p.rule == "mismatch" else ()
         new = Finding(p.rule, REFUSE, path, line, said, fix, edits)
         at_path[path] = replace(new, edits=before.edits, fix=before.fix, keep=before.keep) if before else new
     return sorted(at_path.values(), key=lambda f: f.line)
 
 
-def autos(
-    tree: dict[str, Any], text: str, setting: Setting, out: dict[str, Any], against: list[Problem]
+def describe_autos(
+    tree: dict[str, Any], text: str, setting: RunSettings, out: dict[str, Any], against: list[Problem]
 ) -> list[dict[str, Any]]:
     """Every "auto" that is filled: the line, the key, what it becomes where that is known, and where it comes from."""
-    root, rows = json_edit.parse(text), []
+    root, rows = json_edit.parse_nodes(text), []
     needs = {p.where.removeprefix("deepspeed."): p.problem for p in against if p.rule == "scheduler"}
 
-    def walk(block: dict[str, Any], above: json_edit.Path) -> None:
+    def walk(block: dict[str, Any], above: json_edit.KeyPath) -> None:
         for name, value in block.items():
             path = (*above, name)
             if isinstance(value, dict):
                 walk(value, path)
-            if value != "auto" or not accepts_auto(entry_at(path, tree)[1]):
+            if value != "auto" or not accepts_auto(field_at(path, tree)[1]):
                 continue
             key = ".".join(path)
-            becomes, source = filled(key, out, setting)
+            becomes, source = describe_auto(key, out, setting)
             if becomes is None and key in needs:
                 source = needs[key].replace("deepspeed.", "")
-            rows.append({"line": json_edit.line(text, root, path), "key": key, "becomes": becomes, "from": source})
+            rows.append({"line": json_edit.line_of(text, root, path), "key": key, "becomes": becomes, "from": source})
 
     walk(tree, ())
     return rows
 
 
-def filled(key: str, out: dict[str, Any], setting: Setting) -> tuple[Any, str]:
+def describe_auto(key: str, out: dict[str, Any], setting: RunSettings) -> tuple[Any, str]:
     """(value or None, where it comes from) of one "auto"."""
     row = FILLED_KEYS.get(key)
     if row is None:

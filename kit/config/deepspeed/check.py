@@ -23,10 +23,10 @@ UNUSABLE = ("kind", "choice", "auto")  # rules that leave no value to compare
 
 def load_deepspeed_file(path: str | Path) -> dict[str, Any]:
     """One DeepSpeed JSON file. KitError with line and column for bad JSON, and for a key given twice."""
-    return parse_deepspeed_json(read_text(path), path)
+    return parse_deepspeed_json(read_deepspeed_text(path), path)
 
 
-def read_text(path: str | Path) -> str:
+def read_deepspeed_text(path: str | Path) -> str:
     """The file's text with its own line ends, without a byte order mark; KitError where it is not to be had."""
     try:
         return Path(path).read_bytes().decode("utf-8-sig")

@@ -14,13 +14,13 @@ from typing import Any
 from kit.config.deepspeed import json_edit
 from kit.config.deepspeed.check import ADAMS, check_deepspeed_json, parse_deepspeed_json
 from kit.config.deepspeed.filled_keys import TRAINER_SETTINGS
-from kit.config.deepspeed.fixes import Edit, edits_for, instead, shown
+from kit.config.deepspeed.fixes import Edit, as_trainer_setting, edits_for, shorten_json
 from kit.errors import Problem
 from kit.schema import fields
 from kit.schema.dotted import value_at
 
 REFUSE, WARN = "refuse", "warn"
-NEEDED = {  # the trainer fills these where they are, and nobody adds them
+NEVER_ADDED = {  # the trainer fills these where they are, and nobody adds them
     "train_micro_batch_size_per_gpu": "DeepSpeed then wants train_batch_size, or stops",
     "gradient_accumulation_steps": "accelerate puts 1 there, whatever the trainer accumulates (T6)",
     "gradient_clipping": "DeepSpeed then clips at {clipping}, whatever max_grad_norm says (T7)",
@@ -37,7 +37,7 @@ class Finding:
 
     rule: str
     severity: str
-    path: json_edit.Path
+    path: json_edit.KeyPath
     line: int
     problem: str
     fix: str
@@ -49,11 +49,11 @@ class Finding:
         return ".".join(self.path)
 
 
-def examine(text: str, name: str = "the file") -> list[Finding]:
+def find_faults(text: str, name: str = "the file") -> list[Finding]:
     """All findings of one file in the order of its lines; KitError only where it is no JSON."""
     tree = parse_deepspeed_json(text, name, twice=True)
-    root = json_edit.parse(text)
-    found = [*_doubled(text, root), *_checked(tree)]
+    root = json_edit.parse_nodes(text)
+    found = [*_duplicates(text, root), *_checked(tree)]
     made = {(*e.path[:-1], e.value) for f in found for e in f.edits if e.what == "rename"}
     own = list(_optimizer(tree))
     going = {f.path for f in own if f.rule == "optimizer"}  # what is inside needs no word of its own
@@ -66,11 +66,11 @@ def examine(text: str, name: str = "the file") -> list[Finding]:
         ):
             found.append(finding)
             told.add(finding.path)
-    placed = [Finding(**vars(f) | {"line": json_edit.line(text, root, f.path)}) for f in found]
+    placed = [Finding(**vars(f) | {"line": json_edit.line_of(text, root, f.path)}) for f in found]
     return sorted(placed, key=lambda f: f.line)
 
 
-def path_of(tree: Any, dotted: str) -> json_edit.Path:
+def path_in_tree(tree: Any, dotted: str) -> json_edit.KeyPath:
     """The keys of a dotted name; a key of the file may hold dots itself."""
     dotted = re.sub(r"\[\d+\]$", "", dotted)
     path: list[str] = []
@@ -90,20 +90,24 @@ def _checked(tree: dict[str, Any]) -> Iterator[Finding]:
     """What check_deepspeed_json says, each with its edits."""
     seen = set()
     for problem in check_deepspeed_json(tree):
-        path = path_of(tree, problem.where.removeprefix("deepspeed."))
+        path = path_in_tree(tree, problem.where.removeprefix("deepspeed."))
         edits = edits_for(problem.rule, path, tree)
         said, fix = (text.replace("deepspeed.", "") for text in (problem.problem, problem.fix))
         if (path, problem.rule) not in seen:
             key = "gradient_clipping" if path[-1] == "max_grad_norm" else ".".join(path)
             value = value_at(tree, ".".join(path))
-            keep = instead(key, value) if key in TRAINER_SETTINGS and edits and value not in (None, "auto") else ""
+            keep = (
+                as_trainer_setting(key, value)
+                if key in TRAINER_SETTINGS and edits and value not in (None, "auto")
+                else ""
+            )
             yield Finding(problem.rule or "kind", REFUSE, path, 0, said, fix, edits, keep)
         seen.add((path, problem.rule))
 
 
-def _doubled(text: str, root: json_edit.Node) -> Iterator[Finding]:
-    for path in json_edit.doubled(root):
-        block = root if len(path) == 1 else json_edit.find(root, path[:-1])
+def _duplicates(text: str, root: json_edit.Node) -> Iterator[Finding]:
+    for path in json_edit.duplicate_keys(root):
+        block = root if len(path) == 1 else json_edit.find_member(root, path[:-1])
         members = block.members if isinstance(block, json_edit.Node) else block.node.members if block else []
         values = [m.node.value for m in members if m.key == path[-1]]
         same = all(repr(v) == repr(values[0]) for v in values)
@@ -124,13 +128,13 @@ def _add_auto(tree: dict[str, Any], key: str) -> Edit | None:
 def _missing(tree: dict[str, Any]) -> Iterator[Finding]:
     """Keys that the trainer would fill, had they been there."""
     clipping = fields.default("deepspeed", "gradient_clipping")
-    for key, why in NEEDED.items():
+    for key, why in NEVER_ADDED.items():
         edit = _add_auto(tree, key)
         if value_at(tree, key) is None and edit:
             said = f"{key} is missing: {why.format(clipping=clipping)}"
             outer, _, last = key.rpartition(".")
-            shown = f'"{outer}": {{"{last}": "auto"}}' if outer else f'"{last}": "auto"'
-            yield Finding("missing", REFUSE, tuple(key.split(".")), 0, said, f"add {shown}", (edit,))
+            text = f'"{outer}": {{"{last}": "auto"}}' if outer else f'"{last}": "auto"'
+            yield Finding("missing", REFUSE, tuple(key.split(".")), 0, said, f"add {text}", (edit,))
     kind, params = value_at(tree, "scheduler.type"), value_at(tree, "scheduler.params")
     table = fields.tables().get(f"deepspeed.scheduler.{kind}", {}) if isinstance(kind, str) else {}
     for key in (k for k in SCHEDULED if k in table):
@@ -157,10 +161,10 @@ def _literals(tree: dict[str, Any]) -> Iterator[Finding]:
         if value is None or value == "auto" or isinstance(value, dict):
             continue
         path = tuple(key.split("."))
-        said = f"{key} is {shown(value)}: the trainer refuses any other than its own {setting}"
+        said = f"{key} is {shorten_json(value)}: the trainer refuses any other than its own {setting}"
         if key == "train_batch_size":
-            said = f"{key} is {shown(value)}: that ties the file to one number of GPUs (T5)"
-        keep = instead(key, value)
+            said = f"{key} is {shorten_json(value)}: that ties the file to one number of GPUs (T5)"
+        keep = as_trainer_setting(key, value)
         fix = f'"auto", and {keep} in the training arguments'
         yield Finding("literal", WARN, path, 0, said, fix, (Edit("replace", path, "auto"),), keep)
 
@@ -179,7 +183,7 @@ def _optimizer(tree: dict[str, Any]) -> Iterator[Finding]:
             keys = [
                 k for k in params if f"optimizer.params.{k}" in TRAINER_SETTINGS and params[k] not in ("auto", None)
             ]
-            keep = ", ".join(instead(f"optimizer.params.{k}", params[k]) for k in keys)
+            keep = ", ".join(as_trainer_setting(f"optimizer.params.{k}", params[k]) for k in keys)
             fix = "remove it: adamw_torch, the trainer's default, is the same arithmetic"
             fix += f"; give the training arguments {keep}" if keep else ""
             yield Finding("optimizer", WARN, ("optimizer",), 0, said, fix, (Edit("remove", ("optimizer",)),), keep)
@@ -191,7 +195,7 @@ def _optimizer(tree: dict[str, Any]) -> Iterator[Finding]:
         yield Finding("missing", REFUSE, path, 0, lost, '"lr": "auto"', (Edit(what, path, "auto"),))
 
 
-def problem_of(finding: Finding, file: str) -> Problem:
+def to_problem(finding: Finding, file: str) -> Problem:
     """The finding as people read it: problem, file:line and key, fix."""
     said = finding.problem if finding.severity == REFUSE else f"note: {finding.problem}"
     return Problem(said, f"{file}:{finding.line}: {finding.key}", finding.fix, finding.rule)

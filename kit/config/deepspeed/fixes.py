@@ -32,7 +32,7 @@ class Edit:
     """`what`: rename, replace, remove, remove-first or add; `value`: the new name or the new value."""
 
     what: str
-    path: json_edit.Path
+    path: json_edit.KeyPath
     value: Any = None
 
 
@@ -47,41 +47,41 @@ class Change:
     keep: str = ""
 
 
-def mend(text: str, examine: Callable[[str], list[Any]]) -> tuple[str, list[Change]]:
+def apply_fixes(text: str, examine: Callable[[str], list[Any]]) -> tuple[str, list[Change]]:
     """The text with all that has one answer mended, and what was done. `examine`: findings.examine."""
     changes: list[Change] = []
     seen = {text}
     while finding := next((f for f in examine(text) if f.edits), None):
         for edit in finding.edits:
-            text = apply(text, edit)
+            text = apply_edit(text, edit)
         if text in seen:  # never met; an endless loop would be worse than a mistake left
             break
         seen.add(text)
-        did = "; ".join(describe(e) for e in finding.edits)
+        did = "; ".join(describe_edit(e) for e in finding.edits)
         changes.append(Change(finding.line, finding.key, did, finding.problem, finding.keep))
     return text, changes
 
 
-def apply(text: str, edit: Edit) -> str:
+def apply_edit(text: str, edit: Edit) -> str:
     if edit.what == "rename":
-        return json_edit.rename(text, edit.path, edit.value)
+        return json_edit.rename_key(text, edit.path, edit.value)
     if edit.what == "replace":
-        return json_edit.replace(text, edit.path, edit.value)
+        return json_edit.replace_value(text, edit.path, edit.value)
     if edit.what == "add":
-        return json_edit.add(text, edit.path, edit.value)
-    return json_edit.remove(text, edit.path, first=edit.what == "remove-first")
+        return json_edit.add_key(text, edit.path, edit.value)
+    return json_edit.remove_key(text, edit.path, first=edit.what == "remove-first")
 
 
-def describe(edit: Edit) -> str:
+def describe_edit(edit: Edit) -> str:
     key = ".".join(edit.path)
     if edit.what == "rename":
         return f"{key} renamed to {edit.value}"
     if edit.what in ("remove", "remove-first"):
         return f"{key} removed" + (" (the first of them)" if edit.what == "remove-first" else "")
-    return f"{key} {'added' if edit.what == 'add' else 'set'}: {shown(edit.value)}"
+    return f"{key} {'added' if edit.what == 'add' else 'set'}: {shorten_json(edit.value)}"
 
 
-def shown(value: Any) -> str:
+def shorten_json(value: Any) -> str:
     """A value as JSON, cut short where it is long."""
     import json
 
@@ -89,27 +89,27 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def instead(key: str, value: Any) -> str:
+def as_trainer_setting(key: str, value: Any) -> str:
     """What to give the trainer so that an "auto" becomes the value that stood there."""
     if key.endswith("betas") and isinstance(value, list) and len(value) == 2:
-        return f"adam_beta1={shown(value[0])}, adam_beta2={shown(value[1])}"
+        return f"adam_beta1={shorten_json(value[0])}, adam_beta2={shorten_json(value[1])}"
     setting = TRAINER_SETTINGS[key]
-    return f"{setting} = {shown(value)}" if " " in setting else f"{setting}={shown(value)}"
+    return f"{setting} = {shorten_json(value)}" if " " in setting else f"{setting}={shorten_json(value)}"
 
 
-def edits_for(rule: str, path: json_edit.Path, tree: dict[str, Any]) -> tuple[Edit, ...]:
+def edits_for(rule: str, path: json_edit.KeyPath, tree: dict[str, Any]) -> tuple[Edit, ...]:
     """The edits for one problem of check_deepspeed_json; none where they would be a guess."""
     holder = _holder(tree, path)
     if holder is None or (path[-1] not in holder and rule != "deepspeed"):
         return ()
-    key, table, entry = ".".join(path), *entry_at(path, tree)
+    key, table, entry = ".".join(path), *field_at(path, tree)
     value = holder.get(path[-1])
     if rule == "deepspeed":
-        return _conflict(key, path, tree)
+        return _conflict_edits(key, path, tree)
     if rule == "unknown-key":
-        return _renamed(path, holder, table, value)
+        return _rename_edits(path, holder, table, value)
     if rule == "renamed-key":
-        return _old(path, holder, table, entry, value)
+        return _deprecated_edits(path, holder, table, entry, value)
     if rule == "removed-key":
         off = value in (False, None, {}) or (isinstance(value, dict) and value.get("enabled") is False)
         gone = off or key == "amp" or (path[-1] == "mics_shard_size" and value == -1)  # fp16 and bf16 follow as "auto"
@@ -117,11 +117,11 @@ def edits_for(rule: str, path: json_edit.Path, tree: dict[str, Any]) -> tuple[Ed
     if key in TRAINER_SETTINGS and entry.get("auto"):
         return (Edit("replace", path, "auto"),)
     if rule in ("kind", "choice", "auto", "zero-block"):
-        return _value(path, table, entry, value)
+        return _value_edits(path, table, entry, value)
     return ()
 
 
-def entry_at(path: json_edit.Path, tree: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+def field_at(path: json_edit.KeyPath, tree: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """The table that a key belongs to ("" where nothing is known of its block) and its entry (empty if unknown)."""
     table, typed = "deepspeed", typed_params(tree)
     for depth, key in enumerate(path[:-1], 1):
@@ -130,18 +130,18 @@ def entry_at(path: json_edit.Path, tree: dict[str, Any]) -> tuple[str, dict[str,
     return table, fields.tables().get(table, {}).get(path[-1], {})
 
 
-def _holder(tree: Any, path: json_edit.Path) -> dict[str, Any] | None:
+def _holder(tree: Any, path: json_edit.KeyPath) -> dict[str, Any] | None:
     for key in path[:-1]:
         tree = tree.get(key) if isinstance(tree, dict) else None
     return tree if isinstance(tree, dict) else None
 
 
-def _good(table: str, key: str, value: Any) -> bool:
+def _passes(table: str, key: str, value: Any) -> bool:
     """Whether the value would pass, were everything around it right."""
     return not [p for p in fields.check(table, {key: value}) if p.rule != "missing-key"]
 
 
-def _renamed(path: json_edit.Path, holder: dict[str, Any], table: str, value: Any) -> tuple[Edit, ...]:
+def _rename_edits(path: json_edit.KeyPath, holder: dict[str, Any], table: str, value: Any) -> tuple[Edit, ...]:
     """An unknown key that is plainly a known one, which is not there as well."""
     key = path[-1]
     known = {name.lower(): name for name in fields.names(table)} if table else {}
@@ -154,13 +154,13 @@ def _renamed(path: json_edit.Path, holder: dict[str, Any], table: str, value: An
     if not meant or meant in holder:
         return ()
     entry = fields.tables()[table][meant]
-    fits = _good(table, meant, value) or (value == "auto" and accepts_auto(entry)) or (isinstance(value, dict) and
+    fits = _passes(table, meant, value) or (value == "auto" and accepts_auto(entry)) or (isinstance(value, dict) and
                                                                                 "table" in entry)  # fmt: skip
     return (Edit("rename", path, meant),) if fits else ()
 
 
-def _old(
-    path: json_edit.Path, holder: dict[str, Any], table: str, entry: dict[str, Any], value: Any
+def _deprecated_edits(
+    path: json_edit.KeyPath, holder: dict[str, Any], table: str, entry: dict[str, Any], value: Any
 ) -> tuple[Edit, ...]:
     """A deprecated name."""
     key, gone = path[-1], Edit("remove", path)
@@ -188,13 +188,13 @@ def _old(
     return (Edit("rename", path, new),)
 
 
-def _conflict(key: str, path: json_edit.Path, tree: dict[str, Any]) -> tuple[Edit, ...]:
+def _conflict_edits(key: str, path: json_edit.KeyPath, tree: dict[str, Any]) -> tuple[Edit, ...]:
     if key == "fp16.enabled":
         return Edit("replace", path, "auto"), Edit("replace", ("bf16", "enabled"), "auto")
     return (Edit("remove", path),) if key in UNREAD else ()
 
 
-def _value(path: json_edit.Path, table: str, entry: dict[str, Any], value: Any) -> tuple[Edit, ...]:
+def _value_edits(path: json_edit.KeyPath, table: str, entry: dict[str, Any], value: Any) -> tuple[Edit, ...]:
     """Another value of the right kind, or none: the key goes where its default is what happened anyway."""
     key, kinds = path[-1], entry.get("kinds", [])
     if path == ("zero_optimization",):
@@ -202,7 +202,7 @@ def _value(path: json_edit.Path, table: str, entry: dict[str, Any], value: Any) 
         return (Edit("replace", path, {"stage": int(value)}),) if staged else ()
     block = fields.tables().get(str(entry.get("table")), {}) if kinds and "dict" in kinds else {}
     for new in _candidates(entry, kinds, block, value):
-        if table and _good(table, key, new) or (new == "auto" and accepts_auto(entry)):
+        if table and _passes(table, key, new) or (new == "auto" and accepts_auto(entry)):
             return (Edit("replace", path, new),)
     if entry.get("required") or not (value in ("auto", None) or (value is False and "device" in block)):
         return ()

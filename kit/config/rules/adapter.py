@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from kit.config.added_tokens import is_tied
 from kit.config.rules.context import RuleContext, Violations
 from kit.config.rules.launch import checkpointing
-from kit.config.rules.model import family, whole
+from kit.config.rules.model import as_int, family
 from kit.inspection import architectures
 
 
@@ -50,11 +50,11 @@ def targets_match_nothing(run: RuleContext) -> Violations:
         yield (
             f"no module of the base is named {', '.join(map(str, dead))}{why}",
             "peft.target_modules",
-            f"all-linear, or some of {', '.join(inner(run.base.modules))}",
+            f"all-linear, or some of {', '.join(layer_matrices(run.base.modules))}",
         )
 
 
-def inner(modules: list[str]) -> list[str]:
+def layer_matrices(modules: list[str]) -> list[str]:
     """The last names of the layers' own matrices."""
     return sorted({m.rsplit(".", 1)[-1] for m in modules if not m.endswith(("lm_head", "norm"))})
 
@@ -72,7 +72,7 @@ def patterns_match_nothing(run: RuleContext) -> Violations:
                 hit = False
             if not hit:
                 problem = f"{name} names {key}, and no module of the base has that name: PEFT passes over it"
-                yield problem, f"peft.{name}", f"one of {', '.join(inner(run.base.modules))}"
+                yield problem, f"peft.{name}", f"one of {', '.join(layer_matrices(run.base.modules))}"
 
 
 def saved_match_nothing(run: RuleContext) -> Violations:
@@ -109,7 +109,7 @@ def layers_range(run: RuleContext) -> Violations:
                 yield f"{name} needs target_modules as a list of names", f"peft.{name}", fix
     elif pattern and not given:
         yield "layers_pattern without layers_to_transform", "peft.layers_pattern", "peft.layers_to_transform=[0,1]"
-    layers = whole(run.base.text.get("num_hidden_layers", run.base.text.get("n_layer")))
+    layers = as_int(run.base.text.get("num_hidden_layers", run.base.text.get("n_layer")))
     beyond = [n for n in asked if isinstance(n, int) and layers and not 0 <= n < layers]
     if beyond:
         problem = f"the base has layers 0 to {layers - 1}: {', '.join(map(str, beyond))} does not exist"  # type: ignore[operator]

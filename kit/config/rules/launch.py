@@ -175,8 +175,8 @@ def host_memory(run: RuleContext) -> Violations:
     total = psutil.virtual_memory().total
     if run.base.bytes > total:
         yield (
-            f"under ZeRO-3 rank 0 reads the whole checkpoint into host memory: {gb(run.base.bytes)} of weights, "
-            f"this machine has {gb(total)}",
+            f"under ZeRO-3 rank 0 reads the whole checkpoint into host memory: {format_gb(run.base.bytes)} "
+            f"of weights, this machine has {format_gb(total)}",
             "deepspeed.zero_optimization.stage",
             "a node with more host memory, or quantization=nf4",
         )
@@ -191,14 +191,14 @@ def quantized_gpu_memory(run: RuleContext) -> Violations:
     least, room = run.base.numbers * bits // 8, min(g.memory_gb for g in run.gpus) * 2**30
     if least > room:
         yield (
-            f"every rank loads the whole {bits}-bit base onto its GPU before it is sharded: at least {gb(least)}, "
-            f"the GPU has {gb(room)}",
+            f"every rank loads the whole {bits}-bit base onto its GPU before it is sharded: at least "
+            f"{format_gb(least)}, the GPU has {format_gb(room)}",
             "model.name_or_path",
             "GPUs with more memory, or quantization=none deepspeed=zero3_offload",
         )
 
 
-def gb(size: float) -> str:
+def format_gb(size: float) -> str:
     return f"{size / 1e9:.1f} GB"
 
 
@@ -211,7 +211,7 @@ def checkpointing_names(run: RuleContext) -> Violations:
 
 
 def selective(run: RuleContext) -> Violations:
-    given = options(run)
+    given = checkpointing_kwargs(run)
     key = "trainer.gradient_checkpointing_kwargs.selective"
     if not given.get("selective"):
         return
@@ -225,7 +225,12 @@ def selective(run: RuleContext) -> Violations:
 
 
 def reentrant(run: RuleContext) -> Violations:
-    if run.plan["peft"] and run.zero_stage == 3 and checkpointing(run) and options(run).get("use_reentrant") is False:
+    if (
+        run.plan["peft"]
+        and run.zero_stage == 3
+        and checkpointing(run)
+        and checkpointing_kwargs(run).get("use_reentrant") is False
+    ):
         yield (
             "an adapter under ZeRO-3 is checkpointed reentrantly: TRL turns use_reentrant=false into true",
             "trainer.gradient_checkpointing_kwargs.use_reentrant",
@@ -233,7 +238,7 @@ def reentrant(run: RuleContext) -> Violations:
         )
 
 
-def options(run: RuleContext) -> dict[str, Any]:
+def checkpointing_kwargs(run: RuleContext) -> dict[str, Any]:
     t = run.plan["trainer"]
     given = t.get("activation_checkpointing_kwargs") or t.get("gradient_checkpointing_kwargs")
     return given if isinstance(given, dict) else {}

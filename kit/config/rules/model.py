@@ -31,10 +31,10 @@ def family(run: RuleContext) -> str:
 
 def learned(run: RuleContext) -> int | None:
     """Rows of the table of learned positions; None for a base without one."""
-    return whole(run.base.text.get(LEARNED.get(family(run), "")))
+    return as_int(run.base.text.get(LEARNED.get(family(run), "")))
 
 
-def whole(value: Any) -> int | None:
+def as_int(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
@@ -62,7 +62,7 @@ def length_uncut(run: RuleContext) -> Violations:
 
 def length_range(run: RuleContext) -> Violations:
     config, length = run.base.text, asked_length(run)
-    reach = whole(config.get("max_position_embeddings"))
+    reach = as_int(config.get("max_position_embeddings"))
     if not reach or not length or family(run) in LEARNED:
         return
     scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
@@ -84,7 +84,7 @@ def length_range(run: RuleContext) -> Violations:
 
 def moe_leaf(run: RuleContext) -> Violations:
     config = run.base.text
-    experts = next((n for key in EXPERTS if (n := whole(config.get(key)))), 0)
+    experts = next((n for key in EXPERTS if (n := as_int(config.get(key)))), 0)
     kind = family(run)
     if run.zero_stage != 3 or experts < 2 or kind in KNOWN_LEAVES:
         return
@@ -102,7 +102,7 @@ def moe_leaf(run: RuleContext) -> Violations:
 
 def autotp_experts(run: RuleContext) -> Violations:
     size = value_at(run.plan["deepspeed"], "tensor_parallel.autotp_size")
-    if isinstance(size, int) and size > 1 and any(whole(run.base.text.get(key)) for key in EXPERTS):
+    if isinstance(size, int) and size > 1 and any(as_int(run.base.text.get(key)) for key in EXPERTS):
         yield (
             "transformers cannot fuse the stored experts of this base under DeepSpeed's tensor parallelism",
             "deepspeed.tensor_parallel.autotp_size",
@@ -113,7 +113,9 @@ def autotp_experts(run: RuleContext) -> Violations:
 def autotp_heads(run: RuleContext) -> Violations:
     size = value_at(run.plan["deepspeed"], "tensor_parallel.autotp_size")
     config = run.base.text
-    heads = whole(config.get("num_key_value_heads")) or whole(config.get("num_attention_heads", config.get("n_head")))
+    heads = as_int(config.get("num_key_value_heads")) or as_int(
+        config.get("num_attention_heads", config.get("n_head"))
+    )
     if isinstance(size, int) and size > 1 and heads and heads % size:
         yield (
             f"{heads} key-value heads do not divide by {size}: some ranks get more of the attention than others",

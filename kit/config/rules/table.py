@@ -229,7 +229,7 @@ CHECKS = [
 RULES = [*READING, *CHECKS]
 
 
-def apply(run: RuleContext) -> None:
+def apply_rules(run: RuleContext) -> None:
     """Report every refusal and every warning of the table."""
     for rule in CHECKS:
         if rule.check is None or (rule.on_this_machine and not run.on_this_machine):
