@@ -56,10 +56,11 @@ def fill_deepspeed_json(
     out = fields.cast("deepspeed", copy.deepcopy(dict(ds)))
     fill = _Fill(out, trainer, chosen, where, problems)
 
-    fill.copy("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    fill.copy("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     micro, steps = fill.setting("per_device_train_batch_size"), fill.setting("gradient_accumulation_steps")
     source = f"trainer.{TRAINER_SETTINGS['train_batch_size']} ({micro} x {steps} x {world_size})"
     fill.match("train_batch_size", micro * steps * world_size, source, mend="change one of the three")
+    fill.copy("gradient_clipping")
     for name, dtype in (("fp16", "float16"), ("bf16", "bfloat16")):
         on = precision == dtype or trainer.get(f"{name}_full_eval") is True
         mend = f"trainer.{name}={str(not on).lower()}"
