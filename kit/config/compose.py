@@ -175,22 +175,22 @@ def store_run_file(path: Path, given: set[str]) -> list[str]:
     except RecursionError:
         raise KitError(f"{path} is nested too deeply", str(path), "write it flat", rule="run-file") from None
     except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
-        said = f"{path} is not YAML: {' '.join(str(error).split())}"
-        raise KitError(said, str(path), "mend the line", rule="run-file") from None
+        text = f"{path} is not YAML: {' '.join(str(error).split())}"
+        raise KitError(text, str(path), "mend the line", rule="run-file") from None
     if not isinstance(tree, DictConfig):
         raise KitError(f"{path} must hold key: value lines", str(path), "trainer:\n  max_steps: 10", rule="run-file")
     content: dict[str, Any] = OmegaConf.to_container(tree)  # type: ignore[assignment]
-    chosen: list[str] = []
+    choices: list[str] = []
     for group in GROUPS:
         if isinstance(choice := content.get(group), str):
             del content[group]
             if group == "recipe":
                 content["defaults"] = [choice, *content.get("defaults", ["_self_"])]
             elif group not in given:
-                chosen += parse_overrides([f"{group}={choice}"])[0]
+                choices += parse_overrides([f"{group}={choice}"])[0]
     name = RUN_FILE + re.sub(r"[^A-Za-z0-9_-]", "_", path.stem)  # never the name of a shipped recipe
     ConfigStore.instance().store(group="recipe", name=name, node=OmegaConf.create(content), package="_global_")
-    return [*chosen, f"recipe={name}"]
+    return [*choices, f"recipe={name}"]
 
 
 def values_of_flags(args: list[str]) -> set[str]:
@@ -238,8 +238,8 @@ def hydra_refusal(error: Exception, args: list[str]) -> KitError:
     if choice:
         group, name = choice.groups()
         names = group_options(group)
-        near = difflib.get_close_matches(name, names, 1)
-        fix = f"did you mean {group}={near[0]}? " if near else ""
+        close = difflib.get_close_matches(name, names, 1)
+        fix = f"did you mean {group}={close[0]}? " if close else ""
         return KitError(
             f"there is no {group} named {name!r}",
             f"command line: {group}={name}",
@@ -248,8 +248,8 @@ def hydra_refusal(error: Exception, args: list[str]) -> KitError:
         )
     variable = re.search(r"Environment variable '(\w+)' not found", text)
     if variable:
-        said = f"the environment variable {variable[1]} is not set"
-        return KitError(said, fix=f"export {variable[1]}=...", rule="environment-variable")
+        problem = f"the environment variable {variable[1]} is not set"
+        return KitError(problem, fix=f"export {variable[1]}=...", rule="environment-variable")
     culprit = next((a for a in args if a and a in text), "command line")
     if "LexerNoViableAlt" in text or "ParserNoViableAlt" in text:  # the parser's own words tell a user nothing
         text = "the value has a character that Hydra's grammar takes only between quotes"
@@ -269,11 +269,11 @@ def hydra_type_error(error: Exception, args: list[str]) -> KitError:
         odd = value == "null" or not re.fullmatch(r"[A-Za-z][\w./-]*", value.strip("\"'"))
         if equals and group in GROUPS and odd:
             names = ", ".join(group_options(group))
-            said = f"{group}={value} names no choice of {group}"
-            return KitError(said, f"command line: {arg}", f"known: {names}", rule="group-choice")
+            problem = f"{group}={value} names no choice of {group}"
+            return KitError(problem, f"command line: {arg}", f"known: {names}", rule="group-choice")
     if isinstance(error, RecursionError):
-        said = "a value is nested too deeply"
-        return KitError(said, "command line", "leave out the inner brackets", rule="override")
+        problem = "a value is nested too deeply"
+        return KitError(problem, "command line", "leave out the inner brackets", rule="override")
     text = " ".join(str(error).split())
     return KitError(f"the overrides cannot be composed: {text}", "command line", "check the values", rule="override")
 

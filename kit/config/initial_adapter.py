@@ -78,8 +78,8 @@ def find_initial_adapter(
     except KitError as error:
         return None, [Problem(p.problem, KEY, p.fix, "init-from-files") for p in error.problems], []
     problems, notes = compare_configs(folder, config, peft, base), []
-    found, remark = compare_base(folder, config, model, base)
-    problems += found or compare_shapes(folder, shapes or {}, model)
+    other_base, remark = compare_base(folder, config, model, base)
+    problems += other_base or compare_shapes(folder, shapes or {}, model)
     notes += [f"the adapter starts from {folder}: its weights, not its optimizer", *([remark] if remark else [])]
     if shapes is None:
         notes.append(f"{file.name} is a pickle: read weights-only, its tensors are compared when the run starts")
@@ -130,8 +130,8 @@ def compare_configs(folder: Path, config: dict[str, Any], peft: dict[str, Any], 
     if "target_modules" not in table:
         return [Problem(f"{KEY} continues adapters of layers; {ours} has none", KEY, "leave it out", "init-from")]
     problems = []
-    for where, said in ((f"{folder / CONFIG}", config), ("the run", peft)):
-        if (init := said.get("init_lora_weights", True)) not in PLAIN_INITS:
+    for where, settings in ((f"{folder / CONFIG}", config), ("the run", peft)):
+        if (init := settings.get("init_lora_weights", True)) not in PLAIN_INITS:
             problem = f"init_lora_weights={init} in {where} alters the base's weights when it begins"
             fix = "peft.init_lora_weights=true, with an adapter that was begun so"
             problems.append(Problem(problem, KEY, fix, "init-from"))
@@ -160,8 +160,8 @@ def compare_configs(folder: Path, config: dict[str, Any], peft: dict[str, Any], 
 def same_modules(key: str, config: dict[str, Any], peft: dict[str, Any], base: Base) -> bool:
     """Whether two lists name the same modules by their leaves; true where only the built model could tell."""
     sides = []
-    for said in (config, peft):
-        value = said.get(key)
+    for settings in (config, peft):
+        value = settings.get(key)
         if value == "all-linear":
             known = LINEARS.get((base.config or {}).get("model_type", ""))
             if known is None:
@@ -170,7 +170,7 @@ def same_modules(key: str, config: dict[str, Any], peft: dict[str, Any], base: B
         if isinstance(value, str):
             return True  # a regular expression: the ranks compare tensor by tensor
         leaves = {str(v).rpartition(".")[2] for v in value or ()}
-        if key == "modules_to_save" and said.get("ensure_weight_tying"):
+        if key == "modules_to_save" and settings.get("ensure_weight_tying"):
             leaves -= set(OUTPUT_EMBEDDINGS)  # PEFT writes down the one end that holds the tied matrix
         sides.append(leaves)
     return sides[0] == sides[1]
@@ -202,8 +202,8 @@ def compare_shapes(folder: Path, shapes: dict[str, tuple[int, ...]], model: Mode
         side = shape[1] if part == "A.weight" else shape[0]
         if side not in weight.shape:
             rows, columns = weight.shape
-            said = f"{folder} is an adapter of another base: {module} is {rows} x {columns} here, and it has {side}"
-            return [Problem(said, KEY, "the base that it was trained on, or another adapter", "init-from-base")]
+            text = f"{folder} is an adapter of another base: {module} is {rows} x {columns} here, and it has {side}"
+            return [Problem(text, KEY, "the base that it was trained on, or another adapter", "init-from-base")]
     return []
 
 

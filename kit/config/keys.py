@@ -34,17 +34,17 @@ def table_of_section(section: str, peft_type: str = "LORA") -> str | None:
 
 def all_keys(peft_type: str = "LORA") -> dict[str, dict[str, Any]]:
     """Dotted key to its entry in the field tables; for the kit's own keys an entry with the default alone."""
-    found: dict[str, dict[str, Any]] = {}
+    entries: dict[str, dict[str, Any]] = {}
     for section, field in RunInput.model_fields.items():
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, Strict):
             for name, inner in kind.model_fields.items():
-                found[f"{section}.{name}"] = default_entry(inner)
+                entries[f"{section}.{name}"] = default_entry(inner)
         elif section not in SECTIONS:
-            found[section] = default_entry(field)
+            entries[section] = default_entry(field)
     for section in ("trainer", "peft", "quantization", "deepspeed"):
-        add_table(str(table_of_section(section, peft_type)), section, found)
-    return {**found, **KIT_KEYS, **{key: {} for key in PLAN_KEYS}}
+        add_table(str(table_of_section(section, peft_type)), section, entries)
+    return {**entries, **KIT_KEYS, **{key: {} for key in PLAN_KEYS}}
 
 
 def default_entry(field: Any) -> dict[str, Any]:
@@ -52,12 +52,12 @@ def default_entry(field: Any) -> dict[str, Any]:
     return {"default": None if default is PydanticUndefined else default}
 
 
-def add_table(table: str, prefix: str, found: dict[str, dict[str, Any]]) -> None:
+def add_table(table: str, prefix: str, entries: dict[str, dict[str, Any]]) -> None:
     for name, entry in fields.tables()[table].items():
         if "instead" not in entry:
-            found[f"{prefix}.{name}"] = entry
+            entries[f"{prefix}.{name}"] = entry
             if entry.get("table"):
-                add_table(entry["table"], f"{prefix}.{name}", found)
+                add_table(entry["table"], f"{prefix}.{name}", entries)
 
 
 def find_keys(typed: str, tree: Mapping[str, Any], peft_type: str = "LORA") -> list[str]:
@@ -73,8 +73,8 @@ def find_keys(typed: str, tree: Mapping[str, Any], peft_type: str = "LORA") -> l
     if key.split(".")[0] in fields.tables()["deepspeed"] and (f"deepspeed.{key}" in entries):
         others = [f"trainer.{key}"] if f"trainer.{key}" in entries else []
         return [*others, f"deepspeed.{key}"]
-    held = [k for k in entries if key.startswith(k + ".") and "dict" in entries[k].get("kinds", ["dict"])]
-    if any(not entries[k].get("table") and isinstance(entries[k].get("default"), dict | None) for k in held):
+    parents = [k for k in entries if key.startswith(k + ".") and "dict" in entries[k].get("kinds", ["dict"])]
+    if any(not entries[k].get("table") and isinstance(entries[k].get("default"), dict | None) for k in parents):
         return [key]  # a table that is open: a chat template's columns, a pattern by layers
     matches = [k for k in entries if k.endswith(f".{key}")]
     matches.sort(key=lambda k: (k.removeprefix("trainer.") in OWNED, SECTIONS.index(k.split(".")[0]), k.count(".")))
@@ -104,8 +104,8 @@ def is_misspelt(key: str, peft_type: str) -> bool:
 
 def unknown_key_error(key: str, entries: Mapping[str, Any], peft_type: str) -> KitError:
     section, _, name = key.rpartition(".")
-    for held in [section] if section else [*TABLES, "peft"]:
-        if held in (*TABLES, "peft") and (to := renamed_to(held, name)):
+    for owner in [section] if section else [*TABLES, "peft"]:
+        if owner in (*TABLES, "peft") and (to := renamed_to(owner, name)):
             return KitError(f"there is no key {key}", key, f"kit why {to}" if to in entries else f"it is now {to}")
     tails = {
         k.rpartition(".")[2]: k for k in sorted(entries, key=lambda k: (k.startswith("deepspeed."), k), reverse=True)

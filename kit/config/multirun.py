@@ -128,8 +128,8 @@ class KitSweeper(Sweeper):
         overrides = OverridesParser.create(config_loader=loader).parse_overrides([*written, *arguments])
         ours = isinstance(self.launcher, KitLauncher)
         searches = OmegaConf.select(self.config, "hparams_search.method") == "optuna"
-        if found := [p for o in overrides if o.is_sweep_override() and (p := sweep_problem(o, searches))]:
-            raise KitError(found)
+        if problems := [p for o in overrides if o.is_sweep_override() and (p := sweep_problem(o, searches))]:
+            raise KitError(problems)
         if searches:
             if not ours:
                 raise KitError("a search starts its trials itself", "command line", "leave out hydra/launcher=")
@@ -179,8 +179,8 @@ def sweep_problem(override: Override, searches: bool) -> Problem | None:
     if key.partition(".")[0] == "hparams_search" or key == "runs_dir":
         searched = key.removeprefix("hparams_search.search_space.")
         fix = f"{searched}={line.partition('=')[2]}" if searched != key else "give one value"
-        said = f"{key} belongs to the whole sweep: it has one value"
-        return Problem(said, f"command line: {line}", fix, "override")
+        text = f"{key} belongs to the whole sweep: it has one value"
+        return Problem(text, f"command line: {line}", fix, "override")
     if isinstance(override.value(), IntervalSweep) and not searches:
         fix = f"{key}=choice(A,B), {key}=range(START,END,STEP), or hparams_search=optuna"
         return Problem("a grid cannot try all of an interval", f"command line: {line}", fix, "override")
@@ -234,9 +234,9 @@ def run(args: list[str], job: Job) -> int:
     except HYDRA_ERRORS as error:
         if not job.begun or not isinstance(error, OSError) or isinstance(error, HydraException):
             raise compose.hydra_refusal(error, args) from None
-        said, place = error.strerror or str(error), str(error.filename or "runs_dir")  # a full disk, say
+        text, place = error.strerror or str(error), str(error.filename or "runs_dir")  # a full disk, say
         fix = "mend that; the same command continues with what is missing"
-        raise KitError(f"{place}: {said}", place, fix, code=ENVIRONMENT) from None
+        raise KitError(f"{place}: {text}", place, fix, code=ENVIRONMENT) from None
     except (TypeError, ValueError, RecursionError) as error:
         if job.begun:
             raise

@@ -18,8 +18,8 @@ Hosts = dict[str, list[int]]  # in the file's order; the numbers of the GPUs
 class HostfileError(ValueError):
     """What is wrong with a hostfile or a filter: the message, the key, and the fix."""
 
-    def __init__(self, said: str, key: str, fix: str) -> None:
-        super().__init__(said)
+    def __init__(self, text: str, key: str, fix: str) -> None:
+        super().__init__(text)
         self.key, self.fix = key, fix
 
 
@@ -54,17 +54,17 @@ def read_hostfile(path: Path) -> Hosts:
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.strip().startswith("#"):
             continue
-        found = HOSTFILE_LINE.match(line.strip())
-        if not found or int(found[2]) < 1:
+        match = HOSTFILE_LINE.match(line.strip())
+        if not match or int(match[2]) < 1:
             raise HostfileError(f"{path}:{number} is not a line of a hostfile: {line.strip()[:80]!r}", "hostfile",
                         "one line for each node: HOST slots=GPUS")  # fmt: skip
-        if not re.fullmatch(r"[A-Za-z0-9:][A-Za-z0-9._:@-]*", found[1]):  # it is put into a command line for ssh
-            raise HostfileError(f"{path}:{number}: {found[1]!r} is no host's name", "hostfile", "HOST slots=GPUS")
-        if int(found[2]) > MAX_SLOTS:
+        if not re.fullmatch(r"[A-Za-z0-9:][A-Za-z0-9._:@-]*", match[1]):  # it is put into a command line for ssh
+            raise HostfileError(f"{path}:{number}: {match[1]!r} is no host's name", "hostfile", "HOST slots=GPUS")
+        if int(match[2]) > MAX_SLOTS:
             raise HostfileError(f"{path}:{number}: more than {MAX_SLOTS} slots", "hostfile", "slots=GPUS of that node")
-        if found[1] in hosts:
-            raise HostfileError(f"{path}:{number} names {found[1]} again", "hostfile", "one line for each node")
-        hosts[found[1]] = list(range(int(found[2])))
+        if match[1] in hosts:
+            raise HostfileError(f"{path}:{number} names {match[1]} again", "hostfile", "one line for each node")
+        hosts[match[1]] = list(range(int(match[2])))
     if not hosts:
         raise HostfileError(f"{path} names no host", "hostfile", "one line for each node: HOST slots=GPUS")
     return hosts
@@ -113,8 +113,8 @@ def count_processes(hosts: Hosts, launch: Launch) -> tuple[int, int]:
     nodes, count = launch.num_nodes, launch.num_gpus
     filtered = bool(launch.include or launch.exclude)  # DeepSpeed does not cut these down
     if nodes != "auto" and (nodes > len(hosts) or (filtered and nodes != len(hosts))):
-        said = f"launch.num_nodes={nodes}, but the hostfile and its filters give {len(hosts)}"
-        raise HostfileError(said, "num_nodes", f"leave it out: {len(hosts)}")
+        text = f"launch.num_nodes={nodes}, but the hostfile and its filters give {len(hosts)}"
+        raise HostfileError(text, "num_nodes", f"leave it out: {len(hosts)}")
     nodes = len(hosts) if nodes == "auto" else nodes
     sizes = {len(slots) for slots in list(hosts.values())[:nodes]}
     if count == "auto" and len(sizes) > 1:
@@ -123,8 +123,8 @@ def count_processes(hosts: Hosts, launch: Launch) -> tuple[int, int]:
                     f"launch.num_gpus={min(sizes)} takes as many on each")  # fmt: skip
     each = min(sizes) if count == "auto" else count
     if each > min(sizes) or (filtered and sizes != {each}):
-        said = f"launch.num_gpus={each}, but the hostfile and its filters give {', '.join(map(str, sorted(sizes)))}"
-        raise HostfileError(said, "num_gpus", f"launch.num_gpus={min(sizes)}, or leave it out")
+        text = f"launch.num_gpus={each}, but the hostfile and its filters give {', '.join(map(str, sorted(sizes)))}"
+        raise HostfileError(text, "num_gpus", f"launch.num_gpus={min(sizes)}, or leave it out")
     return nodes, each
 
 

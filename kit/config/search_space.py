@@ -61,25 +61,25 @@ def to_dimension(override: Override) -> Dimension:
     if isinstance(value, IntervalSweep):
         low, high = value.start, value.end
         if not isinstance(low, int | float) or not isinstance(high, int | float) or not -INF < low < high < INF:
-            said = f"{line}: an interval needs two numbers, the smaller first"
-            raise KitError(said, key, f"{key}=interval(LOW,HIGH)")
+            text = f"{line}: an interval needs two numbers, the smaller first"
+            raise KitError(text, key, f"{key}=interval(LOW,HIGH)")
         whole = isinstance(low, int) and isinstance(high, int)
-        found = Dimension(low=low, high=high, log="log" in value.tags, whole=whole)
+        result = Dimension(low=low, high=high, log="log" in value.tags, whole=whole)
     elif isinstance(value, RangeSweep):
         numbers = list(value.range())
         log = "log" in value.tags
         whole = all(isinstance(n, int) for n in numbers)
         if not numbers or value.step <= 0:
             raise KitError(f"{line}: the range is empty, or goes down", key, f"{key}=range(LOW,HIGH,STEP)")
-        found = Dimension([], float(numbers[0]), float(numbers[-1]), None if log else value.step, log, whole)
+        result = Dimension([], float(numbers[0]), float(numbers[-1]), None if log else value.step, log, whole)
     elif isinstance(value, ChoiceSweep | Glob):
         return Dimension([str(v) for v in override.sweep_string_iterator()])
     else:
         fix = "choice(8,16), range(8,65,8), interval(0,1), int(interval(4,64)), tag(log, interval(1e-5,1e-3))"
         raise KitError(f"{line} is one value: a search chooses from several", key, fix)
-    if found.log and found.low <= 0:
+    if result.log and result.low <= 0:
         raise KitError(f"{line}: a logarithm needs numbers above 0", key, f"{key}=interval(LOW,HIGH)")
-    return found
+    return result
 
 
 def snapshot(search: Search, folder: Path) -> None:

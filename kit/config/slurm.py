@@ -43,15 +43,15 @@ Found = Iterator[tuple[str, str, str]]
 
 def value_problems(slurm: dict[str, Any]) -> Found:
     """(problem, key, fix) of every value that cannot stand in an `#SBATCH` line, or in the script's words."""
-    for name, (pattern, like) in PATTERNS.items():
+    for name, (pattern, example) in PATTERNS.items():
         value, key = slurm.get(name), f"launch.slurm.{name}"
         # YAML 1.1 reads 12:00:00 as a number to the base of 60, which SLURM would take for minutes.
         if isinstance(value, int) and name == "time" and value % 60 == 0 and value >= 3600:
             hours = f"{value // 3600}:{value // 60 % 60:02}:00"
-            said = f"{key}={value} minutes are {value / 1440:.1f} days; YAML reads an unquoted {hours} so"
-            yield said, key, f"{key}='D-HH:MM:SS', in quotes"
+            text = f"{key}={value} minutes are {value / 1440:.1f} days; YAML reads an unquoted {hours} so"
+            yield text, key, f"{key}='D-HH:MM:SS', in quotes"
         elif value is not None and not re.fullmatch(pattern, str(value), re.ASCII):
-            yield f"{key}={value!r} cannot stand in an #SBATCH line", key, like
+            yield f"{key}={value!r} cannot stand in an #SBATCH line", key, example
     for name in ("modules", "setup"):
         for number, line in enumerate(slurm.get(name) or []):
             key = f"launch.slurm.{name}[{number}]"
@@ -59,9 +59,9 @@ def value_problems(slurm: dict[str, Any]) -> Found:
                 yield f"{key}={line!r} is empty or holds a control character", key, "one command to an entry"
             elif name == "setup" and not is_shell_words(line):
                 yield f"{key}={line!r} has a quote that is not closed", key, "close it"
-            elif name == "setup" and (found := secret_variable(line)):
-                said = f"{key} gives {found} a value that would stand in the script"
-                yield said, key, f"hf auth login, or source a file of yours that sets {found}"
+            elif name == "setup" and (variable := secret_variable(line)):
+                text = f"{key} gives {variable} a value that would stand in the script"
+                yield text, key, f"hf auth login, or source a file of yours that sets {variable}"
             elif name == "setup" and (sign := unquoted_shell_sign(line)):
                 yield f"{key}={line!r}: the shell would not see {sign!r}, as each word is quoted", key, SCRIPT_FIX
             elif name == "modules" and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+/@=:-]*", line, re.ASCII):
@@ -79,8 +79,8 @@ def unquoted_shell_sign(line: str) -> str:
     """The first sign in a set-up line that a shell would act on, "" for none: quoted, it is a letter as others are."""
     single = re.sub(r"\\.|'[^']*'", "_", line)
     bare = re.sub(r'"[^"]*"', "_", single)
-    found = re.search(r"[$`]", single) or re.search(r"[;&|<>()]|(?<![^\s=:])[~#]", bare)
-    return found[0] if found else ""
+    match = re.search(r"[$`]", single) or re.search(r"[;&|<>()]|(?<![^\s=:])[~#]", bare)
+    return match[0] if match else ""
 
 
 def secret_variable(line: str) -> str:
@@ -111,5 +111,5 @@ def fix_for_option(option: str) -> str:
 def gpus_of(gres: Any) -> int | None:
     """How many GPUs per node a gres value asks for; None where it names none."""
     counts = [re.fullmatch(r"gpu(?::[^:,]+)??(?::(\d+))?", part) for part in str(gres or "").split(",")]
-    found = [int(m[1] or 1) for m in counts if m]
-    return sum(found) if found else None
+    gpus = [int(m[1] or 1) for m in counts if m]
+    return sum(gpus) if gpus else None

@@ -88,8 +88,8 @@ def read_plan(name: str, config_dir: str | None = None) -> RunPlan:
             raise
     import difflib
 
-    near = difflib.get_close_matches(name, recipes, 1)
-    fix = f"did you mean {near[0]}?" if near else "kit list names the recipes"
+    close = difflib.get_close_matches(name, recipes, 1)
+    fix = f"did you mean {close[0]}?" if close else "kit list names the recipes"
     raise KitError(f"there is neither a recipe nor a run named {name!r}", "command line", fix)
 
 

@@ -143,8 +143,8 @@ def describe_deepspeed_effect(key: str, plan: RunPlan | None, tree: dict[str, An
             ]
         row = FILLED_KEYS.get(name)
         twins = [s for s in row.sources if s.startswith("trainer.")] if row else []
-        said = f", as {' and '.join(twins)} to SFTConfig" if twins else ""
-        return [f"ds_config.json: {name} = {shorten(held)}{said}"]
+        text = f", as {' and '.join(twins)} to SFTConfig" if twins else ""
+        return [f"ds_config.json: {name} = {shorten(held)}{text}"]
     found = []
     for k, row in FILLED_KEYS.items():
         held = value_at(plan.deepspeed, k, ABSENT) if plan else ABSENT

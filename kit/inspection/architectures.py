@@ -125,15 +125,15 @@ def own_code_problem(name: str, key: str = "model.name_or_path") -> Problem:
 def unknown_type_problem(name: str, model_type: str, own: bool, key: str) -> tuple[list[Problem], list[str]]:
     """Refused, unless the installed transformers is another one than the table's: it may know more."""
     made_from = architecture_table()["generated_from"]["transformers"]
-    said = f"transformers {made_from} has no causal language model of type {model_type!r} ({name})"
+    text = f"transformers {made_from} has no causal language model of type {model_type!r} ({name})"
     try:
         installed = version("transformers")
     except PackageNotFoundError:
         installed = made_from
     if installed != made_from:
-        return [], [f"{said}; {installed} is installed, and was not asked"]
-    near = difflib.get_close_matches(model_type, architecture_table()["kinds"]["causal"], 1)
-    fix = f"did you mean {near[0]}?" if near else "choose another model: kit list model"
+        return [], [f"{text}; {installed} is installed, and was not asked"]
+    close = difflib.get_close_matches(model_type, architecture_table()["kinds"]["causal"], 1)
+    fix = f"did you mean {close[0]}?" if close else "choose another model: kit list model"
     if own:
         fix = "its repository brings code of its own: read it, then model.trust_remote_code=true on the command line"
-    return [Problem(said, key, fix, "architecture")], []
+    return [Problem(text, key, fix, "architecture")], []

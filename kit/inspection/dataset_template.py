@@ -34,16 +34,16 @@ def format_of(template: Mapping[str, str]) -> str:
 
 def columns_of(template: Mapping[str, str]) -> list[str]:
     """The data set's columns that a template names, in order, each once; KitError where it is not well formed."""
-    found: dict[str, None] = {}
+    columns: dict[str, None] = {}
     for key, text in template.items():
         for _, name in parts(key, text):
             if name is not None:
-                found[name] = None
-    if not found:
+                columns[name] = None
+    if not columns:
         raise KitError(
             "the template names no column", KEY, "write column names in braces: {Question}", rule="dataset-template"
         )
-    return list(found)
+    return list(columns)
 
 
 def parts(key: str, text: str) -> list[tuple[str, str | None]]:
@@ -59,8 +59,8 @@ def parts(key: str, text: str) -> list[tuple[str, str | None]]:
         ) from None
     for _, name, spec, conversion in pieces:
         if name is not None and (spec or conversion or not name):
-            said = f"{key}: only {{column}} can stand in braces"
-            raise KitError(said, f"{KEY}.{key}", "name a column", rule="dataset-template")
+            problem = f"{key}: only {{column}} can stand in braces"
+            raise KitError(problem, f"{KEY}.{key}", "name a column", rule="dataset-template")
     return [(before, name) for before, name, _, _ in pieces]
 
 

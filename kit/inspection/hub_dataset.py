@@ -50,17 +50,17 @@ def list_configurations(card: str) -> dict[str, dict[str, Any]]:
 def choose(card: str, name: str | None) -> dict[str, Any] | None:
     """The entry of configuration `name`, or of the default one; None where the README.md lists none. KitError
     where there are several and none is chosen, or `name` is not among them."""
-    found = list_configurations(card)
-    if not found:
+    listed = list_configurations(card)
+    if not listed:
         return None
-    if name is None and len(found) > 1:
-        defaults = [c for n, c in found.items() if n == "default" or c.get("default")]
+    if name is None and len(listed) > 1:
+        defaults = [c for n, c in listed.items() if n == "default" or c.get("default")]
         if defaults:
             return defaults[0]
-    if (name or next(iter(found))) not in found or (name is None and len(found) > 1):
+    if (name or next(iter(listed))) not in listed or (name is None and len(listed) > 1):
         problem = f"the data set has no configuration {name}" if name else "the data set has several configurations"
-        raise KitError(problem, "dataset.name", f"one of {', '.join(found)}", rule="dataset-configuration")
-    return found[name or next(iter(found))]
+        raise KitError(problem, "dataset.name", f"one of {', '.join(listed)}", rule="dataset-configuration")
+    return listed[name or next(iter(listed))]
 
 
 def files_of(names: list[str], card: str, config: str | None) -> list[str]:
@@ -84,14 +84,14 @@ def split_files(names: list[str], card: str, config: str | None, split: str) -> 
 
 def glob_patterns(entry: dict[str, Any], split: str | None) -> list[str]:
     """The glob patterns of a configuration's entry, of one split or of all."""
-    held = entry["data_files"]
-    found: list[Any] = []
-    for item in held if isinstance(held, list) else [held]:
+    files = entry["data_files"]
+    paths: list[Any] = []
+    for item in files if isinstance(files, list) else [files]:
         place, of = (item.get("path"), item.get("split")) if isinstance(item, dict) else (item, "train")
         if split in (None, of):
-            found += place if isinstance(place, list) else [place]
+            paths += place if isinstance(place, list) else [place]
     folder = entry.get("data_dir")
-    return [f"{folder}/{p}" if folder else str(p) for p in found]
+    return [f"{folder}/{p}" if folder else str(p) for p in paths]
 
 
 def matches_any(name: str, globs: list[str]) -> bool:
@@ -117,8 +117,8 @@ def find_snapshot(repo: str, config: str | None, revision: str | None) -> Path |
     names = hub_cache.listing(folder) if folder else None
     if folder is None or not names or (CARD in names and not (folder / CARD).is_file()):
         return None
-    wanted = files_of(names, read_card(folder), config)
-    return folder if wanted and all((folder / n).is_file() for n in wanted) else None
+    files = files_of(names, read_card(folder), config)
+    return folder if files and all((folder / n).is_file() for n in files) else None
 
 
 def read_card(folder: Path) -> str:

@@ -136,14 +136,18 @@ def preset_differences(preset: dict[str, Any], config: dict[str, Any]) -> dict[s
     rope = config.get("rope_parameters")
     places = [p for p in (config, config.get("text_config"), rope) if isinstance(p, dict)]
     elsewhere = {"text_config": config, "rope_scaling": rope if isinstance(rope, dict) else {}}
-    found: dict[str, tuple[Any, Any]] = {}
+    differences: dict[str, tuple[Any, Any]] = {}
     for key, value in preset.items():
-        held = next((p[key] for p in places if key in p), elsewhere.get(key, value))
-        if isinstance(value, dict) and isinstance(held, dict):
-            found |= {f"{key}.{k}": pair for k, pair in preset_differences(value, held).items()}
-        elif held != value and key not in ("torch_dtype", "dtype") and not (held is None and key in DERIVED):
-            found[key] = (value, held)
-    return found
+        value_there = next((p[key] for p in places if key in p), elsewhere.get(key, value))
+        if isinstance(value, dict) and isinstance(value_there, dict):
+            differences |= {f"{key}.{k}": pair for k, pair in preset_differences(value, value_there).items()}
+        elif (
+            value_there != value
+            and key not in ("torch_dtype", "dtype")
+            and not (value_there is None and key in DERIVED)
+        ):
+            differences[key] = (value, value_there)
+    return differences
 
 
 def check_tokenizer_cached(tokenizer: Tokenizer, here: bool) -> list[Problem]:

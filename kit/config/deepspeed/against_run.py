@@ -104,36 +104,36 @@ def drop_faults(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def add_mismatches(
-    found: list[Finding], tree: dict[str, Any], text: str, setting: RunSettings, against: list[Problem]
+    findings: list[Finding], tree: dict[str, Any], text: str, setting: RunSettings, disagreements: list[Problem]
 ) -> list[Finding]:
     """Literals that differ from what the run's trainer would set, in place of the remark that they are literals."""
     if setting.trainer is None:
-        return found
-    at_path = {f.path: f for f in found}
+        return findings
+    by_path = {f.path: f for f in findings}
     root = json_edit.parse_nodes(text)
-    for p in against:
-        if p.rule not in ("mismatch", "optimizer", "offload-optimizer"):
+    for disagreement in disagreements:
+        if disagreement.rule not in ("mismatch", "optimizer", "offload-optimizer"):
             continue
-        inside = p.where.startswith("deepspeed.")
-        path = path_in_tree(tree, p.where.removeprefix("deepspeed.")) if inside else (p.where,)
-        held = value_at(tree, ".".join(path))
-        if inside and p.rule == "mismatch" and (held is None or held == "auto"):
+        inside = disagreement.where.startswith("deepspeed.")
+        path = path_in_tree(tree, disagreement.where.removeprefix("deepspeed.")) if inside else (disagreement.where,)
+        value = value_at(tree, ".".join(path))
+        if inside and disagreement.rule == "mismatch" and (value is None or value == "auto"):
             continue  # mended, or in a block that goes
-        said, fix = (t.replace("deepspeed.", "") for t in (p.problem, p.fix))
-        before = at_path.get(path)
+        problem, fix = (t.replace("deepspeed.", "") for t in (disagreement.problem, disagreement.fix))
+        before = by_path.get(path)
         line = json_edit.line_of(text, root, path if inside else ("zero_optimization", "offload_optimizer"))
-        edits = (Edit("replace", path, "auto"),) if p.rule == "mismatch" else ()
-        new = Finding(p.rule, REFUSE, path, line, said, fix, edits)
-        at_path[path] = replace(new, edits=before.edits, fix=before.fix, keep=before.keep) if before else new
-    return sorted(at_path.values(), key=lambda f: f.line)
+        edits = (Edit("replace", path, "auto"),) if disagreement.rule == "mismatch" else ()
+        new = Finding(disagreement.rule, REFUSE, path, line, problem, fix, edits)
+        by_path[path] = replace(new, edits=before.edits, fix=before.fix, keep=before.keep) if before else new
+    return sorted(by_path.values(), key=lambda f: f.line)
 
 
 def describe_autos(
-    tree: dict[str, Any], text: str, setting: RunSettings, out: dict[str, Any], against: list[Problem]
+    tree: dict[str, Any], text: str, setting: RunSettings, out: dict[str, Any], disagreements: list[Problem]
 ) -> list[dict[str, Any]]:
     """Every "auto" that is filled: the line, the key, what it becomes where that is known, and where it comes from."""
     root, rows = json_edit.parse_nodes(text), []
-    needs = {p.where.removeprefix("deepspeed."): p.problem for p in against if p.rule == "scheduler"}
+    missing = {p.where.removeprefix("deepspeed."): p.problem for p in disagreements if p.rule == "scheduler"}
 
     def walk(block: dict[str, Any], above: json_edit.KeyPath) -> None:
         for name, value in block.items():
@@ -144,8 +144,8 @@ def describe_autos(
                 continue
             key = ".".join(path)
             becomes, source = describe_auto(key, out, setting)
-            if becomes is None and key in needs:
-                source = needs[key].replace("deepspeed.", "")
+            if becomes is None and key in missing:
+                source = missing[key].replace("deepspeed.", "")
             rows.append({"line": json_edit.line_of(text, root, path), "key": key, "becomes": becomes, "from": source})
 
     walk(tree, ())

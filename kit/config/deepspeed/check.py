@@ -82,10 +82,12 @@ def check_deepspeed_json(ds: Mapping[str, Any], where: str = "deepspeed") -> lis
         problems.append(Problem(f"{key} is missing: accelerate refuses that", key, fix, "zero-block"))
     problems += fields.check("deepspeed", rest, where)
     for block, table in typed_params(rest).items():
-        told = {p.where for p in problems}
-        problems += [p for p in fields.check(table, value_at(rest, block), f"{where}.{block}") if p.where not in told]
-    told = {p.where for p in problems}
-    problems += [p for p in _unfilled("deepspeed", rest, where, typed_params(rest)) if p.where not in told]
+        reported = {p.where for p in problems}
+        problems += [
+            p for p in fields.check(table, value_at(rest, block), f"{where}.{block}") if p.where not in reported
+        ]
+    reported = {p.where for p in problems}
+    problems += [p for p in _unfilled("deepspeed", rest, where, typed_params(rest)) if p.where not in reported]
     wrong = {re.sub(r"\[\d+\].*", "", p.where).removeprefix(f"{where}.") for p in problems if p.rule in UNUSABLE}
     if wrong & {"zero_optimization", "zero_optimization.stage"} or isinstance(ds.get("zero_optimization"), bool):
         return problems  # most of the rules below ask for the stage
@@ -95,19 +97,19 @@ def check_deepspeed_json(ds: Mapping[str, Any], where: str = "deepspeed") -> lis
         holder = value_at(usable, parent) if parent else usable
         if isinstance(holder, dict):
             holder.pop(last, None)
-    return problems + [Problem(said, f"{where}.{key}", fix, "deepspeed") for key, said, fix in _conflicts(usable)]
+    return problems + [Problem(text, f"{where}.{key}", fix, "deepspeed") for key, text, fix in _conflicts(usable)]
 
 
 def typed_params(ds: Mapping[str, Any]) -> dict[str, str]:
     """{dotted block: table} of the params of an optimizer and a scheduler whose type has a table of its own."""
-    found = {}
+    blocks = {}
     for name in ("optimizer", "scheduler"):
         kind = value_at(ds, f"{name}.type")
         if isinstance(kind, str) and isinstance(value_at(ds, f"{name}.params"), Mapping):
             table = f"deepspeed.{name}.{'adam' if name == 'optimizer' and kind.lower() in ADAMS else kind}"
             if table in fields.tables():
-                found[f"{name}.params"] = table
-    return found
+                blocks[f"{name}.params"] = table
+    return blocks
 
 
 def _unfilled(table: str | None, values: Mapping[str, Any], where: str, typed: Mapping[str, str]) -> Iterator[Problem]:

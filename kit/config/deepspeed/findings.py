@@ -53,20 +53,20 @@ def find_faults(text: str, name: str = "the file") -> list[Finding]:
     """All findings of one file in the order of its lines; KitError only where it is no JSON."""
     tree = parse_deepspeed_json(text, name, twice=True)
     root = json_edit.parse_nodes(text)
-    found = [*_duplicates(text, root), *_checked(tree)]
-    made = {(*e.path[:-1], e.value) for f in found for e in f.edits if e.what == "rename"}
+    findings = [*_duplicates(text, root), *_checked(tree)]
+    renamed = {(*e.path[:-1], e.value) for f in findings for e in f.edits if e.what == "rename"}
     own = list(_optimizer(tree))
-    going = {f.path for f in own if f.rule == "optimizer"}  # what is inside needs no word of its own
-    told = {f.path for f in found}
+    removed = {f.path for f in own if f.rule == "optimizer"}  # what is inside needs no word of its own
+    reported = {f.path for f in findings}
     for finding in [*own, *_missing(tree), *_literals(tree)]:
         if (
-            finding.path not in told
-            and finding.path[:-2] not in going
-            and not any(finding.path[: len(m)] == m for m in made)
+            finding.path not in reported
+            and finding.path[:-2] not in removed
+            and not any(finding.path[: len(m)] == m for m in renamed)
         ):
-            found.append(finding)
-            told.add(finding.path)
-    placed = [Finding(**vars(f) | {"line": json_edit.line_of(text, root, f.path)}) for f in found]
+            findings.append(finding)
+            reported.add(finding.path)
+    placed = [Finding(**vars(f) | {"line": json_edit.line_of(text, root, f.path)}) for f in findings]
     return sorted(placed, key=lambda f: f.line)
 
 
@@ -92,7 +92,7 @@ def _checked(tree: dict[str, Any]) -> Iterator[Finding]:
     for problem in check_deepspeed_json(tree):
         path = path_in_tree(tree, problem.where.removeprefix("deepspeed."))
         edits = edits_for(problem.rule, path, tree)
-        said, fix = (text.replace("deepspeed.", "") for text in (problem.problem, problem.fix))
+        message, fix = (text.replace("deepspeed.", "") for text in (problem.problem, problem.fix))
         if (path, problem.rule) not in seen:
             key = "gradient_clipping" if path[-1] == "max_grad_norm" else ".".join(path)
             value = value_at(tree, ".".join(path))
@@ -101,7 +101,7 @@ def _checked(tree: dict[str, Any]) -> Iterator[Finding]:
                 if key in TRAINER_SETTINGS and edits and value not in (None, "auto")
                 else ""
             )
-            yield Finding(problem.rule or "kind", REFUSE, path, 0, said, fix, edits, keep)
+            yield Finding(problem.rule or "kind", REFUSE, path, 0, message, fix, edits, keep)
         seen.add((path, problem.rule))
 
 
@@ -128,30 +128,32 @@ def _add_auto(tree: dict[str, Any], key: str) -> Edit | None:
 def _missing(tree: dict[str, Any]) -> Iterator[Finding]:
     """Keys that the trainer would fill, had they been there."""
     clipping = fields.default("deepspeed", "gradient_clipping")
-    for key, why in NEVER_ADDED.items():
+    for key, reason in NEVER_ADDED.items():
         edit = _add_auto(tree, key)
         if value_at(tree, key) is None and edit:
-            said = f"{key} is missing: {why.format(clipping=clipping)}"
+            problem = f"{key} is missing: {reason.format(clipping=clipping)}"
             outer, _, last = key.rpartition(".")
             text = f'"{outer}": {{"{last}": "auto"}}' if outer else f'"{last}": "auto"'
-            yield Finding("missing", REFUSE, tuple(key.split(".")), 0, said, f"add {text}", (edit,))
+            yield Finding("missing", REFUSE, tuple(key.split(".")), 0, problem, f"add {text}", (edit,))
     kind, params = value_at(tree, "scheduler.type"), value_at(tree, "scheduler.params")
     table = fields.tables().get(f"deepspeed.scheduler.{kind}", {}) if isinstance(kind, str) else {}
     for key in (k for k in SCHEDULED if k in table):
         if isinstance(params, dict) and params.get(key) is None:
             value = table[key].get("default")
-            said = f"scheduler.params.{key} is missing: " + (
+            problem = f"scheduler.params.{key} is missing: " + (
                 f"{kind} needs it" if value is None else f"{kind} then takes {value}, whatever the trainer says"
             )
             what = "replace" if key in params else "add"
             path = ("scheduler", "params", key)
-            yield Finding("missing", REFUSE, path, 0, said, f'"{key}": "auto"', (Edit(what, path, "auto"),))
+            yield Finding("missing", REFUSE, path, 0, problem, f'"{key}": "auto"', (Edit(what, path, "auto"),))
     if table and isinstance(tree["scheduler"], dict) and "params" not in tree["scheduler"]:
         block = ("scheduler", "params")
         autos = {key: "auto" for key in SCHEDULED if key in table}
-        said = f"scheduler.params is missing: {kind} then warms up for 1000 steps of its own"
+        problem = f"scheduler.params is missing: {kind} then warms up for 1000 steps of its own"
         if autos:
-            yield Finding("missing", REFUSE, block, 0, said, 'give its keys as "auto"', (Edit("add", block, autos),))
+            yield Finding(
+                "missing", REFUSE, block, 0, problem, 'give its keys as "auto"', (Edit("add", block, autos),)
+            )
 
 
 def _literals(tree: dict[str, Any]) -> Iterator[Finding]:
@@ -161,12 +163,12 @@ def _literals(tree: dict[str, Any]) -> Iterator[Finding]:
         if value is None or value == "auto" or isinstance(value, dict):
             continue
         path = tuple(key.split("."))
-        said = f"{key} is {shorten_json(value)}: the trainer refuses any other than its own {setting}"
+        text = f"{key} is {shorten_json(value)}: the trainer refuses any other than its own {setting}"
         if key == "train_batch_size":
-            said = f"{key} is {shorten_json(value)}: that ties the file to one number of GPUs (T5)"
+            text = f"{key} is {shorten_json(value)}: that ties the file to one number of GPUs (T5)"
         keep = as_trainer_setting(key, value)
         fix = f'"auto", and {keep} in the training arguments'
-        yield Finding("literal", WARN, path, 0, said, fix, (Edit("replace", path, "auto"),), keep)
+        yield Finding("literal", WARN, path, 0, text, fix, (Edit("replace", path, "auto"),), keep)
 
 
 def _optimizer(tree: dict[str, Any]) -> Iterator[Finding]:
@@ -175,7 +177,7 @@ def _optimizer(tree: dict[str, Any]) -> Iterator[Finding]:
     if not isinstance(block, dict):
         return
     kind, params = str(block.get("type")), block.get("params") or {}
-    said = f"the optimizer block ({kind}) takes the place of the trainer's optim and of LoRA+"
+    text = f"the optimizer block ({kind}) takes the place of the trainer's optim and of LoRA+"
     adam = kind.lower() in ADAMS and isinstance(params, dict) and "scheduler" not in tree
     if adam and params.keys() <= PLAIN_ADAM and params.get("bias_correction", True) is True:
         decoupled = kind.lower() == "adamw" or params.get("adam_w_mode", True) is True
@@ -186,7 +188,7 @@ def _optimizer(tree: dict[str, Any]) -> Iterator[Finding]:
             keep = ", ".join(as_trainer_setting(f"optimizer.params.{k}", params[k]) for k in keys)
             fix = "remove it: adamw_torch, the trainer's default, is the same arithmetic"
             fix += f"; give the training arguments {keep}" if keep else ""
-            yield Finding("optimizer", WARN, ("optimizer",), 0, said, fix, (Edit("remove", ("optimizer",)),), keep)
+            yield Finding("optimizer", WARN, ("optimizer",), 0, text, fix, (Edit("remove", ("optimizer",)),), keep)
             return
     if isinstance(block.get("params"), dict) and params.get("lr") is None:
         path = ("optimizer", "params", "lr")
@@ -197,5 +199,5 @@ def _optimizer(tree: dict[str, Any]) -> Iterator[Finding]:
 
 def to_problem(finding: Finding, file: str) -> Problem:
     """The finding as people read it: problem, file:line and key, fix."""
-    said = finding.problem if finding.severity == REFUSE else f"note: {finding.problem}"
-    return Problem(said, f"{file}:{finding.line}: {finding.key}", finding.fix, finding.rule)
+    text = finding.problem if finding.severity == REFUSE else f"note: {finding.problem}"
+    return Problem(text, f"{file}:{finding.line}: {finding.key}", finding.fix, finding.rule)

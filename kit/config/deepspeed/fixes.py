@@ -147,9 +147,9 @@ def _rename_edits(path: json_edit.KeyPath, holder: dict[str, Any], table: str, v
     known = {name.lower(): name for name in fields.names(table)} if table else {}
     meant = fields.RENAMED["deepspeed"].get(key, "") if table == "deepspeed" else ""
     if meant not in known.values():
-        near = difflib.get_close_matches(key.lower().replace("-", "_"), known, 2, 0.8)
-        folded = [known[n] for n in near]
-        ratios = [difflib.SequenceMatcher(None, key.lower(), n).ratio() for n in near]
+        close = difflib.get_close_matches(key.lower().replace("-", "_"), known, 2, 0.8)
+        folded = [known[n] for n in close]
+        ratios = [difflib.SequenceMatcher(None, key.lower(), n).ratio() for n in close]
         meant = folded[0] if folded and (len(folded) == 1 or ratios[0] > ratios[1] + 0.02) else ""
     if not meant or meant in holder:
         return ()

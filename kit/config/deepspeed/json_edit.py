@@ -39,38 +39,38 @@ def parse_nodes(text: str) -> Node:
     return _parse_value(text, _skip_space(text, 0))
 
 
-def _skip_space(text: str, at: int) -> int:
-    found = SPACE.match(text, at)
-    return found.end() if found else at
+def _skip_space(text: str, position: int) -> int:
+    match = SPACE.match(text, position)
+    return match.end() if match else position
 
 
-def _parse_value(text: str, at: int) -> Node:
-    if text[at] != "{":
-        value, end = DECODER.raw_decode(text, at)
-        return Node(value, at, end)
-    node = Node({}, at)
-    at = _skip_space(text, at + 1)
-    while text[at] != "}":
-        key, end = DECODER.raw_decode(text, at)
+def _parse_value(text: str, position: int) -> Node:
+    if text[position] != "{":
+        value, end = DECODER.raw_decode(text, position)
+        return Node(value, position, end)
+    node = Node({}, position)
+    position = _skip_space(text, position + 1)
+    while text[position] != "}":
+        key, end = DECODER.raw_decode(text, position)
         inner = _parse_value(text, _skip_space(text, _skip_space(text, end) + 1))  # over the colon
-        node.members.append(Member(key, at, end, inner))
+        node.members.append(Member(key, position, end, inner))
         node.value[key] = inner.value
-        at = _skip_space(text, inner.end)
-        if text[at] == ",":
-            at = _skip_space(text, at + 1)
-    node.end = at + 1
+        position = _skip_space(text, inner.end)
+        if text[position] == ",":
+            position = _skip_space(text, position + 1)
+    node.end = position + 1
     return node
 
 
 def find_member(root: Node, path: KeyPath) -> Member | None:
     """The member at a path; of a key that is given twice the last, which is the one that counts."""
-    found, members = None, root.members
+    member, members = None, root.members
     for key in path:
-        found = next((m for m in reversed(members) if m.key == key), None)
-        if found is None:
+        member = next((m for m in reversed(members) if m.key == key), None)
+        if member is None:
             return None
-        members = found.node.members
-    return found
+        members = member.node.members
+    return member
 
 
 def line_of(text: str, root: Node, path: KeyPath) -> int:
@@ -84,8 +84,8 @@ def line_of(text: str, root: Node, path: KeyPath) -> int:
 def duplicate_keys(node: Node, above: KeyPath = ()) -> list[KeyPath]:
     """The paths of keys that stand twice or more in one block."""
     keys = [m.key for m in node.members]
-    found = [(*above, key) for key in dict.fromkeys(keys) if keys.count(key) > 1]
-    return found + [path for m in node.members for path in duplicate_keys(m.node, (*above, m.key))]
+    paths = [(*above, key) for key in dict.fromkeys(keys) if keys.count(key) > 1]
+    return paths + [path for m in node.members for path in duplicate_keys(m.node, (*above, m.key))]
 
 
 def rename_key(text: str, path: KeyPath, key: str) -> str:
@@ -113,12 +113,12 @@ def remove_key(text: str, path: KeyPath, first: bool = False) -> str:
     root = parse_nodes(text)
     block = root if len(path) == 1 else _member_at(text, path[:-1]).node
     places = [i for i, m in enumerate(block.members) if m.key == path[-1]]
-    at = places[0 if first else -1]
+    index = places[0 if first else -1]
     members = block.members
-    if at + 1 < len(members):
-        return text[: members[at].key_start] + text[members[at + 1].key_start :]
-    if at:
-        return text[: members[at - 1].node.end] + text[members[at].node.end :]
+    if index + 1 < len(members):
+        return text[: members[index].key_start] + text[members[index + 1].key_start :]
+    if index:
+        return text[: members[index - 1].node.end] + text[members[index].node.end :]
     return text[: block.start] + "{}" + text[block.end :]
 
 

@@ -66,9 +66,9 @@ def fill_deepspeed_json(
         mend = f"trainer.{name}={str(not on).lower()}"
         fill.match(f"{name}.enabled", on, f"the precision of the run ({precision})", mend=mend)
     if value_at(out, "fp16.enabled") and value_at(out, "bf16.enabled"):
-        said = f"evaluation in another half precision than the run's {precision}"
+        text = f"evaluation in another half precision than the run's {precision}"
         fix = "leave fp16_full_eval and bf16_full_eval out"
-        problems.append(Problem(said, "trainer.fp16_full_eval", fix, "full-eval"))
+        problems.append(Problem(text, "trainer.fp16_full_eval", fix, "full-eval"))
     _fill_zero(fill, hidden_size)
     _fill_optimizer(fill)
     if "scheduler" in out:
@@ -98,10 +98,10 @@ class _Fill:
             return fields.default("SFTConfig", key)
         return value
 
-    def refuse(self, key: str, said: str, fix: str, rule: str = "deepspeed") -> None:
+    def refuse(self, key: str, text: str, fix: str, rule: str = "deepspeed") -> None:
         path = f"{self.where}.{key}"
         if all(p.where != path for p in self.problems):
-            self.problems.append(Problem(said, path, fix, rule))
+            self.problems.append(Problem(text, path, fix, rule))
 
     def copy(self, *keys: str, present_only: bool = False) -> None:
         """Put the trainer's value at keys that one setting fills as it is."""
@@ -115,8 +115,8 @@ class _Fill:
         if given is None and present_only:
             return
         if given is not None and given != "auto" and given != value:
-            said = f"{self.where}.{key} is {given}, but {source} makes it {value}"
-            self.refuse(key, said, f"{self.where}.{key}=auto, or {mend or f'{source}={given}'}", "mismatch")
+            text = f"{self.where}.{key} is {given}, but {source} makes it {value}"
+            self.refuse(key, text, f"{self.where}.{key}=auto, or {mend or f'{source}={given}'}", "mismatch")
         set_value(self.out, key, value)
 
 
@@ -148,18 +148,18 @@ def _fill_optimizer(fill: _Fill) -> None:
     if "optimizer" not in out:
         if out.get("zero_allow_untested_optimizer") is False:
             fix = "leave it out: transformers sets it for an optimizer of the trainer's"
-            said = "zero_allow_untested_optimizer=false refuses every optimizer but DeepSpeed's own"
-            fill.refuse("zero_allow_untested_optimizer", said, fix, "optimizer")
+            text = "zero_allow_untested_optimizer=false refuses every optimizer but DeepSpeed's own"
+            fill.refuse("zero_allow_untested_optimizer", text, fix, "optimizer")
         out["zero_allow_untested_optimizer"] = True  # transformers sets it as well
         offloads = value_at(out, "zero_optimization.offload_optimizer.device") in ("cpu", "nvme")
         if offloads and optim not in SURVIVES_OFFLOAD and out.get("zero_force_ds_cpu_optimizer", True):
-            said = f"offload_optimizer replaces trainer.optim={optim} by plain CPU Adam"
+            text = f"offload_optimizer replaces trainer.optim={optim} by plain CPU Adam"
             fix = f"trainer.optim=adamw_torch, or {fill.where}.zero_force_ds_cpu_optimizer=false to keep {optim}"
-            fill.problems.append(Problem(said, "trainer.optim", fix, "offload-optimizer"))
+            fill.problems.append(Problem(text, "trainer.optim", fix, "offload-optimizer"))
         return
     if "optim" in fill.chosen or optim != fields.default("SFTConfig", "optim"):
-        said = f"trainer.optim={optim} would be ignored: {fill.where}.optimizer is given"
-        fill.refuse("optimizer", said, f"leave trainer.optim out, or '~{fill.where}.optimizer'", "optimizer")
+        text = f"trainer.optim={optim} would be ignored: {fill.where}.optimizer is given"
+        fill.refuse("optimizer", text, f"leave trainer.optim out, or '~{fill.where}.optimizer'", "optimizer")
     other = str(value_at(out, "optimizer.type")).lower() not in ADAMS  # does not take all of these
     betas = [fill.setting("adam_beta1"), fill.setting("adam_beta2")]
     named = "trainer.adam_beta1 and adam_beta2"
@@ -172,22 +172,22 @@ def _fill_scheduler(fill: _Fill, total: int | None) -> None:
     """DeepSpeed's scheduler from the trainer; left out, its warm-up would be 1000 steps and its peak rate 0.001."""
     out, drop = fill.out, f"'~{fill.where}.scheduler' so that trainer.lr_scheduler_type is used"
     if "lr_scheduler_type" in fill.chosen:
-        said = f"trainer.lr_scheduler_type would be ignored: {fill.where}.scheduler is given"
-        fill.refuse("scheduler", said, drop, "scheduler")
+        text = f"trainer.lr_scheduler_type would be ignored: {fill.where}.scheduler is given"
+        fill.refuse("scheduler", text, drop, "scheduler")
     table = f"deepspeed.scheduler.{value_at(out, 'scheduler.type')}"
     out["scheduler"]["params"] = fields.cast(table, out["scheduler"].get("params") or {})
     taken = fields.names(table)
     if "warmup_max_lr" in taken:
         fill.copy("scheduler.params.warmup_max_lr")
     if "total_num_steps" in taken and total is None:
-        said = f"{fill.where}.scheduler needs the number of steps, which is not known before the data is read"
-        fill.refuse("scheduler.params.total_num_steps", said, f"trainer.max_steps=N, or {drop}", "scheduler")
+        text = f"{fill.where}.scheduler needs the number of steps, which is not known before the data is read"
+        fill.refuse("scheduler.params.total_num_steps", text, f"trainer.max_steps=N, or {drop}", "scheduler")
     elif "total_num_steps" in taken:
         fill.match("scheduler.params.total_num_steps", total, "trainer.max_steps")
     warmup = fill.setting("warmup_steps")
     if "warmup_num_steps" in taken and 0 < warmup < 1 and total is None:
-        said = f"trainer.warmup_steps={warmup} is a share of a number of steps that is not known"
-        fill.refuse("scheduler.params.warmup_num_steps", said, f"trainer.max_steps=N, or {drop}", "scheduler")
+        text = f"trainer.warmup_steps={warmup} is a share of a number of steps that is not known"
+        fill.refuse("scheduler.params.warmup_num_steps", text, f"trainer.max_steps=N, or {drop}", "scheduler")
     elif "warmup_num_steps" in taken:
         steps = int(warmup) if warmup >= 1 else math.ceil((total or 0) * warmup)
         fill.match("scheduler.params.warmup_num_steps", max(1, steps), "trainer.warmup_steps")

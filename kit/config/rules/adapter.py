@@ -46,9 +46,9 @@ def targets_match_nothing(run: RuleContext) -> Violations:
         dead = [t for t in targets if not any(m == t or m.endswith(f".{t}") for m in run.base.modules)]
     if dead:
         fused = family(run) in architectures.FUSED_EXPERTS
-        why = ": its experts are fused 3-D parameters, LoRA reaches the attention only" if fused else ""
+        reason = ": its experts are fused 3-D parameters, LoRA reaches the attention only" if fused else ""
         yield (
-            f"no module of the base is named {', '.join(map(str, dead))}{why}",
+            f"no module of the base is named {', '.join(map(str, dead))}{reason}",
             "peft.target_modules",
             f"all-linear, or some of {', '.join(layer_matrices(run.base.modules))}",
         )
@@ -83,8 +83,8 @@ def saved_match_nothing(run: RuleContext) -> Violations:
     for name in saved:
         last = str(name).rpartition(".")[2]
         if last not in parts and not re.search(r"norm|ln_|rotary|positions|wpe|act", last):
-            near = difflib.get_close_matches(last, sorted(parts), 2)
-            fix = f"did you mean {' or '.join(near)}?" if near else "peft.modules_to_save=[embed_tokens,lm_head]"
+            close = difflib.get_close_matches(last, sorted(parts), 2)
+            fix = f"did you mean {' or '.join(close)}?" if close else "peft.modules_to_save=[embed_tokens,lm_head]"
             problem = f"no module of the base is named {name}: PEFT would train and save nothing for it, in silence"
             yield problem, "peft.modules_to_save", fix
 

@@ -141,8 +141,8 @@ def attention_name(run: RuleContext) -> Violations:
     name = run.plan["model"]["attn_implementation"]
     plain = str(name or "eager").removeprefix("paged|")
     if plain not in ATTENTIONS and "/" not in plain:  # ORGANISATION/KERNEL is a kernel of the Hub
-        near = difflib.get_close_matches(plain, ATTENTIONS, 2, 0.4)
-        fix = f"did you mean {' or '.join(near)}?" if near else f"one of {', '.join(ATTENTIONS)}"
+        close = difflib.get_close_matches(plain, ATTENTIONS, 2, 0.4)
+        fix = f"did you mean {' or '.join(close)}?" if close else f"one of {', '.join(ATTENTIONS)}"
         yield f"there is no attention implementation {name!r}", "model.attn_implementation", fix
 
 

@@ -169,9 +169,9 @@ def offload_param(run: RuleContext) -> Violations:
 
 
 def stored_quantized(run: RuleContext) -> Violations:
-    held = (run.base.config or {}).get("quantization_config")
-    if run.plan["quantization"] and held:
-        kind = held.get("quant_method", "quantized") if isinstance(held, dict) else "quantized"
+    stored = (run.base.config or {}).get("quantization_config")
+    if run.plan["quantization"] and stored:
+        kind = stored.get("quant_method", "quantized") if isinstance(stored, dict) else "quantized"
         yield (
             f"{run.plan['model']['name_or_path']} is stored quantized already ({kind}, in its config.json)",
             "quantization",

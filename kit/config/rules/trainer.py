@@ -84,11 +84,11 @@ def eval_never(run: RuleContext) -> Violations:
 
 
 def eval_batch(run: RuleContext) -> Violations:
-    train, held = setting(run, "per_device_train_batch_size"), setting(run, "per_device_eval_batch_size")
+    train, evaluated = setting(run, "per_device_train_batch_size"), setting(run, "per_device_eval_batch_size")
     scored = evaluates(run) or holds_out(run)  # what is held out is scored at the end in any case
-    if scored and held > 4 * train and not run.report.chosen("trainer.per_device_eval_batch_size"):
+    if scored and evaluated > 4 * train and not run.report.chosen("trainer.per_device_eval_batch_size"):
         yield (
-            f"evaluation takes {held} rows at once and training {train}: it may run out of memory first",
+            f"evaluation takes {evaluated} rows at once and training {train}: it may run out of memory first",
             "trainer.per_device_eval_batch_size",
             f"trainer.per_device_eval_batch_size={train}",
         )
