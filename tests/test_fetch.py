@@ -41,7 +41,7 @@ A data set.
 PROBE = """
 import contextlib, io, json, sys
 exec(sys.argv[2])
-from kit import cli
+from kit.cli import main as cli
 answers = []
 for argv in json.loads(sys.argv[1]):
     out, err = io.StringIO(), io.StringIO()
@@ -248,7 +248,7 @@ def test_no_network_no_hub_no_room(place):
     [(code, _, err)] = place.kit(["fetch", *STOCK])
     assert code == ENVIRONMENT and "the Hub answered 503" in err
     place.hub.silent = 3
-    [(code, _, err)] = place.kit(["fetch", STOCK[0]], before="from kit import fetch; fetch.TIMEOUT = 1")
+    [(code, _, err)] = place.kit(["fetch", STOCK[0]], before="from kit.hub import fetch; fetch.TIMEOUT = 1")
     assert code == ENVIRONMENT and "cannot be reached: " in err and "timed out" in err, err
 
 

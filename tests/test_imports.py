@@ -26,7 +26,7 @@ VERBS += ["show", "why", "diff", "eject", "import", "launch-node", "compose"]
 # Several command lines in one fresh process; the last line it prints: how each ended, and what had been imported then.
 PROBE = """
 import json, sys
-from kit import cli
+from kit.cli import main as cli
 
 answers = []
 for argv in json.loads(sys.argv[1]):
@@ -188,6 +188,6 @@ def test_a_check_loads_little_beyond_its_floor(tmp_path: Path):
     floor = cli_latency.FLOOR.replace("sys.argv[1]", repr(str(ROOT))).replace("sys.argv[2]", "'quickstart'")
     tail = "\nimport sys; print(len(sys.modules))"
     below = int(python(floor + tail, cwd=tmp_path))
-    check = "from kit import cli; assert cli.run(['check', 'recipe=quickstart']) == 0"
+    check = "from kit.cli import main as cli; assert cli.run(['check', 'recipe=quickstart']) == 0"
     above = int(python(check + tail, cwd=tmp_path))
     assert above <= 1.3 * below, (above, below)

@@ -27,14 +27,14 @@ from kit.system.hardware import Gpu
 
 def refused_beside(run: Path, lock: str, module: str, *more: str) -> None:
     """Started with a plan whose run another process has, a module refuses and leaves the directory as it was."""
-    run_directory.set_status(supervise, "running")
-    pid = supervise / run_directory.LOGS / "rank0.pid"
+    run_directory.set_status(run, "running")
+    pid = run / run_directory.LOGS / "rank0.pid"
     pid.write_text("1")
-    argv = [sys.executable, "-m", module, str(supervise / run_directory.PLAN), *more]
-    with run_directory.locked(supervise, lock):
+    argv = [sys.executable, "-m", module, str(run / run_directory.PLAN), *more]
+    with run_directory.locked(run, lock):
         done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
     assert done.returncode == REFUSED and "in use by process" in done.stderr, done.stderr
-    assert run_directory.status(supervise)["state"] == "running" and pid.read_text() == "1"
+    assert run_directory.status(run)["state"] == "running" and pid.read_text() == "1"
     assert not list(pid.parent.glob("*.error.json"))
 
 
@@ -258,9 +258,9 @@ def test_locks_of_other_file_systems(tmp_path, monkeypatch, capsys):
 
 def test_a_run_that_another_process_has(plan_of):
     """A trial, or a rank that is started by hand, says so; what the other one says of the run stays."""
-    supervise = run_directory.create(plan_of("trainer.use_cpu=true")).run_path
-    refused_beside(supervise, run_directory.LOCK, "kit.sweeps.trial", str(os.getpid()))
-    refused_beside(supervise, run_directory.LOCK + ".rank0", "kit.worker")
+    run = run_directory.create(plan_of("trainer.use_cpu=true")).run_path
+    refused_beside(run, run_directory.LOCK, "kit.sweeps.trial", str(os.getpid()))
+    refused_beside(run, run_directory.LOCK + ".rank0", "kit.worker")
 
 
 def test_looking_at_a_lock_does_not_keep_a_run_from_it(tmp_path):

@@ -224,17 +224,17 @@ LAUNCH_NODE = {  # words and environment of `kit launch-node`: what is said
 @pytest.mark.parametrize("words, env", LAUNCH_NODE)
 def test_launch_node_refuses(words: str, env: str, plan_of, monkeypatch, capsys):
     """Before anything waits for the other nodes."""
-    supervise = frozen(plan_of("launch=torchrun", "launch.num_nodes=2", "launch.num_gpus=1", "trainer.use_cpu=true"))
+    run = frozen(plan_of("launch=torchrun", "launch.num_nodes=2", "launch.num_gpus=1", "trainer.use_cpu=true"))
     if env:
         monkeypatch.setenv(*env.split("="))
-    assert cli.run(["launch-node", str(supervise), *words.split()]) == REFUSED
+    assert cli.run(["launch-node", str(run), *words.split()]) == REFUSED
     said = capsys.readouterr().err
     assert LAUNCH_NODE[words, env] in said and "fix:" in said
 
 
 def test_a_number_for_the_node_of_a_run_that_has_one(plan_of, capsys):
-    supervise = frozen(plan_of("trainer.use_cpu=true"))
-    assert cli.run(["launch-node", str(supervise), "--node-rank", "1"]) == REFUSED
+    run = frozen(plan_of("trainer.use_cpu=true"))
+    assert cli.run(["launch-node", str(run), "--node-rank", "1"]) == REFUSED
     assert "planned for one node" in capsys.readouterr().err
 
 
@@ -243,9 +243,9 @@ def test_a_number_for_the_node_of_a_run_that_has_one(plan_of, capsys):
     [({"format": 2, "news": 1}, "a plan of format 2, this kit reads 1"), ({"launch": None}, "is not a plan: launch")],
 )
 def test_a_plan_that_cannot_be_read(change: dict, said: str, plan_of, capsys):
-    supervise = frozen(plan_of("trainer.use_cpu=true"))
-    (supervise / "plan.json").write_text(json.dumps({**json.loads((supervise / "plan.json").read_text()), **change}))
-    assert cli.run(["launch-node", str(supervise)]) == REFUSED
+    run = frozen(plan_of("trainer.use_cpu=true"))
+    (run / "plan.json").write_text(json.dumps({**json.loads((run / "plan.json").read_text()), **change}))
+    assert cli.run(["launch-node", str(run)]) == REFUSED
     shown = capsys.readouterr().err
     assert said in shown and "where:" in shown and "fix:" in shown
 
@@ -407,9 +407,9 @@ def test_what_an_earlier_start_left_is_not_this_ones_end(tmp_path, monkeypatch):
 @pytest.mark.launch
 def test_a_word_in_the_run_directory_stops_ranks(tmp_path):
     (tmp_path / "logs").mkdir()
-    script = "import sys, time; from pathlib import Path; from kit.training import lifeline, stopping\n"
-    script += "lifeline.watch_stop(Path(sys.argv[1]))\nprint('ready', flush=True)\n"
-    script += "while not stopping.requested(): time.sleep(0.05)\nprint('asked', flush=True)\ntime.sleep(60)"
+    script = "import sys, time; from pathlib import Path; from kit.training import signals, watchdog\n"
+    script += "watchdog.watch_stop(Path(sys.argv[1]))\nprint('ready', flush=True)\n"
+    script += "while not signals.requested(): time.sleep(0.05)\nprint('asked', flush=True)\ntime.sleep(60)"
     argv = [sys.executable, "-c", script, str(tmp_path)]
     ssh.ask_ranks(tmp_path, "now")  # an earlier start's last word
     os.utime(tmp_path / "logs" / ssh.STOP, (0, 0))

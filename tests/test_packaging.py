@@ -161,7 +161,7 @@ def closure(start: list[Requirement]) -> set[str]:
 
 BARE = """
 import json, sys
-from kit import cli
+from kit.cli import main as cli
 
 codes = []
 for argv in json.loads(sys.argv[1]):

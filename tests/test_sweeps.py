@@ -176,8 +176,8 @@ def test_a_directory_runs_one_sweep(sweep, tmp_path: Path, capsys):
     assert sweep("peft.r=2,4") == DONE
     with run_directory.locked(folder_of(tmp_path)):
         code = subprocess.run(
-            [sys.executable, "-c", "import sys; from kit import rundir; from pathlib import Path\n"
-             "try:\n  rundir.locked(Path(sys.argv[1])).__enter__()\nexcept Exception as e:\n  sys.exit(str(e))",
+            [sys.executable, "-c", "import sys; from kit.storage import run_directory; from pathlib import Path\n"
+             "try:\n  run_directory.locked(Path(sys.argv[1])).__enter__()\nexcept Exception as e:\n  sys.exit(str(e))",
              str(folder_of(tmp_path))], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.getcwd()},
             cwd=Path(__file__).parents[1])  # fmt: skip
     assert "in use by process" in code.stderr
@@ -351,7 +351,7 @@ from functools import partial
 from hydra.core.singleton import Singleton
 from hydra._internal.core_plugins import basic_launcher
 from kit.config import multirun
-from kit.launchers import sweep
+from kit.sweeps import grid as sweep
 
 def launch(self, jobs, initial_job_idx):
     parts = (self.hydra_context, self.config, self.task_function, list(jobs[1]), Singleton.get_state())

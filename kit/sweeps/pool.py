@@ -110,7 +110,7 @@ class Pool:
     """
 
     def __init__(self, devices: list[str] | None, slots: int, warm: bool = False) -> None:
-        self.free, self.slots, self.warm = devices, slots, warm_pool
+        self.free, self.slots, self.warm = devices, slots, warm
         self.running: list[Trial] = []
         self.idle: list[Worker] = []
         self.ending = False

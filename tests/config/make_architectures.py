@@ -9,7 +9,7 @@ import json
 import pathlib
 from typing import Any
 
-TARGET = pathlib.Path(__file__).parents[2] / "kit" / "config" / "architectures.json"
+TARGET = pathlib.Path(__file__).parents[2] / "kit" / "inspection" / "architectures.json"
 
 
 def build() -> dict[str, Any]:

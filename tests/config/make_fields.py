@@ -17,7 +17,7 @@ import typing
 from importlib.metadata import version
 from typing import Any
 
-TARGET = pathlib.Path(__file__).parents[2] / "kit" / "config" / "fields.json"
+TARGET = pathlib.Path(__file__).parents[2] / "kit" / "schema" / "fields.json"
 ANY = ["bool", "int", "float", "str", "list", "dict", "none"]
 PLAIN = {bool: "bool", int: "int", float: "float", str: "str", dict: "dict", list: "list", tuple: "list", set: "list"}
 Field = dict[str, Any]

@@ -277,7 +277,7 @@ def test_states_without_a_failure(make, capsys, monkeypatch):
 HOLD = """
 import sys, time
 from pathlib import Path
-from kit import rundir
+from kit.storage import run_directory as rundir
 with rundir.locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

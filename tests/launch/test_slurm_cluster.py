@@ -83,7 +83,8 @@ FEW = ["trainer.max_steps=2", "trainer.eval_strategy=no", "trainer.load_best_mod
 SUBMIT = """
 import json, sys
 from pathlib import Path
-from kit import api, rundir
+from kit import api
+from kit.storage import run_directory as rundir
 from kit.launchers import slurm
 plans = [rundir.create(api.compose(*json.loads(line), here=True)) for line in sys.argv[2:]]
 print(slurm.submit_array(plans, Path(sys.argv[1])))
