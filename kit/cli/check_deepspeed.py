@@ -59,10 +59,14 @@ def examine_file(
     text = read_deepspeed_text(file)
     tree = parse_deepspeed_json(text, file, twice=True)
     setting = read_run_settings(overrides, model, config_dir)
-    out, against = fill_for_run(tree, setting)
-    found = add_mismatches(find_faults(text, file), tree, text, setting, against)
-    answer: dict[str, Any] = {"file": file, "valid": not any(f.severity == REFUSE for f in found), "problems": found}
-    answer["auto"] = describe_autos(tree, text, setting, out, against)
+    out, disagreements = fill_for_run(tree, setting)
+    findings = add_mismatches(find_faults(text, file), tree, text, setting, disagreements)
+    answer: dict[str, Any] = {
+        "file": file,
+        "valid": not any(f.severity == REFUSE for f in findings),
+        "problems": findings,
+    }
+    answer["auto"] = describe_autos(tree, text, setting, out, disagreements)
     answer["notes"] = setting.notes
     if fix is not None:
         mended, changes = apply_fixes(text, find_faults)

@@ -78,9 +78,9 @@ def find_initial_adapter(
     except KitError as error:
         return None, [Problem(p.problem, KEY, p.fix, "init-from-files") for p in error.problems], []
     problems, notes = compare_configs(folder, config, peft, base), []
-    other_base, remark = compare_base(folder, config, model, base)
+    other_base, base_note = compare_base(folder, config, model, base)
     problems += other_base or compare_shapes(folder, shapes or {}, model)
-    notes += [f"the adapter starts from {folder}: its weights, not its optimizer", *([remark] if remark else [])]
+    notes += [f"the adapter starts from {folder}: its weights, not its optimizer", *([base_note] if base_note else [])]
     if shapes is None:
         notes.append(f"{file.name} is a pickle: read weights-only, its tensors are compared when the run starts")
     sha256 = str(manifest.hash_file(file)["sha256"])

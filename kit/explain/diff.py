@@ -36,20 +36,20 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--config-dir", "-cd", help="a folder with groups and recipes of your own")
     parser.add_argument("--json", action="store_true")
     a = parser.parse_args(argv)
-    told = compare_runs(a.a, a.b, config_dir=a.config_dir)
-    print(json.dumps(told, indent=1, ensure_ascii=False) if a.json else format_comparison(told))
+    comparison = compare_runs(a.a, a.b, config_dir=a.config_dir)
+    print(json.dumps(comparison, indent=1, ensure_ascii=False) if a.json else format_comparison(comparison))
     return DONE
 
 
 def compare_runs(a: str, b: str, config_dir: str | None = None) -> dict[str, Any]:
     """The differing keys of two runs, each with both values and its class; KitError where one cannot be read."""
     one, two = read_plans(a, b, config_dir)
-    found = list_differences(one, two)
+    differing = list_differences(one, two)
     return {
         "a": {"name": a, "run": one.name, "hash": one.hash},
         "b": {"name": b, "run": two.name, "hash": two.hash},
         "same_run": one.hash == two.hash,
-        "differences": found,
+        "differences": differing,
     }
 
 
@@ -95,21 +95,21 @@ def read_plan(name: str, config_dir: str | None = None) -> RunPlan:
 
 def list_differences(a: RunPlan, b: RunPlan) -> list[dict[str, Any]]:
     """One entry per key whose effective value differs: what is not said has the library's default."""
-    found = []
+    entries = []
     for section in SECTIONS:
         ours, theirs = section_leaves(a, section), section_leaves(b, section)
         tables = [keys.table_of_section(section, str((p.peft or {}).get("peft_type", "LORA")).upper()) for p in (a, b)]
         for key in dict.fromkeys([*ours, *theirs]):
-            said = (effective_value(ours, key, tables[0]), effective_value(theirs, key, tables[1]))
-            if said[0][0] == said[1][0]:
+            values = (effective_value(ours, key, tables[0]), effective_value(theirs, key, tables[1]))
+            if values[0][0] == values[1][0]:
                 continue
-            known = RUN_CLASSES.get(key) or ("identity" if section == "base" else field_class(key))
-            entry: dict[str, Any] = {"section": section, "key": key, "class": known}
-            for side, (value, is_default) in zip("ab", said, strict=True):
+            key_class = RUN_CLASSES.get(key) or ("identity" if section == "base" else field_class(key))
+            entry: dict[str, Any] = {"section": section, "key": key, "class": key_class}
+            for side, (value, is_default) in zip("ab", values, strict=True):
                 entry[side] = value
                 entry[f"{side}_is_default"] = is_default
-            found.append(entry)
-    return found
+            entries.append(entry)
+    return entries
 
 
 def section_leaves(plan: RunPlan, section: str) -> dict[str, Any]:
@@ -122,31 +122,31 @@ def section_leaves(plan: RunPlan, section: str) -> dict[str, Any]:
     return leaves({section: value}) if value else {}
 
 
-def effective_value(held: dict[str, Any], key: str, table: str | None) -> tuple[Any, bool]:
+def effective_value(values: dict[str, Any], key: str, table: str | None) -> tuple[Any, bool]:
     """The value of a key, and whether it is the library's default because nobody says it."""
-    if key in held:
-        return held[key], False
+    if key in values:
+        return values[key], False
     name = key.partition(".")[2]
-    if table and held and name in fields.tables()[table]:
+    if table and values and name in fields.tables()[table]:
         return fields.default(table, name), True
     return None, False
 
 
-def format_comparison(told: dict[str, Any]) -> str:
-    a, b = told["a"], told["b"]
+def format_comparison(comparison: dict[str, Any]) -> str:
+    a, b = comparison["a"], comparison["b"]
     lines = [f"A  {a['name']}  ({a['run']}-{a['hash']})", f"B  {b['name']}  ({b['run']}-{b['hash']})"]
-    found = told["differences"]
-    if not found:
+    differing = comparison["differences"]
+    if not differing:
         return "\n".join([*lines, "", "nothing differs"])
-    width = min(max(len(d["key"]) for d in found), 60)
+    width = min(max(len(d["key"]) for d in differing), 60)
     for section in SECTIONS:
-        some = [d for d in found if d["section"] == section]
-        if some:
+        of_section = [d for d in differing if d["section"] == section]
+        if of_section:
             title = "deepspeed (as resolved)" if section == "deepspeed" else section
             lines += ["", title]
-        for d in some:
+        for d in of_section:
             lines.append(f"  {d['key']:<{width}}  {'  ->  '.join(format_values(d))}  [{d['class']}]")
-    return "\n".join([*lines, "", describe_verdict(told)])
+    return "\n".join([*lines, "", describe_verdict(comparison)])
 
 
 def format_values(d: dict[str, Any]) -> list[str]:
@@ -159,10 +159,10 @@ def format_values(d: dict[str, Any]) -> list[str]:
     return [f"{t} (default)" if d[f"{s}_is_default"] else t for s, t in zip("ab", texts, strict=True)]
 
 
-def describe_verdict(told: dict[str, Any]) -> str:
+def describe_verdict(comparison: dict[str, Any]) -> str:
     """What the differences amount to."""
-    classes = [d["class"] for d in told["differences"]]
+    classes = [d["class"] for d in comparison["differences"]]
     counts = ", ".join(f"{classes.count(c)} {c}" for c in ("identity", "extendable", "machine") if c in classes)
-    if told["same_run"]:
+    if comparison["same_run"]:
         return f"the same run ({counts}): kit resume could change A into B"
     return f"another run ({counts})"

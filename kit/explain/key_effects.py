@@ -80,9 +80,9 @@ SET_BY_WORKER = {
 }
 
 
-def describe_default(key: str, kind: str) -> str:
+def describe_default(key: str, peft_type: str) -> str:
     section = key.partition(".")[0]
-    table = keys.table_of_section(section, kind)
+    table = keys.table_of_section(section, peft_type)
     if table is None or key in keys.KIT_KEYS:
         return "the kit's default"
     return f"{LIBRARY_NAMES.get(table, f'PEFT, {table}')}: its default"
@@ -104,7 +104,9 @@ def describe_resolution(key: str, written: Any, resolved: Any, literal: str | No
     return RESOLUTIONS.get(key, "")
 
 
-def describe_library_effect(key: str, value: Any, plan: RunPlan | None, kind: str, tree: dict[str, Any]) -> list[str]:
+def describe_library_effect(
+    key: str, value: Any, plan: RunPlan | None, peft_type: str, tree: dict[str, Any]
+) -> list[str]:
     """What the libraries are handed, one line each."""
     section, _, name = key.partition(".")
     if value == "???":
@@ -112,7 +114,7 @@ def describe_library_effect(key: str, value: Any, plan: RunPlan | None, kind: st
     if plan and name and section in ("peft", "quantization", "fsdp") and not getattr(plan, section):
         return [f"nothing: {section}=none"]
     lines = []
-    target = {"trainer": "SFTConfig", "quantization": "BitsAndBytesConfig", "peft": f"PEFT's {kind} config"}.get(
+    target = {"trainer": "SFTConfig", "quantization": "BitsAndBytesConfig", "peft": f"PEFT's {peft_type} config"}.get(
         section
     )
     if key in EFFECTS:
@@ -125,8 +127,8 @@ def describe_library_effect(key: str, value: Any, plan: RunPlan | None, kind: st
         lines.append(f"trainer.{name}={shorten(value)}, where trainer.{name} is not given")
     elif section == "fsdp" and name:
         lines.append(f"SFTConfig(fsdp_config={{{name}: {shorten(value)}}})")
-    elif held := next((k for k in (key.rpartition(".")[0], section) if k in EFFECTS), None):
-        lines.append(EFFECTS[held].format(shorten(value), name=name))
+    elif parent := next((k for k in (key.rpartition(".")[0], section) if k in EFFECTS), None):
+        lines.append(EFFECTS[parent].format(shorten(value), name=name))
     return lines + describe_deepspeed_effect(key, plan, tree)
 
 
@@ -136,26 +138,26 @@ def describe_deepspeed_effect(key: str, plan: RunPlan | None, tree: dict[str, An
     if section == "deepspeed" and name not in ("", "file"):
         if plan is None:
             return ["ds_config.json is not known: the run is refused"]
-        held = value_at(plan.deepspeed or {}, name, ABSENT)
-        if held is ABSENT:
+        value = value_at(plan.deepspeed or {}, name, ABSENT)
+        if value is ABSENT:
             return [
                 "ds_config.json has no such key: DeepSpeed's default" if plan.deepspeed else "nothing: deepspeed=none"
             ]
         row = FILLED_KEYS.get(name)
         twins = [s for s in row.sources if s.startswith("trainer.")] if row else []
         text = f", as {' and '.join(twins)} to SFTConfig" if twins else ""
-        return [f"ds_config.json: {name} = {shorten(held)}{text}"]
-    found = []
+        return [f"ds_config.json: {name} = {shorten(value)}{text}"]
+    lines = []
     for k, row in FILLED_KEYS.items():
-        held = value_at(plan.deepspeed, k, ABSENT) if plan else ABSENT
+        value = value_at(plan.deepspeed, k, ABSENT) if plan else ABSENT
         # A literal size in the JSON stays; the other keys are checked to agree.
         follows = row.filled_by != "hidden_size" or value_at(tree, f"deepspeed.{k}", ABSENT) in ("auto", ABSENT)
-        if key in row.sources and follows and held is not ABSENT:
-            found.append(f"ds_config.json: {k} = {shorten(held)}")
-    return found
+        if key in row.sources and follows and value is not ABSENT:
+            lines.append(f"ds_config.json: {k} = {shorten(value)}")
+    return lines
 
 
-def describe_field(key: str, entry: dict[str, Any], kind: str) -> str:
+def describe_field(key: str, entry: dict[str, Any], peft_type: str) -> str:
     """Kind, range, choices and default of the library's field."""
     owner = OWNED.get(key.removeprefix("trainer.")) if key.startswith("trainer.") else None
     if not entry.get("kinds"):
@@ -166,7 +168,7 @@ def describe_field(key: str, entry: dict[str, Any], kind: str) -> str:
     parts = [" or ".join(words), *bounds]
     if choices:
         parts.append("one of " + ", ".join(choices[:12]) + (f" and {len(choices) - 12} more" if choices[12:] else ""))
-    table = keys.table_of_section(key.partition(".")[0], kind) or ""
+    table = keys.table_of_section(key.partition(".")[0], peft_type) or ""
     parts.append(f"default {shorten(entry.get('default'))} ({LIBRARY_NAMES.get(table, f'PEFT, {table}')})")
     return "; ".join([*parts, *([owner] if owner else [])])
 
