@@ -12,10 +12,10 @@ from dataclasses import replace
 from typing import Any
 
 from kit.config.compose import Composed, compose
-from kit.config.deepspeed import resolve as zero
 from kit.config.plan import build_plan
 from kit.errors import KitError
 from kit.schema import fields
+from kit.schema.dotted import set_value, value_at
 from kit.schema.run_plan import Dataset, Launch, Model, RunPlan, Tokenizer
 
 OWN = {"model": Model, "dataset": Dataset, "tokenizer": Tokenizer, "launch": Launch}
@@ -66,7 +66,7 @@ def valid_runs(base: Any, data: Any) -> list[Composed]:
 
 def mutation(rng: random.Random, tree: dict[str, Any]) -> tuple[str, Any]:
     """A dotted key and its new value: a misspelt name, another kind, a number out of range, or something sensible."""
-    sections = [s for s in LIBRARY if zero.at(tree, s)] + list(OWN)
+    sections = [s for s in LIBRARY if value_at(tree, s)] + list(OWN)
     section = rng.choice(sections)
     known = fields.names(LIBRARY[section]) if section in LIBRARY else list(OWN[section].model_fields)
     key = rng.choice(known)
@@ -89,7 +89,7 @@ def mutation(rng: random.Random, tree: dict[str, Any]) -> tuple[str, Any]:
 
 def changed(composed: Composed, key: str, value: Any) -> Composed:
     tree = copy.deepcopy(composed.tree)
-    zero.put(tree, key, value)
+    set_value(tree, key, value)
     return replace(composed, tree=tree, provenance={**composed.provenance, key: f"command line: {key}={value}"})
 
 
@@ -134,7 +134,7 @@ def handed_over(plan: RunPlan, key: str) -> Any:
     if section == "quantization":
         return getattr(bnb_config(plan.quantization or {}), last)
     if section == "deepspeed":
-        return zero.at(arguments["deepspeed"], last)
+        return value_at(arguments["deepspeed"], last)
     if key in ("model.dtype", "model.attn_implementation"):
         return loading.get(last)
     return getattr(getattr(plan, section), last)

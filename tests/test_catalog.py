@@ -28,12 +28,12 @@ def test_list_names_recipes_and_beside_them_the_groups(capsys):
     assert all(group in shown.err for group in ("model", "dataset", "deepspeed", "peft"))
 
 
-@pytest.mark.parametrize("group", catalog.groups())
+@pytest.mark.parametrize("group", catalog.list_groups())
 def test_list_names_every_choice_with_its_first_line(group, capsys):
     lines = out(capsys, "list", group).splitlines()
-    for file in catalog.choices(group):
+    for file in catalog.choice_files(group):
         [line] = [line for line in lines if line.split()[0:1] == [file.stem]]
-        first = catalog.first_line(file)
+        first = catalog.first_comment(file)
         assert line == f"{line.split()[0]}{' ' * (line.index(first) - len(file.stem))}{first}" if first else file.stem
 
 
@@ -61,7 +61,7 @@ def test_show_of_a_recipe_says_what_it_composes_to_and_stays_yaml(capsys):
 
 
 def test_a_recipe_goes_before_a_choice_of_the_same_name(capsys):
-    recipe, preset = (catalog.find(n)[0] for n in ("quickstart_base", "model/quickstart_base"))
+    recipe, preset = (catalog.find_choice(n)[0] for n in ("quickstart_base", "model/quickstart_base"))
     assert (recipe, preset) == ("recipe", "model")
     assert out(capsys, "show", "recipe/quickstart_base") == out(capsys, "show", "quickstart_base")
 
@@ -71,7 +71,9 @@ def test_show_of_a_recipe_that_cannot_be_composed_says_why(tmp_path, monkeypatch
     monkeypatch.setattr(
         "kit.api.compose", lambda *args: (_ for _ in ()).throw(catalog.KitError("dataset.path is not given"))
     )
-    assert catalog.summary("quickstart") == ["nothing yet: dataset.path is not given (kit check recipe=quickstart)"]
+    assert catalog.summarize_recipe("quickstart") == [
+        "nothing yet: dataset.path is not given (kit check recipe=quickstart)"
+    ]
 
 
 UNKNOWN = [

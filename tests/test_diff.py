@@ -41,7 +41,7 @@ CASES = [
 
 
 def found(a: str, b: str) -> dict[str, tuple]:
-    return {d["key"]: (d["a"], d["b"], d["class"]) for d in diff.compare(a, b)["differences"]}
+    return {d["key"]: (d["a"], d["b"], d["class"]) for d in diff.compare_runs(a, b)["differences"]}
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[0]} {c[1]}"[:80])
@@ -76,7 +76,7 @@ def test_text_and_json(capsys):
 
 def test_long_values_are_shown_from_where_they_part():
     same = "the same words again and again " * 8
-    texts = diff.pair({"a": f"{same}here", "b": f"{same}there", "a_is_default": False, "b_is_default": False})
+    texts = diff.format_values({"a": f"{same}here", "b": f"{same}there", "a_is_default": False, "b_is_default": False})
     assert texts[0].endswith("here") and texts[0] != texts[1]
 
 

@@ -86,9 +86,8 @@ def test_the_wheel_holds_the_package_and_its_configuration(built):
     expected = {f"kit/{f.relative_to(ROOT / 'kit')}" for f in (ROOT / "kit").rglob("*.py")} | {
         "kit/schema/fields.json",
         "kit/inspection/architectures.json",
-        "kit/config/rules/stories.yaml",
+        "kit/config/rules/explanations.yaml",
         "kit/doctor/tested.json",
-        "kit/config/rules/RULES.md",
     }
     expected |= {f"kit/ds_configs/{f.name}" for f in (ROOT / "ds_configs").glob("*.json")}
     expected |= {f"kit/hydra_conf/recipe/{f.relative_to(ROOT / 'recipes')}" for f in (ROOT / "recipes").rglob("*.*")}

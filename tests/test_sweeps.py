@@ -511,7 +511,7 @@ def test_the_grammar_of_a_search(text: str, want: dict):
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     [override] = OverridesParser.create().parse_overrides([f"a.b={text}"])
-    assert search_space.dimension(override) == search_space.Dimension(**want)
+    assert search_space.to_dimension(override) == search_space.Dimension(**want)
 
 
 # ---- names and files ----

@@ -11,9 +11,10 @@ import pytest
 from kit import api
 from kit.cli import verbs as cli
 from kit.config import keys
+from kit.config.deepspeed.filled_keys import FILLED_KEYS
 from kit.errors import DONE, REFUSED, KitError
 from kit.explain import why
-from kit.explain.key_effects import FILLED, RESOLVED, USED
+from kit.explain.key_effects import EFFECTS, RESOLUTIONS
 from kit.schema import fields
 from kit.storage import run_directory
 
@@ -55,7 +56,8 @@ TOLD = [
     (["recipe=quickstart", "global_batch_size=64"], "trainer.gradient_accumulation_steps", 4,
      "global_batch_size / (per_device_train_batch_size x processes)", [SFT, 1],
      "SFTConfig(gradient_accumulation_steps=4)"),
-    (["recipe=llama3_1_8b_lora"], "trainer.bf16", True, RESOLVED["trainer.bf16"], [SFT, None], "SFTConfig(bf16=true)"),
+    (["recipe=llama3_1_8b_lora"], "trainer.bf16", True, RESOLUTIONS["trainer.bf16"], [SFT, None],
+     "SFTConfig(bf16=true)"),
     (["recipe=llama3_1_8b_lora"], "tokenizer.pad_token", "<|finetune_right_pad_id|>",
      "tokenizer/default.yaml:4, which takes model.pad_token from model/llama3_1_8b_instruct.yaml:3", [None],
      "tokenizer.pad_token = <|finetune_right_pad_id|>"),
@@ -77,7 +79,7 @@ TOLD = [
 @pytest.mark.parametrize("case", TOLD, ids=lambda c: f"{c[1]} of {' '.join(c[0])}")
 def test_value_origin_chain_and_effect(case):
     overrides, key, value, set_by, over, becomes = case
-    told = why.explain(key, *overrides)
+    told = why.explain_key(key, *overrides)
     assert told["key"] == key and told["value"] == value and not told["refused"]
     files = (".yaml", ".json")
     assert told["set"] == (place(key, set_by) if set_by.endswith(files) else set_by)
@@ -111,7 +113,7 @@ MEANT = {
 
 @pytest.mark.parametrize(("typed", "key"), MEANT.items(), ids=MEANT)
 def test_a_bare_name_and_a_deepspeed_key_are_understood(typed, key):
-    assert why.explain(typed, DOCTOR)["key"] == key
+    assert why.explain_key(typed, DOCTOR)["key"] == key
 
 
 WRONG = {
@@ -136,7 +138,7 @@ def test_an_unknown_key_is_refused_with_the_likeliest(typed, hint, capsys):
 
 def test_a_key_that_only_the_overrides_have_is_still_unknown():
     with pytest.raises(KitError, match="did you mean trainer.learning_rate"):
-        why.explain("trainer.lerning_rate", "recipe=quickstart", "trainer.lerning_rate=1")
+        why.explain_key("trainer.lerning_rate", "recipe=quickstart", "trainer.lerning_rate=1")
 
 
 def test_a_refused_run_still_answers_and_says_so(capsys):
@@ -145,7 +147,7 @@ def test_a_refused_run_still_answers_and_says_so(capsys):
     said = capsys.readouterr().out
     assert said.startswith("trainer.max_grad_norm = 0.3")
     assert "this run has" in said and "gradient_clipping is 2.0" in said
-    told = why.explain("model.name_or_path")  # nothing is given at all
+    told = why.explain_key("model.name_or_path")  # nothing is given at all
     assert told["value"] == "???" and told["becomes"] == []
     assert [p["problem"] for p in told["refused"]][0] == "model.name_or_path is not given"
 
@@ -170,10 +172,10 @@ def test_a_json_of_ones_own_is_in_the_chain(tmp_path: Path):
         '{"zero_optimization": {"stage": 2,\n "reduce_bucket_size": "auto"},\n "gradient_clipping": 0.3}\n'
     )
     args = (DOCTOR, f"deepspeed={mine}")
-    told = why.explain("reduce_bucket_size", *args)
+    told = why.explain_key("reduce_bucket_size", *args)
     assert told["value"] == 4096 * 4096 and told["set"] == "filled from model.config.hidden_size"
     assert told["over"][0] == {"where": f"{mine}:2", "value": '"auto"'}
-    told = why.explain("gradient_clipping", *args)
+    told = why.explain_key("gradient_clipping", *args)
     assert (told["value"], told["set"]) == (0.3, f"{mine}:3")
 
 
@@ -181,12 +183,12 @@ def test_a_run_directory(base: Path, chat: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     args = [f"model.name_or_path={base}", f"dataset.path={chat}", "trainer.use_cpu=true", "peft.r=4", "name=made"]
     run = run_directory.create(api.compose(*args)).run_path
-    told = why.explain("r", run.name)  # a run may be named without runs/
+    told = why.explain_key("r", run.name)  # a run may be named without runs/
     assert (told["value"], told["set"], told["run"]) == (4, "command line: peft.r=4", str(run))
     assert told["over"] == [
         {"where": "PEFT, LORA: its default", "value": 8}
     ]  # what a plan does not keep is not made up
-    assert why.explain("model.dtype", str(run))["set"] == RESOLVED["model.dtype"]
+    assert why.explain_key("model.dtype", str(run))["set"] == RESOLUTIONS["model.dtype"]
     for wrong, said in (
         ([run.name, "peft.r=8"], "is a run"),
         (["quickstart"], "recipe=quickstart"),
@@ -209,8 +211,9 @@ def test_rules_that_read_a_key_are_named():
 
 def test_the_words_stand_for_keys_that_exist():
     """A key that is renamed upstream or here must not stay in the tables of sentences."""
-    known = keys.known()
-    for key in [*RESOLVED, *USED, *(f"deepspeed.{k}" for k in FILLED), *sum(FILLED.values(), [])]:
+    known = keys.all_keys()
+    filled = [*(f"deepspeed.{k}" for k in FILLED_KEYS), *(s for row in FILLED_KEYS.values() for s in row.sources)]
+    for key in [*RESOLUTIONS, *EFFECTS, *filled]:
         schedulers = [t for t in fields.tables() if t.startswith("deepspeed.scheduler.")]
         in_scheduler = any(key.rpartition(".")[2] in fields.tables()[t] for t in schedulers)
         assert key in known or key in keys.SECTIONS or in_scheduler or key == "model.config.hidden_size", key

@@ -8,15 +8,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from kit.config.deepspeed import check as zero_check
-from kit.config.deepspeed import fixes as deepspeed_mend
-from kit.config.deepspeed.against_run import autos, compare, look, with_run
-from kit.config.deepspeed.findings import REFUSE, Finding, examine, problem_of
+from kit.config.deepspeed.against_run import add_mismatches, describe_autos, fill_for_run, read_run_settings
+from kit.config.deepspeed.check import parse_deepspeed_json, read_deepspeed_text
+from kit.config.deepspeed.findings import REFUSE, Finding, find_faults, to_problem
+from kit.config.deepspeed.fixes import apply_fixes
 from kit.errors import DONE, REFUSED, KitError
 from kit.storage.json_files import atomic_write_text
 from kit.system.terminal import print_problems
-
-Dict = dict[str, Any]
 
 
 def main(argv: list[str]) -> int:
@@ -38,44 +36,48 @@ def main(argv: list[str]) -> int:
     if a.fix and "=" in a.fix and not a.fix.endswith(".json"):
         a.overrides, a.fix = [*a.overrides, a.fix], ""  # `--fix recipe=...`
     try:
-        answer = answer_for(a.deepspeed, a.overrides, a.model, a.config_dir, a.fix, a.overwrite)
+        answer = examine_file(a.deepspeed, a.overrides, a.model, a.config_dir, a.fix, a.overwrite)
     except KitError as error:
         if not a.json:
             raise
         print(json.dumps({"valid": False, "problems": error.to_json()}, indent=1))
         return error.code
     if a.json:
-        shown = {k: [row(f) for f in v] if k in ("problems", "remaining") else v for k, v in answer.items()}
+        shown = {k: [finding_row(f) for f in v] if k in ("problems", "remaining") else v for k, v in answer.items()}
         print(json.dumps(shown, indent=1, ensure_ascii=False))
     else:
-        say(answer, a.fix is not None)
+        print_answer(answer, a.fix is not None)
     left = answer["remaining"] if a.fix is not None else answer["problems"]
     return REFUSED if any(f.severity == REFUSE for f in left) else DONE
 
 
-def answer_for(
+def examine_file(
     file: str, overrides: list[str], model: str | None, config_dir: str | None, fix: str | None, overwrite: bool
-) -> Dict:
+) -> dict[str, Any]:
     """Findings, autos and, where `fix` is not None, the changes; the mended file is written."""
-    text = zero_check.read(file)
-    tree = zero_check.parse(text, file, twice=True)
-    setting = look(overrides, model, config_dir)
-    out, against = compare(tree, setting)
-    found = with_run(examine(text, file), tree, text, setting, against)
-    answer: Dict = {"file": file, "valid": not any(f.severity == REFUSE for f in found), "problems": found}
-    answer["auto"] = autos(tree, text, setting, out, against)
+    text = read_deepspeed_text(file)
+    tree = parse_deepspeed_json(text, file, twice=True)
+    setting = read_run_settings(overrides, model, config_dir)
+    out, disagreements = fill_for_run(tree, setting)
+    findings = add_mismatches(find_faults(text, file), tree, text, setting, disagreements)
+    answer: dict[str, Any] = {
+        "file": file,
+        "valid": not any(f.severity == REFUSE for f in findings),
+        "problems": findings,
+    }
+    answer["auto"] = describe_autos(tree, text, setting, out, disagreements)
     answer["notes"] = setting.notes
     if fix is not None:
-        mended, changes = deepspeed_mend.mend(text, examine)
-        tree = zero_check.parse(mended, file, twice=True)
-        left = with_run(examine(mended, file), tree, mended, setting, compare(tree, setting)[1])
+        mended, changes = apply_fixes(text, find_faults)
+        tree = parse_deepspeed_json(mended, file, twice=True)
+        left = add_mismatches(find_faults(mended, file), tree, mended, setting, fill_for_run(tree, setting)[1])
         answer |= {"changes": [vars(c) for c in changes], "remaining": left, "written": None}
         if changes:
-            answer["written"] = write(fix or str(Path(file).with_suffix(".fixed.json")), mended, overwrite)
+            answer["written"] = write_mended(fix or str(Path(file).with_suffix(".fixed.json")), mended, overwrite)
     return answer
 
 
-def write(out: str, text: str, overwrite: bool) -> str:
+def write_mended(out: str, text: str, overwrite: bool) -> str:
     """The mended file, whole or not at all; KitError where a file of that name is there."""
     path = Path(out).expanduser()
     if path.exists() and not overwrite:
@@ -84,14 +86,14 @@ def write(out: str, text: str, overwrite: bool) -> str:
     return out
 
 
-def row(finding: Finding) -> Dict:
+def finding_row(finding: Finding) -> dict[str, Any]:
     return {
         "rule": finding.rule, "severity": finding.severity, "key": finding.key, "line": finding.line,
         "problem": finding.problem, "fix": finding.fix, "mendable": bool(finding.edits),
     }  # fmt: skip
 
 
-def say(answer: Dict, fixing: bool) -> None:
+def print_answer(answer: dict[str, Any], fixing: bool) -> None:
     """The answer in words: autos and changes on standard output, problems on standard error."""
     file = answer["file"]
     for r in answer["auto"]:
@@ -109,7 +111,7 @@ def say(answer: Dict, fixing: bool) -> None:
         if findings:
             print(f"left       {len(findings)}: what follows has no single answer")
     sys.stdout.flush()
-    print_problems([problem_of(f, file) for f in findings], refused=any(f.severity == REFUSE for f in findings))
+    print_problems([to_problem(f, file) for f in findings], refused=any(f.severity == REFUSE for f in findings))
     if not findings and not fixing:
         print("valid")
     mendable = sum(bool(f.edits) for f in findings)

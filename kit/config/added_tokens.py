@@ -16,7 +16,7 @@ from kit.inspection.model import Base
 from kit.schema import fields
 
 # transformers' configs that tie where config.json does not say (a value that is the class's default is not written).
-TIED = ("gpt2", "opt", "gemma", "gemma2", "gemma3_text")
+TIED_BY_DEFAULT = ("gpt2", "opt", "gemma", "gemma2", "gemma3_text")
 
 
 def vocabulary_rows(base: Base) -> int | None:
@@ -31,12 +31,12 @@ def is_tied(base: Base) -> bool | None:
     for part in (base.config or {}, base.text):
         if isinstance(part.get("tie_word_embeddings"), bool):
             return bool(part["tie_word_embeddings"])
-    if kind in TIED or kind in LINEARS:
-        return kind in TIED
+    if kind in TIED_BY_DEFAULT or kind in LINEARS:
+        return kind in TIED_BY_DEFAULT
     return None
 
 
-def find_ends(base: Base) -> tuple[str, str] | None:
+def find_embedding_names(base: Base) -> tuple[str, str] | None:
     """The leaf names of the input and output embedding; None where they cannot be known."""
     kind = base.text.get("model_type", "")
     if kind in LINEARS:
@@ -70,7 +70,7 @@ def train_embeddings(
     if peft.get("trainable_token_indices"):
         problem = "added tokens are trained with the whole embeddings; trainable_token_indices names rows of the same"
         return peft, [Problem(problem, "peft.trainable_token_indices", "leave it out", "added-tokens")], []
-    ends, tied = find_ends(base), is_tied(base)
+    ends, tied = find_embedding_names(base), is_tied(base)
     saved = list(peft.get("modules_to_save") or [])
     if ends is None or tied is None:
         if saved:  # the person has named them; the ranks verify that they are the embeddings

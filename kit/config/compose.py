@@ -23,17 +23,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from kit.config.deepspeed import resolve as zero
+from kit.config.deepspeed.check import load_deepspeed_file
+from kit.config.provenance import GROUPS, RUN_FILE, Layer, read_deepspeed_file_layer, read_layers
 from kit.errors import KitError, Problem
 from kit.system import paths
-
-GROUPS = (
-    "model tokenizer dataset peft quantization deepspeed fsdp trainer launch tracking hparams_search recipe"
-).split()
-RUN_FILE = "file-"  # what a user's run.yaml is called among the recipes
-Layer = dict[
-    str, tuple[str, str]
-]  # dotted key: where one file (or the command line) sets it, and what is written there
 
 
 @dataclass
@@ -49,8 +42,8 @@ class Composed:
 
 def compose(args: list[str], config_dir: str | None = None) -> Composed:
     """Compose `[run.yaml] key=value ...` without running anything; KitError for what Hydra itself refuses."""
-    register()
-    overrides, run_file = read_args(args)
+    register_with_hydra()
+    overrides, run_file = parse_overrides(args)
     return compose_overrides(overrides, run_file, [Path(config_dir)] if config_dir else [], args)
 
 
@@ -62,30 +55,30 @@ def compose_overrides(overrides: list[str], run_file: Path | None, folders: list
     try:
         with initialize_config_dir(config_dir=str(paths.CONF), version_base="1.3", job_name="kit"):
             cfg = hydra_compose("train", overrides=[*searchpath, *overrides], return_hydra_config=True)
-        return read_cfg(cfg, cfg.hydra, overrides, run_file)
+        return to_composed(cfg, cfg.hydra, overrides, run_file)
     except (HydraException, OmegaConfBaseException, OSError, yaml.YAMLError) as error:
-        raise refusal(error, args) from None
+        raise hydra_refusal(error, args) from None
     except (TypeError, ValueError, RecursionError) as error:  # Hydra's own code on what it did not expect
-        raise misread(error, args) from None
+        raise hydra_type_error(error, args) from None
     finally:
         GlobalHydra.instance().clear()
 
 
-def no_task(composed: Composed) -> None:
+def ignore_composed(composed: Composed) -> None:
     """For the flags with which Hydra only prints: help and shell completion."""
 
 
-def run_hydra(args: list[str], task: Callable[[Composed], None] = no_task) -> int:
+def run_hydra(args: list[str], task: Callable[[Composed], None] = ignore_composed) -> int:
     """Hand the command line to Hydra's own main, for its flags (`-m`, `--cfg`, `--info`, ...); `task` runs per job."""
-    register()
-    overrides, run_file = read_args([a for a in args if not a.startswith("-")], flags=args)
-    flags = [a for a in args if a.startswith("-") or a in flag_values(args)]
+    register_with_hydra()
+    overrides, run_file = parse_overrides([a for a in args if not a.startswith("-")], flags=args)
+    flags = [a for a in args if a.startswith("-") or a in values_of_flags(args)]
 
     def job(cfg: DictConfig) -> None:
         from hydra.core.hydra_config import HydraConfig
 
         hydra = HydraConfig.get()
-        task(read_cfg(cfg, hydra, [str(o) for o in hydra.overrides.task], run_file))
+        task(to_composed(cfg, hydra, [str(o) for o in hydra.overrides.task], run_file))
 
     argv, sys.argv = sys.argv, ["kit train", *flags, *overrides]
     try:
@@ -108,23 +101,23 @@ def apply(tree: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
             if override.is_delete() or override.is_sweep_override():
                 raise KitError(f"{override.input_line} cannot be used here", fix="give key=value", rule="override")
             OmegaConf.update(cfg, override.key_or_group, override.value(), force_add=True)
-        return plain(cfg)
+        return to_plain_tree(cfg)
     except (HydraException, OmegaConfBaseException) as error:
-        raise refusal(error, overrides) from None
+        raise hydra_refusal(error, overrides) from None
     except (TypeError, ValueError, RecursionError) as error:
-        raise misread(error, overrides) from None
+        raise hydra_type_error(error, overrides) from None
 
 
-def register() -> None:
+def register_with_hydra() -> None:
     """Make ds_configs/*.json the group `deepspeed`, and `${kit.dir:...}` known."""
     OmegaConf.register_new_resolver("kit.dir", paths.kit_dir, replace=True)
     logging.getLogger("hydra").setLevel(logging.ERROR)
     store = ConfigStore.instance()
     for file in sorted(paths.DS_CONFIGS.glob("*.json")):
-        store.store(group="deepspeed", name=file.stem, node=OmegaConf.create(zero.load(file)))
+        store.store(group="deepspeed", name=file.stem, node=OmegaConf.create(load_deepspeed_file(file)))
 
 
-def read_args(args: list[str], flags: list[str] | None = None) -> tuple[list[str], Path | None]:
+def parse_overrides(args: list[str], flags: list[str] | None = None) -> tuple[list[str], Path | None]:
     """Overrides in Hydra's grammar from what people type, and the run.yaml if one was named.
 
     The composed tree is in struct mode, so `trainer.eval_steps=5` would need a `+`. Every value override becomes `++`:
@@ -132,7 +125,7 @@ def read_args(args: list[str], flags: list[str] | None = None) -> tuple[list[str
     """
     overrides: list[str] = []
     run_file: Path | None = None
-    taken = flag_values(flags or [])
+    taken = values_of_flags(flags or [])
     for arg in args:
         if arg in taken:
             continue
@@ -182,25 +175,25 @@ def store_run_file(path: Path, given: set[str]) -> list[str]:
     except RecursionError:
         raise KitError(f"{path} is nested too deeply", str(path), "write it flat", rule="run-file") from None
     except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
-        said = f"{path} is not YAML: {' '.join(str(error).split())}"
-        raise KitError(said, str(path), "mend the line", rule="run-file") from None
+        text = f"{path} is not YAML: {' '.join(str(error).split())}"
+        raise KitError(text, str(path), "mend the line", rule="run-file") from None
     if not isinstance(tree, DictConfig):
         raise KitError(f"{path} must hold key: value lines", str(path), "trainer:\n  max_steps: 10", rule="run-file")
     content: dict[str, Any] = OmegaConf.to_container(tree)  # type: ignore[assignment]
-    chosen: list[str] = []
+    choices: list[str] = []
     for group in GROUPS:
         if isinstance(choice := content.get(group), str):
             del content[group]
             if group == "recipe":
                 content["defaults"] = [choice, *content.get("defaults", ["_self_"])]
             elif group not in given:
-                chosen += read_args([f"{group}={choice}"])[0]
+                choices += parse_overrides([f"{group}={choice}"])[0]
     name = RUN_FILE + re.sub(r"[^A-Za-z0-9_-]", "_", path.stem)  # never the name of a shipped recipe
     ConfigStore.instance().store(group="recipe", name=name, node=OmegaConf.create(content), package="_global_")
-    return [*chosen, f"recipe={name}"]
+    return [*choices, f"recipe={name}"]
 
 
-def flag_values(args: list[str]) -> set[str]:
+def values_of_flags(args: list[str]) -> set[str]:
     """The words behind Hydra's flags that take one: `--config-dir DIR`, `--cfg job`, ..."""
     takes = {"--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp"}
     return {b for a, b in zip(args, args[1:], strict=False) if a in takes} | {
@@ -208,7 +201,7 @@ def flag_values(args: list[str]) -> set[str]:
     }
 
 
-def read_cfg(cfg: DictConfig, hydra: Any, overrides: list[str], run_file: Path | None) -> Composed:
+def to_composed(cfg: DictConfig, hydra: Any, overrides: list[str], run_file: Path | None) -> Composed:
     """The plain tree of a composed config, with the origin of every key."""
     runtime = hydra.runtime
     choices = {str(k): v for k, v in runtime.choices.items() if not str(k).startswith("hydra/")}
@@ -217,10 +210,11 @@ def read_cfg(cfg: DictConfig, hydra: Any, overrides: list[str], run_file: Path |
         OmegaConf.set_struct(cfg, False)
     OmegaConf.set_readonly(cfg, False)
     cfg.pop("hydra", None)  # a copy without it would cost as much as all other work here
-    tree = plain(cfg)
+    tree = to_plain_tree(cfg)
     recipe = run_file.stem if run_file is not None else choices.get("recipe")
-    below = layers_of(choices, sources, run_file)
-    own = lines_of_own(tree.get("deepspeed"))  # lowest: what a recipe or the command line says goes on top
+    below = read_layers(choices, sources, run_file)
+    # The file is lowest: what a recipe or the command line says goes on top.
+    own = read_deepspeed_file_layer(tree.get("deepspeed"))
     provenance = {key: place for layer in [own, *below] for key, (place, _) in layer.items()}
     typed: Layer = {}
     for override in overrides:
@@ -231,78 +225,21 @@ def read_cfg(cfg: DictConfig, hydra: Any, overrides: list[str], run_file: Path |
     return Composed(tree, overrides, provenance, None if recipe in (None, "null") else recipe, [*below, typed])
 
 
-def plain(cfg: DictConfig) -> dict[str, Any]:
+def to_plain_tree(cfg: DictConfig) -> dict[str, Any]:
     """Interpolations resolved, only JSON types left (T79); what is missing stays "???" for the schema to name."""
     tree = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
     return json.loads(json.dumps(tree))
 
 
-def layers_of(choices: dict[str, Any], sources: list[Path], run_file: Path | None) -> list[Layer]:
-    """What the primary config, each chosen group file, and the recipe set, in this order."""
-
-    def find(group: str, name: str) -> Path | None:
-        if group == "recipe" and run_file is not None and name.startswith(RUN_FILE):
-            return run_file
-        if group == "deepspeed" and (file := paths.DS_CONFIGS / f"{name}.json").is_file():
-            return file
-        return next((f for s in sources if (f := s / group / f"{name}.yaml").is_file()), None)
-
-    found = [lines_of(paths.CONF / "train.yaml", "")]
-    for group in [g for g in GROUPS if g != "recipe"]:
-        if (name := choices.get(group)) and (file := find(group, str(name))):
-            found.append(lines_of(file, group))
-    pending, seen = [str(choices["recipe"])] if choices.get("recipe") else [], []
-    while pending:  # a recipe may stand on another one; the outer one wins, so it is read last
-        name = pending.pop()
-        if (file := find("recipe", name)) is None or file in seen:
-            continue
-        seen.append(file)
-        pending += [d for d in (yaml_of(file).get("defaults") or []) if isinstance(d, str) and d != "_self_"]
-    return found + [lines_of(file, "") for file in reversed(seen)]
-
-
-def yaml_of(file: Path) -> dict[str, Any]:
-    content = yaml.load(file.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    return content if isinstance(content, dict) else {}
-
-
-def lines_of(file: Path, prefix: str) -> Layer:
-    """Dotted key to (`folder/file:line`, value as written) for every leaf of a YAML or JSON file."""
-    text = file.read_text(encoding="utf-8")
-    label = f"{file.parent.name}/{file.name}" if paths.ROOT in file.resolve().parents else str(file)
-    found: Layer = {}
-
-    def walk(node: yaml.Node | None, key: str) -> None:
-        if isinstance(node, yaml.MappingNode) and node.value:
-            for name, value in node.value:
-                if not (key == "" and name.value in ("defaults", "hydra")):
-                    walk(value, f"{key}.{name.value}" if key else str(name.value))
-        elif node is not None and key:
-            written = text[node.start_mark.index : node.end_mark.index].strip()
-            found[key] = (f"{label}:{node.start_mark.line + 1}", written)
-
-    walk(yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)), prefix)
-    return found
-
-
-def lines_of_own(deepspeed: Any) -> Layer:
-    """The same of the JSON in `deepspeed.file`; nothing where it cannot be read, which `zero.load` tells of."""
-    file = deepspeed.get("file") if isinstance(deepspeed, dict) else None
-    try:
-        return lines_of(Path(file).expanduser(), "deepspeed") if isinstance(file, str) else {}
-    except (OSError, ValueError, RuntimeError, yaml.YAMLError):  # RuntimeError: ~nobody, and nested too deeply
-        return {}
-
-
-def refusal(error: Exception, args: list[str]) -> KitError:
+def hydra_refusal(error: Exception, args: list[str]) -> KitError:
     """Hydra's and OmegaConf's refusals in our words: the problem and what to type instead."""
     text = " ".join(str(error).split("Available options")[0].split())
     choice = re.search(r"Could not find '([\w-]+)/([^']+)'", text)
     if choice:
         group, name = choice.groups()
-        names = options(group)
-        near = difflib.get_close_matches(name, names, 1)
-        fix = f"did you mean {group}={near[0]}? " if near else ""
+        names = group_options(group)
+        close = difflib.get_close_matches(name, names, 1)
+        fix = f"did you mean {group}={close[0]}? " if close else ""
         return KitError(
             f"there is no {group} named {name!r}",
             f"command line: {group}={name}",
@@ -311,8 +248,8 @@ def refusal(error: Exception, args: list[str]) -> KitError:
         )
     variable = re.search(r"Environment variable '(\w+)' not found", text)
     if variable:
-        said = f"the environment variable {variable[1]} is not set"
-        return KitError(said, fix=f"export {variable[1]}=...", rule="environment-variable")
+        problem = f"the environment variable {variable[1]} is not set"
+        return KitError(problem, fix=f"export {variable[1]}=...", rule="environment-variable")
     culprit = next((a for a in args if a and a in text), "command line")
     if "LexerNoViableAlt" in text or "ParserNoViableAlt" in text:  # the parser's own words tell a user nothing
         text = "the value has a character that Hydra's grammar takes only between quotes"
@@ -325,23 +262,23 @@ def refusal(error: Exception, args: list[str]) -> KitError:
     )
 
 
-def misread(error: Exception, args: list[str]) -> KitError:
+def hydra_type_error(error: Exception, args: list[str]) -> KitError:
     """Hydra checks few kinds of values itself: `launch=1` is a TypeError somewhere inside it."""
     for arg in args:
         group, equals, value = arg.lstrip("+~").partition("=")
         odd = value == "null" or not re.fullmatch(r"[A-Za-z][\w./-]*", value.strip("\"'"))
         if equals and group in GROUPS and odd:
-            names = ", ".join(options(group))
-            said = f"{group}={value} names no choice of {group}"
-            return KitError(said, f"command line: {arg}", f"known: {names}", rule="group-choice")
+            names = ", ".join(group_options(group))
+            problem = f"{group}={value} names no choice of {group}"
+            return KitError(problem, f"command line: {arg}", f"known: {names}", rule="group-choice")
     if isinstance(error, RecursionError):
-        said = "a value is nested too deeply"
-        return KitError(said, "command line", "leave out the inner brackets", rule="override")
+        problem = "a value is nested too deeply"
+        return KitError(problem, "command line", "leave out the inner brackets", rule="override")
     text = " ".join(str(error).split())
     return KitError(f"the overrides cannot be composed: {text}", "command line", "check the values", rule="override")
 
 
-def options(group: str) -> list[str]:
+def group_options(group: str) -> list[str]:
     """The names that `group=` can take from the kit's own folders."""
     names = {f.stem for f in (paths.CONF / group).glob("*.yaml")}
     if group == "deepspeed":

@@ -19,27 +19,29 @@ from kit.inspection.adapter import (
     unknown_modules,
 )
 from kit.inspection.architectures import LINEARS, OUTPUT_EMBEDDINGS
-from kit.inspection.model import Base, identify
+from kit.inspection.model import Base, identify_base
 from kit.schema import fields
 from kit.schema.run_plan import InitFrom, Model
 from kit.storage import hub_cache, manifest, safetensors_header
 
 KEY, FLAG = "peft.init_from", "peft.init_from_pickle"
 # What neither changes the adapter's function nor which tensors it has: training's own, bookkeeping, the first values.
-FREE = set(
+NOT_COMPARED = set(
     """task_type auto_mapping peft_version base_model_name_or_path revision inference_mode lora_dropout
     init_lora_weights runtime_config eva_config loftq_config corda_config lora_ga_config megatron_core
     megatron_config modules_to_tie target_modules_to_tie qalora_group_size""".split()
 )
 
 
-class Start(NamedTuple):
+class InitialAdapter(NamedTuple):
+    """`peft.init_from` and `peft.init_from_pickle` as given."""
+
     name: str  # a folder or a Hub id
     pickle: bool
 
 
-def take_out(peft: Any) -> tuple[Any, Start | None, list[Problem]]:
-    """The section peft without the kit's own keys, and what they say."""
+def take_init_from(peft: Any) -> tuple[Any, InitialAdapter | None, list[Problem]]:
+    """Split the section peft into what PEFT knows and the kit's own keys."""
     if not isinstance(peft, dict) or not {"init_from", "init_from_pickle"} & peft.keys():
         return peft, None, []
     rest = {k: v for k, v in peft.items() if k not in ("init_from", "init_from_pickle")}
@@ -55,13 +57,13 @@ def take_out(peft: Any) -> tuple[Any, Start | None, list[Problem]]:
         problems.append(
             Problem(f"peft=none, but {KEY} is given", KEY, "peft=lora, or merge the adapter first", "init-from")
         )
-    return rest, Start(name, bool(pickle)) if name and not problems else None, problems
+    return rest, InitialAdapter(name, bool(pickle)) if name and not problems else None, problems
 
 
-def find_source(
-    start: Start, peft: dict[str, Any], model: Model, base: Base, here: bool
+def find_initial_adapter(
+    start: InitialAdapter, peft: dict[str, Any], model: Model, base: Base, here: bool
 ) -> tuple[InitFrom | None, list[Problem], list[str]]:
-    """The adapter to start from, what forbids it, and what cannot be known here.
+    """Find the adapter to start from; return it with problems, and with notes of what cannot be known here.
 
     `here`: the run is about to start on this machine, so a Hub id must be in the cache.
     """
@@ -83,7 +85,7 @@ def find_source(
         adapter = read_adapter_folder(folder, accept_pickle=start.pickle)
     except KitError as error:
         return None, [Problem(p.problem, KEY, _with_flag(p), "init-from-files") for p in error.problems], []
-    problems, notes = compare(folder, adapter.config, peft, base), []
+    problems, notes = compare_configs(folder, adapter.config, peft, base), []
     base_problems, remark = compare_base(adapter, model, base)
     problems += base_problems or compare_shapes(adapter, model)
     notes += [f"the adapter starts from {folder}: its weights, not its optimizer", *([remark] if remark else [])]
@@ -101,7 +103,7 @@ def _with_flag(problem: Problem) -> str:
     return f"{problem.fix}; or {FLAG}=true reads it weights-only (tensors, and nothing that runs)"
 
 
-def compare(folder: Path, config: dict[str, Any], peft: dict[str, Any], base: Base) -> list[Problem]:
+def compare_configs(folder: Path, config: dict[str, Any], peft: dict[str, Any], base: Base) -> list[Problem]:
     """One problem that lists all settings that differ, with the overrides that make the run's equal."""
     source_type, run_type = (str(c.get("peft_type", "LORA")).upper() for c in (config, peft))
     table = fields.tables().get(run_type, {})
@@ -124,7 +126,7 @@ def compare(folder: Path, config: dict[str, Any], peft: dict[str, Any], base: Ba
             problems.append(Problem(problem, KEY, fix, "init-from"))
     differences, overrides = [], []
     for key, entry in table.items():
-        if key in FREE or key == "peft_type" or "instead" in entry:
+        if key in NOT_COMPARED or key == "peft_type" or "instead" in entry:
             continue
         default = entry.get("default")
         source_value, run_value = config.get(key, default), peft.get(key, default)
@@ -133,8 +135,8 @@ def compare(folder: Path, config: dict[str, Any], peft: dict[str, Any], base: Ba
         else:
             same = (source_value or None) == (run_value or None)
         if not same:
-            differences.append(f"{key} is {shown(source_value)} there, {shown(run_value)} here")
-            overrides.append(f"peft.{key}={shown(source_value)}")
+            differences.append(f"{key} is {format_value(source_value)} there, {format_value(run_value)} here")
+            overrides.append(f"peft.{key}={format_value(source_value)}")
     if differences:
         problems.append(
             Problem(
@@ -166,14 +168,14 @@ def same_modules(key: str, config: dict[str, Any], peft: dict[str, Any], base: B
     return sides[0] == sides[1]
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A value as one would type it behind `key=`."""
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
     if isinstance(value, list | tuple):
         return f"[{','.join(sorted(map(str, value)))}]"
     if isinstance(value, dict):
-        return "{" + ",".join(f"{k}:{shown(v)}" for k, v in value.items()) + "}"
+        return "{" + ",".join(f"{k}:{format_value(v)}" for k, v in value.items()) + "}"
     return str(value)
 
 
@@ -217,7 +219,7 @@ def _whole_of_nothing(key: str, config: dict[str, Any], stored: dict[str, Any]) 
 def compare_base(adapter: AdapterFolder, model: Model, base: Base) -> tuple[list[Problem], str]:
     """Whether the adapter was trained on the run's base: by the fingerprints where both are known, else a remark."""
     recorded = adapter.base
-    own = identify(model, base.folder) if recorded else None
+    own = identify_base(model, base.folder) if recorded else None
     if recorded and own:
         if recorded.get("fingerprint") == own["fingerprint"]:
             return [], ""

@@ -17,95 +17,95 @@ from kit.schema.run_plan import RunInput, Strict, leaves
 # Where a bare name stands in several sections, the first of these is meant.
 SECTIONS = "trainer peft quantization model tokenizer dataset launch tracking deepspeed fsdp hparams_search".split()
 TABLES = {"trainer": "SFTConfig", "quantization": "BitsAndBytesConfig", "deepspeed": "deepspeed"}
-OURS: dict[str, dict[str, Any]] = {  # keys of the kit's own inside the libraries' sections
+KIT_KEYS: dict[str, dict[str, Any]] = {  # keys of the kit's own inside the libraries' sections
     "peft.init_from": {"default": None},
     "peft.init_from_pickle": {"default": False},
     "deepspeed.file": {"default": None},
 }
-RESOLVED = ("precision", "world_size")  # of the plan alone: nothing sets them directly
+PLAN_KEYS = ("precision", "world_size")  # of the plan alone: nothing sets them directly
 
 
-def table_of(section: str, peft_type: str = "LORA") -> str | None:
+def table_of_section(section: str, peft_type: str = "LORA") -> str | None:
     """The library's table behind a section, None for the kit's own."""
     if section == "peft":
         return peft_type if peft_type in fields.tables() else "LORA"
     return TABLES.get(section)
 
 
-def known(peft_type: str = "LORA") -> dict[str, dict[str, Any]]:
+def all_keys(peft_type: str = "LORA") -> dict[str, dict[str, Any]]:
     """Dotted key to its entry in the field tables; for the kit's own keys an entry with the default alone."""
-    found: dict[str, dict[str, Any]] = {}
+    entries: dict[str, dict[str, Any]] = {}
     for section, field in RunInput.model_fields.items():
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, Strict):
             for name, inner in kind.model_fields.items():
-                found[f"{section}.{name}"] = own(inner)
+                entries[f"{section}.{name}"] = default_entry(inner)
         elif section not in SECTIONS:
-            found[section] = own(field)
+            entries[section] = default_entry(field)
     for section in ("trainer", "peft", "quantization", "deepspeed"):
-        walk(str(table_of(section, peft_type)), section, found)
-    return {**found, **OURS, **{key: {} for key in RESOLVED}}
+        add_table(str(table_of_section(section, peft_type)), section, entries)
+    return {**entries, **KIT_KEYS, **{key: {} for key in PLAN_KEYS}}
 
 
-def own(field: Any) -> dict[str, Any]:
+def default_entry(field: Any) -> dict[str, Any]:
     default = field.get_default(call_default_factory=True)
     return {"default": None if default is PydanticUndefined else default}
 
 
-def walk(table: str, prefix: str, found: dict[str, dict[str, Any]]) -> None:
+def add_table(table: str, prefix: str, entries: dict[str, dict[str, Any]]) -> None:
     for name, entry in fields.tables()[table].items():
         if "instead" not in entry:
-            found[f"{prefix}.{name}"] = entry
+            entries[f"{prefix}.{name}"] = entry
             if entry.get("table"):
-                walk(entry["table"], f"{prefix}.{name}", found)
+                add_table(entry["table"], f"{prefix}.{name}", entries)
 
 
-def find(typed: str, tree: Mapping[str, Any], peft_type: str = "LORA") -> list[str]:
+def find_keys(typed: str, tree: Mapping[str, Any], peft_type: str = "LORA") -> list[str]:
     """The keys that a word can mean, the likeliest first: dotted, a DeepSpeed key, or a bare field name.
 
     KitError with the likeliest intention where there is none.
     """
     key = re.sub(r"\[\d+\]$", "", typed.strip())
-    entries = known(peft_type)
+    entries = all_keys(peft_type)
     here = {".".join(k.split(".")[:n]) for k in leaves(dict(tree)) for n in range(1, k.count(".") + 2)}
-    if key in entries or key in here and not misspelt(key, peft_type) or key in SECTIONS:
+    if key in entries or key in here and not is_misspelt(key, peft_type) or key in SECTIONS:
         return [key]
     if key.split(".")[0] in fields.tables()["deepspeed"] and (f"deepspeed.{key}" in entries):
         others = [f"trainer.{key}"] if f"trainer.{key}" in entries else []
         return [*others, f"deepspeed.{key}"]
-    held = [k for k in entries if key.startswith(k + ".") and "dict" in entries[k].get("kinds", ["dict"])]
-    if any(not entries[k].get("table") and isinstance(entries[k].get("default"), dict | None) for k in held):
+    parents = [k for k in entries if key.startswith(k + ".") and "dict" in entries[k].get("kinds", ["dict"])]
+    if any(not entries[k].get("table") and isinstance(entries[k].get("default"), dict | None) for k in parents):
         return [key]  # a table that is open: a chat template's columns, a pattern by layers
     matches = [k for k in entries if k.endswith(f".{key}")]
     matches.sort(key=lambda k: (k.removeprefix("trainer.") in OWNED, SECTIONS.index(k.split(".")[0]), k.count(".")))
     matches = [
-        k for k in [new_name("trainer", key), new_name("peft", key)] if k in entries and k not in matches
+        k for k in [renamed_to("trainer", key), renamed_to("peft", key)] if k in entries and k not in matches
     ] + matches
     if matches:
         return matches
     if owned := [k for k in OWNED if key in (k, f"trainer.{k}")]:
         return [f"trainer.{owned[0]}"]
-    raise unknown(key, entries, peft_type)
+    raise unknown_key_error(key, entries, peft_type)
 
 
-def new_name(section: str, name: str) -> str:
+def renamed_to(section: str, name: str) -> str:
     """The key that an older release of the library called `name`, "" where there is none."""
     table = "peft" if section == "peft" else str(TABLES[section])
     to = fields.RENAMED.get(table, {}).get(name, "")
     return to if to.startswith(tuple(f"{s}." for s in SECTIONS)) or not to else f"{section}.{to}"
 
 
-def misspelt(key: str, peft_type: str) -> bool:
+def is_misspelt(key: str, peft_type: str) -> bool:
     """Whether a key that is in the tree is one that no library has."""
     section, _, name = key.partition(".")
-    table = table_of(section, peft_type)
+    table = table_of_section(section, peft_type)
     return bool(table and name and name.split(".")[0] not in fields.names(table))
 
 
-def unknown(key: str, entries: Mapping[str, Any], peft_type: str) -> KitError:
+def unknown_key_error(key: str, entries: Mapping[str, Any], peft_type: str) -> KitError:
     section, _, name = key.rpartition(".")
-    for held in [section] if section else [*TABLES, "peft"]:
-        if held in (*TABLES, "peft") and (to := new_name(held, name)):
+    for owner in [section] if section else [*TABLES, "peft"]:
+        if owner in (*TABLES, "peft") and (to := renamed_to(owner, name)):
             return KitError(f"there is no key {key}", key, f"kit why {to}" if to in entries else f"it is now {to}")
     tails = {
         k.rpartition(".")[2]: k for k in sorted(entries, key=lambda k: (k.startswith("deepspeed."), k), reverse=True)

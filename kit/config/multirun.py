@@ -33,7 +33,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from kit.config import compose
 from kit.config.compose import Composed
-from kit.config.search_space import Search, dimension, written_space
+from kit.config.search_space import Search, given_search_space, to_dimension
 from kit.errors import DONE, ENVIRONMENT, REFUSED, STOPPED, KitError, Problem
 from kit.system import paths
 
@@ -63,11 +63,11 @@ class Job:
 
     def __call__(self, cfg: DictConfig) -> int:
         self.begun = True
-        compose.register()  # a launcher may have brought this object to another process
+        compose.register_with_hydra()  # a launcher may have brought this object to another process
         if STOPPED in self.codes:  # Ctrl-C ends a multirun, not only the point that was running
             return STOPPED
         hydra = HydraConfig.get()
-        composed = compose.read_cfg(cfg, hydra, [str(o) for o in hydra.overrides.task], self.run_file)
+        composed = compose.to_composed(cfg, hydra, [str(o) for o in hydra.overrides.task], self.run_file)
         self.codes.append(self.one(composed))
         return self.codes[-1]
 
@@ -90,7 +90,7 @@ class KitLauncher(Launcher):
             point = Point(number, {key: value for key, value in pairs if key in swept})
             points.append(point)
             try:
-                point.composed = composed_by(self.loader, self.config, list(overrides), self.job.run_file)
+                point.composed = compose_sweep_job(self.loader, self.config, list(overrides), self.job.run_file)
             except KitError as error:
                 point.problems = error.problems
         results = self.job.grid(points)
@@ -116,18 +116,20 @@ class KitSweeper(Sweeper):
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
-        unplug()  # both are made; a stock launcher would take Hydra's register with it to another process
+        unregister_plugins()  # both are made; a stock launcher would take Hydra's register with it to another process
 
     def sweep(self, arguments: list[str]) -> Any:
         assert self.config is not None and self.hydra_context is not None and self.launcher is not None
         loader = self.hydra_context.config_loader
         typed = {a.lstrip("+").partition("=")[0] for a in arguments}
-        written = compose.read_args([f"{k}={v}" for k, v in written_params(self.params).items() if k not in typed])[0]
+        written = compose.parse_overrides(
+            [f"{k}={v}" for k, v in sweeper_params(self.params).items() if k not in typed]
+        )[0]
         overrides = OverridesParser.create(config_loader=loader).parse_overrides([*written, *arguments])
         ours = isinstance(self.launcher, KitLauncher)
         searches = OmegaConf.select(self.config, "hparams_search.method") == "optuna"
-        if found := [p for o in overrides if o.is_sweep_override() and (p := unsweepable(o, searches))]:
-            raise KitError(found)
+        if problems := [p for o in overrides if o.is_sweep_override() and (p := sweep_problem(o, searches))]:
+            raise KitError(problems)
         if searches:
             if not ours:
                 raise KitError("a search starts its trials itself", "command line", "leave out hydra/launcher=")
@@ -151,32 +153,34 @@ class KitSweeper(Sweeper):
             for o in overrides
             if not o.is_sweep_override()
         ]
-        base = composed_by(loader, self.config, fixed, self.job.run_file)
+        base = compose_sweep_job(loader, self.config, fixed, self.job.run_file)
         given = [o for o in overrides if o.is_sweep_override()]
-        written, _ = compose.read_args([f"{key}={value}" for key, value in written_space(base, bool(given)).items()])
+        written, _ = compose.parse_overrides(
+            [f"{key}={value}" for key, value in given_search_space(base, bool(given)).items()]
+        )
         sweeps = [*OverridesParser.create(config_loader=loader).parse_overrides(written), *given]
         sources = [Path(s.path) for s in self.config.hydra.runtime.config_sources if s.schema == "file"]
         folders = [s for s in sources if s.resolve() != paths.CONF.resolve()]
         fixed = [f for f in fixed if not f.lstrip("+").startswith("hydra")]
-        space = {str(o.key_or_group): dimension(o) for o in sweeps}
+        space = {str(o.key_or_group): to_dimension(o) for o in sweeps}
         return Search(base, fixed, space, folders, self.job.run_file)
 
 
-def written_params(params: Any) -> dict[str, Any]:
+def sweeper_params(params: Any) -> dict[str, Any]:
     """hydra.sweeper.params as they stand in a file."""
     if isinstance(params, Mapping):
         return dict(params)
     raise KitError("hydra.sweeper.params must hold key: values lines", "hydra.sweeper.params", "peft.r: 8,16")
 
 
-def unsweepable(override: Override, searches: bool) -> Problem | None:
+def sweep_problem(override: Override, searches: bool) -> Problem | None:
     """Why nothing can be swept that way; None where it can."""
     key, line = str(override.key_or_group), str(override.input_line).lstrip("+")
     if key.partition(".")[0] == "hparams_search" or key == "runs_dir":
         searched = key.removeprefix("hparams_search.search_space.")
         fix = f"{searched}={line.partition('=')[2]}" if searched != key else "give one value"
-        said = f"{key} belongs to the whole sweep: it has one value"
-        return Problem(said, f"command line: {line}", fix, "override")
+        text = f"{key} belongs to the whole sweep: it has one value"
+        return Problem(text, f"command line: {line}", fix, "override")
     if isinstance(override.value(), IntervalSweep) and not searches:
         fix = f"{key}=choice(A,B), {key}=range(START,END,STEP), or hparams_search=optuna"
         return Problem("a grid cannot try all of an interval", f"command line: {line}", fix, "override")
@@ -187,7 +191,7 @@ PLUGINS: dict[str, type[Any]] = {"launcher": KitLauncher, "sweeper": KitSweeper}
 SETTINGS = {"sweeper": {"max_batch_size": None, "params": None}}
 
 
-def plug_in(groups: list[str]) -> None:
+def register_plugins(groups: list[str]) -> None:
     """Make the plugins known to Hydra, in the package where it looks for them."""
     try:
         package = importlib.import_module("hydra_plugins")
@@ -203,7 +207,7 @@ def plug_in(groups: list[str]) -> None:
         Plugins.instance().register(plugin)
 
 
-def unplug() -> None:
+def unregister_plugins() -> None:
     register = Plugins.instance()
     for plugin in PLUGINS.values():
         register.class_name_to_class.pop(f"{plugin.__module__}.{plugin.__name__}", None)
@@ -214,37 +218,37 @@ def unplug() -> None:
 
 def run(args: list[str], job: Job) -> int:
     """Hand `-m` and the overrides to Hydra's own main; the highest exit code of the jobs."""
-    compose.register()
-    overrides, job.run_file = compose.read_args([a for a in args if not a.startswith("-")], flags=args)
+    compose.register_with_hydra()
+    overrides, job.run_file = compose.parse_overrides([a for a in args if not a.startswith("-")], flags=args)
     keys = {o.partition("=")[0] for o in overrides}
     ours = [group for group in PLUGINS if f"hydra/{group}" not in keys]
-    plug_in(ours)
+    register_plugins(ours)
     overrides = [*(f"hydra/{group}=kit" for group in ours), *overrides]
-    flags = [a for a in args if a.startswith("-") or a in compose.flag_values(args)]
+    flags = [a for a in args if a.startswith("-") or a in compose.values_of_flags(args)]
     argv, sys.argv = sys.argv, ["kit train", *flags, *overrides]
     try:
-        with errors_reach_us():
+        with raising_hydra_errors():
             hydra_main(config_path=str(paths.CONF), config_name="train", version_base="1.3")(job)()
     except SystemExit as stop:
         return REFUSED if stop.code else DONE
     except HYDRA_ERRORS as error:
         if not job.begun or not isinstance(error, OSError) or isinstance(error, HydraException):
-            raise compose.refusal(error, args) from None
-        said, place = error.strerror or str(error), str(error.filename or "runs_dir")  # a full disk, say
+            raise compose.hydra_refusal(error, args) from None
+        text, place = error.strerror or str(error), str(error.filename or "runs_dir")  # a full disk, say
         fix = "mend that; the same command continues with what is missing"
-        raise KitError(f"{place}: {said}", place, fix, code=ENVIRONMENT) from None
+        raise KitError(f"{place}: {text}", place, fix, code=ENVIRONMENT) from None
     except (TypeError, ValueError, RecursionError) as error:
         if job.begun:
             raise
-        raise compose.misread(error, args) from None  # Hydra's own code on what it did not expect
+        raise compose.hydra_type_error(error, args) from None  # Hydra's own code on what it did not expect
     finally:
         sys.argv = argv
-        unplug()
+        unregister_plugins()
     return max(job.codes, default=DONE)  # stopped before failed before refused
 
 
 @contextmanager
-def errors_reach_us() -> Iterator[None]:
+def raising_hydra_errors() -> Iterator[None]:
     """Hydra prints an error and ends the process, unless this is set."""
     name = "HYDRA_FULL_ERROR"
     before = os.environ.get(name)
@@ -257,15 +261,15 @@ def errors_reach_us() -> Iterator[None]:
             os.environ[name] = before
 
 
-def composed_by(loader: Any, master: DictConfig, overrides: list[str], run_file: Path | None) -> Composed:
+def compose_sweep_job(loader: Any, master: DictConfig, overrides: list[str], run_file: Path | None) -> Composed:
     """One job of a sweep, composed by Hydra's loader; KitError where it cannot be."""
     try:
         config = loader.load_sweep_config(master, overrides)
-        return compose.read_cfg(config, config.hydra, [str(o) for o in config.hydra.overrides.task], run_file)
+        return compose.to_composed(config, config.hydra, [str(o) for o in config.hydra.overrides.task], run_file)
     except HYDRA_ERRORS as error:
-        raise compose.refusal(error, overrides) from None
+        raise compose.hydra_refusal(error, overrides) from None
     except (TypeError, ValueError, RecursionError) as error:
-        raise compose.misread(error, overrides) from None
+        raise compose.hydra_type_error(error, overrides) from None
 
 
 def swept_keys(jobs: list[list[str]], typed: list[str]) -> list[str]:

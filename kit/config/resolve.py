@@ -4,43 +4,136 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from kit.config import slurm
-from kit.config.deepspeed import resolve as zero
-from kit.config.sections import located
-from kit.errors import KitError, Problem
+from kit.config.added_tokens import train_embeddings, vocabulary_rows
+from kit.config.deepspeed.resolve import resolve_deepspeed_json
+from kit.config.initial_adapter import find_initial_adapter
+from kit.config.inputs import Inputs
+from kit.config.nodes import resolve_nodes
+from kit.config.report import Report
+from kit.config.sections import QUANTIZATION_AUTO, Sections
+from kit.errors import KitError
 from kit.inspection.model import Base
-from kit.inspection.tokenizer import is_file_name
-from kit.schema.run_plan import Launch
+from kit.inspection.tokenizer import examine_tokenizer, is_file_name
+from kit.schema.dotted import value_at
+from kit.schema.run_plan import InitFrom, Launch
 from kit.system import hardware
 
-PRECISIONS = {"bf16": "bfloat16", "fp16": "float16"}
-QUANTIZATION_AUTO = ("bnb_4bit_compute_dtype", "bnb_4bit_quant_storage")
+Precision = Literal["float32", "bfloat16", "float16"]
+PRECISIONS: dict[str, Precision] = {"bf16": "bfloat16", "fp16": "float16"}
+
+
+@dataclass
+class Processes:
+    """How many processes run, how they start, on what and in which precision."""
+
+    launch: Launch
+    on_cpu: bool
+    precision: Precision
+    world_size: int
+    global_batch_size: int
+
+
+@dataclass
+class Resolved:
+    """A run without "auto": its sections as plain values, and its processes."""
+
+    tree: dict[str, Any]  # model, tokenizer, dataset, peft, init_from, quantization, deepspeed, fsdp, trainer, launch
+    processes: Processes
+    zero_stage: int
+
+
+def resolve(sections: Sections, inputs: Inputs, report: Report, here: bool, world_size: int | None) -> Resolved:
+    """Give every "auto" its value. `world_size`: processes already started; None: `launch.num_gpus` decides."""
+    run, base = sections.run, inputs.base
+    processes = resolve_processes(sections, report, bool(sections.deepspeed), here, world_size)
+    trainer, precision = sections.trainer, processes.precision
+    peft, init_from = resolve_adapter(sections, inputs, report, here)
+    for key, value in sections.tracking.items():
+        trainer.setdefault(key, value)
+    dtype = load_dtype(run.model.dtype, precision, bool(peft), bool(sections.deepspeed))
+    deepspeed = sections.deepspeed
+    if deepspeed:
+        chosen = ["optim"] * report.chosen("trainer.optim")
+        deepspeed = resolve_deepspeed(deepspeed, trainer, processes, base, report, here, chosen)
+    stage = value_at(deepspeed, "zero_optimization.stage")
+    stage = int(stage) if isinstance(stage, int) else 0  # a stage of another kind is refused already
+    fsdp = dict(run.fsdp) or None
+    tree: dict[str, Any] = {
+        "model": run.model.model_copy(update={"dtype": dtype}).model_dump(),
+        "tokenizer": run.tokenizer.model_dump(),
+        "dataset": run.dataset.model_dump(),
+        "peft": peft,
+        "init_from": init_from.model_dump() if init_from else None,
+        "quantization": resolve_quantization(sections.quantization, precision, stage == 3 or bool(fsdp)),
+        "deepspeed": deepspeed,
+        "fsdp": fsdp,
+        "trainer": trainer,
+        "launch": processes.launch.model_dump(),
+    }
+    return Resolved(tree, processes, stage)
+
+
+def resolve_processes(
+    sections: Sections, report: Report, deepspeed: bool, here: bool, world_size: int | None
+) -> Processes:
+    """Resolve launcher, device, precision and batch; the trainer's own settings for them are set in place."""
+    trainer = sections.trainer
+    launch = resolve_nodes(sections.run.launch, world_size, report)
+    launch, on_cpu = resolve_launch(launch, trainer, deepspeed, here, world_size, report)
+    trainer["use_cpu"] = on_cpu
+    precision = resolve_precision(trainer, on_cpu)
+    assert isinstance(launch.num_gpus, int) and isinstance(launch.num_nodes, int)
+    world_size = world_size or launch.num_gpus * launch.num_nodes
+    global_batch_size = resolve_batch(trainer, sections.run.global_batch_size, world_size, report)
+    return Processes(launch, on_cpu, precision, world_size, global_batch_size)
+
+
+def resolve_adapter(
+    sections: Sections, inputs: Inputs, report: Report, here: bool
+) -> tuple[dict[str, Any] | None, InitFrom | None]:
+    """Resolve the adapter's settings, which added tokens extend, and the adapter that it starts from."""
+    run, base = sections.run, inputs.base
+    chat, assistant_only = inputs.data_format == "messages", sections.trainer.get("assistant_only_loss") is True
+    tokens = examine_tokenizer(run.tokenizer, run.model, vocabulary_rows(base), chat, assistant_only)
+    report.add(tokens.problems)
+    report.notes += tokens.notes
+    peft, problems, notes = train_embeddings(sections.peft, base, tokens.new_tokens)
+    report.add(problems)
+    report.notes += notes
+    if not (sections.init_from and peft):
+        return peft, None
+    init_from, problems, notes = find_initial_adapter(sections.init_from, peft, run.model, base, here)
+    report.add(problems)
+    report.notes += notes
+    return peft, init_from
 
 
 def resolve_launch(
-    launch: Launch, trainer: dict[str, Any], deepspeed: bool, here: bool, world: int | None, notes: list[str]
+    launch: Launch, trainer: dict[str, Any], deepspeed: bool, here: bool, world_size: int | None, report: Report
 ) -> tuple[Launch, bool]:
-    """The launcher, the processes on each node, and whether it is on CPU. num_nodes is a number already."""
+    """Resolve the launcher, the processes on each node, and whether they run on CPU. num_nodes is a number already."""
     gpus = len(hardware.gpus())
     on_cpu = trainer.get("use_cpu", "auto")
-    if launch.slurm and world is None:
+    if launch.slurm and world_size is None:
         launch = resolve_slurm(launch, on_cpu is True)
         on_cpu, here = on_cpu is True, False  # the nodes have the GPUs; this machine need not
     nodes = launch.num_nodes if isinstance(launch.num_nodes, int) else 1
-    count = max(1, world // nodes) if world else launch.num_gpus
+    count = max(1, world_size // nodes) if world_size else launch.num_gpus
     if on_cpu == "auto":
         # A count that was asked for on a machine without GPUs is meant for another machine.
-        on_cpu = gpus == 0 and (count == "auto" or (world is not None))
+        on_cpu = gpus == 0 and (count == "auto" or world_size is not None)
     if not on_cpu and gpus == 0 and not here:
-        notes.append("no GPU on this machine: planned for one that has them, with bfloat16")
+        report.note("no GPU on this machine: planned for one that has them, with bfloat16")
     if count == "auto":
         count = 1 if on_cpu or launch.launcher == "local" else max(gpus, 1)
     launcher = launch.launcher
     # Ranks that a launcher has already started are no plain process, whatever the recipe would start.
-    if launcher == "auto" or (launcher == "local" and (world or 1) > 1):
+    if launcher == "auto" or (launcher == "local" and (world_size or 1) > 1):
         launcher = "local" if count * nodes == 1 else ("deepspeed" if deepspeed else "torchrun")
         if launch.hostfile or launch.include or launch.exclude:  # nobody else reads them
             launcher = "deepspeed"
@@ -58,7 +151,7 @@ def resolve_slurm(launch: Launch, on_cpu: bool) -> Launch:
     return launch.model_copy(update={"num_gpus": count, "slurm": launch.slurm.model_copy(update={"gres": gres})})
 
 
-def resolve_precision(trainer: dict[str, Any], on_cpu: bool, notes: list[str]) -> Any:
+def resolve_precision(trainer: dict[str, Any], on_cpu: bool) -> Precision:
     """Set trainer.bf16 and trainer.fp16 to plain values; `auto` is what the hardware is fast at."""
     asked = {flag: trainer.get(flag, "auto") for flag in PRECISIONS}
     if True in asked.values():
@@ -92,80 +185,67 @@ def resolve_quantization(quantization: dict[str, Any] | None, precision: str, sh
     return {**quantization, **auto}
 
 
-def resolve_batch(
-    trainer: dict[str, Any], wanted: int | None, world: int, set_by: Any, provenance: dict[str, str]
-) -> tuple[int, list[Problem]]:
-    """rows per optimizer step = per_device_train_batch_size x gradient_accumulation_steps x processes."""
+def resolve_batch(trainer: dict[str, Any], global_batch_size: int | None, world_size: int, report: Report) -> int:
+    """Return the rows of an optimizer step: per_device_train_batch_size x gradient_accumulation_steps x processes.
+
+    A global_batch_size sets the accumulation steps in place.
+    """
     micro, steps = trainer.get("per_device_train_batch_size", 8), trainer.get("gradient_accumulation_steps", 1)
     if not all(isinstance(n, int) and n > 0 for n in (micro, steps)):
-        return 1, []  # the field tables have refused it already
-    if wanted is None:
-        return micro * steps * world, []
+        return 1  # the field tables have refused it already
+    if global_batch_size is None:
+        return micro * steps * world_size
+    key = "global_batch_size"
     # The group's own 1 is a default; a value from anywhere else was meant.
-    given = not provenance.get("trainer.gradient_accumulation_steps", "trainer/").startswith("trainer/")
-    if given and micro * steps * world != wanted:
-        return wanted, [
-            Problem(
-                f"global_batch_size={wanted} is not {micro} rows x {steps} accumulation steps x {world} processes",
-                set_by("global_batch_size"),
-                "leave out trainer.gradient_accumulation_steps: it is derived",
-                "batch",
-            )
-        ]
-    if wanted % (micro * world):
+    if report.chosen("trainer.gradient_accumulation_steps") and micro * steps * world_size != global_batch_size:
+        text = f"{key}={global_batch_size} is not {micro} rows x {steps} accumulation steps x {world_size} processes"
+        report.problem(key, text, "leave out trainer.gradient_accumulation_steps: it is derived", "batch")
+    elif global_batch_size % (micro * world_size):
         # The largest that divides; nobody asks for more than 4096 rows per process.
-        fits = [m for m in range(1, min(micro, 4096) + 1) if wanted % (m * world) == 0]
-        fix = (
-            f"trainer.per_device_train_batch_size={fits[-1]}"
-            if fits
-            else f"global_batch_size={math.ceil(wanted / (micro * world)) * micro * world}"
-        )
-        return wanted, [
-            Problem(
-                f"global_batch_size={wanted} does not divide by {micro} rows x {world} processes",
-                set_by("global_batch_size"),
-                fix,
-                "batch",
-            )
-        ]
-    trainer["gradient_accumulation_steps"] = wanted // (micro * world)
-    return wanted, []
+        fits = [m for m in range(1, min(micro, 4096) + 1) if global_batch_size % (m * world_size) == 0]
+        rounded = math.ceil(global_batch_size / (micro * world_size)) * micro * world_size
+        fix = f"trainer.per_device_train_batch_size={fits[-1]}" if fits else f"{key}={rounded}"
+        text = f"{key}={global_batch_size} does not divide by {micro} rows x {world_size} processes"
+        report.problem(key, text, fix, "batch")
+    else:
+        trainer["gradient_accumulation_steps"] = global_batch_size // (micro * world_size)
+    return global_batch_size
 
 
 def resolve_deepspeed(
     deepspeed: dict[str, Any],
     trainer: dict[str, Any],
-    world: int,
+    processes: Processes,
     base: Base,
-    precision: Any,
-    set_by: Any,
+    report: Report,
     here: bool,
-    notes: list[str],
-    chosen: Collection[str] = (),
-) -> tuple[dict[str, Any], list[Problem]]:
-    """Every "auto" of the JSON as a plain value; a literal that disagrees with the trainer is a problem.
+    chosen: Collection[str],
+) -> dict[str, Any]:
+    """Fill every "auto" of the JSON; a literal that disagrees with the trainer is a problem.
 
     For another machine the width of a model that is not here may stay unknown: it is said, not guessed.
     """
     try:
-        return zero.resolve(
+        return resolve_deepspeed_json(
             deepspeed,
             trainer=trainer,
-            world_size=world,
+            world_size=processes.world_size,
             hidden_size=base.hidden_size,
-            precision=precision,
+            precision=processes.precision,
             chosen=chosen,
-        ), []
+        )
     except KitError as error:
         unknown = [p for p in error.problems if p.rule == "hidden-size"]
         if unknown and not here:
-            notes.append(f"{unknown[0].problem}; resolved when the run starts")
-            return deepspeed, located([p for p in error.problems if p not in unknown], set_by)
-        return deepspeed, located(error.problems, set_by)
+            report.note(f"{unknown[0].problem}; resolved when the run starts")
+            report.add(p for p in error.problems if p not in unknown)
+        else:
+            report.add(error.problems)
+        return deepspeed
 
 
-def absolute(tree: dict[str, Any]) -> dict[str, Any]:
-    """The tree with local paths made absolute, in place: workers start elsewhere, a resume may too (T80)."""
+def make_paths_absolute(tree: dict[str, Any]) -> dict[str, Any]:
+    """Make local paths absolute, in place, and return the tree: workers start elsewhere, a resume may too (T80)."""
     for section, keys in (
         ("model", ["name_or_path"]),
         ("tokenizer", ["name_or_path", "chat_template"]),
@@ -173,10 +253,10 @@ def absolute(tree: dict[str, Any]) -> dict[str, Any]:
         ("launch", ["script", "hostfile"]),
         ("deepspeed", ["file"]),
     ):
-        held = tree.get(section) or {}
+        values = tree.get(section) or {}
         for key in keys:
-            if key == "chat_template" and not is_file_name(str(held.get(key))):
+            if key == "chat_template" and not is_file_name(str(values.get(key))):
                 continue  # a name, whatever lies here under it
-            if held.get(key) and (path := Path(str(held[key])).expanduser()).exists():
-                held[key] = str(path.absolute())
+            if values.get(key) and (path := Path(str(values[key])).expanduser()).exists():
+                values[key] = str(path.absolute())
     return tree

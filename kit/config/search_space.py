@@ -42,7 +42,7 @@ class Search:
     run_file: Path | None
 
 
-def written_space(base: Composed, others: bool) -> dict[str, str]:
+def given_search_space(base: Composed, others: bool) -> dict[str, str]:
     """hparams_search.search_space; what the kit's own file suggests only where nobody else says anything."""
     space = (base.tree.get("hparams_search") or {}).get("search_space")
     if not isinstance(space, dict):
@@ -56,31 +56,31 @@ def written_space(base: Composed, others: bool) -> dict[str, str]:
     return own if own or others else space
 
 
-def dimension(override: Override) -> Dimension:
+def to_dimension(override: Override) -> Dimension:
     """A sweep override as what a search can sample; KitError where it cannot."""
     value, key, line = override.value(), str(override.key_or_group), str(override.input_line).lstrip("+")
     if isinstance(value, IntervalSweep):
         low, high = value.start, value.end
         if not isinstance(low, int | float) or not isinstance(high, int | float) or not -INF < low < high < INF:
-            said = f"{line}: an interval needs two numbers, the smaller first"
-            raise KitError(said, key, f"{key}=interval(LOW,HIGH)")
+            text = f"{line}: an interval needs two numbers, the smaller first"
+            raise KitError(text, key, f"{key}=interval(LOW,HIGH)")
         whole = isinstance(low, int) and isinstance(high, int)
-        found = Dimension(low=low, high=high, log="log" in value.tags, whole=whole)
+        result = Dimension(low=low, high=high, log="log" in value.tags, whole=whole)
     elif isinstance(value, RangeSweep):
         numbers = list(value.range())
         log = "log" in value.tags
         whole = all(isinstance(n, int) for n in numbers)
         if not numbers or value.step <= 0:
             raise KitError(f"{line}: the range is empty, or goes down", key, f"{key}=range(LOW,HIGH,STEP)")
-        found = Dimension([], float(numbers[0]), float(numbers[-1]), None if log else value.step, log, whole)
+        result = Dimension([], float(numbers[0]), float(numbers[-1]), None if log else value.step, log, whole)
     elif isinstance(value, ChoiceSweep | Glob):
         return Dimension([str(v) for v in override.sweep_string_iterator()])
     else:
         fix = "choice(8,16), range(8,65,8), interval(0,1), int(interval(4,64)), tag(log, interval(1e-5,1e-3))"
         raise KitError(f"{line} is one value: a search chooses from several", key, fix)
-    if found.log and found.low <= 0:
+    if result.log and result.low <= 0:
         raise KitError(f"{line}: a logarithm needs numbers above 0", key, f"{key}=interval(LOW,HIGH)")
-    return found
+    return result
 
 
 def snapshot(search: Search, folder: Path) -> None:
@@ -94,8 +94,8 @@ def snapshot(search: Search, folder: Path) -> None:
 
 def compose_trial(search: Search, values: dict[str, Value], copy: Path | None = None) -> Composed:
     """A trial of a search; `copy` is the snapshot to compose it from, which must be in use (paths.using)."""
-    compose.register()
+    compose.register_with_hydra()
     chosen = [f"{k}={v if isinstance(v, str) else repr(v)}" for k, v in values.items()]
-    overrides = [*search.fixed, *compose.read_args(chosen)[0]]
+    overrides = [*search.fixed, *compose.parse_overrides(chosen)[0]]
     own = sorted(copy.glob("own-*"), key=lambda f: int(f.name.partition("-")[2])) if copy else search.folders
     return compose.compose_overrides(overrides, search.run_file, own, overrides)

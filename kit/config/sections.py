@@ -1,4 +1,4 @@
-"""The sections of a composed tree, each against its schema; every problem with where its key was set."""
+"""Reads the sections of a composed tree, each against its schema, and reports every problem."""
 
 from __future__ import annotations
 
@@ -6,28 +6,27 @@ import difflib
 import math
 import os
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from kit.config.deepspeed import resolve as zero
-from kit.config.kinds import fix_of, is_kind
+from kit.config.deepspeed.check import check_deepspeed_json, load_deepspeed_file
+from kit.config.initial_adapter import InitialAdapter, take_init_from
+from kit.config.input_checks import check_values
+from kit.config.report import Report
 from kit.errors import KitError, Problem, named
-from kit.inspection import dataset as data_files
-from kit.inspection import dataset_template as templates
-from kit.inspection import hub_dataset
 from kit.schema import fields
-from kit.schema.run_plan import Dataset, RunInput, Strict, leaves
-from kit.system import paths
+from kit.schema.dotted import value_at
+from kit.schema.run_plan import RunInput, Strict, leaves
 
-PATHS = (  # (section, key) of what is looked for on the disk
-    ("model", "name_or_path"), ("model", "revision"), ("tokenizer", "name_or_path"), ("tokenizer", "chat_template"),
-    ("dataset", "path"), ("dataset", "eval_path"), ("launch", "script"), ("launch", "hostfile"), ("", "runs_dir"),
-)  # fmt: skip
-FSDP = (  # what transformers' _process_fsdp_args reads, with or without "fsdp_" before it
+# Keys whose "auto" is filled by kit/config/resolve.py.
+TRAINER_AUTO = ("bf16", "fp16", "use_cpu")
+QUANTIZATION_AUTO = ("bnb_4bit_compute_dtype", "bnb_4bit_quant_storage")
+FSDP_KEYS = (  # what transformers' _process_fsdp_args reads, with or without "fsdp_" before it
     "version", "cpu_offload", "auto_wrap_policy", "min_num_params", "transformer_layer_cls_to_wrap",
     "cpu_ram_efficient_loading", "state_dict_type", "activation_checkpointing", "reshard_after_forward",
     "forward_prefetch", "backward_prefetch", "use_orig_params", "sync_module_states",
@@ -45,259 +44,245 @@ OWNED = {  # fields of SFTConfig that another part of the description holds
     "pad_token": "tokenizer.pad_token=...",
     "model_init_kwargs.dtype": "model.dtype=...",
 }
+PYDANTIC_TYPES = {  # first word of pydantic's error types
+    "int": "a whole number", "float": "a number", "bool": "true or false", "string": "text", "list": "[a,b]",
+    "dict": "key: value lines", "model": "key: value lines",
+}  # fmt: skip
 
 
-def origin(provenance: dict[str, str]) -> Any:
-    """A function that says where a dotted key was set; a key inside a set value is set where that value is."""
+@dataclass
+class Sections:
+    """The sections of a run, each right by itself; those of the libraries hold the libraries' own fields."""
 
-    def set_by(key: str) -> str:
-        parts = re.sub(r"\[\d+\]", "", key).split(".")
-        for end in range(len(parts), 0, -1):
-            if at := provenance.get(".".join(parts[:end])):
-                return at if at.startswith("command line") else f"{key} in {at}"
-        inside = [at for k, at in provenance.items() if k.startswith(key + ".")]
-        return f"{key} in {inside[0].rsplit(':', 1)[0]}" if inside and ":" in inside[0] else key
-
-    return set_by
-
-
-def chosen_by_person(provenance: dict[str, str]) -> Callable[[str], bool]:
-    """A function that says whether a dotted key was set by a recipe, a file or the command line, and not by a group
-    of the kit's own, whose values are defaults."""
-    return lambda key: not provenance.get(key, f"{key.split('.')[0]}/").startswith(f"{key.split('.')[0]}/")
+    run: RunInput  # the kit's own sections
+    trainer: dict[str, Any]
+    tracking: dict[str, Any]
+    peft: dict[str, Any] | None
+    init_from: InitialAdapter | None
+    quantization: dict[str, Any] | None
+    deepspeed: dict[str, Any] | None
 
 
-def located(problems: list[Problem], set_by: Any, key: str = "") -> list[Problem]:
-    """Problems whose place is a dotted key (`key` where they name none), with where that key was set."""
-    return [Problem(p.problem, set_by(p.where or key), p.fix, p.rule) for p in problems]
+def read_sections(tree: dict[str, Any], report: Report) -> Sections:
+    """Read every section; KitError at once only where nothing further can be found out."""
+    check_finite(tree, report)
+    report.refuse()  # nothing can be computed with such numbers, and plan.json cannot hold them
+    run = read_own_sections(tree, report)
+    trainer = read_trainer_section(tree.get("trainer"), report)
+    peft_type = value_at(tree, "peft.peft_type") or "LORA"
+    peft_values, init_from, problems = take_init_from(tree.get("peft"))
+    report.add(problems)
+    peft = read_library_section(peft_values, str(peft_type), "peft", report)
+    quantization = read_library_section(
+        tree.get("quantization"), "BitsAndBytesConfig", "quantization", report, QUANTIZATION_AUTO
+    )
+    deepspeed = read_deepspeed_section(tree.get("deepspeed"), report)
+    check_fsdp_section(tree.get("fsdp"), report)
+    if run is None:
+        raise KitError(report.problems)
+    check_values(run, report)
+    tracking = read_trainer_section(run.tracking, report, "tracking")
+    if any(p.rule in ("path", "count") for p in report.problems):
+        raise KitError(report.problems)
+    return Sections(run, trainer, tracking, peft, init_from, quantization, deepspeed)
 
 
-def unique(problems: list[Problem]) -> list[Problem]:
-    return list({(p.problem, p.where): p for p in problems}.values())
-
-
-def read_input(tree: dict[str, Any], set_by: Any) -> tuple[RunInput | None, list[Problem]]:
-    """The kit's own sections through pydantic; missing values ("???") and unknown keys are named."""
-    missing = [k for k, v in leaves(tree).items() if v == "???"]
-    problems = [Problem(f"{k} is not given", set_by(k), f"{k}=...", "missing") for k in missing]
-    try:
-        given = RunInput.model_validate(tree)
-        return (None if missing else given), problems
-    except ValidationError as error:
-        wanted: dict[str, tuple[str, list[Any]]] = {}  # where a key takes one kind or another, each has its complaint
-        for e in error.errors():
-            key = ".".join(str(part) for part in e["loc"] if isinstance(part, str) and not is_kind(part))
-            if tree_at(tree, e["loc"]) == "???":
-                continue
-            if e["type"] == "extra_forbidden":
-                near = difflib.get_close_matches(str(e["loc"][-1]), names_at(e["loc"][:-1]), 1)
-                parent = key.rpartition(".")[0]
-                fix = f"did you mean {parent + '.' if parent else ''}{near[0]}?" if near else "remove it"
-                problems.append(Problem(f"there is no key {key}", set_by(key), fix, "unknown-key"))
-            else:
-                value = f": {e['input']!r}" if not isinstance(e["input"], dict) else ""
-                said = f"{key}: {e['msg'][0].lower()}{e['msg'][1:]}{value}"
-                wanted.setdefault(key, (said, []))[1].append(e)
-        for key, (said, errors) in wanted.items():
-            problems.append(Problem(said, set_by(key), fix_of(key, errors), "type"))
-        return None, problems
-
-
-def not_finite(tree: Any, set_by: Any) -> list[Problem]:
-    """Infinite numbers and NaN, wherever they stand."""
+def check_finite(tree: Any, report: Report) -> None:
+    """Report infinite numbers and NaN, wherever they stand."""
 
     def numbers(value: Any) -> Iterator[float]:
         inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-        for one in inner:
-            yield from numbers(one)
+        for item in inner:
+            yield from numbers(item)
         if isinstance(value, float):
             yield value
 
-    bad = [key for key, value in leaves(tree).items() if not all(map(math.isfinite, numbers(value)))]
-    return [Problem(f"{key} holds a number that is not finite", set_by(key), "give a number", "range") for key in bad]
+    for key, value in leaves(tree).items():
+        if not all(map(math.isfinite, numbers(value))):
+            report.problem(key, f"{key} holds a number that is not finite", "give a number", "range")
 
 
-def read_fsdp(values: Any, set_by: Any) -> list[Problem]:
-    """The group `fsdp`: a name that transformers never reads would shard otherwise than was meant."""
-    problems = []
-    for key, value in (values or {}).items() if isinstance(values, dict) else ():
-        name, at = str(key).removeprefix("fsdp_"), set_by(f"fsdp.{key}")
-        if name not in FSDP:
-            near = difflib.get_close_matches(name, FSDP, 1)
-            fix = f"did you mean fsdp.{near[0]}?" if near else f"one of {', '.join(FSDP)}"
-            problems.append(Problem(f"unknown key fsdp.{key}", at, fix, "unknown-key"))
-        elif name == "auto_wrap_policy" and value not in ("TRANSFORMER_BASED_WRAP", "SIZE_BASED_WRAP", "NO_WRAP"):
-            fix = "TRANSFORMER_BASED_WRAP, SIZE_BASED_WRAP or NO_WRAP"
-            problems.append(Problem(f"fsdp.{key} is {value!r}", at, fix, "choice"))
-        elif name == "version" and value not in (1, 2):
-            problems.append(Problem(f"fsdp.{key} must be 1 or 2, not {value!r}", at, "fsdp.version=2", "choice"))
-    return problems
+# ---- the kit's own sections ----
 
 
-def read_slurm(settings: dict[str, Any]) -> dict[str, Any]:
-    """launch.slurm by itself, complete; KitError with every key that there is not and every value of a wrong kind."""
-    stub = {"model": {"name_or_path": ""}, "dataset": {"path": ""}, "launch": {"slurm": settings}}
-    given, problems = read_input(stub, lambda key: f"command line: {key}")
-    if given is None or given.launch.slurm is None:
-        raise KitError(problems)
-    return given.launch.slurm.model_dump()
+def read_own_sections(tree: dict[str, Any], report: Report) -> RunInput | None:
+    """Validate the kit's own sections with pydantic; None, with missing values ("???") and wrong keys reported."""
+    missing = [k for k, v in leaves(tree).items() if v == "???"]
+    for key in missing:
+        report.problem(key, f"{key} is not given", f"{key}=...", "missing")
+    try:
+        run = RunInput.model_validate(tree)
+        return None if missing else run
+    except ValidationError as error:
+        report_invalid(error, tree, report)
+        return None
 
 
-def tree_at(tree: Any, loc: tuple[Any, ...]) -> Any:
-    for part in loc:
-        if not isinstance(tree, dict) or part not in tree:
-            return None
-        tree = tree[part]
-    return tree
+def report_invalid(error: ValidationError, tree: dict[str, Any], report: Report) -> None:
+    """Report unknown keys, and once for each key the values that pydantic does not take."""
+    invalid: dict[str, tuple[str, list[Any]]] = {}  # where a key takes one type or another, each has its complaint
+    for e in error.errors():
+        key = ".".join(str(part) for part in e["loc"] if isinstance(part, str) and not is_type_name(part))
+        if value_at(tree, e["loc"]) == "???":
+            continue
+        if e["type"] == "extra_forbidden":
+            close = difflib.get_close_matches(str(e["loc"][-1]), known_keys(e["loc"][:-1]), 1)
+            parent = key.rpartition(".")[0]
+            fix = f"did you mean {parent + '.' if parent else ''}{close[0]}?" if close else "remove it"
+            report.problem(key, f"there is no key {key}", fix, "unknown-key")
+        else:
+            value = f": {e['input']!r}" if not isinstance(e["input"], dict) else ""
+            text = f"{key}: {e['msg'][0].lower()}{e['msg'][1:]}{value}"
+            invalid.setdefault(key, (text, []))[1].append(e)
+    for key, (text, errors) in invalid.items():
+        report.problem(key, text, suggest_type_fix(key, errors), "type")
 
 
-def names_at(loc: tuple[Any, ...]) -> list[str]:
-    """The keys that are known at a place in RunInput."""
+def is_type_name(part: str) -> bool:
+    """Tell whether a part of pydantic's location names one of several accepted types, and not a key."""
+    return part.startswith(("function-", "literal", "constrained-")) or part in ("str", "int", "float", "bool")
+
+
+def suggest_type_fix(key: str, errors: list[Any]) -> str:
+    """Suggest a value in place of one of the wrong type; "" where that needs more than a few words."""
+    value, error_type = errors[0]["input"], errors[0]["type"]
+    if len(errors) == 1:  # the key takes one type alone: the value as that
+        if error_type == "list_type" and isinstance(value, str) and '"' not in value:
+            return f"'{key}=[\"{value}\"]'"
+        if error_type == "string_type" and type(value) in (int, float):
+            return f"{key}=\"'{value}'\", in quotes"
+        if error_type == "string_type" and isinstance(value, list):
+            return f"{key}=\"'{','.join(map(str, value))}'\", one text"
+    if error_type == "string_pattern_mismatch" and key in ("launch.include", "launch.exclude"):
+        return f"{key}=\"'host1@host2:0,2'\": hosts, each with its slots or without"
+    accepted = " or ".join(dict.fromkeys(words for e in errors if (words := accepted_values(e))))
+    return accepted and f"give {accepted}"
+
+
+def accepted_values(error: Any) -> str:
+    """Name the values that pydantic accepts, "" where that needs more than a few words."""
+    limits = error.get("ctx") or {}
+    if "expected" in limits:
+        return str(limits["expected"])
+    for sign, words in (("ge", "at least"), ("gt", "more than"), ("le", "at most"), ("lt", "less than")):
+        if sign in limits:
+            return f"{words} {limits[sign]:g}"
+    return PYDANTIC_TYPES.get(error["type"].split("_")[0], "")
+
+
+def known_keys(loc: tuple[Any, ...]) -> list[str]:
+    """List the keys of RunInput below a location."""
     model: type[Strict] = RunInput
     for part in loc:
-        kind = model.model_fields[str(part)].annotation
-        model = next(m for m in (*get_args(kind), kind) if m is not NoneType)  # a section may be null
+        annotation = model.model_fields[str(part)].annotation
+        model = next(m for m in (*get_args(annotation), annotation) if m is not NoneType)  # a section may be null
     return list(model.model_fields)
 
 
-def read_table(
-    values: Any, table: str, section: str, set_by: Any, allow_auto: Collection[str] = ()
-) -> tuple[dict[str, Any] | None, list[Problem]]:
-    """A section whose keys are a library's own fields; None where it is empty. `allow_auto`: see fields.check."""
+def read_slurm(settings: dict[str, Any]) -> dict[str, Any]:
+    """Read launch.slurm by itself and complete it; KitError with every unknown key and every value of a wrong type."""
+    report = Report({})
+    run = read_own_sections(
+        {"model": {"name_or_path": ""}, "dataset": {"path": ""}, "launch": {"slurm": settings}}, report
+    )
+    if run is None or run.launch.slurm is None:
+        raise KitError([replace(p, where=f"command line: {p.where}") for p in report.problems])
+    return run.launch.slurm.model_dump()
+
+
+# ---- the libraries' sections ----
+
+
+def read_library_section(
+    values: Any, table: str, section: str, report: Report, allow_auto: Collection[str] = ()
+) -> dict[str, Any] | None:
+    """Read a section whose keys are a library's own fields; None where it is empty. `allow_auto`: see fields.check."""
     if not values:
-        return None, []
+        return None
     if not isinstance(values, dict):
-        fix = f"{section}=none, or {section}.KEY=VALUE"
-        return None, [Problem(f"{section} must hold keys", set_by(section), fix, "section")]
-    if section == "peft" and values.get("peft_type") is None:
-        keys = ", ".join(f"peft.{k}" for k in values)
-        at = set_by(f"peft.{next(iter(values))}")
-        return None, [Problem(f"peft=none, but {keys} is given", at, "peft=lora, or drop it", "peft-none")]
-    if section == "peft" and table.upper() not in fields.peft_types():
-        near = difflib.get_close_matches(table.upper(), fields.peft_types(), 1)
-        known = ", ".join(fields.peft_types())
-        fix = f"peft.peft_type={near[0]}" if near else f"one of {known}"
-        return None, [Problem(f"there is no PEFT method {table!r}", set_by("peft.peft_type"), fix, "peft-type")]
-    table = table.upper() if section == "peft" else table
-    found = fields.check(table, values, section, allow_auto)
-    return fields.cast(table, of_right_kind(values, found, section)), located(found, set_by)
+        report.problem(section, f"{section} must hold keys", f"{section}=none, or {section}.KEY=VALUE", "section")
+        return None
+    if section == "peft":
+        if values.get("peft_type") is None:
+            keys = ", ".join(f"peft.{k}" for k in values)
+            text = f"peft=none, but {keys} is given"
+            report.problem(f"peft.{next(iter(values))}", text, "peft=lora, or drop it", "peft-none")
+            return None
+        if table.upper() not in fields.peft_types():
+            close = difflib.get_close_matches(table.upper(), fields.peft_types(), 1)
+            fix = f"peft.peft_type={close[0]}" if close else f"one of {', '.join(fields.peft_types())}"
+            report.problem("peft.peft_type", f"there is no PEFT method {table!r}", fix, "peft-type")
+            return None
+        table = table.upper()
+    return read_fields(values, table, section, report, allow_auto)
 
 
-def of_right_kind(values: dict[str, Any], found: list[Problem], section: str) -> dict[str, Any]:
-    """`values` without what was refused for its kind or size: the rules compute with what is left."""
-    wrong = {re.split(r"[.\[]", p.where.removeprefix(section + "."))[0] for p in found if p.rule in ("kind", "range")}
-    return {key: value for key, value in values.items() if key not in wrong}
+def read_fields(
+    values: dict[str, Any], table: str, section: str, report: Report, allow_auto: Collection[str] = ()
+) -> dict[str, Any]:
+    """Check values against a library's fields; return them without those of a wrong type or size.
+
+    The rules compute with what is left.
+    """
+    problems = fields.check(table, values, section, allow_auto)
+    report.add(problems)
+    wrong = {
+        re.split(r"[.\[]", p.where.removeprefix(section + "."))[0] for p in problems if p.rule in ("kind", "range")
+    }
+    return fields.cast(table, {key: value for key, value in values.items() if key not in wrong})
 
 
-def unusable(given: RunInput, set_by: Any) -> list[Problem]:
-    """Paths that the disk cannot even be asked about (rule "path"), counts below one, files that are not there."""
-    problems = []
-    for section, key in PATHS:
-        text = getattr(getattr(given, section), key) if section else getattr(given, key)
-        name = f"{section}.{key}" if section else key
-        try:
-            found = Path(text or ".").expanduser().exists()
-            if not found and (section, key) == ("launch", "script"):
-                problems.append(Problem(f"there is no file {text}", set_by(name), "check the path", "script"))
-        except (OSError, RuntimeError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            said = f"{name} is no path that can be looked at: {reason}"
-            problems.append(Problem(said, set_by(name), "check it", "path"))
-    for key, count in (("num_gpus", given.launch.num_gpus), ("num_nodes", given.launch.num_nodes)):
-        if isinstance(count, int) and count < 1:
-            said = f"launch.{key} must be at least 1, not {count}"
-            problems.append(Problem(said, set_by(f"launch.{key}"), f"launch.{key}=auto", "count"))
-    for name, value, own in (("split", given.dataset.split, "train"), ("eval_split", given.dataset.eval_split, None)):
-        if value != own and Path(given.dataset.path).expanduser().exists():
-            said = f"dataset.{name}={value}, but {given.dataset.path} is a file or folder, which has no splits"
-            fix = "dataset.eval_path=FILE, or dataset.test_size=0.1"
-            problems.append(Problem(said, set_by(f"dataset.{name}"), fix, "dataset-split"))
-    return problems + split_sizes(given.dataset, set_by)
-
-
-def split_sizes(dataset: Dataset, set_by: Any) -> list[Problem]:
-    """What is wrong with the parts that are to be held out."""
-    problems = []
-    sizes = {"test_size": dataset.test_size, "validation_size": dataset.validation_size}
-    for name, size in sizes.items():
-        if size is not None and not (0 < size < 1 or (size >= 1 and size == int(size))):
-            said = f"dataset.{name} must be a share between 0 and 1 or a whole number of rows, not {size}"
-            fix = f"dataset.{name}=0.1, or leave it out"
-            problems.append(Problem(said, set_by(f"dataset.{name}"), fix, "held-out"))
-    if problems or dataset.validation_size is None:
-        return problems
-    key = set_by("dataset.validation_size")
-    if dataset.test_size is None:
-        said, fix = "dataset.validation_size without dataset.test_size", "dataset.test_size holds rows out"
-        return [Problem(said, key, fix, "held-out")]
-    if (dataset.test_size < 1) != (dataset.validation_size < 1):
-        said = "one of test_size and validation_size is a share, the other a number"
-        return [Problem(said, key, "give one kind", "held-out")]
-    if dataset.test_size < 1 <= dataset.test_size + dataset.validation_size:
-        return [Problem("test_size and validation_size leave no rows to train on", key, "0.1 and 0.1", "held-out")]
-    return []
-
-
-def read_trainer(values: Any, set_by: Any, section: str = "trainer") -> tuple[dict[str, Any], list[Problem]]:
-    """`trainer.*` against SFTConfig's fields; keys that other sections own are refused with the key to use."""
+def read_trainer_section(values: Any, report: Report, section: str = "trainer") -> dict[str, Any]:
+    """Read `trainer.*` as SFTConfig's fields; keys that other sections own are refused with the key to use."""
     values = dict(values) if isinstance(values, dict) else {}
-    owned = [k for k in OWNED if tree_at(values, tuple(k.split("."))) is not None]
-    problems = [Problem(f"{section}.{k} is not set here", set_by(f"{section}.{k}"), OWNED[k], "owned") for k in owned]
+    owned = [k for k in OWNED if value_at(values, k) is not None]
+    for k in owned:
+        report.problem(f"{section}.{k}", f"{section}.{k} is not set here", OWNED[k], "owned")
     for k in owned:
         values.pop(k.split(".")[0], None)
-    found = fields.check("SFTConfig", values, section, allow_auto={"bf16", "fp16", "use_cpu"})
-    return fields.cast("SFTConfig", of_right_kind(values, found, section)), problems + located(found, set_by)
+    return read_fields(values, "SFTConfig", section, report, TRAINER_AUTO)
 
 
-def read_deepspeed(values: Any, set_by: Any) -> tuple[dict[str, Any] | None, list[Problem]]:
-    """The DeepSpeed JSON: the group's choice, or `deepspeed.file` with the overrides merged on top."""
+def read_deepspeed_section(values: Any, report: Report) -> dict[str, Any] | None:
+    """Read the DeepSpeed JSON: the group's choice, or `deepspeed.file` with the overrides merged on top."""
     if not values:
-        return None, []
+        return None
     if not isinstance(values, dict):
-        fix = "deepspeed=none, or deepspeed=FILE.json"
-        return None, [Problem("deepspeed must hold keys", set_by("deepspeed"), fix, "section")]
+        report.problem("deepspeed", "deepspeed must hold keys", "deepspeed=none, or deepspeed=FILE.json", "section")
+        return None
     values = dict(values)
     if file := values.pop("file", None):
         try:
-            values = merge(zero.load(Path(os.path.expanduser(str(file)))), values)
+            values = merge_trees(load_deepspeed_file(Path(os.path.expanduser(str(file)))), values)
         except KitError as error:
-            at = set_by("deepspeed.file")
-            found = [Problem(p.problem, p.where or at, p.fix, p.rule) for p in error.problems]
-            return None, named(found, "deepspeed-file")
-    return values, located(zero.check(values), set_by)
+            place = report.set_by("deepspeed.file")
+            problems = [Problem(p.problem, p.where or place, p.fix, p.rule) for p in error.problems]
+            report.problems += named(problems, "deepspeed-file")
+            return None
+    report.add(check_deepspeed_json(values))
+    return values
 
 
-def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+def merge_trees(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Merge two trees; where both hold a value, that of `above` stands."""
     out = dict(below)
     for key, value in above.items():
-        out[key] = merge(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
+        out[key] = (
+            merge_trees(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
+        )
     return out
 
 
-def look_at_data(dataset: Dataset, here: bool) -> tuple[str | None, list[Problem]]:
-    """The data's format, from the first row of the file; None for a Hub id that is not in the cache."""
-    problems: list[Problem] = []
-    wanted: str | None = None if dataset.format == "auto" else dataset.format
-    if dataset.template:  # can be read without the data
-        try:
-            made = templates.format_of(dataset.template)
-            wanted = made if wanted is None or made != "messages" else wanted
-            templates.columns_of(dataset.template)
-        except KitError as error:
-            return None, named(error.problems, "dataset-template")
-    for key, path in (("dataset.path", dataset.path), ("dataset.eval_path", dataset.eval_path)):
-        if path is None or (paths.made_by_quickstart(path) and not Path(path).exists() and not here):
-            continue
-        try:
-            if (files := data_files.find_files(path)) is None:
-                revision = dataset.revision if path == dataset.path else None
-                columns = hub_dataset.columns(dataset, path, revision, here)
-            else:
-                columns = data_files.columns(files, path)
-            if columns is not None:
-                wanted = data_files.detect_format(columns, dataset)
-        except KitError as error:
-            at = [Problem(p.problem, key if p.where == "dataset.path" else p.where, p.fix, p.rule)
-                  for p in error.problems]  # fmt: skip
-            problems += named(at, "dataset-unreadable")
-    return wanted, problems
+def check_fsdp_section(values: Any, report: Report) -> None:
+    """Report names in `fsdp` that transformers never reads: it would shard otherwise than was meant."""
+    for key, value in (values or {}).items() if isinstance(values, dict) else ():
+        name, dotted = str(key).removeprefix("fsdp_"), f"fsdp.{key}"
+        if name not in FSDP_KEYS:
+            close = difflib.get_close_matches(name, FSDP_KEYS, 1)
+            fix = f"did you mean fsdp.{close[0]}?" if close else f"one of {', '.join(FSDP_KEYS)}"
+            report.problem(dotted, f"unknown key {dotted}", fix, "unknown-key")
+        elif name == "auto_wrap_policy" and value not in ("TRANSFORMER_BASED_WRAP", "SIZE_BASED_WRAP", "NO_WRAP"):
+            fix = "TRANSFORMER_BASED_WRAP, SIZE_BASED_WRAP or NO_WRAP"
+            report.problem(dotted, f"{dotted} is {value!r}", fix, "choice")
+        elif name == "version" and value not in (1, 2):
+            report.problem(dotted, f"{dotted} must be 1 or 2, not {value!r}", "fsdp.version=2", "choice")

@@ -25,13 +25,13 @@ PATTERNS = {  # key of launch.slurm, which is also sbatch's option: what its val
     "constraint": (r"[A-Za-z0-9_\[(][A-Za-z0-9_.,&|*()\[\]-]*", "features, such as a100 or a100&nvlink"),
     "exclude": (r"[A-Za-z0-9_][A-Za-z0-9_.,\[\]-]*", "nodes, such as node3 or node[01-04]"),
 }
-SCRIPT = "write it into a file, and: source /path/setup.sh"
+SCRIPT_FIX = "write it into a file, and: source /path/setup.sh"
 # Plain too, as the run's directory stands behind --output; % is SLURM's own.
 PATH = re.compile(r"/[A-Za-z0-9_.,/+@=:-]+")
 JOB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,150}")
 EXTRA = re.compile(r"--([a-z][a-z0-9-]*)(=[A-Za-z0-9_.,:/@%+=-]+)?")
 # Options that the script sets itself, and those that would put the environment, or another script, into it.
-OWNED = {
+WRITTEN_OPTIONS = {
     "job-name", "output", "error", "open-mode", "nodes", "ntasks", "ntasks-per-node", "ntasks-per-gpu", "signal",
     "requeue", "no-requeue", "array", "dependency", "parsable", "wrap", "export", "export-file", "get-user-env",
     "chdir", "wait", "input", "cpus-per-task", "test-only", "propagate", "uid", "gid", *PATTERNS,
@@ -43,47 +43,47 @@ Found = Iterator[tuple[str, str, str]]
 
 def value_problems(slurm: dict[str, Any]) -> Found:
     """(problem, key, fix) of every value that cannot stand in an `#SBATCH` line, or in the script's words."""
-    for name, (pattern, like) in PATTERNS.items():
+    for name, (pattern, example) in PATTERNS.items():
         value, key = slurm.get(name), f"launch.slurm.{name}"
         # YAML 1.1 reads 12:00:00 as a number to the base of 60, which SLURM would take for minutes.
         if isinstance(value, int) and name == "time" and value % 60 == 0 and value >= 3600:
             hours = f"{value // 3600}:{value // 60 % 60:02}:00"
-            said = f"{key}={value} minutes are {value / 1440:.1f} days; YAML reads an unquoted {hours} so"
-            yield said, key, f"{key}='D-HH:MM:SS', in quotes"
+            text = f"{key}={value} minutes are {value / 1440:.1f} days; YAML reads an unquoted {hours} so"
+            yield text, key, f"{key}='D-HH:MM:SS', in quotes"
         elif value is not None and not re.fullmatch(pattern, str(value), re.ASCII):
-            yield f"{key}={value!r} cannot stand in an #SBATCH line", key, like
+            yield f"{key}={value!r} cannot stand in an #SBATCH line", key, example
     for name in ("modules", "setup"):
         for number, line in enumerate(slurm.get(name) or []):
             key = f"launch.slurm.{name}[{number}]"
             if CONTROL.search(line) or not line.strip():
                 yield f"{key}={line!r} is empty or holds a control character", key, "one command to an entry"
-            elif name == "setup" and not splits(line):
+            elif name == "setup" and not is_shell_words(line):
                 yield f"{key}={line!r} has a quote that is not closed", key, "close it"
-            elif name == "setup" and (found := secret_in(line)):
-                said = f"{key} gives {found} a value that would stand in the script"
-                yield said, key, f"hf auth login, or source a file of yours that sets {found}"
-            elif name == "setup" and (sign := for_the_shell(line)):
-                yield f"{key}={line!r}: the shell would not see {sign!r}, as each word is quoted", key, SCRIPT
+            elif name == "setup" and (variable := secret_variable(line)):
+                text = f"{key} gives {variable} a value that would stand in the script"
+                yield text, key, f"hf auth login, or source a file of yours that sets {variable}"
+            elif name == "setup" and (sign := unquoted_shell_sign(line)):
+                yield f"{key}={line!r}: the shell would not see {sign!r}, as each word is quoted", key, SCRIPT_FIX
             elif name == "modules" and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+/@=:-]*", line, re.ASCII):
                 yield f"{key}={line!r} is no module's name", key, "such as cuda/12.4"
 
 
-def splits(line: str) -> bool:
+def is_shell_words(line: str) -> bool:
     try:
         return bool(shlex.split(line))
     except ValueError:
         return False
 
 
-def for_the_shell(line: str) -> str:
+def unquoted_shell_sign(line: str) -> str:
     """The first sign in a set-up line that a shell would act on, "" for none: quoted, it is a letter as others are."""
     single = re.sub(r"\\.|'[^']*'", "_", line)
     bare = re.sub(r'"[^"]*"', "_", single)
-    found = re.search(r"[$`]", single) or re.search(r"[;&|<>()]|(?<![^\s=:])[~#]", bare)
-    return found[0] if found else ""
+    match = re.search(r"[$`]", single) or re.search(r"[;&|<>()]|(?<![^\s=:])[~#]", bare)
+    return match[0] if match else ""
 
 
-def secret_in(line: str) -> str:
+def secret_variable(line: str) -> str:
     """The name of a variable that a set-up line gives a secret, "" for none."""
     pairs = (word.partition("=") for word in shlex.split(line))
     return next((name for name, equals, value in pairs if equals and value and is_secret(name, value)), "")
@@ -97,11 +97,11 @@ def extra_problems(slurm: dict[str, Any]) -> Found:
         if not match:
             yield f"{key}={option!r} is no long option of sbatch", key, "such as --reservation=name, without blanks"
         # sbatch takes any beginning of a name that is clear: --expor is --export.
-        elif owned := sorted(name for name in OWNED if name.startswith(match[1])):
-            yield f"{key}={option!r}: the kit writes --{owned[0]} itself", key, owner(owned[0])
+        elif owned := sorted(name for name in WRITTEN_OPTIONS if name.startswith(match[1])):
+            yield f"{key}={option!r}: the kit writes --{owned[0]} itself", key, fix_for_option(owned[0])
 
 
-def owner(option: str) -> str:
+def fix_for_option(option: str) -> str:
     known = {"nodes": "launch.num_nodes=N", "cpus-per-task": "launch.slurm.cpus_per_task=N", "chdir": "cd there first"}
     known |= {"signal": "launch.slurm.signal_seconds=N", "requeue": "launch.slurm.max_requeues=N"}
     known |= {name: f"launch.slurm.{name}=..." for name in PATTERNS}
@@ -111,5 +111,5 @@ def owner(option: str) -> str:
 def gpus_of(gres: Any) -> int | None:
     """How many GPUs per node a gres value asks for; None where it names none."""
     counts = [re.fullmatch(r"gpu(?::[^:,]+)??(?::(\d+))?", part) for part in str(gres or "").split(",")]
-    found = [int(m[1] or 1) for m in counts if m]
-    return sum(found) if found else None
+    gpus = [int(m[1] or 1) for m in counts if m]
+    return sum(gpus) if gpus else None

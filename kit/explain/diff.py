@@ -11,7 +11,7 @@ from typing import Any
 
 from kit.config import keys
 from kit.errors import DONE, KitError, Problem
-from kit.explain.key_effects import shown
+from kit.explain.key_effects import shorten
 from kit.schema import fields
 from kit.schema.run_plan import RunPlan, field_class, leaves, load_plan
 from kit.storage import run_directory
@@ -20,7 +20,12 @@ from kit.storage import run_directory
 SECTIONS = (
     """run model tokenizer dataset peft init_from quantization deepspeed fsdp trainer launch prompts base""".split()
 )
-RUN = {"precision": "identity", "global_batch_size": "identity", "world_size": "machine", "kit_version": "machine"}
+RUN_CLASSES = {
+    "precision": "identity",
+    "global_batch_size": "identity",
+    "world_size": "machine",
+    "kit_version": "machine",
+}
 
 
 def main(argv: list[str]) -> int:
@@ -31,28 +36,28 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--config-dir", "-cd", help="a folder with groups and recipes of your own")
     parser.add_argument("--json", action="store_true")
     a = parser.parse_args(argv)
-    told = compare(a.a, a.b, config_dir=a.config_dir)
-    print(json.dumps(told, indent=1, ensure_ascii=False) if a.json else as_text(told))
+    comparison = compare_runs(a.a, a.b, config_dir=a.config_dir)
+    print(json.dumps(comparison, indent=1, ensure_ascii=False) if a.json else format_comparison(comparison))
     return DONE
 
 
-def compare(a: str, b: str, config_dir: str | None = None) -> dict[str, Any]:
+def compare_runs(a: str, b: str, config_dir: str | None = None) -> dict[str, Any]:
     """The differing keys of two runs, each with both values and its class; KitError where one cannot be read."""
-    one, two = read_both(a, b, config_dir)
-    found = differences(one, two)
+    one, two = read_plans(a, b, config_dir)
+    differing = list_differences(one, two)
     return {
         "a": {"name": a, "run": one.name, "hash": one.hash},
         "b": {"name": b, "run": two.name, "hash": two.hash},
         "same_run": one.hash == two.hash,
-        "differences": found,
+        "differences": differing,
     }
 
 
-def read_both(a: str, b: str, config_dir: str | None) -> tuple[RunPlan, RunPlan]:
+def read_plans(a: str, b: str, config_dir: str | None) -> tuple[RunPlan, RunPlan]:
     plans, problems, codes = [], [], []
     for name in (a, b):
         try:
-            plans.append(read(name, config_dir))
+            plans.append(read_plan(name, config_dir))
         except KitError as error:
             problems += [Problem(f"{name}: {p.problem}", p.where, p.fix, p.rule) for p in error.problems]
             codes.append(error.code)
@@ -61,7 +66,7 @@ def read_both(a: str, b: str, config_dir: str | None) -> tuple[RunPlan, RunPlan]
     return plans[0], plans[1]
 
 
-def read(name: str, config_dir: str | None = None) -> RunPlan:
+def read_plan(name: str, config_dir: str | None = None) -> RunPlan:
     """The plan behind a word: a run directory, plan.json, run.yaml, overrides, or a recipe's name."""
     from kit import api
     from kit.explain import catalog
@@ -73,7 +78,7 @@ def read(name: str, config_dir: str | None = None) -> RunPlan:
     if name.endswith(".json"):
         return load_plan(name)
     own = [Path(config_dir) / "recipe" / f"{name}.yaml"] if config_dir else []
-    recipes = {f.stem for f in catalog.choices(catalog.RECIPE)} | {f.stem for f in own if f.is_file()}
+    recipes = {f.stem for f in catalog.choice_files(catalog.RECIPE)} | {f.stem for f in own if f.is_file()}
     if name in recipes and not (Path(name) / run_directory.PLAN).is_file():
         return api.compose(f"recipe={name}", config_dir=config_dir)
     try:
@@ -83,81 +88,81 @@ def read(name: str, config_dir: str | None = None) -> RunPlan:
             raise
     import difflib
 
-    near = difflib.get_close_matches(name, recipes, 1)
-    fix = f"did you mean {near[0]}?" if near else "kit list names the recipes"
+    close = difflib.get_close_matches(name, recipes, 1)
+    fix = f"did you mean {close[0]}?" if close else "kit list names the recipes"
     raise KitError(f"there is neither a recipe nor a run named {name!r}", "command line", fix)
 
 
-def differences(a: RunPlan, b: RunPlan) -> list[dict[str, Any]]:
+def list_differences(a: RunPlan, b: RunPlan) -> list[dict[str, Any]]:
     """One entry per key whose effective value differs: what is not said has the library's default."""
-    found = []
+    entries = []
     for section in SECTIONS:
-        ours, theirs = part(a, section), part(b, section)
-        tables = [keys.table_of(section, str((p.peft or {}).get("peft_type", "LORA")).upper()) for p in (a, b)]
+        ours, theirs = section_leaves(a, section), section_leaves(b, section)
+        tables = [keys.table_of_section(section, str((p.peft or {}).get("peft_type", "LORA")).upper()) for p in (a, b)]
         for key in dict.fromkeys([*ours, *theirs]):
-            said = (effective(ours, key, tables[0]), effective(theirs, key, tables[1]))
-            if said[0][0] == said[1][0]:
+            values = (effective_value(ours, key, tables[0]), effective_value(theirs, key, tables[1]))
+            if values[0][0] == values[1][0]:
                 continue
-            known = RUN.get(key) or ("identity" if section == "base" else field_class(key))
-            entry: dict[str, Any] = {"section": section, "key": key, "class": known}
-            for side, (value, is_default) in zip("ab", said, strict=True):
+            key_class = RUN_CLASSES.get(key) or ("identity" if section == "base" else field_class(key))
+            entry: dict[str, Any] = {"section": section, "key": key, "class": key_class}
+            for side, (value, is_default) in zip("ab", values, strict=True):
                 entry[side] = value
                 entry[f"{side}_is_default"] = is_default
-            found.append(entry)
-    return found
+            entries.append(entry)
+    return entries
 
 
-def part(plan: RunPlan, section: str) -> dict[str, Any]:
+def section_leaves(plan: RunPlan, section: str) -> dict[str, Any]:
     """The dotted leaves of one section; lists of a mapping's values are values."""
     if section == "run":
-        return {key: getattr(plan, key) for key in RUN}
+        return {key: getattr(plan, key) for key in RUN_CLASSES}
     value = plan.model_dump()[section]
     if section == "prompts":
         return {section: value}
     return leaves({section: value}) if value else {}
 
 
-def effective(held: dict[str, Any], key: str, table: str | None) -> tuple[Any, bool]:
+def effective_value(values: dict[str, Any], key: str, table: str | None) -> tuple[Any, bool]:
     """The value of a key, and whether it is the library's default because nobody says it."""
-    if key in held:
-        return held[key], False
+    if key in values:
+        return values[key], False
     name = key.partition(".")[2]
-    if table and held and name in fields.tables()[table]:
+    if table and values and name in fields.tables()[table]:
         return fields.default(table, name), True
     return None, False
 
 
-def as_text(told: dict[str, Any]) -> str:
-    a, b = told["a"], told["b"]
+def format_comparison(comparison: dict[str, Any]) -> str:
+    a, b = comparison["a"], comparison["b"]
     lines = [f"A  {a['name']}  ({a['run']}-{a['hash']})", f"B  {b['name']}  ({b['run']}-{b['hash']})"]
-    found = told["differences"]
-    if not found:
+    differing = comparison["differences"]
+    if not differing:
         return "\n".join([*lines, "", "nothing differs"])
-    width = min(max(len(d["key"]) for d in found), 60)
+    width = min(max(len(d["key"]) for d in differing), 60)
     for section in SECTIONS:
-        some = [d for d in found if d["section"] == section]
-        if some:
+        of_section = [d for d in differing if d["section"] == section]
+        if of_section:
             title = "deepspeed (as resolved)" if section == "deepspeed" else section
             lines += ["", title]
-        for d in some:
-            lines.append(f"  {d['key']:<{width}}  {'  ->  '.join(pair(d))}  [{d['class']}]")
-    return "\n".join([*lines, "", verdict(told)])
+        for d in of_section:
+            lines.append(f"  {d['key']:<{width}}  {'  ->  '.join(format_values(d))}  [{d['class']}]")
+    return "\n".join([*lines, "", describe_verdict(comparison)])
 
 
-def pair(d: dict[str, Any]) -> list[str]:
+def format_values(d: dict[str, Any]) -> list[str]:
     """Both values in a line; long ones from where they part."""
-    texts = ["-" if d[s] is None else shown(d[s]) for s in "ab"]
+    texts = ["-" if d[s] is None else shorten(d[s]) for s in "ab"]
     if texts[0] == texts[1]:
         whole = [d[s] if isinstance(d[s], str) else json.dumps(d[s], ensure_ascii=False) for s in "ab"]
         start = max(len(os.path.commonprefix(whole)) - 20, 0)
-        texts = ["..." + shown(w[start:]) for w in whole]
+        texts = ["..." + shorten(w[start:]) for w in whole]
     return [f"{t} (default)" if d[f"{s}_is_default"] else t for s, t in zip("ab", texts, strict=True)]
 
 
-def verdict(told: dict[str, Any]) -> str:
+def describe_verdict(comparison: dict[str, Any]) -> str:
     """What the differences amount to."""
-    classes = [d["class"] for d in told["differences"]]
+    classes = [d["class"] for d in comparison["differences"]]
     counts = ", ".join(f"{classes.count(c)} {c}" for c in ("identity", "extendable", "machine") if c in classes)
-    if told["same_run"]:
+    if comparison["same_run"]:
         return f"the same run ({counts}): kit resume could change A into B"
     return f"another run ({counts})"

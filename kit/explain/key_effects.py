@@ -8,40 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from kit.config import keys
+from kit.config.deepspeed.filled_keys import FILLED_KEYS
 from kit.config.sections import OWNED
 from kit.schema import fields
+from kit.schema.dotted import value_at
 from kit.schema.run_plan import RunPlan
 
 ABSENT: Any = object()
-LIBRARY = {"SFTConfig": "TRL's SFTConfig", "BitsAndBytesConfig": "transformers' BitsAndBytesConfig",
+LIBRARY_NAMES = {"SFTConfig": "TRL's SFTConfig", "BitsAndBytesConfig": "transformers' BitsAndBytesConfig",
            "deepspeed": "DeepSpeed"}  # fmt: skip
-# Keys of DeepSpeed's JSON that are filled from elsewhere (kit/config/deepspeed/resolve.py), and from what.
-FILLED = {
-    "train_micro_batch_size_per_gpu": ["trainer.per_device_train_batch_size"],
-    "gradient_accumulation_steps": ["trainer.gradient_accumulation_steps"],
-    "train_batch_size": [
-        "trainer.per_device_train_batch_size",
-        "trainer.gradient_accumulation_steps",
-        "launch.num_gpus",
-    ],
-    "gradient_clipping": ["trainer.max_grad_norm"],
-    "bf16.enabled": ["trainer.bf16", "trainer.bf16_full_eval", "precision"],
-    "fp16.enabled": ["trainer.fp16", "trainer.fp16_full_eval", "precision"],
-    "optimizer.params.lr": ["trainer.learning_rate"],
-    "optimizer.params.betas": ["trainer.adam_beta1", "trainer.adam_beta2"],
-    "optimizer.params.eps": ["trainer.adam_epsilon"],
-    "optimizer.params.weight_decay": ["trainer.weight_decay"],
-    "scheduler.params.warmup_max_lr": ["trainer.learning_rate"],
-    "scheduler.params.warmup_num_steps": ["trainer.warmup_steps"],
-    "scheduler.params.total_num_steps": ["trainer.max_steps"],
-    "zero_allow_untested_optimizer": ["trainer.optim"],
-    "checkpoint.use_node_local_storage": ["trainer.save_on_each_node"],
-    "zero_optimization.reduce_bucket_size": ["model.config.hidden_size"],
-    "zero_optimization.stage3_prefetch_bucket_size": ["model.config.hidden_size"],
-    "zero_optimization.stage3_param_persistence_threshold": ["model.config.hidden_size"],
-}
 # How a value comes about that nobody wrote down (kit/config/plan.py, resolve.py, embeddings.py).
-RESOLVED = {
+RESOLUTIONS = {
     "trainer.bf16": "auto: what the hardware is fast at; true but for GPUs without bfloat16 and most CPUs",
     "trainer.fp16": "auto: true only on GPUs that have no bfloat16",
     "trainer.use_cpu": "auto: true where there is no GPU and no number of GPUs is asked for",
@@ -62,7 +39,7 @@ RESOLVED = {
     "tokenizer.pad_token": "model.pad_token",
 }
 # What the worker does with the keys that are the kit's own (kit/training/, kit/data/load.py, kit/launchers/).
-USED = {
+EFFECTS = {
     "model.name_or_path": "AutoModelForCausalLM.from_pretrained({})",
     "model.revision": "AutoModelForCausalLM.from_pretrained(revision={})",
     "model.dtype": "AutoModelForCausalLM.from_pretrained(dtype={})",
@@ -95,7 +72,7 @@ USED = {
     "world_size": "WORLD_SIZE={} of the ranks",
 }
 # What the worker itself hands to SFTConfig (kit/training/run.py).
-WORKER = {
+SET_BY_WORKER = {
     "output_dir": "the checkpoints folder of the run directory",
     "deepspeed": "the resolved DeepSpeed JSON",
     "fsdp": "true where the group fsdp is given",
@@ -103,38 +80,33 @@ WORKER = {
 }
 
 
-def at(tree: Any, key: str) -> Any:
-    for part in key.split("."):
-        if not isinstance(tree, dict) or part not in tree:
-            return ABSENT
-        tree = tree[part]
-    return tree
-
-
-def default_of(key: str, kind: str) -> str:
+def describe_default(key: str, peft_type: str) -> str:
     section = key.partition(".")[0]
-    table = keys.table_of(section, kind)
-    if table is None or key in keys.OURS:
+    table = keys.table_of_section(section, peft_type)
+    if table is None or key in keys.KIT_KEYS:
         return "the kit's default"
-    return f"{LIBRARY.get(table, f'PEFT, {table}')}: its default"
+    return f"{LIBRARY_NAMES.get(table, f'PEFT, {table}')}: its default"
 
 
-def derived(key: str, written: Any, resolved: Any, literal: str | None) -> str:
+def describe_resolution(key: str, written: Any, resolved: Any, literal: str | None) -> str:
     """How the plan came to another value than the composed one; "" where it did not. `literal`: as a file has it."""
     if resolved is ABSENT or resolved == written:
         return ""
     if key.startswith("deepspeed."):
         if literal not in (None, "auto", '"auto"'):
             return ""
-        return f"filled from {' and '.join(FILLED.get(key.removeprefix('deepspeed.'), ['the trainer']))}"
+        row = FILLED_KEYS.get(key.removeprefix("deepspeed."))
+        return f"filled from {' and '.join((row and row.sources) or ['the trainer'])}"
     if written in (ABSENT, None, "auto") or key == "trainer.gradient_accumulation_steps":
-        return RESOLVED.get(key, "") if resolved is not None else ""
+        return RESOLUTIONS.get(key, "") if resolved is not None else ""
     if isinstance(resolved, str) and isinstance(written, str) and resolved.endswith(Path(written).name):
         return "the path made absolute"
-    return RESOLVED.get(key, "")
+    return RESOLUTIONS.get(key, "")
 
 
-def becomes(key: str, value: Any, plan: RunPlan | None, kind: str, tree: dict[str, Any]) -> list[str]:
+def describe_library_effect(
+    key: str, value: Any, plan: RunPlan | None, peft_type: str, tree: dict[str, Any]
+) -> list[str]:
     """What the libraries are handed, one line each."""
     section, _, name = key.partition(".")
     if value == "???":
@@ -142,49 +114,50 @@ def becomes(key: str, value: Any, plan: RunPlan | None, kind: str, tree: dict[st
     if plan and name and section in ("peft", "quantization", "fsdp") and not getattr(plan, section):
         return [f"nothing: {section}=none"]
     lines = []
-    target = {"trainer": "SFTConfig", "quantization": "BitsAndBytesConfig", "peft": f"PEFT's {kind} config"}.get(
+    target = {"trainer": "SFTConfig", "quantization": "BitsAndBytesConfig", "peft": f"PEFT's {peft_type} config"}.get(
         section
     )
-    if key in USED:
-        lines.append(USED[key].format(shown(value)))
+    if key in EFFECTS:
+        lines.append(EFFECTS[key].format(shorten(value)))
     elif target and name:
-        known = WORKER if section == "trainer" else {}
-        left_out = plan and name not in known and at(plan.model_dump(), key) is ABSENT
-        lines.append(f"{target}({name}={shown(value)})" + (", by itself: the run says nothing" if left_out else ""))
+        known = SET_BY_WORKER if section == "trainer" else {}
+        left_out = plan and name not in known and value_at(plan.model_dump(), key, ABSENT) is ABSENT
+        lines.append(f"{target}({name}={shorten(value)})" + (", by itself: the run says nothing" if left_out else ""))
     elif section == "tracking" and name:
-        lines.append(f"trainer.{name}={shown(value)}, where trainer.{name} is not given")
+        lines.append(f"trainer.{name}={shorten(value)}, where trainer.{name} is not given")
     elif section == "fsdp" and name:
-        lines.append(f"SFTConfig(fsdp_config={{{name}: {shown(value)}}})")
-    elif held := next((k for k in (key.rpartition(".")[0], section) if k in USED), None):
-        lines.append(USED[held].format(shown(value), name=name))
-    return lines + in_json(key, plan, tree)
+        lines.append(f"SFTConfig(fsdp_config={{{name}: {shorten(value)}}})")
+    elif parent := next((k for k in (key.rpartition(".")[0], section) if k in EFFECTS), None):
+        lines.append(EFFECTS[parent].format(shorten(value), name=name))
+    return lines + describe_deepspeed_effect(key, plan, tree)
 
 
-def in_json(key: str, plan: RunPlan | None, tree: dict[str, Any]) -> list[str]:
+def describe_deepspeed_effect(key: str, plan: RunPlan | None, tree: dict[str, Any]) -> list[str]:
     """What stands in the DeepSpeed JSON because of a key."""
     section, _, name = key.partition(".")
     if section == "deepspeed" and name not in ("", "file"):
         if plan is None:
             return ["ds_config.json is not known: the run is refused"]
-        held = at(plan.deepspeed or {}, name)
-        if held is ABSENT:
+        value = value_at(plan.deepspeed or {}, name, ABSENT)
+        if value is ABSENT:
             return [
                 "ds_config.json has no such key: DeepSpeed's default" if plan.deepspeed else "nothing: deepspeed=none"
             ]
-        twins = [s for s in FILLED.get(name, ()) if s.startswith("trainer.")]
-        said = f", as {' and '.join(twins)} to SFTConfig" if twins else ""
-        return [f"ds_config.json: {name} = {shown(held)}{said}"]
-    found = []
-    for k, sources in FILLED.items():
-        held = at(plan.deepspeed, k) if plan else ABSENT
+        row = FILLED_KEYS.get(name)
+        twins = [s for s in row.sources if s.startswith("trainer.")] if row else []
+        text = f", as {' and '.join(twins)} to SFTConfig" if twins else ""
+        return [f"ds_config.json: {name} = {shorten(value)}{text}"]
+    lines = []
+    for k, row in FILLED_KEYS.items():
+        value = value_at(plan.deepspeed, k, ABSENT) if plan else ABSENT
         # A literal size in the JSON stays; the other keys are checked to agree.
-        follows = section != "model" or at(tree, f"deepspeed.{k}") in ("auto", ABSENT)
-        if key in sources and follows and held is not ABSENT:
-            found.append(f"ds_config.json: {k} = {shown(held)}")
-    return found
+        follows = row.filled_by != "hidden_size" or value_at(tree, f"deepspeed.{k}", ABSENT) in ("auto", ABSENT)
+        if key in row.sources and follows and value is not ABSENT:
+            lines.append(f"ds_config.json: {k} = {shorten(value)}")
+    return lines
 
 
-def upstream(key: str, entry: dict[str, Any], kind: str) -> str:
+def describe_field(key: str, entry: dict[str, Any], peft_type: str) -> str:
     """Kind, range, choices and default of the library's field."""
     owner = OWNED.get(key.removeprefix("trainer.")) if key.startswith("trainer.") else None
     if not entry.get("kinds"):
@@ -195,12 +168,12 @@ def upstream(key: str, entry: dict[str, Any], kind: str) -> str:
     parts = [" or ".join(words), *bounds]
     if choices:
         parts.append("one of " + ", ".join(choices[:12]) + (f" and {len(choices) - 12} more" if choices[12:] else ""))
-    table = keys.table_of(key.partition(".")[0], kind) or ""
-    parts.append(f"default {shown(entry.get('default'))} ({LIBRARY.get(table, f'PEFT, {table}')})")
+    table = keys.table_of_section(key.partition(".")[0], peft_type) or ""
+    parts.append(f"default {shorten(entry.get('default'))} ({LIBRARY_NAMES.get(table, f'PEFT, {table}')})")
     return "; ".join([*parts, *([owner] if owner else [])])
 
 
-def shown(value: Any) -> str:
+def shorten(value: Any) -> str:
     """A value as YAML would have it in one line, shortened."""
     if value is ABSENT:
         return "nothing"

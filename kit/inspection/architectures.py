@@ -50,7 +50,7 @@ TOWER_FIXES = {
 }
 
 
-def modules(config: dict[str, Any]) -> list[str] | None:
+def module_names(config: dict[str, Any]) -> list[str] | None:
     """Names of the embedding, the linear layers and the head; None for an architecture that is not listed."""
     model_type = config.get("model_type")
     layers = config.get("num_hidden_layers", config.get("n_layer"))
@@ -63,21 +63,21 @@ def modules(config: dict[str, Any]) -> list[str] | None:
 
 
 @functools.cache
-def table() -> dict[str, Any]:
+def architecture_table() -> dict[str, Any]:
     return json.loads(TABLE.read_text(encoding="utf-8"))
 
 
-def kind(model_type: str) -> str | None:
+def model_kind(model_type: str) -> str | None:
     """`causal`, `multimodal`, `encoder_decoder` or `encoder`; None where transformers has no such language model."""
-    return next((k for k, names in table()["kinds"].items() if model_type in names), None)
+    return next((k for k, names in architecture_table()["kinds"].items() if model_type in names), None)
 
 
 def refuse_name(name: str) -> list[Problem]:
     """What a Hub id says before its config.json is here."""
     if re.search(r"Llama-3\.2-(11B|90B)-Vision", name, re.IGNORECASE):
-        return [tower(name, "mllama", "90b" in name.lower())]
+        return [tower_problem(name, "mllama", "90b" in name.lower())]
     if re.search(r"(^|/)chatglm\d?-6b", name, re.IGNORECASE):
-        return [own_code(name)]
+        return [own_code_problem(name)]
     return []
 
 
@@ -92,14 +92,14 @@ def refuse_config(
         return [], []
     model_type = str(config["model_type"])
     if model_type == "chatglm":
-        return [own_code(name, key)], []
+        return [own_code_problem(name, key)], []
     if remote_code and config.get("auto_map"):
         return [], []
-    what = kind(model_type)
+    what = model_kind(model_type)
     if what == "multimodal":
         text = config.get("text_config")
         large = isinstance(text, dict) and text.get("hidden_size") == 8192
-        return [tower(name, model_type, large or "90b" in name.lower(), key)], []
+        return [tower_problem(name, model_type, large or "90b" in name.lower(), key)], []
     if what == "encoder_decoder" or config.get("is_encoder_decoder") is True:
         problem = f"{name} is an encoder-decoder model ({model_type}); {TRAINS}"
         fix = "train it with transformers' own Seq2SeqTrainer, or choose a causal model: kit list model"
@@ -109,35 +109,35 @@ def refuse_config(
         fix = "train it with transformers' own Trainer, or choose a causal model: kit list model"
         return [Problem(problem, key, fix, "architecture")], []
     if what is None:
-        return unknown(name, model_type, bool(config.get("auto_map")), key)
+        return unknown_type_problem(name, model_type, bool(config.get("auto_map")), key)
     return [], []
 
 
-def tower(name: str, model_type: str, large: bool, key: str = "model.name_or_path") -> Problem:
+def tower_problem(name: str, model_type: str, large: bool, key: str = "model.name_or_path") -> Problem:
     fix = TOWER_FIXES.get(model_type, "a text model of the same family: kit list model")
     if model_type == "mllama":
         fix = f"model={'llama3_1_70b' if large else 'llama3_1_8b'}: its text layers are those of Llama 3.1"
-    tower = "vision" if model_type in ("mllama", "gemma3") else "vision or audio"
-    return Problem(f"{name} has a {tower} tower; this kit trains text", key, fix, "architecture")
+    kind = "vision" if model_type in ("mllama", "gemma3") else "vision or audio"
+    return Problem(f"{name} has a {kind} tower; this kit trains text", key, fix, "architecture")
 
 
-def own_code(name: str, key: str = "model.name_or_path") -> Problem:
+def own_code_problem(name: str, key: str = "model.name_or_path") -> Problem:
     problem = f"{name} needs code of its own, which was written for transformers 4 and does not run on 5"
     return Problem(problem, key, "model=glm4_9b, or recipe=glm4_9b_int8_lora", "architecture")
 
 
-def unknown(name: str, model_type: str, own: bool, key: str) -> tuple[list[Problem], list[str]]:
+def unknown_type_problem(name: str, model_type: str, own: bool, key: str) -> tuple[list[Problem], list[str]]:
     """Refused, unless the installed transformers is another one than the table's: it may know more."""
-    made_from = table()["generated_from"]["transformers"]
-    said = f"transformers {made_from} has no causal language model of type {model_type!r} ({name})"
+    made_from = architecture_table()["generated_from"]["transformers"]
+    text = f"transformers {made_from} has no causal language model of type {model_type!r} ({name})"
     try:
         installed = version("transformers")
     except PackageNotFoundError:
         installed = made_from
     if installed != made_from:
-        return [], [f"{said}; {installed} is installed, and was not asked"]
-    near = difflib.get_close_matches(model_type, table()["kinds"]["causal"], 1)
-    fix = f"did you mean {near[0]}?" if near else "choose another model: kit list model"
+        return [], [f"{text}; {installed} is installed, and was not asked"]
+    close = difflib.get_close_matches(model_type, architecture_table()["kinds"]["causal"], 1)
+    fix = f"did you mean {close[0]}?" if close else "choose another model: kit list model"
     if own:
         fix = "its repository brings code of its own: read it, then model.trust_remote_code=true on the command line"
-    return [Problem(said, key, fix, "architecture")], []
+    return [Problem(text, key, fix, "architecture")], []

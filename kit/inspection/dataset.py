@@ -85,7 +85,7 @@ def columns(files: list[Path], path: str) -> list[str] | None:
             if table.metadata.num_rows == 0:
                 raise empty
             return list(table.schema_arrow.names)
-        first = first_json(file)
+        first = first_json_row(file)
         if first is None:
             raise empty
         return list(first)
@@ -97,7 +97,7 @@ def columns(files: list[Path], path: str) -> list[str] | None:
         ) from None
 
 
-def first_json(file: Path) -> dict | None:
+def first_json_row(file: Path) -> dict | None:
     """The first row of JSON lines or of a JSON list; KitError naming the line where it is not JSON."""
     with open(file, encoding="utf-8") as f:
         for number, line in enumerate(f, 1):
@@ -142,7 +142,7 @@ def detect_format(columns: list[str], d: Dataset) -> str:
                 rule="dataset-template",
             )
         made = templates.format_of(d.template)
-        templates.check(d.template, columns)
+        templates.check_template_columns(d.template, columns)
         if (made, d.format) == ("messages", "prompt_completion"):
             return d.format
         if d.format not in ("auto", made):

@@ -9,24 +9,24 @@ from typing import Any
 from kit.errors import KitError
 
 TURNS = ("system", "user", "assistant")
-KINDS = {  # the keys of a template, what must be there, and the format of the rows that it writes
+FORMAT_KEYS = {  # the keys of a template, what must be there, and the format of the rows that it writes
     "text": ({"text"}, {"text"}),
     "prompt_completion": ({"prompt", "completion"}, {"prompt", "completion"}),
     "messages": ({*TURNS}, {"user", "assistant"}),
 }
 TRAINED = ("text", "completion", "assistant")  # a row with nothing here has nothing to learn
-WHERE = "dataset.template"
+KEY = "dataset.template"
 
 
 def format_of(template: Mapping[str, str]) -> str:
     """text, prompt_completion or messages; KitError for any other set of keys."""
     keys = set(template)
-    for name, (known, needed) in KINDS.items():
+    for name, (known, needed) in FORMAT_KEYS.items():
         if needed <= keys <= known:
             return name
     raise KitError(
         f"a template of {', '.join(sorted(keys))} makes no row",
-        WHERE,
+        KEY,
         "give text, or prompt and completion, or user and assistant (and system)",
         rule="dataset-template",
     )
@@ -34,16 +34,16 @@ def format_of(template: Mapping[str, str]) -> str:
 
 def columns_of(template: Mapping[str, str]) -> list[str]:
     """The data set's columns that a template names, in order, each once; KitError where it is not well formed."""
-    found: dict[str, None] = {}
+    columns: dict[str, None] = {}
     for key, text in template.items():
         for _, name in parts(key, text):
             if name is not None:
-                found[name] = None
-    if not found:
+                columns[name] = None
+    if not columns:
         raise KitError(
-            "the template names no column", WHERE, "write column names in braces: {Question}", rule="dataset-template"
+            "the template names no column", KEY, "write column names in braces: {Question}", rule="dataset-template"
         )
-    return list(found)
+    return list(columns)
 
 
 def parts(key: str, text: str) -> list[tuple[str, str | None]]:
@@ -53,24 +53,24 @@ def parts(key: str, text: str) -> list[tuple[str, str | None]]:
     except ValueError as error:
         raise KitError(
             f"{key}: {error}",
-            f"{WHERE}.{key}",
+            f"{KEY}.{key}",
             "double a brace that is meant as text: {{ and }}",
             rule="dataset-template",
         ) from None
     for _, name, spec, conversion in pieces:
         if name is not None and (spec or conversion or not name):
-            said = f"{key}: only {{column}} can stand in braces"
-            raise KitError(said, f"{WHERE}.{key}", "name a column", rule="dataset-template")
+            problem = f"{key}: only {{column}} can stand in braces"
+            raise KitError(problem, f"{KEY}.{key}", "name a column", rule="dataset-template")
     return [(before, name) for before, name, _, _ in pieces]
 
 
-def check(template: Mapping[str, str], columns: list[str]) -> None:
+def check_template_columns(template: Mapping[str, str], columns: list[str]) -> None:
     """KitError listing the columns that the template names and the data set lacks."""
     missing = [name for name in columns_of(template) if name not in columns]
     if missing:
         raise KitError(
             f"the template names {', '.join(map(repr, missing))}; the data has {', '.join(columns)}",
-            WHERE,
+            KEY,
             "name columns that exist",
             rule="dataset-template",
         )

@@ -29,7 +29,7 @@ KEYWORDS = {
 }
 
 
-def readable(name: str) -> bool:
+def is_data_file(name: str) -> bool:
     """Whether a repository's file holds rows; scripts never do: nothing in a data set is run."""
     path = Path(name)
     suffix = Path(path.stem).suffix if path.suffix.lower() in PACKED else path.suffix
@@ -37,7 +37,7 @@ def readable(name: str) -> bool:
     return path.name not in NO_DATA and path.name[:1] != "." and (packed or suffix.lower() in READABLE)
 
 
-def configurations(card: str) -> dict[str, dict[str, Any]]:
+def list_configurations(card: str) -> dict[str, dict[str, Any]]:
     """Name to entry of every configuration that a README.md lists; empty where it lists none with files."""
     head = re.match(r"---\s*\n(.*?)\n---", card, re.S)
     try:
@@ -50,58 +50,58 @@ def configurations(card: str) -> dict[str, dict[str, Any]]:
 def choose(card: str, name: str | None) -> dict[str, Any] | None:
     """The entry of configuration `name`, or of the default one; None where the README.md lists none. KitError
     where there are several and none is chosen, or `name` is not among them."""
-    found = configurations(card)
-    if not found:
+    listed = list_configurations(card)
+    if not listed:
         return None
-    if name is None and len(found) > 1:
-        defaults = [c for n, c in found.items() if n == "default" or c.get("default")]
+    if name is None and len(listed) > 1:
+        defaults = [c for n, c in listed.items() if n == "default" or c.get("default")]
         if defaults:
             return defaults[0]
-    if (name or next(iter(found))) not in found or (name is None and len(found) > 1):
+    if (name or next(iter(listed))) not in listed or (name is None and len(listed) > 1):
         problem = f"the data set has no configuration {name}" if name else "the data set has several configurations"
-        raise KitError(problem, "dataset.name", f"one of {', '.join(found)}", rule="dataset-configuration")
-    return found[name or next(iter(found))]
+        raise KitError(problem, "dataset.name", f"one of {', '.join(listed)}", rule="dataset-configuration")
+    return listed[name or next(iter(listed))]
 
 
 def files_of(names: list[str], card: str, config: str | None) -> list[str]:
     """The repository's files (`names`) that hold the rows of a configuration, of all its splits."""
-    data = [n for n in names if readable(n)]
+    data = [n for n in names if is_data_file(n)]
     entry = choose(card, config)
-    return data if entry is None else [n for n in data if matches(n, patterns(entry, None))]
+    return data if entry is None else [n for n in data if matches_any(n, glob_patterns(entry, None))]
 
 
-def files_of_split(names: list[str], card: str, config: str | None, split: str) -> list[str]:
+def split_files(names: list[str], card: str, config: str | None, split: str) -> list[str]:
     """Those of one split; empty where the names do not say it."""
     data = files_of(names, card, config)
     split = re.split(r"[\[+]", split)[0]  # "train[:10%]+test": the first part stands for all
     if entry := choose(card, config):
-        return [n for n in data if matches(n, patterns(entry, split))]
+        return [n for n in data if matches_any(n, glob_patterns(entry, split))]
     words = {n: set(re.split(r"[-._ 0-9/]+", n.lower())) for n in data}
     if any(w & k for w in words.values() for k in KEYWORDS.values()):
         return [n for n in data if words[n] & KEYWORDS.get(split, {split})]
     return data if split == "train" else []
 
 
-def patterns(entry: dict[str, Any], split: str | None) -> list[str]:
+def glob_patterns(entry: dict[str, Any], split: str | None) -> list[str]:
     """The glob patterns of a configuration's entry, of one split or of all."""
-    held = entry["data_files"]
-    found: list[Any] = []
-    for item in held if isinstance(held, list) else [held]:
+    files = entry["data_files"]
+    paths: list[Any] = []
+    for item in files if isinstance(files, list) else [files]:
         place, of = (item.get("path"), item.get("split")) if isinstance(item, dict) else (item, "train")
         if split in (None, of):
-            found += place if isinstance(place, list) else [place]
+            paths += place if isinstance(place, list) else [place]
     folder = entry.get("data_dir")
-    return [f"{folder}/{p}" if folder else str(p) for p in found]
+    return [f"{folder}/{p}" if folder else str(p) for p in paths]
 
 
-def matches(name: str, globs: list[str]) -> bool:
+def matches_any(name: str, globs: list[str]) -> bool:
     try:
-        return any(re.fullmatch(regex(g.removeprefix("./")), name) for g in globs)
+        return any(re.fullmatch(glob_to_regex(g.removeprefix("./")), name) for g in globs)
     except re.error:  # a bracket that is no set of characters
         return False
 
 
-def regex(glob: str) -> str:
+def glob_to_regex(glob: str) -> str:
     """A glob in which `**` crosses folders and `*` does not, as a regular expression."""
     parts = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
     return "".join(parts.get(p) or (p if p[:1] == "[" else re.escape(p)) for p in re.split(
@@ -117,8 +117,8 @@ def find_snapshot(repo: str, config: str | None, revision: str | None) -> Path |
     names = hub_cache.listing(folder) if folder else None
     if folder is None or not names or (CARD in names and not (folder / CARD).is_file()):
         return None
-    wanted = files_of(names, read_card(folder), config)
-    return folder if wanted and all((folder / n).is_file() for n in wanted) else None
+    files = files_of(names, read_card(folder), config)
+    return folder if files and all((folder / n).is_file() for n in files) else None
 
 
 def read_card(folder: Path) -> str:
@@ -126,7 +126,7 @@ def read_card(folder: Path) -> str:
     return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
 
 
-def prepared(repo: str) -> bool:
+def is_prepared(repo: str) -> bool:
     """Whether `datasets` has this data set in its own cache from an earlier load: it takes that one offline."""
     home = os.environ.get("HF_HOME") or str(hub_cache.cache().parent)
     folder = Path(os.environ.get("HF_DATASETS_CACHE") or os.path.join(home, "datasets")).expanduser()
@@ -143,11 +143,11 @@ def columns(d: Dataset, repo: str, revision: str | None, here: bool) -> list[str
     config = d.name if repo == d.path else None
     folder = find_snapshot(repo, config, revision)
     if folder is None:
-        if here and hub_cache.offline() and not prepared(repo):
+        if here and hub_cache.offline() and not is_prepared(repo):
             key = "dataset.path" if repo == d.path else "dataset.eval_path"
             problem = f"the data set {repo} is not, or not whole, in {hub_cache.cache()}, and HF_HUB_OFFLINE is set"
             raise KitError(problem, key, hub_cache.fetch_command("dataset.path", repo, revision), rule="offline")
         return None
-    names = files_of_split(hub_cache.listing(folder) or [], read_card(folder), config, d.split)
+    names = split_files(hub_cache.listing(folder) or [], read_card(folder), config, d.split)
     files = [folder / n for n in names if Path(n).suffix.lower() in data_files.SUFFIXES]
     return data_files.columns(files, repo) if files else None

@@ -32,7 +32,8 @@ class Base:
     def text(self) -> dict[str, Any]:
         """The config of the language model, which lies inside where the base has towers; empty where not known."""
         config = self.config or {}
-        return config.get("text_config") or config
+        inside = config.get("text_config")
+        return inside if isinstance(inside, dict) and inside else config
 
     @property
     def hidden_size(self) -> int | None:
@@ -41,41 +42,48 @@ class Base:
         return size if isinstance(size, int) else None
 
 
-def inspect(model: Model, here: bool) -> tuple[Base, list[Problem]]:
-    """Look at `model.name_or_path` on disk and in the Hub cache; problems where it is there and not a model.
+def inspect_model(model: Model, here: bool) -> tuple[Base, list[Problem]]:
+    """Inspect `model.name_or_path` on disk and in the Hub cache; problems where it is there and not a model.
 
     `here`: the run is about to start on this machine, so what is only promised will not do.
     """
     name = model.name_or_path
-    preset = dict(model.config) or None
     folder = safetensors_header.find_model(name, model.revision)
-    local = Path(name).expanduser().is_dir()
-    if folder is None and hub_cache.looks_like_id(name) and (refused := architectures.refuse_name(name)):
-        return Base(config=preset), refused
-    if folder is None and here and hub_cache.looks_like_id(name):
-        try:
-            folder = fetch_config(name, model.revision)
-        except KitError as error:
-            return Base(), named(error.problems, "hub")
-    if folder is None:
-        if preset and paths.made_by_quickstart(name) and not here:
-            return Base(config=preset, notes=[f"{name} is not made yet: `make quickstart` makes it"]), []
-        if not hub_cache.looks_like_id(name):
-            if paths.made_by_quickstart(name):
-                said = f"{name} is not made yet"
-                return Base(), [Problem(said, "model.name_or_path", "make quickstart", "model-folder")]
-            said, fix = f"there is no model folder {name}", "check the path, or give a Hub id"
-            return Base(), [Problem(said, "model.name_or_path", fix, "model-folder")]
-        note = f"{name} is not on this machine: " + (
-            "its shape is the preset's" if preset else "what depends on its shape cannot be checked here"
-        )
-        if hub_cache.offline():
-            note += f"; {hub_cache.fetch_command('model.name_or_path', name, model.revision)}"
-        if preset is None:
-            return Base(notes=[note]), []
-        key = "model.config.model_type"
-        refused, notes = architectures.refuse_config(name, preset, model.trust_remote_code, key)
-        return Base(preset, modules=architectures.modules(preset), notes=[note, *notes]), refused
+    if folder is None and hub_cache.looks_like_id(name):
+        if refused := architectures.refuse_name(name):
+            return Base(config=dict(model.config) or None), refused
+        if here:
+            try:
+                folder = fetch_config(name, model.revision)
+            except KitError as error:
+                return Base(), named(error.problems, "hub")
+    return inspect_absent(model, here) if folder is None else inspect_folder(model, folder, here)
+
+
+def inspect_absent(model: Model, here: bool) -> tuple[Base, list[Problem]]:
+    """Return what the preset knows of a model that is not on this machine; a problem where it cannot come to be."""
+    name, key, preset = model.name_or_path, "model.name_or_path", dict(model.config) or None
+    if preset and paths.made_by_quickstart(name) and not here:
+        return Base(config=preset, notes=[f"{name} is not made yet: `make quickstart` makes it"]), []
+    if not hub_cache.looks_like_id(name):
+        if paths.made_by_quickstart(name):
+            return Base(), [Problem(f"{name} is not made yet", key, "make quickstart", "model-folder")]
+        fix = "check the path, or give a Hub id"
+        return Base(), [Problem(f"there is no model folder {name}", key, fix, "model-folder")]
+    note = f"{name} is not on this machine: " + (
+        "its shape is the preset's" if preset else "what depends on its shape cannot be checked here"
+    )
+    if hub_cache.offline():
+        note += f"; {hub_cache.fetch_command(key, name, model.revision)}"
+    if preset is None:
+        return Base(notes=[note]), []
+    refused, notes = architectures.refuse_config(name, preset, model.trust_remote_code, "model.config.model_type")
+    return Base(preset, modules=architectures.module_names(preset), notes=[note, *notes]), refused
+
+
+def inspect_folder(model: Model, folder: Path, here: bool) -> tuple[Base, list[Problem]]:
+    """Read config.json and the headers of the weights in a folder, one of the Hub cache's too."""
+    name, local = model.name_or_path, Path(model.name_or_path).expanduser().is_dir()
     try:
         config = safetensors_header.read_config(folder)
         # A part of the shards in the cache is a download that was cut short: the model is not here.
@@ -90,37 +98,36 @@ def inspect(model: Model, here: bool) -> tuple[Base, list[Problem]]:
     if tensors:
         base.bytes = sum(t.end - t.start for t in tensors.values())
         base.numbers = sum(math.prod(t.shape) for t in tensors.values())
-    base.modules = architectures.modules(config)  # stored names differ where transformers renames or fuses them
+    base.modules = architectures.module_names(config)  # stored names differ where transformers renames or fuses them
     if base.modules is None and tensors:
         base.modules = [
             n.removesuffix(".weight") for n, t in tensors.items() if n.endswith(".weight") and len(t.shape) == 2
         ]
-    if not tensors and not local and not model.random_init:
-        if here and hub_cache.offline():
-            fix = hub_cache.fetch_command("model.name_or_path", name, model.revision)
-            return base, [Problem(f"the weights of {name} are not in {hub_cache.cache()}, and HF_HUB_OFFLINE is set",
-                                  "model.name_or_path", fix, "offline")]  # fmt: skip
+    if not tensors and not model.random_init:
+        if local or (here and hub_cache.offline()):
+            return base, [weights_missing(model, folder, local)]
         base.notes.append(f"the weights of {name} are not on this machine: the ranks fetch them")
-    elif not tensors and not model.random_init:
-        pickles = sorted(folder.glob("*.bin"))
-        problem = (
-            f"{folder} holds {pickles[0].name}, a pickle" if pickles else f"{folder} is not a model: it has no weights"
-        )
-        fix = (
-            f"kit convert {folder} OUT makes safetensors of it: give OUT"
-            if pickles
-            else "give a folder with safetensors, or model.random_init=true"
-        )
-        return base, [Problem(problem, "model.name_or_path", fix, "model-files")]
-    if differ := differences(preset or {}, config):
+    if differ := preset_differences(dict(model.config), config):
         listed = ", ".join(f"{key} {a} against {b}" for key, (a, b) in sorted(differ.items()))
-        base.notes.append(
-            f"the preset's shape differs from {folder / safetensors_header.CONFIG}, which wins: {listed}"
-        )
+        file = folder / safetensors_header.CONFIG
+        base.notes.append(f"the preset's shape differs from {file}, which wins: {listed}")
     return base, []
 
 
-def differences(preset: dict[str, Any], config: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+def weights_missing(model: Model, folder: Path, local: bool) -> Problem:
+    """Return the problem of a model that has no safetensors: pickles alone, nothing, or a download cut short."""
+    name, key = model.name_or_path, "model.name_or_path"
+    if not local:
+        text = f"the weights of {name} are not in {hub_cache.cache()}, and HF_HUB_OFFLINE is set"
+        return Problem(text, key, hub_cache.fetch_command(key, name, model.revision), "offline")
+    if pickles := sorted(folder.glob("*.bin")):
+        fix = f"kit convert {folder} OUT makes safetensors of it: give OUT"
+        return Problem(f"{folder} holds {pickles[0].name}, a pickle", key, fix, "model-files")
+    fix = "give a folder with safetensors, or model.random_init=true"
+    return Problem(f"{folder} is not a model: it has no weights", key, fix, "model-files")
+
+
+def preset_differences(preset: dict[str, Any], config: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Keys of a preset that config.json holds with another value, as (preset's, config.json's).
 
     A model with towers keeps the shape of its text part in `text_config`, transformers 5 keeps rope_theta and
@@ -129,17 +136,21 @@ def differences(preset: dict[str, Any], config: dict[str, Any]) -> dict[str, tup
     rope = config.get("rope_parameters")
     places = [p for p in (config, config.get("text_config"), rope) if isinstance(p, dict)]
     elsewhere = {"text_config": config, "rope_scaling": rope if isinstance(rope, dict) else {}}
-    found: dict[str, tuple[Any, Any]] = {}
+    differences: dict[str, tuple[Any, Any]] = {}
     for key, value in preset.items():
-        held = next((p[key] for p in places if key in p), elsewhere.get(key, value))
-        if isinstance(value, dict) and isinstance(held, dict):
-            found |= {f"{key}.{k}": pair for k, pair in differences(value, held).items()}
-        elif held != value and key not in ("torch_dtype", "dtype") and not (held is None and key in DERIVED):
-            found[key] = (value, held)
-    return found
+        value_there = next((p[key] for p in places if key in p), elsewhere.get(key, value))
+        if isinstance(value, dict) and isinstance(value_there, dict):
+            differences |= {f"{key}.{k}": pair for k, pair in preset_differences(value, value_there).items()}
+        elif (
+            value_there != value
+            and key not in ("torch_dtype", "dtype")
+            and not (value_there is None and key in DERIVED)
+        ):
+            differences[key] = (value, value_there)
+    return differences
 
 
-def look_at_tokenizer(tokenizer: Tokenizer, here: bool) -> list[Problem]:
+def check_tokenizer_cached(tokenizer: Tokenizer, here: bool) -> list[Problem]:
     """The problem of a tokenizer of its own that is not in the Hub cache where the Hub may not be asked."""
     key, name = "tokenizer.name_or_path", tokenizer.name_or_path
     if not (here and hub_cache.offline() and name and hub_cache.looks_like_id(name)):
@@ -168,7 +179,7 @@ def fetch_config(name: str, revision: str | None) -> Path:
         raise hub_cache.explain(error, name, hub_cache.MODEL, key) from None
 
 
-def identify(model: Model, folder: Path | None) -> dict[str, Any] | None:
+def identify_base(model: Model, folder: Path | None) -> dict[str, Any] | None:
     """What ties an adapter to its base: name, revision, and hashes of config.json and of the weights."""
     if folder is None or model.random_init or not safetensors_header.shard_files(folder):
         return None

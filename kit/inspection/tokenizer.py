@@ -24,7 +24,7 @@ PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 
 @dataclass(frozen=True)
-class Files:
+class TokenizerFiles:
     """A tokenizer's files as they lie on the disk."""
 
     folder: Path
@@ -41,16 +41,16 @@ class Files:
 
 
 @dataclass
-class Found:
+class TokenizerReport:
     """What the tokenizer section means for the run."""
 
-    files: Files | None = None
+    files: TokenizerFiles | None = None
     new_tokens: list[str] = field(default_factory=list)  # of added_tokens, those that the vocabulary lacks
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
-def read_files(folder: Path) -> Files | None:
+def read_files(folder: Path) -> TokenizerFiles | None:
     """The tokenizer in a folder, None where there is none; KitError where a file is damaged."""
     names = [FAST, CONFIG, *OTHERS]
     if not any(next(folder.glob(name), None) for name in names):
@@ -79,7 +79,7 @@ def read_files(folder: Path) -> Files | None:
     if given is None and any((folder / name).exists() for name in TEMPLATES):
         file = folder / TEMPLATES[0]
         given = file.read_text(encoding="utf-8") if file.is_file() else ""
-    return Files(folder, tokens, special, roles, given, several)
+    return TokenizerFiles(folder, tokens, special, roles, given, several)
 
 
 def read_vocabulary(path: Path) -> tuple[dict[str, int], set[int]]:
@@ -133,12 +133,12 @@ def find_template(template: str) -> Path:
     known = named_templates()
     if template in known:
         return known[template]
-    near = difflib.get_close_matches(template, known, 3, 0.5)
+    close = difflib.get_close_matches(template, known, 3, 0.5)
     names = sorted(n for n in known if not n.endswith("_training"))
     raise KitError(
         f"there is no chat template named {template!r}",
         "tokenizer.chat_template",
-        f"did you mean {' or '.join(near)}?" if near else f"one of {', '.join(names)}, or a .jinja file",
+        f"did you mean {' or '.join(close)}?" if close else f"one of {', '.join(names)}, or a .jinja file",
     )
 
 
@@ -157,16 +157,18 @@ def marks_answers(template: str) -> bool | None:
 # ---- the section `tokenizer` of a run ----
 
 
-def examine(t: Tokenizer, model: Model, rows: int | None, chat: bool, assistant_only_loss: bool) -> Found:
+def examine_tokenizer(
+    t: Tokenizer, model: Model, rows: int | None, chat: bool, assistant_only_loss: bool
+) -> TokenizerReport:
     """Look at the tokenizer of a run; problems name dotted keys.
 
     rows: of the base's embedding (config.json's vocab_size), None where that is not known. chat: the data are chats.
     """
-    found = Found()
+    report = TokenizerReport()
     name = t.name_or_path or model.name_or_path
     folder = safetensors_header.find_model(name, t.revision or (model.revision if t.name_or_path is None else None))
     if folder is None and t.name_or_path and not hub_cache.looks_like_id(t.name_or_path):
-        found.problems.append(
+        report.problems.append(
             Problem(
                 f"there is no tokenizer folder {name}",
                 "tokenizer.name_or_path",
@@ -176,47 +178,53 @@ def examine(t: Tokenizer, model: Model, rows: int | None, chat: bool, assistant_
         )
     if folder is not None:
         try:
-            found.files = read_files(folder)
+            report.files = read_files(folder)
         except KitError as error:
             key = "tokenizer.name_or_path"
-            found.problems += [Problem(p.problem, key, p.fix, "tokenizer-files") for p in error.problems]
-            return found
-        if found.files is None and Path(name).expanduser().is_dir():  # a snapshot in the cache may be a part only
+            report.problems += [Problem(p.problem, key, p.fix, "tokenizer-files") for p in error.problems]
+            return report
+        if report.files is None and Path(name).expanduser().is_dir():  # a snapshot in the cache may be a part only
             key = "tokenizer.name_or_path" if t.name_or_path else "model.name_or_path"
-            said = f"{name} holds no tokenizer"
-            found.problems.append(Problem(said, key, "tokenizer.name_or_path=FOLDER or Hub id", "tokenizer-files"))
-    _look_at_template(found, t, chat, assistant_only_loss)
-    _look_at_tokens(found, t, name, rows)
-    return found
+            text = f"{name} holds no tokenizer"
+            report.problems.append(Problem(text, key, "tokenizer.name_or_path=FOLDER or Hub id", "tokenizer-files"))
+    _look_at_template(report, t, chat, assistant_only_loss)
+    _look_at_tokens(report, t, name, rows)
+    return report
 
 
-def _look_at_template(found: Found, t: Tokenizer, chat: bool, assistant_only_loss: bool) -> None:
-    text = found.files.template if found.files else None
+def _look_at_template(report: TokenizerReport, t: Tokenizer, chat: bool, assistant_only_loss: bool) -> None:
+    text = report.files.template if report.files else None
     if t.chat_template:
         try:
             text = find_template(t.chat_template).read_text(encoding="utf-8")
         except KitError as error:
             if trl_templates() is None and not is_file_name(t.chat_template):
-                found.notes.append(f"chat template {t.chat_template}: TRL, which ships it, is not installed here")
+                report.notes.append(f"chat template {t.chat_template}: TRL, which ships it, is not installed here")
             else:
-                found.problems += named(error.problems, "chat-template-name")
+                report.problems += named(error.problems, "chat-template-name")
             return
         except (OSError, UnicodeDecodeError) as error:
-            said, key = f"the chat template cannot be read: {error}", "tokenizer.chat_template"
-            found.problems.append(Problem(said, key, "check the file", "chat-template-name"))
+            problem, key = f"the chat template cannot be read: {error}", "tokenizer.chat_template"
+            report.problems.append(Problem(problem, key, "check the file", "chat-template-name"))
             return
-    elif chat and found.files and text is None:
-        found.problems.append(
+    elif chat and report.files and text is None:
+        report.problems.append(
             Problem(
-                f"the data are chats, and the tokenizer in {found.files.folder} has no chat template",
+                f"the data are chats, and the tokenizer in {report.files.folder} has no chat template",
                 "tokenizer.chat_template",
                 "tokenizer=chatml adds one with its tokens; or tokenizer.chat_template=NAME (a template of TRL's, "
                 "e.g. llama3) or FILE.jinja",
                 "chat-template",
             )
         )
-    if text and chat and assistant_only_loss and marks_answers(text) is False and not found_several(found, t):
-        found.problems.append(
+    if (
+        text
+        and chat
+        and assistant_only_loss
+        and marks_answers(text) is False
+        and not uses_several_templates(report, t)
+    ):
+        report.problems.append(
             Problem(
                 "assistant_only_loss needs a chat template with {% generation %} marks around the answers; this one "
                 "has none, and TRL has no marked twin of it",
@@ -227,44 +235,44 @@ def _look_at_template(found: Found, t: Tokenizer, chat: bool, assistant_only_los
         )
 
 
-def found_several(found: Found, t: Tokenizer) -> bool:
+def uses_several_templates(report: TokenizerReport, t: Tokenizer) -> bool:
     """Several templates in one tokenizer: which of them is used is decided per row."""
-    return t.chat_template is None and bool(found.files and found.files.several_templates)
+    return t.chat_template is None and bool(report.files and report.files.several_templates)
 
 
-def _look_at_tokens(found: Found, t: Tokenizer, name: str, rows: int | None) -> None:
+def _look_at_tokens(report: TokenizerReport, t: Tokenizer, name: str, rows: int | None) -> None:
     for token in t.added_tokens:
         if not token.strip() or t.added_tokens.count(token) > 1:
             problem = f"added token {token!r} is {'blank' if not token.strip() else 'listed twice'}"
             fix = "list each token once"
-            found.problems.append(Problem(problem, "tokenizer.added_tokens", fix, "added-tokens"))
-    files = found.files
+            report.problems.append(Problem(problem, "tokenizer.added_tokens", fix, "added-tokens"))
+    files = report.files
     if files is None or files.tokens is None:
-        found.new_tokens = list(t.added_tokens)
+        report.new_tokens = list(t.added_tokens)
         return
-    found.new_tokens = [token for token in t.added_tokens if token not in files.tokens]
-    size = files.size + len(found.new_tokens)
-    if t.added_tokens and not found.new_tokens:
-        found.notes.append("every added token is in the vocabulary already: nothing is added, their rows stay")
+    report.new_tokens = [token for token in t.added_tokens if token not in files.tokens]
+    size = files.size + len(report.new_tokens)
+    if t.added_tokens and not report.new_tokens:
+        report.notes.append("every added token is in the vocabulary already: nothing is added, their rows stay")
     for role in ROLES:
         named = getattr(t, role)
         if named and named not in files.tokens and named not in t.added_tokens:
-            near = difflib.get_close_matches(named, [k for k in files.tokens if k[:1] == named[:1]], 3, 0.6)
-            fix = f"did you mean {' or '.join(near)}? " if near else ""
+            close = difflib.get_close_matches(named, [k for k in files.tokens if k[:1] == named[:1]], 3, 0.6)
+            fix = f"did you mean {' or '.join(close)}? " if close else ""
             problem = f"{role} {named!r} is not among the {files.size:,} tokens of {name}"
             fix += f"Or add it: tokenizer.added_tokens=['{named}']"
-            found.problems.append(Problem(problem, f"tokenizer.{role}", fix, "special-token"))
+            report.problems.append(Problem(problem, f"tokenizer.{role}", fix, "special-token"))
     pad, eos = (getattr(t, role) or files.roles.get(role, "") for role in ("pad_token", "eos_token"))
-    for role, given, why in (
+    for role, given, reason in (
         ("pad_token", pad, "name one that the data never holds, e.g. a reserved token"),
         ("eos_token", eos, "name one: without it a tuned model would never stop"),
     ):
         if given is None:
             problem = f"the tokenizer of {name} has no {role}, and none is guessed"
-            fix = f"tokenizer.{role}=...: {why}"
-            found.problems.append(Problem(problem, f"tokenizer.{role}", fix, "special-token-missing"))
+            fix = f"tokenizer.{role}=...: {reason}"
+            report.problems.append(Problem(problem, f"tokenizer.{role}", fix, "special-token-missing"))
     if pad and pad == eos:
-        found.notes.append(
+        report.notes.append(
             f"pad_token and eos_token are both {pad}: this trainer masks padding by position, so end tokens stay in "
             "the loss; a collator that masks by id would drop them"
         )
@@ -273,8 +281,8 @@ def _look_at_tokens(found: Found, t: Tokenizer, name: str, rows: int | None) -> 
     used = {pad, eos, t.bos_token}
     surplus = {k: i for k, i in files.tokens.items() if i >= rows}
     refused = sorted(k for k, i in surplus.items() if i not in files.special or k in used)
-    if refused and not found.new_tokens:
-        found.problems.append(
+    if refused and not report.new_tokens:
+        report.problems.append(
             Problem(
                 f"the tokenizer has {files.size:,} tokens, the base's embedding {rows:,} rows: "
                 f"{', '.join(map(repr, refused[:3]))}{' ...' if len(refused) > 3 else ''} would have none",
@@ -283,12 +291,12 @@ def _look_at_tokens(found: Found, t: Tokenizer, name: str, rows: int | None) -> 
                 "vocabulary",
             )
         )
-    elif surplus and not found.new_tokens:
-        found.notes.append(
+    elif surplus and not report.new_tokens:
+        report.notes.append(
             f"the embedding has {rows:,} rows, none for {', '.join(sorted(surplus)[:3])}: text that holds them cannot "
             "be trained on"
         )
-    if found.new_tokens:
+    if report.new_tokens:
         grown = f"grows from {rows:,} to {size:,} rows" if size > rows else f"has room for them in its {rows:,} rows"
-        count = len(found.new_tokens)
-        found.notes.append(f"{count} token{'s are' if count > 1 else ' is'} added; the embedding {grown}")
+        count = len(report.new_tokens)
+        report.notes.append(f"{count} token{'s are' if count > 1 else ' is'} added; the embedding {grown}")

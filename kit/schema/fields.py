@@ -214,10 +214,10 @@ def _check_choice(entry: dict[str, Any], value: str, path: str) -> list[Problem]
     if not words or fold(value) in map(fold, words) or any(re.fullmatch(p, value) for p in entry.get("patterns", ())):
         return []
     close = [w for w in words if w.startswith(value.lower())][:2] or difflib.get_close_matches(value.lower(), words, 2)
-    said = [f"did you mean {' or '.join(close)}?"] if close else []
+    text = [f"did you mean {' or '.join(close)}?"] if close else []
     if not close and {"bool", "int", "float"} & set(entry["kinds"]):
-        said.append(_kind_fix(entry, value) + ";")
-    return [Problem(f"{path} does not take {value!r}", path, " ".join([*said, "choices:", _join(words)]), "choice")]
+        text.append(_kind_fix(entry, value) + ";")
+    return [Problem(f"{path} does not take {value!r}", path, " ".join([*text, "choices:", _join(words)]), "choice")]
 
 
 def _wanted(entry: dict[str, Any]) -> str:

@@ -1,7 +1,6 @@
 """What a run is: `RunInput` is the composed tree, `RunPlan` the frozen result that every later step reads.
 
-`trainer`, `peft`, `quantization` and `deepspeed` are dicts because their schema is the libraries' own (fields.py,
-zero.py).
+`trainer`, `peft`, `quantization` and `deepspeed` are dicts because their schema is the libraries' own (fields.py).
 """
 
 from __future__ import annotations
@@ -208,13 +207,13 @@ def load_plan(path: str | Path) -> RunPlan:
     except FileNotFoundError:
         raise KitError(f"there is no plan at {path}", fix="name a run directory made by `kit train`") from None
     except ValidationError as error:
-        found = error.errors()
-        first = next((e for e in found if e["loc"] == ("format",)), found[0])
-        at, fix = ".".join(map(str, first["loc"])), "freeze the run again: kit train, kit compose"
-        if at == "format" and isinstance(first["input"], int):
-            said = f"{path} is a plan of format {first['input']}, this kit reads {PLAN_FORMAT}"
-            raise KitError(said, str(path), "the version of the kit that wrote it") from None
-        raise KitError(f"{path} is not a plan: {at + ': ' if at else ''}{first['msg']}", str(path), fix) from None
+        errors = error.errors()
+        first = next((e for e in errors if e["loc"] == ("format",)), errors[0])
+        key, fix = ".".join(map(str, first["loc"])), "freeze the run again: kit train, kit compose"
+        if key == "format" and isinstance(first["input"], int):
+            text = f"{path} is a plan of format {first['input']}, this kit reads {PLAN_FORMAT}"
+            raise KitError(text, str(path), "the version of the kit that wrote it") from None
+        raise KitError(f"{path} is not a plan: {key + ': ' if key else ''}{first['msg']}", str(path), fix) from None
     except (OSError, ValueError) as error:
         raise KitError(f"{path} cannot be read: {first_line(error)}", str(path), "check the path") from None
 
@@ -278,10 +277,10 @@ def leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
     """Dotted key to value; lists and empty dicts are values."""
     if not isinstance(tree, dict) or (not tree and prefix):
         return {prefix: tree}
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for key, value in tree.items():
-        found.update(leaves(value, f"{prefix}.{key}" if prefix else str(key)))
-    return found
+        values.update(leaves(value, f"{prefix}.{key}" if prefix else str(key)))
+    return values
 
 
 def identity_hash(tree: dict[str, Any], global_batch_size: int) -> str:

@@ -20,7 +20,7 @@ def test_the_file_is_what_the_generator_writes():
 def test_every_causal_model_of_transformers_has_a_kind():
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as names
 
-    kinds = {model_type: architectures.kind(model_type) for model_type in names}
+    kinds = {model_type: architectures.model_kind(model_type) for model_type in names}
     assert None not in kinds.values()
     assert {t for t, k in kinds.items() if k == "causal"} >= {"llama", "qwen3_5", "llama4", "gemma3_text", "gpt2"}
     assert [kinds[t] for t in ("mllama", "gemma3", "bert", "bart")] == [
@@ -126,6 +126,6 @@ def test_a_transformers_that_is_not_the_tables_may_know_more(refusal, tmp_path: 
 
 def test_names_of_a_model_without_bounds_are_not_listed():
     """A typed layer count of 10^12 must not become a list."""
-    assert architectures.modules({"model_type": "llama", "num_hidden_layers": 10**12}) is None
+    assert architectures.module_names({"model_type": "llama", "num_hidden_layers": 10**12}) is None
     dense_between = {"model_type": "qwen3_moe", "num_hidden_layers": 2, "mlp_only_layers": [0]}
-    assert architectures.modules(dense_between) is None
+    assert architectures.module_names(dense_between) is None

@@ -17,14 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kit.cli import verbs as cli
-from kit.config.deepspeed import check as zero_check
-from kit.config.deepspeed import fixes as deepspeed_mend
-from kit.config.deepspeed import json_edit
-from kit.config.deepspeed import resolve as zero
-from kit.config.deepspeed.against_run import Setting, autos, compare
-from kit.config.deepspeed.findings import examine
+from kit.config.deepspeed import fixes, json_edit
+from kit.config.deepspeed.against_run import RunSettings, describe_autos, fill_for_run
+from kit.config.deepspeed.check import load_deepspeed_file
+from kit.config.deepspeed.findings import find_faults
+from kit.config.deepspeed.resolve import resolve_deepspeed_json
 from kit.errors import DONE, REFUSED, KitError
 from kit.schema import fields
+from kit.schema.dotted import value_at
 
 ROOT = Path(__file__).parents[2]
 OURS = sorted((ROOT / "ds_configs").glob("*.json"))
@@ -42,10 +42,10 @@ def whole(zero: Any = None, **more: Any) -> dict[str, Any]:
 def mended(tree: Any) -> tuple[dict[str, Any], list[str], list[str]]:
     """(the file after --fix, what was done, keys of what is left)."""
     text = tree if isinstance(tree, str) else json.dumps(tree, indent=2)
-    after, changes = deepspeed_mend.mend(text, examine)
-    left = examine(after)
+    after, changes = fixes.apply_fixes(text, find_faults)
+    left = find_faults(after)
     assert not [f for f in left if f.edits]
-    assert deepspeed_mend.mend(after, examine) == (after, [])
+    assert fixes.apply_fixes(after, find_faults) == (after, [])
     return json.loads(after), [c.did for c in changes], [f.key for f in left]
 
 
@@ -72,7 +72,7 @@ FAULTS = {
 @pytest.mark.parametrize("name", source_ds.FILES)
 def test_the_faults_of_the_sources_files(name: str) -> None:
     text = json.dumps(source_ds.FILES[name], indent=2)
-    assert {(f.rule, f.key) for f in examine(text)} == FAULTS[name]
+    assert {(f.rule, f.key) for f in find_faults(text)} == FAULTS[name]
     tree, _, left = mended(text)
     assert left == []
     zero, before = tree["zero_optimization"], source_ds.FILES[name]["zero_optimization"]
@@ -85,7 +85,7 @@ def test_the_faults_of_the_sources_files(name: str) -> None:
 
 def test_what_the_doctors_literals_become_is_said() -> None:
     """What stood in the file is to be given to the trainer, or it would be lost."""
-    _, changes = deepspeed_mend.mend(json.dumps(source_ds.FILES["doctor_zero2"], indent=2), examine)
+    _, changes = fixes.apply_fixes(json.dumps(source_ds.FILES["doctor_zero2"], indent=2), find_faults)
     keep = "; ".join(c.keep for c in changes)
     for told in ("processes = 64", "per_device_train_batch_size=16", "gradient_accumulation_steps=1",
                  "learning_rate=0.001", "adam_beta1=0.9, adam_beta2=0.999", "adam_epsilon=1e-08"):  # fmt: skip
@@ -94,7 +94,7 @@ def test_what_the_doctors_literals_become_is_said() -> None:
 
 @pytest.mark.parametrize("file", OURS, ids=lambda f: f.stem)
 def test_our_own_files_are_without_fault(file: Path) -> None:
-    assert examine(file.read_text()) == []
+    assert find_faults(file.read_text()) == []
 
 
 # --- one fault each: (file, the key that is named, what is at the key after --fix, or MISSING, or LEFT) --------------
@@ -193,36 +193,36 @@ MENDED = [
 
 @pytest.mark.parametrize("tree, key, after", MENDED, ids=[f"{i}-{m[1]}" for i, m in enumerate(MENDED)])
 def test_one_fault(tree: dict[str, Any], key: str, after: Any) -> None:
-    found = examine(json.dumps(tree, indent=2))
+    found = find_faults(json.dumps(tree, indent=2))
     assert not key or key in [f.key for f in found]
     got, did, left = mended(tree)
     if after == LEFT:
         assert key in left
-        assert zero_check.at(got, key) == zero_check.at(tree, key)
+        assert value_at(got, key) == value_at(tree, key)
         return
     assert left == [] and (did or not key)
     for name, value in after.items():
         holder, _, last = name.rpartition(".")
-        block = zero_check.at(got, holder) if holder else got
+        block = value_at(got, holder) if holder else got
         assert block.get(last, MISSING) == value, got
 
 
 def test_keys_that_are_given_twice() -> None:
     text = '{\n  "steps_per_print": 5,\n' + json.dumps(whole(steps_per_print=5))[1:]
-    assert [(f.rule, f.line) for f in examine(text)] == [("doubled", 3)]
+    assert [(f.rule, f.line) for f in find_faults(text)] == [("doubled", 3)]
     assert mended(text)[0]["steps_per_print"] == 5
     text = text.replace('"steps_per_print": 5', '"steps_per_print": 6', 1)
     assert mended(text)[2] == ["steps_per_print"]  # two values: that is the user's to decide
 
 
 def test_a_key_with_dots_and_odd_places() -> None:
-    [found] = examine(json.dumps(whole(**{"zero_optimization.stage": 3}), indent=2))
+    [found] = find_faults(json.dumps(whole(**{"zero_optimization.stage": 3}), indent=2))
     assert found.path == ("zero_optimization.stage",) and found.line > 1
     with pytest.raises(KitError, match="nested too deeply"):
-        examine('{"a":' * 2_000 + "1" + "}" * 2_000)
+        find_faults('{"a":' * 2_000 + "1" + "}" * 2_000)
     for text in ("", "[]", '{"a": 1,}', '{"a": NaN}', '{"a": ' + "9" * 5000 + "}"):
         with pytest.raises(KitError):
-            examine(text)
+            find_faults(text)
 
 
 # --- the text is otherwise as it was ---------------------------------------------------------------------------------
@@ -241,7 +241,7 @@ HAND = """{
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_untouched_values_stay_as_they_were_written(end: str) -> None:
     text = HAND.replace("\n", end)
-    after, _ = deepspeed_mend.mend(text, examine)
+    after, _ = fixes.apply_fixes(text, find_faults)
     assert "\n" not in after.replace(end, "")
     lines = after.split(end)
     before = text.split(end)
@@ -269,7 +269,7 @@ def test_untouched_values_stay_as_they_were_written(end: str) -> None:
     ],
 )  # fmt: skip
 def test_edits(text: str, edit: tuple[Any, ...], after: str) -> None:
-    assert deepspeed_mend.apply(text, deepspeed_mend.Edit(*edit)) == after
+    assert fixes.apply_edit(text, fixes.Edit(*edit)) == after
 
 
 # --- mutated files -----------------------------------------------------------------------------------------------
@@ -317,7 +317,7 @@ def test_mutated_files_are_mended_once_and_for_all(seed: int, data: st.DataObjec
     draw = random.Random(seed)
     tree = mutate(draw, lambda: data.draw(VALUES))
     text = json.dumps(tree, indent=draw.choice([None, 1, 4]))
-    found = examine(text)
+    found = find_faults(text)
     assert all(f.problem and f.fix and f.line >= 1 for f in found)
     got, did, left = mended(text)
     touched = " ".join(did)
@@ -338,7 +338,9 @@ def test_deepspeed_itself_reads_what_is_left_without_fault() -> None:
         draw = random.Random(seed)
         tree, _, left = mended(mutate(draw, partial(draw.choice, SOME)))
         if not left:
-            settled = zero.resolve(tree, trainer={"max_steps": 10}, world_size=1, hidden_size=64, precision="float32")
+            settled = resolve_deepspeed_json(
+                tree, trainer={"max_steps": 10}, world_size=1, hidden_size=64, precision="float32"
+            )
             DeepSpeedConfig(settled)
             read += 1
     assert read > 100
@@ -346,21 +348,21 @@ def test_deepspeed_itself_reads_what_is_left_without_fault() -> None:
 
 @pytest.mark.parametrize("file", OURS, ids=lambda f: f.stem)
 def test_what_auto_becomes_is_what_deepspeed_gets(file: Path) -> None:
-    """The values that are shown for a run are those of zero.resolve, which the ranks use."""
-    text, tree = file.read_text(), zero.load(file)
-    setting = Setting(64, {"per_device_train_batch_size": 3, "max_grad_norm": 0.3}, 2, "bfloat16")
-    out, against = compare(tree, setting)
-    given = zero.resolve(tree, trainer=setting.trainer, world_size=2, hidden_size=64, precision="bfloat16")
-    rows = autos(tree, text, setting, out, against)
+    """The values that are shown for a run are those of resolve_deepspeed_json, which the ranks use."""
+    text, tree = file.read_text(), load_deepspeed_file(file)
+    setting = RunSettings(64, {"per_device_train_batch_size": 3, "max_grad_norm": 0.3}, 2, "bfloat16")
+    out, against = fill_for_run(tree, setting)
+    given = resolve_deepspeed_json(tree, trainer=setting.trainer, world_size=2, hidden_size=64, precision="bfloat16")
+    rows = describe_autos(tree, text, setting, out, against)
     assert len(rows) == text.count('"auto"') and against == []
-    assert [r["becomes"] for r in rows] == [zero_check.at(given, r["key"]) for r in rows]
+    assert [r["becomes"] for r in rows] == [value_at(given, r["key"]) for r in rows]
     assert [r["line"] for r in rows] == [n for n, line in enumerate(text.splitlines(), 1) if '"auto"' in line]
 
 
 def test_the_scanner_reads_what_json_reads() -> None:
     for tree in BASES:
         for indent in (None, 2):
-            assert json_edit.parse(json.dumps(tree, indent=indent)).value == tree
+            assert json_edit.parse_nodes(json.dumps(tree, indent=indent)).value == tree
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from typing import Any
 import make_fields
 import pytest
 
-from kit.config.deepspeed import resolve as zero
+from kit.config.deepspeed.check import check_deepspeed_json
 from kit.schema import fields
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -179,7 +179,7 @@ def test_a_model_field_by_field(table: str) -> None:
         for kind, value in samples.items():
             refused = bool(fields.check(table, {key: value}))
             if (kind == "bool" and refused) or (table, key) == ("deepspeed.tensor_parallel", "dtype"):
-                continue  # pydantic takes true for 1; no JSON holds a torch.dtype, which zero.check says
+                continue  # pydantic takes true for 1; no JSON holds a torch.dtype, which check_deepspeed_json says
             try:
                 cls(**{key: value})
                 taken = True
@@ -229,5 +229,5 @@ def test_auto_is_allowed_where_transformers_or_accelerate_fill_it() -> None:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     assert DeepSpeedZeroConfig(stage=2, allgather_bucket_size="auto").allgather_bucket_size == 5e8  # dropped
-    [problem] = zero.check({"zero_optimization": {"stage": 2, "allgather_bucket_size": "auto"}})
+    [problem] = check_deepspeed_json({"zero_optimization": {"stage": 2, "allgather_bucket_size": "auto"}})
     assert problem.where == "deepspeed.zero_optimization.allgather_bucket_size"

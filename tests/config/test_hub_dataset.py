@@ -38,7 +38,7 @@ def test_splits_are_those_of_datasets(layout, tmp_path: Path):
     splits = {str(split): sorted(str(Path(f).relative_to(tmp_path)) for f in files) for split, files in found.items()}
     assert splits
     for split, expected in splits.items():
-        assert sorted(hub_dataset.files_of_split(names, card, None, split)) == expected, split
+        assert sorted(hub_dataset.split_files(names, card, None, split)) == expected, split
     everything = sorted(f for files in splits.values() for f in files)
     assert sorted(hub_dataset.files_of(names, card, None)) == everything
 
@@ -51,7 +51,7 @@ def test_a_choice_is_asked_for_and_checked():
         with pytest.raises(KitError, match="one of a, b"):
             hub_dataset.files_of(names, card, name)
     assert hub_dataset.files_of(names, "---\n[broken\n---\n", None) == ["a.jsonl", "b.jsonl"]
-    assert hub_dataset.files_of_split(names, CONFIGS.format("a", "    '[z-a].jsonl'\n"), None, "train") == []
+    assert hub_dataset.split_files(names, CONFIGS.format("a", "    '[z-a].jsonl'\n"), None, "train") == []
 
 
 def test_what_datasets_has_prepared_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -59,9 +59,9 @@ def test_what_datasets_has_prepared_is_found(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
     for name in ("chat", "OpenChat-v2", "HTMLPages", "data2Text"):
-        assert not hub_dataset.prepared(f"org/{name}")
+        assert not hub_dataset.is_prepared(f"org/{name}")
         (tmp_path / f"org___{camelcase_to_snakecase(name)}" / "default" / "0.0.0" / "abc").mkdir(parents=True)
-        assert hub_dataset.prepared(f"org/{name}")
+        assert hub_dataset.is_prepared(f"org/{name}")
 
 
 def test_a_snapshot_counts_only_whole_and_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -13,7 +13,7 @@ import tiny
 from safetensors.numpy import save_file
 
 from kit import api
-from kit.inspection.model import identify
+from kit.inspection.model import identify_base
 from kit.schema.run_plan import Model
 from kit.storage import manifest
 
@@ -36,7 +36,7 @@ def write(folder: Path, base: Path, **changed) -> Path:
     (folder / "adapter_config.json").write_text(json.dumps({**CONFIG, "base_model_name_or_path": "x/y", **changed}))
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     save_file({name: np.ones((4, 32), np.float32)}, str(folder / "adapter_model.safetensors"))
-    manifest.write_manifest(folder, kind="adapter", base=identify(Model(name_or_path=str(base)), base))
+    manifest.write_manifest(folder, kind="adapter", base=identify_base(Model(name_or_path=str(base)), base))
     return folder
 
 

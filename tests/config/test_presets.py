@@ -95,7 +95,7 @@ def test_linear_layers_are_called_what_the_model_calls_them(name: str):
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    known = architectures.modules(OTHERS.get(name) or preset(name)["config"])
+    known = architectures.module_names(OTHERS.get(name) or preset(name)["config"])
     own = {n for n, module in built(name).named_modules() if isinstance(module, nn.Linear | Conv1D)}
     embeddings = {n for n, module in built(name).named_modules() if isinstance(module, nn.Embedding)}
     assert known is not None and len(known) == len(set(known))
@@ -130,7 +130,7 @@ def test_presets_check_offline(name: str, data: str):
     assert plan.tokenizer.pad_token == plan.model.pad_token == held.get("pad_token")
     [problem] = api.check(f"model={name}", data, "peft.target_modules=[nothing]")
     assert "nothing" in problem.problem and "lm_head" not in problem.fix
-    leaf = architectures.modules(held["config"])[1]
+    leaf = architectures.module_names(held["config"])[1]
     assert api.check(f"model={name}", data, f"peft.target_modules=[{leaf}]") == []
 
 
@@ -181,7 +181,7 @@ def notes(config: dict[str, Any], preset_config: dict[str, Any], folder: Path) -
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     given = Model(name_or_path=str(folder), random_init=True, config=preset_config)
-    base, problems = model.inspect(given, here=False)
+    base, problems = model.inspect_model(given, here=False)
     assert problems == [] and base.config == config
     return [note for note in base.notes if "differs" in note]
 

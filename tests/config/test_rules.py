@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import os
 import re
 import socket
 from dataclasses import replace
@@ -15,10 +14,13 @@ from test_cli_check import REFUSED_RUNS
 
 from kit import api
 from kit.cli import verbs as cli
+from kit.config.report import Report
 from kit.config.rules import explain
 from kit.config.rules import table as rules
-from kit.config.rules.table import CHECKS, RULES, Facts
+from kit.config.rules.context import RuleContext
+from kit.config.rules.table import CHECKS, RULES
 from kit.errors import DONE, REFUSED, KitError
+from kit.inspection.model import Base
 from kit.schema.run_plan import RunInput
 from kit.system import hardware
 from kit.system.hardware import Gpu
@@ -30,15 +32,14 @@ ROOT = Path(__file__).parents[2]
 # ---- the table itself ----
 
 
-def test_every_rule_is_told_in_two_to_six_sentences():
-    assert len(IDS) == len(RULES) and set(explain.stories()) == IDS
+def test_every_rule_is_explained():
+    assert len(IDS) == len(RULES) and set(explain.explanations()) == IDS
     for rule in RULES:
-        told = explain.stories()[rule.id]
-        sentences = re.findall(r"[.?!](?= |$)", rule.story.strip())
-        assert 2 <= len(sentences) <= 7 and len(rule.story.split()) >= 9, rule.id
-        assert told["says"] and not told["says"].endswith(".") and len(told["says"]) < 90, rule.id
-        assert rule.source and (rule.check is None) == bool(rule.maker), rule.id
-        assert not rule.maker or (ROOT / "kit" / "config" / f"{rule.maker}.py").is_file(), rule.id
+        words = explain.explanations()[rule.id]
+        sentences = re.findall(r"[.?!](?= |$)", words["explanation"].strip())
+        assert 2 <= len(sentences) <= 7 and len(words["explanation"].split()) >= 9, rule.id
+        assert words["summary"] and not words["summary"].endswith(".") and len(words["summary"]) < 90, rule.id
+        assert rule.source and (rule.check is None) == bool(rule.reported_by), rule.id
 
 
 def test_keys_of_rules_are_keys_of_a_run():
@@ -57,12 +58,6 @@ def test_keys_of_rules_are_keys_of_a_run():
                 assert first in fields.tables()[tables[section]], key
 
 
-def test_the_page_is_what_the_table_makes():
-    if os.environ.get("KIT_UPDATE"):
-        explain.PAGE.write_text(explain.page(), encoding="utf-8")
-    assert explain.PAGE.read_text(encoding="utf-8") == explain.page(), "KIT_UPDATE=1 pytest tests/config/test_rules.py"
-
-
 def test_the_command(capsys: pytest.CaptureFixture[str]):
     assert cli.run(["check", "--rules"]) == DONE
     lines = capsys.readouterr().out.splitlines()
@@ -78,17 +73,29 @@ def test_the_command(capsys: pytest.CaptureFixture[str]):
 
 
 def test_no_problem_is_made_without_a_rule():
-    """Every `Problem(...)` in kit/config gives a fourth argument; a literal one stands in the table."""
-    for file in sorted((ROOT / "kit" / "config").glob("*.py")):
+    """Every `Problem(...)` and `report.problem(...)` gives a rule as its fourth argument; a literal one is listed."""
+    for file in [
+        f for room in ("config", "inspection", "schema") for f in sorted((ROOT / "kit" / room).rglob("*.py"))
+    ]:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if not isinstance(node, ast.Call) or getattr(node.func, "id", "") not in ("Problem", "KitError"):
+            if not isinstance(node, ast.Call):
                 continue
-            given = node.args[3:4] if node.func.id == "Problem" else []  # type: ignore[attr-defined]
-            given += [k.value for k in node.keywords if k.arg == "rule"]
-            assert given or node.func.id == "KitError", f"{file.name}:{node.lineno} names no rule"  # type: ignore[attr-defined]
-            for value in given:
-                if isinstance(value, ast.Constant):
-                    assert value.value in IDS, f"{file.name}:{node.lineno} {value.value}"
+            name = getattr(node.func, "id", "") or getattr(node.func, "attr", "")
+            if name not in ("Problem", "KitError", "problem", "warning"):
+                continue
+            rules_given = [] if name == "KitError" else node.args[3:4]
+            rules_given += [k.value for k in node.keywords if k.arg == "rule"]
+            assert rules_given or name == "KitError", f"{file.name}:{node.lineno} names no rule"
+            for rule in rules_given:
+                if isinstance(rule, ast.Constant):
+                    assert rule.value in IDS, f"{file.name}:{node.lineno} {rule.value}"
+
+
+def test_what_reports_a_rule_exists_and_names_it():
+    for rule in RULES:
+        if rule.reported_by:
+            source = (ROOT / "kit" / f"{rule.reported_by}.py").read_text(encoding="utf-8")
+            assert f'"{rule.id}"' in source, rule.id
 
 
 def test_no_problem_leaves_without_a_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -219,13 +226,13 @@ def said(base: Path, chat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_each_check_has_a_case():
     by_facts = {"remote-code"}  # a file has to say it: test_remote_code_in_a_file
     assert set(FIRES) | HERE | by_facts == {rule.id for rule in CHECKS}
-    assert {rule.id for rule in CHECKS if rule.here} == HERE
+    assert {rule.id for rule in CHECKS if rule.on_this_machine} == HERE
 
 
 @pytest.mark.parametrize("id", FIRES)
 def test_fires(id: str, said):
     refused, warned = said(*FIRES[id])
-    assert id in (refused if explain.find(id).severity == "refuse" else warned), (refused, warned)
+    assert id in (refused if explain.find_rule(id).severity == "refuse" else warned), (refused, warned)
 
 
 QUIET = [
@@ -275,53 +282,58 @@ def test_valid_lists_warn_of_nothing_but_length(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.fixture
-def facts(base: Path, chat: Path) -> Facts:
+def run(base: Path, chat: Path) -> RuleContext:
     plan = api.compose(f"model.name_or_path={base}", f"dataset.path={chat}", "trainer.use_cpu=true").model_dump()
-    return Facts(plan, lambda key: key, 1, 0, "bfloat16", None, "messages", base_bytes=10**6, base_numbers=10**6)
+    return RuleContext(
+        plan, Report({}), Base(bytes=10**6, numbers=10**6), data_format="messages", world_size=1, zero_stage=0,
+        precision="bfloat16", on_this_machine=True,
+    )  # fmt: skip
 
 
-def fired(f: Facts) -> set[str]:
-    return {p.rule for found in rules.apply(f, here=True) for p in found}
+def fired(run: RuleContext) -> set[str]:
+    report = Report({})
+    rules.apply_rules(replace(run, report=report))
+    return {p.rule for p in (*report.problems, *report.warnings)}
 
 
-def test_old_and_missing_gpus(facts: Facts, monkeypatch: pytest.MonkeyPatch):
+def test_old_and_missing_gpus(run: RuleContext, monkeypatch: pytest.MonkeyPatch):
     t4, h100 = Gpu("T4", 15.0, (7, 5)), Gpu("H100", 80.0, (9, 0))
-    assert "bf16-hardware" in fired(replace(facts, gpus=(t4,)))
-    assert not {"bf16-hardware", "gpus-missing"} & fired(replace(facts, gpus=(h100,)))
-    assert "bf16-hardware" not in fired(replace(facts, gpus=(t4,), precision="float16"))
-    facts.plan["launch"]["num_gpus"] = 2
-    assert "gpus-missing" in fired(replace(facts, gpus=(h100,)))
+    assert "bf16-hardware" in fired(replace(run, gpus=(t4,)))
+    assert not {"bf16-hardware", "gpus-missing"} & fired(replace(run, gpus=(h100,)))
+    assert "bf16-hardware" not in fired(replace(run, gpus=(t4,), precision="float16"))
+    run.plan["launch"]["num_gpus"] = 2
+    assert "gpus-missing" in fired(replace(run, gpus=(h100,)))
     monkeypatch.setattr(hardware, "cpu_multiplies_bf16", lambda: False)
-    assert "bf16-slow-cpu" in fired(replace(facts, on_cpu=True))
+    assert "bf16-slow-cpu" in fired(replace(run, on_cpu=True))
 
 
-def test_memory_of_host_and_gpu(facts: Facts):
-    assert "host-memory" in fired(replace(facts, stage=3, base_bytes=10**15))
-    assert "host-memory" not in fired(replace(facts, stage=2, base_bytes=10**15))
-    assert "host-memory" not in fired(replace(facts, stage=3))
-    facts.plan["quantization"] = {"load_in_4bit": True}
-    small = replace(facts, gpus=(Gpu("small", 16.0, (8, 0)),))
-    assert "quantized-gpu-memory" in fired(replace(small, base_numbers=70 * 10**9))
-    assert "quantized-gpu-memory" not in fired(replace(small, base_numbers=13 * 10**9))
-    assert "host-memory" not in fired(replace(facts, stage=3, base_bytes=10**15))
+def test_memory_of_host_and_gpu(run: RuleContext):
+    assert "host-memory" in fired(replace(run, zero_stage=3, base=Base(bytes=10**15)))
+    assert "host-memory" not in fired(replace(run, zero_stage=2, base=Base(bytes=10**15)))
+    assert "host-memory" not in fired(replace(run, zero_stage=3))
+    run.plan["quantization"] = {"load_in_4bit": True}
+    small = replace(run, gpus=(Gpu("small", 16.0, (8, 0)),))
+    assert "quantized-gpu-memory" in fired(replace(small, base=Base(numbers=70 * 10**9)))
+    assert "quantized-gpu-memory" not in fired(replace(small, base=Base(numbers=13 * 10**9)))
+    assert "host-memory" not in fired(replace(run, zero_stage=3, base=Base(bytes=10**15)))
 
 
-def test_a_port_in_use(facts: Facts):
+def test_a_port_in_use(run: RuleContext):
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()
-        facts.plan["launch"].update(master_port=taken.getsockname()[1], launcher="torchrun")
-        assert "port-taken" in fired(facts)
-    assert "port-taken" not in fired(facts)
+        run.plan["launch"].update(master_port=taken.getsockname()[1], launcher="torchrun")
+        assert "port-taken" in fired(run)
+    assert "port-taken" not in fired(run)
 
 
-def test_packages_that_are_not_installed(facts: Facts, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    monkeypatch.setattr("kit.config.rules.tracking.find_spec", lambda name: None)
-    facts.plan["quantization"] = {"load_in_8bit": True}
-    facts.plan["trainer"]["report_to"] = ["wandb"]
-    facts.plan["peft"]["init_lora_weights"] = "loftq"
-    assert {"bitsandbytes", "tracker-missing", "loftq-packages"} <= fired(facts)
+def test_packages_that_are_not_installed(run: RuleContext, monkeypatch: pytest.MonkeyPatch):
+    for module in ("adapter", "quantization", "tracking"):
+        monkeypatch.setattr(f"kit.config.rules.{module}.find_spec", lambda name: None)
+    run.plan["quantization"] = {"load_in_8bit": True}
+    run.plan["trainer"]["report_to"] = ["wandb"]
+    run.plan["peft"]["init_lora_weights"] = "loftq"
+    assert {"bitsandbytes", "tracker-missing", "loftq-packages"} <= fired(run)
 
 
 def test_remote_code_in_a_file(base: Path, chat: Path, tmp_path: Path):

@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 from kit import api
-from kit.config.added_tokens import find_ends, is_tied, train_embeddings
+from kit.config.added_tokens import find_embedding_names, is_tied, train_embeddings
 from kit.errors import KitError
 from kit.inspection import tokenizer
 from kit.inspection.model import Base
@@ -243,11 +243,11 @@ def test_ends_of_known_and_unknown_models():
             model = AutoModelForCausalLM.from_config(config)
         modules = {module: name.rpartition(".")[2] for name, module in model.named_modules()}
         ends = modules[model.get_input_embeddings()], modules[model.get_output_embeddings()]
-        assert find_ends(base) == ends, kind
+        assert find_embedding_names(base) == ends, kind
     foreign = Base(
         config={"model_type": "other", "tie_word_embeddings": False}, modules=["x.word_embeddings", "lm_head"]
     )
-    assert find_ends(foreign) == ("word_embeddings", "lm_head")
+    assert find_embedding_names(foreign) == ("word_embeddings", "lm_head")
     peft, problems, _ = train_embeddings({"peft_type": "LORA"}, Base(), ["<a>"])
     assert re.search("name them: peft.modules_to_save", problems[0].fix)
     assert train_embeddings({"peft_type": "LORA", "modules_to_save": ["a", "b"]}, Base(), ["<a>"])[1] == []

@@ -1,4 +1,4 @@
-"""zero.resolve fills what transformers and accelerate fill; zero.check knows every key that DeepSpeed reads."""
+"""The kit fills what transformers and accelerate fill, and knows every key that DeepSpeed reads."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ from typing import Any
 
 import pytest
 
-from kit.config.deepspeed import resolve as zero
+from kit.config.deepspeed.check import check_deepspeed_json, load_deepspeed_file
+from kit.config.deepspeed.filled_keys import FILLED_KEYS, TRAINER_SETTINGS
+from kit.config.deepspeed.resolve import SURVIVES_OFFLOAD, resolve_deepspeed_json
 from kit.errors import KitError
 from kit.schema import fields
+from kit.schema.dotted import set_value, value_at
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 ROOT = Path(__file__).parents[2]
@@ -43,7 +46,7 @@ def precision(trainer: dict[str, Any]) -> Any:
 def resolve(ds: dict[str, Any], trainer: dict[str, Any] | None = None, **given: Any) -> dict[str, Any]:
     trainer = trainer or {}
     given = {"world_size": 1, "hidden_size": 64, "precision": precision(trainer)} | given
-    return zero.resolve(ds, trainer=trainer, **given)
+    return resolve_deepspeed_json(ds, trainer=trainer, **given)
 
 
 def filled_upstream(ds: dict[str, Any], trainer: dict[str, Any], world_size: int, hidden_size: int, steps: int) -> Any:
@@ -69,7 +72,7 @@ def filled_upstream(ds: dict[str, Any], trainer: dict[str, Any], world_size: int
 @pytest.mark.parametrize("trainer", SETTINGS, ids=range(len(SETTINGS)))
 @pytest.mark.parametrize("name", FILES)
 def test_fills_what_upstream_fills(name: str, trainer: dict[str, Any], world_size: int, hidden_size: int) -> None:
-    given = zero.load(FILES[name])
+    given = load_deepspeed_file(FILES[name])
     mine = resolve(given, trainer, world_size=world_size, hidden_size=hidden_size)
     assert '"auto"' not in json.dumps(mine)
     theirs = filled_upstream(given, trainer, world_size, hidden_size, 100)
@@ -81,7 +84,7 @@ def test_fills_what_upstream_fills(name: str, trainer: dict[str, Any], world_siz
 
 @pytest.mark.parametrize("warmup, steps", [(0, 20), (7, 20), (0.1, 55)])
 def test_optimizer_and_scheduler_blocks_too(warmup: float, steps: int) -> None:
-    given = zero.load(FILES["zero2"]) | copy.deepcopy(OWN_BLOCKS)
+    given = load_deepspeed_file(FILES["zero2"]) | copy.deepcopy(OWN_BLOCKS)
     trainer = {"max_steps": steps, "warmup_steps": warmup, "learning_rate": 5e-5, "weight_decay": 0.01}
     mine = resolve(given, trainer)
     theirs = filled_upstream(given, trainer, 1, 64, steps)
@@ -90,12 +93,74 @@ def test_optimizer_and_scheduler_blocks_too(warmup: float, steps: int) -> None:
     assert filled_upstream(mine, trainer, 1, 64, steps)["scheduler"] == mine["scheduler"]
 
 
+def all_auto() -> dict[str, Any]:
+    """A JSON in which all keys of the table that hold an "auto" hold one."""
+    ds: dict[str, Any] = {"optimizer": {"type": "AdamW"}, "scheduler": {"type": "WarmupDecayLR"}}
+    for key, row in FILLED_KEYS.items():
+        if row.filled_by != "added":
+            set_value(ds, key, "auto")
+    set_value(ds, "zero_optimization.stage", 3)
+    return ds
+
+
+CHANGES = {
+    "per_device_train_batch_size": 3, "gradient_accumulation_steps": 3, "max_grad_norm": 0.5, "learning_rate": 1e-3,
+    "adam_beta1": 0.5, "adam_beta2": 0.5, "adam_epsilon": 1e-3, "weight_decay": 0.3, "warmup_steps": 7,
+    "bf16": True, "bf16_full_eval": True, "fp16": True, "fp16_full_eval": True, "save_on_each_node": True,
+}  # fmt: skip
+
+
+def test_upstream_fills_the_keys_of_the_table_from_its_sources() -> None:
+    """A change of one setting changes in transformers' JSON the keys that the table says, and no other."""
+    before = filled_upstream(all_auto(), {}, 2, 64, 50)
+    after = {
+        f"trainer.{name}": filled_upstream(all_auto(), {name: value}, 2, 64, 50) for name, value in CHANGES.items()
+    }
+    after["trainer.max_steps"] = filled_upstream(all_auto(), {}, 2, 64, 70)
+    after["launch.num_gpus"] = filled_upstream(all_auto(), {}, 4, 64, 50)
+    after["model.config.hidden_size"] = filled_upstream(all_auto(), {}, 2, 128, 50)
+    for source, filled in after.items():
+        keys = {k for k in FILLED_KEYS if value_at(before, k) != value_at(filled, k)}
+        assert keys == {k for k, row in FILLED_KEYS.items() if source in row.sources}, source
+    sources = {source for row in FILLED_KEYS.values() for source in row.sources}
+    assert sources == {*after, "precision", "trainer.optim"}  # bf16 and fp16 once more; set when the optimizer is made
+
+
+def test_upstream_fills_every_constant_of_the_table() -> None:
+    filled = filled_upstream(all_auto(), {}, 2, 64, 50)
+    for key, row in FILLED_KEYS.items():
+        if row.filled_by == "constant":
+            assert value_at(filled, key) in (row.constant, "none"), (
+                key
+            )  # no path: accelerate's word, or the key left out
+    assert not [key for key in FILLED_KEYS if value_at(filled, key) == "auto"]
+
+
+def test_every_auto_of_the_table_is_filled_as_upstream_fills_it() -> None:
+    ours = resolve(all_auto(), total_steps=50, world_size=2)
+    theirs = filled_upstream(all_auto(), {}, 2, 64, 50)
+    for key, row in FILLED_KEYS.items():
+        if row.filled_by != "added":
+            assert value_at(ours, key) == value_at(theirs, key) or key.endswith("nvme_path"), key
+
+
+@pytest.mark.parametrize("key", [k for k, row in FILLED_KEYS.items() if row.filled_by != "added"])
+def test_upstream_compares_literals_with_the_settings_of_the_table(key: str) -> None:
+    ds = all_auto()
+    set_value(ds, key, {"optimizer.params.betas": [0.5, 0.6]}.get(key, 7) if "enabled" not in key else True)
+    if key in TRAINER_SETTINGS:
+        with pytest.raises(ValueError, match=rf"ds {re.escape(key)}="):
+            filled_upstream(ds, {}, 2, 64, 50)
+    else:
+        assert value_at(filled_upstream(ds, {}, 2, 64, 50), key) == 7
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_deepspeed_reads_the_result(name: str) -> None:
     from deepspeed.runtime.config import DeepSpeedConfig
 
     trainer = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "bf16": True}
-    read = DeepSpeedConfig(resolve(zero.load(FILES[name]), trainer))
+    read = DeepSpeedConfig(resolve(load_deepspeed_file(FILES[name]), trainer))
     assert (read.train_batch_size, read.gradient_accumulation_steps, read.gradient_clipping) == (6, 3, 1.0)
     assert read.bfloat16_config.enabled and not read.float16_config.enabled
     assert read.zero_config.stage == int(re.findall(r"\d", name)[0])
@@ -164,7 +229,7 @@ def test_offload_keeps_the_optimizer_that_was_asked_for() -> None:
         with pytest.raises(KitError, match=f"trainer.optim={optim} by plain CPU Adam"):
             resolve(ds, {"optim": optim})
         resolve(ds | {"zero_force_ds_cpu_optimizer": False}, {"optim": optim})
-    for optim in zero.SURVIVES_OFFLOAD:
+    for optim in SURVIVES_OFFLOAD:
         resolve(ds, {"optim": optim})
 
 
@@ -177,7 +242,7 @@ def test_all_problems_at_once_and_bad_trainer_values_do_not_crash() -> None:
 
 def test_an_unknown_width_is_said() -> None:
     with pytest.raises(KitError, match="width of the model is not known") as caught:
-        resolve(zero.load(FILES["zero3"]), hidden_size=None)
+        resolve(load_deepspeed_file(FILES["zero3"]), hidden_size=None)
     assert "model.config" in caught.value.problems[0].fix
     resolve(ZERO2, hidden_size=None)
 
@@ -230,7 +295,7 @@ CHECKED = [
 
 @pytest.mark.parametrize("ds, key, fix", CHECKED)
 def test_checked(ds: dict[str, Any], key: str, fix: str) -> None:
-    problems = zero.check(ds)
+    problems = check_deepspeed_json(ds)
     assert [p.where for p in problems] == [f"deepspeed.{key}"]
     assert fix in problems[0].fix
 
@@ -238,7 +303,7 @@ def test_checked(ds: dict[str, Any], key: str, fix: str) -> None:
 def test_optimizer_params_are_free() -> None:
     """They go to whatever optimizer is named, so names that we do not know are not refused."""
     block = {"optimizer": {"type": "Muon", "params": {"lr": "auto", "momentum": 0.9, "muon_lr": 0.1}}}
-    assert zero.check(ZERO2 | block) == []
+    assert check_deepspeed_json(ZERO2 | block) == []
 
 
 @pytest.mark.parametrize(
@@ -256,10 +321,10 @@ def test_bad_files(tmp_path: Path, text: str, place: str, said: str) -> None:
     file = tmp_path / "ds.json"
     file.write_text(text)
     with pytest.raises(KitError, match=said) as caught:
-        zero.load(file)
+        load_deepspeed_file(file)
     assert str(file) in caught.value.problems[0].where and place in caught.value.problems[0].where
     with pytest.raises(KitError, match="cannot read"):
-        zero.load(tmp_path / "none.json")
+        load_deepspeed_file(tmp_path / "none.json")
 
 
 def test_no_key_of_the_installed_deepspeed_is_missing() -> None:

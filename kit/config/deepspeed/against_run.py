@@ -6,111 +6,92 @@ import copy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from kit.config.deepspeed import check as zero_check
-from kit.config.deepspeed import fixes as deepspeed_mend
 from kit.config.deepspeed import json_edit
-from kit.config.deepspeed import resolve as zero
-from kit.config.deepspeed.findings import REFUSE, Finding, path_of
-from kit.config.deepspeed.fixes import OWNED
+from kit.config.deepspeed.check import accepts_auto, check_deepspeed_json
+from kit.config.deepspeed.filled_keys import FILLED_KEYS
+from kit.config.deepspeed.findings import REFUSE, Finding, path_in_tree
+from kit.config.deepspeed.fixes import Edit, field_at
+from kit.config.deepspeed.resolve import fill_deepspeed_json
 from kit.errors import KitError, Problem
+from kit.schema.dotted import value_at
 
-Dict = dict[str, Any]
 PLACEHOLDER = "not-given"  # for what a run must name and this check does not need
-FORMULA = {
-    "zero_optimization.reduce_bucket_size": "hidden_size x hidden_size",
-    "zero_optimization.stage3_prefetch_bucket_size": "int(0.9 x hidden_size x hidden_size)",
-    "zero_optimization.stage3_param_persistence_threshold": "10 x hidden_size",
-}
-FIXED = {  # what accelerate and transformers put there whatever the run is
-    "zero_optimization.stage3_gather_16bit_weights_on_model_save": False,
-    "zero_optimization.offload_optimizer.device": "none",
-    "zero_optimization.offload_param.device": "none",
-    "zero_optimization.offload_optimizer.nvme_path": None,
-    "zero_optimization.offload_param.nvme_path": None,
-    "scheduler.params.warmup_min_lr": 0,
-}
 
 
 @dataclass
-class Setting:
+class RunSettings:
     """What is known beside the file: a model's width, and a run's trainer where one was named."""
 
     hidden_size: int | None = None
-    trainer: Dict | None = None
+    trainer: dict[str, Any] | None = None
     world_size: int = 1
     precision: Any = "float32"
     notes: list[str] = field(default_factory=list)
 
 
-def look(overrides: list[str], model: str | None, config_dir: str | None) -> Setting:
+def read_run_settings(overrides: list[str], model: str | None, config_dir: str | None) -> RunSettings:
     """The width of the model and the trainer's values; KitError where what was named is wrong."""
-    from kit.inspection.model import inspect
+    from kit.inspection.model import inspect_model
     from kit.schema.run_plan import Model
 
     if not overrides:
         if not model:
-            return Setting()
-        base, found = inspect(Model(name_or_path=model, random_init=True), here=False)  # its shape is enough
+            return RunSettings()
+        base, found = inspect_model(Model(name_or_path=model, random_init=True), here=False)  # its shape is enough
         if found:
             raise KitError([Problem(p.problem, "--model", p.fix, p.rule) for p in found])
-        return Setting(base.hidden_size, notes=base.notes)
+        return RunSettings(base.hidden_size, notes=base.notes)
     heads = [o.lstrip("+~").partition("=")[0].split(".")[0].split("@")[0] for o in overrides]
     if "deepspeed" in heads:
         raise KitError("deepspeed is what --deepspeed gives", "command line", "change the file itself")
     from kit.config.compose import compose
-    from kit.config.nodes import resolve_nodes
-    from kit.config.resolve import resolve_batch, resolve_launch, resolve_precision
-    from kit.config.sections import located, origin, read_input, read_trainer
+    from kit.config.report import Report
+    from kit.config.resolve import resolve_processes
+    from kit.config.sections import read_sections
 
     composed = compose(overrides, config_dir)
-    set_by, tree = origin(composed.provenance), copy.deepcopy(composed.tree)
+    tree = copy.deepcopy(composed.tree) | {"deepspeed": {}}  # the file takes its place
     if model and isinstance(tree.get("model"), dict):
         tree["model"] |= {"name_or_path": model, "config": {}}
     for section, key in (("model", "name_or_path"), ("dataset", "path")):
         if isinstance(tree.get(section), dict) and tree[section].get(key) == "???":
             tree[section][key] = PLACEHOLDER
-    given, problems = read_input(tree, set_by)
-    if given is None:
-        raise KitError(problems)
-    setting = Setting()
-    if given.model.name_or_path != PLACEHOLDER:
-        base, found = inspect(given.model, here=False)
-        problems += located(found, set_by, "model.name_or_path")
-        setting.hidden_size, setting.notes = base.hidden_size, list(base.notes)
+    report = Report(composed.provenance)
+    sections = read_sections(tree, report)
+    setting = RunSettings(notes=report.notes)
+    if sections.run.model.name_or_path != PLACEHOLDER:
+        base, problems = inspect_model(sections.run.model, here=False)
+        report.add(problems, "model.name_or_path")
+        report.notes += base.notes
+        setting.hidden_size = base.hidden_size
     if set(heads) - {"model"}:  # a run
-        trainer, found = read_trainer(tree.get("trainer"), set_by)
-        problems += found
-        launch, found = resolve_nodes(given.launch, None, set_by)
-        problems += found
-        launch, trainer["use_cpu"] = resolve_launch(launch, trainer, True, False, None, setting.notes)
-        setting.precision = resolve_precision(trainer, trainer["use_cpu"], setting.notes)
-        nodes = launch.num_nodes if isinstance(launch.num_nodes, int) else 1
-        setting.world_size = nodes * (launch.num_gpus if isinstance(launch.num_gpus, int) else 1)
-        wanted = given.global_batch_size
-        problems += resolve_batch(trainer, wanted, setting.world_size, set_by, composed.provenance)[1]
-        setting.trainer = trainer
-    if problems:
-        raise KitError(problems)
+        processes = resolve_processes(sections, report, deepspeed=True, here=False, world_size=None)
+        setting.world_size, setting.precision = processes.world_size, processes.precision
+        setting.trainer = sections.trainer
+    report.refuse()
     return setting
 
 
-def compare(tree: Dict, setting: Setting) -> tuple[Dict, list[Problem]]:
+def fill_for_run(tree: dict[str, Any], setting: RunSettings) -> tuple[dict[str, Any], list[Problem]]:
     """The file filled as for a run, and what disagrees with the run; without what is wrong by itself."""
-    return zero.attempt(
-        sound(tree), trainer=setting.trainer or {}, world_size=setting.world_size, hidden_size=setting.hidden_size,
+    return fill_deepspeed_json(
+        drop_faults(tree),
+        trainer=setting.trainer or {},
+        world_size=setting.world_size,
+        hidden_size=setting.hidden_size,
         precision=setting.precision,
-    )  # fmt: skip
+    )
 
 
-def sound(tree: Dict) -> Dict:
+def drop_faults(tree: dict[str, Any]) -> dict[str, Any]:
     """The file without what is wrong in it: what is left can be compared and filled."""
     tree = copy.deepcopy(tree)
     for _ in range(10):
-        problems = zero_check.check(tree)
+        problems = check_deepspeed_json(tree)
         if not problems:
             return tree
         for problem in problems:
-            path = path_of(tree, problem.where.removeprefix("deepspeed."))
+            path = path_in_tree(tree, problem.where.removeprefix("deepspeed."))
             if problem.rule == "missing-key":
                 path = path[:-1]
             holder: Any = tree
@@ -122,60 +103,65 @@ def sound(tree: Dict) -> Dict:
     return {"zero_optimization": {}}
 
 
-def with_run(found: list[Finding], tree: Dict, text: str, setting: Setting, against: list[Problem]) -> list[Finding]:
+def add_mismatches(
+    findings: list[Finding], tree: dict[str, Any], text: str, setting: RunSettings, disagreements: list[Problem]
+) -> list[Finding]:
     """Literals that differ from what the run's trainer would set, in place of the remark that they are literals."""
     if setting.trainer is None:
-        return found
-    at_path = {f.path: f for f in found}
-    root = json_edit.parse(text)
-    for p in against:
-        if p.rule not in ("mismatch", "optimizer", "offload-optimizer"):
+        return findings
+    by_path = {f.path: f for f in findings}
+    root = json_edit.parse_nodes(text)
+    for disagreement in disagreements:
+        if disagreement.rule not in ("mismatch", "optimizer", "offload-optimizer"):
             continue
-        inside = p.where.startswith("deepspeed.")
-        path = path_of(tree, p.where.removeprefix("deepspeed.")) if inside else (p.where,)
-        held = zero_check.at(tree, ".".join(path))
-        if inside and p.rule == "mismatch" and (held is None or held == "auto"):
+        inside = disagreement.where.startswith("deepspeed.")
+        path = path_in_tree(tree, disagreement.where.removeprefix("deepspeed.")) if inside else (disagreement.where,)
+        value = value_at(tree, ".".join(path))
+        if inside and disagreement.rule == "mismatch" and (value is None or value == "auto"):
             continue  # mended, or in a block that goes
-        said, fix = (t.replace("deepspeed.", "") for t in (p.problem, p.fix))
-        before = at_path.get(path)
-        line = json_edit.line(text, root, path if inside else ("zero_optimization", "offload_optimizer"))
-        edits = (deepspeed_mend.Edit("replace", path, "auto"),) if p.rule == "mismatch" else ()
-        new = Finding(p.rule, REFUSE, path, line, said, fix, edits)
-        at_path[path] = replace(new, edits=before.edits, fix=before.fix, keep=before.keep) if before else new
-    return sorted(at_path.values(), key=lambda f: f.line)
+        problem, fix = (t.replace("deepspeed.", "") for t in (disagreement.problem, disagreement.fix))
+        before = by_path.get(path)
+        line = json_edit.line_of(text, root, path if inside else ("zero_optimization", "offload_optimizer"))
+        edits = (Edit("replace", path, "auto"),) if disagreement.rule == "mismatch" else ()
+        new = Finding(disagreement.rule, REFUSE, path, line, problem, fix, edits)
+        by_path[path] = replace(new, edits=before.edits, fix=before.fix, keep=before.keep) if before else new
+    return sorted(by_path.values(), key=lambda f: f.line)
 
 
-def autos(tree: Dict, text: str, setting: Setting, out: Dict, against: list[Problem]) -> list[Dict]:
+def describe_autos(
+    tree: dict[str, Any], text: str, setting: RunSettings, out: dict[str, Any], disagreements: list[Problem]
+) -> list[dict[str, Any]]:
     """Every "auto" that is filled: the line, the key, what it becomes where that is known, and where it comes from."""
-    root, rows = json_edit.parse(text), []
-    needs = {p.where.removeprefix("deepspeed."): p.problem for p in against if p.rule == "scheduler"}
+    root, rows = json_edit.parse_nodes(text), []
+    missing = {p.where.removeprefix("deepspeed."): p.problem for p in disagreements if p.rule == "scheduler"}
 
-    def walk(block: Dict, above: json_edit.Path) -> None:
+    def walk(block: dict[str, Any], above: json_edit.KeyPath) -> None:
         for name, value in block.items():
             path = (*above, name)
             if isinstance(value, dict):
                 walk(value, path)
-            if value != "auto" or not zero_check.own_auto(deepspeed_mend.entry_at(path, tree)[1]):
+            if value != "auto" or not accepts_auto(field_at(path, tree)[1]):
                 continue
             key = ".".join(path)
-            becomes, source = filled(key, out, setting)
-            if becomes is None and key in needs:
-                source = needs[key].replace("deepspeed.", "")
-            rows.append({"line": json_edit.line(text, root, path), "key": key, "becomes": becomes, "from": source})
+            becomes, source = describe_auto(key, out, setting)
+            if becomes is None and key in missing:
+                source = missing[key].replace("deepspeed.", "")
+            rows.append({"line": json_edit.line_of(text, root, path), "key": key, "becomes": becomes, "from": source})
 
     walk(tree, ())
     return rows
 
 
-def filled(key: str, out: Dict, setting: Setting) -> tuple[Any, str]:
+def describe_auto(key: str, out: dict[str, Any], setting: RunSettings) -> tuple[Any, str]:
     """(value or None, where it comes from) of one "auto"."""
-    value = zero_check.at(out, key)
-    if key in FORMULA:
-        if setting.hidden_size is None:
-            return None, f"{FORMULA[key]}: needs the model (model=NAME or --model DIR)"
-        return value, f"{FORMULA[key]}, hidden_size {setting.hidden_size}"
-    if key in OWNED:
-        return (value if setting.trainer is not None else None), f"the trainer's {OWNED[key]}"
-    if key in FIXED:
-        return FIXED[key], "accelerate and transformers, always"
-    return None, "a word of DeepSpeed's own: it decides by itself"
+    row = FILLED_KEYS.get(key)
+    if row is None:
+        return None, "a word of DeepSpeed's own: it decides by itself"
+    if row.filled_by == "constant":
+        return row.constant, "accelerate and transformers, always"
+    value = value_at(out, key)
+    if row.filled_by == "trainer":
+        return (value if setting.trainer is not None else None), f"the trainer's {row.words}"
+    if setting.hidden_size is None:
+        return None, f"{row.words}: needs the model (model=NAME or --model DIR)"
+    return value, f"{row.words}, hidden_size {setting.hidden_size}"

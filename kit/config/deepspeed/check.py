@@ -1,6 +1,6 @@
-"""What a DeepSpeed JSON is by itself, without DeepSpeed: read it, and say all that is wrong in it.
+"""Reads a DeepSpeed JSON and checks it by itself, without DeepSpeed.
 
-DeepSpeed ignores unknown top-level keys and drops an "auto" that nobody filled; `check` says so beforehand.
+DeepSpeed ignores unknown top-level keys and drops an "auto" that nobody filled; here that is said beforehand.
 Upstream: deepspeed runtime/config.py and zero/config.py.
 """
 
@@ -15,18 +15,18 @@ from typing import Any
 
 from kit.errors import KitError, Problem
 from kit.schema import fields
+from kit.schema.dotted import value_at
 
-Dict = dict[str, Any]
 ADAMS = ("adam", "adamw")
 UNUSABLE = ("kind", "choice", "auto")  # rules that leave no value to compare
 
 
-def load(path: str | Path) -> Dict:
+def load_deepspeed_file(path: str | Path) -> dict[str, Any]:
     """One DeepSpeed JSON file. KitError with line and column for bad JSON, and for a key given twice."""
-    return parse(read(path), path)
+    return parse_deepspeed_json(read_deepspeed_text(path), path)
 
 
-def read(path: str | Path) -> str:
+def read_deepspeed_text(path: str | Path) -> str:
     """The file's text with its own line ends, without a byte order mark; KitError where it is not to be had."""
     try:
         return Path(path).read_bytes().decode("utf-8-sig")
@@ -35,11 +35,11 @@ def read(path: str | Path) -> str:
         raise KitError(f"cannot read {path}: {reason}", str(path), "give the path of a DeepSpeed JSON file") from None
 
 
-def parse(text: str, path: str | Path, twice: bool = False) -> Dict:
+def parse_deepspeed_json(text: str, path: str | Path, twice: bool = False) -> dict[str, Any]:
     """The block of a DeepSpeed JSON; `twice`: a key may be given twice (the last one counts, as elsewhere)."""
 
-    def unique(pairs: list[tuple[str, Any]]) -> Dict:
-        seen: Dict = {}
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        seen: dict[str, Any] = {}
         for key, value in pairs:
             if key in seen and not twice:
                 lines = [str(n) for n, line in enumerate(text.splitlines(), 1) if f'"{key}"' in line]
@@ -68,7 +68,7 @@ def parse(text: str, path: str | Path, twice: bool = False) -> Dict:
     return data
 
 
-def check(ds: Mapping[str, Any], where: str = "deepspeed") -> list[Problem]:
+def check_deepspeed_json(ds: Mapping[str, Any], where: str = "deepspeed") -> list[Problem]:
     """All that is wrong in the JSON by itself: unknown and old keys, kinds, an "auto" that nobody fills, conflicts."""
     rest = dict(ds)
     problems = []
@@ -82,32 +82,34 @@ def check(ds: Mapping[str, Any], where: str = "deepspeed") -> list[Problem]:
         problems.append(Problem(f"{key} is missing: accelerate refuses that", key, fix, "zero-block"))
     problems += fields.check("deepspeed", rest, where)
     for block, table in typed_params(rest).items():
-        told = {p.where for p in problems}
-        problems += [p for p in fields.check(table, at(rest, block), f"{where}.{block}") if p.where not in told]
-    told = {p.where for p in problems}
-    problems += [p for p in _unfilled("deepspeed", rest, where, typed_params(rest)) if p.where not in told]
+        reported = {p.where for p in problems}
+        problems += [
+            p for p in fields.check(table, value_at(rest, block), f"{where}.{block}") if p.where not in reported
+        ]
+    reported = {p.where for p in problems}
+    problems += [p for p in _unfilled("deepspeed", rest, where, typed_params(rest)) if p.where not in reported]
     wrong = {re.sub(r"\[\d+\].*", "", p.where).removeprefix(f"{where}.") for p in problems if p.rule in UNUSABLE}
     if wrong & {"zero_optimization", "zero_optimization.stage"} or isinstance(ds.get("zero_optimization"), bool):
         return problems  # most of the rules below ask for the stage
     usable = copy.deepcopy(rest)
     for key in wrong:
         parent, _, last = key.rpartition(".")
-        holder = at(usable, parent) if parent else usable
+        holder = value_at(usable, parent) if parent else usable
         if isinstance(holder, dict):
             holder.pop(last, None)
-    return problems + [Problem(said, f"{where}.{key}", fix, "deepspeed") for key, said, fix in _conflicts(usable)]
+    return problems + [Problem(text, f"{where}.{key}", fix, "deepspeed") for key, text, fix in _conflicts(usable)]
 
 
 def typed_params(ds: Mapping[str, Any]) -> dict[str, str]:
     """{dotted block: table} of the params of an optimizer and a scheduler whose type has a table of its own."""
-    found = {}
+    blocks = {}
     for name in ("optimizer", "scheduler"):
-        kind = at(ds, f"{name}.type")
-        if isinstance(kind, str) and isinstance(at(ds, f"{name}.params"), Mapping):
+        kind = value_at(ds, f"{name}.type")
+        if isinstance(kind, str) and isinstance(value_at(ds, f"{name}.params"), Mapping):
             table = f"deepspeed.{name}.{'adam' if name == 'optimizer' and kind.lower() in ADAMS else kind}"
             if table in fields.tables():
-                found[f"{name}.params"] = table
-    return found
+                blocks[f"{name}.params"] = table
+    return blocks
 
 
 def _unfilled(table: str | None, values: Mapping[str, Any], where: str, typed: Mapping[str, str]) -> Iterator[Problem]:
@@ -118,18 +120,32 @@ def _unfilled(table: str | None, values: Mapping[str, Any], where: str, typed: M
         if isinstance(value, Mapping):
             inner = next((t for block, t in typed.items() if path.endswith(f".{block}")), entry.get("table"))
             yield from _unfilled(inner, value, path, typed)
-        elif value == "auto" and isinstance(value, str) and not own_auto(entry):
+        elif value == "auto" and isinstance(value, str) and not accepts_auto(entry):
             yield Problem(f'nobody fills the "auto" of {path}', path, "give a value or leave the key out", "auto")
 
 
-def own_auto(entry: Mapping[str, Any]) -> bool:
+def accepts_auto(entry: Mapping[str, Any]) -> bool:
     """Whether "auto" is a value here: filled by transformers or accelerate, or DeepSpeed's own word."""
     return bool(entry.get("auto")) or "auto" in entry.get("choices", ()) or entry.get("default") == "auto"
 
 
-def _conflicts(ds: Dict) -> Iterator[tuple[str, str, str]]:
-    """(key, problem, fix) for keys that do not go together; each stands in DeepSpeed's validators or engine."""
-    zero: Dict = dict(ds.get("zero_optimization") or {})
+def _conflicts(ds: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Yield (key, problem, fix) of keys that do not go together, as DeepSpeed's validators and engine have it."""
+    zero: dict[str, Any] = dict(ds.get("zero_optimization") or {})
+    yield from _offload_conflicts(zero)
+    yield from _zero_conflicts(ds, zero)
+    yield from _precision_conflicts(ds, zero)
+    no_sum = zero.get("stage", 0) == 3 or zero.get("zenflow") or value_at(ds, "compile.deepcompile")
+    if no_sum and str(ds.get("gradient_allreduce_op")).lower() == "sum":
+        yield "gradient_allreduce_op", "sum is not for stage 3, ZenFlow or DeepCompile", "gradient_allreduce_op=mean"
+    if value_at(ds, "tensor_parallel.dtype") is not None:
+        yield "tensor_parallel.dtype", "it takes a torch.dtype, which no JSON holds: DeepSpeed refuses it", "remove it"
+    if (ds.get("sequence_parallel_size") or 1) != 1:
+        yield ("sequence_parallel_size", "with transformers, sequence parallelism is accelerate's to set up",
+               "remove it")  # fmt: skip
+
+
+def _offload_conflicts(zero: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     stage = zero.get("stage", 0)
     optimizer, param = (dict(zero.get(f"offload_{what}") or {}) for what in ("optimizer", "param"))
     z = "zero_optimization"
@@ -147,6 +163,10 @@ def _conflicts(ds: Dict) -> Iterator[tuple[str, str, str]]:
         yield f"{z}.offload_optimizer.ratio", "a ratio below 1 needs stage 3", "zero_optimization.stage=3, or ratio=1"
     if optimizer.get("super_offload") and stage != 3:
         yield f"{z}.offload_optimizer.super_offload", "super_offload needs stage 3", "zero_optimization.stage=3"
+
+
+def _zero_conflicts(ds: dict[str, Any], zero: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    stage, z = zero.get("stage", 0), "zero_optimization"
     if zero.get("compute_grad_norm") is False and stage not in (1, 2):
         yield f"{z}.compute_grad_norm", "compute_grad_norm=false needs stage 1 or 2", "compute_grad_norm=true"
     if zero.get("compute_grad_norm") is False and ds.get("gradient_clipping", "auto") not in (0, "auto"):
@@ -155,36 +175,14 @@ def _conflicts(ds: Dict) -> Iterator[tuple[str, str, str]]:
         yield f"{z}.elastic_checkpoint", "stage 3 has no elastic checkpoints", "remove it"
     if zero.get("legacy_stage1"):
         yield f"{z}.legacy_stage1", "the engine refuses legacy_stage1", "remove it"
+
+
+def _precision_conflicts(ds: dict[str, Any], zero: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     for what in ("fp16", "bf16"):
         block = dict(ds.get(what) or {})
-        if block.get(f"{what}_master_weights_and_grads") and stage == 0:
+        if block.get(f"{what}_master_weights_and_grads") and zero.get("stage", 0) == 0:
             yield f"{what}.{what}_master_weights_and_grads", "it needs ZeRO 1, 2 or 3", "zero_optimization.stage=1"
-    if at(ds, "bf16.bf16_optimizer_states") and not at(ds, "bf16.bf16_master_weights_and_grads"):
+    if value_at(ds, "bf16.bf16_optimizer_states") and not value_at(ds, "bf16.bf16_master_weights_and_grads"):
         yield "bf16.bf16_optimizer_states", "it needs bf16_master_weights_and_grads", "set both"
-    if at(ds, "fp16.enabled") is True and at(ds, "bf16.enabled") is True:
+    if value_at(ds, "fp16.enabled") is True and value_at(ds, "bf16.enabled") is True:
         yield "fp16.enabled", "fp16 and bf16 cannot both be enabled", 'set both to "auto"'
-    no_sum = stage == 3 or zero.get("zenflow") or at(ds, "compile.deepcompile")
-    if no_sum and str(ds.get("gradient_allreduce_op")).lower() == "sum":
-        yield "gradient_allreduce_op", "sum is not for stage 3, ZenFlow or DeepCompile", "gradient_allreduce_op=mean"
-    if at(ds, "tensor_parallel.dtype") is not None:
-        yield "tensor_parallel.dtype", "it takes a torch.dtype, which no JSON holds: DeepSpeed refuses it", "remove it"
-    if (ds.get("sequence_parallel_size") or 1) != 1:
-        yield ("sequence_parallel_size", "with transformers, sequence parallelism is accelerate's to set up",
-               "remove it")  # fmt: skip
-
-
-def at(tree: Any, key: str) -> Any:
-    """The value at a dotted key, None where any part is absent."""
-    for part in key.split("."):
-        tree = tree.get(part) if isinstance(tree, Mapping) else None
-    return tree
-
-
-def put(tree: Dict, key: str, value: Any) -> None:
-    """Set a dotted key, making the blocks on the way."""
-    *blocks, last = key.split(".")
-    for part in blocks:
-        if not isinstance(tree.get(part), dict):
-            tree[part] = {}
-        tree = tree[part]
-    tree[last] = value

@@ -1,6 +1,6 @@
-"""A DeepSpeed JSON from anywhere, by itself: what is wrong in it for a transformers trainer, and what would mend it.
+"""Finds what is wrong in a DeepSpeed JSON from anywhere for a transformers trainer, and what would mend it.
 
-`zero_check.check` knows what DeepSpeed refuses or ignores. Here comes what only the trainer misses: keys that it fills
+What DeepSpeed refuses or ignores, check.py knows. Here comes what only the trainer misses: keys that it fills
 when they are there and never adds, literals that it will compare with its own, an optimizer that takes its place.
 """
 
@@ -11,16 +11,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from kit.config.deepspeed import check as zero_check
-from kit.config.deepspeed import fixes as mend
 from kit.config.deepspeed import json_edit
-from kit.config.deepspeed.check import ADAMS, Dict, at
-from kit.config.deepspeed.fixes import OWNED, Edit
+from kit.config.deepspeed.check import ADAMS, check_deepspeed_json, parse_deepspeed_json
+from kit.config.deepspeed.filled_keys import TRAINER_SETTINGS
+from kit.config.deepspeed.fixes import Edit, as_trainer_setting, edits_for, shorten_json
 from kit.errors import Problem
 from kit.schema import fields
+from kit.schema.dotted import value_at
 
 REFUSE, WARN = "refuse", "warn"
-NEEDED = {  # the trainer fills these where they are, and nobody adds them
+NEVER_ADDED = {  # the trainer fills these where they are, and nobody adds them
     "train_micro_batch_size_per_gpu": "DeepSpeed then wants train_batch_size, or stops",
     "gradient_accumulation_steps": "accelerate puts 1 there, whatever the trainer accumulates (T6)",
     "gradient_clipping": "DeepSpeed then clips at {clipping}, whatever max_grad_norm says (T7)",
@@ -37,7 +37,7 @@ class Finding:
 
     rule: str
     severity: str
-    path: json_edit.Path
+    path: json_edit.KeyPath
     line: int
     problem: str
     fix: str
@@ -49,28 +49,28 @@ class Finding:
         return ".".join(self.path)
 
 
-def examine(text: str, name: str = "the file") -> list[Finding]:
+def find_faults(text: str, name: str = "the file") -> list[Finding]:
     """All findings of one file in the order of its lines; KitError only where it is no JSON."""
-    tree = zero_check.parse(text, name, twice=True)
-    root = json_edit.parse(text)
-    found = [*_doubled(text, root), *_checked(tree)]
-    made = {(*e.path[:-1], e.value) for f in found for e in f.edits if e.what == "rename"}
+    tree = parse_deepspeed_json(text, name, twice=True)
+    root = json_edit.parse_nodes(text)
+    findings = [*_duplicates(text, root), *_checked(tree)]
+    renamed = {(*e.path[:-1], e.value) for f in findings for e in f.edits if e.what == "rename"}
     own = list(_optimizer(tree))
-    going = {f.path for f in own if f.rule == "optimizer"}  # what is inside needs no word of its own
-    told = {f.path for f in found}
+    removed = {f.path for f in own if f.rule == "optimizer"}  # what is inside needs no word of its own
+    reported = {f.path for f in findings}
     for finding in [*own, *_missing(tree), *_literals(tree)]:
         if (
-            finding.path not in told
-            and finding.path[:-2] not in going
-            and not any(finding.path[: len(m)] == m for m in made)
+            finding.path not in reported
+            and finding.path[:-2] not in removed
+            and not any(finding.path[: len(m)] == m for m in renamed)
         ):
-            found.append(finding)
-            told.add(finding.path)
-    placed = [Finding(**vars(f) | {"line": json_edit.line(text, root, f.path)}) for f in found]
+            findings.append(finding)
+            reported.add(finding.path)
+    placed = [Finding(**vars(f) | {"line": json_edit.line_of(text, root, f.path)}) for f in findings]
     return sorted(placed, key=lambda f: f.line)
 
 
-def path_of(tree: Any, dotted: str) -> json_edit.Path:
+def path_in_tree(tree: Any, dotted: str) -> json_edit.KeyPath:
     """The keys of a dotted name; a key of the file may hold dots itself."""
     dotted = re.sub(r"\[\d+\]$", "", dotted)
     path: list[str] = []
@@ -86,24 +86,28 @@ def path_of(tree: Any, dotted: str) -> json_edit.Path:
     return (*path, *dotted.split("."))
 
 
-def _checked(tree: Dict) -> Iterator[Finding]:
-    """What zero_check.check says, each with its edits."""
+def _checked(tree: dict[str, Any]) -> Iterator[Finding]:
+    """What check_deepspeed_json says, each with its edits."""
     seen = set()
-    for problem in zero_check.check(tree):
-        path = path_of(tree, problem.where.removeprefix("deepspeed."))
-        edits = mend.edits(problem.rule, path, tree)
-        said, fix = (text.replace("deepspeed.", "") for text in (problem.problem, problem.fix))
+    for problem in check_deepspeed_json(tree):
+        path = path_in_tree(tree, problem.where.removeprefix("deepspeed."))
+        edits = edits_for(problem.rule, path, tree)
+        message, fix = (text.replace("deepspeed.", "") for text in (problem.problem, problem.fix))
         if (path, problem.rule) not in seen:
             key = "gradient_clipping" if path[-1] == "max_grad_norm" else ".".join(path)
-            value = at(tree, ".".join(path))
-            keep = mend.instead(key, value) if key in OWNED and edits and value not in (None, "auto") else ""
-            yield Finding(problem.rule or "kind", REFUSE, path, 0, said, fix, edits, keep)
+            value = value_at(tree, ".".join(path))
+            keep = (
+                as_trainer_setting(key, value)
+                if key in TRAINER_SETTINGS and edits and value not in (None, "auto")
+                else ""
+            )
+            yield Finding(problem.rule or "kind", REFUSE, path, 0, message, fix, edits, keep)
         seen.add((path, problem.rule))
 
 
-def _doubled(text: str, root: json_edit.Node) -> Iterator[Finding]:
-    for path in json_edit.doubled(root):
-        block = root if len(path) == 1 else json_edit.find(root, path[:-1])
+def _duplicates(text: str, root: json_edit.Node) -> Iterator[Finding]:
+    for path in json_edit.duplicate_keys(root):
+        block = root if len(path) == 1 else json_edit.find_member(root, path[:-1])
         members = block.members if isinstance(block, json_edit.Node) else block.node.members if block else []
         values = [m.node.value for m in members if m.key == path[-1]]
         same = all(repr(v) == repr(values[0]) for v in values)
@@ -112,7 +116,7 @@ def _doubled(text: str, root: json_edit.Node) -> Iterator[Finding]:
         yield Finding("doubled", REFUSE, path, 0, f"{'.'.join(path)} is given {len(values)} times", fix, edits)
 
 
-def _add_auto(tree: Dict, key: str) -> Edit | None:
+def _add_auto(tree: dict[str, Any], key: str) -> Edit | None:
     """The edit that makes a key "auto", in its block or with it; None where the block is of another kind."""
     block, _, last = key.rpartition(".")
     holder = tree.get(block) if block else tree
@@ -121,66 +125,70 @@ def _add_auto(tree: Dict, key: str) -> Edit | None:
     return None if holder is not None else Edit("replace" if block in tree else "add", (block,), {last: "auto"})
 
 
-def _missing(tree: Dict) -> Iterator[Finding]:
+def _missing(tree: dict[str, Any]) -> Iterator[Finding]:
     """Keys that the trainer would fill, had they been there."""
     clipping = fields.default("deepspeed", "gradient_clipping")
-    for key, why in NEEDED.items():
+    for key, reason in NEVER_ADDED.items():
         edit = _add_auto(tree, key)
-        if at(tree, key) is None and edit:
-            said = f"{key} is missing: {why.format(clipping=clipping)}"
+        if value_at(tree, key) is None and edit:
+            problem = f"{key} is missing: {reason.format(clipping=clipping)}"
             outer, _, last = key.rpartition(".")
-            shown = f'"{outer}": {{"{last}": "auto"}}' if outer else f'"{last}": "auto"'
-            yield Finding("missing", REFUSE, tuple(key.split(".")), 0, said, f"add {shown}", (edit,))
-    kind, params = at(tree, "scheduler.type"), at(tree, "scheduler.params")
+            text = f'"{outer}": {{"{last}": "auto"}}' if outer else f'"{last}": "auto"'
+            yield Finding("missing", REFUSE, tuple(key.split(".")), 0, problem, f"add {text}", (edit,))
+    kind, params = value_at(tree, "scheduler.type"), value_at(tree, "scheduler.params")
     table = fields.tables().get(f"deepspeed.scheduler.{kind}", {}) if isinstance(kind, str) else {}
     for key in (k for k in SCHEDULED if k in table):
         if isinstance(params, dict) and params.get(key) is None:
             value = table[key].get("default")
-            said = f"scheduler.params.{key} is missing: " + (
+            problem = f"scheduler.params.{key} is missing: " + (
                 f"{kind} needs it" if value is None else f"{kind} then takes {value}, whatever the trainer says"
             )
             what = "replace" if key in params else "add"
             path = ("scheduler", "params", key)
-            yield Finding("missing", REFUSE, path, 0, said, f'"{key}": "auto"', (Edit(what, path, "auto"),))
+            yield Finding("missing", REFUSE, path, 0, problem, f'"{key}": "auto"', (Edit(what, path, "auto"),))
     if table and isinstance(tree["scheduler"], dict) and "params" not in tree["scheduler"]:
         block = ("scheduler", "params")
         autos = {key: "auto" for key in SCHEDULED if key in table}
-        said = f"scheduler.params is missing: {kind} then warms up for 1000 steps of its own"
+        problem = f"scheduler.params is missing: {kind} then warms up for 1000 steps of its own"
         if autos:
-            yield Finding("missing", REFUSE, block, 0, said, 'give its keys as "auto"', (Edit("add", block, autos),))
+            yield Finding(
+                "missing", REFUSE, block, 0, problem, 'give its keys as "auto"', (Edit("add", block, autos),)
+            )
 
 
-def _literals(tree: Dict) -> Iterator[Finding]:
+def _literals(tree: dict[str, Any]) -> Iterator[Finding]:
     """Values that are the trainer's: others raise after the model is loaded, equal ones wait to differ (T1)."""
-    for key, setting in OWNED.items():
-        value = at(tree, key)
+    for key, setting in TRAINER_SETTINGS.items():
+        value = value_at(tree, key)
         if value is None or value == "auto" or isinstance(value, dict):
             continue
         path = tuple(key.split("."))
-        said = f"{key} is {mend.shown(value)}: the trainer refuses any other than its own {setting}"
+        text = f"{key} is {shorten_json(value)}: the trainer refuses any other than its own {setting}"
         if key == "train_batch_size":
-            said = f"{key} is {mend.shown(value)}: that ties the file to one number of GPUs (T5)"
-        keep = mend.instead(key, value)
+            text = f"{key} is {shorten_json(value)}: that ties the file to one number of GPUs (T5)"
+        keep = as_trainer_setting(key, value)
         fix = f'"auto", and {keep} in the training arguments'
-        yield Finding("literal", WARN, path, 0, said, fix, (Edit("replace", path, "auto"),), keep)
+        yield Finding("literal", WARN, path, 0, text, fix, (Edit("replace", path, "auto"),), keep)
 
 
-def _optimizer(tree: Dict) -> Iterator[Finding]:
+def _optimizer(tree: dict[str, Any]) -> Iterator[Finding]:
     """An optimizer block takes the place of trainer.optim and of all that builds on it (T9)."""
     block = tree.get("optimizer")
     if not isinstance(block, dict):
         return
     kind, params = str(block.get("type")), block.get("params") or {}
-    said = f"the optimizer block ({kind}) takes the place of the trainer's optim and of LoRA+"
+    text = f"the optimizer block ({kind}) takes the place of the trainer's optim and of LoRA+"
     adam = kind.lower() in ADAMS and isinstance(params, dict) and "scheduler" not in tree
     if adam and params.keys() <= PLAIN_ADAM and params.get("bias_correction", True) is True:
         decoupled = kind.lower() == "adamw" or params.get("adam_w_mode", True) is True
         if decoupled and not block.get("legacy_fusion"):
-            keys = [k for k in params if f"optimizer.params.{k}" in OWNED and params[k] not in ("auto", None)]
-            keep = ", ".join(mend.instead(f"optimizer.params.{k}", params[k]) for k in keys)
+            keys = [
+                k for k in params if f"optimizer.params.{k}" in TRAINER_SETTINGS and params[k] not in ("auto", None)
+            ]
+            keep = ", ".join(as_trainer_setting(f"optimizer.params.{k}", params[k]) for k in keys)
             fix = "remove it: adamw_torch, the trainer's default, is the same arithmetic"
             fix += f"; give the training arguments {keep}" if keep else ""
-            yield Finding("optimizer", WARN, ("optimizer",), 0, said, fix, (Edit("remove", ("optimizer",)),), keep)
+            yield Finding("optimizer", WARN, ("optimizer",), 0, text, fix, (Edit("remove", ("optimizer",)),), keep)
             return
     if isinstance(block.get("params"), dict) and params.get("lr") is None:
         path = ("optimizer", "params", "lr")
@@ -189,7 +197,7 @@ def _optimizer(tree: Dict) -> Iterator[Finding]:
         yield Finding("missing", REFUSE, path, 0, lost, '"lr": "auto"', (Edit(what, path, "auto"),))
 
 
-def problem_of(finding: Finding, file: str) -> Problem:
+def to_problem(finding: Finding, file: str) -> Problem:
     """The finding as people read it: problem, file:line and key, fix."""
-    said = finding.problem if finding.severity == REFUSE else f"note: {finding.problem}"
-    return Problem(said, f"{file}:{finding.line}: {finding.key}", finding.fix, finding.rule)
+    text = finding.problem if finding.severity == REFUSE else f"note: {finding.problem}"
+    return Problem(text, f"{file}:{finding.line}: {finding.key}", finding.fix, finding.rule)

@@ -13,24 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from kit.config.deepspeed import json_edit
-from kit.config.deepspeed.check import Dict, at, own_auto, typed_params
+from kit.config.deepspeed.check import accepts_auto, typed_params
+from kit.config.deepspeed.filled_keys import TRAINER_SETTINGS
 from kit.schema import fields
+from kit.schema.dotted import value_at
 
-OWNED = {  # values that transformers compares with its own -> its setting
-    "train_batch_size": "per_device_train_batch_size x gradient_accumulation_steps x processes",
-    "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
-    "gradient_accumulation_steps": "gradient_accumulation_steps",
-    "gradient_clipping": "max_grad_norm",
-    "fp16.enabled": "fp16",
-    "bf16.enabled": "bf16",
-    "optimizer.params.lr": "learning_rate",
-    "optimizer.params.betas": "adam_beta1 and adam_beta2",
-    "optimizer.params.eps": "adam_epsilon",
-    "optimizer.params.weight_decay": "weight_decay",
-    "scheduler.params.warmup_max_lr": "learning_rate",
-    "scheduler.params.warmup_num_steps": "warmup_steps",
-    "scheduler.params.total_num_steps": "max_steps",
-}
 DTYPES = {"float32": "fp32", "float16": "fp16", "half": "fp16", "bfloat16": "bf16"}
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 UNREAD = {  # conflicts in which DeepSpeed does not read the key, or refuses it where leaving it out changes nothing
@@ -45,7 +32,7 @@ class Edit:
     """`what`: rename, replace, remove, remove-first or add; `value`: the new name or the new value."""
 
     what: str
-    path: json_edit.Path
+    path: json_edit.KeyPath
     value: Any = None
 
 
@@ -60,41 +47,41 @@ class Change:
     keep: str = ""
 
 
-def mend(text: str, examine: Callable[[str], list[Any]]) -> tuple[str, list[Change]]:
-    """The text with all that has one answer mended, and what was done. `examine`: deepspeed_file.examine."""
+def apply_fixes(text: str, examine: Callable[[str], list[Any]]) -> tuple[str, list[Change]]:
+    """The text with all that has one answer mended, and what was done. `examine`: findings.examine."""
     changes: list[Change] = []
     seen = {text}
     while finding := next((f for f in examine(text) if f.edits), None):
         for edit in finding.edits:
-            text = apply(text, edit)
+            text = apply_edit(text, edit)
         if text in seen:  # never met; an endless loop would be worse than a mistake left
             break
         seen.add(text)
-        did = "; ".join(describe(e) for e in finding.edits)
+        did = "; ".join(describe_edit(e) for e in finding.edits)
         changes.append(Change(finding.line, finding.key, did, finding.problem, finding.keep))
     return text, changes
 
 
-def apply(text: str, edit: Edit) -> str:
+def apply_edit(text: str, edit: Edit) -> str:
     if edit.what == "rename":
-        return json_edit.rename(text, edit.path, edit.value)
+        return json_edit.rename_key(text, edit.path, edit.value)
     if edit.what == "replace":
-        return json_edit.replace(text, edit.path, edit.value)
+        return json_edit.replace_value(text, edit.path, edit.value)
     if edit.what == "add":
-        return json_edit.add(text, edit.path, edit.value)
-    return json_edit.remove(text, edit.path, first=edit.what == "remove-first")
+        return json_edit.add_key(text, edit.path, edit.value)
+    return json_edit.remove_key(text, edit.path, first=edit.what == "remove-first")
 
 
-def describe(edit: Edit) -> str:
+def describe_edit(edit: Edit) -> str:
     key = ".".join(edit.path)
     if edit.what == "rename":
         return f"{key} renamed to {edit.value}"
     if edit.what in ("remove", "remove-first"):
         return f"{key} removed" + (" (the first of them)" if edit.what == "remove-first" else "")
-    return f"{key} {'added' if edit.what == 'add' else 'set'}: {shown(edit.value)}"
+    return f"{key} {'added' if edit.what == 'add' else 'set'}: {shorten_json(edit.value)}"
 
 
-def shown(value: Any) -> str:
+def shorten_json(value: Any) -> str:
     """A value as JSON, cut short where it is long."""
     import json
 
@@ -102,39 +89,39 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def instead(key: str, value: Any) -> str:
+def as_trainer_setting(key: str, value: Any) -> str:
     """What to give the trainer so that an "auto" becomes the value that stood there."""
     if key.endswith("betas") and isinstance(value, list) and len(value) == 2:
-        return f"adam_beta1={shown(value[0])}, adam_beta2={shown(value[1])}"
-    setting = OWNED[key]
-    return f"{setting} = {shown(value)}" if " " in setting else f"{setting}={shown(value)}"
+        return f"adam_beta1={shorten_json(value[0])}, adam_beta2={shorten_json(value[1])}"
+    setting = TRAINER_SETTINGS[key]
+    return f"{setting} = {shorten_json(value)}" if " " in setting else f"{setting}={shorten_json(value)}"
 
 
-def edits(rule: str, path: json_edit.Path, tree: Dict) -> tuple[Edit, ...]:
-    """The edits for one problem of zero_check.check; none where they would be a guess."""
+def edits_for(rule: str, path: json_edit.KeyPath, tree: dict[str, Any]) -> tuple[Edit, ...]:
+    """The edits for one problem of check_deepspeed_json; none where they would be a guess."""
     holder = _holder(tree, path)
     if holder is None or (path[-1] not in holder and rule != "deepspeed"):
         return ()
-    key, table, entry = ".".join(path), *entry_at(path, tree)
+    key, table, entry = ".".join(path), *field_at(path, tree)
     value = holder.get(path[-1])
     if rule == "deepspeed":
-        return _conflict(key, path, tree)
+        return _conflict_edits(key, path, tree)
     if rule == "unknown-key":
-        return _renamed(path, holder, table, value)
+        return _rename_edits(path, holder, table, value)
     if rule == "renamed-key":
-        return _old(path, holder, table, entry, value)
+        return _deprecated_edits(path, holder, table, entry, value)
     if rule == "removed-key":
         off = value in (False, None, {}) or (isinstance(value, dict) and value.get("enabled") is False)
         gone = off or key == "amp" or (path[-1] == "mics_shard_size" and value == -1)  # fp16 and bf16 follow as "auto"
         return (Edit("remove", path),) if gone else ()
-    if key in OWNED and entry.get("auto"):
+    if key in TRAINER_SETTINGS and entry.get("auto"):
         return (Edit("replace", path, "auto"),)
     if rule in ("kind", "choice", "auto", "zero-block"):
-        return _value(path, table, entry, value)
+        return _value_edits(path, table, entry, value)
     return ()
 
 
-def entry_at(path: json_edit.Path, tree: Dict) -> tuple[str, dict[str, Any]]:
+def field_at(path: json_edit.KeyPath, tree: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """The table that a key belongs to ("" where nothing is known of its block) and its entry (empty if unknown)."""
     table, typed = "deepspeed", typed_params(tree)
     for depth, key in enumerate(path[:-1], 1):
@@ -143,36 +130,38 @@ def entry_at(path: json_edit.Path, tree: Dict) -> tuple[str, dict[str, Any]]:
     return table, fields.tables().get(table, {}).get(path[-1], {})
 
 
-def _holder(tree: Any, path: json_edit.Path) -> Dict | None:
+def _holder(tree: Any, path: json_edit.KeyPath) -> dict[str, Any] | None:
     for key in path[:-1]:
         tree = tree.get(key) if isinstance(tree, dict) else None
     return tree if isinstance(tree, dict) else None
 
 
-def _good(table: str, key: str, value: Any) -> bool:
+def _passes(table: str, key: str, value: Any) -> bool:
     """Whether the value would pass, were everything around it right."""
     return not [p for p in fields.check(table, {key: value}) if p.rule != "missing-key"]
 
 
-def _renamed(path: json_edit.Path, holder: Dict, table: str, value: Any) -> tuple[Edit, ...]:
+def _rename_edits(path: json_edit.KeyPath, holder: dict[str, Any], table: str, value: Any) -> tuple[Edit, ...]:
     """An unknown key that is plainly a known one, which is not there as well."""
     key = path[-1]
     known = {name.lower(): name for name in fields.names(table)} if table else {}
     meant = fields.RENAMED["deepspeed"].get(key, "") if table == "deepspeed" else ""
     if meant not in known.values():
-        near = difflib.get_close_matches(key.lower().replace("-", "_"), known, 2, 0.8)
-        folded = [known[n] for n in near]
-        ratios = [difflib.SequenceMatcher(None, key.lower(), n).ratio() for n in near]
+        close = difflib.get_close_matches(key.lower().replace("-", "_"), known, 2, 0.8)
+        folded = [known[n] for n in close]
+        ratios = [difflib.SequenceMatcher(None, key.lower(), n).ratio() for n in close]
         meant = folded[0] if folded and (len(folded) == 1 or ratios[0] > ratios[1] + 0.02) else ""
     if not meant or meant in holder:
         return ()
     entry = fields.tables()[table][meant]
-    fits = _good(table, meant, value) or (value == "auto" and own_auto(entry)) or (isinstance(value, dict) and
+    fits = _passes(table, meant, value) or (value == "auto" and accepts_auto(entry)) or (isinstance(value, dict) and
                                                                                 "table" in entry)  # fmt: skip
     return (Edit("rename", path, meant),) if fits else ()
 
 
-def _old(path: json_edit.Path, holder: Dict, table: str, entry: dict[str, Any], value: Any) -> tuple[Edit, ...]:
+def _deprecated_edits(
+    path: json_edit.KeyPath, holder: dict[str, Any], table: str, entry: dict[str, Any], value: Any
+) -> tuple[Edit, ...]:
     """A deprecated name."""
     key, gone = path[-1], Edit("remove", path)
     offload = {"cpu_offload": "offload_optimizer", "cpu_offload_param": "offload_param"}
@@ -181,7 +170,7 @@ def _old(path: json_edit.Path, holder: Dict, table: str, entry: dict[str, Any], 
         if value is not True:
             return (gone,) if value in (False, None) else ()
         if new in holder:  # DeepSpeed refuses the two together
-            return (gone,) if at(holder, f"{new}.device") in ("cpu", "nvme") else ()
+            return (gone,) if value_at(holder, f"{new}.device") in ("cpu", "nvme") else ()
         block = {"device": "cpu"} | ({"pin_memory": pinned} if isinstance(pinned, bool) else {})
         return Edit("rename", path, new), Edit("replace", (*path[:-1], new), block)
     if key == "cpu_offload_use_pin_memory":
@@ -199,13 +188,13 @@ def _old(path: json_edit.Path, holder: Dict, table: str, entry: dict[str, Any], 
     return (Edit("rename", path, new),)
 
 
-def _conflict(key: str, path: json_edit.Path, tree: Dict) -> tuple[Edit, ...]:
+def _conflict_edits(key: str, path: json_edit.KeyPath, tree: dict[str, Any]) -> tuple[Edit, ...]:
     if key == "fp16.enabled":
         return Edit("replace", path, "auto"), Edit("replace", ("bf16", "enabled"), "auto")
     return (Edit("remove", path),) if key in UNREAD else ()
 
 
-def _value(path: json_edit.Path, table: str, entry: dict[str, Any], value: Any) -> tuple[Edit, ...]:
+def _value_edits(path: json_edit.KeyPath, table: str, entry: dict[str, Any], value: Any) -> tuple[Edit, ...]:
     """Another value of the right kind, or none: the key goes where its default is what happened anyway."""
     key, kinds = path[-1], entry.get("kinds", [])
     if path == ("zero_optimization",):
@@ -213,7 +202,7 @@ def _value(path: json_edit.Path, table: str, entry: dict[str, Any], value: Any) 
         return (Edit("replace", path, {"stage": int(value)}),) if staged else ()
     block = fields.tables().get(str(entry.get("table")), {}) if kinds and "dict" in kinds else {}
     for new in _candidates(entry, kinds, block, value):
-        if table and _good(table, key, new) or (new == "auto" and own_auto(entry)):
+        if table and _passes(table, key, new) or (new == "auto" and accepts_auto(entry)):
             return (Edit("replace", path, new),)
     if entry.get("required") or not (value in ("auto", None) or (value is False and "device" in block)):
         return ()
@@ -223,11 +212,11 @@ def _value(path: json_edit.Path, table: str, entry: dict[str, Any], value: Any) 
 def _candidates(entry: dict[str, Any], kinds: list[str], block: dict[str, Any], value: Any) -> list[Any]:
     """What the value may have meant, the likeliest first; each is tried against the table."""
     out: list[Any] = []
-    if "enabled" in block and (isinstance(value, bool) or (value == "auto" and own_auto(block["enabled"]))):
+    if "enabled" in block and (isinstance(value, bool) or (value == "auto" and accepts_auto(block["enabled"]))):
         out.append({"enabled": value})
     if "device" in block and isinstance(value, str) and value != "auto":
         out.append({"device": value.lower()})
-    if value is None and own_auto(entry):
+    if value is None and accepts_auto(entry):
         out.append("auto")
     if isinstance(value, str) and value != "auto":
         word = value.strip().lower()
@@ -246,7 +235,7 @@ def _candidates(entry: dict[str, Any], kinds: list[str], block: dict[str, Any], 
     if isinstance(value, bool) and "int" in kinds and "choices" in entry:
         out.append(int(value))  # stage: true
     if isinstance(value, float) and math.isfinite(value) and "int" in kinds:
-        out.append("auto" if abs(value) < 1 and own_auto(entry) else round(value))  # a share of the model's size
+        out.append("auto" if abs(value) < 1 and accepts_auto(entry) else round(value))  # a share of the model's size
     if isinstance(value, int) and not isinstance(value, bool) and value in (0, 1) and "bool" in kinds:
         out.append(bool(value))
     return out

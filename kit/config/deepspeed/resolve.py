@@ -1,6 +1,6 @@
-"""DeepSpeed's JSON without DeepSpeed: replace every "auto" before anything is launched.
+"""Fills every "auto" of a DeepSpeed JSON before anything is launched, and compares the JSON with the trainer.
 
-DeepSpeed and transformers compare the JSON with the trainer only after the model is loaded; `resolve` does beforehand.
+DeepSpeed and transformers compare the two only after the model is loaded.
 Upstream: transformers integrations/deepspeed.py, accelerate utils/dataclasses.py, deepspeed runtime/config.py.
 """
 
@@ -12,29 +12,26 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from kit.config.deepspeed.check import ADAMS
-from kit.config.deepspeed.check import Dict as Dict
-from kit.config.deepspeed.check import at as at
-from kit.config.deepspeed.check import check as check
-from kit.config.deepspeed.check import load as load
-from kit.config.deepspeed.check import put as put
+from kit.config.deepspeed.check import ADAMS, check_deepspeed_json
+from kit.config.deepspeed.filled_keys import FILLED_KEYS, TRAINER_SETTINGS
 from kit.errors import KitError, Problem
 from kit.schema import fields
+from kit.schema.dotted import set_value, value_at
 
 # Under offload accelerate swaps the optimizer for DeepSpeed's CPU version; only these keep their arithmetic, and
 # the engine refuses what is neither CPUAdam nor CPULion (accelerate utils/deepspeed.py, deepspeed engine.py).
 SURVIVES_OFFLOAD = ("adamw_torch", "adamw_torch_fused", "lion_32bit")
 
 
-def resolve(ds: Mapping[str, Any], **given: Any) -> Dict:
-    """`attempt` where nothing may be wrong: KitError with all problems, those of `check` included."""
-    out, problems = attempt(ds, **given)
+def resolve_deepspeed_json(ds: Mapping[str, Any], **given: Any) -> dict[str, Any]:
+    """Fill the JSON as fill_deepspeed_json does; KitError with all problems where anything is wrong."""
+    out, problems = fill_deepspeed_json(ds, **given)
     if problems:
         raise KitError(problems)
     return out
 
 
-def attempt(
+def fill_deepspeed_json(
     ds: Mapping[str, Any],
     *,
     trainer: Mapping[str, Any],
@@ -44,43 +41,41 @@ def attempt(
     total_steps: int | None = None,
     chosen: Collection[str] = (),
     where: str = "deepspeed",
-) -> tuple[Dict, list[Problem]]:
-    """The JSON as DeepSpeed will get it: no "auto", nothing that disagrees with the trainer, nothing left to defaults.
+) -> tuple[dict[str, Any], list[Problem]]:
+    """Fill the JSON as DeepSpeed will get it: no "auto", no disagreement with the trainer, nothing left to defaults.
 
     `trainer`: SFTConfig values (absent ones have TRL's default); `total_steps`: optimizer steps of the run, where
-    they are known; `chosen`: names of trainer settings that the user gave. With it come all problems, those of `check`
-    included; the given JSON as it is where values of the wrong kind are among them. Bucket sizes are HF's own
+    they are known; `chosen`: names of trainer settings that the user gave. Returns the JSON with all problems, those
+    of check_deepspeed_json included; unfilled where values of the wrong type are among them. Bucket sizes are HF's own
     formulas, for tiny models too: DeepSpeed sends a tensor that is larger than the bucket by itself, so a small
     bucket costs speed but never correctness.
     """
-    problems = check(ds, where)
+    problems = check_deepspeed_json(ds, where)
     if any(p.rule not in ("unknown-key", "range", "deepspeed") for p in problems):
         return dict(ds), problems  # nothing can be computed from values of the wrong kind
     out = fields.cast("deepspeed", copy.deepcopy(dict(ds)))
     fill = _Fill(out, trainer, chosen, where, problems)
 
+    fill.copy("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     micro, steps = fill.setting("per_device_train_batch_size"), fill.setting("gradient_accumulation_steps")
-    fill.match("train_micro_batch_size_per_gpu", micro, "trainer.per_device_train_batch_size")
-    fill.match("gradient_accumulation_steps", steps, "trainer.gradient_accumulation_steps")
-    product = "trainer.per_device_train_batch_size x gradient_accumulation_steps x processes"
-    source = f"{product} ({micro} x {steps} x {world_size})"
+    source = f"trainer.{TRAINER_SETTINGS['train_batch_size']} ({micro} x {steps} x {world_size})"
     fill.match("train_batch_size", micro * steps * world_size, source, mend="change one of the three")
-    fill.match("gradient_clipping", fill.setting("max_grad_norm"), "trainer.max_grad_norm")
+    fill.copy("gradient_clipping")
     for name, dtype in (("fp16", "float16"), ("bf16", "bfloat16")):
         on = precision == dtype or trainer.get(f"{name}_full_eval") is True
         mend = f"trainer.{name}={str(not on).lower()}"
         fill.match(f"{name}.enabled", on, f"the precision of the run ({precision})", mend=mend)
-    if at(out, "fp16.enabled") and at(out, "bf16.enabled"):
-        said = f"evaluation in another half precision than the run's {precision}"
+    if value_at(out, "fp16.enabled") and value_at(out, "bf16.enabled"):
+        text = f"evaluation in another half precision than the run's {precision}"
         fix = "leave fp16_full_eval and bf16_full_eval out"
-        problems.append(Problem(said, "trainer.fp16_full_eval", fix, "full-eval"))
+        problems.append(Problem(text, "trainer.fp16_full_eval", fix, "full-eval"))
     _fill_zero(fill, hidden_size)
     _fill_optimizer(fill)
     if "scheduler" in out:
         _fill_scheduler(fill, fill.setting("max_steps") if fill.setting("max_steps") > 0 else total_steps)
     if trainer.get("save_on_each_node"):
-        put(out, "checkpoint.use_node_local_storage", True)
-    if at(out, "zero_optimization.compute_grad_norm") is False and out["gradient_clipping"]:
+        set_value(out, "checkpoint.use_node_local_storage", True)
+    if value_at(out, "zero_optimization.compute_grad_norm") is False and out["gradient_clipping"]:
         key = "zero_optimization.compute_grad_norm"
         fill.refuse(key, "clipping needs the gradient norm", "trainer.max_grad_norm=0")
     return _without_auto(out), problems
@@ -90,7 +85,7 @@ def attempt(
 class _Fill:
     """The JSON being filled (in place), where its values come from, and what was found wrong."""
 
-    out: Dict
+    out: dict[str, Any]
     trainer: Mapping[str, Any]
     chosen: Collection[str]
     where: str
@@ -103,46 +98,48 @@ class _Fill:
             return fields.default("SFTConfig", key)
         return value
 
-    def refuse(self, key: str, said: str, fix: str, rule: str = "deepspeed") -> None:
+    def refuse(self, key: str, text: str, fix: str, rule: str = "deepspeed") -> None:
         path = f"{self.where}.{key}"
         if all(p.where != path for p in self.problems):
-            self.problems.append(Problem(said, path, fix, rule))
+            self.problems.append(Problem(text, path, fix, rule))
+
+    def copy(self, *keys: str, present_only: bool = False) -> None:
+        """Put the trainer's value at keys that one setting fills as it is."""
+        for key in keys:
+            [source] = FILLED_KEYS[key].sources
+            self.match(key, self.setting(source.removeprefix("trainer.")), source, present_only=present_only)
 
     def match(self, key: str, value: Any, source: str, *, present_only: bool = False, mend: str = "") -> None:
         """Put `value` at a dotted key; a literal that is there already must be the same."""
-        given = at(self.out, key)
+        given = value_at(self.out, key)
         if given is None and present_only:
             return
         if given is not None and given != "auto" and given != value:
-            said = f"{self.where}.{key} is {given}, but {source} makes it {value}"
-            self.refuse(key, said, f"{self.where}.{key}=auto, or {mend or f'{source}={given}'}", "mismatch")
-        put(self.out, key, value)
+            text = f"{self.where}.{key} is {given}, but {source} makes it {value}"
+            self.refuse(key, text, f"{self.where}.{key}=auto, or {mend or f'{source}={given}'}", "mismatch")
+        set_value(self.out, key, value)
 
 
 def _fill_zero(fill: _Fill, hidden_size: int | None) -> None:
-    """Bucket sizes from the model's width (transformers' formulas) and what accelerate fills."""
-    zero = fill.out["zero_optimization"]
-    sized = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
-    asked = [key for key in sized if zero.get(key) == "auto"]
-    if asked and hidden_size is None:
-        said = f'the width of the model is not known, so "auto" cannot be filled: {", ".join(asked)}'
+    """Fill sizes from the model's width (transformers' formulas), and what accelerate fills whatever the run is."""
+    auto = {key: row for key, row in FILLED_KEYS.items() if value_at(fill.out, key) == "auto"}
+    sizes = {key: row.size for key, row in auto.items() if row.size}
+    if sizes and hidden_size is None:
+        names = ", ".join(key.rpartition(".")[2] for key in sizes)
+        text = f'the width of the model is not known, so "auto" cannot be filled: {names}'
         fix = "model.config.hidden_size=N, fetch the model's config.json, or give numbers for these keys"
-        fill.refuse(f"zero_optimization.{asked[0]}", said, fix, "hidden-size")
+        fill.refuse(next(iter(sizes)), text, fix, "hidden-size")
     elif hidden_size is not None:
-        square = hidden_size * hidden_size
-        for key, value in zip(sized, (square, int(0.9 * square), 10 * hidden_size), strict=True):
-            if key in asked:
-                zero[key] = value
-    if zero.get("stage3_gather_16bit_weights_on_model_save") == "auto":
-        zero["stage3_gather_16bit_weights_on_model_save"] = False
+        for key, compute in sizes.items():
+            set_value(fill.out, key, compute(hidden_size))
+    for key, row in auto.items():
+        if row.filled_by == "constant" and row.constant is not None:
+            set_value(fill.out, key, row.constant)
     for name in ("offload_optimizer", "offload_param"):
-        block = zero.get(name)
-        if not isinstance(block, dict):
-            continue
-        if block.get("device") == "auto":
-            block["device"] = "none"
-        if block.get("device", "none") != "nvme" and block.get("nvme_path") in ("auto", "none"):
-            del block["nvme_path"]
+        block = fill.out["zero_optimization"].get(name)
+        if isinstance(block, dict) and block.get("device", "none") != "nvme":
+            if block.get("nvme_path") in ("auto", "none"):
+                del block["nvme_path"]
 
 
 def _fill_optimizer(fill: _Fill) -> None:
@@ -151,54 +148,51 @@ def _fill_optimizer(fill: _Fill) -> None:
     if "optimizer" not in out:
         if out.get("zero_allow_untested_optimizer") is False:
             fix = "leave it out: transformers sets it for an optimizer of the trainer's"
-            said = "zero_allow_untested_optimizer=false refuses every optimizer but DeepSpeed's own"
-            fill.refuse("zero_allow_untested_optimizer", said, fix, "optimizer")
+            text = "zero_allow_untested_optimizer=false refuses every optimizer but DeepSpeed's own"
+            fill.refuse("zero_allow_untested_optimizer", text, fix, "optimizer")
         out["zero_allow_untested_optimizer"] = True  # transformers sets it as well
-        offloads = at(out, "zero_optimization.offload_optimizer.device") in ("cpu", "nvme")
+        offloads = value_at(out, "zero_optimization.offload_optimizer.device") in ("cpu", "nvme")
         if offloads and optim not in SURVIVES_OFFLOAD and out.get("zero_force_ds_cpu_optimizer", True):
-            said = f"offload_optimizer replaces trainer.optim={optim} by plain CPU Adam"
+            text = f"offload_optimizer replaces trainer.optim={optim} by plain CPU Adam"
             fix = f"trainer.optim=adamw_torch, or {fill.where}.zero_force_ds_cpu_optimizer=false to keep {optim}"
-            fill.problems.append(Problem(said, "trainer.optim", fix, "offload-optimizer"))
+            fill.problems.append(Problem(text, "trainer.optim", fix, "offload-optimizer"))
         return
     if "optim" in fill.chosen or optim != fields.default("SFTConfig", "optim"):
-        said = f"trainer.optim={optim} would be ignored: {fill.where}.optimizer is given"
-        fill.refuse("optimizer", said, f"leave trainer.optim out, or '~{fill.where}.optimizer'", "optimizer")
-    other = str(at(out, "optimizer.type")).lower() not in ADAMS  # does not take all of these
+        text = f"trainer.optim={optim} would be ignored: {fill.where}.optimizer is given"
+        fill.refuse("optimizer", text, f"leave trainer.optim out, or '~{fill.where}.optimizer'", "optimizer")
+    other = str(value_at(out, "optimizer.type")).lower() not in ADAMS  # does not take all of these
     betas = [fill.setting("adam_beta1"), fill.setting("adam_beta2")]
     named = "trainer.adam_beta1 and adam_beta2"
-    fill.match("optimizer.params.lr", fill.setting("learning_rate"), "trainer.learning_rate")
+    fill.copy("optimizer.params.lr")
     fill.match("optimizer.params.betas", betas, named, present_only=other, mend=f"change {named}")
-    for key, source in (("eps", "adam_epsilon"), ("weight_decay", "weight_decay")):
-        fill.match(f"optimizer.params.{key}", fill.setting(source), f"trainer.{source}", present_only=other)
+    fill.copy("optimizer.params.eps", "optimizer.params.weight_decay", present_only=other)
 
 
 def _fill_scheduler(fill: _Fill, total: int | None) -> None:
     """DeepSpeed's scheduler from the trainer; left out, its warm-up would be 1000 steps and its peak rate 0.001."""
     out, drop = fill.out, f"'~{fill.where}.scheduler' so that trainer.lr_scheduler_type is used"
     if "lr_scheduler_type" in fill.chosen:
-        said = f"trainer.lr_scheduler_type would be ignored: {fill.where}.scheduler is given"
-        fill.refuse("scheduler", said, drop, "scheduler")
-    table = f"deepspeed.scheduler.{at(out, 'scheduler.type')}"
+        text = f"trainer.lr_scheduler_type would be ignored: {fill.where}.scheduler is given"
+        fill.refuse("scheduler", text, drop, "scheduler")
+    table = f"deepspeed.scheduler.{value_at(out, 'scheduler.type')}"
     out["scheduler"]["params"] = fields.cast(table, out["scheduler"].get("params") or {})
     taken = fields.names(table)
-    if at(out, "scheduler.params.warmup_min_lr") == "auto":
-        put(out, "scheduler.params.warmup_min_lr", 0)
     if "warmup_max_lr" in taken:
-        fill.match("scheduler.params.warmup_max_lr", fill.setting("learning_rate"), "trainer.learning_rate")
+        fill.copy("scheduler.params.warmup_max_lr")
     if "total_num_steps" in taken and total is None:
-        said = f"{fill.where}.scheduler needs the number of steps, which is not known before the data is read"
-        fill.refuse("scheduler.params.total_num_steps", said, f"trainer.max_steps=N, or {drop}", "scheduler")
+        text = f"{fill.where}.scheduler needs the number of steps, which is not known before the data is read"
+        fill.refuse("scheduler.params.total_num_steps", text, f"trainer.max_steps=N, or {drop}", "scheduler")
     elif "total_num_steps" in taken:
         fill.match("scheduler.params.total_num_steps", total, "trainer.max_steps")
     warmup = fill.setting("warmup_steps")
     if "warmup_num_steps" in taken and 0 < warmup < 1 and total is None:
-        said = f"trainer.warmup_steps={warmup} is a share of a number of steps that is not known"
-        fill.refuse("scheduler.params.warmup_num_steps", said, f"trainer.max_steps=N, or {drop}", "scheduler")
+        text = f"trainer.warmup_steps={warmup} is a share of a number of steps that is not known"
+        fill.refuse("scheduler.params.warmup_num_steps", text, f"trainer.max_steps=N, or {drop}", "scheduler")
     elif "warmup_num_steps" in taken:
         steps = int(warmup) if warmup >= 1 else math.ceil((total or 0) * warmup)
         fill.match("scheduler.params.warmup_num_steps", max(1, steps), "trainer.warmup_steps")
 
 
-def _without_auto(tree: Dict) -> Dict:
+def _without_auto(tree: dict[str, Any]) -> dict[str, Any]:
     """Leave out the "auto" that is DeepSpeed's own word for its default (pipeline.stages, keep_in_fp32_modules)."""
     return {k: _without_auto(v) if isinstance(v, dict) else v for k, v in tree.items() if v != "auto"}

@@ -1,22 +1,15 @@
 """The rules of the base model: what its config.json and its headers say against what is asked of it.
 
-Weights are never read. kit/config/rules/table.py lists them in its table.
+Weights are never read. kit/config/rules/table.py lists them.
 """
 
 from __future__ import annotations
 
 import difflib
-import re
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from kit.config.deepspeed import resolve as zero
-from kit.inspection import architectures
-
-if TYPE_CHECKING:
-    from kit.config.rules.table import Facts
-
-Found = Iterator[tuple[str, str, str]]
+from kit.config.rules.context import RuleContext, Violations
+from kit.schema.dotted import value_at
 
 # A table of learned positions has that many rows, and a longer text an index beyond it: key of config.json.
 LEARNED = {
@@ -32,32 +25,26 @@ RECURRENT = ("mamba", "mamba2", "falcon_mamba", "jamba", "rwkv", "recurrent_gemm
 ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 
 
-def text(f: Facts) -> dict[str, Any]:
-    """The config of the language model, which lies inside where the base has towers."""
-    inside = f.config.get("text_config")
-    return inside if isinstance(inside, dict) and inside else f.config
+def family(run: RuleContext) -> str:
+    return str(run.base.text.get("model_type", (run.base.config or {}).get("model_type", "")))
 
 
-def family(f: Facts) -> str:
-    return str(text(f).get("model_type", f.config.get("model_type", "")))
-
-
-def learned(f: Facts) -> int | None:
+def learned(run: RuleContext) -> int | None:
     """Rows of the table of learned positions; None for a base without one."""
-    return whole(text(f).get(LEARNED.get(family(f), "")))
+    return as_int(run.base.text.get(LEARNED.get(family(run), "")))
 
 
-def whole(value: Any) -> int | None:
+def as_int(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
-def asked_length(f: Facts) -> int | None:
+def asked_length(run: RuleContext) -> int | None:
     """trainer.max_length; None where rows are not cut."""
-    return f.plan["trainer"].get("max_length", 1024)
+    return run.plan["trainer"].get("max_length", 1024)
 
 
-def length_learned(f: Facts) -> Found:
-    reach, length = learned(f), asked_length(f)
+def length_learned(run: RuleContext) -> Violations:
+    reach, length = learned(run), asked_length(run)
     if reach and length and length > reach:
         yield (
             f"the base has learned {reach} positions, rows may have {length} tokens: a longer row is an index error",
@@ -66,17 +53,17 @@ def length_learned(f: Facts) -> Found:
         )
 
 
-def length_uncut(f: Facts) -> Found:
-    reach = learned(f)
-    if reach and asked_length(f) is None:
-        said = f"the base has learned {reach} positions, and max_length=null cuts no row"
-        yield said, "trainer.max_length", f"trainer.max_length={reach}"
+def length_uncut(run: RuleContext) -> Violations:
+    reach = learned(run)
+    if reach and asked_length(run) is None:
+        problem = f"the base has learned {reach} positions, and max_length=null cuts no row"
+        yield problem, "trainer.max_length", f"trainer.max_length={reach}"
 
 
-def length_range(f: Facts) -> Found:
-    config, length = text(f), asked_length(f)
-    reach = whole(config.get("max_position_embeddings"))
-    if not reach or not length or family(f) in LEARNED:
+def length_range(run: RuleContext) -> Violations:
+    config, length = run.base.text, asked_length(run)
+    reach = as_int(config.get("max_position_embeddings"))
+    if not reach or not length or family(run) in LEARNED:
         return
     scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
     factor = scaling.get("factor") if isinstance(scaling, dict) else None
@@ -95,14 +82,14 @@ def length_range(f: Facts) -> Found:
         )
 
 
-def moe_leaf(f: Facts) -> Found:
-    config = text(f)
-    experts = next((n for key in EXPERTS if (n := whole(config.get(key)))), 0)
-    kind = family(f)
-    if f.stage != 3 or experts < 2 or kind in KNOWN_LEAVES:
+def moe_leaf(run: RuleContext) -> Violations:
+    config = run.base.text
+    experts = next((n for key in EXPERTS if (n := as_int(config.get(key)))), 0)
+    kind = family(run)
+    if run.zero_stage != 3 or experts < 2 or kind in KNOWN_LEAVES:
         return
-    leaves = zero.at(f.plan["deepspeed"], "zero_optimization.leaf_module")
-    if any(zero.at(leaves, key) for key in ("classes", "names", "name_suffixes")):
+    leaves = value_at(run.plan["deepspeed"], "zero_optimization.leaf_module")
+    if any(value_at(leaves, key) for key in ("classes", "names", "name_suffixes")):
         return
     key = "deepspeed.zero_optimization.leaf_module"
     yield (
@@ -113,9 +100,9 @@ def moe_leaf(f: Facts) -> Found:
     )
 
 
-def autotp_experts(f: Facts) -> Found:
-    size = zero.at(f.plan["deepspeed"], "tensor_parallel.autotp_size")
-    if isinstance(size, int) and size > 1 and any(whole(text(f).get(key)) for key in EXPERTS):
+def autotp_experts(run: RuleContext) -> Violations:
+    size = value_at(run.plan["deepspeed"], "tensor_parallel.autotp_size")
+    if isinstance(size, int) and size > 1 and any(as_int(run.base.text.get(key)) for key in EXPERTS):
         yield (
             "transformers cannot fuse the stored experts of this base under DeepSpeed's tensor parallelism",
             "deepspeed.tensor_parallel.autotp_size",
@@ -123,10 +110,12 @@ def autotp_experts(f: Facts) -> Found:
         )
 
 
-def autotp_heads(f: Facts) -> Found:
-    size = zero.at(f.plan["deepspeed"], "tensor_parallel.autotp_size")
-    config = text(f)
-    heads = whole(config.get("num_key_value_heads")) or whole(config.get("num_attention_heads", config.get("n_head")))
+def autotp_heads(run: RuleContext) -> Violations:
+    size = value_at(run.plan["deepspeed"], "tensor_parallel.autotp_size")
+    config = run.base.text
+    heads = as_int(config.get("num_key_value_heads")) or as_int(
+        config.get("num_attention_heads", config.get("n_head"))
+    )
     if isinstance(size, int) and size > 1 and heads and heads % size:
         yield (
             f"{heads} key-value heads do not divide by {size}: some ranks get more of the attention than others",
@@ -135,182 +124,37 @@ def autotp_heads(f: Facts) -> Found:
         )
 
 
-def packing_recurrent(f: Facts) -> Found:
-    t, kind = f.plan["trainer"], family(f)
+def packing_recurrent(run: RuleContext) -> Violations:
+    t, kind = run.plan["trainer"], family(run)
     if not (t.get("packing") or t.get("padding_free")):
         return
     if kind in RECURRENT:
-        said = f"{kind} has layers with a running state, which goes on from one packed document into the next"
-    elif f.plan["model"]["trust_remote_code"]:
-        said = "the base brings code of its own: whether it keeps packed documents apart is not known"
+        problem = f"{kind} has layers with a running state, which goes on from one packed document into the next"
+    elif run.plan["model"]["trust_remote_code"]:
+        problem = "the base brings code of its own: whether it keeps packed documents apart is not known"
     else:
         return
-    yield said, "trainer.packing", "trainer.packing=false trainer.padding_free=false"
+    yield problem, "trainer.packing", "trainer.packing=false trainer.padding_free=false"
 
 
-def attention_name(f: Facts) -> Found:
-    name = f.plan["model"]["attn_implementation"]
+def attention_name(run: RuleContext) -> Violations:
+    name = run.plan["model"]["attn_implementation"]
     plain = str(name or "eager").removeprefix("paged|")
     if plain not in ATTENTIONS and "/" not in plain:  # ORGANISATION/KERNEL is a kernel of the Hub
-        near = difflib.get_close_matches(plain, ATTENTIONS, 2, 0.4)
-        fix = f"did you mean {' or '.join(near)}?" if near else f"one of {', '.join(ATTENTIONS)}"
+        close = difflib.get_close_matches(plain, ATTENTIONS, 2, 0.4)
+        fix = f"did you mean {' or '.join(close)}?" if close else f"one of {', '.join(ATTENTIONS)}"
         yield f"there is no attention implementation {name!r}", "model.attn_implementation", fix
 
 
-def attention_precision(f: Facts) -> Found:
-    if "flash" not in str(f.plan["model"]["attn_implementation"] or ""):
+def attention_precision(run: RuleContext) -> Violations:
+    if "flash" not in str(run.plan["model"]["attn_implementation"] or ""):
         return
     key, fix = "model.attn_implementation", "model.attn_implementation=sdpa"
-    if f.surely_on_cpu:
+    if run.surely_on_cpu:
         yield "flash attention runs on GPUs", key, fix
-    elif f.precision == "float32" and not f.on_cpu:
+    elif run.precision == "float32" and not run.on_cpu:
         yield (
             "flash attention computes in bfloat16 or float16, the run in float32",
             key,
             f"{fix}, or trainer.bf16=true",
         )
-
-
-# ---- the adapter against the base ----
-
-
-def lm_head_target(f: Facts) -> Found:
-    targets = (f.plan["peft"] or {}).get("target_modules")
-    named = [targets] if isinstance(targets, str) else targets or []
-    if any(t == "lm_head" or str(t).endswith(".lm_head") for t in named):
-        yield (
-            "lm_head cannot be a LoRA target: the trainer's fused loss reads its weight directly",
-            "peft.target_modules",
-            "drop it, or train it whole: peft.modules_to_save=[lm_head]",
-        )
-
-
-def targets_match_nothing(f: Facts) -> Found:
-    targets = (f.plan["peft"] or {}).get("target_modules")
-    if not targets or targets == "all-linear" or f.modules is None:
-        return
-    if isinstance(targets, str):
-        try:
-            matched = [m for m in f.modules if re.fullmatch(targets, m)]
-        except re.error as error:
-            yield (
-                f"target_modules is no regular expression: {error}",
-                "peft.target_modules",
-                "list names, or all-linear",
-            )
-            return
-        dead = [] if matched else [targets]
-    else:
-        dead = [t for t in targets if not any(m == t or m.endswith(f".{t}") for m in f.modules)]
-    if dead:
-        fused = family(f) in architectures.FUSED_EXPERTS
-        why = ": its experts are fused 3-D parameters, LoRA reaches the attention only" if fused else ""
-        yield (
-            f"no module of the base is named {', '.join(map(str, dead))}{why}",
-            "peft.target_modules",
-            f"all-linear, or some of {', '.join(inner(f.modules))}",
-        )
-
-
-def inner(modules: list[str]) -> list[str]:
-    """The last names of the layers' own matrices."""
-    return sorted({m.rsplit(".", 1)[-1] for m in modules if not m.endswith(("lm_head", "norm"))})
-
-
-def patterns_match_nothing(f: Facts) -> Found:
-    """PEFT reads a key of rank_pattern and alpha_pattern as the end of a module's name, or as an expression for it."""
-    for name in ("rank_pattern", "alpha_pattern"):
-        pattern = (f.plan["peft"] or {}).get(name)
-        if f.modules is None or not isinstance(pattern, dict):
-            continue
-        for key in pattern:
-            try:
-                hit = any(re.match(rf"(.*\.)?({key})$", m) for m in f.modules)
-            except re.error:
-                hit = False
-            if not hit:
-                said = f"{name} names {key}, and no module of the base has that name: PEFT passes over it"
-                yield said, f"peft.{name}", f"one of {', '.join(inner(f.modules))}"
-
-
-def saved_match_nothing(f: Facts) -> Found:
-    saved = (f.plan["peft"] or {}).get("modules_to_save")
-    if not isinstance(saved, list) or f.modules is None or family(f) not in architectures.LINEARS:
-        return
-    parts = {part for m in f.modules for part in m.split(".")}
-    for name in saved:
-        last = str(name).rpartition(".")[2]
-        if last not in parts and not re.search(r"norm|ln_|rotary|positions|wpe|act", last):
-            near = difflib.get_close_matches(last, sorted(parts), 2)
-            fix = f"did you mean {' or '.join(near)}?" if near else "peft.modules_to_save=[embed_tokens,lm_head]"
-            said = f"no module of the base is named {name}: PEFT would train and save nothing for it, in silence"
-            yield said, "peft.modules_to_save", fix
-
-
-def loftq_packages(f: Facts) -> Found:
-    from importlib.util import find_spec
-
-    if (f.plan["peft"] or {}).get("init_lora_weights") == "loftq" and find_spec("scipy") is None:
-        yield (
-            "init_lora_weights=loftq needs scipy, which is not installed",
-            "peft.init_lora_weights",
-            "pip install scipy",
-        )
-
-
-def layers_range(f: Facts) -> Found:
-    peft = f.plan["peft"] or {}
-    given, pattern = peft.get("layers_to_transform"), peft.get("layers_pattern")
-    key, asked = "peft.layers_to_transform", given if isinstance(given, list) else [given]
-    if isinstance(peft.get("target_modules"), str):
-        for name, value in (("layers_to_transform", given), ("layers_pattern", pattern)):
-            if value is not None:
-                fix = "peft.target_modules=[q_proj,v_proj]"
-                yield f"{name} needs target_modules as a list of names", f"peft.{name}", fix
-    elif pattern and not given:
-        yield "layers_pattern without layers_to_transform", "peft.layers_pattern", "peft.layers_to_transform=[0,1]"
-    layers = whole(text(f).get("num_hidden_layers", text(f).get("n_layer")))
-    beyond = [n for n in asked if isinstance(n, int) and layers and not 0 <= n < layers]
-    if beyond:
-        said = f"the base has layers 0 to {layers - 1}: {', '.join(map(str, beyond))} does not exist"  # type: ignore[operator]
-        yield said, key, f"numbers below {layers}"
-
-
-def tied_target(f: Facts) -> Found:
-    targets = (f.plan["peft"] or {}).get("target_modules")
-    ends = (
-        [t for t in targets if str(t).rpartition(".")[2] in architectures.INPUT_EMBEDDINGS]
-        if isinstance(targets, list)
-        else []
-    )
-    if ends and f.tied:
-        yield (
-            f"{ends[0]} is tied to the output: LoRA trains the input side, and merging changes both",
-            "peft.target_modules",
-            f"peft.modules_to_save=[{ends[0]}] peft.ensure_weight_tying=true trains the matrix whole",
-        )
-
-
-def tied_saved(f: Facts) -> Found:
-    peft = f.plan["peft"] or {}
-    saved = peft.get("modules_to_save")
-    ends = (
-        [s for s in saved if str(s).rpartition(".")[2] in architectures.EMBEDDING_NAMES]
-        if isinstance(saved, list)
-        else []
-    )
-    if ends and f.tied and not peft.get("ensure_weight_tying"):
-        yield (
-            f"{', '.join(ends)} is one end of a tied matrix: the ends part, and the merged model grows by one of them",
-            "peft.modules_to_save",
-            "peft.ensure_weight_tying=true keeps them one",
-        )
-
-
-def prefix_checkpointing(f: Facts) -> Found:
-    from kit.config.rules.launch import checkpointing
-
-    kind = str((f.plan["peft"] or {}).get("peft_type", "")).upper()
-    if kind in ("PREFIX_TUNING", "CARTRIDGE") and checkpointing(f):
-        said = f"{kind} keeps a cache, which recomputed activations do not have"
-        yield said, "trainer.gradient_checkpointing", "trainer.gradient_checkpointing=false"

@@ -1,20 +1,15 @@
 """The rules of a quantized base: what bitsandbytes, PEFT, DeepSpeed and FSDP cannot do together.
 
-All of them hold before a weight is loaded; kit/config/rules/table.py lists them in its table.
+All of them hold before a weight is loaded; kit/config/rules/table.py lists them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from importlib.util import find_spec
 
-from kit.config.deepspeed.resolve import at
+from kit.config.rules.context import RuleContext, Violations
 from kit.inspection.architectures import INPUT_EMBEDDINGS
-
-if TYPE_CHECKING:
-    from kit.config.rules.table import Facts
-
-Found = Iterator[tuple[str, str, str]]
+from kit.schema.dotted import value_at
 
 # Methods that compute with the stored weight itself, as if it were a matrix of floats: tried with peft 0.21, each
 # fails in its first step or before. The second list works over int8, whose rows are still rows.
@@ -23,35 +18,35 @@ NOT_OVER_4BIT = {"DEFT", "HRA", "LOHA", "LOKR", "PEANUT"}
 NEEDS_FLOATS = ("pissa", "loftq", "orthogonal")  # values of init_lora_weights that decompose the weight
 
 
-def _bits(f: Facts) -> int | None:
-    q = f.plan["quantization"] or {}
+def _bits(run: RuleContext) -> int | None:
+    q = run.plan["quantization"] or {}
     return 4 if q.get("load_in_4bit") else 8 if q.get("load_in_8bit") else None
 
 
-def _storage(f: Facts) -> str:
-    return (f.plan["quantization"] or {}).get("bnb_4bit_quant_storage") or "uint8"
+def _storage(run: RuleContext) -> str:
+    return (run.plan["quantization"] or {}).get("bnb_4bit_quant_storage") or "uint8"
 
 
-def bits(f: Facts) -> Found:
-    q = f.plan["quantization"]
+def bits(run: RuleContext) -> Violations:
+    q = run.plan["quantization"]
     if not q:
         return
     if q.get("load_in_4bit") and q.get("load_in_8bit"):
         yield "load_in_4bit and load_in_8bit are both true", "quantization", "quantization=nf4 or quantization=int8"
-    elif not _bits(f):
+    elif not _bits(run):
         given = ", ".join(f"quantization.{key}" for key in q)
         yield f"quantization=none, but {given} is given", "quantization", "quantization=nf4 or quantization=int8"
 
 
-def unsaid_defaults(f: Facts) -> Found:
-    q = f.plan["quantization"] or {}
+def unsaid_defaults(run: RuleContext) -> Violations:
+    q = run.plan["quantization"] or {}
     if q.get("load_in_4bit") and not q.get("bnb_4bit_quant_type"):
         yield (
             "load_in_4bit without bnb_4bit_quant_type is fp4, which is less exact than nf4",
             "quantization.load_in_4bit",
             "quantization=nf4, or quantization.bnb_4bit_quant_type=fp4 to mean it",
         )
-    if q.get("load_in_4bit") and not q.get("bnb_4bit_compute_dtype") and f.precision != "float32":
+    if q.get("load_in_4bit") and not q.get("bnb_4bit_compute_dtype") and run.precision != "float32":
         yield (
             "load_in_4bit without bnb_4bit_compute_dtype multiplies in float32, which is slow",
             "quantization.load_in_4bit",
@@ -59,14 +54,14 @@ def unsaid_defaults(f: Facts) -> Found:
         )
 
 
-def full_fine_tuning(f: Facts) -> Found:
-    if _bits(f) and not f.plan["peft"]:
+def full_fine_tuning(run: RuleContext) -> Violations:
+    if _bits(run) and not run.plan["peft"]:
         yield "a quantized base cannot be fully fine-tuned", "quantization", "peft=lora, or quantization=none"
 
 
-def peft_method(f: Facts) -> Found:
-    peft = f.plan["peft"]
-    if not (bits := _bits(f)) or not peft:
+def peft_method(run: RuleContext) -> Violations:
+    peft = run.plan["peft"]
+    if not (bits := _bits(run)) or not peft:
         return
     kind = str(peft.get("peft_type")).upper()
     if kind in NOT_OVER_BNB or (bits == 4 and kind in NOT_OVER_4BIT):
@@ -81,13 +76,13 @@ def peft_method(f: Facts) -> Found:
         )
 
 
-def trained_whole(f: Facts) -> Found:
+def trained_whole(run: RuleContext) -> Violations:
     """modules_to_save copies a module and trains the copy: of a quantized linear layer nothing can be trained."""
-    saved = (f.plan["peft"] or {}).get("modules_to_save") or []
-    if not _bits(f) or f.modules is None:
+    saved = (run.plan["peft"] or {}).get("modules_to_save") or []
+    if not _bits(run) or run.base.modules is None:
         return
-    kept = (f.plan["quantization"] or {}).get("llm_int8_skip_modules") or ["lm_head"]
-    linears = {m.rsplit(".", 1)[-1] for m in f.modules} - {*INPUT_EMBEDDINGS, "wpe", "embed_positions", *kept}
+    kept = (run.plan["quantization"] or {}).get("llm_int8_skip_modules") or ["lm_head"]
+    linears = {m.rsplit(".", 1)[-1] for m in run.base.modules} - {*INPUT_EMBEDDINGS, "wpe", "embed_positions", *kept}
     for name in sorted(linears.intersection(saved)):
         yield (
             f"{name} is quantized, so it cannot be trained whole",
@@ -96,8 +91,8 @@ def trained_whole(f: Facts) -> Found:
         )
 
 
-def lora_bias(f: Facts) -> Found:
-    if _bits(f) and (f.plan["peft"] or {}).get("lora_bias"):
+def lora_bias(run: RuleContext) -> Violations:
+    if _bits(run) and (run.plan["peft"] or {}).get("lora_bias"):
         yield (
             "PEFT's own safe_merge fails with lora_bias over a quantized base",
             "peft.lora_bias",
@@ -105,22 +100,22 @@ def lora_bias(f: Facts) -> Found:
         )
 
 
-def int8_sharded(f: Facts) -> Found:
-    if _bits(f) != 8:
+def int8_sharded(run: RuleContext) -> Violations:
+    if _bits(run) != 8:
         return
     key = "quantization.load_in_8bit"
-    if f.stage == 3:
+    if run.zero_stage == 3:
         yield (
             "an int8 base cannot be sharded by ZeRO-3, which gathers weights of one float dtype",
             key,
             "deepspeed=zero2, or quantization=nf4",
         )
-    if f.plan["fsdp"]:
+    if run.plan["fsdp"]:
         yield "an int8 base cannot be sharded by FSDP", key, "quantization=nf4, or fsdp=none deepspeed=zero2"
 
 
-def int8_main_weights(f: Facts) -> Found:
-    if _bits(f) == 8 and (f.plan["quantization"] or {}).get("llm_int8_has_fp16_weight"):
+def int8_main_weights(run: RuleContext) -> Violations:
+    if _bits(run) == 8 and (run.plan["quantization"] or {}).get("llm_int8_has_fp16_weight"):
         yield (
             "llm_int8_has_fp16_weight keeps 16-bit weights and quantizes them in every step: nothing is saved",
             "quantization.llm_int8_has_fp16_weight",
@@ -128,29 +123,29 @@ def int8_main_weights(f: Facts) -> Found:
         )
 
 
-def storage_dtype(f: Facts) -> Found:
+def storage_dtype(run: RuleContext) -> Violations:
     """DeepSpeed casts every float parameter of another dtype, packed 4-bit data too: numbers instead of bits."""
-    if _bits(f) != 4:
+    if _bits(run) != 4:
         return
-    storage, key = _storage(f), "quantization.bnb_4bit_quant_storage"
-    if f.stage == 3 and storage != f.precision:
+    storage, key = _storage(run), "quantization.bnb_4bit_quant_storage"
+    if run.zero_stage == 3 and storage != run.precision:
         yield (
             f"under ZeRO-3 the 4-bit storage dtype ({storage}) must be the training precision",
             key,
-            f"{key}={f.precision}",
+            f"{key}={run.precision}",
         )
-    elif f.plan["fsdp"] and storage != f.precision:
+    elif run.plan["fsdp"] and storage != run.precision:
         yield f"under FSDP the 4-bit storage dtype ({storage}) must be the training precision", key, f"{key}=auto"
-    elif f.plan["deepspeed"] and storage not in ("uint8", f.precision):
+    elif run.plan["deepspeed"] and storage not in ("uint8", run.precision):
         yield (
-            f"DeepSpeed would convert the packed 4-bit data from {storage} to {f.precision} and destroy it",
+            f"DeepSpeed would convert the packed 4-bit data from {storage} to {run.precision} and destroy it",
             key,
             f"{key}=uint8",
         )
 
 
-def cpu_offload(f: Facts) -> Found:
-    if (f.plan["quantization"] or {}).get("llm_int8_enable_fp32_cpu_offload"):
+def cpu_offload(run: RuleContext) -> Violations:
+    if (run.plan["quantization"] or {}).get("llm_int8_enable_fp32_cpu_offload"):
         yield (
             "llm_int8_enable_fp32_cpu_offload leaves layers on the CPU for inference; training has no use of them",
             "quantization.llm_int8_enable_fp32_cpu_offload",
@@ -158,9 +153,9 @@ def cpu_offload(f: Facts) -> Found:
         )
 
 
-def offload_param(f: Facts) -> Found:
-    device = at(f.plan["deepspeed"], "zero_optimization.offload_param.device")
-    if _bits(f) and device not in (None, "none"):
+def offload_param(run: RuleContext) -> Violations:
+    device = value_at(run.plan["deepspeed"], "zero_optimization.offload_param.device")
+    if _bits(run) and device not in (None, "none"):
         yield (
             "offload_param with a quantized base takes more GPU memory than leaving it there",
             "deepspeed.zero_optimization.offload_param.device",
@@ -168,30 +163,28 @@ def offload_param(f: Facts) -> Found:
         )
 
 
-def stored_quantized(f: Facts) -> Found:
-    held = f.config.get("quantization_config")
-    if f.plan["quantization"] and held:
-        kind = held.get("quant_method", "quantized") if isinstance(held, dict) else "quantized"
+def stored_quantized(run: RuleContext) -> Violations:
+    stored = (run.base.config or {}).get("quantization_config")
+    if run.plan["quantization"] and stored:
+        kind = stored.get("quant_method", "quantized") if isinstance(stored, dict) else "quantized"
         yield (
-            f"{f.plan['model']['name_or_path']} is stored quantized already ({kind}, in its config.json)",
+            f"{run.plan['model']['name_or_path']} is stored quantized already ({kind}, in its config.json)",
             "quantization",
             "give the original model, whose weights are floats",
         )
 
 
-def nothing_to_quantize(f: Facts) -> Found:
-    if f.plan["quantization"] and f.plan["model"]["random_init"]:
+def nothing_to_quantize(run: RuleContext) -> Violations:
+    if run.plan["quantization"] and run.plan["model"]["random_init"]:
         yield "random_init has no weights to quantize", "model.random_init", "quantization=none"
 
 
-def given_to_the_model(f: Facts) -> Found:
-    if "quantization_config" in (f.plan["trainer"].get("model_init_kwargs") or {}):
+def given_to_the_model(run: RuleContext) -> Violations:
+    if "quantization_config" in (run.plan["trainer"].get("model_init_kwargs") or {}):
         key = "trainer.model_init_kwargs.quantization_config"
         yield "quantization is not set here", key, "quantization=nf4 or quantization=int8"
 
 
-def bitsandbytes_missing(f: Facts) -> Found:
-    from importlib.util import find_spec
-
-    if _bits(f) and find_spec("bitsandbytes") is None:
+def bitsandbytes_missing(run: RuleContext) -> Violations:
+    if _bits(run) and find_spec("bitsandbytes") is None:
         yield "bitsandbytes is not installed", "quantization", "pip install bitsandbytes"

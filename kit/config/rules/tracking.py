@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
 
+from kit.config.rules.context import RuleContext, Violations
 from kit.schema.trackers import KEY, KNOWN, OURS, names
 
-if TYPE_CHECKING:
-    from kit.config.rules.table import Facts
 
-
-def whatever_is_installed(f: Facts) -> Iterator[tuple[str, str, str]]:
-    if "all" in names(f.plan["trainer"].get("report_to")):
+def whatever_is_installed(run: RuleContext) -> Violations:
+    if "all" in names(run.plan["trainer"].get("report_to")):
         yield (
             "report_to=all reports to whatever happens to be installed where the run starts",
             KEY,
@@ -21,16 +17,16 @@ def whatever_is_installed(f: Facts) -> Iterator[tuple[str, str, str]]:
         )
 
 
-def missing(f: Facts) -> Iterator[tuple[str, str, str]]:
-    for name in names(f.plan["trainer"].get("report_to")):
+def missing(run: RuleContext) -> Violations:
+    for name in names(run.plan["trainer"].get("report_to")):
         package = KNOWN.get(name)
         if package and find_spec(package) is None:
             fix = f"pip install 'finetune-kit[{name}]'" if name in OURS else f"pip install {package}"
             yield f"{name} is not installed", KEY, f"{fix}, or tracking=none"
 
 
-def online(f: Facts) -> Iterator[tuple[str, str, str]]:
-    for name in names(f.plan["trainer"].get("report_to")):
+def online(run: RuleContext) -> Violations:
+    for name in names(run.plan["trainer"].get("report_to")):
         if name in KNOWN and name not in OURS:
             yield (
                 f"{name} sends what its own settings say: the kit keeps only {', '.join(OURS)} on this machine",
