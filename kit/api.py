@@ -9,7 +9,7 @@ from typing import Any
 from kit.errors import KitError, Problem
 from kit.schema.run_plan import RunPlan, field_class, leaves, load_plan
 from kit.storage import run_directory
-from kit.system.dependencies import need_stack
+from kit.system.dependencies import require_training_extras
 
 
 def compose(*args: str, config_dir: str | None = None, here: bool = False, world_size: int | None = None) -> RunPlan:
@@ -51,7 +51,7 @@ def train(
         return slurm.start(plan, fresh, follow, then)
     if follow or then:
         raise KitError("--follow and --then are for batch jobs", "command line", "launch=slurm")
-    need_stack()
+    require_training_extras()
     # Before there is a directory: a node without a number, or one that is not the first, is refused here.
     if rank := plan.launch.node_rank or placed(plan).launch.node_rank:
         raise KitError(
@@ -61,7 +61,7 @@ def train(
         )
     node_rank = {"node_rank": plan.launch.node_rank}  # which is this command's, not the plan's
     plan = plan.model_copy(update={"launch": plan.launch.model_copy(update={"node_rank": None})})
-    plan = run_directory.create(plan, fresh)
+    plan = run_directory.create_run_directory(plan, fresh)
     return launch(plan.model_copy(update={"launch": plan.launch.model_copy(update=node_rank)}))
 
 
@@ -69,24 +69,24 @@ def resume(run: str, *overrides: str) -> int:
     """Continue from the newest complete checkpoint; `overrides` may change extendable and machine keys only."""
     from kit.launchers.supervise import launch
     from kit.storage import manifest
-    from kit.system.terminal import say
+    from kit.system.terminal import print_status
 
     path = run_directory.find_run(run)
     plan = load_plan(path).model_copy(update={"run_dir": str(path)})
-    state = run_directory.status(path)
+    state = run_directory.read_status(path)
     if plan.launch.slurm:
         from kit.launchers import slurm
 
         slurm.refuse_twice(path)
     else:
-        need_stack()
-    if pid := run_directory.in_use(path):
+        require_training_extras()
+    if pid := run_directory.process_holding_lock(path):
         raise KitError(f"{path} is in use by process {pid}", fix="wait for it")
     if state.get("state") == "done" and not overrides:
         raise KitError(f"{path} is finished at step {state.get('step')}", fix="kit resume RUN trainer.max_steps=MORE")
-    newest = manifest.newest_complete(path / run_directory.CHECKPOINTS)
+    newest = manifest.newest_complete_checkpoint(path / run_directory.CHECKPOINTS)
     for reason in newest.skipped:
-        say(f"passed over {reason}")
+        print_status(f"passed over {reason}")
     if newest.path is None:
         raise KitError(
             f"{path} has no complete checkpoint", str(path / run_directory.CHECKPOINTS), "kit train ... --fresh"
@@ -101,7 +101,7 @@ def resume(run: str, *overrides: str) -> int:
             fix=f"launch.num_gpus={saved_on}",
         )
     run_directory.write_plan(plan)
-    say(f"resuming from {newest.path.name}")
+    print_status(f"resuming from {newest.path.name}")
     if plan.launch.slurm:  # the job looks for the newest checkpoint itself
         from kit.launchers import slurm
 
@@ -151,7 +151,7 @@ def changed(plan: RunPlan, overrides: list[str]) -> RunPlan:
 def plan_summary(plan: RunPlan) -> dict[str, Any]:
     """The figures of a plan that `kit check` prints."""
     return {
-        "run": run_directory.shown(plan.run_dir),
+        "run": run_directory.path_from_here(plan.run_dir),
         "model": plan.model.name_or_path,
         "method": (plan.peft or {}).get("peft_type", "full fine-tuning"),
         "engine": f"{plan.launch.launcher}, ZeRO-{plan.zero_stage}" if plan.deepspeed else plan.launch.launcher,

@@ -34,7 +34,7 @@ class Problem:
         return "\n".join(lines)
 
 
-def named(problems: Iterable[Problem], rule: str) -> list[Problem]:
+def with_rule(problems: Iterable[Problem], rule: str) -> list[Problem]:
     """The problems with `rule` where they name none: what a reader of files found does not know whose file it is."""
     return [p if p.rule else replace(p, rule=rule) for p in problems]
 

@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None, **hooks: Any) -> None:
         plan = load_plan(plan_path).model_copy(update={"run_dir": str(Path(plan_path).absolute().parent)})
         if rank == 0:
             # Until this process ends; where the ranks of another launch have it, nothing in the directory is touched.
-            lock = run_directory.locked(plan.run_path, run_directory.RANK_LOCK)
+            lock = run_directory.lock_run_directory(plan.run_path, run_directory.RANK_LOCK)
             lock.__enter__()
         run = plan.run_path
         log = prepare_process(plan, rank)

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from kit.storage.safetensors_header import fingerprint
+from kit.storage.safetensors_header import fingerprint_tensors
 
 VOCAB = 64
 torch.set_num_threads(1)  # these models are too small to share
@@ -81,7 +81,7 @@ def write_manifest(base: Path, folder: Path) -> None:
 
     files = {p.name: {"bytes": p.stat().st_size, "sha256": digest(p)} for p in sorted(folder.glob("adapter_*"))}
     origin = {"name_or_path": str(base), "revision": None, "config_sha256": digest(base / "config.json")}
-    origin["fingerprint"] = fingerprint(base)
+    origin["fingerprint"] = fingerprint_tensors(base)
     manifest = {"format": 1, "kind": "adapter", "step": 1, "base": origin, "files": files}
     (folder / "manifest.json").write_text(json.dumps(manifest))
 

@@ -356,11 +356,11 @@ def newest_step(run: Path | None) -> tuple[int | None, list[str]]:
     """The step that a resume would start from, not only by the kit itself; AssertionError if unsound."""
     from kit.storage import manifest, safetensors_header
 
-    newest = manifest.newest_complete(run / "checkpoints") if run else manifest.Newest(None, [])
+    newest = manifest.newest_complete_checkpoint(run / "checkpoints") if run else manifest.NewestCheckpoint(None, [])
     if newest.path is None:
         return None, newest.skipped
     assert re.fullmatch(r"checkpoint-\d+", newest.path.name), newest.path
-    assert manifest.verify(newest.path) == []
+    assert manifest.verify_folder(newest.path) == []
     step = int(newest.path.name.partition("-")[2])
     assert json.loads((newest.path / "trainer_state.json").read_text())["global_step"] == step
     tensors = [t for f in newest.path.glob("*.safetensors") for t in safetensors_header.read_header(f)]
@@ -416,7 +416,7 @@ def one_kill(work: Path, base: Path, data: Path, rng: random.Random, aim: str, s
 def adapter_problems(run: Path) -> list[str]:
     from kit.storage import manifest
 
-    return manifest.verify(run / "adapter")
+    return manifest.verify_folder(run / "adapter")
 
 
 def kill(n: int, seed: int, out: Callable[[str], None] = print) -> dict[str, Any]:

@@ -185,7 +185,7 @@ def test_a_planted_fault_exceeds_the_tolerance(tmp_path, sentencepiece_file, mon
     if fault == "rotation":
         monkeypatch.setattr(stream, "_reorder", lambda rows, head: rows)
     else:  # keys for values: the same shapes
-        monkeypatch.setattr(shards, "LAYER", {**shards.LAYER, "attention.wv": ("self_attn.k_proj", 0),
+        monkeypatch.setattr(shards, "LAYER_TENSORS", {**shards.LAYER_TENSORS, "attention.wv": ("self_attn.k_proj", 0),
                                               "attention.wk": ("self_attn.v_proj", 0)})  # fmt: skip
     convert(tmp_path / "meta", tmp_path / "out", fsync=False)
     assert difference(tmp_path / "out", w, params) > 1e-3

@@ -83,7 +83,7 @@ def test_long_values_are_shown_from_where_they_part():
 def test_everything_that_can_name_a_run(base: Path, chat: Path, tmp_path: Path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     stock = [f"model.name_or_path={base}", f"dataset.path={chat}", "trainer.use_cpu=true", "name=made"]
-    plan = run_directory.create(api.compose(*stock, here=True))
+    plan = run_directory.create_run_directory(api.compose(*stock, here=True))
     Path("mine.yaml").write_text(
         f"model:\n  name_or_path: {base}\ndataset:\n  path: {chat}\ntrainer:\n  use_cpu: true\nname: made\n"
     )

@@ -29,7 +29,7 @@ def ejected(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every recipe's script, in a folder of its name."""
     folder = tmp_path_factory.mktemp("ejected")
     for name in RECIPES:
-        verb.write(api.compose(f"recipe={name}"), folder / name)
+        verb.write_ejected(api.compose(f"recipe={name}"), folder / name)
     return folder
 
 
@@ -119,7 +119,7 @@ HELD = [  # overrides, and what the script, run.sh or ds_config.json must hold
 @pytest.mark.parametrize("case", HELD, ids=lambda c: " ".join(c[0]))
 def test_a_setting_is_carried_over(case, plan_of, tmp_path):
     overrides, words = case
-    verb.write(plan_of(*overrides), tmp_path / "out")
+    verb.write_ejected(plan_of(*overrides), tmp_path / "out")
     made = {f.name: f.read_text() for f in (tmp_path / "out").iterdir()}
     compile(made["train.py"], "train.py", "exec")
     for word in words:
@@ -152,11 +152,11 @@ def test_what_a_plain_script_cannot_do_is_refused(plan_of, base, tmp_path):
     ]
     for overrides, words in cases:
         with pytest.raises(KitError) as refused:
-            verb.write(plan_of(*overrides), tmp_path / "out")
+            verb.write_ejected(plan_of(*overrides), tmp_path / "out")
         said = str(refused.value)
         assert all(word in said for word in words), said
         assert all(p.fix for p in refused.value.problems) and not (tmp_path / "out").exists()
-    verb.write(plan_of(f"peft.init_from={tensors}"), tmp_path / "out")
+    verb.write_ejected(plan_of(f"peft.init_from={tensors}"), tmp_path / "out")
     assert (
         f"load_file({text.literal(str(tensors / 'adapter_model.safetensors'))})"
         in (tmp_path / "out" / "train.py").read_text()
@@ -165,11 +165,11 @@ def test_what_a_plain_script_cannot_do_is_refused(plan_of, base, tmp_path):
 
 def test_a_script_that_would_be_too_long_is_packed_then_refused(plan_of):
     plan = plan_of(*script_fields(16), "dataset.test_size=8", "quantization=nf4", "tokenizer=chatml")
-    code = script.script(plan)
+    code = script.render_script(plan)
     assert len(code.splitlines()) <= 80 and "# fmt: skip" in code
     endless = {f"x{i}": "y" * 110 for i in range(90)}
     with pytest.raises(KitError, match="more than 80"):
-        script.script(plan.model_copy(update={"trainer": {**plan.trainer, **endless}}))
+        script.render_script(plan.model_copy(update={"trainer": {**plan.trainer, **endless}}))
 
 
 def script_fields(count: int) -> list[str]:
@@ -202,7 +202,7 @@ def test_values_are_the_same_when_python_reads_them(value):
 
 
 def test_the_command(plan_of, base, chat, tmp_path, capsys):
-    plan = run_directory.create(plan_of("name=made", "prompts=[a]"))
+    plan = run_directory.create_run_directory(plan_of("name=made", "prompts=[a]"))
     run = plan.run_path.name
     assert cli.run(["eject", run]) == DONE  # a run may be named without runs/
     assert "made-trl" in (said := capsys.readouterr().out) and "prompts" in said

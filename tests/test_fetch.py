@@ -248,7 +248,9 @@ def test_no_network_no_hub_no_room(place):
     [(code, _, err)] = place.kit(["fetch", *STOCK])
     assert code == ENVIRONMENT and "the Hub answered 503" in err
     place.hub.silent = 3
-    [(code, _, err)] = place.kit(["fetch", STOCK[0]], before="from kit.hub import repository; repository.TIMEOUT = 1")
+    [(code, _, err)] = place.kit(
+        ["fetch", STOCK[0]], before="from kit.hub import repository; repository.HUB_TIMEOUT = 1"
+    )
     assert code == ENVIRONMENT and "cannot be reached: " in err and "timed out" in err, err
 
 

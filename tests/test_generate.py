@@ -17,7 +17,7 @@ from kit.evaluation.generate import format_samples, generate
 from kit.evaluation.sampling import decode, stop_ids
 from kit.models.sources import resolve
 from kit.storage.manifest import write_manifest
-from kit.storage.safetensors_header import fingerprint
+from kit.storage.safetensors_header import fingerprint_tensors
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -313,7 +313,7 @@ def test_sources_are_told_apart(run, base, tokenizer, tmp_path):
     with pytest.raises(KitError, match="base model was not found here: no/such"):
         resolve(alone)
     assert resolve(alone, base=str(base)).base == base.resolve()
-    write_manifest(alone, kind="adapter", base={"name_or_path": str(base), "fingerprint": fingerprint(base)})
+    write_manifest(alone, kind="adapter", base={"name_or_path": str(base), "fingerprint": fingerprint_tensors(base)})
     assert resolve(alone).base == base.resolve()
     other = save(make_model(seed=5), tokenizer, tmp_path / "other")
     with pytest.raises(KitError, match="not the base that"):

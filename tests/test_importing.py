@@ -22,7 +22,7 @@ from kit import api
 from kit.cli import verbs as cli
 from kit.errors import DONE, REFUSED, KitError
 from kit.importing import Imported, import_config
-from kit.importing.tree import leaves
+from kit.importing.tree import iterate_leaves
 from kit.schema import fields
 from kit.schema.run_plan import leaves as flat
 
@@ -232,7 +232,7 @@ def test_every_source_key_ends_once(what: str, here: Path):
 
 def every_key_once(made: Imported, tree: dict) -> None:
     """Each leaf of the source is covered by one entry, its own or that of a block around it."""
-    from kit.importing.tree import dotted
+    from kit.importing.tree import dotted_key
 
     counts = Counter(e.key for e in made.entries)
     assert {k: n for k, n in counts.items() if n > 1} == {}
@@ -240,8 +240,8 @@ def every_key_once(made: Imported, tree: dict) -> None:
     hidden = {
         e.key for e in made.entries if e.note in ("a secret is never copied", "no config names code to run here")
     }
-    for path, _ in leaves(tree, "the source"):
-        covers = [dotted(path[:n]) for n in range(1, len(path) + 1) if dotted(path[:n]) in names]
+    for path, _ in iterate_leaves(tree, "the source"):
+        covers = [dotted_key(path[:n]) for n in range(1, len(path) + 1) if dotted_key(path[:n]) in names]
         if len(covers) == 2 and covers[1] in hidden:  # the block is carried without it
             del covers[0]
         assert len(covers) == 1, (path, covers)
@@ -535,7 +535,7 @@ def test_trl_defaults_are_those_of_the_installed_trl():
         *trl.LORA,
         *trl.BITS,
         *trl.DATA,
-        *training_arguments.UNREAD,
+        *training_arguments.NO_COUNTERPART,
         "model_revision",
         "dtype",
         "use_peft",

@@ -47,7 +47,9 @@ def there(base, chat, tmp_path, monkeypatch) -> Path:
         (tmp_path / "bin" / name).chmod(0o755)
     two = ("launch=torchrun", "launch.num_nodes=2", "launch.num_gpus=8", "trainer.use_cpu=true")
     plan = api.compose(f"model.name_or_path={base}", f"dataset.path={chat}", "name=quickstart", *two)
-    run_directory.create(plan.model_copy(update={"run_dir": str(tmp_path / "runs" / "quickstart-1a2b3c4d")}))
+    run_directory.create_run_directory(
+        plan.model_copy(update={"run_dir": str(tmp_path / "runs" / "quickstart-1a2b3c4d")})
+    )
     return tmp_path
 
 

@@ -31,10 +31,10 @@ def refused_beside(run: Path, lock: str, module: str, *more: str) -> None:
     pid = run / run_directory.LOGS / "rank0.pid"
     pid.write_text("1")
     argv = [sys.executable, "-m", module, str(run / run_directory.PLAN), *more]
-    with run_directory.locked(run, lock):
+    with run_directory.lock_run_directory(run, lock):
         done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
     assert done.returncode == REFUSED and "in use by process" in done.stderr, done.stderr
-    assert run_directory.status(run)["state"] == "running" and pid.read_text() == "1"
+    assert run_directory.read_status(run)["state"] == "running" and pid.read_text() == "1"
     assert not list(pid.parent.glob("*.error.json"))
 
 
@@ -78,7 +78,7 @@ def test_precision_and_count_follow_this_machine(plan_of, monkeypatch):
     """What the hardware lacks is refused where the run starts; "auto" takes what it is fast at."""
 
     def machine(*gpus: Gpu) -> None:
-        monkeypatch.setattr(hardware, "gpus", lambda: gpus)
+        monkeypatch.setattr(hardware, "list_gpus", lambda: gpus)
 
     machine(Gpu("T4", 15, (7, 5)))
     assert plan_of(here=True).precision == "float16"
@@ -90,7 +90,7 @@ def test_precision_and_count_follow_this_machine(plan_of, monkeypatch):
     with pytest.raises(KitError, match="8 GPUs asked for, this machine shows 2"):
         plan_of("deepspeed=zero2", "launch.num_gpus=8", here=True)
     machine()
-    monkeypatch.setattr(hardware, "cpu_multiplies_bf16", lambda: False)
+    monkeypatch.setattr(hardware, "cpu_has_bf16_matmul", lambda: False)
     assert (plan_of(here=True).precision, plan_of(here=True).trainer["use_cpu"]) == ("float32", True)
     assert any("25-50 times slower" in w["problem"] for w in plan_of("trainer.bf16=true", here=True).warnings)
 
@@ -206,21 +206,25 @@ def test_a_console_that_is_gone_does_not_end_the_run(tmp_path):
 
 
 def test_a_run_directory_is_one_runs(plan_of):
-    plan = run_directory.create(plan_of("trainer.use_cpu=true"))
+    plan = run_directory.create_run_directory(plan_of("trainer.use_cpu=true"))
     assert oct(plan.run_path.stat().st_mode)[-3:] == "700"
     assert json.loads((plan.run_path / ".hydra" / "overrides.json").read_text()) == plan.overrides
-    assert run_directory.create(plan_of("trainer.use_cpu=true")).run_dir == plan.run_dir  # it never started
+    assert (
+        run_directory.create_run_directory(plan_of("trainer.use_cpu=true")).run_dir == plan.run_dir
+    )  # it never started
     run_directory.set_status(plan.run_path, "stopped")
     with pytest.raises(KitError, match="unfinished") as refused:
-        run_directory.create(plan_of("trainer.use_cpu=true"))
+        run_directory.create_run_directory(plan_of("trainer.use_cpu=true"))
     assert "kit resume" in refused.value.problems[0].fix and "--fresh" in refused.value.problems[0].fix
-    assert run_directory.create(plan_of("trainer.use_cpu=true"), fresh=True).run_dir == plan.run_dir + "-2"
+    assert (
+        run_directory.create_run_directory(plan_of("trainer.use_cpu=true"), fresh=True).run_dir == plan.run_dir + "-2"
+    )
     run_directory.set_status(plan.run_path, "done")
-    assert run_directory.create(plan_of("trainer.use_cpu=true"), fresh=True).run_dir.endswith("-3")
-    with run_directory.locked(plan.run_path):
-        with pytest.raises(KitError, match="in use"), run_directory.locked(plan.run_path):
+    assert run_directory.create_run_directory(plan_of("trainer.use_cpu=true"), fresh=True).run_dir.endswith("-3")
+    with run_directory.lock_run_directory(plan.run_path):
+        with pytest.raises(KitError, match="in use"), run_directory.lock_run_directory(plan.run_path):
             pass
-    assert run_directory.in_use(plan.run_path) is None
+    assert run_directory.process_holding_lock(plan.run_path) is None
     with pytest.raises(KitError, match="there is no run"):
         run_directory.find_run("nothing")
     with pytest.raises(KitError, match="is finished"):
@@ -242,35 +246,35 @@ def system_answers(monkeypatch, number: int, refused) -> None:
 
 def test_locks_of_other_file_systems(tmp_path, monkeypatch, capsys):
     """NFS gives an exclusive lock to a file that is open for writing only; some Lustre mounts have no locks."""
-    with run_directory.locked(tmp_path):
-        assert run_directory.in_use(tmp_path) == os.getpid()
+    with run_directory.lock_run_directory(tmp_path):
+        assert run_directory.process_holding_lock(tmp_path) == os.getpid()
     with monkeypatch.context() as nfs:
         system_answers(nfs, errno.EBADF, lambda mode, kind: mode == os.O_RDONLY and kind & fcntl.LOCK_EX)
-        assert run_directory.in_use(tmp_path) is None
-        with run_directory.locked(tmp_path):
-            assert run_directory.in_use(tmp_path) == os.getpid()
+        assert run_directory.process_holding_lock(tmp_path) is None
+        with run_directory.lock_run_directory(tmp_path):
+            assert run_directory.process_holding_lock(tmp_path) == os.getpid()
     with monkeypatch.context() as none:
         system_answers(none, errno.ENOSYS, lambda mode, kind: True)
-        with run_directory.locked(tmp_path):
-            assert run_directory.in_use(tmp_path) is None
+        with run_directory.lock_run_directory(tmp_path):
+            assert run_directory.process_holding_lock(tmp_path) is None
     assert capsys.readouterr().err.count("has no locks") == 1
 
 
 def test_a_run_that_another_process_has(plan_of):
     """A trial, or a rank that is started by hand, says so; what the other one says of the run stays."""
-    run = run_directory.create(plan_of("trainer.use_cpu=true")).run_path
+    run = run_directory.create_run_directory(plan_of("trainer.use_cpu=true")).run_path
     refused_beside(run, run_directory.LOCK, "kit.sweeps.trial", str(os.getpid()))
     refused_beside(run, run_directory.LOCK + ".rank0", "kit.worker")
 
 
 def test_looking_at_a_lock_does_not_keep_a_run_from_it(tmp_path):
-    with run_directory.locked(tmp_path):
+    with run_directory.lock_run_directory(tmp_path):
         pass
     with open(tmp_path / run_directory.LOCK) as look:
-        assert run_directory.taken(look, fcntl.LOCK_SH)
+        assert run_directory.try_flock(look, fcntl.LOCK_SH)
         timer = threading.Timer(0.05, look.close)
         timer.start()
-        with run_directory.locked(tmp_path):
+        with run_directory.lock_run_directory(tmp_path):
             timer.join()
 
 
@@ -306,7 +310,7 @@ GPU 1: H100 (UUID: GPU-ab22)
     ],
 )  # fmt: skip
 def test_which_gpus_are_seen(visible, names):
-    found = hardware.visible_gpus(TABLE, LISTING, visible)
+    found = hardware.parse_visible_gpus(TABLE, LISTING, visible)
     assert [g.name for g in found] == names and all(g.capability for g in found)
     assert all(g.memory_gb < 41 for g in found if "g." in g.name) and all(g.memory_gb > 0 for g in found)
 

@@ -27,14 +27,14 @@ def test_written_and_read(tmp_path):
     assert found["format"] == 1 and found["kind"] == "checkpoint" and found["base"] is None
     assert found["files"]["weights.bin"] == {"bytes": 3, "sha256": hashlib.sha256(b"abc").hexdigest()}
     assert list(found["files"]) == ["sub/state.pt", "weights.bin"]
-    assert manifest.verify(folder) == []
+    assert manifest.verify_folder(folder) == []
 
 
 def test_extra_files_are_no_fault(tmp_path):
     folder = make(tmp_path / "a")
     assert manifest.holds_only_a_save(folder)
     (folder / "notes.txt").write_text("mine")
-    assert manifest.verify(folder) == []
+    assert manifest.verify_folder(folder) == []
     assert not manifest.holds_only_a_save(folder)
 
 
@@ -55,7 +55,7 @@ def test_extra_files_are_no_fault(tmp_path):
 def test_damage_is_named(tmp_path, damage, said):
     folder = make(tmp_path / "checkpoint-1")
     damage(folder)
-    problems = manifest.verify(folder)
+    problems = manifest.verify_folder(folder)
     assert len(problems) == 1 and said in problems[0]
 
 
@@ -64,7 +64,7 @@ def test_a_manifest_cannot_point_outside(tmp_path):
     found = json.loads((folder / "manifest.json").read_text())
     found["files"]["../b"] = {"bytes": 1, "sha256": ""}
     (folder / "manifest.json").write_text(json.dumps(found))
-    assert "outside the folder" in manifest.verify(folder)[0]
+    assert "outside the folder" in manifest.verify_folder(folder)[0]
 
 
 def test_an_atomic_folder_is_complete_or_absent(tmp_path):
@@ -96,7 +96,7 @@ def test_a_failed_rename_brings_the_old_one_back(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "rename", fails)
     with pytest.raises(OSError, match="No space"):
         atomic_folder.replace_folder(staging, final)
-    assert manifest.verify(final) == [] and (final / "weights.bin").read_bytes() == b"abc"
+    assert manifest.verify_folder(final) == [] and (final / "weights.bin").read_bytes() == b"abc"
 
 
 def test_a_save_into_a_folder_of_others(tmp_path):
@@ -105,7 +105,7 @@ def test_a_save_into_a_folder_of_others(tmp_path):
     (final / "notes.txt").write_text("mine")
     with atomic_folder.atomic_folder(final, tmp_path / ".staging-out", move=manifest.move_save_into) as staging:
         make(staging)
-    assert manifest.verify(final) == [] and (final / "notes.txt").exists() and (final / "checkpoint-1").is_dir()
+    assert manifest.verify_folder(final) == [] and (final / "notes.txt").exists() and (final / "checkpoint-1").is_dir()
     assert not (tmp_path / ".staging-out").exists()
 
 
@@ -116,10 +116,10 @@ def test_newest_complete_passes_over_the_damaged(tmp_path):
     make(tmp_path / ".staging-checkpoint-12")
     make(tmp_path / "checkpoint-13-old")
     (tmp_path / "checkpoint-10" / "weights.bin").write_bytes(b"abX")
-    found = manifest.newest_complete(tmp_path)
+    found = manifest.newest_complete_checkpoint(tmp_path)
     assert found.path == tmp_path / "checkpoint-9"
     assert [s.split()[0] for s in found.skipped] == ["checkpoint-11", "checkpoint-10"]
-    assert manifest.newest_complete(tmp_path / "absent") == (None, [])
+    assert manifest.newest_complete_checkpoint(tmp_path / "absent") == (None, [])
 
 
 def test_leftovers(tmp_path):
@@ -136,7 +136,7 @@ def test_leftovers(tmp_path):
 
 
 def test_discard(tmp_path):
-    atomic_folder.discard(make(tmp_path / "checkpoint-1"))
+    atomic_folder.discard_folder(make(tmp_path / "checkpoint-1"))
     assert list(tmp_path.iterdir()) == []
 
 

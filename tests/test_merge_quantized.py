@@ -45,7 +45,7 @@ def make_run(folder: Path, base: Path, chat: Path, *overrides: str) -> Path:
         f"model.name_or_path={base}", f"dataset.path={chat}", f"runs_dir={folder}", "trainer.use_cpu=true",
         "trainer.bf16=false", *overrides, here=True,
     )  # fmt: skip
-    run = run_directory.create(plan).run_path
+    run = run_directory.create_run_directory(plan).run_path
     torch.manual_seed(3)
     lora = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "up_proj"], task_type="CAUSAL_LM")
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora)

@@ -252,7 +252,7 @@ def test_a_plan_that_cannot_be_read(change: dict, said: str, plan_of, capsys):
 
 
 def frozen(plan) -> Path:
-    return run_directory.create(plan).run_path
+    return run_directory.create_run_directory(plan).run_path
 
 
 def test_a_port_that_the_nodes_cannot_have(plan_of):
@@ -295,7 +295,9 @@ def test_ranks_of_srun_and_mpirun(env: dict[str, str], ranks: tuple, monkeypatch
 
 
 def test_the_environment_of_other_nodes(plan_of, tmp_path, monkeypatch):
-    plan = run_directory.create(plan_of(FILE, "launch.num_nodes=2", "launch.num_gpus=1", "deepspeed=zero2"))
+    plan = run_directory.create_run_directory(
+        plan_of(FILE, "launch.num_nodes=2", "launch.num_gpus=1", "deepspeed=zero2")
+    )
     secrets = {"HF_TOKEN": "hf_aaaaaaaaaaaaaaaaaaaaaaaa", "WANDB_API_KEY": "k" * 40, "MLFLOW_TRACKING_PASSWORD": "pw",
                "HF_ENDPOINT": "https://me:word@mirror", "HF_NOTE": "hf_" + "a" * 30}  # fmt: skip
     plain = {"HF_HOME": "/data/hf", "HF_HUB_OFFLINE": "1", "NCCL_DEBUG": "INFO", "CUDA_HOME": "/usr/local/cuda",
@@ -328,7 +330,7 @@ def test_deepspeed_reads_the_file_that_is_named(plan_of, tmp_path, monkeypatch):
 
 
 def test_nodes_are_asked_before(plan_of, tmp_path, monkeypatch):
-    plan = run_directory.create(plan_of(FILE, "launch.exclude=c", "deepspeed=zero2"))
+    plan = run_directory.create_run_directory(plan_of(FILE, "launch.exclude=c", "deepspeed=zero2"))
     (tmp_path / "bin").mkdir()
     fake = tmp_path / "bin" / "ssh"
     fake.write_text('#!/bin/bash\n[ "$5" = b ] && { echo "b: no route" >&2; exit 255; }\necho python\n')
@@ -383,7 +385,7 @@ def test_another_node_waits_for_the_first_ones_word(tmp_path, monkeypatch):
     run_directory.set_status(tmp_path, "running")
     with pytest.raises(KitError, match="before it was done"):
         supervise.outcome(tmp_path, 0, ".node1")
-    assert run_directory.status(tmp_path)["state"] == "running"  # node 0 keeps it
+    assert run_directory.read_status(tmp_path)["state"] == "running"  # node 0 keeps it
     assert json.loads((tmp_path / "logs" / "node1.error.json").read_text())["code"] == 4
     run_directory.set_status(tmp_path, "done")
     assert supervise.outcome(tmp_path, 0, ".node1") == 0
@@ -394,7 +396,7 @@ def test_what_an_earlier_start_left_is_not_this_ones_end(tmp_path, monkeypatch):
     (tmp_path / "logs").mkdir()
     monkeypatch.setattr(supervise, "SETTLE_SECONDS", 1)
     run_directory.set_status(tmp_path, "stopped", step=5)
-    before = run_directory.status(tmp_path)
+    before = run_directory.read_status(tmp_path)
     for there in (False, True):
         if there:
             problems = [{"problem": "no module", "where": "", "fix": ""}]

@@ -34,7 +34,7 @@ def test_generate_opens_the_base_as_it_was_trained(kind, chat, tmp_path):
     base = tiny.make_model(tmp_path / "base", hidden_size=96, intermediate_size=160)
     args = [f"model.name_or_path={base}", f"dataset.path={chat}", f"runs_dir={tmp_path}", "trainer.use_cpu=true"]
     plan = api.compose(*args, "trainer.bf16=false", *KINDS[kind], here=True)
-    run = run_directory.create(plan).run_path
+    run = run_directory.create_run_directory(plan).run_path
     adapt(base, run / "adapter")
     file = run / "adapter" / "adapter_model.safetensors"
     save_file({key: tensor.bfloat16() for key, tensor in load_file(file).items()}, file)  # as TRL trains them (T47)

@@ -310,7 +310,7 @@ def test_a_run_with_its_chain(plan_of, sbatch: Path, tmp_path: Path, monkeypatch
 
 def test_an_array_needs_one_kind_of_job(plan_of, sbatch: Path, tmp_path: Path):
     plans = [plan_of("trainer.use_cpu=true", f"trainer.seed={n}") for n in range(4)]
-    plans = [run_directory.create(plan) for plan in plans]
+    plans = [run_directory.create_run_directory(plan) for plan in plans]
     assert slurm.submit_array(plans, tmp_path / "sweep", at_once=2) == "41"
     assert "#SBATCH --array=0-3%2" in (tmp_path / "sweep" / "array.sbatch").read_text()
     assert json.loads((plans[3].run_path / "slurm.json").read_text())["jobs"][0]["id"] == "41_3"
@@ -422,7 +422,10 @@ def test_an_allocation_that_does_not_do(env, state, said, plan_of, sbatch: Path,
     with pytest.raises(KitError, match=said) as refused:
         slurm.start(plan)
     assert refused.value.code == ENVIRONMENT and all(p.where and p.fix for p in refused.value.problems)
-    assert run_directory.status(plan.run_path).get("state") in (None, "created")  # the same command does it, elsewhere
+    assert run_directory.read_status(plan.run_path).get("state") in (
+        None,
+        "created",
+    )  # the same command does it, elsewhere
 
 
 def test_a_job_learns_nothing_of_the_one_it_was_submitted_from(sbatch: Path, tmp_path: Path, monkeypatch):

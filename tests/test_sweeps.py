@@ -171,10 +171,10 @@ for _ in range({times}):
 
 def test_a_directory_runs_one_sweep(sweep, tmp_path: Path, capsys):
     assert sweep("peft.r=2,4") == DONE
-    with run_directory.locked(folder_of(tmp_path)):
+    with run_directory.lock_run_directory(folder_of(tmp_path)):
         code = subprocess.run(
             [sys.executable, "-c", "import sys; from kit.storage import run_directory; from pathlib import Path\n"
-             "try:\n  run_directory.locked(Path(sys.argv[1])).__enter__()\nexcept Exception as e:\n  sys.exit(str(e))",
+             "try:\n  run_directory.lock_run_directory(Path(sys.argv[1])).__enter__()\nexcept Exception as e:\n  sys.exit(str(e))",
              str(folder_of(tmp_path))], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.getcwd()},
             cwd=Path(__file__).parents[1])  # fmt: skip
     assert "in use by process" in code.stderr
@@ -308,7 +308,7 @@ def test_a_disk_that_takes_nothing(sweep, tmp_path: Path, monkeypatch, capsys):
 def test_the_devices_of_a_trial(sweep, tmp_path: Path, monkeypatch, capsys):
     """Two at a time on two GPUs, each with its own; more than there are is refused."""
     gpu = hardware.Gpu("H100", 80.0, (9, 0))
-    monkeypatch.setattr(hardware, "gpus", lambda: (gpu, gpu))
+    monkeypatch.setattr(hardware, "list_gpus", lambda: (gpu, gpu))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
     monkeypatch.setenv("KIT_TEST_PAUSE", "0.3")
     assert sweep("peft.r=2,4,3", "trainer.bf16=true") == DONE

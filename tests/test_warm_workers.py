@@ -135,7 +135,7 @@ def test_why_it_is_cold_is_said_once(sweep, tmp_path: Path, capsys):
 def test_workers_keep_their_gpus(sweep, tmp_path: Path, monkeypatch):
     """Two workers, each with a GPU; a trial of another key gets the GPU of one that is idle."""
     gpu = hardware.Gpu("H100", 80.0, (9, 0))
-    monkeypatch.setattr(hardware, "gpus", lambda: (gpu, gpu))
+    monkeypatch.setattr(hardware, "list_gpus", lambda: (gpu, gpu))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
     monkeypatch.setenv("KIT_TEST_PAUSE", "0.5")
     assert sweep("trainer.max_length=64,32", "peft.r=2,4,3", "trainer.bf16=true") == DONE

@@ -22,7 +22,7 @@ from kit.errors import DONE, FAILED, REFUSED, STOPPED
 from kit.storage import run_directory
 from kit.watching import main, view
 from kit.watching import state as watch
-from kit.watching.metrics import Follower
+from kit.watching.metrics import MetricsFollower
 
 ROOT = Path(__file__).resolve().parents[1]
 PLAN = {
@@ -59,7 +59,7 @@ def alive(run: Path) -> Path:
 
 
 def state(run: Path) -> dict:
-    return watch.state(run, Follower(run / run_directory.METRICS_LOG))
+    return watch.read_run_state(run, MetricsFollower(run / run_directory.METRICS_LOG))
 
 
 def kit(*argv: str, capsys) -> tuple[int, str]:
@@ -118,15 +118,15 @@ def test_what_a_file_may_hold(rows, known, tmp_path):
     assert any(f"{damaged} lines" in note for note in at_once["notes"]) == bool(damaged)
     content = (run / run_directory.METRICS_LOG).read_bytes()
     (run / run_directory.METRICS_LOG).write_bytes(b"")
-    follower = Follower(run / run_directory.METRICS_LOG)
+    follower = MetricsFollower(run / run_directory.METRICS_LOG)
     for end in range(0, len(content), 97):
         with open(run / run_directory.METRICS_LOG, "ab") as f:
             f.write(content[end : end + 97])
-        grown = watch.state(run, follower)
+        grown = watch.read_run_state(run, follower)
     if content:
         assert grown == at_once
     json.dumps(at_once, allow_nan=False)
-    assert view.text(view.frame(at_once)) and view.line(at_once)
+    assert view.render_text(view.run_frame(at_once)) and view.run_line(at_once)
 
 
 def replaced(file: Path, content: str) -> None:
@@ -137,17 +137,17 @@ def replaced(file: Path, content: str) -> None:
 @pytest.mark.parametrize("how", [Path.write_text, replaced], ids=["cut off", "rotated"])
 def test_a_file_that_begins_again(how, tmp_path):
     run = alive(write(tmp_path / "r", *(row(n) for n in range(1, 10)), state="running"))
-    follower = Follower(run / run_directory.METRICS_LOG)
-    assert watch.state(run, follower)["step"] == 9
+    follower = MetricsFollower(run / run_directory.METRICS_LOG)
+    assert watch.read_run_state(run, follower)["step"] == 9
     how(run / run_directory.METRICS_LOG, json.dumps(row(11)) + "\n")
-    assert watch.state(run, follower) == state(run)
+    assert watch.read_run_state(run, follower) == state(run)
     assert state(run)["step"] == 11
 
 
 def test_a_file_server_whose_clock_is_behind(tmp_path):
     """The lock then seems older than the process that holds it, as one of a process with the same number would be."""
     run = write(tmp_path / "r", row(3), state="running")
-    with run_directory.locked(run):
+    with run_directory.lock_run_directory(run):
         os.utime(run / run_directory.LOCK, (0, 0))
         assert state(run)["pid"] == os.getpid()
     assert state(run)["pid"] is None
@@ -155,10 +155,10 @@ def test_a_file_server_whose_clock_is_behind(tmp_path):
 
 def test_a_file_that_is_away_for_a_moment_is_not_forgotten(tmp_path):
     run = alive(write(tmp_path / "r", row(3), state="running"))
-    follower = Follower(run / run_directory.METRICS_LOG)
-    watch.state(run, follower)
+    follower = MetricsFollower(run / run_directory.METRICS_LOG)
+    watch.read_run_state(run, follower)
     (run / run_directory.METRICS_LOG).unlink()
-    assert watch.state(run, follower)["step"] == 3
+    assert watch.read_run_state(run, follower)["step"] == 3
 
 
 # ---- what state it is in ----
@@ -245,13 +245,13 @@ def test_a_frame(tmp_path, capsys):
 @pytest.mark.parametrize("points", [2, 3, 30, 5000])
 @pytest.mark.parametrize("fine", [True, False])
 def test_the_curve_falls_as_the_loss_does(points, fine):
-    drawn = view.curve([(10 * n, 4.0 / n) for n in range(1, points + 1)], 80, 6, fine)
+    drawn = view.loss_curve([(10 * n, 4.0 / n) for n in range(1, points + 1)], 80, 6, fine)
     assert len(drawn) == 7 and max(map(len, drawn)) <= 80 + 12
     bars = [line[drawn[-1].index("step") :].ljust(80) for line in drawn[:-1]]
     heights = [sum(bar[column] != " " for bar in bars) for column in range(80)]
     assert heights == sorted(heights, reverse=True) and heights[0] == 6 and 1 in heights
     assert fine == (not set("".join(bars)) <= {"*", " "})
-    assert view.curve([(1, 2.0), (2, 2.0)], 80, 6)  # level
+    assert view.loss_curve([(1, 2.0), (2, 2.0)], 80, 6)  # level
 
 
 @pytest.mark.parametrize(
@@ -259,7 +259,7 @@ def test_the_curve_falls_as_the_loss_does(points, fine):
     [(None, ""), (0.2, "0 s"), (59.4, "59 s"), (61, "1:01"), (3661, "1:01:01"), (90061, "1 day 01:01:01")],
 )
 def test_durations(seconds, words):
-    assert view.duration(seconds) == words
+    assert view.format_duration(seconds) == words
 
 
 def test_json(tmp_path, capsys):
@@ -317,7 +317,7 @@ def test_a_sweep(tmp_path, capsys):
     assert cells["000-r-8"][1:] == ["running", "4/40", "1", "512", "1.5", "GiB", "1:12"]
     assert cells["003-r-0"][1:] == ["refused"] and "003-r-0: r is 0" in shown and "002-r-2: no memory" in shown
     states = json.loads(kit(sweep, "--json", capsys=capsys)[1])["trials"]
-    assert main.Look(sweep, True).line(states).endswith("1 refused; 000-r-8 4/40 loss 1")
+    assert main.RunReader(sweep, True).line(states).endswith("1 refused; 000-r-8 4/40 loss 1")
     code, shown = kit(sweep, "--json", capsys=capsys)
     assert [t["state"] for t in json.loads(shown)["trials"]] == ["running", "pruned", "failed", "refused"]
     (sweep / "sweep.json").write_text('{"trials": [')

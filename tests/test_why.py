@@ -182,7 +182,7 @@ def test_a_json_of_ones_own_is_in_the_chain(tmp_path: Path):
 def test_a_run_directory(base: Path, chat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.chdir(tmp_path)
     args = [f"model.name_or_path={base}", f"dataset.path={chat}", "trainer.use_cpu=true", "peft.r=4", "name=made"]
-    run = run_directory.create(api.compose(*args)).run_path
+    run = run_directory.create_run_directory(api.compose(*args)).run_path
     told = why.explain_key("r", run.name)  # a run may be named without runs/
     assert (told["value"], told["set"], told["run"]) == (4, "command line: peft.r=4", str(run))
     assert told["over"] == [

@@ -18,8 +18,8 @@ from kit.launchers.node import enough_gpus, right_nodes
 from kit.launchers.supervise import launch, newest_checkpoint
 from kit.schema.run_plan import load_plan
 from kit.storage import run_directory
-from kit.system.dependencies import need_stack
-from kit.system.terminal import say
+from kit.system.dependencies import require_training_extras
+from kit.system.terminal import print_status
 
 
 def launch_node(argv: list[str]) -> int:
@@ -39,8 +39,8 @@ def launch_node(argv: list[str]) -> int:
     settings = {"node_rank": options.node_rank, "master_addr": options.master_addr, "master_port": options.master_port}
     settings = {key: value for key, value in settings.items() if value is not None or key == "node_rank"}
     plan = plan.model_copy(update={"run_dir": str(run), "launch": plan.launch.model_copy(update=settings)})
-    if options.resume == "newest" and run_directory.status(run).get("state") == "done":
-        say(f"{run} is finished")
+    if options.resume == "newest" and run_directory.read_status(run).get("state") == "done":
+        print_status(f"{run} is finished")
         return DONE
     if plan.launch.num_nodes == 1 and options.node_rank:
         raise KitError(
@@ -52,12 +52,12 @@ def launch_node(argv: list[str]) -> int:
         and options.resume != "newest"
         and not (run / run_directory.CHECKPOINTS / options.resume).is_dir()
     ):
-        message = f"there is no {options.resume} in {run_directory.shown(run / run_directory.CHECKPOINTS)}"
+        message = f"there is no {options.resume} in {run_directory.path_from_here(run / run_directory.CHECKPOINTS)}"
         raise KitError(message, "--resume", "--resume newest, or the name of a checkpoint there")
     right_nodes(plan, os.environ)
     enough_gpus(plan)
-    need_stack()
+    require_training_extras()
     resume = options.resume
     if resume == "newest" and (resume := newest_checkpoint(run)) is None:
-        say("no checkpoint yet: from the beginning")
+        print_status("no checkpoint yet: from the beginning")
     return launch(plan, resume=resume)

@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 from kit.errors import DONE
-from kit.system.terminal import options, progress, quiet, read_prompts
+from kit.system.terminal import progress_printer, read_prompts, silence_libraries, verb_parser
 
 
 def merge(argv: list[str]) -> int:
-    parser = options("merge", "Fold a LoRA adapter into its base, shard by shard on the CPU.")
+    parser = verb_parser("merge", "Fold a LoRA adapter into its base, shard by shard on the CPU.")
     parser.add_argument("source", help="a run directory, an adapter folder, or a Hub id in the cache")
     parser.add_argument("--base", help="the base model, for an adapter that the kit did not make")
     parser.add_argument("--revision")
@@ -30,7 +30,7 @@ def merge(argv: list[str]) -> int:
     parser.add_argument("--overwrite", action="store_true")
     parser.add_argument("--no-fsync", action="store_true", help="leave flushing to the system")
     a = parse_or_submit(parser, "merge", argv)
-    quiet()
+    silence_libraries()
     from kit.merging import merge as merge_adapter
     from kit.merging.report import format_merge
 
@@ -38,14 +38,14 @@ def merge(argv: list[str]) -> int:
     source = run_or_path(a.source)
     result = merge_adapter(
         source, a.base, a.out, revision=a.revision, verify=verify, dtype=a.dtype, onto=a.onto,
-        fsync=not a.no_fsync, overwrite=a.overwrite, progress=progress("merging"),
+        fsync=not a.no_fsync, overwrite=a.overwrite, progress=progress_printer("merging"),
     )  # fmt: skip
     print(format_merge(result))
     return DONE
 
 
 def generate(argv: list[str]) -> int:
-    parser = options("generate", "The same prompts through base, adapter and merged model, side by side.")
+    parser = verb_parser("generate", "The same prompts through base, adapter and merged model, side by side.")
     source_options(parser)
     parser.add_argument("--prompts", help="a file with one prompt per line, or - for standard input")
     parser.add_argument("--prompt", action="append", help="one prompt; may be given several times")
@@ -58,7 +58,7 @@ def generate(argv: list[str]) -> int:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--out", help="samples.json goes here (RUN)")
     a = parse_or_submit(parser, "generate", argv)
-    quiet()
+    silence_libraries()
     from kit.evaluation.generate import format_samples
     from kit.evaluation.generate import generate as generate_samples
 
@@ -77,7 +77,7 @@ def generate(argv: list[str]) -> int:
 
 
 def evaluate(argv: list[str]) -> int:
-    parser = options("eval", "Exact match, loss and perplexity on the held-out rows.")
+    parser = verb_parser("eval", "Exact match, loss and perplexity on the held-out rows.")
     source_options(parser)
     parser.add_argument("--data", help="a file of rows instead of the run's held-out split")
     parser.add_argument("--limit", type=int, help="at most this many rows")
@@ -86,7 +86,7 @@ def evaluate(argv: list[str]) -> int:
     parser.add_argument("--few-shot", type=int, default=0, help="also the base with this many worked examples")
     parser.add_argument("--json", action="store_true")
     a = parse_or_submit(parser, "eval", argv)
-    quiet()
+    silence_libraries()
     from kit.evaluation.evaluate import evaluate as evaluate_models
     from kit.evaluation.evaluate import format_table
 
@@ -99,7 +99,9 @@ def evaluate(argv: list[str]) -> int:
 
 
 def convert(argv: list[str]) -> int:
-    parser = options("convert", "Meta's own Llama checkpoint, or pickled weights, to safetensors, in bounded memory.")
+    parser = verb_parser(
+        "convert", "Meta's own Llama checkpoint, or pickled weights, to safetensors, in bounded memory."
+    )
     parser.add_argument(
         "source",
         metavar="DIR",
@@ -115,17 +117,17 @@ def convert(argv: list[str]) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace a folder that this verb made")
     parser.add_argument("--no-fsync", action="store_true", help="do not wait for the disk")
     a = parser.parse_args(argv)
-    quiet()
+    silence_libraries()
     from kit.converting import convert as convert_checkpoint
     from kit.storage import run_directory
 
     report = convert_checkpoint(
         a.source, a.out, dtype=a.dtype, shard_gb=a.shard_gb, max_position_embeddings=a.max_position_embeddings,
         verify_checklist=a.verify_checklist, overwrite=a.overwrite, fsync=not a.no_fsync,
-        progress=progress("converting"),
+        progress=progress_printer("converting"),
     )  # fmt: skip
     size = f"{report['parameters'] / 1e9:.2f} B parameters, {report['dtype']}, {report['bytes'] / 1e9:.1f} GB"
-    print(f"converted {run_directory.shown(report['out'])} ({size}, {report['seconds']:.1f} s)")
+    print(f"converted {run_directory.path_from_here(report['out'])} ({size}, {report['seconds']:.1f} s)")
     for note in report["notes"]:
         print(f"note      {note}")
     return DONE

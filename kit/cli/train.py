@@ -6,7 +6,7 @@ import json
 import sys
 
 from kit.errors import DONE, REFUSED, KitError
-from kit.system.terminal import options, print_problems
+from kit.system.terminal import print_problems, verb_parser
 
 ONE_OF = ("-m", "--multirun", "-r", "--run", "-c", "--cfg", "-i", "--info")
 
@@ -75,7 +75,7 @@ def check(argv: list[str]) -> int:
         from kit.cli import check_deepspeed
 
         return check_deepspeed.main(argv)
-    parser = options("check", "Everything that can be known about a run without weights; imports no torch.")
+    parser = verb_parser("check", "Everything that can be known about a run without weights; imports no torch.")
     parser.add_argument("overrides", nargs="*", metavar="run.yaml | key=value")
     parser.add_argument("--config-dir", "-cd", help="a folder with groups and recipes of your own")
     parser.add_argument("--json", action="store_true", help="the problems, or the plan, as JSON")
@@ -112,7 +112,7 @@ def check(argv: list[str]) -> int:
 
 def compose(argv: list[str]) -> int:
     """For kit.worker: make the run directory of overrides and answer with one line of JSON."""
-    parser = options("compose", "Compose and freeze a run without starting it; prints one line of JSON.")
+    parser = verb_parser("compose", "Compose and freeze a run without starting it; prints one line of JSON.")
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--world-size", type=int)
     parser.add_argument("--fresh", action="store_true")
@@ -121,7 +121,9 @@ def compose(argv: list[str]) -> int:
     from kit.storage import run_directory
 
     try:
-        plan = run_directory.create(api.compose(*a.overrides, here=True, world_size=a.world_size), a.fresh)
+        plan = run_directory.create_run_directory(
+            api.compose(*a.overrides, here=True, world_size=a.world_size), a.fresh
+        )
         for line in api.warnings(plan):  # standard error reaches the user, standard output the ranks
             print(f"kit: warning: {line}", file=sys.stderr)
         print(json.dumps({"plan": str(plan.run_path / run_directory.PLAN)}))
@@ -132,7 +134,7 @@ def compose(argv: list[str]) -> int:
 
 
 def resume(argv: list[str]) -> int:
-    parser = options("resume", "Continue a run from its newest complete checkpoint.")
+    parser = verb_parser("resume", "Continue a run from its newest complete checkpoint.")
     parser.add_argument("run")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="extendable and machine keys")
     a = parser.parse_intermixed_args(argv)
@@ -142,7 +144,9 @@ def resume(argv: list[str]) -> int:
 
 
 def fetch(argv: list[str]) -> int:
-    parser = options("fetch", "Bring a run's model, tokenizer and data into the Hub cache, where there is a network.")
+    parser = verb_parser(
+        "fetch", "Bring a run's model, tokenizer and data into the Hub cache, where there is a network."
+    )
     parser.add_argument("overrides", nargs="*", metavar="run.yaml | key=value")
     parser.add_argument("--config-dir", "-cd", help="a folder with groups and recipes of your own")
     parser.add_argument("--dry-run", action="store_true", help="only say what would be fetched")

@@ -81,9 +81,9 @@ def run(argv: list[str]) -> int:
 
         print(f"kit {__version__}")
         return DONE
-    from kit.storage.hub_cache import no_telemetry
+    from kit.storage.hub_cache import disable_telemetry
 
-    no_telemetry()
+    disable_telemetry()
     verb, rest = argv[0], argv[1:]
     try:
         if verb not in VERBS:

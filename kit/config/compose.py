@@ -110,7 +110,7 @@ def apply(tree: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
 
 def register_with_hydra() -> None:
     """Make ds_configs/*.json the group `deepspeed`, and `${kit.dir:...}` known."""
-    OmegaConf.register_new_resolver("kit.dir", paths.kit_dir, replace=True)
+    OmegaConf.register_new_resolver("kit.dir", paths.resolve_kit_dir, replace=True)
     logging.getLogger("hydra").setLevel(logging.ERROR)
     store = ConfigStore.instance()
     for file in sorted(paths.DS_CONFIGS.glob("*.json")):

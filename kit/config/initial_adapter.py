@@ -68,11 +68,11 @@ def find_initial_adapter(
     `here`: the run is about to start on this machine, so a Hub id must be in the cache.
     """
     try:
-        folder = safetensors_header.find_model(start.name)
+        folder = safetensors_header.find_model_folder(start.name)
     except (OSError, ValueError) as error:
         return None, [Problem(f"{KEY} is no path that can be looked at: {error}", KEY, "check it", "init-from")], []
     if folder is None:
-        on_hub = hub_cache.looks_like_id(start.name) and "/" in start.name
+        on_hub = hub_cache.is_hub_id(start.name) and "/" in start.name
         if here or not on_hub:
             problem = f"{start.name} is neither an adapter folder nor in the Hub cache"
             fix = f"fetch it first: hf download {start.name}" if on_hub else "check the path"
@@ -181,7 +181,7 @@ def format_value(value: Any) -> str:
 
 def compare_shapes(adapter: AdapterFolder, model: Model) -> list[Problem]:
     """Refuse the first tensor that has no place in the base, or another shape, where the base's files are here."""
-    base_folder = safetensors_header.find_model(model.name_or_path, model.revision)
+    base_folder = safetensors_header.find_model_folder(model.name_or_path, model.revision)
     try:
         stored = safetensors_header.read_tensors(base_folder) if base_folder else {}
     except KitError:

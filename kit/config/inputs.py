@@ -7,7 +7,7 @@ from pathlib import Path
 
 from kit.config.report import Report
 from kit.config.sections import Sections
-from kit.errors import KitError, Problem, named
+from kit.errors import KitError, Problem, with_rule
 from kit.inspection import dataset as data_files
 from kit.inspection import dataset_template as templates
 from kit.inspection import hub_dataset
@@ -46,9 +46,9 @@ def find_data_format(dataset: Dataset, here: bool) -> tuple[str | None, list[Pro
             data_format = written if data_format is None or written != "messages" else data_format
             templates.columns_of(dataset.template)
         except KitError as error:
-            return None, named(error.problems, "dataset-template")
+            return None, with_rule(error.problems, "dataset-template")
     for key, path in (("dataset.path", dataset.path), ("dataset.eval_path", dataset.eval_path)):
-        if path is None or (paths.made_by_quickstart(path) and not Path(path).exists() and not here):
+        if path is None or (paths.is_made_by_quickstart(path) and not Path(path).exists() and not here):
             continue
         try:
             if (files := data_files.find_files(path)) is None:
@@ -63,5 +63,5 @@ def find_data_format(dataset: Dataset, here: bool) -> tuple[str | None, list[Pro
                 Problem(p.problem, key if p.where == "dataset.path" else p.where, p.fix, p.rule)
                 for p in error.problems
             ]
-            problems += named(of_key, "dataset-unreadable")
+            problems += with_rule(of_key, "dataset-unreadable")
     return data_format, problems

@@ -35,7 +35,7 @@ def resolve_nodes(launch: Launch, world_size: int | None, report: Report) -> Lau
         if launch.hostfile:
             hosts = read_hostfile(Path(launch.hostfile).expanduser())
         else:
-            hosts = {"localhost": list(range(len(hardware.gpus()) or count_slots_in_filter(launch)))}
+            hosts = {"localhost": list(range(len(hardware.list_gpus()) or count_slots_in_filter(launch)))}
         count, each = count_processes(filter_hosts(hosts, launch.include, launch.exclude), launch)
     except HostfileError as wrong:
         report.problem(f"launch.{wrong.key}", str(wrong), wrong.fix, "hostfile")

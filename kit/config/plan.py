@@ -43,7 +43,7 @@ def build_plan(composed: Composed, *, here: bool = True, world_size: int | None 
             zero_stage=resolved.zero_stage,
             precision=resolved.processes.precision,
             on_cpu=resolved.processes.on_cpu,
-            gpus=hardware.gpus() if on_this_machine or not batch_job else (),
+            gpus=hardware.list_gpus() if on_this_machine or not batch_job else (),
             on_this_machine=on_this_machine,
         )
     )

@@ -117,7 +117,7 @@ def resolve_launch(
     launch: Launch, trainer: dict[str, Any], deepspeed: bool, here: bool, world_size: int | None, report: Report
 ) -> tuple[Launch, bool]:
     """Resolve the launcher, the processes on each node, and whether they run on CPU. num_nodes is a number already."""
-    gpus = len(hardware.gpus())
+    gpus = len(hardware.list_gpus())
     on_cpu = trainer.get("use_cpu", "auto")
     if launch.slurm and world_size is None:
         launch = resolve_slurm(launch, on_cpu is True)
@@ -159,9 +159,9 @@ def resolve_precision(trainer: dict[str, Any], on_cpu: bool) -> Precision:
     elif "auto" not in asked.values():
         chosen = None
     elif on_cpu:
-        chosen = "bf16" if asked["bf16"] == "auto" and hardware.cpu_multiplies_bf16() else None
+        chosen = "bf16" if asked["bf16"] == "auto" and hardware.cpu_has_bf16_matmul() else None
     else:
-        old = any(g.capability and g.capability < (8, 0) for g in hardware.gpus())
+        old = any(g.capability and g.capability < (8, 0) for g in hardware.list_gpus())
         chosen = "fp16" if old and asked["fp16"] == "auto" else ("bf16" if asked["bf16"] == "auto" else None)
     for flag in PRECISIONS:
         # Both true is left as it is for the rule that refuses it.

@@ -18,7 +18,7 @@ from kit.config.deepspeed.check import check_deepspeed_json, load_deepspeed_file
 from kit.config.initial_adapter import InitialAdapter, take_init_from
 from kit.config.input_checks import check_values
 from kit.config.report import Report
-from kit.errors import KitError, Problem, named
+from kit.errors import KitError, Problem, with_rule
 from kit.schema import fields
 from kit.schema.dotted import value_at
 from kit.schema.run_plan import RunInput, Strict, leaves
@@ -257,7 +257,7 @@ def read_deepspeed_section(values: Any, report: Report) -> dict[str, Any] | None
         except KitError as error:
             place = report.set_by("deepspeed.file")
             problems = [Problem(p.problem, p.where or place, p.fix, p.rule) for p in error.problems]
-            report.problems += named(problems, "deepspeed-file")
+            report.problems += with_rule(problems, "deepspeed-file")
             return None
     report.add(check_deepspeed_json(values))
     return values

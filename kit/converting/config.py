@@ -7,19 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kit.converting.stream import Joined
+from kit.converting.stream import JoinedTensor
 from kit.converting.tokenizer import Vocabulary
 from kit.errors import KitError, Problem
 from kit.merging.stream import torch_dtype
 
-POSITIVE = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "rope_theta", "norm_eps")
-NEEDED = ("dim", "n_layers", "n_heads", "norm_eps")
+POSITIVE_PARAMS = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "rope_theta", "norm_eps")
+NEEDED_PARAMS = ("dim", "n_layers", "n_heads", "norm_eps")
 # ffn_dim_multiplier and multiple_of give the intermediate size, which w1 shows; the rest belongs to Meta's runtime.
-UNUSED = ("ffn_dim_multiplier", "multiple_of", "max_seq_len", "max_batch_size", "model_parallel_size")
+UNUSED_PARAMS = ("ffn_dim_multiplier", "multiple_of", "max_seq_len", "max_batch_size", "model_parallel_size")
 
 
 @dataclass(frozen=True)
-class Params:
+class MetaParams:
     """params.json; `vocab_size` is -1 where the tokenizer decides, `rope_theta` None where the generation does."""
 
     dim: int
@@ -33,7 +33,7 @@ class Params:
     given: dict[str, Any]
 
 
-def read_params(path: Path) -> Params:
+def read_meta_params(path: Path) -> MetaParams:
     """params.json; KitError with everything that is missing, wrong, or of another architecture."""
     try:
         given = json.loads(path.read_text(encoding="utf-8"))
@@ -48,10 +48,10 @@ def read_params(path: Path) -> Params:
     if not isinstance(given, dict):
         raise KitError(f"{path} does not hold a JSON object", "DIR", "fetch the file again")
     problems = _other_architectures(path, given)
-    for key in NEEDED:
+    for key in NEEDED_PARAMS:
         if key not in given:
             problems.append(Problem(f"{path} lacks {key}", str(path), "fetch the file again"))
-    for key in POSITIVE:
+    for key in POSITIVE_PARAMS:
         value = given.get(key)
         if value is None or (key == "vocab_size" and value == -1):
             continue
@@ -72,7 +72,7 @@ def read_params(path: Path) -> Params:
             str(path),
             "fetch the file again",
         )
-    return Params(
+    return MetaParams(
         dim=dim,
         n_layers=given["n_layers"],
         n_heads=heads,
@@ -87,7 +87,7 @@ def read_params(path: Path) -> Params:
 
 def _other_architectures(path: Path, given: dict[str, Any]) -> list[Problem]:
     """Keys that change what the weights mean: another model in the same clothes must not pass as Llama."""
-    unknown = sorted(set(given) - {*POSITIVE, *UNUSED, "use_scaled_rope"})
+    unknown = sorted(set(given) - {*POSITIVE_PARAMS, *UNUSED_PARAMS, "use_scaled_rope"})
     if any(k.startswith("vision") for k in unknown):
         return [
             Problem(
@@ -115,10 +115,10 @@ def _other_architectures(path: Path, given: dict[str, Any]) -> list[Problem]:
     return []
 
 
-def model_config(
-    params: Params,
+def build_model_config(
+    params: MetaParams,
     vocabulary: Vocabulary,
-    tensors: list[Joined],
+    tensors: list[JoinedTensor],
     tied: bool,
     max_position_embeddings: int | None,
 ) -> tuple[Any, Any, list[str]]:

@@ -16,15 +16,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kit.converting.config import Params, model_config, read_params
-from kit.converting.pickles import copy_rest, find_pickles, read_pickle, write_safetensors
+from kit.converting.config import MetaParams, build_model_config, read_meta_params
+from kit.converting.pickles import copy_side_files, find_pickles, read_pickle, write_safetensors
 from kit.converting.shards import STORED, join_slices, read_shards
 from kit.converting.stream import drop_tied_output, write_shards
 from kit.converting.tokenizer import Vocabulary, read_vocabulary, write_tokenizer
 from kit.errors import KitError, Problem
 from kit.merging import peak_rss_gb
 from kit.storage import atomic_folder
-from kit.storage.safetensors_header import PARAMS
+from kit.storage.safetensors_header import META_PARAMS
 
 REPORT = "convert.json"
 
@@ -57,19 +57,19 @@ def convert(
     pickled = find_pickles(folder)
     if not pickled:
         files, params, vocabulary = open_checkpoint(folder)
-    atomic_folder.refuse_target(target, [folder], overwrite, REPORT, where="OUT")
+    atomic_folder.check_output_folder(target, [folder], overwrite, REPORT, where="OUT")
     if pickled:
         if max_position_embeddings or verify_checklist:
             problem = f"{folder} has a config.json of its own and no checklist of Meta's"
             raise KitError(problem, "--max-position-embeddings, --verify-checklist", "leave them out")
         return convert_pickles(pickled, target, dtype, fsync, progress)
     if verify_checklist:
-        check_checklist(folder)
+        verify_checklist_md5(folder)
     tensors = join_slices(read_shards(files), params, vocabulary, STORED[dtype] if dtype else None)
     tied = drop_tied_output(tensors)
-    config, generation, notes = model_config(params, vocabulary, tensors, tied, max_position_embeddings)
+    config, generation, notes = build_model_config(params, vocabulary, tensors, tied, max_position_embeddings)
     size = sum(t.nbytes for t in tensors)
-    atomic_folder.check_room(size, target)
+    atomic_folder.check_free_space(size, target)
     with atomic_folder.output_folder(target, fsync) as staging:
         write_tokenizer(vocabulary, staging, params.use_scaled_rope, config.max_position_embeddings)
         config.save_pretrained(staging)
@@ -91,11 +91,11 @@ def convert_pickles(
 ) -> dict[str, Any]:
     """The safetensors twin of a folder with pytorch_model*.bin, one file for each; gives what convert.json holds."""
     started, folder = time.perf_counter(), files[0].parent
-    atomic_folder.check_room(sum(f.stat().st_size for f in files), target)
+    atomic_folder.check_free_space(sum(f.stat().st_size for f in files), target)
     for file in files:
         read_pickle(file)  # all of them are looked at before one is written
     with atomic_folder.output_folder(target, fsync) as staging:
-        copy_rest(folder, staging)
+        copy_side_files(folder, staging)
         names, parameters, size, kind = write_safetensors(files, staging, dtype, progress)
         contents = {"shards": names, "parameters": parameters, "bytes": size, "dtype": kind, "notes": []}
         report = write_report(staging, started, files, contents)
@@ -116,7 +116,7 @@ def write_report(staging: Path, started: float, files: list[Path], contents: dic
     return report
 
 
-def open_checkpoint(folder: Path) -> tuple[list[Path], Params, Vocabulary]:
+def open_checkpoint(folder: Path) -> tuple[list[Path], MetaParams, Vocabulary]:
     """The shards in order, params.json and the tokenizer; KitError with everything that is missing or unreadable."""
     if not folder.is_dir():
         raise KitError(f"there is no folder {folder}", "DIR", "give the folder of consolidated.00.pth")
@@ -127,7 +127,7 @@ def open_checkpoint(folder: Path) -> tuple[list[Path], Params, Vocabulary]:
         problems.append(Problem(f"{folder} lacks {lacks}", "DIR", "fetch all files of Meta's release"))
     params = vocabulary = None
     try:
-        params = read_params(folder / PARAMS)
+        params = read_meta_params(folder / META_PARAMS)
     except KitError as error:
         problems += error.problems
     places = [folder / "tokenizer.model", folder.parent / "tokenizer.model"]
@@ -145,7 +145,7 @@ def open_checkpoint(folder: Path) -> tuple[list[Path], Params, Vocabulary]:
     return [shard_files[n] for n in sorted(shard_files)], params, vocabulary
 
 
-def check_checklist(folder: Path) -> None:
+def verify_checklist_md5(folder: Path) -> None:
     """KitError where a file differs from its md5 in Meta's checklist.chk; reads every file once."""
     path = folder / "checklist.chk"
     if not path.is_file():

@@ -12,16 +12,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kit.converting.stream import raw, shard_names, write_index
+from kit.converting.stream import raw_bytes, shard_names, write_index
 from kit.errors import KitError, Problem, first_line
-from kit.storage.safetensors_header import CONFIG, make_header
+from kit.storage.safetensors_header import CONFIG, encode_header
 
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 DTYPES = {
     "float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64", "int64": "I64", "int32": "I32",
     "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
 }  # fmt: skip
-KEPT = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")  # tokenizer and configs; never a *.py
+KEPT_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")  # tokenizer and configs; never a *.py
 
 
 def find_pickles(folder: Path) -> list[Path]:
@@ -92,10 +92,10 @@ def write_safetensors(
             for k, t in tensors.items()
         ]
         with open(folder / name, "wb") as out:
-            out.write(make_header(entries))
+            out.write(encode_header(entries))
             for key, _, _, size in entries:
                 value = tensors[key].to(getattr(torch, kinds[key]))
-                out.write(raw(value) if value.numel() else b"")
+                out.write(raw_bytes(value) if value.numel() else b"")
                 places[key] = name
                 sizes[kinds[key]] = sizes.get(kinds[key], 0) + size
                 parameters, done = parameters + value.numel(), done + size
@@ -106,9 +106,9 @@ def write_safetensors(
     return names, parameters, written, max(sizes, key=sizes.__getitem__)
 
 
-def copy_rest(source: Path, folder: Path) -> None:
+def copy_side_files(source: Path, folder: Path) -> None:
     """Configs and tokenizer files, as they are."""
-    for pattern in KEPT:
+    for pattern in KEPT_FILES:
         for file in source.glob(pattern):
             if file.name != BIN_INDEX:
                 shutil.copyfile(file, folder / file.name)

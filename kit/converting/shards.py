@@ -11,15 +11,15 @@ import re
 import zipfile
 from pathlib import Path
 
-from kit.converting.config import Params
-from kit.converting.stream import Joined
+from kit.converting.config import MetaParams
+from kit.converting.stream import JoinedTensor
 from kit.converting.tokenizer import Vocabulary
 from kit.errors import KitError, Problem, first_line
-from kit.storage.safetensors_header import PARAMS, Tensor
+from kit.storage.safetensors_header import META_PARAMS, TensorEntry
 
 STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 # Meta's name -> transformers' name, and the axis along which ranks split the matrix; None: every rank holds it all.
-LAYER = {
+LAYER_TENSORS = {
     "attention_norm": ("input_layernorm", None),
     "attention.wq": ("self_attn.q_proj", 0),
     "attention.wk": ("self_attn.k_proj", 0),
@@ -32,10 +32,10 @@ LAYER = {
 }
 EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"
 IGNORED = {"rope.freqs"}  # params.json gives them
-AGAIN = "fetch all files of one release again"
+FETCH_AGAIN = "fetch all files of one release again"
 
 
-def read_shard(file: Path) -> dict[str, Tensor]:
+def read_shard(file: Path) -> dict[str, TensorEntry]:
     """Where every tensor of one consolidated.NN.pth lies; KitError where the file is damaged or holds other things."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -66,19 +66,19 @@ def read_shard(file: Path) -> dict[str, Tensor]:
             problems.append(Problem(f"{name} is {dtype}", str(file), fix))
             continue
         if t.dim() not in (1, 2) or not t.is_contiguous():
-            problems.append(Problem(f"{name} is no plain matrix: {list(t.shape)}", str(file), AGAIN))
+            problems.append(Problem(f"{name} is no plain matrix: {list(t.shape)}", str(file), FETCH_AGAIN))
             continue
         start = t.untyped_storage()._checkpoint_offset + t.storage_offset() * t.itemsize
         end = start + t.numel() * t.itemsize
         if end > size:
             problems.append(Problem(f"{file} is cut short: {name} ends behind it", fix="fetch the file again"))
-        tensors[name] = Tensor(name, file, STORED[dtype], tuple(t.shape), start, end)
+        tensors[name] = TensorEntry(name, file, STORED[dtype], tuple(t.shape), start, end)
     if problems:
-        raise KitError(first_of(problems))
+        raise KitError(first_ten(problems))
     return tensors
 
 
-def read_shards(files: list[Path]) -> list[dict[str, Tensor]]:
+def read_shards(files: list[Path]) -> list[dict[str, TensorEntry]]:
     """All shards; KitError with what is wrong with each of them."""
     shards, problems = [], []
     for file in files:
@@ -92,20 +92,22 @@ def read_shards(files: list[Path]) -> list[dict[str, Tensor]]:
 
 
 def join_slices(
-    shards: list[dict[str, Tensor]], params: Params, vocabulary: Vocabulary, stored: str | None
-) -> list[Joined]:
+    shards: list[dict[str, TensorEntry]], params: MetaParams, vocabulary: Vocabulary, stored: str | None
+) -> list[JoinedTensor]:
     """What the converted model holds, embedding first, output last; KitError with all that does not fit params.json.
 
     `stored`: the safetensors dtype of all tensors, None for each as it is.
     """
     targets: dict[str, tuple[str, int | None]] = {EMBEDDING: ("model.embed_tokens.weight", 0)}
     for i in range(params.n_layers):
-        targets |= {f"layers.{i}.{k}.weight": (f"model.layers.{i}.{v[0]}.weight", v[1]) for k, v in LAYER.items()}
+        targets |= {
+            f"layers.{i}.{k}.weight": (f"model.layers.{i}.{v[0]}.weight", v[1]) for k, v in LAYER_TENSORS.items()
+        }
     targets["norm.weight"] = ("model.norm.weight", None)
     if any(OUTPUT in shard for shard in shards):
         targets[OUTPUT] = ("lm_head.weight", 0)
     check_names(shards, set(targets))
-    check_count(shards, params)
+    check_shard_count(shards, params)
     ranks, dim, head_dim = len(shards), params.dim, params.dim // params.n_heads
     embedding = shards[0][EMBEDDING].shape
     by_rows = embedding[-1] == dim  # Llama-3 splits the vocabulary, Llama-2 the hidden size
@@ -125,23 +127,23 @@ def join_slices(
         if kind == "tok_embeddings" and not by_rows:
             axis = 1
         if axis is None:
-            slices = distinct(slices, ranks, problems)
+            slices = one_copy_each(slices, ranks, problems)
         elif kind in ("wk", "wv") and ranks > params.n_kv_heads:  # a head for several ranks: neighbours hold the same
-            slices = distinct(slices, ranks // params.n_kv_heads, problems)
+            slices = one_copy_each(slices, ranks // params.n_kv_heads, problems)
         part = list(shape)
         part[axis or 0] //= len(slices)
         for s in slices:
             if list(s.shape) != part:
-                problem = f"{name} is {list(s.shape)}, {PARAMS} and the other tensors ask for {part}"
-                problems.append(Problem(problem, str(s.file), AGAIN))
+                problem = f"{name} is {list(s.shape)}, {META_PARAMS} and the other tensors ask for {part}"
+                problems.append(Problem(problem, str(s.file), FETCH_AGAIN))
         order = head_dim if kind in ("wq", "wk") else None
-        joined.append(Joined(target, stored or slices[0].dtype, shape, slices, axis or 0, order))
+        joined.append(JoinedTensor(target, stored or slices[0].dtype, shape, slices, axis or 0, order))
     if problems:
-        raise KitError(first_of(problems))
+        raise KitError(first_ten(problems))
     return joined
 
 
-def check_names(shards: list[dict[str, Tensor]], expected: set[str]) -> None:
+def check_names(shards: list[dict[str, TensorEntry]], expected: set[str]) -> None:
     """KitError where a shard lacks a tensor, or has one that a Llama text model does not."""
     problems = []
     for shard in shards:
@@ -152,12 +154,12 @@ def check_names(shards: list[dict[str, Tensor]], expected: set[str]) -> None:
         for problem, names in (("lacks", expected - set(shard)), ("holds unknown tensors:", set(shard) - expected)):
             if names:
                 listed = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-                problems.append(Problem(f"{file} {problem} {listed}", f"against {PARAMS}", AGAIN))
+                problems.append(Problem(f"{file} {problem} {listed}", f"against {META_PARAMS}", FETCH_AGAIN))
     if problems:
         raise KitError(problems)
 
 
-def check_count(shards: list[dict[str, Tensor]], params: Params) -> None:
+def check_shard_count(shards: list[dict[str, TensorEntry]], params: MetaParams) -> None:
     """KitError where the shards are too few or too many to make up the first layer's query projection."""
     query = shards[0]["layers.0.attention.wq.weight"]
     rows = query.shape[0]
@@ -167,39 +169,39 @@ def check_count(shards: list[dict[str, Tensor]], params: Params) -> None:
     raise KitError(
         f"{query.file} is one of {parts} shards, and {len(shards)} are here"
         if parts
-        else f"{query.file} and {PARAMS} do not belong together",
-        where=f"wq has {rows} rows, {PARAMS} says dim {params.dim}",
-        fix=AGAIN,
+        else f"{query.file} and {META_PARAMS} do not belong together",
+        where=f"wq has {rows} rows, {META_PARAMS} says dim {params.dim}",
+        fix=FETCH_AGAIN,
     )
 
 
-def check_vocabulary(entries: int, params: Params, vocabulary: Vocabulary) -> list[Problem]:
+def check_vocabulary(entries: int, params: MetaParams, vocabulary: Vocabulary) -> list[Problem]:
     problems = []
     if params.vocab_size not in (-1, entries):
-        problem = f"{PARAMS} says vocab_size {params.vocab_size}, the embeddings have {entries} rows"
-        problems.append(Problem(problem, EMBEDDING, AGAIN))
+        problem = f"{META_PARAMS} says vocab_size {params.vocab_size}, the embeddings have {entries} rows"
+        problems.append(Problem(problem, EMBEDDING, FETCH_AGAIN))
     if vocabulary.size > entries:
         problem = f"{vocabulary.path} has {vocabulary.size} tokens, the embeddings have {entries} rows"
         problems.append(Problem(problem, EMBEDDING, "give the tokenizer.model of this release"))
     return problems
 
 
-def distinct(slices: list[Tensor], copies: int, problems: list[Problem]) -> list[Tensor]:
+def one_copy_each(slices: list[TensorEntry], copies: int, problems: list[Problem]) -> list[TensorEntry]:
     """One of each `copies` neighbours; a problem where they are not equal, as in shards of two models."""
     for i, s in enumerate(slices):
         original = slices[i - i % copies]
         if s is not original and (s.shape != original.shape or _bytes(s) != _bytes(original)):
-            problems.append(Problem(f"{s.name} is not that of {original.file.name}", str(s.file), AGAIN))
+            problems.append(Problem(f"{s.name} is not that of {original.file.name}", str(s.file), FETCH_AGAIN))
     return slices[::copies]
 
 
-def _bytes(tensor: Tensor) -> bytes:
+def _bytes(tensor: TensorEntry) -> bytes:
     with open(tensor.file, "rb") as handle:
         handle.seek(tensor.start)
         return handle.read(tensor.end - tensor.start)
 
 
-def first_of(problems: list[Problem]) -> list[Problem]:
+def first_ten(problems: list[Problem]) -> list[Problem]:
     """The first ten: one wrong number in params.json makes hundreds."""
     more = len(problems) - 10
     return problems if more <= 0 else [*problems[:10], Problem(f"and {more} more of this kind")]

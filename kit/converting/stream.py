@@ -15,17 +15,17 @@ from typing import Any, BinaryIO
 
 from kit.errors import FAILED, KitError
 from kit.merging.stream import BLOCK, torch_dtype
-from kit.storage.safetensors_header import INDEX, SINGLE, Tensor, make_header
+from kit.storage.safetensors_header import INDEX, SINGLE, TensorEntry, encode_header
 
 
 @dataclass
-class Joined:
+class JoinedTensor:
     """One tensor of the converted model and the slices that it is joined from along `axis`."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    slices: list[Tensor]
+    slices: list[TensorEntry]
     axis: int = 0
     head_dim: int | None = None  # of a projection whose rows are reordered for rotate_half
 
@@ -34,7 +34,7 @@ class Joined:
         return math.prod(self.shape) * torch_dtype(self.dtype).itemsize
 
 
-def drop_tied_output(tensors: list[Joined]) -> bool:
+def drop_tied_output(tensors: list[JoinedTensor]) -> bool:
     """Whether the output projection is the embedding (Llama-3.2 1B and 3B); if so it is taken out of the list."""
     import torch
 
@@ -44,8 +44,11 @@ def drop_tied_output(tensors: list[Joined]) -> bool:
     if {s.dtype for s in embedding.slices} != {s.dtype for s in head.slices}:
         return False
     with ExitStack() as stack:
-        handles = open_slices([embedding, head], stack)
-        if all(torch.equal(a, b) for a, b in zip(blocks(embedding, handles), blocks(head, handles), strict=True)):
+        handles = open_shard_slices([embedding, head], stack)
+        if all(
+            torch.equal(a, b)
+            for a, b in zip(iterate_blocks(embedding, handles), iterate_blocks(head, handles), strict=True)
+        ):
             tensors.pop()
             return True
     return False
@@ -64,13 +67,13 @@ def write_index(folder: Path, places: dict[str, str], size: int) -> None:
 
 
 def write_shards(
-    tensors: list[Joined], folder: Path, shard_gb: float, progress: Callable[[int, int], None] | None
+    tensors: list[JoinedTensor], folder: Path, shard_gb: float, progress: Callable[[int, int], None] | None
 ) -> list[str]:
     """Write the safetensors files and, for several, their index; gives the files' names.
 
     KitError (4) where a value is not finite in the dtype that it is written in.
     """
-    groups: list[list[Joined]] = [[]]
+    groups: list[list[JoinedTensor]] = [[]]
     for t in tensors:
         if groups[-1] and sum(g.nbytes for g in groups[-1]) + t.nbytes > shard_gb * 1e9:
             groups.append([])
@@ -79,10 +82,10 @@ def write_shards(
     names = shard_names(len(groups))
     for name, group in zip(names, groups, strict=True):
         with open(folder / name, "wb") as file, ExitStack() as stack:
-            file.write(make_header([(t.name, t.dtype, t.shape, t.nbytes) for t in group]))
-            handles = open_slices(group, stack)
+            file.write(encode_header([(t.name, t.dtype, t.shape, t.nbytes) for t in group]))
+            handles = open_shard_slices(group, stack)
             for t in group:
-                for block in blocks(t, handles):
+                for block in iterate_blocks(t, handles):
                     block = block.to(torch_dtype(t.dtype))
                     if not bool(block.isfinite().all()):
                         raise KitError(
@@ -91,19 +94,19 @@ def write_shards(
                             fix="fetch the files again (see --verify-checklist), or give a wider --dtype",
                             code=FAILED,
                         )
-                    done += file.write(raw(block))
+                    done += file.write(raw_bytes(block))
                     if progress:
                         progress(done, total)
     write_index(folder, {t.name: name for name, group in zip(names, groups, strict=True) for t in group}, total)
     return names
 
 
-def open_slices(tensors: list[Joined], stack: ExitStack) -> dict[Path, BinaryIO]:
+def open_shard_slices(tensors: list[JoinedTensor], stack: ExitStack) -> dict[Path, BinaryIO]:
     files = {s.file for t in tensors for s in t.slices}
     return {f: stack.enter_context(open(f, "rb", buffering=0)) for f in files}
 
 
-def blocks(t: Joined, handles: dict[Path, BinaryIO]) -> Iterator[Any]:
+def iterate_blocks(t: JoinedTensor, handles: dict[Path, BinaryIO]) -> Iterator[Any]:
     """The joined tensor in pieces of whole rows (whole heads where they are reordered), as stored."""
     width = math.prod(t.shape[1:])
     unit = t.head_dim or 1
@@ -113,7 +116,7 @@ def blocks(t: Joined, handles: dict[Path, BinaryIO]) -> Iterator[Any]:
         yield _reorder(block, t.head_dim) if t.head_dim else block
 
 
-def _rows(t: Joined, first: int, last: int, handles: dict[Path, BinaryIO]) -> Any:
+def _rows(t: JoinedTensor, first: int, last: int, handles: dict[Path, BinaryIO]) -> Any:
     """Rows [first, last) of the joined tensor."""
     import torch
 
@@ -128,14 +131,14 @@ def _rows(t: Joined, first: int, last: int, handles: dict[Path, BinaryIO]) -> An
     return torch.cat(parts)
 
 
-def _read(s: Tensor, first: int, last: int, handle: BinaryIO) -> Any:
+def _read(s: TensorEntry, first: int, last: int, handle: BinaryIO) -> Any:
     """Rows [first, last) of a slice."""
     import torch
 
     stored = torch_dtype(s.dtype)
     stride = math.prod(s.shape[1:]) * stored.itemsize
     block = torch.empty(last - first, *s.shape[1:], dtype=stored)
-    view, offset = raw(block), s.start + first * stride
+    view, offset = raw_bytes(block), s.start + first * stride
     while view:
         handle.seek(offset)
         count = handle.readinto(view)  # type: ignore[attr-defined]
@@ -145,7 +148,7 @@ def _read(s: Tensor, first: int, last: int, handle: BinaryIO) -> Any:
     return block
 
 
-def raw(block: Any) -> memoryview:
+def raw_bytes(block: Any) -> memoryview:
     """The bytes of a contiguous tensor."""
     import torch
 

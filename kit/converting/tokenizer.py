@@ -12,7 +12,7 @@ from typing import Any
 
 from kit.errors import KitError
 
-RESERVED = 256  # special tokens behind Llama-3's ranks
+RESERVED_TOKENS = 256  # special tokens behind Llama-3's ranks
 # How Llama-3 splits text before it merges bytes; given with its release.
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -23,7 +23,7 @@ LLAMA3 = {
     0: "<|begin_of_text|>", 1: "<|end_of_text|>", 6: "<|start_header_id|>", 7: "<|end_header_id|>", 9: "<|eot_id|>",
 }  # fmt: skip
 LLAMA31 = {**LLAMA3, 4: "<|finetune_right_pad_id|>", 8: "<|eom_id|>", 10: "<|python_tag|>"}
-PROBES = ("The Danube rises in 1 of 2 brooks.", "  def f(x):\n\treturn x**2\n", "Ünïcödé 日本語 🙂", " ", "")
+PROBE_TEXTS = ("The Danube rises in 1 of 2 brooks.", "  def f(x):\n\treturn x**2\n", "Ünïcödé 日本語 🙂", " ", "")
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Vocabulary:
     def bos_and_ends(self, scaled_rope: bool) -> tuple[int, list[int]]:
         """The id that starts a text, and those that end one, the text's own end first."""
         if self.ranks is None:
-            model = _sentencepiece(self.path)
+            model = _read_sentencepiece(self.path)
             return model.bos_id(), [model.eos_id()]
         special = special_tokens(scaled_rope)
         ends = [n for n in ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>") if n in special]
@@ -47,23 +47,23 @@ class Vocabulary:
 def special_tokens(scaled_rope: bool) -> list[str]:
     """Llama-3's special tokens in the order of their ids; scaled RoPE and three more names came with Llama-3.1."""
     names = LLAMA31 if scaled_rope else LLAMA3
-    numbers = iter(range(RESERVED))
-    return [names[i] if i in names else f"<|reserved_special_token_{next(numbers)}|>" for i in range(RESERVED)]
+    numbers = iter(range(RESERVED_TOKENS))
+    return [names[i] if i in names else f"<|reserved_special_token_{next(numbers)}|>" for i in range(RESERVED_TOKENS)]
 
 
 def read_vocabulary(path: Path) -> Vocabulary:
     """Read tokenizer.model of either kind; KitError where it is damaged."""
     data = path.read_bytes()
     if re.match(rb"[A-Za-z0-9+/]+=* \d+\s", data):
-        ranks = _ranks(path, data)
-        return Vocabulary(path, len(ranks) + RESERVED, ranks)
-    model = _sentencepiece(path)
+        ranks = _read_ranks(path, data)
+        return Vocabulary(path, len(ranks) + RESERVED_TOKENS, ranks)
+    model = _read_sentencepiece(path)
     if min(model.bos_id(), model.eos_id()) < 0:
         raise KitError(f"{path} has no <s> or no </s>", "DIR", "give the tokenizer.model of Meta's release")
     return Vocabulary(path, model.get_piece_size())
 
 
-def _ranks(path: Path, data: bytes) -> dict[bytes, int]:
+def _read_ranks(path: Path, data: bytes) -> dict[bytes, int]:
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(data.splitlines(), 1):
         try:
@@ -80,7 +80,7 @@ def _ranks(path: Path, data: bytes) -> dict[bytes, int]:
     return ranks
 
 
-def _sentencepiece(path: Path) -> Any:
+def _read_sentencepiece(path: Path) -> Any:
     import sentencepiece
 
     try:
@@ -109,10 +109,10 @@ def write_tokenizer(vocabulary: Vocabulary, folder: Path, scaled_rope: bool, max
         tokenizer_object=raw, model_max_length=max_length, clean_up_tokenization_spaces=False, **names
     )
     if vocabulary.ranks is None:
-        original = _sentencepiece(vocabulary.path)
-        wrong = [text for text in PROBES if tokenizer(text).input_ids != original.encode(text, add_bos=True)]
+        original = _read_sentencepiece(vocabulary.path)
+        wrong = [text for text in PROBE_TEXTS if tokenizer(text).input_ids != original.encode(text, add_bos=True)]
     else:
-        wrong = [text for text in PROBES if tokenizer.decode(tokenizer.encode(text)[1:]) != text]
+        wrong = [text for text in PROBE_TEXTS if tokenizer.decode(tokenizer.encode(text)[1:]) != text]
     if wrong:
         raise KitError(f"{vocabulary.path} cannot be converted: {wrong[0]!r} is encoded differently", "DIR")
     tokenizer.save_pretrained(folder)

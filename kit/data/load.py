@@ -143,6 +143,6 @@ def hub_place(d: Dataset, path: str) -> tuple[str, str | None, str | None]:
     """
     name, revision = (d.name, d.revision) if path == d.path else (None, None)
     pinned = re.fullmatch(r"[0-9a-f]{40}", revision or "") is not None
-    if (hub_cache.offline() or pinned) and (folder := hub_dataset.find_snapshot(path, name, revision)):
+    if (hub_cache.is_offline() or pinned) and (folder := hub_dataset.find_snapshot(path, name, revision)):
         return str(folder), name, None
     return path, name, revision

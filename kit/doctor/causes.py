@@ -270,7 +270,7 @@ CAUSES = (
 )
 
 
-def find(text: str) -> tuple[Cause, dict[str, str]] | None:
+def find_cause(text: str) -> tuple[Cause, dict[str, str]] | None:
     """The first cause whose pattern is in `text`, with the groups that it named."""
     for cause in CAUSES:
         if match := re.search(cause.pattern, text, re.S | re.M):

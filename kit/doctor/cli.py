@@ -16,7 +16,7 @@ from kit.doctor.findings import BAD, OK, WARN, Finding
 from kit.errors import DONE, ENVIRONMENT, KitError
 
 OPERATORS = ("deepspeed_shm_comm", "cpu_adam", "async_io")
-MARKS = {OK: ("ok  ", ""), WARN: ("warn", "\033[33m"), BAD: ("bad ", "\033[31m")}
+LEVEL_MARKS = {OK: ("ok  ", ""), WARN: ("warn", "\033[33m"), BAD: ("bad ", "\033[31m")}
 
 
 def main(argv: list[str]) -> int:
@@ -39,11 +39,11 @@ def main(argv: list[str]) -> int:
     if a.run and (a.build_ops is not None or a.remove_stale_locks):
         raise KitError("a run is looked at, or the machine is mended: not both", "command line", "two commands")
     if a.run:
-        return doctor_run(a.run, a.json)
+        return print_diagnosis(a.run, a.json)
     if a.remove_stale_locks:
-        remove_locks()
+        remove_stale_locks()
     if a.build_ops is not None:
-        build_operators([name for name in a.build_ops.split(",") if name], a.limit)
+        build_ops([name for name in a.build_ops.split(",") if name], a.limit)
         if not a.json:
             return DONE
     findings = check_machine()
@@ -64,9 +64,9 @@ def check_machine(
     from kit.storage import hub_cache
 
     here, home = here or Path.cwd(), home or Path.home()
-    cuda = versions.torch_cuda()
+    cuda = versions.cuda_of_torch()
     built = any(ops.extensions_dir().glob(".built-*/*"))
-    cached = hub_cache.cache(env)
+    cached = hub_cache.hub_cache_folder(env)
     places = {
         "runs": here / "runs",
         "hub cache": cached,
@@ -78,7 +78,7 @@ def check_machine(
         lambda: gpu.check_gpus(cuda, root, env),
         lambda: gpu.check_nvcc(cuda, root, env),
         lambda: machine.check_compilers(root, env, built),
-        lambda: op_locks.check_locks(op_locks.folders(env, home)),
+        lambda: op_locks.check_locks(op_locks.extension_folders(env, home)),
         lambda: machine.check_disks(places),
         lambda: machine.check_shm(root),
         machine.check_limits,
@@ -103,7 +103,7 @@ def check_machine(
 def print_findings(findings: list[Finding]) -> None:
     color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     for finding in findings:
-        mark, paint = MARKS[finding.level]
+        mark, paint = LEVEL_MARKS[finding.level]
         mark = f"{paint}{mark}\033[0m" if color and paint else mark
         print(f"{mark}  {finding.what:<14} {finding.found}")
         if finding.fix and finding.level != OK:
@@ -112,7 +112,7 @@ def print_findings(findings: list[Finding]) -> None:
     print(f"\n{counts[BAD]} would stop a run, {counts[WARN]} to know of")
 
 
-def doctor_run(name: str, as_json: bool) -> int:
+def print_diagnosis(name: str, as_json: bool) -> int:
     from kit.doctor.run import diagnose
     from kit.storage import run_directory
 
@@ -141,10 +141,10 @@ def doctor_run(name: str, as_json: bool) -> int:
     return diagnosis.code
 
 
-def remove_locks() -> None:
+def remove_stale_locks() -> None:
     from kit.doctor import op_locks
 
-    removed, left = op_locks.remove_dead(op_locks.folders(os.environ, Path.home()))
+    removed, left = op_locks.remove_dead_locks(op_locks.extension_folders(os.environ, Path.home()))
     for path in removed:
         print(f"removed   {path}", file=sys.stderr)
     for lock in left:
@@ -154,10 +154,10 @@ def remove_locks() -> None:
         print("no operator locks", file=sys.stderr)
 
 
-def build_operators(names: list[str], seconds: float) -> None:
+def build_ops(names: list[str], seconds: float) -> None:
     """Compile what is named, or what this machine can use; KitError where it fails or takes too long."""
     from kit.doctor import machine
-    from kit.doctor.findings import which
+    from kit.doctor.findings import find_program
     from kit.launchers import ops
     from kit.system import hardware
 
@@ -165,15 +165,15 @@ def build_operators(names: list[str], seconds: float) -> None:
         raise KitError(f"there is no operator {', '.join(wrong)}", "--build-ops", f"of {', '.join(OPERATORS)}")
     if ops.version("deepspeed") == "none":
         raise KitError("deepspeed is not installed", "--build-ops", "pip install deepspeed", code=ENVIRONMENT)
-    cpu = not hardware.gpus()
+    cpu = not hardware.list_gpus()
     if not names:
         names = ["deepspeed_shm_comm"] if cpu else []
         names += ["cpu_adam"] + (["async_io"] if machine.check_libaio(Path("/")).level == OK else [])
     path = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
-    if which("ninja", {"PATH": path}) is None:
+    if find_program("ninja", {"PATH": path}) is None:
         raise KitError("ninja is not here", "--build-ops", "pip install ninja", code=ENVIRONMENT)
     env = {"PATH": path, **({"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""} if cpu else {})}
-    tick = Ticker(ops.extensions_dir())
+    tick = ProgressTicker(ops.extensions_dir())
     try:
         ops.prepare(names, seconds, tick.say, env, tick)
     except KitError as error:  # its limit is set here by an option, not by a run's key
@@ -184,7 +184,7 @@ def build_operators(names: list[str], seconds: float) -> None:
     print(f"built     {', '.join(names)} in {ops.extensions_dir()}", file=sys.stderr)
 
 
-class Ticker:
+class ProgressTicker:
     """Called while an operator compiles: a line that is redrawn on a terminal, one each half minute elsewhere."""
 
     def __init__(self, folder: Path) -> None:

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from kit.doctor.findings import OK, WARN, Finding
-from kit.storage.hub_cache import TRUE
+from kit.storage.hub_cache import TRUE_WORDS
 
 # name (a pattern), what it does. The first that fits is taken; their values hold no secrets.
-CHANGES = (
+VARIABLE_EFFECTS = (
     (r"DS_ACCELERATOR", "DeepSpeed takes this accelerator instead of looking"),
     (r"DS_SKIP_CUDA_CHECK", "operators compile although nvcc and torch differ"),
     (r"DS_BUILD_\w+", "DeepSpeed's setup builds, or leaves out, operators"),
@@ -38,17 +38,19 @@ CHANGES = (
     (r"HF_ENDPOINT", "another Hub"),
     (r"WANDB_(DISABLED|MODE)", "wandb writes elsewhere, or nothing"),
 )
-QUIET = re.compile(r"CUDA_DEVICE_ORDER|OMP_NUM_THREADS|MKL_NUM_THREADS|NCCL_DEBUG\w*|WANDB_\w+|LD_LIBRARY_PATH")
+HARMLESS_VARIABLES = re.compile(
+    r"CUDA_DEVICE_ORDER|OMP_NUM_THREADS|MKL_NUM_THREADS|NCCL_DEBUG\w*|WANDB_\w+|LD_LIBRARY_PATH"
+)
 
 
 def check_variables(env: Mapping[str, str]) -> list[Finding]:
     """One finding for each variable of the table that is set."""
     findings = []
     for name, value in sorted(env.items()):
-        change = next((change for pattern, change in CHANGES if re.fullmatch(pattern, name)), None)
+        change = next((change for pattern, change in VARIABLE_EFFECTS if re.fullmatch(pattern, name)), None)
         if change is not None:
             text = value if len(value) <= 80 else value[:77] + "..."
-            level = OK if QUIET.fullmatch(name) else WARN
+            level = OK if HARMLESS_VARIABLES.fullmatch(name) else WARN
             findings.append(
                 Finding(level, "variable", f"{name}={text}: {change}", "" if level == OK else f"unset {name}")
             )
@@ -63,7 +65,7 @@ def check_variables(env: Mapping[str, str]) -> list[Finding]:
 def check_offline(env: Mapping[str, str], cache: Path) -> list[Finding]:
     """Switches that forbid the Hub; worth a warning where nothing is in the cache."""
     names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
-    flags = [f"{name}={env[name]}" for name in names if env.get(name, "").upper() in TRUE]
+    flags = [f"{name}={env[name]}" for name in names if env.get(name, "").upper() in TRUE_WORDS]
     try:
         kept = sum(1 for _ in cache.glob("models--*"))
     except OSError:
@@ -80,12 +82,12 @@ def check_leftovers(root: Path, here: Path, home: Path) -> list[Finding]:
     """Files that the deepspeed command reads unasked: a host list, variables for its ranks."""
     findings = []
     hosts = root / "job" / "hostfile"
-    if (lines := written(hosts)) is not None:
+    if (lines := setting_lines(hosts)) is not None:
         names = ", ".join(line.split()[0] for line in lines[:4]) or "nobody"
         problem = f"{hosts} names {names}: a bare `deepspeed` starts there, through ssh (`kit train` does not read it)"
         findings.append(Finding(WARN, "hostfile", problem, f"rm {hosts}, or deepspeed --hostfile=none"))
     for file in dict.fromkeys((here / ".deepspeed_env", home / ".deepspeed_env")):
-        if (lines := written(file)) is not None:
+        if (lines := setting_lines(file)) is not None:
             names = ", ".join(line.partition("=")[0] for line in lines[:6]) or "nothing"  # values may be secret
             findings.append(
                 Finding(WARN, "deepspeed_env", f"{file} gives ranks on other nodes: {names}", f"rm {file}")
@@ -93,7 +95,7 @@ def check_leftovers(root: Path, here: Path, home: Path) -> list[Finding]:
     return findings or [Finding(OK, "leftovers", "no /job/hostfile, no .deepspeed_env")]
 
 
-def written(file: Path) -> list[str] | None:
+def setting_lines(file: Path) -> list[str] | None:
     """The lines of a file that say something, None where it cannot be read."""
     try:
         lines = file.read_text(errors="replace").splitlines()

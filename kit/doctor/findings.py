@@ -13,7 +13,7 @@ from typing import Literal
 OK: Literal["ok"] = "ok"
 WARN: Literal["warn"] = "warn"  # worth knowing; some runs would suffer
 BAD: Literal["bad"] = "bad"  # a run would stop
-SECONDS = 5.0  # no program that a check asks may take longer
+PROGRAM_TIMEOUT = 5.0  # no program that a check asks may take longer
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,12 @@ class Finding:
     fix: str = ""
 
 
-def which(name: str, env: Mapping[str, str]) -> str | None:
+def find_program(name: str, env: Mapping[str, str]) -> str | None:
     """A program on the PATH of `env`."""
     return shutil.which(name, path=env.get("PATH", os.defpath))
 
 
-def answer(argv: list[str], env: Mapping[str, str], seconds: float = SECONDS) -> tuple[bool, str]:
+def run_program(argv: list[str], env: Mapping[str, str], seconds: float = PROGRAM_TIMEOUT) -> tuple[bool, str]:
     """Whether a program succeeded within its time, and what it printed (or why there is nothing)."""
     try:
         done = subprocess.run(
@@ -45,6 +45,6 @@ def answer(argv: list[str], env: Mapping[str, str], seconds: float = SECONDS) ->
     return done.returncode == 0, (done.stdout or done.stderr).strip() or (done.stderr or "").strip()
 
 
-def gb(number: float) -> str:
+def format_gb(number: float) -> str:
     """Bytes as people read them."""
     return f"{number / 1e9:.1f} GB" if number < 1e11 else f"{number / 1e9:.0f} GB"

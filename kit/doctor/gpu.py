@@ -8,10 +8,10 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from kit.doctor.findings import BAD, OK, WARN, Finding, answer, which
-from kit.doctor.versions import numbers
+from kit.doctor.findings import BAD, OK, WARN, Finding, find_program, run_program
+from kit.doctor.versions import release_numbers
 
-QUERY = "index,name,memory.total,memory.used,compute_cap,driver_version"
+NVIDIA_SMI_QUERY = "index,name,memory.total,memory.used,compute_cap,driver_version"
 # cuDriverGetVersion needs no initialised device. A process of its own: a sick driver can hang whoever asks it.
 DRIVER_CUDA = """
 import ctypes
@@ -20,31 +20,42 @@ ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number))
 print(f"{number.value // 1000}.{number.value % 1000 // 10}")
 """
 # The oldest compute capability in torch's wheels, by CUDA major version.
-OLDEST = {12: (5, 0), 13: (7, 5)}
+OLDEST_CAPABILITY = {12: (5, 0), 13: (7, 5)}
 
 
 def check_gpus(torch_cuda: str | None, root: Path, env: Mapping[str, str]) -> list[Finding]:
     """torch_cuda: as versions.torch_cuda gives it."""
     devices = sorted((root / "dev").glob("nvidia[0-9]*")) or [d for d in [root / "dev" / "dxg"] if d.exists()]
     if not devices:
-        if cards(root):
+        if count_gpus_on_bus(root):
             fix = "install NVIDIA's driver (in a container: start it with --gpus all)"
-            return [Finding(WARN, "gpu", f"{cards(root)} NVIDIA card(s) in this machine, and no driver for them", fix)]
+            return [
+                Finding(
+                    WARN,
+                    "gpu",
+                    f"{count_gpus_on_bus(root)} NVIDIA card(s) in this machine, and no driver for them",
+                    fix,
+                )
+            ]
         return [Finding(OK, "gpu", "none: runs use the CPU")]
-    smi = which("nvidia-smi", env)
+    smi = find_program("nvidia-smi", env)
     if smi is None:
         fix = "put nvidia-smi on the PATH: the kit counts GPUs with it"
         return [Finding(BAD, "gpu", f"{len(devices)} device(s) in /dev, and no nvidia-smi", fix)]
-    good, text = answer([smi, f"--query-gpu={QUERY}", "--format=csv,noheader,nounits"], env)
+    good, text = run_program([smi, f"--query-gpu={NVIDIA_SMI_QUERY}", "--format=csv,noheader,nounits"], env)
     rows = [[part.strip() for part in line.split(",")] for line in text.splitlines() if line.count(",") == 5]
     if not good or not rows:
         message = text.splitlines()[0] if text else "no output"
         fix = "the driver was replaced under the running kernel: reload its modules, or reboot"
         return [Finding(BAD, "gpu", message, fix if "mismatch" in message else "nvidia-smi must work first")]
-    return [*one_by_one(rows, torch_cuda), *check_driver(rows[0][5], torch_cuda, root, env), *hidden(len(rows), env)]
+    return [
+        *check_each_gpu(rows, torch_cuda),
+        *check_driver(rows[0][5], torch_cuda, root, env),
+        *check_visible_devices(len(rows), env),
+    ]
 
 
-def cards(root: Path) -> int:
+def count_gpus_on_bus(root: Path) -> int:
     """NVIDIA display controllers on the PCI bus."""
     count = 0
     for device in (root / "sys" / "bus" / "pci" / "devices").glob("*"):
@@ -56,13 +67,13 @@ def cards(root: Path) -> int:
     return count
 
 
-def one_by_one(rows: list[list[str]], torch_cuda: str | None) -> list[Finding]:
+def check_each_gpu(rows: list[list[str]], torch_cuda: str | None) -> list[Finding]:
     findings = []
     for index, name, total, used, capability, _ in rows:
         label, size = f"gpu {index}", f"{float(total) / 1024:.0f} GiB" if total.isdigit() else "memory unknown"
         description = f"{name}, {size}, compute capability {capability}"
-        version = numbers(capability)
-        oldest = OLDEST.get(numbers(torch_cuda)[0]) if torch_cuda else None
+        version = release_numbers(capability)
+        oldest = OLDEST_CAPABILITY.get(release_numbers(torch_cuda)[0]) if torch_cuda else None
         if version and oldest and version < oldest:
             reason = f"; torch for CUDA {torch_cuda} begins at {oldest[0]}.{oldest[1]}"
             findings.append(
@@ -79,21 +90,21 @@ def one_by_one(rows: list[list[str]], torch_cuda: str | None) -> list[Finding]:
 
 
 def check_driver(driver: str, torch_cuda: str | None, root: Path, env: Mapping[str, str]) -> list[Finding]:
-    good, served = answer([sys.executable, "-I", "-c", DRIVER_CUDA], env)
-    serves = served if good and numbers(served) > (0,) else ""
+    good, served = run_program([sys.executable, "-I", "-c", DRIVER_CUDA], env)
+    serves = served if good and release_numbers(served) > (0,) else ""
     description = f"{driver}, serves CUDA {serves or 'unknown'}"
     if torch_cuda is None:
         return [Finding(OK, "driver", description)]
     if torch_cuda == "":
         fix = "pip install torch from an index of CUDA builds (https://download.pytorch.org/whl/)"
         return [Finding(BAD, "driver", f"{description}, but the installed torch is a CPU build", fix)]
-    if serves and numbers(serves)[0] < numbers(torch_cuda)[0]:
+    if serves and release_numbers(serves)[0] < release_numbers(torch_cuda)[0]:
         fix = f"a newer driver, or a torch wheel for CUDA {serves} or older"
         return [Finding(BAD, "driver", f"{description}; torch was built for CUDA {torch_cuda}", fix)]
     return [Finding(OK, "driver", f"{description}; torch was built for CUDA {torch_cuda}")]
 
 
-def hidden(count: int, env: Mapping[str, str]) -> list[Finding]:
+def check_visible_devices(count: int, env: Mapping[str, str]) -> list[Finding]:
     visible = env.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return []
@@ -112,7 +123,7 @@ def check_nvcc(torch_cuda: str | None, root: Path, env: Mapping[str, str]) -> li
     """nvcc compiles DeepSpeed's operators on a GPU machine, and must be of torch's own CUDA (T74)."""
     home = env.get("CUDA_HOME") or env.get("CUDA_PATH")
     places = [Path(home) / "bin" / "nvcc"] if home else []
-    on_path = which("nvcc", env)
+    on_path = find_program("nvcc", env)
     places += [Path(on_path)] if on_path else []
     places += [root / "usr" / "local" / "cuda" / "bin" / "nvcc"]
     nvcc = next((p for p in places if os.access(p, os.X_OK)), None)
@@ -122,12 +133,12 @@ def check_nvcc(torch_cuda: str | None, root: Path, env: Mapping[str, str]) -> li
     if nvcc is None:
         fix = f"install the CUDA {torch_cuda} toolkit and set CUDA_HOME"
         return [Finding(WARN, "nvcc", f"not found; {needs}", fix)]
-    _, text = answer([str(nvcc), "--version"], env)
+    _, text = run_program([str(nvcc), "--version"], env)
     release = re.search(r"release (\d+\.\d+)", text)
     if release is None:
         return [Finding(WARN, "nvcc", f"{nvcc} does not say its version", f"{nvcc} --version must work")]
     description = f"{release[1]} ({nvcc}), torch was built for CUDA {torch_cuda}"
-    if numbers(release[1])[0] == numbers(torch_cuda)[0]:
+    if release_numbers(release[1])[0] == release_numbers(torch_cuda)[0]:
         return [Finding(OK, "nvcc", description)]
     if env.get("DS_SKIP_CUDA_CHECK") == "1":
         return [Finding(WARN, "nvcc", f"{description}; DS_SKIP_CUDA_CHECK=1 lets it compile all the same")]

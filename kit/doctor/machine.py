@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 
-from kit.doctor.findings import BAD, OK, WARN, Finding, answer, gb, which
+from kit.doctor.findings import BAD, OK, WARN, Finding, find_program, format_gb, run_program
 from kit.system import hardware
 
 MASTER_PORT = 29500  # the default of deepspeed, torchrun and accelerate
@@ -26,17 +26,17 @@ def check_compilers(root: Path, env: Mapping[str, str], built: bool = False) -> 
     """built: the operators are there already, so that a missing compiler stops nothing today."""
     findings: list[Finding] = []
     need = BAD if not built else WARN
-    cxx = env.get("CXX") or next((c for c in ("c++", "g++") if which(c, env)), "g++")
+    cxx = env.get("CXX") or next((c for c in ("c++", "g++") if find_program(c, env)), "g++")
     for label, name, fix in (
         ("C++ compiler", cxx, "apt install g++ (or a compiler module of the cluster)"),
         ("ninja", "ninja", "pip install ninja"),
     ):
-        here = which(name, {"PATH": f"{os.path.dirname(sys.executable)}{os.pathsep}{env.get('PATH', '')}"})
+        here = find_program(name, {"PATH": f"{os.path.dirname(sys.executable)}{os.pathsep}{env.get('PATH', '')}"})
         if here is None:
             purpose = "DeepSpeed on a CPU and offload compile with it"
             findings.append(Finding(need, label, f"{name} is not on the PATH; {purpose}", fix))
             continue
-        good, text = answer([here, "--version"], env)
+        good, text = run_program([here, "--version"], env)
         version = text.splitlines()[0] if text else "no version"
         findings.append(Finding(OK if good else WARN, label, f"{version} ({here})"))
     return [*findings, check_libaio(root)]
@@ -74,7 +74,7 @@ def check_disks(places: Mapping[str, Path], usage: Callable[[Path], Any] = shuti
         except OSError as error:
             findings.append(Finding(WARN, label, f"{folder}: {error.strerror}"))
             continue
-        size = f"{gb(free)} free in {folder}"
+        size = f"{format_gb(free)} free in {folder}"
         if not os.access(there, os.W_OK | os.X_OK):
             findings.append(Finding(BAD, label, f"{folder} cannot be written", "another folder, or its rights"))
         elif free < 1e9:
@@ -97,7 +97,7 @@ def check_shm(root: Path, usage: Callable[[Path], Any] = shutil.disk_usage) -> l
     except OSError:
         fix = "mount a tmpfs there"
         return [Finding(BAD, "/dev/shm", "is not there: ranks of one machine exchange through it", fix)]
-    description = f"{gb(size.total)}, {gb(size.free)} free"
+    description = f"{format_gb(size.total)}, {format_gb(size.free)} free"
     fix = "docker run --shm-size=16g (or --ipc=host); or delete what earlier runs left in it"
     if size.free < 64 * 2**20:
         return [Finding(BAD, "/dev/shm", description, fix)]
@@ -115,7 +115,7 @@ def check_limits(memlock: int | None = None, files: tuple[int, int] | None = Non
     soft, hard = files or resource.getrlimit(resource.RLIMIT_NOFILE)
     findings = []
     if memlock in (-1, resource.RLIM_INFINITY) or memlock >= 16 * GIB:
-        findings.append(Finding(OK, "locked memory", "no limit" if memlock < 0 else gb(memlock)))
+        findings.append(Finding(OK, "locked memory", "no limit" if memlock < 0 else format_gb(memlock)))
     else:
         problem = f"{memlock / 2**20:.0f} MiB: NVMe offload locks its buffers and InfiniBand its regions"
         findings.append(Finding(WARN, "locked memory", problem, "ulimit -l unlimited (docker: --ulimit memlock=-1)"))
@@ -131,8 +131,8 @@ def check_limits(memlock: int | None = None, files: tuple[int, int] | None = Non
 
 def check_cpu(root: Path, env: Mapping[str, str], cores: int | None = None) -> list[Finding]:
     """Cores that may be used against the share of time that the control group grants; NUMA nodes."""
-    cores = hardware.cores() if cores is None else cores
-    granted = hardware.cpu_quota(root)
+    cores = hardware.count_cpu_cores() if cores is None else cores
+    granted = hardware.cgroup_cpu_quota(root)
     nodes = len(list((root / "sys" / "devices" / "system" / "node").glob("node[0-9]*"))) or 1
     numa = f", {nodes} NUMA nodes" if nodes > 1 else ""
     threads = env.get("OMP_NUM_THREADS", "")
@@ -152,12 +152,12 @@ def check_memory(root: Path) -> list[Finding]:
         total, free = facts["MemTotal"], facts["MemAvailable"]
     except (OSError, ValueError, KeyError, IndexError):
         return [Finding(WARN, "memory", "/proc/meminfo cannot be read")]
-    description, limit = f"{gb(total)}, {gb(free)} available", hardware.memory_limit(root)
+    description, limit = f"{format_gb(total)}, {format_gb(free)} available", hardware.cgroup_memory_limit(root)
     if limit and limit < total:
-        used = hardware.memory_used(root)
+        used = hardware.cgroup_memory_used(root)
         free = min(free, limit - used) if used is not None else min(free, limit)
-        description = f"{gb(limit)} of {gb(total)} granted to this control group, {gb(max(free, 0))} available"
-    if kills := hardware.oom_kills(root):
+        description = f"{format_gb(limit)} of {format_gb(total)} granted to this control group, {format_gb(max(free, 0))} available"
+    if kills := hardware.cgroup_oom_kills(root):
         description += f"; the kernel has killed {kills} process(es) here for want of it"
     if free < 4e9:
         return [Finding(WARN, "memory", description, "end what else runs, or ask the scheduler for more")]
@@ -181,10 +181,10 @@ def check_ports(env: Mapping[str, str], port: int | None = None) -> list[Finding
         return [Finding(OK, "port", f"{port} is free")]
     pid = next((c.pid for c in listening if c.pid), None)
     fix = "the kit takes a free port itself; a launch by hand needs --master_port"
-    return [Finding(WARN, "port", f"{port} is taken by {process_name(pid)}", fix)]
+    return [Finding(WARN, "port", f"{port} is taken by {describe_process(pid)}", fix)]
 
 
-def process_name(pid: int | None) -> str:
+def describe_process(pid: int | None) -> str:
     """A process as one would name it to its owner."""
     if pid is None:
         return "a process of another user"

@@ -19,7 +19,7 @@ STAGES = (
         r"in (load_model|from_pretrained|_load_pretrained_model|get_peft_model)\b|partition_parameters",
     ),
 )
-ORDER = {
+LEVER_ORDER = {
     "loading the model": ("others", "zero3", "quantize", "offload_param"),
     "deepspeed.initialize": ("zero", "offload", "buckets"),
     "the forward pass": ("batch", "checkpointing", "length", "zero", "fragments", "quantize"),
@@ -29,15 +29,15 @@ ORDER = {
     "saving": ("batch", "zero"),
     "training": ("batch", "checkpointing", "length", "zero", "fragments"),
 }
-NEXT = {0: "zero2", 1: "zero2", 2: "zero3", 3: "zero3_offload"}
+NEXT_ZERO_STAGE = {0: "zero2", 1: "zero2", 2: "zero3", 3: "zero3_offload"}
 
 
-def stage(trace: str) -> str:
+def failed_stage(trace: str) -> str:
     """The part of the run that a traceback ended in."""
     return next((name for name, pattern in STAGES if re.search(pattern, trace)), "training")
 
 
-def levers(where: str, plan: dict[str, Any], message: str) -> list[str]:
+def memory_levers(where: str, plan: dict[str, Any], message: str) -> list[str]:
     """Overrides that lower the peak, the cheapest first. plan: plan.json as a dict, {} where it is missing."""
     trainer, engine = plan.get("trainer") or {}, plan.get("deepspeed") or {}
     zero = int((engine.get("zero_optimization") or {}).get("stage") or 0) if engine else 0
@@ -48,7 +48,7 @@ def levers(where: str, plan: dict[str, Any], message: str) -> list[str]:
     checkpointing = trainer.get("gradient_checkpointing") or trainer.get("activation_checkpointing")
     alone = int(plan.get("world_size") or 1) == 1
     quantized = bool(plan.get("quantization"))
-    gigabytes = {key: size(pattern, message) for key, pattern in FIGURES.items()}
+    gigabytes = {key: parse_gib(pattern, message) for key, pattern in MEMORY_FIGURES.items()}
     total = gigabytes["total"] or 0.0
     used = gigabytes["mine"] or total
     texts = {
@@ -58,7 +58,7 @@ def levers(where: str, plan: dict[str, Any], message: str) -> list[str]:
         "eval": f"trainer.per_device_eval_batch_size={eval_batch // 2}" if eval_batch > 1 else "",
         "checkpointing": "" if checkpointing else "trainer.gradient_checkpointing=true",
         "length": f"trainer.max_length={max(128, int(length) // 2)} if few rows are that long" if length else "",
-        "zero": f"deepspeed={NEXT[min(zero, 3)]}" if not (alone and zero < 2) and not (zero == 3 and offloads) else "",
+        "zero": f"deepspeed={NEXT_ZERO_STAGE[min(zero, 3)]}" if not (alone and zero < 2) and not (zero == 3 and offloads) else "",
         "zero3": "" if zero == 3 or alone else "deepspeed=zero3 (each rank loads its share)",
         "offload": f"deepspeed={'zero3_offload' if zero == 3 else 'zero2_offload'}" if not offloads else "",
         "offload_param": "deepspeed=zero3_offload" if zero == 3 and not quantized else "",
@@ -68,11 +68,11 @@ def levers(where: str, plan: dict[str, Any], message: str) -> list[str]:
         "fragments": "export PYTORCH_ALLOC_CONF=expandable_segments:True"
         if (gigabytes["reserved"] or 0) > 0.1 * total > 0 else "",
     }  # fmt: skip
-    chosen = [texts[key] for key in ORDER[where] if texts[key]]
+    chosen = [texts[key] for key in LEVER_ORDER[where] if texts[key]]
     return list(dict.fromkeys(chosen)) or ["a GPU with more memory, or more GPUs with deepspeed=zero3"]
 
 
-FIGURES = {
+MEMORY_FIGURES = {
     "total": r"total capacit?y of ([\d.]+) (MiB|GiB)",
     "free": r"of which ([\d.]+) (MiB|GiB) is free",
     "mine": r"this process has ([\d.]+) (MiB|GiB) memory in use",
@@ -80,7 +80,7 @@ FIGURES = {
 }
 
 
-def size(pattern: str, message: str) -> float | None:
+def parse_gib(pattern: str, message: str) -> float | None:
     """A figure of torch's message in GiB."""
     match = re.search(pattern, message)
     return float(match[1]) / (1024 if match[2] == "MiB" else 1) if match else None

@@ -13,12 +13,24 @@ from kit.doctor.findings import BAD, OK, WARN, Finding
 from kit.launchers import ops
 
 # A folder on a shared disk can hold the lock of a build on another machine, which is not visible here.
-NETWORK = {"nfs", "nfs4", "lustre", "gpfs", "beegfs", "ceph", "cifs", "smb3", "fuse.sshfs", "glusterfs", "afs"}
-PATIENCE = 3600.0  # seconds after which no build is still at work there
+NETWORK_FILESYSTEMS = {
+    "nfs",
+    "nfs4",
+    "lustre",
+    "gpfs",
+    "beegfs",
+    "ceph",
+    "cifs",
+    "smb3",
+    "fuse.sshfs",
+    "glusterfs",
+    "afs",
+}
+BUILD_TIMEOUT = 3600.0  # seconds after which no build is still at work there
 
 
 @dataclass(frozen=True)
-class Lock:
+class OpLock:
     """A lock file of torch's builder. pid: who holds it here; dead: nobody does, and nobody elsewhere can."""
 
     path: Path
@@ -28,13 +40,13 @@ class Lock:
     dead: bool
 
 
-def folders(env: Mapping[str, str], home: Path) -> list[Path]:
+def extension_folders(env: Mapping[str, str], home: Path) -> list[Path]:
     """Where operators are compiled: TORCH_EXTENSIONS_DIR, the kit's own folder, torch's default."""
     given = [Path(env["TORCH_EXTENSIONS_DIR"])] if env.get("TORCH_EXTENSIONS_DIR") else []
     return list(dict.fromkeys([*given, ops.extensions_dir(), home / ".cache" / "torch_extensions"]))
 
 
-def find_locks(places: list[Path], mounts: Path = Path("/proc/mounts")) -> list[Lock]:
+def find_locks(places: list[Path], mounts: Path = Path("/proc/mounts")) -> list[OpLock]:
     """Every lock two levels below the folders, as torch (py311_cu130/NAME/lock) and the kit lay them out."""
     locks = []
     for path in sorted({p for place in places for p in (*place.glob("*/lock"), *place.glob("*/*/lock"))}):
@@ -42,13 +54,13 @@ def find_locks(places: list[Path], mounts: Path = Path("/proc/mounts")) -> list[
             facts = path.stat()
         except OSError:
             continue
-        age, pid = max(0.0, time.time() - facts.st_mtime), holder(path)
-        away = filesystem(path, mounts) in NETWORK and age < PATIENCE
-        locks.append(Lock(path, user_name(facts.st_uid), age, pid, pid is None and not away))
+        age, pid = max(0.0, time.time() - facts.st_mtime), lock_holder(path)
+        away = filesystem_type(path, mounts) in NETWORK_FILESYSTEMS and age < BUILD_TIMEOUT
+        locks.append(OpLock(path, user_name(facts.st_uid), age, pid, pid is None and not away))
     return locks
 
 
-def holder(lock: Path) -> int | None:
+def lock_holder(lock: Path) -> int | None:
     """A living process that works in the lock's folder, or has the lock file open as torch's builder does."""
     if pid := ops.builder_in(lock.parent):
         return pid
@@ -62,7 +74,7 @@ def holder(lock: Path) -> int | None:
     return None
 
 
-def filesystem(path: Path, mounts: Path) -> str:
+def filesystem_type(path: Path, mounts: Path) -> str:
     """The type of the file system that a path is on, "" where it cannot be known."""
     try:
         rows = [line.split()[1:3] for line in mounts.read_text().splitlines()]
@@ -97,7 +109,7 @@ def check_locks(places: list[Path], mounts: Path = Path("/proc/mounts")) -> list
     return findings or [Finding(OK, "operator locks", "none")]
 
 
-def remove_dead(places: list[Path], mounts: Path = Path("/proc/mounts")) -> tuple[list[Path], list[Lock]]:
+def remove_dead_locks(places: list[Path], mounts: Path = Path("/proc/mounts")) -> tuple[list[Path], list[OpLock]]:
     """Remove locks that nobody holds; what was removed, and what was left alone. Each is looked at again first."""
     removed, left = [], []
     for lock in find_locks(places, mounts):

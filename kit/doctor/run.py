@@ -14,25 +14,25 @@ import psutil
 from kit.doctor import causes, oom
 from kit.doctor.run_logs import (
     Rank,
-    ago,
-    aside,
-    ended,
-    first_sentence,
-    hung,
-    last_metrics,
-    line_number,
-    own_fixes,
+    describe_bad_rows,
+    describe_other_rank,
+    error_sentence,
+    find_hung_rank,
+    format_age,
+    locate_line,
+    read_last_metrics,
+    read_launch_end,
     read_ranks,
-    rows_of,
-    signal_of,
+    reported_fixes,
+    signal_of_returncode,
 )
 from kit.errors import DONE, FAILED, STOPPED
 from kit.storage import manifest, run_directory
 from kit.storage.json_files import read_json_or_empty
 
-LAST = 15  # lines that are shown where no cause is known
-FULL = 256 * 1024  # bytes: no error report or log line fits for sure
-STILL = 600.0  # seconds without a line after which a living run is called quiet
+LAST_LINES = 15  # lines that are shown where no cause is known
+FULL_DISK_BYTES = 256 * 1024  # bytes: no error report or log line fits for sure
+QUIET_SECONDS = 600.0  # seconds without a line after which a living run is called quiet
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,11 @@ class Diagnosis:
 
 def diagnose(run: Path) -> Diagnosis:
     """Read a run directory. It is only read: a living run is left alone."""
-    status, name = run_directory.status(run), run_directory.shown(run)
-    newest = manifest.newest_complete(run / run_directory.CHECKPOINTS).path
+    status, name = run_directory.read_status(run), run_directory.path_from_here(run)
+    newest = manifest.newest_complete_checkpoint(run / run_directory.CHECKPOINTS).path
     facts: dict[str, Any] = {"run": name, "checkpoint": newest.name if newest else None}
-    if (pid := run_directory.in_use(run)) is not None:
-        return alive(run, pid, status, facts)
+    if (pid := run_directory.process_holding_lock(run)) is not None:
+        return diagnose_alive(run, pid, status, facts)
     state = status.get("state")
     if state == "done":
         sentence = f"finished at step {status.get('step')}, {status.get('time')}: nothing is wrong with it"
@@ -75,13 +75,13 @@ def diagnose(run: Path) -> Diagnosis:
         return Diagnosis(**facts, state="stopped", cause="stopped", sentence=sentence, fixes=fixes, code=STOPPED)
     ranks = read_ranks(run)
     if state == "created" and not ranks:
-        return not_started(run, facts)
-    return failed(run, ranks, status, facts)
+        return diagnose_not_started(run, facts)
+    return diagnose_failed(run, ranks, status, facts)
 
 
-def alive(run: Path, pid: int, status: dict[str, Any], facts: dict[str, Any]) -> Diagnosis:
+def diagnose_alive(run: Path, pid: int, status: dict[str, Any], facts: dict[str, Any]) -> Diagnosis:
     """A run whose lock is held."""
-    ranks, row = read_ranks(run), last_metrics(run)
+    ranks, row = read_ranks(run), read_last_metrics(run)
     touched = [rank.written for rank in ranks]
     metrics = run / run_directory.METRICS_LOG
     if metrics.exists():
@@ -90,78 +90,82 @@ def alive(run: Path, pid: int, status: dict[str, Any], facts: dict[str, Any]) ->
     sentence = f"alive: process {pid} holds it, {status.get('state')} since {status.get('time')}"
     sentence += f", step {row['step']}" if "step" in row else ", no step yet"
     fixes, others = [], []
-    if quiet is not None and quiet > STILL:
+    if quiet is not None and quiet > QUIET_SECONDS:
         sentence += f"; nothing was written for {quiet / 60:.0f} minutes"
         last = min(ranks, key=lambda rank: rank.written, default=None)
-        others += [f"rank {rank.number} wrote last {ago(rank.written)}" for rank in ranks]
+        others += [f"rank {rank.number} wrote last {format_age(rank.written)}" for rank in ranks]
         fixes = [f"py-spy dump of rank {last.number} shows where it waits" if last else "look at the processes"]
         fixes.append("kit doctor tells of operator locks, which a start waits for without a word")
     return Diagnosis(**facts, state="running", cause="none", sentence=sentence, fixes=fixes, others=others, code=DONE)
 
 
-def not_started(run: Path, facts: dict[str, Any]) -> Diagnosis:
+def diagnose_not_started(run: Path, facts: dict[str, Any]) -> Diagnosis:
     sentence = "no rank of it ever started: `kit train` refused, or was ended, while it prepared"
     fixes = [f"kit resume {facts['run']} says it again; kit doctor looks at compilers and operator locks"]
     return Diagnosis(**facts, state="created", cause="not_started", sentence=sentence, fixes=fixes)
 
 
-def failed(run: Path, ranks: list[Rank], status: dict[str, Any], facts: dict[str, Any]) -> Diagnosis:
+def diagnose_failed(run: Path, ranks: list[Rank], status: dict[str, Any], facts: dict[str, Any]) -> Diagnosis:
     """The root is the earliest rank with an error of its own; else one that ended without a word; else who hung."""
     facts = {**facts, "state": "failed"}
     with_error = [rank for rank in ranks if rank.kind == "error"]
     if with_error:
         first = min(with_error, key=lambda rank: (rank.failed or rank.written, rank.number))
-        return named(run, first, ranks, status, facts)
-    if (free := shutil.disk_usage(run).free) < FULL:  # the ranks could not even write why they ended
+        return diagnose_error(run, first, ranks, status, facts)
+    if (free := shutil.disk_usage(run).free) < FULL_DISK_BYTES:  # the ranks could not even write why they ended
         row = next(cause for cause in causes.CAUSES if cause.id == "disk_full")
-        sentence = f"{row.cause}: {free // 1024} KiB are left below {run_directory.shown(run)}"
+        sentence = f"{row.cause}: {free // 1024} KiB are left below {run_directory.path_from_here(run)}"
         return Diagnosis(**facts, cause="disk_full", sentence=sentence, fixes=[row.fix])
     reported = [problem for problem in status.get("problems") or [] if not causes.FELL_AFTER.search(problem)]
-    end, waiting = ended(run), [rank for rank in ranks if rank.kind == "waited"]
+    end, waiting = read_launch_end(run), [rank for rank in ranks if rank.kind == "waited"]
     silent = [rank for rank in ranks if rank.kind == "silent"]
     fell = [rank for rank in ranks if rank.kind == "fell"]
     gone = min(silent, key=lambda rank: rank.died or rank.written, default=None)
-    killed = signal_of(end.get("returncode")) in (9, 4, 6, 7, 11) or bool(end.get("oom_kills"))
+    killed = signal_of_returncode(end.get("returncode")) in (9, 4, 6, 7, 11) or bool(end.get("oom_kills"))
     if end.get("asked"):
-        return cut_short(ranks, facts)
+        return diagnose_preempted(ranks, facts)
     if status.get("state") == "running" and not (end or fell or waiting):
-        return launcher_gone(status, facts)
+        return diagnose_launcher_killed(status, facts)
     if gone is not None and (fell or killed or not waiting):
-        return without_a_word(run, gone, ranks, status, facts)
+        return diagnose_silent_rank(run, gone, ranks, status, facts)
     if waiting:
-        return hanging(hung(ranks), ranks, facts)
+        return diagnose_hang(find_hung_rank(ranks), ranks, facts)
     for rank in fell:  # every rank points at another one: the one that is named, in the words it is quoted with
         if quoted := re.search(r"rank (\d+) failed: ([\s\S]+)", rank.error):
-            return from_text(run, quoted[2], int(quoted[1]), ranks, facts)
+            return diagnose_text(run, quoted[2], int(quoted[1]), ranks, facts)
     if reported and not ranks:
-        return from_text(run, "\n".join(reported), None, ranks, facts)
-    return unknown(run, min(ranks, key=lambda rank: rank.written, default=None), ranks, status, facts)
+        return diagnose_text(run, "\n".join(reported), None, ranks, facts)
+    return diagnose_unknown(run, min(ranks, key=lambda rank: rank.written, default=None), ranks, status, facts)
 
 
-def named(run: Path, rank: Rank, ranks: list[Rank], status: dict[str, Any], facts: dict[str, Any]) -> Diagnosis:
+def diagnose_error(
+    run: Path, rank: Rank, ranks: list[Rank], status: dict[str, Any], facts: dict[str, Any]
+) -> Diagnosis:
     """A rank that said why, in its own words."""
-    match = causes.find(rank.error) or causes.find(rank.text)
-    message = first_sentence(rank)
+    match = causes.find_cause(rank.error) or causes.find_cause(rank.text)
+    message = error_sentence(rank)
     facts = {
         **facts,
         "rank": rank.number,
         "said": message,
-        "where": line_number(rank, message[:60]),
-        "others": [aside(other) for other in ranks if other.number != rank.number and other.kind != "silent"],
+        "where": locate_line(rank, message[:60]),
+        "others": [
+            describe_other_rank(other) for other in ranks if other.number != rank.number and other.kind != "silent"
+        ],
         "code": rank.code or FAILED,
     }
-    advice = own_fixes(rank)
+    advice = reported_fixes(rank)
     if match is None:
         if "kit.errors.KitError" in rank.trace or "KitError" in message or advice:
             return Diagnosis(**facts, cause="refused", sentence=message, fixes=advice)
-        return unknown(run, rank, ranks, status, facts)
+        return diagnose_unknown(run, rank, ranks, status, facts)
     cause, groups = match
     if cause.id == "cuda_oom":
-        return out_of_memory(run, rank, ranks, facts)
+        return diagnose_cuda_oom(run, rank, ranks, facts)
     sentence = cause.cause.format_map(groups)
     fixes = [cause.fix.format_map(groups), *advice]
     if cause.id == "non_finite":
-        rows = rows_of(run)
+        rows = describe_bad_rows(run)
         return Diagnosis(
             **{**facts, "others": [*rows, *facts["others"]]}, cause=cause.id, sentence=sentence, fixes=fixes
         )
@@ -169,33 +173,33 @@ def named(run: Path, rank: Rank, ranks: list[Rank], status: dict[str, Any], fact
     return Diagnosis(**facts, cause=cause.id, sentence=f"{sentence}{where}", fixes=fixes)
 
 
-def out_of_memory(run: Path, rank: Rank, ranks: list[Rank], facts: dict[str, Any]) -> Diagnosis:
-    where = oom.stage(rank.trace)
+def diagnose_cuda_oom(run: Path, rank: Rank, ranks: list[Rank], facts: dict[str, Any]) -> Diagnosis:
+    where = oom.failed_stage(rank.trace)
     also = sum(other.kind == "error" and "out of memory" in other.text for other in ranks)
-    step = last_metrics(run).get("step")
+    step = read_last_metrics(run).get("step")
     after = (
         f", after step {step}" if step else ", before the first logged step" if where != "loading the model" else ""
     )
     sentence = f"the memory of rank {rank.number}'s GPU is full, in {where}{after}"
     if also > 1:
         sentence += f" ({also} of {len(ranks)} ranks say so)"
-    fixes = oom.levers(where, read_json_or_empty(run / run_directory.PLAN), rank.text)
+    fixes = oom.memory_levers(where, read_json_or_empty(run / run_directory.PLAN), rank.text)
     return Diagnosis(**facts, cause="cuda_oom", sentence=sentence, fixes=fixes)
 
 
-def without_a_word(
+def diagnose_silent_rank(
     run: Path, rank: Rank, ranks: list[Rank], status: dict[str, Any], facts: dict[str, Any]
 ) -> Diagnosis:
     """A rank that ended without an error: killed from outside, or the whole machine went."""
-    end = ended(run)
-    number, kills = signal_of(end.get("returncode")), end.get("oom_kills") or 0
-    others = [aside(other) for other in ranks if other.number != rank.number and other.kind != "silent"]
+    end = read_launch_end(run)
+    number, kills = signal_of_returncode(end.get("returncode")), end.get("oom_kills") or 0
+    others = [describe_other_rank(other) for other in ranks if other.number != rank.number and other.kind != "silent"]
     facts = {
         **facts,
         "rank": rank.number,
-        "where": line_number(rank, ""),
+        "where": locate_line(rank, ""),
         "others": others,
-        "last_lines": rank.lines[-LAST:],
+        "last_lines": rank.lines[-LAST_LINES:],
     }
     memory = [
         "deepspeed=zero3 loads shards, no whole model per rank; fewer ranks, or more RAM (kit doctor shows it)",
@@ -226,18 +230,18 @@ def without_a_word(
     )
 
 
-def cut_short(ranks: list[Rank], facts: dict[str, Any]) -> Diagnosis:
+def diagnose_preempted(ranks: list[Rank], facts: dict[str, Any]) -> Diagnosis:
     """Asked to stop (preemption, a time limit, Ctrl-C), and ended before a checkpoint was whole."""
     last = max(ranks, key=lambda rank: rank.written, default=None)
     sentence = (
         "it was told to stop (preemption, a time limit, Ctrl-C), and no checkpoint was whole when its time was up"
     )
     fixes = ["a larger launch.grace_seconds, and a signal that comes earlier (sbatch --signal=TERM@300)"]
-    lines = last.lines[-LAST:] if last else []
+    lines = last.lines[-LAST_LINES:] if last else []
     return Diagnosis(**facts, cause="preempted", sentence=sentence, fixes=fixes, last_lines=lines)
 
 
-def launcher_gone(status: dict[str, Any], facts: dict[str, Any]) -> Diagnosis:
+def diagnose_launcher_killed(status: dict[str, Any], facts: dict[str, Any]) -> Diagnosis:
     """The status still says running, and nobody holds the lock."""
     since = str(status.get("time"))
     sentence = f"it was running since {since} and nobody runs it now: launcher and ranks were ended together"
@@ -253,12 +257,12 @@ def launcher_gone(status: dict[str, Any], facts: dict[str, Any]) -> Diagnosis:
     return Diagnosis(**facts, cause="launcher_killed", sentence=sentence, fixes=fixes)
 
 
-def hanging(rank: Rank, ranks: list[Rank], facts: dict[str, Any]) -> Diagnosis:
+def diagnose_hang(rank: Rank, ranks: list[Rank], facts: dict[str, Any]) -> Diagnosis:
     waited = [other for other in ranks if other.kind == "waited" and other is not rank]
     message = next((line for other in waited or [rank] for line in other.lines if causes.WAITED.search(line)), "")
     numbers = ", ".join(str(other.number) for other in waited) or "all"
     sentence = f"rank {rank.number} stayed behind: rank(s) {numbers} waited for it until the limit; "
-    sentence += f"it wrote last {ago(rank.written)}"
+    sentence += f"it wrote last {format_age(rank.written)}"
     fixes = [
         "its last lines show what it did: a slow save, evaluation or tokenising (raise trainer.ddp_timeout), or a step"
         " that only some ranks take (a callback with `if rank == 0:` around a collective)",
@@ -267,13 +271,13 @@ def hanging(rank: Rank, ranks: list[Rank], facts: dict[str, Any]) -> Diagnosis:
     ]
     return Diagnosis(
         **facts, cause="hang", sentence=sentence, rank=rank.number, said=message.strip()[:400], fixes=fixes,
-        where=line_number(rank, ""), last_lines=rank.lines[-LAST:],
+        where=locate_line(rank, ""), last_lines=rank.lines[-LAST_LINES:],
     )  # fmt: skip
 
 
-def from_text(run: Path, text: str, number: int | None, ranks: list[Rank], facts: dict[str, Any]) -> Diagnosis:
+def diagnose_text(run: Path, text: str, number: int | None, ranks: list[Rank], facts: dict[str, Any]) -> Diagnosis:
     """Words about a rank that left none itself."""
-    match = causes.find(text)
+    match = causes.find_cause(text)
     facts = {**facts, "rank": number, "said": text.strip().splitlines()[0][:400]}
     if match is None:
         return Diagnosis(**facts, cause="unknown", sentence="the cause is not in the table; these are its words")
@@ -282,7 +286,7 @@ def from_text(run: Path, text: str, number: int | None, ranks: list[Rank], facts
     return Diagnosis(**facts, cause=cause.id, sentence=cause.cause.format_map(groups), fixes=[fix])
 
 
-def unknown(
+def diagnose_unknown(
     run: Path, rank: Rank | None, ranks: list[Rank], status: dict[str, Any], facts: dict[str, Any]
 ) -> Diagnosis:
     if rank is None:
@@ -290,6 +294,6 @@ def unknown(
         return Diagnosis(
             **{**facts, "said": message}, cause="unknown", sentence="no rank left a log, and no cause is known"
         )
-    facts = {**facts, "rank": rank.number, "where": line_number(rank, ""), "last_lines": rank.lines[-LAST:]}
+    facts = {**facts, "rank": rank.number, "where": locate_line(rank, ""), "last_lines": rank.lines[-LAST_LINES:]}
     sentence = f"the cause is not known; rank {rank.number} failed first, and these are its last lines"
     return Diagnosis(**facts, cause="unknown", sentence=sentence)

@@ -13,10 +13,10 @@ from kit.doctor import causes
 from kit.storage import run_directory
 from kit.storage.json_files import read_json_or_empty
 
-TAIL = 400_000  # bytes of a log that are read: the last start of a long run
-HEADER = re.compile(r"^--- plan \w+ rank \d+ .*$", re.M)
+TAIL_BYTES = 400_000  # bytes of a log that are read: the last start of a long run
+START_HEADER = re.compile(r"^--- plan \w+ rank \d+ .*$", re.M)
 # What native code says on its way out, without a Python traceback.
-NATIVE = {"crash", "illegal_instruction", "gpu_fault", "nccl", "cuda_oom", "host_memory", "device_assert"}
+NATIVE_CAUSES = {"crash", "illegal_instruction", "gpu_fault", "nccl", "cuda_oom", "host_memory", "device_assert"}
 
 
 @dataclass(frozen=True)
@@ -52,21 +52,21 @@ class Rank:
             return "fell"
         if self.error or self.trace:
             return "error"
-        native = causes.find(text)
-        return "error" if native and native[0].id in NATIVE else "silent"
+        native = causes.find_cause(text)
+        return "error" if native and native[0].id in NATIVE_CAUSES else "silent"
 
 
 def read_ranks(run: Path) -> list[Rank]:
     """Every rank that wrote a log, by number."""
     logs = run / run_directory.LOGS
-    deaths = ended(run).get("deaths") or {}
+    deaths = read_launch_end(run).get("deaths") or {}
     ranks = [read_rank(log, deaths) for log in logs.glob("rank*.log") if re.fullmatch(r"rank\d+", log.stem)]
     return sorted(ranks, key=lambda rank: rank.number)
 
 
 def read_rank(log: Path, deaths: dict[str, float]) -> Rank:
     number = int(log.stem.removeprefix("rank"))
-    text = HEADER.split(tail(log))[-1]  # a resumed run appends: only its last start matters
+    text = START_HEADER.split(read_tail(log))[-1]  # a resumed run appends: only its last start matters
     report = log.with_name(f"rank{number}.error.json")
     error = read_json_or_empty(report)
     problems = error.get("problems") or []
@@ -75,8 +75,8 @@ def read_rank(log: Path, deaths: dict[str, float]) -> Rank:
         number=number,
         log=log,
         lines=[line for line in text.splitlines() if line.strip()],
-        error="\n".join(sentence(p) for p in problems),
-        trace=traces[-1] if traces and (problems or not went_on(text, traces[-1])) else "",
+        error="\n".join(describe_problem(p) for p in problems),
+        trace=traces[-1] if traces and (problems or not trained_after(text, traces[-1])) else "",
         code=error.get("code"),
         written=log.stat().st_mtime,
         failed=report.stat().st_mtime if problems else None,
@@ -84,34 +84,34 @@ def read_rank(log: Path, deaths: dict[str, float]) -> Rank:
     )
 
 
-def went_on(text: str, trace: str) -> bool:
+def trained_after(text: str, trace: str) -> bool:
     """Whether a rank trained on after a traceback: somebody caught that error."""
     after = text[text.rindex(trace) + len(trace) :]
     return bool(re.search(r"^step \d+/\d+", after, re.M))
 
 
-def sentence(problem: dict[str, Any]) -> str:
+def describe_problem(problem: dict[str, Any]) -> str:
     where = problem.get("where") or ""
     return str(problem.get("problem", "")) + (f" ({where})" if where and not where.endswith(".log") else "")
 
 
-def tail(path: Path) -> str:
+def read_tail(path: Path) -> str:
     """The last part of a file, whole where it is short; "" where it cannot be read."""
     try:
         with open(path, "rb") as f:
             f.seek(0, 2)
-            f.seek(max(0, f.tell() - TAIL))
+            f.seek(max(0, f.tell() - TAIL_BYTES))
             return f.read().decode("utf-8", "replace").replace("\r", "\n")
     except OSError:
         return ""
 
 
-def ended(run: Path) -> dict[str, Any]:
+def read_launch_end(run: Path) -> dict[str, Any]:
     """What the launching `kit` wrote at the end: return code, kills for memory, when each rank was gone."""
     return read_json_or_empty(run / run_directory.LAUNCH).get("ended") or {}
 
 
-def signal_of(returncode: int | None) -> int | None:
+def signal_of_returncode(returncode: int | None) -> int | None:
     """The signal in a return code: -9 of the process itself, 137 of a shell, 247 of deepspeed's launcher."""
     if returncode is None or returncode == 0:
         return None
@@ -122,9 +122,9 @@ def signal_of(returncode: int | None) -> int | None:
     return returncode - 128 if 128 < returncode < 193 else None
 
 
-def last_metrics(run: Path) -> dict[str, Any]:
+def read_last_metrics(run: Path) -> dict[str, Any]:
     """The newest whole row of metrics.jsonl."""
-    for line in reversed(tail(run / run_directory.METRICS_LOG).splitlines()):
+    for line in reversed(read_tail(run / run_directory.METRICS_LOG).splitlines()):
         try:
             return dict(json.loads(line))
         except ValueError:
@@ -132,7 +132,7 @@ def last_metrics(run: Path) -> dict[str, Any]:
     return {}
 
 
-def hung(ranks: list[Rank]) -> Rank:
+def find_hung_rank(ranks: list[Rank]) -> Rank:
     """Whom the others waited for: who itself waited for nobody, else who enqueued least, else who fell silent first.
 
     NCCL's watchdog tells each rank's last enqueued work: the lowest number belongs to the one that stayed behind.
@@ -140,7 +140,7 @@ def hung(ranks: list[Rank]) -> Rank:
     quiet = [rank for rank in ranks if rank.kind != "waited"]
     if quiet:
         return min(quiet, key=lambda rank: rank.written)
-    counts = {rank.number: enqueued(rank) for rank in ranks}
+    counts = {rank.number: last_enqueued_work(rank) for rank in ranks}
     counted = {number: count for number, count in counts.items() if count is not None}
     if len(set(counted.values())) > 1:
         least = min(counted, key=lambda number: counted[number])
@@ -148,12 +148,12 @@ def hung(ranks: list[Rank]) -> Rank:
     return min(ranks, key=lambda rank: rank.written)
 
 
-def enqueued(rank: Rank) -> int | None:
+def last_enqueued_work(rank: Rank) -> int | None:
     numbers = re.findall(r"last enqueued(?: NCCL)? work: (\d+)", "\n".join(rank.lines))
     return int(numbers[-1]) if numbers else None
 
 
-def line_number(rank: Rank, text: str) -> str:
+def locate_line(rank: Rank, text: str) -> str:
     """LOG:LINE of the last line that holds `wanted`."""
     number = 0
     if text:
@@ -162,33 +162,33 @@ def line_number(rank: Rank, text: str) -> str:
                 number = max((i for i, line in enumerate(f, 1) if text in line), default=0)
         except OSError:
             number = 0
-    return f"{run_directory.shown(rank.log)}{f':{number}' if number else ''}"
+    return f"{run_directory.path_from_here(rank.log)}{f':{number}' if number else ''}"
 
 
-def own_fixes(rank: Rank) -> list[str]:
+def reported_fixes(rank: Rank) -> list[str]:
     """The fixes that the kit's own refusal holds; not the general one of an unforeseen error."""
     problems = read_json_or_empty(rank.log.with_name(f"rank{rank.number}.error.json")).get("problems") or []
     general = ("the log holds the traceback", "lower trainer.per_device_train_batch_size")
     return [p["fix"] for p in problems if p.get("fix") and not p["fix"].startswith(general)]
 
 
-def first_sentence(rank: Rank) -> str:
+def error_sentence(rank: Rank) -> str:
     """The error itself: the last line of the traceback, else the first of what was reported, else of the log."""
     lines = [line for line in (rank.error or rank.trace).splitlines() if line.strip()]
     if rank.error:
         return lines[0].removeprefix(f"rank {rank.number}: ")[:400]
     if lines:
         return lines[-1][:400]
-    telling = [line for line in rank.lines if causes.find(line)]
+    telling = [line for line in rank.lines if causes.find_cause(line)]
     return (telling or rank.lines or [""])[-1][:400]
 
 
-def aside(rank: Rank) -> str:
+def describe_other_rank(rank: Rank) -> str:
     words = {"fell": "fell after it", "waited": "waited for it", "error": "failed too"}.get(rank.kind, "said nothing")
-    return f"rank {rank.number} {words}: {first_sentence(rank)[:160]}"
+    return f"rank {rank.number} {words}: {error_sentence(rank)[:160]}"
 
 
-def ago(moment: float) -> str:
+def format_age(moment: float) -> str:
     seconds = max(0.0, time.time() - moment)
     for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
         if seconds >= 2 * size:
@@ -196,7 +196,7 @@ def ago(moment: float) -> str:
     return f"{seconds:.0f} s ago"
 
 
-def rows_of(run: Path) -> list[str]:
+def describe_bad_rows(run: Path) -> list[str]:
     """Which rows were in the steps before a loss that is not finite, as the trainer wrote them down."""
     report = read_json_or_empty(run / run_directory.LOGS / "nonfinite.json")
     if not report:

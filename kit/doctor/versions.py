@@ -12,15 +12,15 @@ from typing import Any
 
 from kit.doctor.findings import BAD, OK, WARN, Finding
 
-TESTED = Path(__file__).with_name("tested.json")
-Installed = Callable[[str], str | None]
+TESTED_VERSIONS = Path(__file__).with_name("tested.json")
+VersionOf = Callable[[str], str | None]
 
 
-def tested() -> dict[str, Any]:
-    return json.loads(TESTED.read_text(encoding="utf-8"))
+def load_tested_versions() -> dict[str, Any]:
+    return json.loads(TESTED_VERSIONS.read_text(encoding="utf-8"))
 
 
-def installed(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
     """The version of an installed package, by its metadata alone."""
     try:
         return metadata.version(package)
@@ -28,17 +28,17 @@ def installed(package: str) -> str | None:
         return None
 
 
-def numbers(version: str) -> tuple[int, ...]:
+def release_numbers(version: str) -> tuple[int, ...]:
     """The release part of a version: 2.13.0+cu130 -> (2, 13, 0)."""
     match = re.match(r"\d+(\.\d+)*", version)
     return tuple(int(part) for part in match[0].split(".")) if match else ()
 
 
-def admitted(version: str, ranges: str) -> bool:
+def is_in_range(version: str, ranges: str) -> bool:
     """Whether a version lies in a range such as ">=1.16,<2"; trailing zeros do not count."""
     for part in ranges.split(","):
         sign, bound = re.fullmatch(r"(>=|<)([\d.]+)", part.strip()).groups()  # type: ignore[union-attr]
-        have, want = numbers(version), numbers(bound)
+        have, want = release_numbers(version), release_numbers(bound)
         width = max(len(have), len(want))
         have, want = have + (0,) * (width - len(have)), want + (0,) * (width - len(want))
         if (have < want) if sign == ">=" else (have >= want):
@@ -47,15 +47,15 @@ def admitted(version: str, ranges: str) -> bool:
 
 
 def check_python(version: tuple[int, ...] = tuple(sys.version_info[:3])) -> list[Finding]:
-    text, allowed = ".".join(map(str, version)), tested()["python"]
-    if admitted(text, allowed):
+    text, allowed = ".".join(map(str, version)), load_tested_versions()["python"]
+    if is_in_range(text, allowed):
         return [Finding(OK, "python", f"{text} ({sys.executable})")]
     return [Finding(BAD, "python", f"{text}; the kit runs on {allowed}", "make a .venv with python3.11, 3.12 or 3.13")]
 
 
-def check_packages(version_of: Installed = installed) -> list[Finding]:
+def check_packages(version_of: VersionOf = installed_version) -> list[Finding]:
     """One finding for all that are as tested, one for each that is not."""
-    table = tested()
+    table = load_tested_versions()
     train: dict[str, dict[str, str]] = table["train"]
     findings, as_tested = [], []
     absent = [name for name in train if version_of(name) is None]
@@ -66,9 +66,9 @@ def check_packages(version_of: Installed = installed) -> list[Finding]:
             if name in train and len(absent) == len(train):
                 continue  # the bare install: said once, below
             findings.append(Finding(BAD, name, "is not installed", pin))
-        elif not admitted(version, row["range"]):
+        elif not is_in_range(version, row["range"]):
             findings.append(Finding(BAD, name, f"{version}; the kit needs {row['range']}", pin))
-        elif numbers(version) != numbers(row["tested"]):
+        elif release_numbers(version) != release_numbers(row["tested"]):
             findings.append(
                 Finding(WARN, name, f"{version} is allowed ({row['range']}); tested is {row['tested']}", pin)
             )
@@ -86,7 +86,7 @@ def check_packages(version_of: Installed = installed) -> list[Finding]:
     return findings
 
 
-def torch_cuda() -> str | None:
+def cuda_of_torch() -> str | None:
     """The CUDA version that the installed torch was built with, "" for a CPU build, None where torch is not here."""
     try:
         torch = metadata.distribution("torch")
@@ -96,10 +96,12 @@ def torch_cuda() -> str | None:
         text = Path(str(torch.locate_file("torch/version.py"))).read_text(encoding="utf-8")
     except OSError:
         text = ""
-    return cuda_of(torch.version, text, installed("nvidia-cuda-runtime") or installed("nvidia-cuda-runtime-cu12"))
+    return parse_cuda_version(
+        torch.version, text, installed_version("nvidia-cuda-runtime") or installed_version("nvidia-cuda-runtime-cu12")
+    )
 
 
-def cuda_of(version: str, version_py: str, runtime: str | None) -> str:
+def parse_cuda_version(version: str, version_py: str, runtime: str | None) -> str:
     """From torch/version.py, else from a version such as 2.13.0+cu130, else from the CUDA runtime's own package."""
     if match := re.search(r"^cuda\b[^=\n]*=\s*(?:'([\d.]+)'|None)", version_py, re.M):
         return match[1] or ""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kit.ejecting.text import call, literal, stated
+from kit.ejecting.text import assignment_lines, call_lines, literal
 from kit.inspection import dataset as data_files
 from kit.inspection import dataset_template
 from kit.inspection.dataset import FORMATS
 from kit.schema.run_plan import Dataset, RunPlan
 
 
-def held_out(d: Dataset) -> int:
+def held_out_lines(d: Dataset) -> int:
     """How many parts are held out: none, one that serves for both, or validation and test."""
     if d.eval_path or d.eval_split:
         return 1
@@ -22,11 +22,11 @@ def data_lines(plan: RunPlan, packed: bool) -> list[str]:
     """Reading, splitting and writing the rows, as kit/data/load.py does."""
     d = plan.dataset
     other = d.eval_path or d.eval_split
-    functions, shape = columns_of(d)
-    lines = loading("rows" if d.test_size and not other else "train", d, d.path, d.split, shape, packed)
-    names = ["train", "validation", "test"][: 1 + held_out(d)]
+    functions, shape = rename_columns(d)
+    lines = load_dataset_lines("rows" if d.test_size and not other else "train", d, d.path, d.split, shape, packed)
+    names = ["train", "validation", "test"][: 1 + held_out_lines(d)]
     if other:
-        lines += loading(
+        lines += load_dataset_lines(
             "validation", d, d.eval_path or d.path, d.split if d.eval_path else str(d.eval_split), shape, packed
         )
     elif d.test_size:
@@ -51,7 +51,7 @@ def data_lines(plan: RunPlan, packed: bool) -> list[str]:
     return ["", *functions, "", "", *lines] if functions else lines
 
 
-def loading(name: str, d: Dataset, path: str, split: str, shape: str, packed: bool) -> list[str]:
+def load_dataset_lines(name: str, d: Dataset, path: str, split: str, shape: str, packed: bool) -> list[str]:
     """`name = load_dataset(...)`, of a file, a folder or a Hub id, with the columns that training needs."""
     place = Path(path)
     suffix = place.suffix.lower()
@@ -68,20 +68,20 @@ def loading(name: str, d: Dataset, path: str, split: str, shape: str, packed: bo
         given = [
             literal(path),
             *([literal(config)] if config else []),
-            *stated({"revision": revision, "split": split}),
+            *assignment_lines({"revision": revision, "split": split}),
         ]
     given += ["streaming=True"] if d.streaming else []
     if shape.startswith("."):
-        return call(f"{name} = load_dataset(", given, packed, f"){shape}")
-    lines = call(f"{name} = load_dataset(", given, packed)
+        return call_lines(f"{name} = load_dataset(", given, packed, f"){shape}")
+    lines = call_lines(f"{name} = load_dataset(", given, packed)
     return [*lines, f"{name} = {shape}({name})"]
 
 
-def columns_of(d: Dataset) -> tuple[list[str], str]:
+def rename_columns(d: Dataset) -> tuple[list[str], str]:
     """Functions that the script needs for its columns, and what each part goes through when it is read."""
     if d.template:
         names = dataset_template.columns_of(d.template)
-        return template_functions(d, names), f".select_columns({literal(names)})"
+        return template_function_lines(d, names), f".select_columns({literal(names)})"
     rename = {theirs: ours for ours, theirs in d.columns.items() if theirs != ours}
     if d.format != "auto":
         targets = {d.columns.get(c, c): c for c in FORMATS[d.format]}
@@ -99,7 +99,7 @@ def columns_of(d: Dataset) -> tuple[list[str], str]:
     return lines, "choose_columns"
 
 
-def template_functions(d: Dataset, names: list[str]) -> list[str]:
+def template_function_lines(d: Dataset, names: list[str]) -> list[str]:
     """`write`: one row in the format that is trained; `prepare`: a part without the rows that teach nothing."""
     lines = ["def write(row):", '    row = {name: "" if value is None else value for name, value in row.items()}']
     if dataset_template.format_of(d.template) == "messages":
@@ -116,7 +116,7 @@ def template_functions(d: Dataset, names: list[str]) -> list[str]:
         lines.append(f"    return {row}")
     else:
         items = [f"{literal(key)}: {literal(text)}.format(**row)" for key, text in d.template.items()]
-        lines += [f"    {line}" for line in call("return {", items, end="}")]
+        lines += [f"    {line}" for line in call_lines("return {", items, end="}")]
     learned = [k for k in dataset_template.TRAINED if k in d.template]
     taught = sorted({n for k in learned for _, n in dataset_template.parts(k, d.template[k]) if n})
     lines += ["", "", "def prepare(rows):"]

@@ -6,32 +6,32 @@ import re
 from pathlib import Path
 from typing import Any
 
-from kit.ejecting.data import data_lines, held_out
-from kit.ejecting.text import WIDTH, call, keywords, literal, stated
+from kit.ejecting.data import data_lines, held_out_lines
+from kit.ejecting.text import WIDTH, assignment_lines, call_lines, keyword_arguments, literal
 from kit.errors import KitError
 from kit.schema import fields, trackers
 from kit.schema.run_plan import RunPlan
 from kit.storage import run_directory
 
 SCRIPT, JSON, START, TEMPLATE = "train.py", "ds_config.json", "run.sh", "chat_template.jinja"
-MOST = 80  # lines of Python that a person reads
+MAX_LINES = 80  # lines of Python that a person reads
 
 
-def script(plan: RunPlan) -> str:
+def render_script(plan: RunPlan) -> str:
     """train.py: an argument to a line, or several where it would pass MOST lines; KitError where it still does."""
     count = 0
     for packed in (False, True):
-        lines = lines_of(plan, packed)
-        if (count := len(lines)) <= MOST:
+        lines = script_lines(plan, packed)
+        if (count := len(lines)) <= MAX_LINES:
             return "\n".join(f"{x}  # noqa: E501" if len(x) > WIDTH else x for x in lines) + "\n"
     raise KitError(
-        f"the script would have {count} lines, more than {MOST}: nobody would read it",
+        f"the script would have {count} lines, more than {MAX_LINES}: nobody would read it",
         "eject",
         "leave out what the run does not need: kit diff names what differs from a recipe",
     )
 
 
-def lines_of(plan: RunPlan, packed: bool) -> list[str]:
+def script_lines(plan: RunPlan, packed: bool) -> list[str]:
     """The script from top to bottom, as kit/training/run.py goes."""
     cpu, ds, full = plan.trainer["use_cpu"], plan.deepspeed, plan.peft is None
     name = re.sub(r'["\\\\]', "", plan.name)
@@ -46,19 +46,19 @@ def lines_of(plan: RunPlan, packed: bool) -> list[str]:
         body += ['deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)', ""]
     if ds:
         body.append("# Before the model, and kept: from_pretrained looks for the DeepSpeed config that this holds.")
-    body += call("args = SFTConfig(", arguments(plan), packed)
+    body += call_lines("args = SFTConfig(", training_argument_lines(plan), packed)
     body += ["set_seed(args.seed)  # before anything is drawn: new weights, new rows of embeddings, the adapter", ""]
     body += [*tokenizer_lines(plan), "", *data_lines(plan, packed), "", *model_lines(plan, packed)]
     given = ["model=model", "args=args", "train_dataset=train"]
-    given += ["eval_dataset=validation"] if held_out(plan.dataset) else []
+    given += ["eval_dataset=validation"] if held_out_lines(plan.dataset) else []
     given += ["processing_class=tokenizer"]
     if not full:
-        body += call(*adapter(plan), packed)
+        body += call_lines(*adapter_lines(plan), packed)
         given.append("peft_config=adapter")
-    body += call("trainer = SFTTrainer(", given, packed)
+    body += call_lines("trainer = SFTTrainer(", given, packed)
     if plan.init_from:
         path = str(Path(plan.init_from.path) / str(plan.init_from.weights))
-        body += call("set_peft_model_state_dict(", ["trainer.model", f"load_file({literal(path)})"], packed)
+        body += call_lines("set_peft_model_state_dict(", ["trainer.model", f"load_file({literal(path)})"], packed)
     if plan.quantization and (plan.precision == "float32" or (plan.precision == "float16" and not ds)):
         body += ["for parameter in trainer.model.parameters():  # TRL makes the adapter of a quantized base bfloat16"]
         body += ["    if parameter.requires_grad:", "        parameter.data = parameter.data.float()"]
@@ -66,13 +66,13 @@ def lines_of(plan: RunPlan, packed: bool) -> list[str]:
     if full:
         body.append("trainer.model.config.use_cache = use_cache  # off for training only")
     body.append(f"trainer.save_model({literal(run_directory.MODEL if full else run_directory.ADAPTER)})")
-    if parts := held_out(plan.dataset):
+    if parts := held_out_lines(plan.dataset):
         body.append("trainer.evaluate(test)" if parts == 2 else "trainer.evaluate()")
     body.append("trainer.save_state()  # losses and evaluations, in checkpoints/trainer_state.json")
-    return [*head, *imports("\n".join(body)), "", *body]
+    return [*head, *import_lines("\n".join(body)), "", *body]
 
 
-def imports(body: str) -> list[str]:
+def import_lines(body: str) -> list[str]:
     """What the body uses, in isort's order."""
     plain = [f"import {m}" for m in ("deepspeed", "torch") if re.search(rf"\b{m}\.", body)]
     lines = []
@@ -94,9 +94,9 @@ def imports(body: str) -> list[str]:
     return [*standard, *([""] if standard else []), *plain, *lines]
 
 
-def arguments(plan: RunPlan) -> list[str]:
+def training_argument_lines(plan: RunPlan) -> list[str]:
     """SFTConfig's arguments: what differs from its defaults, and what the kit's worker adds."""
-    values = changed("SFTConfig", {k: v for k, v in plan.trainer.items() if k != "model_init_kwargs"})
+    values = changed_fields("SFTConfig", {k: v for k, v in plan.trainer.items() if k != "model_init_kwargs"})
     values["logging_nan_inf_filter"] = False
     more: dict[str, Any] = {"output_dir": run_directory.CHECKPOINTS}
     if trackers.names(plan.trainer.get("report_to")):
@@ -107,16 +107,16 @@ def arguments(plan: RunPlan) -> list[str]:
         more |= {"fsdp": True, "fsdp_config": plan.fsdp}
     if plan.trainer["use_cpu"] and plan.world_size > 1:
         more["ddp_backend"] = "gloo"
-    return keywords({**more, **values})
+    return keyword_arguments({**more, **values})
 
 
-def changed(table: str, values: dict[str, Any]) -> dict[str, Any]:
+def changed_fields(table: str, values: dict[str, Any]) -> dict[str, Any]:
     """The values that are not the library's defaults."""
     defaults = fields.tables()[table]
-    return {k: v for k, v in values.items() if k not in defaults or not same(v, defaults[k].get("default"))}
+    return {k: v for k, v in values.items() if k not in defaults or not equal_as_json(v, defaults[k].get("default"))}
 
 
-def same(a: Any, b: Any) -> bool:
+def equal_as_json(a: Any, b: Any) -> bool:
     return a == b and isinstance(a, bool) == isinstance(b, bool)
 
 
@@ -124,8 +124,9 @@ def tokenizer_lines(plan: RunPlan) -> list[str]:
     t, m = plan.tokenizer, plan.model
     given: dict[str, Any] = {"revision": t.revision or (m.revision if t.name_or_path is None else None)}
     given["trust_remote_code"] = m.trust_remote_code or None
-    lines = call(
-        "tokenizer = AutoTokenizer.from_pretrained(", [literal(t.name_or_path or m.name_or_path), *stated(given)]
+    lines = call_lines(
+        "tokenizer = AutoTokenizer.from_pretrained(",
+        [literal(t.name_or_path or m.name_or_path), *assignment_lines(given)],
     )
     if t.added_tokens:
         lines += [f"tokens = {literal(t.added_tokens)}"]
@@ -144,19 +145,25 @@ def model_lines(plan: RunPlan, packed: bool) -> list[str]:
     m, quantization = plan.model, plan.quantization
     common = {"revision": m.revision, "trust_remote_code": m.trust_remote_code or None}
     kwargs = {**(plan.trainer.get("model_init_kwargs") or {}), "attn_implementation": m.attn_implementation}
-    given = [f"dtype=torch.{m.dtype}", *stated(kwargs)]
+    given = [f"dtype=torch.{m.dtype}", *assignment_lines(kwargs)]
     lines = []
     if m.random_init:
-        lines += call("config = AutoConfig.from_pretrained(", [literal(m.name_or_path), *stated(common)], packed)
+        lines += call_lines(
+            "config = AutoConfig.from_pretrained(", [literal(m.name_or_path), *assignment_lines(common)], packed
+        )
         only = {"trust_remote_code": m.trust_remote_code or None}
-        lines += call("model = AutoModelForCausalLM.from_config(", ["config", *stated(only), *given], packed)
+        lines += call_lines(
+            "model = AutoModelForCausalLM.from_config(", ["config", *assignment_lines(only), *given], packed
+        )
     else:
         if quantization:
             settings = {k: v for k, v in quantization.items() if k != "quant_method" and v is not None}
-            lines += call("bits = BitsAndBytesConfig(", keywords(changed("BitsAndBytesConfig", settings)), packed)
+            lines += call_lines(
+                "bits = BitsAndBytesConfig(", keyword_arguments(changed_fields("BitsAndBytesConfig", settings)), packed
+            )
             given.append("quantization_config=bits")
-        start = [literal(m.name_or_path), *stated(common), "use_safetensors=True", *given]
-        lines += call("model = AutoModelForCausalLM.from_pretrained(", start, packed)
+        start = [literal(m.name_or_path), *assignment_lines(common), "use_safetensors=True", *given]
+        lines += call_lines("model = AutoModelForCausalLM.from_pretrained(", start, packed)
     if quantization and quantization.get("load_in_4bit") and plan.trainer["use_cpu"]:
         lines += ["for module in model.modules():  # else an evaluation repacks the weights for a kernel of its own"]
         lines += ["    if isinstance(module, Linear4bit):", "        module.support_avx512bf16_for_cpu = False"]
@@ -173,11 +180,11 @@ def model_lines(plan: RunPlan, packed: bool) -> list[str]:
     return lines
 
 
-def adapter(plan: RunPlan) -> tuple[str, list[str]]:
+def adapter_lines(plan: RunPlan) -> tuple[str, list[str]]:
     """The PEFT config, as the opening of a call and its arguments."""
     values = dict(plan.peft or {})
     kind = str(values.pop("peft_type", "LORA")).upper()
-    values = changed(kind, values)
+    values = changed_fields(kind, values)
     if kind == "LORA":
-        return "adapter = LoraConfig(", keywords(values)
+        return "adapter = LoraConfig(", keyword_arguments(values)
     return "adapter = get_peft_config(", [literal({"peft_type": kind, **values})]

@@ -7,12 +7,12 @@ from typing import Any
 WIDTH = 119
 
 
-def stated(values: dict[str, Any]) -> list[str]:
+def assignment_lines(values: dict[str, Any]) -> list[str]:
     """The arguments that are not None."""
-    return keywords({k: v for k, v in values.items() if v is not None})
+    return keyword_arguments({k: v for k, v in values.items() if v is not None})
 
 
-def keywords(values: dict[str, Any]) -> list[str]:
+def keyword_arguments(values: dict[str, Any]) -> list[str]:
     return [f"{k}={literal(v)}" for k, v in values.items()]
 
 
@@ -28,7 +28,7 @@ def literal(value: Any) -> str:
     return repr(value)
 
 
-def call(start: str, items: list[str], packed: bool = False, end: str = ")") -> list[str]:
+def call_lines(start: str, items: list[str], packed: bool = False, end: str = ")") -> list[str]:
     """`start item, item end`: in one line where it fits, else one item to a line, or as many as fit (`packed`)."""
     if len(whole := f"{start}{', '.join(items)}{end}") <= WIDTH - 4:  # 4: it may be indented
         return [whole]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kit.config.nodes import over_ssh
-from kit.ejecting.script import JSON, SCRIPT, START, TEMPLATE, script
+from kit.ejecting.script import JSON, SCRIPT, START, TEMPLATE, render_script
 from kit.errors import DONE, KitError, Problem
 from kit.inspection import dataset_template
 from kit.inspection.tokenizer import find_template
@@ -28,13 +28,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--config-dir", "-cd", help="a folder with groups and recipes of your own")
     parser.add_argument("--overwrite", action="store_true", help="write into a folder that is not empty")
     a = parser.parse_intermixed_args(argv)
-    plan, out = read(a.words, a.config_dir)
-    for line in write(plan, out, a.overwrite):
+    plan, out = read_plan_and_folder(a.words, a.config_dir)
+    for line in write_ejected(plan, out, a.overwrite):
         print(line)
     return DONE
 
 
-def read(words: list[str], config_dir: str | None = None) -> tuple[RunPlan, Path]:
+def read_plan_and_folder(words: list[str], config_dir: str | None = None) -> tuple[RunPlan, Path]:
     """The plan and the folder to write: from overrides, or from the run directory that the first bare word names."""
     from kit import api
 
@@ -55,33 +55,33 @@ def read(words: list[str], config_dir: str | None = None) -> tuple[RunPlan, Path
     return plan, Path(bare[0] if bare else f"{plan.name}-trl")
 
 
-def write(plan: RunPlan, out: Path, overwrite: bool = False) -> list[str]:
+def write_ejected(plan: RunPlan, out: Path, overwrite: bool = False) -> list[str]:
     """Write the files of a plan into `out`; returns what to print. KitError where the plan cannot be ejected."""
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not overwrite):
         raise KitError(f"{out} is not an empty folder", "OUT_DIR", "name another one, or --overwrite")
-    refuse(plan)
-    text = script(plan)
+    refuse_unsupported(plan)
+    text = render_script(plan)
     out.mkdir(parents=True, exist_ok=True)
     (out / SCRIPT).write_text(text, encoding="utf-8")
     notes: list[str] = []
     if plan.deepspeed:
-        ds, notes = deepspeed_json(plan)
+        ds, notes = plain_deepspeed_config(plan)
         (out / JSON).write_text(json.dumps(ds, indent=2) + "\n", encoding="utf-8")
     if plan.tokenizer.chat_template:
         shutil.copyfile(find_template(plan.tokenizer.chat_template), out / TEMPLATE)
-    (out / START).write_text(run_sh(plan, out), encoding="utf-8")
+    (out / START).write_text(start_script(plan, out), encoding="utf-8")
     (out / START).chmod(0o755)
     if plan.prompts:
         notes.append("prompts are asked by kit generate, after training: they are not in the script")
     written = ", ".join(f.name for f in sorted(out.iterdir()) if f.name in (SCRIPT, JSON, START, TEMPLATE))
     lines = len(text.splitlines())
     return [
-        f"ejected   {run_directory.shown(out)}: {written} ({lines} lines of Python)",
+        f"ejected   {run_directory.path_from_here(out)}: {written} ({lines} lines of Python)",
         *(f"note      {n}" for n in notes),
     ]
 
 
-def refuse(plan: RunPlan) -> None:
+def refuse_unsupported(plan: RunPlan) -> None:
     """KitError with everything that a plain script of this length cannot do."""
     problems = []
     if plan.launch.script:
@@ -114,7 +114,7 @@ def refuse(plan: RunPlan) -> None:
         raise KitError(problems)
 
 
-def deepspeed_json(plan: RunPlan) -> tuple[dict[str, Any], list[str]]:
+def plain_deepspeed_config(plan: RunPlan) -> tuple[dict[str, Any], list[str]]:
     """The plan's JSON, with the one switch that a plain trainer needs in order to save anything under ZeRO-3."""
     ds = json.loads(json.dumps(plan.deepspeed))
     gather = "stage3_gather_16bit_weights_on_model_save"
@@ -127,7 +127,7 @@ def deepspeed_json(plan: RunPlan) -> tuple[dict[str, Any], list[str]]:
     return ds, [note]
 
 
-def run_sh(plan: RunPlan, out: Path) -> str:
+def start_script(plan: RunPlan, out: Path) -> str:
     """The environment and the command line with which `kit train` would start the ranks."""
     env = rank_environment(plan.model_copy(update={"run_dir": str(out.absolute())}))
     env = {k: v for k, v in env.items() if k not in ("PATH", "PYTHONUNBUFFERED", "TORCH_EXTENSIONS_DIR")}

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from kit.errors import DONE, KitError
 from kit.system import paths
-from kit.system.terminal import options
+from kit.system.terminal import verb_parser
 
 RECIPE = "recipe"
 
 
 def list_main(argv: list[str]) -> int:
-    parser = options("list", "Recipes, or the choices of a group, each with its first line.")
+    parser = verb_parser("list", "Recipes, or the choices of a group, each with its first line.")
     parser.add_argument("group", nargs="?", default=RECIPE)
     group = parser.parse_args(argv).group
     print(describe_group(group), end="")
@@ -24,7 +24,7 @@ def list_main(argv: list[str]) -> int:
 
 
 def show_main(argv: list[str]) -> int:
-    parser = options(
+    parser = verb_parser(
         "show", "A recipe or a choice of a group as it is written; for a recipe also what it composes to."
     )
     parser.add_argument("name", metavar="RECIPE | GROUP/NAME | NAME")

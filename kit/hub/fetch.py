@@ -13,50 +13,57 @@ from pathlib import Path
 
 from kit import api
 from kit.errors import DONE, ENVIRONMENT, KitError
-from kit.hub.repository import Repo, data_files, look, model_files, problem_with, tokenizer_files
+from kit.hub.repository import (
+    HubRepo,
+    choose_tokenizer_files,
+    data_file_chooser,
+    explain_error,
+    model_file_chooser,
+    query_hub,
+)
 from kit.schema.run_plan import Dataset, Model, Tokenizer
 from kit.storage import hub_cache
 from kit.storage.json_files import atomic_write_text
 from kit.system import dependencies, paths
 
-THREADS = 4
+DOWNLOAD_THREADS = 4
 
 
 def fetch(*args: str, config_dir: str | None = None, dry_run: bool = False) -> int:
     """Bring model, tokenizer and data of `[run.yaml] key=value ...` into the Hub cache. KitError: 2, or 3."""
-    model, tokenizer, dataset = sections(args, config_dir)
-    repos, local = wanted(model, tokenizer, dataset)
+    model, tokenizer, dataset = compose_sections(args, config_dir)
+    repos, local = repositories_of_run(model, tokenizer, dataset)
     for key, name in local:
-        say(f"here      {name} ({key})")
+        print_line(f"here      {name} ({key})")
     if not repos:
-        say("nothing   to fetch")
+        print_line("nothing   to fetch")
         return DONE
-    need_hub()
+    require_hub()
     if not sys.stderr.isatty():
-        no_bars()
+        silence_progress_bars()
     refused: list[KitError] = []
     for repo in repos:
         try:
-            look(repo)
+            query_hub(repo)
             print_repo(repo)
         except KitError as error:
             refused.append(error)
     if refused:
         raise KitError([p for error in refused for p in error.problems], code=min(e.code for e in refused))
-    check_disk(repos)
+    check_cache_space(repos)
     if dry_run:
         return DONE
     for repo in repos:
-        download(repo)
+        download_missing(repo)
     for repo in repos:
-        finish(repo)
+        record_snapshot(repo)
     if pins := [repo.pin for repo in repos if repo.pin]:
-        say(f"pin it    {' '.join(dict.fromkeys(pins))}")
-    say("then      HF_HUB_OFFLINE=1 kit train ...")
+        print_line(f"pin it    {' '.join(dict.fromkeys(pins))}")
+    print_line("then      HF_HUB_OFFLINE=1 kit train ...")
     return DONE
 
 
-def sections(args: tuple[str, ...], config_dir: str | None) -> tuple[Model | None, Tokenizer, Dataset | None]:
+def compose_sections(args: tuple[str, ...], config_dir: str | None) -> tuple[Model | None, Tokenizer, Dataset | None]:
     """What the run names; a line that names only a model, or only data, will do."""
     from kit.config.compose import compose
 
@@ -76,128 +83,138 @@ def sections(args: tuple[str, ...], config_dir: str | None) -> tuple[Model | Non
         return model, tokenizer, dataset
 
 
-def need_hub() -> None:
+def require_hub() -> None:
     """KitError (3) where huggingface_hub is not installed, or may not ask the Hub."""
-    if hub_cache.offline():
+    if hub_cache.is_offline():
         raise KitError("HF_HUB_OFFLINE is set: nothing can be fetched", "environment", "unset it", code=ENVIRONMENT)
-    if not dependencies.installed("huggingface_hub"):
+    if not dependencies.is_installed("huggingface_hub"):
         fix = "make setup in a checkout, or pip install huggingface_hub"
         raise KitError("huggingface_hub is not installed", fix=fix, code=ENVIRONMENT)
 
 
-def wanted(
+def repositories_of_run(
     model: Model | None, tokenizer: Tokenizer, dataset: Dataset | None
-) -> tuple[list[Repo], list[tuple[str, str]]]:
+) -> tuple[list[HubRepo], list[tuple[str, str]]]:
     """The repositories that a run needs, and what it has on this machine as (key, name)."""
-    named: list[Repo] = []
+    named: list[HubRepo] = []
     if model:
         named.append(
-            Repo("model.name_or_path", model.name_or_path, hub_cache.MODEL, model.revision, model_files(model))
+            HubRepo(
+                "model.name_or_path", model.name_or_path, hub_cache.MODEL, model.revision, model_file_chooser(model)
+            )
         )
     if tokenizer.name_or_path:
         revision = tokenizer.revision
         named.append(
-            Repo("tokenizer.name_or_path", tokenizer.name_or_path, hub_cache.MODEL, revision, tokenizer_files)
+            HubRepo(
+                "tokenizer.name_or_path", tokenizer.name_or_path, hub_cache.MODEL, revision, choose_tokenizer_files
+            )
         )
     if dataset:
-        choose = data_files(dataset.name)
-        named.append(Repo("dataset.path", dataset.path, hub_cache.DATASET, dataset.revision, choose))
+        choose = data_file_chooser(dataset.name)
+        named.append(HubRepo("dataset.path", dataset.path, hub_cache.DATASET, dataset.revision, choose))
         if dataset.eval_path and dataset.eval_path != dataset.path:
-            named.append(Repo("dataset.eval_path", dataset.eval_path, hub_cache.DATASET, None, data_files(None)))
-    repos = [r for r in named if hub_cache.looks_like_id(r.name)]
+            named.append(
+                HubRepo("dataset.eval_path", dataset.eval_path, hub_cache.DATASET, None, data_file_chooser(None))
+            )
+    repos = [r for r in named if hub_cache.is_hub_id(r.name)]
     local = [(r.key, r.name) for r in named if r not in repos]
-    return repos, [(k, f"{n}, which make quickstart makes" if is_promised(n) else n) for k, n in local]
+    return repos, [(k, f"{n}, which make quickstart makes" if is_quickstart_path(n) else n) for k, n in local]
 
 
-def is_promised(name: str) -> bool:
-    return paths.made_by_quickstart(name) and not Path(name).exists()
+def is_quickstart_path(name: str) -> bool:
+    return paths.is_made_by_quickstart(name) and not Path(name).exists()
 
 
-def no_bars() -> None:
+def silence_progress_bars() -> None:
     from huggingface_hub.utils import disable_progress_bars
 
     disable_progress_bars()
 
 
-def check_disk(repos: list[Repo]) -> None:
+def check_cache_space(repos: list[HubRepo]) -> None:
     """KitError (3) where the missing bytes do not fit on the disk of the cache."""
     need = sum(repo.sizes[f] for repo in repos for f in repo.missing)
-    place = next(p for p in [hub_cache.cache(), *hub_cache.cache().absolute().parents] if p.exists())
+    place = next(
+        p for p in [hub_cache.hub_cache_folder(), *hub_cache.hub_cache_folder().absolute().parents] if p.exists()
+    )
     free = shutil.disk_usage(place).free
-    say(f"disk      {size(need)} to fetch, {size(free)} free in {hub_cache.cache()}")
+    print_line(f"disk      {format_size(need)} to fetch, {format_size(free)} free in {hub_cache.hub_cache_folder()}")
     if need > free:
         raise KitError(
-            f"{size(need)} are to be fetched, {size(free)} are free in {hub_cache.cache()}",
+            f"{format_size(need)} are to be fetched, {format_size(free)} are free in {hub_cache.hub_cache_folder()}",
             "HF_HOME",
-            f"free {size(need - free)}, or export HF_HOME=FOLDER on a larger disk, for the run too",
+            f"free {format_size(need - free)}, or export HF_HOME=FOLDER on a larger disk, for the run too",
             code=ENVIRONMENT,
         )
 
 
-def download(repo: Repo) -> None:
+def download_missing(repo: HubRepo) -> None:
     """The missing files, each whole or not at all."""
     from huggingface_hub import hf_hub_download
 
-    forget_partial(repo)
+    remove_partial_downloads(repo)
     missing = sorted(repo.missing, key=repo.sizes.__getitem__)  # what is refused is refused before the big files
-    pool = ThreadPoolExecutor(THREADS)
+    pool = ThreadPoolExecutor(DOWNLOAD_THREADS)
     try:
         get = partial(hf_hub_download, repo.name, repo_type=repo.kind, revision=repo.commit)
         jobs = {pool.submit(get, file): file for file in missing}
         for number, job in enumerate(as_completed(jobs), 1):
             job.result()
             if not sys.stderr.isatty():  # there each file has a bar of its own
-                say(f"fetched   {number}/{len(missing)} {jobs[job]} {size(repo.sizes[jobs[job]])}")
+                print_line(f"fetched   {number}/{len(missing)} {jobs[job]} {format_size(repo.sizes[jobs[job]])}")
     except KeyboardInterrupt:
         os._exit(130)  # leaving in order would wait for the files that the threads are at
     except Exception as error:  # the Hub's refusals and the network's; a full disk is the system's
-        raise problem_with(error, repo) from None
+        raise explain_error(error, repo) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def finish(repo: Repo) -> None:
+def record_snapshot(repo: HubRepo) -> None:
     """Note the commit's listing, by which an offline look sees what is missing, and the name of the revision."""
     from huggingface_hub import snapshot_download
 
-    no_bars()
+    silence_progress_bars()
     names = [escape(f) for f in repo.files]
     try:  # every file is there: this asks for the listing alone
         snapshot_download(repo.name, repo_type=repo.kind, revision=repo.commit, allow_patterns=names)
     except Exception as error:
-        raise problem_with(error, repo) from None
+        raise explain_error(error, repo) from None
     if repo.revision != repo.commit:
-        note_ref(repo)
+        write_ref(repo)
     if repo.missing or hub_cache.find_snapshot(repo.name, repo.kind, repo.revision) != repo.snapshot:
-        raise KitError(f"{repo.name} is not whole in {hub_cache.cache()}", repo.key, "run it again", code=ENVIRONMENT)
-    if repo.kind == hub_cache.DATASET and hub_cache.listing(repo.snapshot) is None:
+        raise KitError(
+            f"{repo.name} is not whole in {hub_cache.hub_cache_folder()}", repo.key, "run it again", code=ENVIRONMENT
+        )
+    if repo.kind == hub_cache.DATASET and hub_cache.cached_file_list(repo.snapshot) is None:
         problem = "this huggingface_hub keeps no listing of a commit, without which offline data may be a part"
         raise KitError(problem, repo.key, "pip install -U huggingface_hub", code=ENVIRONMENT)
 
 
-def forget_partial(repo: Repo) -> None:
+def remove_partial_downloads(repo: HubRepo) -> None:
     """Remove what killed downloads left: huggingface_hub names every try anew, and goes on with none of them."""
-    for file in (hub_cache.repo_folder(repo.name, repo.kind) / "blobs").glob("*.????????.incomplete"):
+    for file in (hub_cache.cached_repo_folder(repo.name, repo.kind) / "blobs").glob("*.????????.incomplete"):
         if time.time() - file.stat().st_mtime > 3600:  # one that is at work writes every few seconds
             file.unlink(missing_ok=True)
 
 
-def note_ref(repo: Repo) -> None:
+def write_ref(repo: HubRepo) -> None:
     """Write refs/<revision>, by which the cache knows a branch's commit: last, so that it names a whole snapshot."""
-    ref = hub_cache.repo_folder(repo.name, repo.kind) / "refs" / (repo.revision or "main")
+    ref = hub_cache.cached_repo_folder(repo.name, repo.kind) / "refs" / (repo.revision or "main")
     ref.parent.mkdir(parents=True, exist_ok=True)
     atomic_write_text(ref, repo.commit)
 
 
-def print_repo(repo: Repo) -> None:
+def print_repo(repo: HubRepo) -> None:
     total, there = (sum(map(repo.sizes.__getitem__, f)) for f in (repo.files, set(repo.files) - set(repo.missing)))
-    line = f"{repo.key.partition('.')[0]:<9} {repo.name} at {repo.commit[:12]}: {len(repo.files)} files, {size(total)}"
-    say(line + (f", {size(there)} of it here" if there else "") + (", gated" if repo.gated else ""))
+    line = f"{repo.key.partition('.')[0]:<9} {repo.name} at {repo.commit[:12]}: {len(repo.files)} files, {format_size(total)}"
+    print_line(line + (f", {format_size(there)} of it here" if there else "") + (", gated" if repo.gated else ""))
     for name in sorted(repo.missing):
-        say(f"          {name} {size(repo.sizes[name])}")
+        print_line(f"          {name} {format_size(repo.sizes[name])}")
 
 
-def size(number: float) -> str:
+def format_size(number: float) -> str:
     """Bytes in decimal units, as the Hub's pages give them."""
     for unit in ("B", "kB", "MB", "GB"):
         if number < 1000:
@@ -206,5 +223,5 @@ def size(number: float) -> str:
     return f"{number:,.3g} TB" if number < 1000 else f"{number:,.0f} TB"
 
 
-def say(line: str) -> None:
+def print_line(line: str) -> None:
     print(line, flush=True)

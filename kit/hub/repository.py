@@ -14,20 +14,20 @@ from kit.inspection import hub_dataset
 from kit.schema.run_plan import Model
 from kit.storage import hub_cache, safetensors_header
 
-AROUND = {".json", ".jinja", ".model", ".txt", ".tiktoken"}  # config, tokenizer, templates
-PICKLES = {".bin", ".pth", ".pt", ".ckpt", ".pkl", ".h5", ".msgpack"}
-TIMEOUT = 30.0  # seconds for the Hub's first answer; downloads have HF_HUB_DOWNLOAD_TIMEOUT
+TEXT_SUFFIXES = {".json", ".jinja", ".model", ".txt", ".tiktoken"}  # config, tokenizer, templates
+PICKLE_SUFFIXES = {".bin", ".pth", ".pt", ".ckpt", ".pkl", ".h5", ".msgpack"}
+HUB_TIMEOUT = 30.0  # seconds for the Hub's first answer; downloads have HF_HUB_DOWNLOAD_TIMEOUT
 
 
 @dataclass
-class Repo:
+class HubRepo:
     """One repository of a run: which files of which commit, and what of them is in the cache."""
 
     key: str  # what names it: model.name_or_path, tokenizer.name_or_path, dataset.path, dataset.eval_path
     name: str
     kind: str
     revision: str | None  # as asked for
-    choose: Callable[[Repo], list[str]] = lambda repo: []
+    choose: Callable[[HubRepo], list[str]] = lambda repo: []
     commit: str = ""
     sizes: dict[str, int] = field(default_factory=dict)  # bytes of every file of the commit
     files: list[str] = field(default_factory=list)  # the files to have
@@ -35,7 +35,7 @@ class Repo:
 
     @property
     def snapshot(self) -> Path:
-        return hub_cache.repo_folder(self.name, self.kind) / "snapshots" / self.commit
+        return hub_cache.cached_repo_folder(self.name, self.kind) / "snapshots" / self.commit
 
     @property
     def missing(self) -> list[str]:
@@ -47,26 +47,28 @@ class Repo:
         return "" if self.key == "dataset.eval_path" else f"{self.key.partition('.')[0]}.revision={self.commit}"
 
 
-def look(repo: Repo) -> None:
+def query_hub(repo: HubRepo) -> None:
     """Ask the Hub for the commit behind the revision and its files with their sizes, and choose among them."""
     from huggingface_hub import HfApi
 
     info: Any
     try:
         ask = HfApi().dataset_info if repo.kind == hub_cache.DATASET else HfApi().model_info
-        info = ask(repo.name, revision=repo.revision, files_metadata=True, timeout=TIMEOUT)
+        info = ask(repo.name, revision=repo.revision, files_metadata=True, timeout=HUB_TIMEOUT)
     except Exception as error:  # the Hub's refusals and the network's
-        raise problem_with(error, repo) from None
+        raise explain_error(error, repo) from None
     repo.commit, repo.gated = info.sha, bool(info.gated)
     repo.sizes = {f.rfilename: f.size or 0 for f in info.siblings}
     repo.files = repo.choose(repo)
 
 
-def model_files(model: Model) -> Callable[[Repo], list[str]]:
+def model_file_chooser(model: Model) -> Callable[[HubRepo], list[str]]:
     """Chooses config, tokenizer and weights: never a pickle, never code unless the command line asked for it."""
 
-    def choose(repo: Repo) -> list[str]:
-        around = tokenizer_files(repo) + [f for f in repo.sizes if f.endswith(".py") and model.trust_remote_code]
+    def choose(repo: HubRepo) -> list[str]:
+        around = choose_tokenizer_files(repo) + [
+            f for f in repo.sizes if f.endswith(".py") and model.trust_remote_code
+        ]
         if safetensors_header.CONFIG not in repo.sizes:
             adapter = "adapter_config.json" in repo.sizes
             content = "an adapter" if adapter else "no model of transformers"
@@ -76,7 +78,7 @@ def model_files(model: Model) -> Callable[[Repo], list[str]]:
             return around
         if safetensors_header.INDEX in repo.sizes:
             try:
-                shards = sorted(set(json.loads(read_file(repo, safetensors_header.INDEX))["weight_map"].values()))
+                shards = sorted(set(json.loads(read_repo_file(repo, safetensors_header.INDEX))["weight_map"].values()))
             except (ValueError, KeyError, AttributeError, TypeError):
                 raise KitError(
                     f"{safetensors_header.INDEX} of {repo.name} cannot be read", repo.key, "name another"
@@ -87,7 +89,7 @@ def model_files(model: Model) -> Callable[[Repo], list[str]]:
             return around + shards
         if safetensors_header.SINGLE in repo.sizes:
             return [*around, safetensors_header.SINGLE]
-        pickles = [f for f in repo.sizes if Path(f).suffix in PICKLES]
+        pickles = [f for f in repo.sizes if Path(f).suffix in PICKLE_SUFFIXES]
         if pickles:
             raise KitError(
                 f"{repo.name} has no safetensors, only pickles ({pickles[0]}), which can run code when they are read",
@@ -100,20 +102,20 @@ def model_files(model: Model) -> Callable[[Repo], list[str]]:
     return choose
 
 
-def tokenizer_files(repo: Repo) -> list[str]:
+def choose_tokenizer_files(repo: HubRepo) -> list[str]:
     """Everything but weights that stands at the top of a model's repository, and further chat templates."""
     return [
         f
         for f in repo.sizes
-        if Path(f).suffix in AROUND and ("/" not in f or f.startswith("additional_chat_templates/"))
+        if Path(f).suffix in TEXT_SUFFIXES and ("/" not in f or f.startswith("additional_chat_templates/"))
     ]
 
 
-def data_files(config: str | None) -> Callable[[Repo], list[str]]:
+def data_file_chooser(config: str | None) -> Callable[[HubRepo], list[str]]:
     """Chooses the files of one configuration, with what describes them; scripts stay where they are."""
 
-    def choose(repo: Repo) -> list[str]:
-        card = read_file(repo, hub_dataset.CARD) if hub_dataset.CARD in repo.sizes else ""
+    def choose(repo: HubRepo) -> list[str]:
+        card = read_repo_file(repo, hub_dataset.CARD) if hub_dataset.CARD in repo.sizes else ""
         files = hub_dataset.files_of(list(repo.sizes), card, config)
         if not files:
             scripts = [f for f in repo.sizes if f.endswith(".py")]
@@ -125,7 +127,7 @@ def data_files(config: str | None) -> Callable[[Repo], list[str]]:
     return choose
 
 
-def read_file(repo: Repo, name: str) -> str:
+def read_repo_file(repo: HubRepo, name: str) -> str:
     """A small file of the repository, read without touching the cache."""
     from huggingface_hub import hf_hub_download
 
@@ -134,10 +136,10 @@ def read_file(repo: Repo, name: str) -> str:
             file = hf_hub_download(repo.name, name, repo_type=repo.kind, revision=repo.commit, local_dir=folder)
             return Path(file).read_text(encoding="utf-8", errors="replace")
     except Exception as error:  # the Hub's refusals and the network's
-        raise problem_with(error, repo) from None
+        raise explain_error(error, repo) from None
 
 
-def problem_with(error: Exception, repo: Repo) -> Exception:
+def explain_error(error: Exception, repo: HubRepo) -> Exception:
     """In words, unless it is a KitError or the disk's own, which the command line words itself."""
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -145,4 +147,4 @@ def problem_with(error: Exception, repo: Repo) -> Exception:
         return error
     if isinstance(error, OSError) and error.filename is not None and not isinstance(error, HfHubHTTPError):
         return error
-    return hub_cache.explain(error, repo.name, repo.kind, repo.key)
+    return hub_cache.hub_error(error, repo.name, repo.kind, repo.key)

@@ -13,22 +13,26 @@ import yaml
 from kit.errors import KitError, Problem
 from kit.importing import accelerate, axolotl, llamafactory, trl
 from kit.importing.command import read_command
-from kit.importing.read import SUFFIXES, detect, read_file
+from kit.importing.read import SUFFIXES, detect_format, read_config_file
 from kit.importing.report import Entry, Reading, Recipe, Source
-from kit.importing.tree import shown
+from kit.importing.tree import value_on_one_line
 from kit.storage.json_files import atomic_write_text
 
 READERS = {
-    "accelerate": accelerate.read,
-    "launcher": accelerate.read_launcher,
-    "environment": accelerate.read_environment,
-    "axolotl": axolotl.read,
-    "llamafactory": llamafactory.read,
-    "trl": trl.read,
+    "accelerate": accelerate.import_accelerate,
+    "launcher": accelerate.import_launcher,
+    "environment": accelerate.import_environment,
+    "axolotl": axolotl.import_axolotl,
+    "llamafactory": llamafactory.import_llamafactory,
+    "trl": trl.import_trl,
 }
-FORMATS = ("trl", "accelerate", "axolotl", "llamafactory")
-RUNS = ("trl", "axolotl", "llamafactory")  # each describes a whole run; one of them at a time
-ORDER = (*(name for name in READERS if name not in RUNS), "deepspeed", *RUNS)  # the run's own words stand last
+FORMAT_NAMES = ("trl", "accelerate", "axolotl", "llamafactory")
+RUN_FORMATS = ("trl", "axolotl", "llamafactory")  # each describes a whole run; one of them at a time
+READ_ORDER = (
+    *(name for name in READERS if name not in RUN_FORMATS),
+    "deepspeed",
+    *RUN_FORMATS,
+)  # the run's own words stand last
 
 
 @dataclass
@@ -56,25 +60,25 @@ class Imported:
 
 def import_config(*words: str, form: str | None = None, check: bool = True) -> Imported:
     """The recipe of config files or of one command line; KitError where they are no description of an SFT run."""
-    sources = find_sources(list(words), form)
-    given = {s.format for s in sources} & set(RUNS)
+    sources = read_sources(list(words), form)
+    given = {s.format for s in sources} & set(RUN_FORMATS)
     if len(given) > 1:
         named = ", ".join(f"{s.name} ({s.format})" for s in sources if s.format in given)
         raise KitError(f"these describe two runs: {named}", "command line", "import them one by one")
     recipe, entries = Recipe(), []
-    for name in ORDER:
+    for name in READ_ORDER:
         if not (same := [s for s in sources if s.format == name]):
             continue
         reading = Reading(same, recipe)
         if name == "deepspeed":
             for source in same:
-                entries.append(json_file(source, recipe))
+                entries.append(carry_deepspeed_file(source, recipe))
             continue
         READERS[name](reading)
         entries += reading.finish()
-    settle(recipe)
+    reconcile_sources(recipe)
     tree = recipe_tree(recipe)
-    text = write(tree, recipe, entries, sources)
+    text = recipe_text(tree, recipe, entries, sources)
     imported = Imported(
         text, tree, entries, [(s.name, s.format) for s in sources], recipe.their_defaults, recipe.notes
     )
@@ -83,11 +87,11 @@ def import_config(*words: str, form: str | None = None, check: bool = True) -> I
             "no model and no data are named here: add model=... and dataset=..., or the tool's own file"
         )
     if check:
-        imported.problems = checked(imported.text, recipe, bool(given))
+        imported.problems = check_recipe(imported.text, recipe, bool(given))
     return imported
 
 
-def find_sources(words: list[str], form: str | None) -> list[Source]:
+def read_sources(words: list[str], form: str | None) -> list[Source]:
     if not words:
         raise KitError("nothing is given", "command line", "kit import FILE.yaml, or kit import COMMAND ...")
     files = all(w.endswith(SUFFIXES) or (not re.search(r"[\s=]", w) and Path(w).is_file() and "." in w and
@@ -98,9 +102,9 @@ def find_sources(words: list[str], form: str | None) -> list[Source]:
         sources = []
         for word in words:
             path = Path(word).expanduser()
-            tree = read_file(path)
+            tree = read_config_file(path)
             try:
-                detected = detect(tree)
+                detected = detect_format(tree)
             except KitError as error:
                 raise KitError(error.problems[0].problem, word, error.problems[0].fix) from None
             if detected is None and form is None:
@@ -116,33 +120,33 @@ def find_sources(words: list[str], form: str | None) -> list[Source]:
         sources = read_command(words)
         if form:
             for source in sources:
-                source.format = form if source.format in RUNS else source.format
-    return follow(sources)
+                source.format = form if source.format in RUN_FORMATS else source.format
+    return follow_trl_config(sources)
 
 
-def follow(sources: list[Source]) -> list[Source]:
+def follow_trl_config(sources: list[Source]) -> list[Source]:
     """A TRL file may name another one by `config`."""
     for source in list(sources):
         name = source.tree.get("config") if source.format == "trl" else None
         if isinstance(name, str) and name.endswith(SUFFIXES):
             place = next((p for p in (Path(name), source.folder / name) if p.is_file()), Path(name))
             del source.tree["config"]
-            sources.insert(0, Source(str(place), "trl", read_file(place), place.parent))
+            sources.insert(0, Source(str(place), "trl", read_config_file(place), place.parent))
     return sources
 
 
-def json_file(source: Source, recipe: Recipe) -> Entry:
+def carry_deepspeed_file(source: Source, recipe: Recipe) -> Entry:
     """A DeepSpeed JSON is used as it is."""
     entry = Entry(source.name, "(the whole file)", "carried", ["deepspeed.file"], "kit check reads it too")
     recipe.set("deepspeed.file", source.name, entry)
     return entry
 
 
-def settle(recipe: Recipe) -> None:
+def reconcile_sources(recipe: Recipe) -> None:
     """What only shows when all sources are together."""
     if "deepspeed.file" in recipe.values or "deepspeed" in recipe.values:
         for key in [k for k in recipe.values if k.startswith("deepspeed.") and k != "deepspeed.file"]:
-            recipe.drop(key, f"{shown(recipe.values.get('deepspeed.file', 'the JSON of the run'))} stands")
+            recipe.drop(key, f"{value_on_one_line(recipe.values.get('deepspeed.file', 'the JSON of the run'))} stands")
     if recipe.groups.get("peft") == "none":
         for key in [k for k in recipe.values if k.startswith("peft.")]:
             recipe.drop(key, "no adapter is trained")
@@ -159,59 +163,61 @@ def recipe_tree(recipe: Recipe) -> dict[str, Any]:
     order = "model tokenizer dataset peft quantization deepspeed fsdp trainer launch".split()
     nested = recipe.nested()
     for section in sorted(nested, key=lambda s: (order.index(s) if s in order else 99, s)):
-        tree[section] = literal(nested[section])
+        tree[section] = escape_interpolation(nested[section])
     return tree
 
 
-def literal(value: Any) -> Any:
+def escape_interpolation(value: Any) -> Any:
     """Foreign text is text: what OmegaConf would look up in it is escaped, keys are words."""
     if isinstance(value, dict):
-        return {str(k): literal(v) for k, v in value.items()}
+        return {str(k): escape_interpolation(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [literal(v) for v in value]
+        return [escape_interpolation(v) for v in value]
     if isinstance(value, str):
         return re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + "\\${", value)
     return value if value is None or isinstance(value, bool | int | float) else str(value)
 
 
-class Dumper(yaml.SafeDumper):
+class RecipeDumper(yaml.SafeDumper):
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
-def text_node(dumper: Dumper, text: str) -> yaml.ScalarNode:
+def represent_text(dumper: RecipeDumper, text: str) -> yaml.ScalarNode:
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if "\n" in text else None)
 
 
-Dumper.add_representer(str, text_node)
+RecipeDumper.add_representer(str, represent_text)
 
 
-def write(tree: dict[str, Any], recipe: Recipe, entries: list[Entry], sources: list[Source]) -> str:
+def recipe_text(tree: dict[str, Any], recipe: Recipe, entries: list[Entry], sources: list[Source]) -> str:
     """The recipe as YAML; its head says where it is from, its end what could not be carried over."""
     lines = ["# @package _global_"]
-    lines += [f"# Imported from {comment(s.name)} ({s.format}) by kit import." for s in sources]
-    body = yaml.dump(tree, Dumper=Dumper, sort_keys=False, width=110, allow_unicode=True) if tree else ""
+    lines += [f"# Imported from {comment_text(s.name)} ({s.format}) by kit import." for s in sources]
+    body = yaml.dump(tree, Dumper=RecipeDumper, sort_keys=False, width=110, allow_unicode=True) if tree else ""
     left = [e for e in entries if e.outcome == "left"]
     ends = []
     if recipe.their_defaults:
         ends += ["", "# Their defaults, written out because the kit's differ:"]
-        ends += [f"#   {comment(key)}: {comment(reason)}" for key, reason in recipe.their_defaults.items()]
+        ends += [f"#   {comment_text(key)}: {comment_text(reason)}" for key, reason in recipe.their_defaults.items()]
     if left:
         ends += ["", "# Not carried over:"]
-        ends += [f"#   {comment(e.key)}: {comment(e.note)}{'; ' * bool(e.fix)}{comment(e.fix)}" for e in left]
-    ends += [f"# Note: {comment(n)}" for n in recipe.notes]
+        ends += [
+            f"#   {comment_text(e.key)}: {comment_text(e.note)}{'; ' * bool(e.fix)}{comment_text(e.fix)}" for e in left
+        ]
+    ends += [f"# Note: {comment_text(n)}" for n in recipe.notes]
     return "\n".join([*lines, body.rstrip("\n"), *ends]).rstrip() + "\n"
 
 
-def comment(text: str) -> str:
-    return shown_line(text)[:300]
+def comment_text(text: str) -> str:
+    return printable_line(text)[:300]
 
 
-def shown_line(text: str) -> str:
+def printable_line(text: str) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
-def checked(text: str, recipe: Recipe, whole: bool) -> list[Problem]:
+def check_recipe(text: str, recipe: Recipe, whole: bool) -> list[Problem]:
     """What `kit check` says of the recipe, meant for a machine with GPUs unless it says otherwise.
 
     `whole`: a run was described; an accelerate config alone names no model and no data, and is checked with others'.
@@ -228,7 +234,7 @@ def checked(text: str, recipe: Recipe, whole: bool) -> list[Problem]:
     return [Problem(p.problem, p.where.replace(str(file), "the recipe"), p.fix, p.rule) for p in problems]
 
 
-def save(imported: Imported, out: str, overwrite: bool = False) -> None:
+def save_recipe(imported: Imported, out: str, overwrite: bool = False) -> None:
     """Write the recipe; KitError where the place will not do."""
     path = Path(out).expanduser()
     if path.suffix not in (".yaml", ".yml"):

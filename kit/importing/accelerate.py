@@ -12,8 +12,8 @@ from kit.errors import KitError
 from kit.importing import sharding
 from kit.importing.report import Reading
 
-PROCESSES = "several machines are started by a batch system"
-SAME = {
+SEVERAL_MACHINES = "several machines are started by a batch system"
+NOTHING_NEEDED = {
     "debug": "accelerate's own collectives check",
     "rdzv_backend": "the launcher's own",
     "same_network": "the launcher's own",
@@ -25,13 +25,13 @@ SAME = {
     "tpu_zone": "no TPU here",
     "num_cpu_threads_per_process": "the launcher's own",
 }
-LEFT = {
+NO_COUNTERPART = {
     "enable_cpu_affinity": ("the launcher's own", "numactl, or the deepspeed launcher's --bind_cores_to_rank"),
     "main_process_ip": (
-        PROCESSES,
+        SEVERAL_MACHINES,
         "launch the plan with deepspeed or torchrun on each: --module kit.worker PLAN.json",
     ),
-    "machine_rank": (PROCESSES, "the same"),
+    "machine_rank": (SEVERAL_MACHINES, "the same"),
     "fp8_config": ("no fp8 training here", "trainer.bf16=true"),
     "parallelism_config": ("not known by these names", "trainer.parallelism_config.KEY=..."),
     "megatron_lm_config": ("no Megatron here", "deepspeed=zero3"),
@@ -41,8 +41,8 @@ LEFT = {
     "tpu_vm": ("no TPU here", ""),
     "ipex_config": ("no IPEX here", ""),
 }
-DEEPSPEED_LEFT = {
-    "deepspeed_hostfile": (PROCESSES, "the deepspeed launcher's --hostfile"),
+DEEPSPEED_NO_COUNTERPART = {
+    "deepspeed_hostfile": (SEVERAL_MACHINES, "the deepspeed launcher's --hostfile"),
     "deepspeed_exclusion_filter": ("devices are chosen outside", "CUDA_VISIBLE_DEVICES=..."),
     "deepspeed_inclusion_filter": ("devices are chosen outside", "CUDA_VISIBLE_DEVICES=..."),
     "deepspeed_moe_layer_cls_names": (
@@ -55,7 +55,7 @@ DEEPSPEED_LEFT = {
 PRECISION = {"bf16": (True, False), "fp16": (False, True), "no": (False, False)}
 
 
-def read(r: Reading) -> None:
+def import_accelerate(r: Reading) -> None:
     where = r.get("compute_environment", default="LOCAL_MACHINE")
     if where not in ("LOCAL_MACHINE", 0, "0", None):
         raise KitError(
@@ -66,10 +66,10 @@ def read(r: Reading) -> None:
     kind = str(r.get("distributed_type", default="NO")).upper()
     if kind in ("MEGATRON_LM", "XLA", "TPU"):
         raise KitError(f"the kit has no {kind}", f"{r.name}: distributed_type", "MULTI_GPU, DEEPSPEED or FSDP")
-    processes(r, kind)
-    precision(r)
-    r.mark_defaults(SAME)
-    r.leave_all(LEFT)
+    import_processes(r, kind)
+    import_precision(r)
+    r.mark_defaults(NOTHING_NEEDED)
+    r.leave_all(NO_COUNTERPART)
     if r.has("use_cpu"):
         if r.get("use_cpu") in (True, "true"):
             r.carry(("use_cpu",), "trainer.use_cpu", True)
@@ -87,11 +87,11 @@ def read(r: Reading) -> None:
             r.mark_default(("downcast_bf16",), "off, as here")
         else:
             r.leave(("downcast_bf16",), "for TPUs", "")
-    compiled(r)
-    deepspeed(r, kind)
+    import_compile(r)
+    import_deepspeed(r, kind)
     if isinstance(r.get("fsdp_config"), dict) and r.get("fsdp_config"):
         if kind == "FSDP":
-            sharding.fsdp(r, "fsdp_config")
+            sharding.import_fsdp_config(r, "fsdp_config")
         else:
             r.mark_default(("fsdp_config",), f"not read: distributed_type is {kind}")
     elif r.has("fsdp_config"):
@@ -100,7 +100,7 @@ def read(r: Reading) -> None:
         r.recipe.default("fsdp.version", 1, "accelerate's default")
 
 
-def processes(r: Reading, kind: str) -> None:
+def import_processes(r: Reading, kind: str) -> None:
     machines = r.get("num_machines", default=1) or 1
     count = r.get("num_processes")
     if r.has("distributed_type"):
@@ -109,7 +109,7 @@ def processes(r: Reading, kind: str) -> None:
         if machines == 1:
             r.mark_default(("num_machines",), "one machine, as here")
         else:
-            r.leave(("num_machines",), PROCESSES, "launch the plan with deepspeed or torchrun on each machine")
+            r.leave(("num_machines",), SEVERAL_MACHINES, "launch the plan with deepspeed or torchrun on each machine")
     if r.has("num_processes") and not r.skip_null("num_processes"):
         whole = isinstance(count, int) and isinstance(machines, int) and machines > 1 and count % machines == 0
         note = f"{count} over {machines} machines, counted on one" if whole else ""
@@ -119,7 +119,7 @@ def processes(r: Reading, kind: str) -> None:
         r.recipe.default("launch.num_gpus", 1, "accelerate starts one process")
 
 
-def precision(r: Reading) -> None:
+def import_precision(r: Reading) -> None:
     if not r.has("mixed_precision") or r.skip_null("mixed_precision"):
         return
     word = "no" if r.get("mixed_precision") is False else str(r.get("mixed_precision")).lower()
@@ -130,7 +130,7 @@ def precision(r: Reading) -> None:
         r.carry(("mixed_precision",), f"trainer.{name}", value)
 
 
-def compiled(r: Reading) -> None:
+def import_compile(r: Reading) -> None:
     block = r.get("dynamo_config")
     if r.has("dynamo_backend"):
         if str(r.get("dynamo_backend")).lower() in ("no", "false", "none"):
@@ -159,7 +159,7 @@ def compiled(r: Reading) -> None:
             r.leave(path, "transformers passes no such setting on", "")
 
 
-def deepspeed(r: Reading, kind: str) -> None:
+def import_deepspeed(r: Reading, kind: str) -> None:
     """A JSON that is named is followed; else the flags make the JSON that accelerate makes of them."""
     block = r.get("deepspeed_config")
     block_key = "deepspeed_config"
@@ -170,11 +170,11 @@ def deepspeed(r: Reading, kind: str) -> None:
     if kind != "DEEPSPEED" and "distributed_type" in r.tree:
         r.mark_default((block_key,), f"not read: distributed_type is {kind}")
         return
-    r.leave_all(DEEPSPEED_LEFT, block_key)
+    r.leave_all(DEEPSPEED_NO_COUNTERPART, block_key)
     r.mark_defaults({"deepspeed_multinode_launcher": "one machine needs none",
              "zero3_init_flag": "the kit loads under zero.Init wherever stage 3 asks for it"}, block_key)  # fmt: skip
     if block.get("deepspeed_config_file"):
-        sharding.deepspeed(r, block_key, "deepspeed_config_file")
+        sharding.import_deepspeed_file(r, block_key, "deepspeed_config_file")
         for name in list(block):
             if r.has(block_key, name):
                 r.leave((block_key, name), "the file stands: accelerate refuses both", "put it into the JSON")
@@ -234,7 +234,7 @@ def deepspeed(r: Reading, kind: str) -> None:
         r.recipe.values.setdefault(f"deepspeed.{name}", "auto")
 
 
-def read_launcher(r: Reading) -> None:
+def import_launcher(r: Reading) -> None:
     """torchrun's and deepspeed's own options."""
     if r.name in ("deepspeed", "torchrun"):
         r.recipe.groups["launch"] = r.name
@@ -253,7 +253,7 @@ def read_launcher(r: Reading) -> None:
             r.leave((name,), "an option of the launcher that the kit does not set", fix)
 
 
-def read_environment(r: Reading) -> None:
+def import_environment(r: Reading) -> None:
     for name in list(r.tree):
         if r.has(name):
             secret = re.search(r"(KEY|TOKEN|SECRET|PASSWORD)$", str(name))

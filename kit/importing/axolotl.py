@@ -6,37 +6,45 @@ from typing import Any
 
 from kit.errors import KitError
 from kit.importing import sharding, trl
-from kit.importing.axolotl_data import datasets, template
-from kit.importing.axolotl_keys import CUSTOM_OPTIMIZERS, LEFT, NAMES, NOT_SFT, PEFT, SAME, THEIR_DEFAULTS
+from kit.importing.axolotl_data import import_chat_template, import_datasets
+from kit.importing.axolotl_keys import (
+    CUSTOM_OPTIMIZERS,
+    NAMES,
+    NO_COUNTERPART,
+    NOT_SFT,
+    NOTHING_NEEDED,
+    PEFT,
+    THEIR_DEFAULTS,
+)
 from kit.importing.report import Reading
-from kit.importing.training_arguments import defaults, training_arguments
+from kit.importing.training_arguments import import_training_arguments, write_trainer_defaults
 
 
-def read(r: Reading) -> None:
+def import_axolotl(r: Reading) -> None:
     for name in NOT_SFT:
         if r.get(name):
             raise KitError(
                 f"{name}: {r.get(name)} is no supervised fine-tuning run", r.name, "the kit trains SFT alone"
             )
         r.leave_all({name: ("", "")})
-    optimizer(r)
-    method(r)
-    attention(r)
-    precision(r)
-    steps(r)
-    trackers(r)
-    tokens(r)
-    datasets(r)
-    sharding.deepspeed(r)
+    import_optimizer(r)
+    import_method(r)
+    import_attention(r)
+    import_precision(r)
+    import_steps(r)
+    import_trackers(r)
+    import_tokens(r)
+    import_datasets(r)
+    sharding.import_deepspeed_file(r)
     for name, key in NAMES.items():
         if r.has(name) and not r.skip_null(name):
             r.carry((name,), key, r.get(name))
-    trl.revision(r, "revision_of_model")
-    trl.revision(r, "model_revision")
-    r.mark_defaults(SAME)
-    r.leave_all(LEFT)
-    liger(r)
-    training_arguments(r)
+    trl.import_revision(r, "revision_of_model")
+    trl.import_revision(r, "model_revision")
+    r.mark_defaults(NOTHING_NEEDED)
+    r.leave_all(NO_COUNTERPART)
+    import_liger(r)
+    import_training_arguments(r)
     changed = dict(THEIR_DEFAULTS)
     if "trainer.per_device_train_batch_size" in r.recipe.values:
         changed["per_device_eval_batch_size"] = r.recipe.values["trainer.per_device_train_batch_size"]
@@ -46,14 +54,14 @@ def read(r: Reading) -> None:
     if r.get("learning_rate") is None:
         r.recipe.notes.append("Axolotl needs a learning_rate and the file has none: the kit's own stands")
         changed["learning_rate"] = 2.0e-4
-    defaults(r, changed, "Axolotl")
+    write_trainer_defaults(r, changed, "Axolotl")
     if "warmup_steps" not in r.tree and r.get("warmup_ratio") is None:
         r.recipe.notes.append("Axolotl's own warm-up is 3% of the steps and at most 100; the limit is not carried")
     if r.get("excess_length_strategy") in (None, "drop"):
         r.recipe.notes.append("Axolotl drops rows longer than sequence_len; here they are cut at trainer.max_length")
 
 
-def optimizer(r: Reading) -> None:
+def import_optimizer(r: Reading) -> None:
     name = r.get("optimizer")
     if r.has("optimizer") and name in CUSTOM_OPTIMIZERS:
         r.leave(("optimizer",), f"transformers has no optimizer {name}", "trainer.optim=adamw_torch_fused")
@@ -69,7 +77,7 @@ def optimizer(r: Reading) -> None:
         r.carry(("optim_args",), "trainer.optim_args", ",".join(f"{k}={v}" for k, v in r.get("optim_args").items()))
 
 
-def method(r: Reading) -> None:
+def import_method(r: Reading) -> None:
     adapter = r.get("adapter")
     if adapter not in (None, "", "lora", "qlora"):
         raise KitError(f"adapter: {adapter} is not known here", r.name, "adapter: lora, qlora, or none")
@@ -109,7 +117,7 @@ def method(r: Reading) -> None:
         r.carry(("peft", "loftq_config"), "peft.init_lora_weights", "loftq")
 
 
-def attention(r: Reading) -> None:
+def import_attention(r: Reading) -> None:
     kinds = {"flash_attention": "flash_attention_2", "sdp_attention": "sdpa", "flex_attention": "flex_attention",
              "eager_attention": "eager"}  # fmt: skip
     for name, kind in kinds.items():
@@ -128,7 +136,7 @@ def attention(r: Reading) -> None:
             r.carry(("attn_implementation",), "model.attn_implementation", given)
 
 
-def precision(r: Reading) -> None:
+def import_precision(r: Reading) -> None:
     for name, flag in (("bf16", "bf16"), ("bfloat16", "bf16"), ("fp16", "fp16"), ("float16", "fp16")):
         if r.has(name) and not r.skip_null(name):
             value = r.get(name)
@@ -156,7 +164,7 @@ def precision(r: Reading) -> None:
         r.carry(("activation_offloading",), "trainer.activation_offloading", True, "to the CPU")
 
 
-def steps(r: Reading) -> None:
+def import_steps(r: Reading) -> None:
     total, micro = r.get("batch_size"), r.get("micro_batch_size", default=1)
     if r.has("batch_size") and not r.skip_null("batch_size"):
         if r.get("gradient_accumulation_steps"):
@@ -205,7 +213,7 @@ def steps(r: Reading) -> None:
         r.mark_default(("max_steps",), "0: the epochs say it")
 
 
-def trackers(r: Reading) -> None:
+def import_trackers(r: Reading) -> None:
     for name in ("wandb", "mlflow", "tensorboard", "trackio", "comet"):
         on = r.get(f"use_{name}") is True or bool(r.get(f"{name}_project"))
         if r.has(f"use_{name}"):
@@ -223,7 +231,7 @@ def trackers(r: Reading) -> None:
             r.mark_default((name,), "empty")
 
 
-def tokens(r: Reading) -> None:
+def import_tokens(r: Reading) -> None:
     block_key = "special_tokens"
     if isinstance(r.get(block_key), dict):
         names = ("pad_token", "eos_token", "bos_token")
@@ -239,7 +247,7 @@ def tokens(r: Reading) -> None:
             added += r.get(*path) if isinstance(r.get(*path), list) else [r.get(*path)]
             note = "added as special tokens" if path == ("tokens",) else ""
             r.carry(path, "tokenizer.added_tokens", list(added), note)
-    template(r, ("chat_template",))
+    import_chat_template(r, ("chat_template",))
     jinja = r.get("chat_template_jinja")
     if r.has("chat_template_jinja") and jinja:
         if "\n" not in str(jinja) and str(jinja).endswith(".jinja"):
@@ -254,7 +262,7 @@ def tokens(r: Reading) -> None:
         r.mark_default(("chat_template_jinja",), "empty")
 
 
-def liger(r: Reading) -> None:
+def import_liger(r: Reading) -> None:
     """Liger's kernels are one switch here."""
     names = [n for n in r.tree if isinstance(n, str) and n.startswith("liger_")]
     for name in names:

@@ -7,7 +7,7 @@ from typing import Any
 
 from kit.importing import prompts
 from kit.importing.report import Reading
-from kit.importing.tree import Key
+from kit.importing.tree import KeyPath
 
 MASKS = (
     "roles drop_system_message message_field_training roles_to_train train_on_eos train_on_eot shards shards_idx "
@@ -15,7 +15,7 @@ MASKS = (
 ).split()
 
 
-def template(r: Reading, path: Key) -> None:
+def import_chat_template(r: Reading, path: KeyPath) -> None:
     if not r.has(*path) or r.skip_null(*path):
         return
     name = str(r.get(*path))
@@ -28,15 +28,15 @@ def template(r: Reading, path: Key) -> None:
                 f"tokenizer.chat_template={name} if kit check knows it, or FILE.jinja")  # fmt: skip
 
 
-def datasets(r: Reading) -> None:
+def import_datasets(r: Reading) -> None:
     listed = r.get("datasets")
     if isinstance(listed, list) and listed and isinstance(listed[0], dict):
-        one(r, ("datasets", 0), listed[0])
+        import_dataset(r, ("datasets", 0), listed[0])
         for number in range(1, len(listed)):
             r.leave(("datasets", number), "the kit trains on one data set", "join the files in one folder")
     test_sets = r.get("test_datasets")
     if isinstance(test_sets, list) and test_sets and isinstance(test_sets[0], dict):
-        place = where(test_sets[0])
+        place = dataset_place(test_sets[0])
         if place and "path" in test_sets[0]:
             r.carry(("test_datasets", 0, "path"), "dataset.eval_path", place)
             if test_sets[0].get("data_files") == place and r.has("test_datasets", 0, "data_files"):
@@ -54,7 +54,7 @@ def datasets(r: Reading) -> None:
             r.mark_default(("val_set_size",), "nothing is held out, as here")
 
 
-def where(block: dict[str, Any]) -> str | None:
+def dataset_place(block: dict[str, Any]) -> str | None:
     files = block.get("data_files")
     files = files[0] if isinstance(files, list) and len(files) == 1 else files
     if isinstance(files, str) and block.get("path") in ("json", "csv", "parquet", "arrow", "text", files):
@@ -62,9 +62,9 @@ def where(block: dict[str, Any]) -> str | None:
     return block.get("path")
 
 
-def one(r: Reading, prefix: Key, block: dict[str, Any]) -> None:
+def import_dataset(r: Reading, prefix: KeyPath, block: dict[str, Any]) -> None:
     """The data set that is trained on: its place, and its rows written as the kit's template writes them."""
-    place = where(block)
+    place = dataset_place(block)
     if r.has(*prefix, "path"):
         if place != block["path"]:
             r.mark_default((*prefix, "path"), "the suffix of the file says it")
@@ -81,7 +81,7 @@ def one(r: Reading, prefix: Key, block: dict[str, Any]) -> None:
     )
     if r.has(*prefix, "trust_remote_code"):
         r.leave_all({"trust_remote_code": ("data sets run no code here", "")}, *prefix)
-    rows(r, prefix, block)
+    import_row_format(r, prefix, block)
     for name in MASKS:
         if r.has(*prefix, name):
             usual = (name == "roles_to_train" and block[name] == ["assistant"]) or (
@@ -93,13 +93,13 @@ def one(r: Reading, prefix: Key, block: dict[str, Any]) -> None:
                 r.leave((*prefix, name), "the template's marks say what is trained", "a template of your own")
 
 
-def rows(r: Reading, prefix: Key, block: dict[str, Any]) -> None:
+def import_row_format(r: Reading, prefix: KeyPath, block: dict[str, Any]) -> None:
     kind = block.get("type")
     whole = r.get("train_on_inputs") is True
     path = (*prefix, "type")
     base = str(kind).split(":")[0].split(".")[0] if isinstance(kind, str) else kind
     if isinstance(kind, dict):
-        own(r, path, kind)
+        import_own_format(r, path, kind)
     elif base == "completion":
         r.carry(path, "dataset.format", "text")
         if r.has(*prefix, "field") and not r.skip_null(*prefix, "field"):
@@ -111,9 +111,9 @@ def rows(r: Reading, prefix: Key, block: dict[str, Any]) -> None:
             r.carry((*prefix, "field_messages"), "dataset.columns.messages", column)
         elif column != "messages":
             r.carry(path, "dataset.columns.messages", column)
-        turns(r, prefix, block)
+        import_turn_keys(r, prefix, block)
         if not r.skip_null(*prefix, "chat_template"):
-            template(r, (*prefix, "chat_template"))
+            import_chat_template(r, (*prefix, "chat_template"))
         if not whole:
             r.recipe.default("trainer.assistant_only_loss", True, "Axolotl trains the assistant's words alone")
     elif base == "alpaca" and str(kind) in ("alpaca", "alpaca:instruct", "alpaca:chat"):
@@ -130,7 +130,7 @@ def rows(r: Reading, prefix: Key, block: dict[str, Any]) -> None:
             r.mark_default(("train_on_inputs",), "prompts are not in the loss, as here")
 
 
-def turns(r: Reading, prefix: Key, block: dict[str, Any]) -> None:
+def import_turn_keys(r: Reading, prefix: KeyPath, block: dict[str, Any]) -> None:
     """Names inside a turn: role and content, or from and value, which TRL renames itself."""
     given = block.get("message_property_mappings")
     names = {**given} if isinstance(given, dict) else {}
@@ -151,7 +151,7 @@ def turns(r: Reading, prefix: Key, block: dict[str, Any]) -> None:
                 r.leave((*prefix, name), "turns hold role and content, or from and value", "rename them in the file")
 
 
-def own(r: Reading, path: Key, kind: dict[str, Any]) -> None:
+def import_own_format(r: Reading, path: KeyPath, kind: dict[str, Any]) -> None:
     """A prompt of one's own, `format: "{instruction} {input}"`, as the kit's template."""
     columns = {n: kind.get(f"field_{n}") or n for n in ("instruction", "input", "output", "system")}
     text = str(kind.get("format") or "{instruction} {input} ")

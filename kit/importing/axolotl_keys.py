@@ -42,7 +42,7 @@ CUSTOM_OPTIMIZERS = (
     "muon dion sinkgd optimi_adamw ao_adamw_4bit ao_adamw_8bit ao_adamw_fp8 adopt_adamw came_pytorch "
     "q_galore_adamw8bit flash_adamw flash_adam flash_sgd flash_sgdw flash_lion"
 ).split()
-SAME = {
+NOTHING_NEEDED = {
     "model_type": "found from the model's config.json",
     "type_of_model": "found from the model's config.json",
     "tokenizer_type": "found from the tokenizer's files",
@@ -77,7 +77,7 @@ SAME = {
     "qlora_sharded_model_loading": "the kit loads its own way",
 }
 SCRIPT = "launch.script=my_train.py with your own callback"
-LEFT = {
+NO_COUNTERPART = {
     "plugins": ("the kit has no plugins", "trainer.use_liger_kernel=true for Liger's kernels"),
     "lora_mlp_kernel": ("the kit picks its kernels", ""),
     "lora_qkv_kernel": ("the kit picks its kernels", ""),

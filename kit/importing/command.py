@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from kit.errors import KitError
-from kit.importing.read import SUFFIXES, detect, read_file
+from kit.importing.read import SUFFIXES, detect_format, read_config_file
 from kit.importing.report import Source
 
 NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?$")
 
 
-def scalar(word: str) -> Any:
+def parse_scalar(word: str) -> Any:
     """A word of a command line as a value: numbers, true, false, none and JSON; the rest is text."""
     if word.lower() in ("true", "false"):
         return word.lower() == "true"
@@ -31,16 +31,16 @@ def scalar(word: str) -> Any:
     return word
 
 
-def option(word: str) -> bool:
+def is_option(word: str) -> bool:
     return word.startswith("-") and len(word) > 1 and not NUMBER.match(word)
 
 
-def options(words: list[str], flags: frozenset[str] = frozenset()) -> tuple[dict[str, Any], list[str]]:
+def parse_options(words: list[str], flags: frozenset[str] = frozenset()) -> tuple[dict[str, Any], list[str]]:
     """`--key value`, `--key=value`, `--flag`, `--list a b`, and the words before the first option."""
     given: dict[str, Any] = {}
     plain: list[str] = []
     place = 0
-    while place < len(words) and not option(words[place]):
+    while place < len(words) and not is_option(words[place]):
         plain.append(words[place])
         place += 1
     while place < len(words):
@@ -48,10 +48,12 @@ def options(words: list[str], flags: frozenset[str] = frozenset()) -> tuple[dict
         name = name.replace("-", "_")
         place += 1
         values = [value] if equals else []
-        while not equals and name not in flags and place < len(words) and not option(words[place]):
+        while not equals and name not in flags and place < len(words) and not is_option(words[place]):
             values.append(words[place])
             place += 1
-        given[name] = [scalar(v) for v in values] if len(values) > 1 else scalar(values[0]) if values else True
+        given[name] = (
+            [parse_scalar(v) for v in values] if len(values) > 1 else parse_scalar(values[0]) if values else True
+        )
     return given, plain
 
 
@@ -96,13 +98,15 @@ def read_command(words: list[str]) -> list[Source]:
         elif name in ("env", "nohup", "time", "srun"):
             words = words[1:]
         elif name == "accelerate" and words[1:2] == ["launch"] or name == "accelerate.commands.launch":
-            given, words = launcher(words[2:] if name == "accelerate" else words[1:])
+            given, words = parse_launcher_options(words[2:] if name == "accelerate" else words[1:])
             if file := given.pop("config_file", None):
-                sources.append(Source(str(file), "accelerate", read_file(Path(str(file))), Path(str(file)).parent))
+                sources.append(
+                    Source(str(file), "accelerate", read_config_file(Path(str(file))), Path(str(file)).parent)
+                )
             if given:
-                sources.append(Source("accelerate launch", "accelerate", accelerate_tree(given)))
+                sources.append(Source("accelerate launch", "accelerate", options_as_accelerate_config(given)))
         elif name in LAUNCHERS:
-            given, words = launcher(words[1:])
+            given, words = parse_launcher_options(words[1:])
             if given:
                 sources.append(Source(name, "launcher", given))
         elif name == "trl":
@@ -130,7 +134,7 @@ def read_command(words: list[str]) -> list[Source]:
             break
     if environment:
         sources.append(Source("the environment", "environment", environment))
-    given, plain = options(words)
+    given, plain = parse_options(words)
     files = [w for w in plain if w.endswith(SUFFIXES)]
     for word in plain:
         key, equals, value = word.partition("=")
@@ -139,17 +143,17 @@ def read_command(words: list[str]) -> list[Source]:
         if not equals or not re.fullmatch(r"[\w.]+", key):
             raise KitError(f"{word!r} is neither a file nor part of a command that is known", "command line",
                            "kit import FILE.yaml, or the whole command that starts the training")  # fmt: skip
-        given[key] = scalar(value)
+        given[key] = parse_scalar(value)
     if format_ in ("", "script", "trl") and (config := given.pop("config", None)):
         files.append(str(config))
     if format_ in ("", "script"):
-        format_ = detect(given) or ("trl" if files or not given else "")
+        format_ = detect_format(given) or ("trl" if files or not given else "")
         if not format_:
             raise KitError("the command has no option of TRL, Axolotl or LLaMA-Factory", "command line",
                            "kit import FILE.yaml, or the command of one of them")  # fmt: skip
     for file in files:
-        tree = read_file(Path(file))
-        sources.append(Source(file, detect(tree) or format_, tree, Path(file).parent))
+        tree = read_config_file(Path(file))
+        sources.append(Source(file, detect_format(tree) or format_, tree, Path(file).parent))
     kinds = {s.format for s in sources} & {"trl", "axolotl", "llamafactory"}
     if given:
         sources.append(Source(source_name, next(iter(kinds)) if len(kinds) == 1 else format_, given))
@@ -158,22 +162,22 @@ def read_command(words: list[str]) -> list[Source]:
     return sources
 
 
-def launcher(words: list[str]) -> tuple[dict[str, Any], list[str]]:
+def parse_launcher_options(words: list[str]) -> tuple[dict[str, Any], list[str]]:
     """A launcher's own options, and the words from the script on."""
     given: dict[str, Any] = {}
-    while words and option(words[0]):
+    while words and is_option(words[0]):
         name, equals, value = words[0].lstrip("-").partition("=")
         name = name.replace("-", "_")
         if equals or name in LAUNCH_FLAGS or len(words) == 1:
-            given[name], words = scalar(value) if equals else True, words[1:]
+            given[name], words = parse_scalar(value) if equals else True, words[1:]
         else:
-            given[name], words = scalar(words[1]), words[2:]
+            given[name], words = parse_scalar(words[1]), words[2:]
     for flag in ("m", "module"):  # how the script is named, not what it does
         given.pop(flag, None)
     return given, words
 
 
-def accelerate_tree(given: dict[str, Any]) -> dict[str, Any]:
+def options_as_accelerate_config(given: dict[str, Any]) -> dict[str, Any]:
     """The options of `accelerate launch` as they stand in its config file."""
     tree: dict[str, Any] = {}
     for name, value in given.items():

@@ -7,13 +7,21 @@ from typing import Any
 
 from kit.errors import KitError
 from kit.importing import prompts, trl
-from kit.importing.llamafactory_keys import ATTENTION, LEFT, LORA, NAMES, PREFIXES, SAME, THEIR_DEFAULTS
-from kit.importing.read import read_file
+from kit.importing.llamafactory_keys import (
+    ATTENTION,
+    LORA,
+    NAMES,
+    NO_COUNTERPART,
+    NOTHING_NEEDED,
+    PREFIXES,
+    THEIR_DEFAULTS,
+)
+from kit.importing.read import read_config_file
 from kit.importing.report import Reading
-from kit.importing.training_arguments import defaults, training_arguments
+from kit.importing.training_arguments import import_training_arguments, write_trainer_defaults
 
 
-def read(r: Reading) -> None:
+def import_llamafactory(r: Reading) -> None:
     stage, kind = r.get("stage", default="sft") or "sft", r.get("finetuning_type", default="lora") or "lora"
     if stage != "sft":
         raise KitError("this is not a supervised fine-tuning run", f"{r.name}: stage: {stage}", "stage: sft")
@@ -22,14 +30,14 @@ def read(r: Reading) -> None:
     if r.get("do_train") is False:
         raise KitError("this file does not train", f"{r.name}: do_train", "do_train: true")
     r.mark_defaults({"stage": "the kit trains SFT alone"})
-    method(r, kind)
-    quantization(r)
-    tokenizer(r)
-    dataset(r)
-    packing(r)
-    checkpointing(r)
+    import_method(r, kind)
+    import_quantization(r)
+    import_tokenizer(r)
+    import_dataset(r)
+    import_packing(r)
+    import_checkpointing(r)
     r.carry_all(NAMES)
-    trl.revision(r, "model_revision")
+    trl.import_revision(r, "model_revision")
     if r.has("flash_attn") and not r.skip_null("flash_attn"):
         name = r.get("flash_attn")
         name = "disabled" if name is False else name
@@ -49,12 +57,12 @@ def read(r: Reading) -> None:
             r.carry(("use_swanlab",), "trainer.report_to", ["swanlab"])
         else:
             r.mark_default(("use_swanlab",), "off, as here")
-    r.mark_defaults(SAME)
-    r.leave_all(LEFT)
-    unused(r)
-    training_arguments(r, skip=("max_length",))
+    r.mark_defaults(NOTHING_NEEDED)
+    r.leave_all(NO_COUNTERPART)
+    mark_unused(r)
+    import_training_arguments(r, skip=("max_length",))
     changed = dict(THEIR_DEFAULTS)
-    defaults(r, changed, "LLaMA-Factory")
+    write_trainer_defaults(r, changed, "LLaMA-Factory")
     if "bf16" not in r.tree and "fp16" not in r.tree:
         r.recipe.notes.append(
             "neither bf16 nor fp16 is given: LLaMA-Factory computes in the checkpoint's dtype, the kit in what the "
@@ -62,7 +70,7 @@ def read(r: Reading) -> None:
         )
 
 
-def unused(r: Reading) -> None:
+def mark_unused(r: Reading) -> None:
     """Settings of methods that are switched off, by their prefix."""
     for name in list(r.tree):
         prefix = next((p for p in PREFIXES if isinstance(name, str) and name.startswith(p)), None)
@@ -74,12 +82,12 @@ def unused(r: Reading) -> None:
                 r.mark_default((name,), f"not read: {PREFIXES[prefix]}")
 
 
-def words(value: Any) -> list[str]:
+def split_list(value: Any) -> list[str]:
     listed = value if isinstance(value, list) else str(value).split(",")
     return [str(w).strip() for w in listed if str(w).strip()]
 
 
-def method(r: Reading, kind: str) -> None:
+def import_method(r: Reading, kind: str) -> None:
     if r.has("finetuning_type"):
         r.choose_group(("finetuning_type",), "peft", "lora" if kind == "lora" else "none")
     else:
@@ -92,10 +100,10 @@ def method(r: Reading, kind: str) -> None:
         r.mark_default(("lora_alpha",), "null: twice the rank")
     r.carry_all(LORA)
     if r.has("lora_target") and not r.skip_null("lora_target"):
-        named = words(r.get("lora_target"))
+        named = split_list(r.get("lora_target"))
         r.carry(("lora_target",), "peft.target_modules", "all-linear" if named == ["all"] else named)
     if r.has("additional_target") and not r.skip_null("additional_target"):
-        r.carry(("additional_target",), "peft.modules_to_save", words(r.get("additional_target")))
+        r.carry(("additional_target",), "peft.modules_to_save", split_list(r.get("additional_target")))
     steps = r.get("pissa_iter", default=16)
     if r.has("pissa_init"):
         if r.get("pissa_init") is True:
@@ -106,7 +114,7 @@ def method(r: Reading, kind: str) -> None:
     if r.has("pissa_iter"):
         r.mark_default(("pissa_iter",), "pissa_init says it" if r.get("pissa_init") else "not read: pissa_init is off")
     if r.has("adapter_name_or_path") and not r.skip_null("adapter_name_or_path"):
-        named = words(r.get("adapter_name_or_path"))
+        named = split_list(r.get("adapter_name_or_path"))
         if len(named) == 1:
             r.carry(("adapter_name_or_path",), "peft.init_from", named[0])
         else:
@@ -117,7 +125,7 @@ def method(r: Reading, kind: str) -> None:
         r.recipe.default("peft.lora_alpha", 2 * rank, "LLaMA-Factory's default, twice the rank")
 
 
-def quantization(r: Reading) -> None:
+def import_quantization(r: Reading) -> None:
     bits = r.get("quantization_bit")
     if r.has("quantization_method"):
         if str(r.get("quantization_method")) in ("bnb", "bitsandbytes") or bits is None:
@@ -135,7 +143,7 @@ def quantization(r: Reading) -> None:
         r.mark_defaults(dict.fromkeys(["quantization_type", "double_quantization"], "not read: no 4 bits"))
 
 
-def tokenizer(r: Reading) -> None:
+def import_tokenizer(r: Reading) -> None:
     if r.has("template") and not r.skip_null("template"):
         name = r.get("template")
         if name == "chatml":
@@ -146,21 +154,21 @@ def tokenizer(r: Reading) -> None:
     added: list[str] = []
     for name, note in (("add_special_tokens", ""), ("add_tokens", "added as special tokens")):
         if r.has(name) and not r.skip_null(name):
-            added += words(r.get(name))
+            added += split_list(r.get(name))
             r.carry((name,), "tokenizer.added_tokens", list(added), note)
 
 
-def dataset(r: Reading) -> None:
+def import_dataset(r: Reading) -> None:
     folder = r.get("dataset_dir", default="data")
-    info, place = find_info(r, folder)
+    info, place = find_dataset_info(r, folder)
     if r.has("dataset_dir"):
         r.mark_default(("dataset_dir",), f"read: {place}" if place else "the paths of the data set say it")
-    named = words(r.get("dataset")) if r.get("dataset") else []
+    named = split_list(r.get("dataset")) if r.get("dataset") else []
     if r.has("dataset") and named:
         if folder == "ONLINE":
             r.carry(("dataset",), "dataset.path", named[0])
         elif info is not None and isinstance(info.get(named[0]), dict) and place:
-            known(r, ("dataset",), info[named[0]], place.parent)
+            import_listed_dataset(r, ("dataset",), info[named[0]], place.parent)
         else:
             there = f"{place} does not hold it" if place else f"none is in {folder}, nor beside the file"
             reason = f"{named[0]} is a name in a dataset_info.json, and {there}"
@@ -171,10 +179,10 @@ def dataset(r: Reading) -> None:
                 r.recipe.notes.append(f"only {named[0]} is carried: the kit trains on one data set")
             else:
                 r.recipe.notes.append(f"{len(named)} data sets are named: the kit trains on one, join the files")
-    eval_names = words(r.get("eval_dataset")) if r.get("eval_dataset") else []
+    eval_names = split_list(r.get("eval_dataset")) if r.get("eval_dataset") else []
     if r.has("eval_dataset") and eval_names:
         entry = (info or {}).get(eval_names[0])
-        if isinstance(entry, dict) and place and (path := path_of(entry, place.parent)):
+        if isinstance(entry, dict) and place and (path := dataset_path(entry, place.parent)):
             r.carry(("eval_dataset",), "dataset.eval_path", path)
         else:
             r.leave(("eval_dataset",), "a name in a dataset_info.json that is not here", "dataset.eval_path=FILE")
@@ -197,7 +205,7 @@ def dataset(r: Reading) -> None:
         r.recipe.default("trainer.assistant_only_loss", True, "LLaMA-Factory trains the answers alone")
 
 
-def find_info(r: Reading, folder: Any) -> tuple[dict[str, Any] | None, Path | None]:
+def find_dataset_info(r: Reading, folder: Any) -> tuple[dict[str, Any] | None, Path | None]:
     """dataset_info.json: in dataset_dir, from where one stands or beside the file; else in the file's own folder."""
     if not isinstance(folder, str) or folder == "ONLINE":
         return None, None
@@ -206,21 +214,21 @@ def find_info(r: Reading, folder: Any) -> tuple[dict[str, Any] | None, Path | No
         file = place / "dataset_info.json"
         try:
             if file.is_file():
-                return read_file(file), file
+                return read_config_file(file), file
         except (OSError, ValueError):
             continue
     return None, None
 
 
-def path_of(info: dict[str, Any], folder: Path) -> str | None:
+def dataset_path(info: dict[str, Any], folder: Path) -> str | None:
     if isinstance(info.get("hf_hub_url"), str):
         return str(info["hf_hub_url"])
     return str(folder / str(info["file_name"])) if isinstance(info.get("file_name"), str) else None
 
 
-def known(r: Reading, prefix: tuple[str, ...], info: dict[str, Any], folder: Path) -> None:
+def import_listed_dataset(r: Reading, prefix: tuple[str, ...], info: dict[str, Any], folder: Path) -> None:
     """One entry of dataset_info.json."""
-    path = path_of(info, folder)
+    path = dataset_path(info, folder)
     if info.get("ranking") or path is None:
         reason = "holds preferences" if info.get("ranking") else "is neither a file nor a Hub id"
         r.leave(prefix, f"its entry in dataset_info.json {reason}", "dataset.path=FILE")
@@ -236,7 +244,7 @@ def known(r: Reading, prefix: tuple[str, ...], info: dict[str, Any], folder: Pat
         if columns and "response" not in columns:  # plain text
             r.carry(prefix, "dataset.columns.text", columns.get("prompt", "text"))
         else:
-            r.carry(prefix, "dataset.template", prompts.turns(*text))
+            r.carry(prefix, "dataset.template", prompts.chat_template_of(*text))
             r.carry(prefix, "dataset.format", "prompt_completion")
     else:
         column = columns.get("messages") or "conversations"
@@ -256,7 +264,7 @@ def known(r: Reading, prefix: tuple[str, ...], info: dict[str, Any], folder: Pat
             )
 
 
-def packing(r: Reading) -> None:
+def import_packing(r: Reading) -> None:
     neat = r.get("neat_packing") is True
     if r.has("neat_packing"):
         if neat:
@@ -271,7 +279,7 @@ def packing(r: Reading) -> None:
             r.carry(("packing",), "trainer.packing", on, "rows of one pack never see each other here" if on else "")
 
 
-def checkpointing(r: Reading) -> None:
+def import_checkpointing(r: Reading) -> None:
     off = r.get("disable_gradient_checkpointing") is True
     if r.has("disable_gradient_checkpointing"):
         r.carry(("disable_gradient_checkpointing",), "trainer.gradient_checkpointing", not off)

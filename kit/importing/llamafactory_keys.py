@@ -18,7 +18,7 @@ LORA = {
     "use_rslora": "peft.use_rslora",
     "use_dora": "peft.use_dora",
 }
-SAME = {
+NOTHING_NEEDED = {
     "overwrite_cache": "datasets keeps its cache by content",
     "preprocessing_batch_size": "datasets decides",
     "overwrite_output_dir": "every run has a directory of its own",
@@ -43,7 +43,7 @@ SAME = {
 }
 SCRIPT = "launch.script=my_train.py"
 GENERATE = ("generation is a verb here", "kit generate RUN")
-LEFT = {
+NO_COUNTERPART = {
     "mask_history": ("every assistant turn is trained", "one turn per row in the data"),
     "mix_strategy": ("the kit trains on one data set", "join the files"),
     "interleave_probs": ("the kit trains on one data set", "join the files"),

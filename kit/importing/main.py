@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from kit.errors import DONE, REFUSED, KitError
-from kit.importing import FORMATS, Imported, import_config, save
+from kit.importing import FORMAT_NAMES, Imported, import_config, save_recipe
 from kit.system.terminal import print_problems
 
 USAGE = """\
@@ -51,12 +51,12 @@ def main(argv: list[str]) -> int:
             words.append(word)
         place += 1
     form = values.get("--from")
-    if form is not None and form not in FORMATS:
-        raise KitError(f"there is no format {form!r}", "--from", " | ".join(FORMATS))
+    if form is not None and form not in FORMAT_NAMES:
+        raise KitError(f"there is no format {form!r}", "--from", " | ".join(FORMAT_NAMES))
     imported = import_config(*words, form=form)
     out = values.get("--out")
     if out:
-        save(imported, out, "--overwrite" in flags)
+        save_recipe(imported, out, "--overwrite" in flags)
     if "--json" in flags:
         print(json.dumps(imported.to_json(), indent=1, ensure_ascii=False, default=str))
     else:
@@ -74,12 +74,12 @@ def print_report(imported: Imported, out: str | None, everything: bool, to: Any)
           f"{len(kinds['left'])} not carried over", file=to)  # fmt: skip
     if everything:
         for e in kinds["carried"]:
-            print(f"  {e.key} = {e.value} -> {', '.join(e.to)}{note(e.note)}", file=to)
+            print(f"  {e.key} = {e.value} -> {', '.join(e.to)}{format_note(e.note)}", file=to)
         for e in kinds["default"]:
             print(f"  {e.key} = {e.value}: {e.note}", file=to)
     else:
         for e in [e for e in kinds["carried"] if e.note]:
-            print(f"  {e.key} -> {', '.join(e.to)}{note(e.note)}", file=to)
+            print(f"  {e.key} -> {', '.join(e.to)}{format_note(e.note)}", file=to)
     if imported.their_defaults:
         print("their defaults, written out because the kit's differ:", file=to)
         for key, reason in imported.their_defaults.items():
@@ -97,5 +97,5 @@ def print_report(imported: Imported, out: str | None, everything: bool, to: Any)
         print_problems(imported.problems, refused=False)
 
 
-def note(text: str) -> str:
+def format_note(text: str) -> str:
     return f"  ({text})" if text else ""

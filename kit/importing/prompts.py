@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 NO_INPUT = "rows without an input keep an empty input block"
-HEAD = (
+ALPACA_HEAD = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request.\n\n"
 )
-ASK = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
-ALPACA = {"prompt": f"{HEAD}{ASK}\n", "completion": "{output}"}
+ALPACA_BLOCKS = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
+ALPACA = {"prompt": f"{ALPACA_HEAD}{ALPACA_BLOCKS}\n", "completion": "{output}"}
 ALPACA_CHAT = {
-    "prompt": f"SYSTEM: {HEAD.strip()}\nUSER: {{instruction}}\n{{input}}\nASSISTANT:",
+    "prompt": f"SYSTEM: {ALPACA_HEAD.strip()}\nUSER: {{instruction}}\n{{input}}\nASSISTANT:",
     "completion": "{output}",
 }
 
 
-def turns(prompt: str, query: str | None, response: str, system: str | None) -> dict[str, str]:
+def chat_template_of(prompt: str, query: str | None, response: str, system: str | None) -> dict[str, str]:
     """Instruction, input and output as a chat, which the tokenizer's own template then writes."""
     chat = {"system": "{" + system + "}"} if system else {}
     user = "{" + prompt + "}" + ("\n{" + query + "}" if query else "")

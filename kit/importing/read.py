@@ -9,25 +9,25 @@ from typing import Any
 import yaml
 
 from kit.errors import KitError
-from kit.importing.tree import MOST_KEYS
+from kit.importing.tree import MAX_KEYS
 
-LARGEST = 4_000_000  # bytes
+MOST_BYTES = 4_000_000  # bytes
 SUFFIXES = (".yaml", ".yml", ".json")
 LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
-class Loader(LOADER):
+class SafeConfigLoader(LOADER):
     """The safe loader, with 2e-5 as a number, dates as text, and a key given twice refused."""
 
     def flatten_mapping(self, node: Any) -> None:  # merges of merges grow by powers
         super().flatten_mapping(node)
-        if len(node.value) > MOST_KEYS:
+        if len(node.value) > MAX_KEYS:
             raise KitError(
-                f"merge keys make more than {MOST_KEYS} keys", f"line {node.start_mark.line + 1}", "write them out"
+                f"merge keys make more than {MAX_KEYS} keys", f"line {node.start_mark.line + 1}", "write them out"
             )
 
 
-def mapping(loader: Any, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+def construct_mapping(loader: Any, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
     seen: dict[Any, int] = {}
     for name, _ in node.value:
         line = name.start_mark.line + 1
@@ -43,20 +43,20 @@ def mapping(loader: Any, node: yaml.MappingNode, deep: bool = False) -> dict[Any
     return {loader.construct_object(k, deep=True): loader.construct_object(v, deep=True) for k, v in node.value}
 
 
-Loader.yaml_implicit_resolvers = {
+SafeConfigLoader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in pairs if not tag.endswith((":timestamp", ":float"))]
     for first, pairs in LOADER.yaml_implicit_resolvers.items()
 }
-Loader.add_implicit_resolver(
+SafeConfigLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^(?:[-+]?(?:\d[\d_]*\.[\d_]*|\.\d[\d_]*)(?:[eE][-+]?\d+)?|[-+]?\d+[eE][-+]?\d+"
                r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"),
     list("-+0123456789."),
 )  # fmt: skip
-Loader.add_constructor("tag:yaml.org,2002:map", mapping)
+SafeConfigLoader.add_constructor("tag:yaml.org,2002:map", construct_mapping)
 
 
-def text_of(path: Path) -> str:
+def read_text(path: Path) -> str:
     """The text of a config file; KitError for what cannot be one."""
     where = str(path)
     try:
@@ -66,7 +66,7 @@ def text_of(path: Path) -> str:
             raise KitError(f"there is no file {path}", where, "check the path; it is taken from where you stand")
         if not path.is_file():
             raise KitError(f"{path} is no plain file", where, "name a YAML or JSON file")
-        if (size := path.stat().st_size) > LARGEST:
+        if (size := path.stat().st_size) > MOST_BYTES:
             raise KitError(f"{path} holds {size / 1e6:.0f} MB: this is no config of a run", where, "check the path")
         data = path.read_bytes()
     except ValueError as error:  # a name with a NUL byte
@@ -82,11 +82,11 @@ def text_of(path: Path) -> str:
     return text
 
 
-def read_file(path: Path) -> dict[Any, Any]:
+def read_config_file(path: Path) -> dict[Any, Any]:
     """The tree of one YAML or JSON file; KitError where it is broken, is no block of keys, or asks for code."""
-    text, where = text_of(path), str(path)
+    text, where = read_text(path), str(path)
     try:
-        tree = yaml.load(text, Loader=Loader)  # noqa: S506  a safe loader, see above
+        tree = yaml.load(text, Loader=SafeConfigLoader)  # noqa: S506  a safe loader, see above
     except KitError as error:
         problem = error.problems[0]
         raise KitError(problem.problem, f"{where} {problem.where}", problem.fix) from None
@@ -109,7 +109,7 @@ def read_file(path: Path) -> dict[Any, Any]:
     return tree
 
 
-MARKS = {  # keys that only one format has
+KEYS_OF_FORMAT = {  # keys that only one format has
     "accelerate": "compute_environment distributed_type main_training_function downcast_bf16 rdzv_backend "
     "machine_rank same_network num_machines",
     "axolotl": "base_model micro_batch_size sequence_len lora_target_linear val_set_size sample_packing "
@@ -122,19 +122,19 @@ MARKS = {  # keys that only one format has
     "lr_scheduler_type eval_strategy evaluation_strategy save_strategy load_in_4bit dataset_train_split "
     "warmup_ratio max_steps",
 }
-STRONG = {"accelerate": ("compute_environment", "distributed_type"), "axolotl": ("base_model",),
+DECISIVE_KEYS = {"accelerate": ("compute_environment", "distributed_type"), "axolotl": ("base_model",),
           "llamafactory": ("stage", "finetuning_type", "cutoff_len"),
           "deepspeed": ("zero_optimization",)}  # fmt: skip
-KITS_OWN = ("defaults", "trainer", "peft", "dataset", "model", "launch", "runs_dir")
+KIT_SECTIONS = ("defaults", "trainer", "peft", "dataset", "model", "launch", "runs_dir")
 
 
-def detect(tree: dict[Any, Any]) -> str | None:
+def detect_format(tree: dict[Any, Any]) -> str | None:
     """Which tool's keys these are; None where they are nobody's. KitError for the kit's own form."""
-    if sum(name in tree and isinstance(tree[name], dict | list) for name in KITS_OWN) >= 2:
+    if sum(name in tree and isinstance(tree[name], dict | list) for name in KIT_SECTIONS) >= 2:
         raise KitError("this is the kit's own form already", "", "kit check FILE.yaml")
-    for name, keys in STRONG.items():
+    for name, keys in DECISIVE_KEYS.items():
         if any(key in tree for key in keys):
             return name
-    score = {name: sum(key in tree for key in keys.split()) for name, keys in MARKS.items()}
+    score = {name: sum(key in tree for key in keys.split()) for name, keys in KEYS_OF_FORMAT.items()}
     best = max(score, key=lambda name: score[name])
     return best if score[best] else None

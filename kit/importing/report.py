@@ -10,11 +10,21 @@ from typing import Any, Literal
 
 import yaml
 
-from kit.importing.tree import Key, at, dotted, exists, is_secret, leaves, secret_fix, shown, without
+from kit.importing.tree import (
+    KeyPath,
+    dotted_key,
+    is_secret_value,
+    iterate_leaves,
+    path_exists,
+    secret_fix_for,
+    value_at,
+    value_on_one_line,
+    without_paths,
+)
 from kit.schema import fields
 from kit.system import paths
 
-WHOLE = {"true": True, "yes": True, "y": True, "t": True, "false": False, "no": False, "n": False, "f": False}
+BOOLEAN_WORDS = {"true": True, "yes": True, "y": True, "t": True, "false": False, "no": False, "n": False, "f": False}
 
 
 @dataclass
@@ -53,11 +63,13 @@ class Recipe:
     def set(self, key: str, value: Any, entry: Entry) -> None:
         before = self.setter.get(key)
         if before is not None and before is not entry and before.outcome == "carried":
-            if alike(key, self.values[key], value):
+            if same_setting(key, self.values[key], value):
                 if before.source != entry.source:
                     entry.note = entry.note or f"{before.source} says the same"
             else:
-                overrule(before, key, f"{entry.source} says {shown(value)} in {entry.key}, and that stands")
+                mark_overruled(
+                    before, key, f"{entry.source} says {value_on_one_line(value)} in {entry.key}, and that stands"
+                )
         self.values[key] = value
         self.setter[key] = entry
         self.their_defaults.pop(key, None)
@@ -74,7 +86,7 @@ class Recipe:
             del self.values[key]
             self.their_defaults.pop(key, None)
             if entry := self.setter.pop(key, None):
-                overrule(entry, key, reason)
+                mark_overruled(entry, key, reason)
 
     def nested(self) -> dict[str, Any]:
         tree: dict[str, Any] = {}
@@ -94,8 +106,8 @@ class Reading:
         self.recipe = recipe
         self.tree: dict[Any, Any] = {}
         self.sources: dict[Any, Source] = {}
-        self.entries: dict[Key, Entry] = {}
-        self.hidden: set[Key] = set()  # secrets and names of code: what is carried around them is carried without
+        self.entries: dict[KeyPath, Entry] = {}
+        self.hidden: set[KeyPath] = set()  # secrets and names of code: what is carried around them is carried without
         self.extra: list[Entry] = []  # keys that a later source of the same format gives again
         for source in sources:
             for name, value in source.tree.items():
@@ -104,32 +116,32 @@ class Reading:
                     self.extra.append(old)
                 self.tree[name], self.sources[name] = value, source
         self.name = sources[-1].name
-        self.leaves = list(leaves(self.tree, self.name))
+        self.leaves = list(iterate_leaves(self.tree, self.name))
         for path, value in self.leaves:
-            if is_secret(path, value):
-                self.leave(path, "a secret is never copied", secret_fix(path))
+            if is_secret_value(path, value):
+                self.leave(path, "a secret is never copied", secret_fix_for(path))
             elif "_target_" in path:
                 self.leave(path, "no config names code to run here", "remove it")
         self.hidden = set(self.entries)
 
     def has(self, *path: str | int) -> bool:
         """Whether a key is given and neither it, nor a block around it, nor a key inside it is dealt with yet."""
-        if not exists(self.tree, path) or any(path[:n] in self.entries for n in range(1, len(path) + 1)):
+        if not path_exists(self.tree, path) or any(path[:n] in self.entries for n in range(1, len(path) + 1)):
             return False
         return not any(p[: len(path)] == path for p in self.entries if p not in self.hidden)
 
     def get(self, *path: str | int, default: Any = None) -> Any:
         """A value, without secrets and code names inside it, wherever it has been noted already."""
-        if not exists(self.tree, path):
+        if not path_exists(self.tree, path):
             return default
-        value = at(self.tree, path)
+        value = value_at(self.tree, path)
         hidden = [p for p in self.hidden if len(p) > len(path) and p[: len(path)] == path]
-        return without(value, [p[len(path) :] for p in hidden]) if hidden else value
+        return without_paths(value, [p[len(path) :] for p in hidden]) if hidden else value
 
-    def source(self, path: Key) -> Source:
+    def source(self, path: KeyPath) -> Source:
         return self.sources[path[0]] if path else next(iter(self.sources.values()))
 
-    def carry(self, path: Key, key: str, value: Any, note: str = "") -> None:
+    def carry(self, path: KeyPath, key: str, value: Any, note: str = "") -> None:
         """This source key sets that kit key; a second call for the same source key adds a kit key to its entry."""
         entry = self.entries.get(path)
         if entry is None:
@@ -137,27 +149,27 @@ class Reading:
         elif note and note not in entry.note:
             entry.note = f"{entry.note}; {note}" if entry.note else note
         entry.to.append(key)
-        self.recipe.set(key, typed(key, value), entry)
+        self.recipe.set(key, convert_to_field_type(key, value), entry)
 
-    def choose_group(self, path: Key, group: str, choice: str, note: str = "") -> None:
+    def choose_group(self, path: KeyPath, group: str, choice: str, note: str = "") -> None:
         """This source key chooses a group, as `quantization=nf4` does."""
         entry = self.entries.get(path) or self.add_entry(path, "carried", note)
         entry.to.append(f"{group}={choice}")
         self.recipe.groups[group] = choice
 
-    def mark_default(self, path: Key, reason: str = "the same here") -> None:
+    def mark_default(self, path: KeyPath, reason: str = "the same here") -> None:
         self.add_entry(path, "default", reason)
 
-    def leave(self, path: Key, reason: str, fix: str = "") -> None:
+    def leave(self, path: KeyPath, reason: str, fix: str = "") -> None:
         self.add_entry(path, "left", reason, fix)
 
-    def add_entry(self, path: Key, outcome: Any, note: str, fix: str = "") -> Entry:
-        assert exists(self.tree, path), path
+    def add_entry(self, path: KeyPath, outcome: Any, note: str, fix: str = "") -> Entry:
+        assert path_exists(self.tree, path), path
         assert path not in self.entries, path
-        value = at(self.tree, path)
-        secret = is_secret(path, value)
-        text = "(a secret)" if secret else shown(self.get(*path) if path else "")
-        entry = Entry(self.source(path).name, dotted(path), outcome, [], note, fix, text)
+        value = value_at(self.tree, path)
+        secret = is_secret_value(path, value)
+        text = "(a secret)" if secret else value_on_one_line(self.get(*path) if path else "")
+        entry = Entry(self.source(path).name, dotted_key(path), outcome, [], note, fix, text)
         self.entries[path] = entry
         return entry
 
@@ -197,13 +209,13 @@ class Reading:
                 self.leave(path, reason, "check its name, or set what it means by hand")
         order = {path: n for n, (path, _) in enumerate(self.leaves)}
 
-        def place(path: Key) -> int:
+        def place(path: KeyPath) -> int:
             return order.get(path, next((n for p, n in order.items() if p[: len(path)] == path), 0))
 
         return [*(self.entries[p] for p in sorted(self.entries, key=place)), *self.extra]
 
 
-def overrule(entry: Entry, key: str, reason: str) -> None:
+def mark_overruled(entry: Entry, key: str, reason: str) -> None:
     entry.to = [k for k in entry.to if k != key]
     if entry.to:
         entry.note = f"{entry.note}; " * bool(entry.note) + f"{key}: {reason}"
@@ -215,17 +227,17 @@ def same_value(a: Any, b: Any) -> bool:
     return a == b and isinstance(a, bool) == isinstance(b, bool)
 
 
-def alike(key: str, a: Any, b: Any) -> bool:
+def same_setting(key: str, a: Any, b: Any) -> bool:
     if key == "deepspeed.file":
         return Path(str(a)).expanduser().resolve() == Path(str(b)).expanduser().resolve()
     return same_value(a, b)
 
 
-TABLES = {"trainer": "SFTConfig", "peft": "LORA", "quantization": "BitsAndBytesConfig"}
+FIELD_TABLES = {"trainer": "SFTConfig", "peft": "LORA", "quantization": "BitsAndBytesConfig"}
 
 
 @cache
-def group_file(name: str) -> dict[str, Any]:
+def read_group_file(name: str) -> dict[str, Any]:
     return yaml.safe_load((paths.CONF / name).read_text(encoding="utf-8")) or {}
 
 
@@ -233,21 +245,21 @@ def kit_default(key: str) -> Any:
     """What the kit does where a run says nothing: the default groups, else the library's own default."""
     section, _, name = key.partition(".")
     file = {"trainer": "trainer/sft.yaml", "peft": "peft/lora.yaml"}.get(section)
-    if file and name in group_file(file):
-        return group_file(file)[name]
-    table = TABLES.get(section)
+    if file and name in read_group_file(file):
+        return read_group_file(file)[name]
+    table = FIELD_TABLES.get(section)
     return fields.default(table, name) if table and name in fields.tables()[table] else None
 
 
-def typed(key: str, value: Any) -> Any:
+def convert_to_field_type(key: str, value: Any) -> Any:
     """Words as the numbers and truth values that a field takes: the foreign parsers convert them too."""
     section, _, name = key.partition(".")
-    entry = fields.tables().get(TABLES.get(section, ""), {}).get(name)
+    entry = fields.tables().get(FIELD_TABLES.get(section, ""), {}).get(name)
     if entry is None or "str" in entry["kinds"]:
         return value
     if isinstance(value, str):
-        if "bool" in entry["kinds"] and value.lower() in WHOLE:
-            return WHOLE[value.lower()]
+        if "bool" in entry["kinds"] and value.lower() in BOOLEAN_WORDS:
+            return BOOLEAN_WORDS[value.lower()]
         try:
             number = float(value)
         except ValueError:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from kit.importing.report import Reading
-from kit.importing.tree import Key
+from kit.importing.tree import KeyPath
 
 
-def read(r: Reading) -> None:
+def import_sharding(r: Reading) -> None:
     """deepspeed and fsdp as TrainingArguments holds them."""
-    deepspeed(r)
+    import_deepspeed_file(r)
     if r.has("fsdp") and not r.skip_null("fsdp"):
         given = r.get("fsdp")
         words = given.split() if isinstance(given, str) else given
@@ -20,14 +20,14 @@ def read(r: Reading) -> None:
             else:
                 r.mark_default(("fsdp",), "off, as here")
         else:
-            fsdp_words(r, [str(w) for w in words])
+            import_fsdp_words(r, [str(w) for w in words])
     if isinstance(r.get("fsdp_config"), dict):
-        fsdp(r, "fsdp_config")
+        import_fsdp_config(r, "fsdp_config")
     elif r.has("fsdp_config") and not r.skip_null("fsdp_config"):
         r.leave(("fsdp_config",), "a path", "give that file to kit import, or write its keys under fsdp:")
 
 
-def deepspeed(r: Reading, *path: str | int) -> None:
+def import_deepspeed_file(r: Reading, *path: str | int) -> None:
     path = path or ("deepspeed",)
     if not r.has(*path) or r.skip_null(*path):
         return
@@ -35,14 +35,14 @@ def deepspeed(r: Reading, *path: str | int) -> None:
     if isinstance(value, dict):
         r.carry(path, "deepspeed", value)
     elif isinstance(value, str) and value:
-        where = found_file(r, path, value)
+        where = locate_file(r, path, value)
         note = "" if where else "the file is not here; the kit's own are deepspeed=zero1, zero2, zero3, ..._offload"
         r.carry(path, "deepspeed.file", where or value, note)
     else:
         r.mark_default(path, "off, as here")
 
 
-def found_file(r: Reading, path: Key, name: str) -> str | None:
+def locate_file(r: Reading, path: KeyPath, name: str) -> str | None:
     """The path as it is found: from where one stands, else beside the file that names it."""
     for place in (Path(name).expanduser(), r.source(path).folder / name):
         try:
@@ -62,7 +62,7 @@ FSDP_OTHER = {"offload_params": "cpu_offload", "fsdp_version": "version", "shard
 STRATEGIES = ["full_shard", "shard_grad_op", "no_shard", "hybrid_shard", "hybrid_shard_zero2"]
 
 
-def fsdp(r: Reading, *prefix: str | int) -> None:
+def import_fsdp_config(r: Reading, *prefix: str | int) -> None:
     """A block of FSDP settings, with or without the prefix fsdp_, as transformers' fsdp_config."""
     block = r.get(*prefix)
     version = block.get("fsdp_version", block.get("version", 2 if r.format != "accelerate" else 1))
@@ -90,7 +90,7 @@ def fsdp(r: Reading, *prefix: str | int) -> None:
         r.recipe.default("fsdp.version", version, f"{r.format}'s default")
 
 
-def fsdp_words(r: Reading, words: list[str]) -> None:
+def import_fsdp_words(r: Reading, words: list[str]) -> None:
     config = r.get("fsdp_config") or {}
     version = config.get("fsdp_version", config.get("version", 1)) if isinstance(config, dict) else 1
     known_words = {*STRATEGIES, "auto_wrap", "offload"}

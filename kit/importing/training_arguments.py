@@ -9,10 +9,10 @@ from typing import Any
 
 from kit.config.sections import OWNED
 from kit.importing import sharding
-from kit.importing.report import Reading, group_file, same_value
+from kit.importing.report import Reading, read_group_file, same_value
 from kit.schema import fields
 
-NOTHING = {  # keys of older releases that need nothing any more
+OBSOLETE = {  # keys of older releases that need nothing any more
     "overwrite_output_dir": "every run has a directory of its own",
     "save_safetensors": "safetensors is the only format",
     "use_mps_device": "mps is found by itself",
@@ -26,7 +26,7 @@ NOTHING = {  # keys of older releases that need nothing any more
     "dataset_batch_size": "TRL 1 has no such setting",
     "_n_gpu": "launch.num_gpus counts processes",
 }
-UNREAD = {  # known, without a counterpart
+NO_COUNTERPART = {  # known, without a counterpart
     "ignore_bias_buffers": ("the launcher's find_unused handling is TRL's own", "a script of yours: launch.script"),
     "do_predict": ("predictions are a verb here", "kit generate RUN, kit eval RUN"),
     "logging_dir": ("trackers write into the run directory", "tracking=tensorboard"),
@@ -37,7 +37,7 @@ UNREAD = {  # known, without a counterpart
 }
 
 
-def dtype(r: Reading, path: tuple[str | int, ...], value: Any) -> None:
+def import_dtype(r: Reading, path: tuple[str | int, ...], value: Any) -> None:
     short = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "half": "float16", "float": "float32"}
     name = short.get(str(value), str(value).removeprefix("torch."))
     if name == "auto":
@@ -48,7 +48,7 @@ def dtype(r: Reading, path: tuple[str | int, ...], value: Any) -> None:
         r.leave(path, f"no dtype that weights are loaded in: {name}", "model.dtype=bfloat16")
 
 
-def remote_code(r: Reading, name: str = "trust_remote_code") -> None:
+def refuse_remote_code(r: Reading, name: str = "trust_remote_code") -> None:
     """A file must not switch on remote code: a person does, on the command line."""
     if r.has(name):
         if r.get(name) in (True, "true", "True", 1):
@@ -57,14 +57,14 @@ def remote_code(r: Reading, name: str = "trust_remote_code") -> None:
             r.mark_default((name,), "off, as here")
 
 
-def training_arguments(r: Reading, skip: tuple[str, ...] = ()) -> None:
+def import_training_arguments(r: Reading, skip: tuple[str, ...] = ()) -> None:
     """Every field of SFTConfig and TrainingArguments, older names included."""
-    strategy_words(r)
-    r.mark_defaults(NOTHING)
-    r.leave_all(UNREAD)
-    older_names(r)
-    reports(r)
-    sharding.read(r)
+    import_strategies(r)
+    r.mark_defaults(OBSOLETE)
+    r.leave_all(NO_COUNTERPART)
+    import_older_names(r)
+    import_report_to(r)
+    sharding.import_sharding(r)
     for name in ("output_dir", "logging_dir"):
         if r.has(name) and not r.skip_null(name):
             r.leave((name,), "the run directory holds everything", "runs_dir=FOLDER name=NAME")
@@ -79,8 +79,8 @@ def training_arguments(r: Reading, skip: tuple[str, ...] = ()) -> None:
                 ("resume_from_checkpoint",), "another tool's checkpoint cannot be continued", "peft.init_from=ADAPTER"
             )
     if isinstance(r.get("model_init_kwargs"), dict):
-        init_kwargs(r)
-    remote_code(r)
+        import_model_init_kwargs(r)
+    refuse_remote_code(r)
     names = set(fields.names("SFTConfig"))
     for name in [n for n in r.tree if isinstance(n, str) and n in names and n not in OWNED and n not in skip]:
         if not r.has(name):
@@ -94,7 +94,7 @@ def training_arguments(r: Reading, skip: tuple[str, ...] = ()) -> None:
             r.carry((name,), f"trainer.{name}", value)
 
 
-def strategy_words(r: Reading) -> None:
+def import_strategies(r: Reading) -> None:
     """YAML reads an unquoted no as false."""
     for name in ("eval_strategy", "save_strategy", "logging_strategy", "evaluation_strategy"):
         if r.has(name) and isinstance(r.get(name), bool):
@@ -102,7 +102,7 @@ def strategy_words(r: Reading) -> None:
             r.carry((name,), f"trainer.{new}", "no" if r.get(name) is False else "steps")
 
 
-def older_names(r: Reading) -> None:
+def import_older_names(r: Reading) -> None:
     if r.has("warmup_ratio") and not r.skip_null("warmup_ratio"):
         ratio, steps = r.get("warmup_ratio"), r.get("warmup_steps")
         if isinstance(steps, int | float) and steps > 0:
@@ -124,7 +124,7 @@ def older_names(r: Reading) -> None:
             r.mark_default(("group_by_length",), "off, as here")
 
 
-def reports(r: Reading, *path: str | int) -> None:
+def import_report_to(r: Reading, *path: str | int) -> None:
     path = path or ("report_to",)
     if not r.has(*path):
         return
@@ -140,11 +140,11 @@ def reports(r: Reading, *path: str | int) -> None:
         r.carry(path, "trainer.report_to", names)
 
 
-def init_kwargs(r: Reading) -> None:
+def import_model_init_kwargs(r: Reading) -> None:
     block_key = "model_init_kwargs"
     for name in ("dtype", "torch_dtype"):
         if r.has(block_key, name) and not r.skip_null(block_key, name):
-            dtype(r, (block_key, name), r.get(block_key, name))
+            import_dtype(r, (block_key, name), r.get(block_key, name))
     r.carry_all({"attn_implementation": "model.attn_implementation", "revision": "model.revision"}, block_key)
     for name in list(r.get(block_key)):
         if r.has(block_key, name) and not r.skip_null(block_key, name):
@@ -156,10 +156,10 @@ def init_kwargs(r: Reading) -> None:
                 r.carry((block_key, name), f"trainer.model_init_kwargs.{name}", r.get(block_key, name))
 
 
-def defaults(r: Reading, changed: dict[str, Any] | None = None, who: str = "TRL") -> None:
+def write_trainer_defaults(r: Reading, changed: dict[str, Any] | None = None, who: str = "TRL") -> None:
     """What the foreign trainer does where nothing is said and the kit's own groups do otherwise."""
     kept = ("bf16", "fp16", "use_cpu", "logging_nan_inf_filter")  # what the hardware is fast at; a NaN is never hidden
-    for name, ours in group_file("trainer/sft.yaml").items():
+    for name, ours in read_group_file("trainer/sft.yaml").items():
         if name not in kept:
             value = (changed or {}).get(name, fields.default("SFTConfig", name))
             if not same_value(value, ours):

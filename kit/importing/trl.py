@@ -9,7 +9,12 @@ from typing import Any
 
 from kit.errors import KitError
 from kit.importing.report import Reading
-from kit.importing.training_arguments import defaults, dtype, remote_code, training_arguments
+from kit.importing.training_arguments import (
+    import_dtype,
+    import_training_arguments,
+    refuse_remote_code,
+    write_trainer_defaults,
+)
 
 MODEL = {
     "model_name_or_path": "model.name_or_path",
@@ -33,29 +38,29 @@ BITS = {
 }
 
 
-def read(r: Reading) -> None:
+def import_trl(r: Reading) -> None:
     """A TRL or transformers argument file, and `trl sft`'s command line."""
     if str(r.get("task_type", default="CAUSAL_LM")) not in ("CAUSAL_LM", "None") or r.get("reward_model_path"):
         raise KitError("this is not a supervised fine-tuning run", r.name, "the kit trains causal language models")
-    model(r)
-    dataset(r)
-    adapter(r)
-    quantization(r)
-    training_arguments(r)
-    defaults(r)
+    import_model(r)
+    import_dataset(r)
+    import_adapter(r)
+    import_quantization(r)
+    import_training_arguments(r)
+    write_trainer_defaults(r)
 
 
-def model(r: Reading) -> None:
+def import_model(r: Reading) -> None:
     r.carry_all(MODEL)
-    revision(r, "model_revision")
+    import_revision(r, "model_revision")
     for name in ("dtype", "torch_dtype"):
         if r.has(name) and not r.skip_null(name):
-            dtype(r, (name,), r.get(name))
-    remote_code(r)
+            import_dtype(r, (name,), r.get(name))
+    refuse_remote_code(r)
     r.recipe.default("model.dtype", "float32", "TRL loads float32 where no dtype is given")
 
 
-def revision(r: Reading, name: str) -> None:
+def import_revision(r: Reading, name: str) -> None:
     if r.has(name) and not r.skip_null(name):
         if r.get(name) == "main":
             r.mark_default((name,), "main is what is loaded")
@@ -63,14 +68,14 @@ def revision(r: Reading, name: str) -> None:
             r.carry((name,), "model.revision", r.get(name))
 
 
-def dataset(r: Reading) -> None:
+def import_dataset(r: Reading) -> None:
     evaluated = r.get("eval_strategy", default=r.get("evaluation_strategy", default="no"))
     mixture = r.get("datasets")
     if isinstance(mixture, list) and mixture and isinstance(mixture[0], dict):
         for name in ("dataset_name",):
             if r.has(name):
                 r.leave((name,), "datasets is given, and TRL reads that", "")
-        first_of_mixture(r, mixture)
+        import_first_of_mixture(r, mixture)
     elif r.has("dataset_name") and not r.skip_null("dataset_name"):
         r.carry(("dataset_name",), "dataset.path", r.get("dataset_name"))
     r.carry_all(DATA)
@@ -98,7 +103,7 @@ def dataset(r: Reading) -> None:
             r.carry(("dataset_text_field",), "dataset.columns.text", text)
 
 
-def first_of_mixture(r: Reading, mixture: list[Any]) -> None:
+def import_first_of_mixture(r: Reading, mixture: list[Any]) -> None:
     """The kit trains on one data set; the first is carried, the others are named."""
     head: tuple[str | int, ...] = ("datasets", 0)
     place, files = mixture[0].get("path"), mixture[0].get("data_files")
@@ -117,7 +122,7 @@ def first_of_mixture(r: Reading, mixture: list[Any]) -> None:
             r.leave(("datasets", number), "the kit trains on one data set", "join the files in one folder")
 
 
-def adapter(r: Reading) -> None:
+def import_adapter(r: Reading) -> None:
     used = r.get("use_peft", default=False)
     on = used is True or str(used).lower() in ("true", "1", "yes")
     if r.has("use_peft"):
@@ -145,7 +150,7 @@ def adapter(r: Reading) -> None:
         r.recipe.default(f"peft.{name}", value, "TRL's default")
 
 
-def quantization(r: Reading) -> None:
+def import_quantization(r: Reading) -> None:
     four, eight = (r.get(k) in (True, "true", "True", 1) for k in ("load_in_4bit", "load_in_8bit"))
     for name, on, group in (("load_in_4bit", four, "nf4"), ("load_in_8bit", eight and not four, "int8")):
         if r.has(name):

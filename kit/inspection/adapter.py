@@ -13,7 +13,7 @@ from kit.errors import KitError
 from kit.inspection.architectures import EMBEDDING_NAMES
 from kit.storage import manifest
 from kit.storage.json_files import read_json
-from kit.storage.safetensors_header import Tensor, read_header
+from kit.storage.safetensors_header import TensorEntry, read_header
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
@@ -38,7 +38,7 @@ class AdapterFolder:
     folder: Path
     config: dict[str, Any]
     weights: Path
-    tensors: dict[str, Tensor] | None
+    tensors: dict[str, TensorEntry] | None
     manifest: dict[str, Any] | None
 
     @property
@@ -112,7 +112,7 @@ def _check_manifest(folder: Path, weights: Path) -> dict[str, Any] | None:
     return recorded
 
 
-def _read_tensors(weights: Path) -> dict[str, Tensor]:
+def _read_tensors(weights: Path) -> dict[str, TensorEntry]:
     """The tensors of an adapter file by PEFT's own keys."""
     headers = read_header(weights)
     if not headers:
@@ -127,7 +127,7 @@ def _read_tensors(weights: Path) -> dict[str, Tensor]:
             fix="save it again from a checkpoint of that run, with every parameter gathered",
         )
     keys = standard_keys(t.name for t in headers)
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, TensorEntry] = {}
     for tensor in headers:
         key = keys.get(tensor.name)
         if key is None:
@@ -159,7 +159,7 @@ def standard_keys(names: Iterable[str]) -> dict[str, str]:
     return keys
 
 
-def check_size(tensor: Tensor) -> None:
+def check_size(tensor: TensorEntry) -> None:
     """KitError where a tensor's bytes are not what its shape and dtype need."""
     bits = {"F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "BOOL": 8}.get(tensor.dtype)
     if bits is None:

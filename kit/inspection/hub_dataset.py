@@ -114,7 +114,7 @@ def find_snapshot(repo: str, config: str | None, revision: str | None) -> Path |
     `datasets` itself leaves snapshots with a part of the files: training on those in silence would be wrong.
     """
     folder = hub_cache.find_snapshot(repo, hub_cache.DATASET, revision)
-    names = hub_cache.listing(folder) if folder else None
+    names = hub_cache.cached_file_list(folder) if folder else None
     if folder is None or not names or (CARD in names and not (folder / CARD).is_file()):
         return None
     files = files_of(names, read_card(folder), config)
@@ -128,7 +128,7 @@ def read_card(folder: Path) -> str:
 
 def is_prepared(repo: str) -> bool:
     """Whether `datasets` has this data set in its own cache from an earlier load: it takes that one offline."""
-    home = os.environ.get("HF_HOME") or str(hub_cache.cache().parent)
+    home = os.environ.get("HF_HOME") or str(hub_cache.hub_cache_folder().parent)
     folder = Path(os.environ.get("HF_DATASETS_CACHE") or os.path.join(home, "datasets")).expanduser()
     owner, _, name = repo.rpartition("/")
     snake = re.sub(r"([a-z\d])([A-Z])", r"\1_\2", re.sub(r"([A-Z]+)([A-Z][a-z])", r"\1_\2", name)).lower()
@@ -143,11 +143,11 @@ def columns(d: Dataset, repo: str, revision: str | None, here: bool) -> list[str
     config = d.name if repo == d.path else None
     folder = find_snapshot(repo, config, revision)
     if folder is None:
-        if here and hub_cache.offline() and not is_prepared(repo):
+        if here and hub_cache.is_offline() and not is_prepared(repo):
             key = "dataset.path" if repo == d.path else "dataset.eval_path"
-            problem = f"the data set {repo} is not, or not whole, in {hub_cache.cache()}, and HF_HUB_OFFLINE is set"
+            problem = f"the data set {repo} is not, or not whole, in {hub_cache.hub_cache_folder()}, and HF_HUB_OFFLINE is set"
             raise KitError(problem, key, hub_cache.fetch_command("dataset.path", repo, revision), rule="offline")
         return None
-    names = split_files(hub_cache.listing(folder) or [], read_card(folder), config, d.split)
+    names = split_files(hub_cache.cached_file_list(folder) or [], read_card(folder), config, d.split)
     files = [folder / n for n in names if Path(n).suffix.lower() in data_files.SUFFIXES]
     return data_files.columns(files, repo) if files else None

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kit.errors import KitError, Problem, named
+from kit.errors import KitError, Problem, with_rule
 from kit.inspection import architectures
 from kit.schema.run_plan import Model, Tokenizer
 from kit.storage import hub_cache, safetensors_header
@@ -48,32 +48,32 @@ def inspect_model(model: Model, here: bool) -> tuple[Base, list[Problem]]:
     `here`: the run is about to start on this machine, so what is only promised will not do.
     """
     name = model.name_or_path
-    folder = safetensors_header.find_model(name, model.revision)
-    if folder is None and hub_cache.looks_like_id(name):
+    folder = safetensors_header.find_model_folder(name, model.revision)
+    if folder is None and hub_cache.is_hub_id(name):
         if refused := architectures.refuse_name(name):
             return Base(config=dict(model.config) or None), refused
         if here:
             try:
                 folder = fetch_config(name, model.revision)
             except KitError as error:
-                return Base(), named(error.problems, "hub")
+                return Base(), with_rule(error.problems, "hub")
     return inspect_absent(model, here) if folder is None else inspect_folder(model, folder, here)
 
 
 def inspect_absent(model: Model, here: bool) -> tuple[Base, list[Problem]]:
     """Return what the preset knows of a model that is not on this machine; a problem where it cannot come to be."""
     name, key, preset = model.name_or_path, "model.name_or_path", dict(model.config) or None
-    if preset and paths.made_by_quickstart(name) and not here:
+    if preset and paths.is_made_by_quickstart(name) and not here:
         return Base(config=preset, notes=[f"{name} is not made yet: `make quickstart` makes it"]), []
-    if not hub_cache.looks_like_id(name):
-        if paths.made_by_quickstart(name):
+    if not hub_cache.is_hub_id(name):
+        if paths.is_made_by_quickstart(name):
             return Base(), [Problem(f"{name} is not made yet", key, "make quickstart", "model-folder")]
         fix = "check the path, or give a Hub id"
         return Base(), [Problem(f"there is no model folder {name}", key, fix, "model-folder")]
     note = f"{name} is not on this machine: " + (
         "its shape is the preset's" if preset else "what depends on its shape cannot be checked here"
     )
-    if hub_cache.offline():
+    if hub_cache.is_offline():
         note += f"; {hub_cache.fetch_command(key, name, model.revision)}"
     if preset is None:
         return Base(notes=[note]), []
@@ -85,12 +85,14 @@ def inspect_folder(model: Model, folder: Path, here: bool) -> tuple[Base, list[P
     """Read config.json and the headers of the weights in a folder, one of the Hub cache's too."""
     name, local = model.name_or_path, Path(model.name_or_path).expanduser().is_dir()
     try:
-        config = safetensors_header.read_config(folder)
+        config = safetensors_header.read_model_config(folder)
         # A part of the shards in the cache is a download that was cut short: the model is not here.
-        part = not local and any(not (folder / file).is_file() for file in safetensors_header.indexed(folder))
+        part = not local and any(
+            not (folder / file).is_file() for file in safetensors_header.indexed_shard_names(folder)
+        )
         tensors = {} if part else safetensors_header.read_tensors(folder)
     except KitError as error:
-        return Base(folder=folder), named(error.problems, "model-files")
+        return Base(folder=folder), with_rule(error.problems, "model-files")
     base = Base(config=config, folder=folder)
     refused, base.notes = architectures.refuse_config(name, config, model.trust_remote_code)
     if refused:
@@ -104,7 +106,7 @@ def inspect_folder(model: Model, folder: Path, here: bool) -> tuple[Base, list[P
             n.removesuffix(".weight") for n, t in tensors.items() if n.endswith(".weight") and len(t.shape) == 2
         ]
     if not tensors and not model.random_init:
-        if local or (here and hub_cache.offline()):
+        if local or (here and hub_cache.is_offline()):
             return base, [weights_missing(model, folder, local)]
         base.notes.append(f"the weights of {name} are not on this machine: the ranks fetch them")
     if differ := preset_differences(dict(model.config), config):
@@ -118,7 +120,7 @@ def weights_missing(model: Model, folder: Path, local: bool) -> Problem:
     """Return the problem of a model that has no safetensors: pickles alone, nothing, or a download cut short."""
     name, key = model.name_or_path, "model.name_or_path"
     if not local:
-        text = f"the weights of {name} are not in {hub_cache.cache()}, and HF_HUB_OFFLINE is set"
+        text = f"the weights of {name} are not in {hub_cache.hub_cache_folder()}, and HF_HUB_OFFLINE is set"
         return Problem(text, key, hub_cache.fetch_command(key, name, model.revision), "offline")
     if pickles := sorted(folder.glob("*.bin")):
         fix = f"kit convert {folder} OUT makes safetensors of it: give OUT"
@@ -153,19 +155,19 @@ def preset_differences(preset: dict[str, Any], config: dict[str, Any]) -> dict[s
 def check_tokenizer_cached(tokenizer: Tokenizer, here: bool) -> list[Problem]:
     """The problem of a tokenizer of its own that is not in the Hub cache where the Hub may not be asked."""
     key, name = "tokenizer.name_or_path", tokenizer.name_or_path
-    if not (here and hub_cache.offline() and name and hub_cache.looks_like_id(name)):
+    if not (here and hub_cache.is_offline() and name and hub_cache.is_hub_id(name)):
         return []
     if hub_cache.find_snapshot(name, hub_cache.MODEL, tokenizer.revision):
         return []
-    problem = f"the tokenizer {name} is not in {hub_cache.cache()}, and HF_HUB_OFFLINE is set"
+    problem = f"the tokenizer {name} is not in {hub_cache.hub_cache_folder()}, and HF_HUB_OFFLINE is set"
     return [Problem(problem, key, hub_cache.fetch_command(key, name, tokenizer.revision), "offline")]
 
 
 def fetch_config(name: str, revision: str | None) -> Path:
     """config.json of a Hub model, into the cache; the folder it lies in. KitError where the Hub does not give it."""
     key = "model.name_or_path"
-    if hub_cache.offline():
-        problem = f"{name} is neither a folder nor in {hub_cache.cache()}, and HF_HUB_OFFLINE is set"
+    if hub_cache.is_offline():
+        problem = f"{name} is neither a folder nor in {hub_cache.hub_cache_folder()}, and HF_HUB_OFFLINE is set"
         raise KitError(problem, key, hub_cache.fetch_command(key, name, revision), rule="offline")
     try:
         from huggingface_hub import hf_hub_download
@@ -176,7 +178,7 @@ def fetch_config(name: str, revision: str | None) -> Path:
     try:
         return Path(hf_hub_download(name, safetensors_header.CONFIG, revision=revision)).parent
     except Exception as error:  # the Hub's refusals, the network's, a broken name: all are put in words
-        raise hub_cache.explain(error, name, hub_cache.MODEL, key) from None
+        raise hub_cache.hub_error(error, name, hub_cache.MODEL, key) from None
 
 
 def identify_base(model: Model, folder: Path | None) -> dict[str, Any] | None:
@@ -187,5 +189,5 @@ def identify_base(model: Model, folder: Path | None) -> dict[str, Any] | None:
         "name_or_path": model.name_or_path,
         "revision": model.revision,
         "config_sha256": hashlib.sha256((folder / safetensors_header.CONFIG).read_bytes()).hexdigest(),
-        "fingerprint": safetensors_header.fingerprint(folder),
+        "fingerprint": safetensors_header.fingerprint_tensors(folder),
     }

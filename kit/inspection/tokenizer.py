@@ -9,7 +9,7 @@ from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 
-from kit.errors import KitError, Problem, named
+from kit.errors import KitError, Problem, with_rule
 from kit.schema.run_plan import Model, Tokenizer
 from kit.storage import hub_cache, safetensors_header
 from kit.storage.json_files import read_json
@@ -166,8 +166,10 @@ def examine_tokenizer(
     """
     report = TokenizerReport()
     name = t.name_or_path or model.name_or_path
-    folder = safetensors_header.find_model(name, t.revision or (model.revision if t.name_or_path is None else None))
-    if folder is None and t.name_or_path and not hub_cache.looks_like_id(t.name_or_path):
+    folder = safetensors_header.find_model_folder(
+        name, t.revision or (model.revision if t.name_or_path is None else None)
+    )
+    if folder is None and t.name_or_path and not hub_cache.is_hub_id(t.name_or_path):
         report.problems.append(
             Problem(
                 f"there is no tokenizer folder {name}",
@@ -201,7 +203,7 @@ def _look_at_template(report: TokenizerReport, t: Tokenizer, chat: bool, assista
             if trl_templates() is None and not is_file_name(t.chat_template):
                 report.notes.append(f"chat template {t.chat_template}: TRL, which ships it, is not installed here")
             else:
-                report.problems += named(error.problems, "chat-template-name")
+                report.problems += with_rule(error.problems, "chat-template-name")
             return
         except (OSError, UnicodeDecodeError) as error:
             problem, key = f"the chat template cannot be read: {error}", "tokenizer.chat_template"
@@ -260,7 +262,7 @@ def _look_at_tokens(report: TokenizerReport, t: Tokenizer, name: str, rows: int 
             close = difflib.get_close_matches(named, [k for k in files.tokens if k[:1] == named[:1]], 3, 0.6)
             fix = f"did you mean {' or '.join(close)}? " if close else ""
             problem = f"{role} {named!r} is not among the {files.size:,} tokens of {name}"
-            fix += f"Or add it: tokenizer.added_tokens=['{named}']"
+            fix += f"Or add it: tokenizer.added_tokens=['{with_rule}']"
             report.problems.append(Problem(problem, f"tokenizer.{role}", fix, "special-token"))
     pad, eos = (getattr(t, role) or files.roles.get(role, "") for role in ("pad_token", "eos_token"))
     for role, given, reason in (

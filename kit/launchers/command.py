@@ -75,7 +75,7 @@ def command(plan: RunPlan, plan_path: Path, resume: str | None = None) -> tuple[
         if plan.deepspeed:  # DeepSpeed asks MPI for its rank where these are not set
             env |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
             env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        if not plan.trainer["use_cpu"] and len(hardware.gpus()) > 1:
+        if not plan.trainer["use_cpu"] and len(hardware.list_gpus()) > 1:
             # A plain process that sees several GPUs is wrapped in DataParallel, which the trainer refuses (T66).
             env["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     return argv, env
@@ -139,7 +139,7 @@ def rank_environment(plan: RunPlan) -> dict[str, str]:
     }
     env |= tracker_environment(plan)
     if plan.trainer["use_cpu"]:
-        threads = max(1, hardware.cores() // int(plan.launch.num_gpus))
+        threads = max(1, hardware.count_cpu_cores() // int(plan.launch.num_gpus))
         env |= {
             "DS_ACCELERATOR": "cpu",
             "CUDA_VISIBLE_DEVICES": "",

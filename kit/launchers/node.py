@@ -119,7 +119,7 @@ def right_nodes(plan: RunPlan, env: Mapping[str, str]) -> None:
 
 def enough_gpus(plan: RunPlan) -> None:
     """KitError where this node has fewer GPUs than the plan, which was made on another machine."""
-    visible = len(hardware.gpus())
+    visible = len(hardware.list_gpus())
     if not plan.trainer["use_cpu"] and int(plan.launch.num_gpus) > visible:
         raise KitError(
             f"{plan.launch.num_gpus} GPUs asked for, this node shows {visible}", "launch.num_gpus",

@@ -39,7 +39,7 @@ def extensions_dir() -> Path:
     except OSError:
         cpu = platform.processor()
     fingerprint = [cpu, sys.prefix, platform.python_version(), *(version(p) for p in ("torch", "deepspeed"))]
-    return paths.cache() / "ops" / hashlib.sha256("|".join(fingerprint).encode()).hexdigest()[:12]
+    return paths.kit_cache_folder() / "ops" / hashlib.sha256("|".join(fingerprint).encode()).hexdigest()[:12]
 
 
 def installed() -> str:

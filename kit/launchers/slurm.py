@@ -23,7 +23,7 @@ from kit.launchers.supervise import Stop, outcome
 from kit.schema.run_plan import RunPlan, load_plan
 from kit.storage import run_directory
 from kit.storage.json_files import atomic_write_json, atomic_write_text, read_json_or_empty
-from kit.system.terminal import say
+from kit.system.terminal import print_status
 
 JOBS = "slurm.json"  # in the run directory: what was submitted
 VERBS = ("merge", "eval", "generate")
@@ -33,10 +33,10 @@ def start(plan: RunPlan, fresh: bool = False, follow: bool = False, then: Sequen
     """Make the run directory of a plan and submit it; the exit code. KitError where sbatch refuses."""
     need(then)
     plain(Path(plan.run_dir))
-    if not fresh and run_directory.run_of(Path(plan.run_dir)) == plan.hash:
+    if not fresh and run_directory.plan_hash_of(Path(plan.run_dir)) == plan.hash:
         refuse_twice(Path(plan.run_dir))  # before its plan is written again, which the job will read
     allocated(plan)  # a refusal leaves no directory behind
-    return submit(run_directory.create(plan, fresh), follow, then)
+    return submit(run_directory.create_run_directory(plan, fresh), follow, then)
 
 
 def submit(plan: RunPlan, follow: bool = False, then: Sequence[str] = ()) -> int:
@@ -51,8 +51,10 @@ def submit(plan: RunPlan, follow: bool = False, then: Sequence[str] = ()) -> int
     script = write(run / "train.sbatch", train_script(plan, [run], str(run / run_directory.LOGS / "slurm-%j.out")))
     job = record(run, "train", sbatch(script), script)
     log = run / run_directory.LOGS / f"slurm-{job}.out"
-    print(f"job {job}: {run_directory.shown(run)}")
-    say(f"log: {run_directory.shown(log)}; stop with a checkpoint: scancel --signal=USR1 {job}; end: scancel {job}")
+    print(f"job {job}: {run_directory.path_from_here(run)}")
+    print_status(
+        f"log: {run_directory.path_from_here(log)}; stop with a checkpoint: scancel --signal=USR1 {job}; end: scancel {job}"
+    )
     previous = job
     for verb in then:
         chained = write(run / f"{verb}.sbatch", verb_script(verb, [str(run)], settings_of(plan, verb), run))
@@ -107,7 +109,7 @@ def submit_verb(verb: str, source: str, argv: Sequence[str], words: Sequence[str
     job = record(run, verb, sbatch(script), script)
     log = run / run_directory.LOGS / f"{verb}-{job}.out"
     print(f"job {job}: kit {verb} {source}")
-    say(f"its log: {run_directory.shown(log)}")
+    print_status(f"its log: {run_directory.path_from_here(log)}")
     if not follow:
         return DONE
     state, code = watch(job, log)
@@ -157,7 +159,7 @@ def allocated(plan: RunPlan) -> bool:
 
 def run_here(plan: RunPlan) -> int:
     """The job's step in the allocation that we stand in, in the foreground; Ctrl-C lets it save."""
-    say(f"inside the allocation {own_job()}: started as a step of it")
+    print_status(f"inside the allocation {own_job()}: started as a step of it")
     stop, requests = Stop(), 0
     with stop:
         step = subprocess.Popen([*srun(plan), str(plan.run_path), *RESUME], start_new_session=True)
@@ -166,7 +168,7 @@ def run_here(plan: RunPlan) -> int:
                 step.send_signal(signal.SIGUSR1 if requests == 0 else signal.SIGTERM)  # srun passes the first one on
                 requests = stop.requests
             time.sleep(0.2)
-    if step.returncode and run_directory.status(plan.run_path).get("state") == "created":
+    if step.returncode and run_directory.read_status(plan.run_path).get("state") == "created":
         message = f"srun ended with {step.returncode} before the run began"
         raise KitError(message, f"allocation {own_job()}", "what srun says above", code=ENVIRONMENT)
     return outcome(plan.run_path, step.returncode)
@@ -219,11 +221,11 @@ def record(run: Path, verb: str, job: str, script: Path) -> str:
 
 def ended(run: Path, job: str, state: str, code: int) -> int:
     """The exit code of a run that was followed; KitError with what its ranks wrote down."""
-    run_state = run_directory.status(run).get("state")
+    run_state = run_directory.read_status(run).get("state")
     if run_state == "done":
         return DONE
     if run_state == "stopped":
-        say(f"stopped with a complete checkpoint: kit resume {run_directory.shown(run)}")
+        print_status(f"stopped with a complete checkpoint: kit resume {run_directory.path_from_here(run)}")
         return STOPPED
     problems, exit_code = read_errors(run)
     log = str(run / run_directory.LOGS / f"slurm-{job}.out")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from kit.errors import ENVIRONMENT, KitError
 from kit.system.secrets import is_secret
-from kit.system.terminal import say
+from kit.system.terminal import print_status
 
 CLIENT = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_DEBUG_FLAGS", "SLURM_EXIT_ERROR")
 OVER = tuple("COMPLETED FAILED CANCELLED TIMEOUT NODE_FAIL OUT_OF_MEMORY PREEMPTED BOOT_FAIL DEADLINE GONE".split())
@@ -36,7 +36,9 @@ def sbatch(script: Path, *options: str) -> str:
     """Submit a script; its job id. Tokens stay behind: SLURM writes a job's environment into files of its own."""
     env, hidden = without_secrets({k: v for k, v in os.environ.items() if not of_another_job(k)})
     if hidden:
-        say(f"not given to the job: {', '.join(hidden)} (hf auth login keeps a token in a file that the job can read)")
+        print_status(
+            f"not given to the job: {', '.join(hidden)} (hf auth login keeps a token in a file that the job can read)"
+        )
     process = ask("sbatch", "--parsable", *options, str(script), env=env)
     job = process.stdout.strip().partition(";")[0]
     if process.returncode or not job.isdigit():
@@ -72,7 +74,7 @@ def watch(job: str, log: Path) -> tuple[str, int]:
         while True:
             state, code = look(job)
             if state and state != last_state:
-                say(f"job {job} is {state.lower()}")
+                print_status(f"job {job} is {state.lower()}")
                 last_state = state
             if log.exists():
                 with open(log, encoding="utf-8", errors="replace") as f:
@@ -84,5 +86,5 @@ def watch(job: str, log: Path) -> tuple[str, int]:
                 return state, code
             time.sleep(1)
     except KeyboardInterrupt:
-        say(f"the job goes on; to end it: scancel {job}")
+        print_status(f"the job goes on; to end it: scancel {job}")
         raise

@@ -30,7 +30,7 @@ from kit.schema.run_plan import RunPlan
 from kit.storage import manifest, run_directory
 from kit.storage.json_files import atomic_write_json
 from kit.system import hardware
-from kit.system.terminal import say
+from kit.system.terminal import print_status
 
 SETTLE_SECONDS = 90  # a shared file system may show node 0's last word late
 
@@ -42,34 +42,38 @@ def launch(plan: RunPlan, resume: str | None = None) -> int:
     plan = node.placed(plan)
     run, own_ranks, ssh = plan.run_path, node.own_ranks(plan), over_ssh(plan.launch)
     first = own_ranks is None or own_ranks.start == 0
-    status_before = None if first else run_directory.status(run)
+    status_before = None if first else run_directory.read_status(run)
     name = "" if first else f".node{plan.launch.node_rank}"
     if first:
         for w in plan.warnings:
-            say(f"warning: {w['problem']} ({w['where']}); {w['fix']} [{w['rule']}]")
-    with run_directory.locked(run, run_directory.LOCK + name):
+            print_status(f"warning: {w['problem']} ({w['where']}); {w['fix']} [{w['rule']}]")
+    with run_directory.lock_run_directory(run, run_directory.LOCK + name):
         if own_ranks is not None and first:
             node.check_port(plan)
-            say(f"node 0 waits for the others: {node.others_command(plan)}")
+            print_status(f"node 0 waits for the others: {node.others_command(plan)}")
         if ssh:
             remote.check(plan)
         stop = Stop()
         with stop:
             ops.prepare(
-                ops.needed(plan), plan.launch.build_seconds, say, rank_environment(plan), lambda: stop.requests > 0
+                ops.needed(plan),
+                plan.launch.build_seconds,
+                print_status,
+                rank_environment(plan),
+                lambda: stop.requests > 0,
             )
             if stop.requests:
                 return 128 + signal.SIGINT
             ranks.forget(run, own_ranks, name)
             argv, env = command(plan, run / run_directory.PLAN, resume)
             if ssh:
-                env |= remote.environment(plan, env, say)
+                env |= remote.environment(plan, env, print_status)
             record = {"argv": argv, "env": env, "cwd": os.getcwd(), "resume": resume}
             record_file = run / run_directory.LAUNCH if first else run / run_directory.LOGS / f"launch{name}.json"
             atomic_write_json(record_file, record)
             if first:
                 run_directory.set_status(run, "running")
-            kills_before, deaths = hardware.oom_kills() or 0, ranks.Deaths(run, own_ranks)
+            kills_before, deaths = hardware.cgroup_oom_kills() or 0, ranks.Deaths(run, own_ranks)
             peers = ranks.Peers(run, own_ranks) if own_ranks is not None or ssh else None
             # SLURM signals all processes of a step: SIGUSR1 is for us and for the ranks, and would end a launcher.
             process = subprocess.Popen(
@@ -87,7 +91,7 @@ def launch(plan: RunPlan, resume: str | None = None) -> int:
                 if ssh and process.returncode:  # whatever still lives on the nodes
                     remote.ask_ranks(run, "now")
                 # For `kit doctor RUN`: the launchers' own exit codes do not tell which rank went first, or why.
-                killed = (hardware.oom_kills() or 0) - kills_before
+                killed = (hardware.cgroup_oom_kills() or 0) - kills_before
                 end = {
                     "returncode": process.returncode,
                     "oom_kills": killed,
@@ -100,12 +104,12 @@ def launch(plan: RunPlan, resume: str | None = None) -> int:
 
 def newest_checkpoint(run: Path) -> str | None:
     """The name of the checkpoint that an unattended start goes on from, None where there is none; said aloud."""
-    newest = manifest.newest_complete(run / run_directory.CHECKPOINTS)
+    newest = manifest.newest_complete_checkpoint(run / run_directory.CHECKPOINTS)
     for reason in newest.skipped:
-        say(reason)
+        print_status(reason)
     if newest.path is None:
         return None
-    say(f"resuming from {newest.path.name}")
+    print_status(f"resuming from {newest.path.name}")
     return newest.path.name
 
 
@@ -144,7 +148,7 @@ def wait(
     while process.poll() is None:
         deaths.update()
         if peers and peers.failed():
-            say("ranks of another node have failed: ending those that are left")
+            print_status("ranks of another node have failed: ending those that are left")
             return
         if stop.requests and deadline is None:
             deadline = time.monotonic() + grace
@@ -153,11 +157,11 @@ def wait(
                 remote.ask_ranks(run, "save")
             elif not pids:  # nothing trains yet, so there is nothing to save
                 return
-            say("stopping: the ranks save a checkpoint at the next step (again to end them at once)")
+            print_status("stopping: the ranks save a checkpoint at the next step (again to end them at once)")
             for pid in pids:
                 ranks.send(pid, signal.SIGTERM)
         if deadline is not None and (stop.requests > 1 or time.monotonic() > deadline):
-            say("ending the ranks without a checkpoint")
+            print_status("ending the ranks without a checkpoint")
             return
         time.sleep(0.1)
 
@@ -184,11 +188,13 @@ def outcome(run: Path, returncode: int | None, name: str = "", status_before: di
     `name`: of a node that is not the first, which waits for the first one's word and leaves the status alone;
     `status_before`: the status when that node began, which may be an earlier start's.
     """
-    state = settled(run, returncode, status_before) if name else run_directory.status(run)
+    state = settled(run, returncode, status_before) if name else run_directory.read_status(run)
     if state.get("state") == "done":
         return DONE
     if state.get("state") == "stopped":
-        say(f"stopped at step {state.get('step')} with a complete checkpoint: kit resume {run_directory.shown(run)}")
+        print_status(
+            f"stopped at step {state.get('step')} with a complete checkpoint: kit resume {run_directory.path_from_here(run)}"
+        )
         return STOPPED
     problems, code = ranks.read_errors(run)
     if not problems:
@@ -205,7 +211,7 @@ def outcome(run: Path, returncode: int | None, name: str = "", status_before: di
 def settled(run: Path, returncode: int | None, status_before: dict[str, Any] | None) -> dict[str, Any]:
     """The run's status once node 0 has written how it ended; ranks that failed here need no word of node 0."""
     deadline = time.monotonic() + SETTLE_SECONDS
-    while (state := run_directory.status(run)).get("state") in ("created", "running") or state == status_before:
+    while (state := run_directory.read_status(run)).get("state") in ("created", "running") or state == status_before:
         if time.monotonic() > deadline or (returncode and ranks.read_errors(run)[0]):
             return {}
         time.sleep(0.5)

@@ -10,7 +10,7 @@ from typing import Any
 
 from kit.errors import KitError
 from kit.inspection.adapter import PLAIN_INITS, PREFIX, AdapterFolder, read_adapter_folder
-from kit.storage.safetensors_header import Tensor
+from kit.storage.safetensors_header import TensorEntry
 
 PARTS = re.compile(
     r"^(?P<module>.+?)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B"
@@ -34,10 +34,10 @@ class Adapter:
     """An adapter folder with its tensors by module and part, full tensors by parameter."""
 
     opened: AdapterFolder
-    lora: dict[str, dict[str, Tensor]]
-    full: dict[str, Tensor]  # parameter name -> replacement
+    lora: dict[str, dict[str, TensorEntry]]
+    full: dict[str, TensorEntry]  # parameter name -> replacement
     shared: set[str]  # replacements of a base layer itself: a tied partner sees them too
-    rows: dict[str, Tensor]  # module -> new rows
+    rows: dict[str, TensorEntry]  # module -> new rows
     unknown: list[str]
 
     @property
@@ -63,7 +63,7 @@ def read_adapter(folder: Path) -> Adapter:
     return adapter
 
 
-def _sort_in(adapter: Adapter, key: str, tensor: Tensor) -> None:
+def _sort_in(adapter: Adapter, key: str, tensor: TensorEntry) -> None:
     name = key.removeprefix(PREFIX)
     if match := PARTS.match(name):
         adapter.lora.setdefault(match["module"], {})[match["part"]] = tensor
@@ -118,7 +118,7 @@ def token_rows(config: dict[str, Any], module: str) -> list[int]:
     return list(indices or [])
 
 
-def read_bytes(tensor: Tensor, start: int = 0, end: int | None = None) -> bytearray:
+def read_bytes(tensor: TensorEntry, start: int = 0, end: int | None = None) -> bytearray:
     """Bytes [start, end) of a tensor; KitError where the file ends early."""
     size = (tensor.end - tensor.start if end is None else end) - start
     data = bytearray(size)

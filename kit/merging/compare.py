@@ -17,7 +17,7 @@ from kit.merging.logits import check_logits
 from kit.merging.parts import MergePlan
 from kit.merging.plan import plan_merge
 from kit.merging.stream import side_by_side, torch_dtype
-from kit.storage.safetensors_header import Tensor, read_config, read_tensors
+from kit.storage.safetensors_header import TensorEntry, read_model_config, read_tensors
 
 BAND = 64  # rows of each module that are computed again
 EDGE = 4096  # bytes of each untouched tensor that are compared at its start, middle and end
@@ -48,7 +48,7 @@ def verify(
     out, base, adapter = Path(out), Path(base), Path(adapter)
     stored = read_tensors(base)
     size = sum(t.end - t.start for t in stored.values())
-    own_code = bool(read_config(base).get("auto_map"))
+    own_code = bool(read_model_config(base).get("auto_map"))
     result: dict[str, Any] = {}
     plan = plan_merge(base, adapter, proven=True, trained_on=trained_on, dequantize=dequantize)
     if not plan.through_peft:
@@ -60,7 +60,7 @@ def verify(
     return result
 
 
-def check_tensors(out: Path, plan: MergePlan, stored: dict[str, Tensor]) -> dict[str, Any]:
+def check_tensors(out: Path, plan: MergePlan, stored: dict[str, TensorEntry]) -> dict[str, Any]:
     """Compare every module that the adapter names or that was dequantized, and the edges of every other tensor."""
     import torch
     from safetensors import safe_open
@@ -112,7 +112,7 @@ def _parameters(plan: MergePlan) -> list[str]:
     return list(parameters)
 
 
-def _expected(plan: MergePlan, weights: Any, parameter: str, start: Tensor | None) -> tuple[slice, Any]:
+def _expected(plan: MergePlan, weights: Any, parameter: str, start: TensorEntry | None) -> tuple[slice, Any]:
     """Which rows, and what base + adapter hold there in float32, by a peft layer (and by bitsandbytes)."""
     import torch
 
@@ -207,7 +207,7 @@ def _through_peft(
     return holder.weight.data, None if bias is None else holder.bias.data
 
 
-def _rows(tensor: Tensor, band: slice) -> Any:
+def _rows(tensor: TensorEntry, band: slice) -> Any:
     """Rows of a stored tensor in float32 (float64 stays)."""
     import torch
 
@@ -242,7 +242,7 @@ def _compare(name: str, expected: Any, written: Any, stored: str) -> int:
     )
 
 
-def _same_edges(base: Tensor, merged: Tensor) -> None:
+def _same_edges(base: TensorEntry, merged: TensorEntry) -> None:
     size = base.end - base.start
     if base.dtype == merged.dtype:
         middle = size // 2

@@ -19,12 +19,12 @@ from kit.merging.dequantize import Quantization
 from kit.merging.parts import MergePlan
 from kit.merging.plan import plan_merge
 from kit.merging.side_files import check_tokenizer, copy_side_files, write_config, write_index
-from kit.storage.atomic_folder import check_room, output_folder, refuse_target
+from kit.storage.atomic_folder import check_free_space, check_output_folder, output_folder
 from kit.storage.hub_cache import fetch_command
 from kit.storage.json_files import read_json
 from kit.storage.manifest import NAME as MANIFEST
 from kit.storage.manifest import hash_file
-from kit.storage.safetensors_header import find_model, fingerprint
+from kit.storage.safetensors_header import find_model_folder, fingerprint_tensors
 
 REPORT = "merge.json"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -62,7 +62,7 @@ def merge(
     name, wanted, base_folder = find_base(base, revision, opened, run_plan)
     proven = refuse_other_base(base_folder, name, opened.base)
     target = (Path(out).expanduser() if out else default_target(source, adapter, run)).absolute()
-    refuse_target(target, [base_folder, adapter, *([run] if run else [])], overwrite, REPORT)
+    check_output_folder(target, [base_folder, adapter, *([run] if run else [])], overwrite, REPORT)
     dequantize = onto == "dequantized"
     plan = plan_merge(base_folder, adapter, dtype=dtype, proven=proven, trained_on=trained_on, dequantize=dequantize)
     if trained_on and not dequantize:
@@ -70,10 +70,10 @@ def merge(
             f"trained over the {trained_on.kind} base and merged onto the original weights: not quite the model that "
             "was trained (--onto dequantized is)"
         )
-    check_room(sum(t.end - t.start for t in plan.tensors.values()), target)
+    check_free_space(sum(t.end - t.start for t in plan.tensors.values()), target)
     with output_folder(target, fsync) as staging:
         report = _build(plan, staging, dtype, fsync, progress)
-        report["base"] = {"name_or_path": name, "revision": wanted, "fingerprint": fingerprint(base_folder)}
+        report["base"] = {"name_or_path": name, "revision": wanted, "fingerprint": fingerprint_tensors(base_folder)}
         report["peak_rss_gb"] = peak_rss_gb()
         if verify:
             begun = time.perf_counter()
@@ -93,7 +93,7 @@ def merge(
 
 def find_adapter(source: str | Path) -> tuple[Path, Path | None]:
     """The adapter's folder, and the run's where `source` is a run."""
-    folder = find_model(str(source))
+    folder = find_model_folder(str(source))
     if folder is None:
         raise KitError(
             f"{source} is neither a folder nor an adapter in the local Hub cache",
@@ -168,7 +168,7 @@ def find_base(
     name, wanted = next(((n, r) for n, r in choices if n), (None, None))
     if not name:
         raise KitError(f"{adapter.folder} does not say which base it belongs to", fix="name it with --base")
-    folder = find_model(name, wanted)
+    folder = find_model_folder(name, wanted)
     if folder is None:
         raise KitError(
             f"the base {name}{f' at {wanted}' if wanted else ''} is not on this machine",
@@ -184,7 +184,7 @@ def refuse_other_base(folder: Path, name: str, recorded: dict) -> bool:
     differences = []
     if config and (folder / "config.json").is_file() and hash_file(folder / "config.json")["sha256"] != config:
         differences.append("its config.json differs")
-    if weights and fingerprint(folder) != weights:
+    if weights and fingerprint_tensors(folder) != weights:
         differences.append("its weights differ")
     if differences:
         raise KitError(

@@ -15,7 +15,7 @@ from kit.merging.stream import side_by_side, torch_dtype
 from kit.models.adapters import attach_adapter
 from kit.models.open import architecture_class, open_base
 from kit.models.quantization import compute_in
-from kit.storage.safetensors_header import read_config, read_tensors
+from kit.storage.safetensors_header import read_model_config, read_tensors
 
 # Logits of two models with equal weights are equal; the few neighbours above move them by up to 2.3e-4 of their spread
 # (measured: 16-bit, 512 wide, odd scales), a factor wrong by 1 % on an adapter that changes weights by 3 % by 7e-3.
@@ -38,7 +38,7 @@ def check_logits(out: Path, plan: MergePlan, prompts: list[str] | None, whole: b
     dtypes = [t.dtype for t in merged.values() if t.dtype in ROUNDED]
     kept = max(set(dtypes), key=dtypes.count)
     dtype = torch.float32 if whole else torch_dtype(kept)
-    tokens = make_prompts(out, read_config(out), prompts)
+    tokens = make_prompts(out, read_model_config(out), prompts)
     device = _device(merged, dtype)
     model = attach_adapter(load_base(plan, dtype, device), plan.adapter.opened).to(dtype)
     trained = _logits(model, tokens)
@@ -111,7 +111,9 @@ def _ties_matter(plan: MergePlan, out: Path) -> bool:
     """Whether peft's own merge is not what was trained: it adds LoRA on tied matrices to both ends, or twice."""
     key = "tie_word_embeddings"
     ends = {p.removesuffix(".weight") for pair in plan.names.tied.items() for p in pair}
-    return bool(ends & plan.adapter.lora.keys()) or read_config(plan.base).get(key) != read_config(out).get(key)
+    return bool(ends & plan.adapter.lora.keys()) or read_model_config(plan.base).get(key) != read_model_config(
+        out
+    ).get(key)
 
 
 def make_prompts(out: Path, config: dict[str, Any], prompts: list[str] | None) -> list[Any]:

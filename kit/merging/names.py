@@ -12,7 +12,7 @@ from typing import Any
 
 from kit.errors import KitError
 from kit.models.open import architecture_class, forget_deepspeed
-from kit.storage.safetensors_header import Tensor
+from kit.storage.safetensors_header import TensorEntry
 
 
 @dataclass
@@ -43,7 +43,7 @@ def build_empty(base: Path) -> Any:
         return cls.from_config(config) if cls is transformers.AutoModelForCausalLM else cls(config)
 
 
-def read_names(base: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Names:
+def read_names(base: Path, config: dict[str, Any], tensors: dict[str, TensorEntry]) -> Names:
     """Names for a base; a model with code of its own is stored as it is built, so its names stand for themselves.
 
     KitError where transformers cannot build a model from the base's config.
@@ -60,7 +60,7 @@ def read_names(base: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -
         ) from error
 
 
-def _ask_transformers(base: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Names:
+def _ask_transformers(base: Path, config: dict[str, Any], tensors: dict[str, TensorEntry]) -> Names:
     if config.get("auto_map") and not _is_native(config):
         return Names(
             {name: name for name in tensors},

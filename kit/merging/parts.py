@@ -9,29 +9,29 @@ from typing import Any
 from kit.merging.adapter import Adapter
 from kit.merging.dequantize import Quantization
 from kit.merging.names import Names
-from kit.storage.safetensors_header import Tensor
+from kit.storage.safetensors_header import TensorEntry
 
 
 @dataclass
 class Lora:
     """One low-rank change. In the stored layout it is scale * B @ A, transposed for Conv1D and embeddings."""
 
-    a: Tensor
-    b: Tensor
+    a: TensorEntry
+    b: TensorEntry
     scale: float
     transposed: bool
-    magnitude: Tensor | None = None
+    magnitude: TensorEntry | None = None
 
 
 @dataclass
 class Edit:
     """What happens to one stored tensor, in this order."""
 
-    replace: Tensor | None = None
+    replace: TensorEntry | None = None
     restore: tuple[Quantization, bool] | None = None  # through this quantization; whether it is a Conv1D's, transposed
     lora: Lora | None = None
-    rows: tuple[list[int], Tensor] | None = None
-    add: tuple[Tensor, float] | None = None
+    rows: tuple[list[int], TensorEntry] | None = None
+    add: tuple[TensorEntry, float] | None = None
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Output:
     name: str
     dtype: str
     shape: tuple[int, ...]
-    source: Tensor
+    source: TensorEntry
     edit: Edit | None = None
 
 
@@ -53,7 +53,7 @@ class MergePlan:
     adapter: Adapter
     config: dict[str, Any]  # the base's, changed where it must be
     names: Names
-    tensors: dict[str, Tensor]
+    tensors: dict[str, TensorEntry]
     shards: dict[str, list[Output]] = field(default_factory=dict)  # file name -> tensors in file order
     indexed: bool = False
     through_peft: str = ""  # why peft must do it

@@ -20,7 +20,7 @@ from kit.merging.parts import Edit, Lora, MergePlan, Output
 from kit.merging.ties import check_vocabulary, set_everywhere, settle_ties
 from kit.models.adapters import expected_keys
 from kit.storage.json_files import read_json
-from kit.storage.safetensors_header import INDEX, Tensor, read_config, read_header, shard_files
+from kit.storage.safetensors_header import INDEX, TensorEntry, read_header, read_model_config, shard_files
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 BINS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -39,7 +39,7 @@ def plan_merge(
 
     trained_on: how the run quantized the base; `dequantize`: merge onto what that left of it.
     """
-    config = read_config(base)
+    config = read_model_config(base)
     shards = _read_base(base, config)
     tensors = {t.name: t for file in shards.values() for t in file}
     adapter = read_adapter(folder)
@@ -64,7 +64,7 @@ def plan_merge(
     return plan
 
 
-def _read_base(base: Path, config: dict[str, Any]) -> dict[str, list[Tensor]]:
+def _read_base(base: Path, config: dict[str, Any]) -> dict[str, list[TensorEntry]]:
     files = shard_files(base)
     if not files:
         pickled = next((b for b in BINS if (base / b).is_file()), None)
@@ -79,7 +79,7 @@ def _read_base(base: Path, config: dict[str, Any]) -> dict[str, list[Tensor]]:
             fix="merge into the original, unquantized model",
         )
     shards = {f.name: read_header(f) for f in files}
-    seen: dict[str, Tensor] = {}
+    seen: dict[str, TensorEntry] = {}
     for tensor in (t for file in shards.values() for t in file):
         check_size(tensor)
         if tensor.name in seen:
@@ -202,7 +202,7 @@ def _misfit(what: str, change: object, base: object) -> Problem:
     )
 
 
-def _stored(plan: MergePlan, parameter: str) -> Tensor | None:
+def _stored(plan: MergePlan, parameter: str) -> TensorEntry | None:
     name = plan.names.stored.get(parameter)
     return plan.tensors[name] if name else None
 
@@ -242,7 +242,7 @@ def _missing_keys(plan: MergePlan) -> set[str]:
     return expected_keys(build_empty(plan.base), adapter) - (adapter.tensors or {}).keys()
 
 
-def _lay_out(plan: MergePlan, shards: dict[str, list[Tensor]], edits: dict[str, Edit], dtype: str | None) -> None:
+def _lay_out(plan: MergePlan, shards: dict[str, list[TensorEntry]], edits: dict[str, Edit], dtype: str | None) -> None:
     """Fill plan.shards: the base's files and order, what is new behind its partner or in the last file."""
     by_stored = {plan.names.stored.get(p, p): e for p, e in edits.items()}
     tied = {plan.names.stored.get(o, o): plan.names.stored.get(m, m) for o, m in plan.names.tied.items()}
@@ -289,6 +289,6 @@ def _dtype(stored: str, wanted: str | None) -> str:
     return {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[wanted] if wanted and stored in FLOATS else stored
 
 
-def _output(name: str, stored: Tensor, edit: Edit | None, dtype: str | None) -> Output:
+def _output(name: str, stored: TensorEntry, edit: Edit | None, dtype: str | None) -> Output:
     source = edit.replace if edit and edit.replace else stored
     return Output(name, _dtype(stored.dtype, dtype), source.shape, source, edit)

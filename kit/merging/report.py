@@ -10,7 +10,7 @@ from kit.storage import run_directory
 def format_merge(report: dict[str, Any]) -> str:
     """merge.json in a few lines."""
     seconds = report["seconds"]
-    lines = [f"merged    {run_directory.shown(report['out'])} ({report['method']}, {seconds['all']:.1f} s)"]
+    lines = [f"merged    {run_directory.path_from_here(report['out'])} ({report['method']}, {seconds['all']:.1f} s)"]
     lines += [f"note      {note}" for note in report.get("notes", [])]
     if report.get("onto"):
         gap = report.get("as_trained")

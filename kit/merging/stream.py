@@ -20,7 +20,7 @@ from kit.merging.adapter import read_bytes
 from kit.merging.byte_ranges import copy_range, read_into, reserve, write_all
 from kit.merging.dequantize import aligned, restorer
 from kit.merging.parts import Lora, MergePlan, Output
-from kit.storage.safetensors_header import Tensor, make_header
+from kit.storage.safetensors_header import TensorEntry, encode_header
 
 BLOCK = 1 << 21  # values at a time: what one core's cache holds, roughly
 COPY = 64 << 20  # bytes of one file-to-file copy
@@ -36,7 +36,7 @@ def torch_dtype(name: str) -> Any:
     return {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[name]
 
 
-def read_tensor(tensor: Tensor) -> Any:
+def read_tensor(tensor: TensorEntry) -> Any:
     """A whole tensor of the adapter in float32."""
     import torch
 
@@ -84,7 +84,7 @@ def write_shards(
     files, queues, done, total = [], [], 0, 0
     try:
         for name, outputs in plan.shards.items():
-            header = make_header([(o.name, o.dtype, o.shape, _size(o)) for o in outputs])
+            header = encode_header([(o.name, o.dtype, o.shape, _size(o)) for o in outputs])
             fd = os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
             files.append(fd)
             jobs, offset = [], len(header)
@@ -260,7 +260,7 @@ def _check_finite(values: Any, limit: float, output: Output) -> None:
         )
 
 
-def _block(fd: int, source: Tensor, first: int, last: int, width: int, work: Any) -> Any:
+def _block(fd: int, source: TensorEntry, first: int, last: int, width: int, work: Any) -> Any:
     """Rows [first, last) of a stored tensor as a (rows, width) block in the working dtype."""
     stored = torch_dtype(source.dtype)
     count = (last - first) * width
@@ -271,7 +271,7 @@ def _block(fd: int, source: Tensor, first: int, last: int, width: int, work: Any
     return w.view(last - first, width)
 
 
-def _blocks(source: Tensor, rows: int, width: int, step: int, work: Any) -> Iterator[Any]:
+def _blocks(source: TensorEntry, rows: int, width: int, step: int, work: Any) -> Iterator[Any]:
     """A stored tensor from its start, `step` rows at a time, each in this worker's buffer."""
     with open(source.file, "rb", buffering=0) as handle:
         for first in range(0, rows, step):

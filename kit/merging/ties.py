@@ -6,10 +6,10 @@ from kit.errors import KitError
 from kit.inspection.architectures import EMBEDDING_NAMES
 from kit.merging.adapter import read_bytes
 from kit.merging.parts import Edit, MergePlan
-from kit.storage.safetensors_header import Tensor
+from kit.storage.safetensors_header import TensorEntry
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
+def _same(a: TensorEntry, b: TensorEntry) -> bool:
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
     return read_bytes(a) == read_bytes(b)

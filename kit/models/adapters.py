@@ -15,7 +15,7 @@ from kit.inspection.adapter import (
     unknown_modules,
 )
 from kit.models.open import count_rows, library_errors, resize_embeddings
-from kit.storage.safetensors_header import CONFIG, find_model
+from kit.storage.safetensors_header import CONFIG, find_model_folder
 
 # What PEFT's methods share between layers is reported as missing though nothing is (peft_model.py, from_pretrained).
 SHARED = ("vblora_vector_bank", "prompt_encoder", ".tinylora_v.", ".unilora_theta_d.")
@@ -104,7 +104,7 @@ def embeddings_changed(model: Any, adapter: str = "default") -> bool:
     )
     if not tokens_only and any(isinstance(layer, BaseTunerLayer) for layer in layers):
         return True
-    base = config.base_model_name_or_path and find_model(config.base_model_name_or_path, config.revision)
+    base = config.base_model_name_or_path and find_model_folder(config.base_model_name_or_path, config.revision)
     if not base or not (base / CONFIG).is_file():
         return False
     before = type(model.config).from_pretrained(base).get_text_config().vocab_size

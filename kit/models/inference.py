@@ -13,8 +13,8 @@ from kit.models.adapters import attach_adapter
 from kit.models.open import count_rows, library_errors, open_base, resize_embeddings
 from kit.models.quantization import compute_in
 from kit.models.sources import DTYPES, Source, trust
-from kit.storage.safetensors_header import read_config, read_tensors
-from kit.system.hardware import cpu_multiplies_bf16
+from kit.storage.safetensors_header import read_model_config, read_tensors
+from kit.system.hardware import cpu_has_bf16_matmul
 
 T = TypeVar("T")
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -43,9 +43,9 @@ def pick_dtype(asked: str | None, device: str, folder: Path, plan: dict[str, Any
     if device.startswith("cuda"):
         half = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
         return "float32" if (plan or {}).get("precision") == "float32" else half
-    config = read_config(folder)
+    config = read_model_config(folder)
     stored = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
-    return "bfloat16" if device == "cpu" and stored == "bfloat16" and cpu_multiplies_bf16() else "float32"
+    return "bfloat16" if device == "cpu" and stored == "bfloat16" and cpu_has_bf16_matmul() else "float32"
 
 
 def each_model(

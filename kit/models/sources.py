@@ -13,7 +13,7 @@ from kit.inspection.adapter import AdapterFolder, holds_adapter, read_adapter_fo
 from kit.models.open import library_errors
 from kit.storage.json_files import read_json
 from kit.storage.manifest import NAME as MANIFEST
-from kit.storage.safetensors_header import CONFIG, find_model, fingerprint, read_tensors
+from kit.storage.safetensors_header import CONFIG, find_model_folder, fingerprint_tensors, read_tensors
 
 PLAN = "plan.json"
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -54,7 +54,7 @@ def resolve(source: str | Path, base: str | None = None, revision: str | None = 
     `revision` is that of a Hub id, given as source or as base.
     KitError where nothing usable is found or the base is not the one that the adapter was trained on.
     """
-    folder = find_model(str(source), revision)
+    folder = find_model_folder(str(source), revision)
     if folder is None:
         raise KitError(
             f"{source} is neither a folder nor a model in the local Hub cache",
@@ -131,13 +131,13 @@ def _find_base(
         return None, "the run drew its base at random and did not keep it"
     tried = [name for name, _ in candidates if name]
     for name, candidate_revision in candidates:
-        folder = find_model(str(name), candidate_revision) if name else None
+        folder = find_model_folder(str(name), candidate_revision) if name else None
         if folder is None:
             continue
         if not read_tensors(folder):
             return None, f"the base model {folder} has no safetensors weights (was it initialised at random?)"
         expected = recorded.get("fingerprint")
-        if expected and fingerprint(folder) != expected:
+        if expected and fingerprint_tensors(folder) != expected:
             raise KitError(
                 f"{folder} is not the base that {trained.name} was trained on: its weights differ",
                 where=str(trained / MANIFEST),

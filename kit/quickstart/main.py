@@ -32,7 +32,7 @@ def run(argv: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="on top of recipe=quickstart")
     a = parser.parse_args(argv)
     started = time.monotonic()
-    terminal.quiet()
+    terminal.silence_libraries()
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # matrices this small gain nothing from a second thread
     try:
         quickstart(a.overrides)
@@ -63,9 +63,9 @@ def quickstart(overrides: list[str]) -> dict[str, Any]:
     samples = generate(source, max_new_tokens=8)
     print(format_samples(samples["samples"]))
     print(f"adapter and merged model agree token for token: {samples['adapter_equals_merged']}")
-    run_dir = run_directory.shown(plan.run_path)
+    run_dir = run_directory.path_from_here(plan.run_path)
     print(f"\nEverything is in {run_dir}. Next, the same run under DeepSpeed ZeRO-3 with two processes:")
-    more = "" if len(hardware.gpus()) > 1 else " trainer.use_cpu=true"
+    more = "" if len(hardware.list_gpus()) > 1 else " trainer.use_cpu=true"
     print(f"  {command()} train recipe=quickstart launch=deepspeed launch.num_gpus=2 deepspeed=zero3{more}")
     question = "Which of Q, B, X, F comes first in the alphabet?"
     print(f"or ask it something:  {command()} generate {run_dir} --prompt '{question}'")
@@ -76,15 +76,15 @@ def prepare_base() -> None:
     """Train the base unless this very base is in the cache."""
     from kit.quickstart import data as quickstart_data
 
-    folder = paths.cache() / "quickstart"
+    folder = paths.kit_cache_folder() / "quickstart"
     folder.mkdir(parents=True, exist_ok=True)
     quickstart_data.prepare(folder)
     plan = api.compose("recipe=quickstart_base", f"runs_dir={folder / 'runs'}", here=True)
     base = folder / "base"
-    if base.is_dir() and not manifest.verify(base) and manifest.read_manifest(base).get("plan") == plan.hash:
+    if base.is_dir() and not manifest.verify_folder(base) and manifest.read_manifest(base).get("plan") == plan.hash:
         print(f"kept from before: {base}")
         return
-    plan = run_directory.create(plan, fresh=True)
+    plan = run_directory.create_run_directory(plan, fresh=True)
     if launch(plan) != DONE:
         raise KitError("the base was not trained to the end", fix="make quickstart")
     shutil.rmtree(base, ignore_errors=True)
@@ -94,17 +94,19 @@ def prepare_base() -> None:
 
 def train(*args: str) -> RunPlan:
     """`kit train`, giving the plan with the directory it ran in; an unfinished earlier try is left where it is."""
-    plan = run_directory.create(api.compose(*args, here=True), fresh=True)
+    plan = run_directory.create_run_directory(api.compose(*args, here=True), fresh=True)
     code = launch(plan)
     if code != DONE:
-        raise KitError("the run was stopped", fix=f"kit resume {run_directory.shown(plan.run_path)}", code=code)
+        raise KitError(
+            "the run was stopped", fix=f"kit resume {run_directory.path_from_here(plan.run_path)}", code=code
+        )
     return plan
 
 
 def command() -> str:
     """How this user types `kit`: by name where it is on the PATH, else with its folder."""
     here = Path(sys.executable).with_name("kit")
-    return "kit" if shutil.which("kit") else run_directory.shown(here) if here.exists() else "python -m kit"
+    return "kit" if shutil.which("kit") else run_directory.path_from_here(here) if here.exists() else "python -m kit"
 
 
 def title(text: str) -> None:

@@ -37,7 +37,7 @@ def atomic_folder(
         yield staging
         if fsync:
             for path in [*staging.rglob("*"), staging]:  # what its writer has flushed already costs nothing
-                sync(path)
+                fsync_path(path)
         if move:
             move(staging, target)
         else:
@@ -103,14 +103,14 @@ def replace_folder(staging: Path, target: Path, fsync: bool = True) -> None:
             os.rename(replaced, target)
         raise
     if fsync:
-        sync(target.parent)
+        fsync_path(target.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def recover(target: Path) -> None:
+def recover_replaced(target: Path) -> None:
     """Put back what a killed command had moved aside, or remove it where its successor stands."""
     for replaced in target.parent.glob(f"{target.name}{REPLACED}*"):
-        _restore(replaced, target)
+        _restore_replaced(replaced, target)
 
 
 def remove_leftovers(folder: str | Path) -> list[str]:
@@ -119,20 +119,20 @@ def remove_leftovers(folder: str | Path) -> list[str]:
     leftovers = [path for path in Path(folder).glob(".*") if path.is_dir() and path.name.startswith(prefixes)]
     for path in leftovers:
         if path.name.startswith(REPLACED):
-            _restore(path, path.parent / path.name.removeprefix(REPLACED))
+            _restore_replaced(path, path.parent / path.name.removeprefix(REPLACED))
         else:
             shutil.rmtree(path, ignore_errors=True)
     return sorted(path.name for path in leftovers)
 
 
-def _restore(replaced: Path, target: Path) -> None:
+def _restore_replaced(replaced: Path, target: Path) -> None:
     if target.exists():
         shutil.rmtree(replaced, ignore_errors=True)
     else:
         os.rename(replaced, target)
 
 
-def discard(folder: str | Path) -> None:
+def discard_folder(folder: str | Path) -> None:
     """Delete a folder; a kill half-way leaves nothing that could be taken for a checkpoint."""
     folder = Path(folder)
     trash = folder.parent / (TRASH + folder.name)
@@ -141,7 +141,7 @@ def discard(folder: str | Path) -> None:
     shutil.rmtree(trash, ignore_errors=True)
 
 
-def sync(path: Path) -> None:
+def fsync_path(path: Path) -> None:
     """Flush a file, or a folder's entries: without it a rename can outlive the names after a power cut."""
     fd = os.open(path, os.O_RDONLY)
     try:
@@ -150,14 +150,14 @@ def sync(path: Path) -> None:
         os.close(fd)
 
 
-def refuse_target(target: Path, sources: list[Path], overwrite: bool, report: str, where: str = "--out") -> None:
+def check_output_folder(target: Path, sources: list[Path], overwrite: bool, report: str, where: str = "--out") -> None:
     """Refuse an output folder that exists and may not be replaced, or that holds what it would be made of.
 
     `report`: the file that marks a folder as made by the same verb; only such a folder, or an empty one, is replaced.
     """
     if any(s.resolve() == target.resolve() or target.resolve() in s.resolve().parents for s in sources):
         raise KitError(f"{target} holds what is read", where=where, fix="choose another folder")
-    recover(target)
+    recover_replaced(target)
     if not target.exists():
         return
     replaceable = target.is_dir() and ((target / report).is_file() or not any(target.iterdir()))
@@ -169,7 +169,7 @@ def refuse_target(target: Path, sources: list[Path], overwrite: bool, report: st
         )
 
 
-def check_room(need: int, target: Path) -> None:
+def check_free_space(need: int, target: Path) -> None:
     """Refuse with exit code 3 where the disk cannot hold `need` bytes."""
     parent = next(p for p in target.parents if p.exists())
     free = shutil.disk_usage(parent).free

@@ -14,7 +14,7 @@ from pathlib import Path
 from kit.errors import ENVIRONMENT, REFUSED, KitError, first_line
 
 MODEL, DATASET = "model", "dataset"  # huggingface_hub's repo_type
-TRUE = {"1", "ON", "YES", "TRUE"}  # as huggingface_hub reads its switches
+TRUE_WORDS = {"1", "ON", "YES", "TRUE"}  # as huggingface_hub reads its switches
 
 # Set before a library is imported that reads them; what the user's own environment says stays.
 NO_TELEMETRY = {
@@ -27,23 +27,23 @@ NO_TELEMETRY = {
 }
 
 
-def no_telemetry() -> None:
+def disable_telemetry() -> None:
     """Switch telemetry off in this process and in all that it starts."""
     for key, value in NO_TELEMETRY.items():
         os.environ.setdefault(key, value)
 
 
-def offline() -> bool:
+def is_offline() -> bool:
     """Whether the environment forbids to ask the Hub."""
-    return (os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or "").upper() in TRUE
+    return (os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or "").upper() in TRUE_WORDS
 
 
-def looks_like_id(name: str) -> bool:
+def is_hub_id(name: str) -> bool:
     """Whether a name can be a repository's and is no path on this disk."""
     return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", name)) and not Path(name).exists()
 
 
-def cache(env: Mapping[str, str] = os.environ) -> Path:
+def hub_cache_folder(env: Mapping[str, str] = os.environ) -> Path:
     """The folder that huggingface_hub would use."""
     home = env.get("HF_HOME") or os.path.join(
         env.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "huggingface"
@@ -51,13 +51,13 @@ def cache(env: Mapping[str, str] = os.environ) -> Path:
     return Path(os.path.expanduser(env.get("HF_HUB_CACHE") or os.path.join(home, "hub")))
 
 
-def repo_folder(repo: str, kind: str) -> Path:
-    return cache() / f"{kind}s--{repo.replace('/', '--')}"
+def cached_repo_folder(repo: str, kind: str) -> Path:
+    return hub_cache_folder() / f"{kind}s--{repo.replace('/', '--')}"
 
 
 def find_snapshot(repo: str, kind: str, revision: str | None = None) -> Path | None:
     """The folder of a repository's files at a revision, None where it is not in the cache."""
-    folder, ref_name = repo_folder(repo, kind), revision or "main"
+    folder, ref_name = cached_repo_folder(repo, kind), revision or "main"
     try:
         ref = folder / "refs" / ref_name
         snapshot = folder / "snapshots" / (ref.read_text().strip() if ref.is_file() else ref_name)
@@ -66,7 +66,7 @@ def find_snapshot(repo: str, kind: str, revision: str | None = None) -> Path | N
         return None
 
 
-def listing(snapshot: Path) -> list[str] | None:
+def cached_file_list(snapshot: Path) -> list[str] | None:
     """All files that the commit of a snapshot has on the Hub, as huggingface_hub noted them; None without a note."""
     try:
         noted = json.loads((snapshot.parent.parent / "trees" / f"{snapshot.name}.json").read_text(encoding="utf-8"))
@@ -81,7 +81,7 @@ def fetch_command(key: str, repo: str, revision: str | None = None) -> str:
     return f"where there is a network: kit fetch {key}={repo}{pin}"
 
 
-def explain(error: Exception, repo: str, kind: str, key: str) -> KitError:
+def hub_error(error: Exception, repo: str, kind: str, key: str) -> KitError:
     """A refusal of the Hub, or of the network on the way there, in words: problem, `key`, what to do.
 
     REFUSED (2) where the name or the revision is wrong, ENVIRONMENT (3) where access or the network is.

@@ -16,21 +16,21 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kit.errors import FAILED, KitError
-from kit.storage.atomic_folder import sync
+from kit.storage.atomic_folder import fsync_path
 
 NAME = "manifest.json"
 FORMAT = 1
-CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 
 
-class Newest(NamedTuple):
+class NewestCheckpoint(NamedTuple):
     """The newest complete checkpoint (None where there is none) and a sentence for each newer one that is damaged."""
 
     path: Path | None
     skipped: list[str]
 
 
-def list_files(folder: str | Path) -> list[str]:
+def list_folder_files(folder: str | Path) -> list[str]:
     """Every regular file below `folder` except the manifest, as sorted POSIX names relative to it."""
     folder = Path(folder)
     names = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
@@ -70,7 +70,7 @@ def write_manifest(
     """
     folder = Path(folder)
     if files is None:
-        files = hash_files(folder, list_files(folder), sync=True)
+        files = hash_files(folder, list_folder_files(folder), sync=True)
     manifest = {
         "format": FORMAT,
         "kind": kind,
@@ -90,7 +90,7 @@ def write_manifest(
     return manifest
 
 
-def _load(folder: Path) -> tuple[dict | None, str]:
+def _load_manifest(folder: Path) -> tuple[dict | None, str]:
     """The manifest of a folder, or None and why not."""
     try:
         manifest = json.loads((folder / NAME).read_text(encoding="utf-8"))
@@ -109,19 +109,19 @@ def _load(folder: Path) -> tuple[dict | None, str]:
 
 def read_manifest(folder: str | Path) -> dict:
     """The manifest of a folder; KitError (4) where it is missing or damaged. Hashes are `verify`'s matter."""
-    manifest, reason = _load(Path(folder))
+    manifest, reason = _load_manifest(Path(folder))
     if manifest is None:
         raise KitError(reason, where=str(folder), fix="use another checkpoint or save it again", code=FAILED)
     return manifest
 
 
-def verify(folder: str | Path) -> list[str]:
+def verify_folder(folder: str | Path) -> list[str]:
     """What is wrong with a published folder, one sentence each; an empty list means that it is complete.
 
     Files that the manifest does not name are no fault. Sizes are looked at before any hash is computed.
     """
     folder = Path(folder)
-    manifest, reason = _load(folder)
+    manifest, reason = _load_manifest(folder)
     if manifest is None:
         return [reason]
     problems, same_size = [], []
@@ -149,32 +149,32 @@ def move_save_into(staging: str | Path, final: str | Path) -> None:
     The manifest goes first and comes back last, so a kill half-way is seen.
     """
     staging, final = Path(staging), Path(final)
-    names = list_files(staging)
+    names = list_folder_files(staging)
     (final / NAME).unlink(missing_ok=True)
     for name in [*names, NAME]:
         (final / name).parent.mkdir(parents=True, exist_ok=True)
         os.replace(staging / name, final / name)
-    sync(final)
+    fsync_path(final)
 
 
 def holds_only_a_save(folder: str | Path) -> bool:
     """Whether `folder` is empty or its manifest names everything in it: then it can be replaced as a whole."""
-    manifest, _ = _load(Path(folder))
-    return set(list_files(folder)) <= set(manifest["files"] if manifest else ())
+    manifest, _ = _load_manifest(Path(folder))
+    return set(list_folder_files(folder)) <= set(manifest["files"] if manifest else ())
 
 
-def newest_complete(checkpoints: str | Path) -> Newest:
+def newest_complete_checkpoint(checkpoints: str | Path) -> NewestCheckpoint:
     """The checkpoint-<step> of the highest step that verifies, and why newer ones were passed over."""
     folder = Path(checkpoints)
     steps = []
     if folder.is_dir():
-        matches = ((CHECKPOINT.fullmatch(p.name), p) for p in folder.iterdir() if p.is_dir())
+        matches = ((CHECKPOINT_NAME.fullmatch(p.name), p) for p in folder.iterdir() if p.is_dir())
         steps = sorted(((int(m[1]), p) for m, p in matches if m), reverse=True)
     skipped: list[str] = []
     for _, path in steps:
-        problems = verify(path)
+        problems = verify_folder(path)
         if not problems:
-            return Newest(path, skipped)
+            return NewestCheckpoint(path, skipped)
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         skipped.append(f"{path.name} was passed over: {problems[0]}{more}")
-    return Newest(None, skipped)
+    return NewestCheckpoint(None, skipped)

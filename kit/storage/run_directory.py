@@ -16,16 +16,16 @@ from typing import IO, Any
 from kit.errors import REFUSED, KitError
 from kit.schema.run_plan import RunPlan, load_plan
 from kit.storage.json_files import atomic_write_json, atomic_write_text, read_json_or_empty
-from kit.system.terminal import say
+from kit.system.terminal import print_status
 
 PLAN, DS_CONFIG, LAUNCH, STATUS = "plan.json", "ds_config.json", "launch.json", "status.json"
 METRICS, METRICS_LOG, SAMPLES = "metrics.json", "metrics.jsonl", "samples.json"
 ADAPTER, MODEL, CHECKPOINTS, LOGS = "adapter", "model", "checkpoints", "logs"
 LOCK, RANK_LOCK = ".lock", ".lock.rank0"  # of the command that started a run, and of its rank 0
-LOOK_SECONDS = 0.3  # for as long a lock may only be looked at (`in_use`)
+LOCK_PROBE_SECONDS = 0.3  # for as long a lock may only be looked at (`in_use`)
 
 
-def create(plan: RunPlan, fresh: bool = False) -> RunPlan:
+def create_run_directory(plan: RunPlan, fresh: bool = False) -> RunPlan:
     """Make the plan's run directory and write plan.json; the plan comes back with the directory it really has.
 
     The same plan again: finished -> a suffix; never started -> taken; unfinished -> refused unless `fresh`, which
@@ -36,23 +36,25 @@ def create(plan: RunPlan, fresh: bool = False) -> RunPlan:
     for number in range(2, 10_000):
         if not (run / PLAN).exists():
             break
-        state = status(run).get("state")
-        if in_use(run):
-            raise KitError(f"{run} is in use by process {in_use(run)}", fix="wait for it, or change the run")
-        same = run_of(run) == plan.hash
+        state = read_status(run).get("state")
+        if process_holding_lock(run):
+            raise KitError(
+                f"{run} is in use by process {process_holding_lock(run)}", fix="wait for it, or change the run"
+            )
+        same = plan_hash_of(run) == plan.hash
         if same and state == "created" and not fresh:
             break
         if same and state != "done" and not fresh:
             raise KitError(
                 f"{run} holds this very run, {'unfinished' if state != 'failed' else 'failed'}",
                 where="runs_dir, name",
-                fix=f"kit resume {shown(run)}, or the same command with --fresh for a new directory",
+                fix=f"kit resume {path_from_here(run)}, or the same command with --fresh for a new directory",
             )
         run = base.with_name(f"{base.name}-{number}")
-    return make(plan.model_copy(update={"run_dir": str(run)}))
+    return make_run_directory(plan.model_copy(update={"run_dir": str(run)}))
 
 
-def make(plan: RunPlan) -> RunPlan:
+def make_run_directory(plan: RunPlan) -> RunPlan:
     """Write a plan into its own directory, made where it is not there; KitError where it cannot be."""
     run = plan.run_path
     try:
@@ -68,7 +70,7 @@ def make(plan: RunPlan) -> RunPlan:
     return plan
 
 
-def run_of(run: Path) -> str:
+def plan_hash_of(run: Path) -> str:
     try:
         return load_plan(run).hash
     except KitError:
@@ -92,27 +94,29 @@ def set_status(run: Path, state: str, **facts: Any) -> None:
     atomic_write_json(run / STATUS, {"state": state, "time": now, "host": platform.node(), **facts})
 
 
-def set_refused(run: Path, error: KitError) -> None:
+def set_status_refused(run: Path, error: KitError) -> None:
     """The status of a run that was refused before there were ranks; not where another process has it, and trains."""
-    if status(run).get("state") != "failed" and in_use(run) in (None, os.getpid()):
+    if read_status(run).get("state") != "failed" and process_holding_lock(run) in (None, os.getpid()):
         set_status(run, "failed", exit_code=error.code, problems=[str(p) for p in error.problems])
 
 
-def status(run: Path) -> dict[str, Any]:
+def read_status(run: Path) -> dict[str, Any]:
     return read_json_or_empty(run / STATUS)
 
 
-def in_use(run: Path) -> int | None:
+def process_holding_lock(run: Path) -> int | None:
     """The process that holds the run directory's lock, None where it is free. Dead holders hold nothing."""
     for path in run.glob(LOCK + "*"):  # of this command, of other nodes, of rank 0
         with open(path) as f:
-            if taken(f, fcntl.LOCK_SH) is False:  # NFS gives an exclusive lock only to a file that is open for writing
+            if (
+                try_flock(f, fcntl.LOCK_SH) is False
+            ):  # NFS gives an exclusive lock only to a file that is open for writing
                 text = path.read_text().strip()
                 return int(text) if text.isdigit() else 0
     return None
 
 
-def taken(f: IO[str], kind: int) -> bool | None:
+def try_flock(f: IO[str], kind: int) -> bool | None:
     """Whether the lock was free, and is ours now; None on a file system that has no locks."""
     try:
         fcntl.flock(f, kind | fcntl.LOCK_NB)
@@ -124,11 +128,11 @@ def taken(f: IO[str], kind: int) -> bool | None:
 
 
 @contextlib.contextmanager
-def locked(run: Path, name: str = LOCK) -> Iterator[None]:
+def lock_run_directory(run: Path, name: str = LOCK) -> Iterator[None]:
     """Hold the run directory while the block runs; KitError where another process does."""
     with open(run / name, "a+") as f:
-        deadline = time.monotonic() + LOOK_SECONDS
-        while (ours := taken(f, fcntl.LOCK_EX)) is False and time.monotonic() < deadline:
+        deadline = time.monotonic() + LOCK_PROBE_SECONDS
+        while (ours := try_flock(f, fcntl.LOCK_EX)) is False and time.monotonic() < deadline:
             time.sleep(0.02)
         if ours is False:
             f.seek(0)
@@ -136,7 +140,7 @@ def locked(run: Path, name: str = LOCK) -> Iterator[None]:
                 f"{run} is in use by process {f.read().strip()}", fix="wait for it, or start another run", code=REFUSED
             )
         if ours is None and name == LOCK:
-            say(f"the file system of {run} has no locks: nothing keeps a second process out of it")
+            print_status(f"the file system of {run} has no locks: nothing keeps a second process out of it")
         f.truncate(0)
         f.write(str(os.getpid()))
         f.flush()
@@ -148,21 +152,21 @@ def find_run(name: str) -> Path:
     for path in (Path(name), Path("runs") / name):
         if (path / PLAN).is_file():
             return path.absolute()
-    near = sorted(p.parent.name for p in Path("runs").glob(f"{glob_safe(Path(name).name)}*/{PLAN}"))
+    near = sorted(p.parent.name for p in Path("runs").glob(f"{escape_glob(Path(name).name)}*/{PLAN}"))
     raise KitError(
         f"there is no run {name}", fix=f"one of: {', '.join(near)}" if near else "name a folder made by `kit train`"
     )
 
 
-def glob_safe(text: str) -> str:
+def escape_glob(text: str) -> str:
     return re.sub(r"[^\w.-]", "?", text)
 
 
-def shown(path: Path | str) -> str:
+def path_from_here(path: Path | str) -> str:
     """A path as one would type it from here."""
     text = os.path.relpath(path)
     return text if not text.startswith("..") else str(path)
 
 
-def is_terminal() -> bool:
+def stdout_is_terminal() -> bool:
     return sys.stdout.isatty()

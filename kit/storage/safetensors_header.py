@@ -17,12 +17,12 @@ from kit.errors import KitError
 from kit.storage import hub_cache
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
-PARAMS = "params.json"  # of Meta's checkpoints
-SAMPLE = 4096  # bytes of each tensor that enter the fingerprint
+META_PARAMS = "params.json"  # of Meta's checkpoints
+FINGERPRINT_BYTES = 4096  # bytes of each tensor that enter the fingerprint
 
 
 @dataclass(frozen=True)
-class Tensor:
+class TensorEntry:
     """One tensor in a safetensors file; `start` and `end` are absolute byte offsets in `file`."""
 
     name: str
@@ -33,7 +33,7 @@ class Tensor:
     end: int
 
 
-def find_model(name_or_path: str, revision: str | None = None) -> Path | None:
+def find_model_folder(name_or_path: str, revision: str | None = None) -> Path | None:
     """The local folder of a model: a path as it is, or a Hub id's snapshot in the cache; None without either."""
     path = Path(name_or_path).expanduser()
     return path.resolve() if path.is_dir() else hub_cache.find_snapshot(name_or_path, hub_cache.MODEL, revision)
@@ -41,10 +41,10 @@ def find_model(name_or_path: str, revision: str | None = None) -> Path | None:
 
 def holds_meta_checkpoint(folder: Path) -> bool:
     """Whether this is a download of Meta's own release, which `kit convert` reads."""
-    return (folder / PARAMS).is_file() and any(folder.glob("consolidated.*.pth"))
+    return (folder / META_PARAMS).is_file() and any(folder.glob("consolidated.*.pth"))
 
 
-def read_config(folder: Path) -> dict:
+def read_model_config(folder: Path) -> dict:
     """config.json of a model folder as a dict; KitError where it is missing or not JSON."""
     path = folder / CONFIG
     try:
@@ -52,7 +52,7 @@ def read_config(folder: Path) -> dict:
     except FileNotFoundError:
         if holds_meta_checkpoint(folder):
             raise KitError(
-                f"{folder} holds Meta's own checkpoint format ({PARAMS}, consolidated.*.pth)",
+                f"{folder} holds Meta's own checkpoint format ({META_PARAMS}, consolidated.*.pth)",
                 where="model.name_or_path",
                 fix=f"kit convert {folder} OUT, then give OUT",
             ) from None
@@ -68,7 +68,7 @@ def read_config(folder: Path) -> dict:
     return config
 
 
-def read_header(file: Path) -> list[Tensor]:
+def read_header(file: Path) -> list[TensorEntry]:
     """The tensors of one safetensors file in file order; KitError where the file is damaged."""
     try:
         size = file.stat().st_size
@@ -79,7 +79,7 @@ def read_header(file: Path) -> list[Tensor]:
                 raise ValueError("the header is longer than the file")
             header = json.loads(f.read(length))
         tensors = [
-            Tensor(
+            TensorEntry(
                 name,
                 file,
                 entry["dtype"],
@@ -101,7 +101,7 @@ def read_header(file: Path) -> list[Tensor]:
     return tensors
 
 
-def make_header(tensors: list[tuple[str, str, tuple[int, ...], int]]) -> bytes:
+def encode_header(tensors: list[tuple[str, str, tuple[int, ...], int]]) -> bytes:
     """The head of a safetensors file whose tensors (name, dtype, shape, bytes) follow in this order.
 
     Padded to 8 bytes, as the format asks.
@@ -118,7 +118,7 @@ def make_header(tensors: list[tuple[str, str, tuple[int, ...], int]]) -> bytes:
 
 def shard_files(folder: Path) -> list[Path]:
     """The safetensors files of a model in index order; empty where it has none."""
-    names = indexed(folder)
+    names = indexed_shard_names(folder)
     if missing := [n for n in names if not (folder / n).is_file()]:
         raise KitError(f"{folder} lacks {', '.join(missing)}, which its index names", fix="fetch the model again")
     if names:
@@ -126,7 +126,7 @@ def shard_files(folder: Path) -> list[Path]:
     return [folder / SINGLE] if (folder / SINGLE).is_file() else []
 
 
-def indexed(folder: Path) -> list[str]:
+def indexed_shard_names(folder: Path) -> list[str]:
     """The files that a sharded model's index names, in its order; empty where there is no index."""
     if not (folder / INDEX).is_file():
         return []
@@ -136,12 +136,12 @@ def indexed(folder: Path) -> list[str]:
         raise KitError(f"{folder / INDEX} cannot be read: {error}", fix="fetch the file again") from None
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
+def read_tensors(folder: Path) -> dict[str, TensorEntry]:
     """All tensors of a model folder by name; empty where it has no safetensors."""
     return {t.name: t for file in shard_files(folder) for t in read_header(file)}
 
 
-def fingerprint(folder: Path) -> str:
+def fingerprint_tensors(folder: Path) -> str:
     """A hash over every tensor's name, dtype, shape and first bytes: tells apart two bases of the same shape.
 
     Independent of how the tensors are spread over shards. It shows a mix-up, not an attack.
@@ -155,7 +155,7 @@ def fingerprint(folder: Path) -> str:
             handle = handles[t.file]
             handle.seek(t.start)
             digest.update(json.dumps([name, t.dtype, t.shape]).encode())
-            digest.update(handle.read(min(SAMPLE, t.end - t.start)))
+            digest.update(handle.read(min(FINGERPRINT_BYTES, t.end - t.start)))
     finally:
         for handle in handles.values():
             handle.close()

@@ -28,8 +28,8 @@ from kit.sweeps.session import (
     take_up,
     trial_of,
 )
-from kit.system.dependencies import need_stack
-from kit.system.terminal import print_problems, say
+from kit.system.dependencies import require_training_extras
+from kit.system.terminal import print_problems, print_status
 
 
 def main(argv: list[str], fresh: bool) -> int:
@@ -42,7 +42,7 @@ def train_one(fresh: bool, composed: Composed) -> int:
     try:
         plan = planned(composed)
         if settings_of(plan).workers == "warm":
-            say("it starts cold: warm workers need the kit's own launcher (leave out hydra/launcher)")
+            print_status("it starts cold: warm workers need the kit's own launcher (leave out hydra/launcher)")
         return api.train(plan=plan, fresh=fresh)
     except KitError as error:
         print_problems(error.problems, refused=error.code == REFUSED)
@@ -70,7 +70,7 @@ def grid(fresh: bool, points: list[Point]) -> list[tuple[int, float | None]]:
         raise KitError(gathered([(point.number, point.values, p) for point in points for p in point.problems]))
     if len({bool(p.launch.slurm) for p in plans.values()}) > 1:
         raise KitError("some trials are batch jobs and others run here", "launch", "one launch for the whole sweep")
-    need_stack()
+    require_training_extras()
     first = next(iter(plans.values()))
     if first.launch.slurm:
         from kit.launchers import slurm
@@ -116,7 +116,7 @@ def queued(sweep: Sweep, pending: list[Trial], new_plans: dict[int, RunPlan]) ->
     for trial in pending:
         if living := slurm.living_job(trial.run):
             trial.state = "running"
-            say(f"trial {trial.number:03d} is job {living[0]} ({living[1].lower()})")
+            print_status(f"trial {trial.number:03d} is job {living[0]} ({living[1].lower()})")
         elif trial.plan and (new := new_plans.get(trial.number)) and new.launch.slurm != trial.plan.launch.slurm:
             trial.plan = with_slurm(trial.plan, new)
             run_directory.write_plan(trial.plan)
@@ -124,8 +124,8 @@ def queued(sweep: Sweep, pending: list[Trial], new_plans: dict[int, RunPlan]) ->
     if plans:
         at_once = sweep.settings.parallel if isinstance(sweep.settings.parallel, int) else None
         job = slurm.submit_array(plans, sweep.folder, at_once)
-        print(f"job {job}: {len(plans)} trials, {run_directory.shown(sweep.folder)}")
-        say("the same command shows the table, and submits again what has failed by then")
+        print(f"job {job}: {len(plans)} trials, {run_directory.path_from_here(sweep.folder)}")
+        print_status("the same command shows the table, and submits again what has failed by then")
     if len(plans) < len(sweep.trials):
         report(sweep)
     files.write_record(sweep.folder, sweep.trials, sweep.about)

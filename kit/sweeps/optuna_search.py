@@ -30,8 +30,8 @@ from kit.sweeps.session import (
     trial_of,
 )
 from kit.system import paths
-from kit.system.dependencies import need_stack
-from kit.system.terminal import print_problems, say
+from kit.system.dependencies import require_training_extras
+from kit.system.terminal import print_problems, print_status
 
 COPY = "conf"  # of the configuration, inside the sweep's directory
 MUTE = "the trial never logged"
@@ -43,7 +43,7 @@ def search(fresh: bool, spec: Search) -> int:
     base = planned(spec.base)
     settings = settings_of(base)
     check_search(spec, base)
-    need_stack()
+    require_training_extras()
     space = {key: vars(d) for key, d in spec.space.items()}
     study_settings = settings.model_dump(include={"metric", "direction", "sampler", "seed", "pruner"})
     folder = sweep_folder(base, files.digest([files.identity(base), space, study_settings]), fresh)
@@ -234,11 +234,11 @@ def freeze(spec: Search, folder: Path, number: int, values: dict[str, Value]) ->
     point = Point(number, {key: v if isinstance(v, str) else f"{v:.6g}" for key, v in values.items()})
     plan = None
     try:
-        with paths.using(folder / COPY):
+        with paths.use_config_folder(folder / COPY):
             plan = planned(compose_trial(spec, values, folder / COPY))
     except KitError as error:
         point.problems = error.problems
-        say(f"trial {number:03d} refused")
+        print_status(f"trial {number:03d} refused")
         print_problems([named(number, point.values, p) for p in error.problems], refused=False)
     trial = trial_of(folder, point, plan)
     trial.values = dict(values)

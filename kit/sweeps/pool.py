@@ -23,7 +23,7 @@ from kit.storage import run_directory
 from kit.sweeps import warm_pool
 from kit.sweeps.warm_pool import Worker
 from kit.system import hardware
-from kit.system.terminal import say
+from kit.system.terminal import print_status
 
 LOG = "trial.log"
 ENDED = ("done", "failed", "pruned", "refused")  # states after which nothing is missing in this sweep
@@ -132,7 +132,9 @@ class Pool:
         key = self.key(trial)
         if self.warm and not key and (reason := warm_pool.why_cold(trial.plan)) and reason not in self.explained:
             self.explained.add(reason)
-            say(f"trial {trial.number:03d} {trial.label()} starts cold, and so do others for this reason: {reason}")
+            print_status(
+                f"trial {trial.number:03d} {trial.label()} starts cold, and so do others for this reason: {reason}"
+            )
         worker = next((w for w in self.idle if w.key == key), None)
         if worker:
             self.idle.remove(worker)
@@ -156,7 +158,7 @@ class Pool:
         ):
             self.end_worker(self.idle.pop(0))
         if plan.trainer["use_cpu"]:
-            threads = max(1, hardware.cores() // (self.slots * plan.world_size))
+            threads = max(1, hardware.count_cpu_cores() // (self.slots * plan.world_size))
             env.setdefault("OMP_NUM_THREADS", str(threads))
         elif self.free is not None:
             trial.devices, self.free = self.free[:needed], self.free[needed:]
@@ -204,13 +206,15 @@ class Pool:
             settle(trial, code)
             if worker and trial.state == "failed" and trial.code == FAILED and not (trial.pruning or self.ending):
                 cause = trial.problems[0]["problem"].splitlines()[0] if trial.problems else reason
-                say(f"trial {trial.number:03d} {trial.label()} failed in a warm worker, which is ended: {cause}")
-                say(f"trial {trial.number:03d} starts cold")
+                print_status(
+                    f"trial {trial.number:03d} {trial.label()} failed in a warm worker, which is ended: {cause}"
+                )
+                print_status(f"trial {trial.number:03d} starts cold")
                 trial.cold = True
                 self.start(trial)
                 continue
             if worker and reason and trial.state in ("done", "stopped", "pruned"):
-                say(f"the worker of trial {trial.number:03d} takes no other trial: {reason}")
+                print_status(f"the worker of trial {trial.number:03d} takes no other trial: {reason}")
             ended_trials.append(trial)
         return ended_trials
 
@@ -252,7 +256,7 @@ def settle(trial: Trial, code: int) -> None:
     for pid in ranks_left(trial.run):  # of a trial that was killed: its devices are another trial's now
         ops.kill_tree(pid)
     trial.seconds = round(trial.seconds + time.monotonic() - trial.started, 1)
-    status = run_directory.status(trial.run)
+    status = run_directory.read_status(trial.run)
     written = status.get("state")
     trial.process = None
     trial.curve.read()
@@ -275,7 +279,7 @@ def settle(trial: Trial, code: int) -> None:
 def look(trial: Trial) -> None:
     """The state of a trial of an earlier sweep process, before it is decided whether something is missing."""
     trial.curve.read()
-    if run_directory.status(trial.run).get("state") == "done":
+    if run_directory.read_status(trial.run).get("state") == "done":
         trial.state, trial.code = "done", DONE
     elif trial.state not in ("refused", "pruned"):
         trial.state = "waiting"
@@ -283,7 +287,7 @@ def look(trial: Trial) -> None:
 
 def busy(trial: Trial) -> bool:
     """Whether processes of an earlier sweep still hold the trial; they stop by themselves, with a checkpoint."""
-    return run_directory.in_use(trial.run) is not None or bool(ranks_left(trial.run))
+    return run_directory.process_holding_lock(trial.run) is not None or bool(ranks_left(trial.run))
 
 
 def ranks_left(run: Path) -> list[int]:

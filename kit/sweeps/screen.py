@@ -15,7 +15,7 @@ from kit.schema.run_plan import HparamsSearch
 from kit.storage import run_directory
 from kit.sweeps import record as files
 from kit.sweeps.pool import ENDED, Trial
-from kit.system.terminal import print_problems, say
+from kit.system.terminal import print_problems, print_status
 
 
 @dataclass
@@ -33,12 +33,12 @@ def announce(sweep: Sweep, count: int) -> None:
     """What is refused and what is warned of, before anything starts."""
     refused = [t for t in sweep.trials if t.state == "refused"]
     if refused:
-        say(f"{len(refused)} of {len(sweep.trials)} trials refused; the others run")
+        print_status(f"{len(refused)} of {len(sweep.trials)} trials refused; the others run")
         problems = [(t.number, t.values, Problem(**p)) for t in refused for p in t.problems]
         print_problems(gathered(problems), refused=False)
     for text in dict.fromkeys(w for t in sweep.trials if t.plan for w in api.warnings(t.plan)):
-        say(f"warning: {text}")
-    say(f"{counted(count - len(refused))} in {run_directory.shown(sweep.folder)}")
+        print_status(f"warning: {text}")
+    print_status(f"{counted(count - len(refused))} in {run_directory.path_from_here(sweep.folder)}")
 
 
 def named(number: int, values: dict[str, Any], problem: Problem) -> Problem:
@@ -66,7 +66,7 @@ def gathered(problems_of_trials: list[tuple[int, dict[str, Any], Problem]]) -> l
 def screen(sweep: Sweep) -> Iterator[Callable[[Trial | None], None]]:
     """What shows the sweep while it runs: a table on a terminal, else a line for each event and each interval."""
     last = time.monotonic()
-    if run_directory.is_terminal():
+    if run_directory.stdout_is_terminal():
         from rich.live import Live
 
         with Live(auto_refresh=False, transient=True) as live:
@@ -86,16 +86,16 @@ def screen(sweep: Sweep) -> Iterator[Callable[[Trial | None], None]]:
             devices = f" on GPU {','.join(trial.devices)}" if trial.devices else ""
             reason = f": {trial.problems[0]['problem'].splitlines()[0]}" if trial.problems else ""
             duration = f" after {trial.seconds:.0f} s" if trial.state != "running" else ""
-            say(f"trial {trial.number:03d} {trial.label()} {trial.state}{devices}{duration}{reason}")
+            print_status(f"trial {trial.number:03d} {trial.label()} {trial.state}{devices}{duration}{reason}")
         elif time.monotonic() - last > sweep.settings.progress_seconds:
             last = time.monotonic()
-            say(files.line(sweep.trials))
+            print_status(files.line(sweep.trials))
 
     yield tell
 
 
 def shown(sweep: Sweep) -> Any:
-    return files.table(sweep.trials, sweep.settings, sweep.metric, run_directory.shown(sweep.folder))
+    return files.table(sweep.trials, sweep.settings, sweep.metric, run_directory.path_from_here(sweep.folder))
 
 
 def counted(number: int) -> str:
@@ -107,21 +107,23 @@ def report(sweep: Sweep) -> None:
     from rich.console import Console
 
     files.write_csv(sweep.folder, sweep.trials, sweep.metric)
-    Console(width=None if run_directory.is_terminal() else 160).print(shown(sweep))
+    Console(width=None if run_directory.stdout_is_terminal() else 160).print(shown(sweep))
     failed = [t for t in sweep.trials if t.state == "failed"]
     if failed:
         print_problems(gathered([(t.number, t.values, Problem(**p)) for t in failed for p in t.problems]), False)
-        say(f"kit doctor {run_directory.shown(failed[0].run)} names the cause")
+        print_status(f"kit doctor {run_directory.path_from_here(failed[0].run)} names the cause")
     done = [t for t in sweep.trials if t.state == "done"]
     if done and all(files.result(t, sweep.metric) is None for t in done):
-        say(f"no trial logged {sweep.metric}: trainer.logging_steps=1, or hparams_search.metric=ANOTHER")
+        print_status(f"no trial logged {sweep.metric}: trainer.logging_steps=1, or hparams_search.metric=ANOTHER")
     again = failed if sweep.settings.method == "grid" else []  # a search goes on to other values
     missing = [t for t in sweep.trials if t.state not in ENDED]
     if missing or again:
         counts = [f"{counted(len(them))} {how}" for them, how in ((missing, "missing"), (again, "failed")) if them]
-        say(f"{', '.join(counts)}: the same command goes on with {'it' if len(missing + again) == 1 else 'them'}")
-    folder = run_directory.shown(sweep.folder)
+        print_status(
+            f"{', '.join(counts)}: the same command goes on with {'it' if len(missing + again) == 1 else 'them'}"
+        )
+    folder = run_directory.path_from_here(sweep.folder)
     print(f"tables    {folder}/{files.TABLE}, {files.RECORD}")
     if winner := files.best(sweep.trials, sweep.metric, sweep.settings.direction):
         value = files.number(files.result(winner, sweep.metric))
-        print(f"best      {run_directory.shown(winner.run)} ({sweep.metric} {value})")
+        print(f"best      {run_directory.path_from_here(winner.run)} ({sweep.metric} {value})")

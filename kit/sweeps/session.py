@@ -21,7 +21,7 @@ from kit.sweeps import record as files
 from kit.sweeps.pool import Pool, Trial, look, stop
 from kit.sweeps.screen import Sweep, screen
 from kit.system import hardware
-from kit.system.terminal import say
+from kit.system.terminal import print_status
 
 PATIENCE = 30  # seconds beyond a trial's own grace before what still lives is killed
 TICK = 0.2
@@ -32,7 +32,12 @@ def planned(composed: Composed) -> RunPlan:
     raw_settings = composed.tree.get("hparams_search")
     share = raw_settings.get("gpus_per_trial") if isinstance(raw_settings, dict) else None
     launch = composed.tree.get("launch")
-    if isinstance(launch, dict) and launch.get("num_gpus") == "auto" and not launch.get("slurm") and hardware.gpus():
+    if (
+        isinstance(launch, dict)
+        and launch.get("num_gpus") == "auto"
+        and not launch.get("slurm")
+        and hardware.list_gpus()
+    ):
         launch["num_gpus"] = share if isinstance(share, int) else 1
     plan = build_plan(composed, here=True)
     settings = settings_of(plan)
@@ -68,10 +73,12 @@ def sweep_folder(plan: RunPlan, digest: str, fresh: bool) -> Path:
     folder, number = base, 2
     while fresh and folder.exists():
         folder, number = base.with_name(f"{base.name}-{number}"), number + 1
-    others = [f.name for f in base.parent.glob(f"{run_directory.glob_safe(plan.name)}-sweep-*") if f.is_dir()]
+    others = [f.name for f in base.parent.glob(f"{run_directory.escape_glob(plan.name)}-sweep-*") if f.is_dir()]
     if others and not fresh and not folder.exists():
         many = f" and {len(others) - 1} more" if len(others) > 1 else ""
-        say(f"not the sweep of {max(others)}{many}, which had other values or settings: all of its trials start anew")
+        print_status(
+            f"not the sweep of {max(others)}{many}, which had other values or settings: all of its trials start anew"
+        )
     return folder
 
 
@@ -83,7 +90,7 @@ def opened(folder: Path) -> Iterator[None]:
         folder.chmod(0o700)
     except OSError as error:
         raise KitError(f"{folder} cannot be made: {error.strerror}", "runs_dir", "runs_dir=FOLDER") from None
-    with run_directory.locked(folder):
+    with run_directory.lock_run_directory(folder):
         yield
 
 
@@ -93,7 +100,7 @@ def trial_of(folder: Path, point: Point, plan: RunPlan | None) -> Trial:
     if plan is None:
         trial.state, trial.code = "refused", REFUSED
         trial.problems = [vars(p) for p in point.problems]
-    elif run_directory.run_of(trial.run) == plan.hash:  # the sweep's record is gone, the trial is not
+    elif run_directory.plan_hash_of(trial.run) == plan.hash:  # the sweep's record is gone, the trial is not
         take(trial)
     else:
         make(trial, plan)
@@ -102,7 +109,7 @@ def trial_of(folder: Path, point: Point, plan: RunPlan | None) -> Trial:
 
 def make(trial: Trial, plan: RunPlan) -> None:
     """The trial's directory, with its frozen plan."""
-    trial.plan = run_directory.make(plan.model_copy(update={"run_dir": str(trial.run)}))
+    trial.plan = run_directory.make_run_directory(plan.model_copy(update={"run_dir": str(trial.run)}))
 
 
 def take(trial: Trial) -> None:
@@ -122,7 +129,7 @@ def take_up(folder: Path, trials: list[Trial], plans: dict[int, RunPlan] | None 
             continue
         if not trial.run.exists():
             if plan := (plans or {}).get(trial.number):
-                say(f"{run_directory.shown(trial.run)} is gone: the trial starts anew")
+                print_status(f"{run_directory.path_from_here(trial.run)} is gone: the trial starts anew")
                 make(trial, plan)
                 trial.state, trial.code, trial.seconds, trial.problems = "waiting", None, 0.0, []
             else:
@@ -132,12 +139,14 @@ def take_up(folder: Path, trials: list[Trial], plans: dict[int, RunPlan] | None 
         try:
             take(trial)
         except KitError as error:
-            fix = f"rm -r {run_directory.shown(trial.run)}, or the same command with --fresh"
+            fix = f"rm -r {run_directory.path_from_here(trial.run)}, or the same command with --fresh"
             problems += [Problem(p.problem, str(trial.run / run_directory.PLAN), fix) for p in error.problems]
     if problems:
         raise KitError(problems)
     done, missing = (sum(t.state == s for t in trials) for s in ("done", "waiting"))
-    say(f"continuing {run_directory.shown(folder)}: {done} done, {missing} missing (--fresh starts anew)")
+    print_status(
+        f"continuing {run_directory.path_from_here(folder)}: {done} done, {missing} missing (--fresh starts anew)"
+    )
 
 
 def about(folder: Path, settings: HparamsSearch, metric: str) -> dict[str, Any]:
@@ -155,7 +164,7 @@ def pool_for(settings: HparamsSearch, plans: list[RunPlan]) -> Pool:
 
 def visible_devices() -> list[str] | None:
     """The names by which CUDA_VISIBLE_DEVICES knows this process's GPUs; None where there are none."""
-    count = len(hardware.gpus())
+    count = len(hardware.list_gpus())
     devices = os.environ.get("CUDA_VISIBLE_DEVICES")
     if not count:
         return None
@@ -194,7 +203,7 @@ def stay(
                     requests = signals.requests
                     grace = max((t.plan.launch.grace_seconds for t in pool.running if t.plan), default=0.0)
                     deadline = deadline or time.monotonic() + grace + PATIENCE
-                    say("stopping: the running trials save a checkpoint (again to end them at once)")
+                    print_status("stopping: the running trials save a checkpoint (again to end them at once)")
                     pool.stop_all()
                 if deadline and time.monotonic() > deadline:
                     pool.kill()

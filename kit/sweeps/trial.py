@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
         return launch(plan, resume=newest_checkpoint(run))
     except KitError as error:
         print_problems(error.problems, refused=error.code == REFUSED)
-        run_directory.set_refused(run, error)
+        run_directory.set_status_refused(run, error)
         return error.code
 
 

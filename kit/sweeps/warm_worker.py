@@ -26,7 +26,7 @@ from kit.schema.run_plan import load_plan
 from kit.storage import run_directory
 from kit.storage.json_files import atomic_write_json
 from kit.sweeps.pool import LOG
-from kit.system.terminal import say
+from kit.system.terminal import print_status
 from kit.training import signals as stopping
 
 
@@ -60,11 +60,15 @@ def trial(path: Path, state: Held) -> tuple[int, str]:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     try:
-        with run_directory.locked(run), run_directory.locked(run, run_directory.RANK_LOCK), environment():
+        with (
+            run_directory.lock_run_directory(run),
+            run_directory.lock_run_directory(run, run_directory.RANK_LOCK),
+            environment(),
+        ):
             code = start(path, state)
     except KitError as error:
         print(error, file=sys.stderr)
-        run_directory.set_refused(run, error)
+        run_directory.set_status_refused(run, error)
         code = error.code
     if code not in (DONE, STOPPED):
         return code, "a trial failed in it"
@@ -77,7 +81,7 @@ def start(path: Path, state: Held) -> int:
     plan = load_plan(path).model_copy(update={"run_dir": str(run)})
     resume = newest_checkpoint(run)
     for w in plan.warnings:
-        say(f"warning: {w['problem']} ({w['where']}); {w['fix']} [{w['rule']}]")
+        print_status(f"warning: {w['problem']} ({w['where']}); {w['fix']} [{w['rule']}]")
     forget(run)
     record = {"argv": sys.orig_argv, "env": rank_environment(plan), "cwd": os.getcwd(), "resume": resume}
     atomic_write_json(run / run_directory.LAUNCH, record)

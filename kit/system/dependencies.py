@@ -7,9 +7,9 @@ from importlib.util import find_spec
 from kit.errors import ENVIRONMENT, KitError
 
 
-def need_stack() -> None:
+def require_training_extras() -> None:
     """KitError (3) on the bare install: it checks and plans, but training and merging need the extra."""
-    missing = [name for name in ("torch", "transformers", "trl", "peft", "datasets") if not installed(name)]
+    missing = [name for name in ("torch", "transformers", "trl", "peft", "datasets") if not is_installed(name)]
     if missing:
         raise KitError(
             f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed",
@@ -18,7 +18,7 @@ def need_stack() -> None:
         )
 
 
-def installed(name: str) -> bool:
+def is_installed(name: str) -> bool:
     try:
         return find_spec(name) is not None
     except ModuleNotFoundError:  # an import hook may say no in its own way

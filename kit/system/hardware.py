@@ -20,25 +20,25 @@ class Gpu:
 
 
 @lru_cache
-def gpus() -> tuple[Gpu, ...]:
+def list_gpus() -> tuple[Gpu, ...]:
     """The GPUs that a process started here would see, in order; honours CUDA_VISIBLE_DEVICES."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and visible.strip() in ("", "-1", "NoDevFiles"):
         return ()
     if not any(Path("/dev").glob("nvidia[0-9]*")) and not Path("/dev/dxg").exists():
         return ()
-    out = nvidia_smi("--query-gpu=index,uuid,name,memory.total,compute_cap", "--format=csv,noheader,nounits")
-    return visible_gpus(out, nvidia_smi("-L") if "MIG-" in (visible or "") else "", visible)
+    out = run_nvidia_smi("--query-gpu=index,uuid,name,memory.total,compute_cap", "--format=csv,noheader,nounits")
+    return parse_visible_gpus(out, run_nvidia_smi("-L") if "MIG-" in (visible or "") else "", visible)
 
 
-def nvidia_smi(*words: str) -> str:
+def run_nvidia_smi(*words: str) -> str:
     try:
         return subprocess.run(["nvidia-smi", *words], capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return ""
 
 
-def visible_gpus(table: str, listing: str, visible: str | None) -> tuple[Gpu, ...]:
+def parse_visible_gpus(table: str, listing: str, visible: str | None) -> tuple[Gpu, ...]:
     """What CUDA_VISIBLE_DEVICES shows of nvidia-smi's table, and of its listing (`-L`) where it names MIG slices."""
     by_name: dict[str, Gpu] = {}
     for line in table.strip().splitlines():
@@ -70,7 +70,7 @@ def visible_gpus(table: str, listing: str, visible: str | None) -> tuple[Gpu, ..
 
 
 @lru_cache
-def cpu_multiplies_bf16() -> bool:
+def cpu_has_bf16_matmul() -> bool:
     """Whether the CPU has bfloat16 matrix instructions; without them bf16 is 25-50 times slower than float32."""
     try:
         flags = Path("/proc/cpuinfo").read_text().split("flags", 1)[-1].split("\n", 1)[0].split()
@@ -79,7 +79,7 @@ def cpu_multiplies_bf16() -> bool:
     return bool({"avx512_bf16", "amx_bf16"} & set(flags))
 
 
-def cores() -> int:
+def count_cpu_cores() -> int:
     """CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -87,7 +87,7 @@ def cores() -> int:
 # ---- the control group: what of this machine is granted ----
 
 
-def control_group(name: str, controller: str, root: Path = Path("/")) -> str | None:
+def read_cgroup_file(name: str, controller: str, root: Path = Path("/")) -> str | None:
     """A file of this process's control group; `controller` where version 1 mounts one folder each."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
@@ -108,30 +108,32 @@ def control_group(name: str, controller: str, root: Path = Path("/")) -> str | N
     return None
 
 
-def memory_limit(root: Path = Path("/")) -> int | None:
+def cgroup_memory_limit(root: Path = Path("/")) -> int | None:
     """Bytes of RAM beyond which the kernel kills, None where there is no limit below the machine's own."""
-    text = control_group("memory.max", "memory", root) or control_group("memory.limit_in_bytes", "memory", root)
+    text = read_cgroup_file("memory.max", "memory", root) or read_cgroup_file("memory.limit_in_bytes", "memory", root)
     return int(text) if text and text.isdigit() and int(text) < 2**60 else None
 
 
-def memory_used(root: Path = Path("/")) -> int | None:
+def cgroup_memory_used(root: Path = Path("/")) -> int | None:
     """Bytes that count against the limit."""
-    text = control_group("memory.current", "memory", root) or control_group("memory.usage_in_bytes", "memory", root)
+    text = read_cgroup_file("memory.current", "memory", root) or read_cgroup_file(
+        "memory.usage_in_bytes", "memory", root
+    )
     return int(text) if text and text.isdigit() else None
 
 
-def oom_kills(root: Path = Path("/")) -> int | None:
+def cgroup_oom_kills(root: Path = Path("/")) -> int | None:
     """How many processes of this control group the kernel has killed for want of memory, None where it is not told."""
-    text = control_group("memory.events", "memory", root) or control_group("memory.oom_control", "memory", root)
+    text = read_cgroup_file("memory.events", "memory", root) or read_cgroup_file("memory.oom_control", "memory", root)
     match = re.search(r"^oom_kill (\d+)$", text or "", re.M)
     return int(match[1]) if match else None
 
 
-def cpu_quota(root: Path = Path("/")) -> float | None:
+def cgroup_cpu_quota(root: Path = Path("/")) -> float | None:
     """Cores' worth of time that are granted, None without a limit."""
-    text = control_group("cpu.max", "cpu", root)
+    text = read_cgroup_file("cpu.max", "cpu", root)
     quota, _, period = (text or "").partition(" ")
     if text is None:
-        quota = control_group("cpu.cfs_quota_us", "cpu", root) or ""
-        period = control_group("cpu.cfs_period_us", "cpu", root) or ""
+        quota = read_cgroup_file("cpu.cfs_quota_us", "cpu", root) or ""
+        period = read_cgroup_file("cpu.cfs_period_us", "cpu", root) or ""
     return int(quota) / int(period) if quota.isdigit() and period.isdigit() and int(period) else None

@@ -15,7 +15,7 @@ RECIPES = (CONF / "recipe").resolve()
 
 
 @contextmanager
-def using(folder: Path) -> Iterator[None]:
+def use_config_folder(folder: Path) -> Iterator[None]:
     """While the block runs, the configuration is that of `folder`, a copy of `hydra_conf` and `ds_configs`."""
     global ROOT, CONF, DS_CONFIGS, RECIPES
     before = ROOT, CONF, DS_CONFIGS, RECIPES
@@ -27,17 +27,17 @@ def using(folder: Path) -> Iterator[None]:
         ROOT, CONF, DS_CONFIGS, RECIPES = before
 
 
-def cache() -> Path:
+def kit_cache_folder() -> Path:
     """The kit's own cache: $KIT_CACHE or ~/.cache/kit."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(os.environ.get("KIT_CACHE") or os.path.join(base, "kit")).absolute()
 
 
-def kit_dir(name: str) -> str:
+def resolve_kit_dir(name: str) -> str:
     """What `${kit.dir:NAME}` in a config stands for: `cache`, `recipes` or `ds_configs`."""
-    return str({"cache": cache(), "recipes": RECIPES, "ds_configs": DS_CONFIGS}[name])
+    return str({"cache": kit_cache_folder(), "recipes": RECIPES, "ds_configs": DS_CONFIGS}[name])
 
 
-def made_by_quickstart(path: str) -> bool:
+def is_made_by_quickstart(path: str) -> bool:
     """Whether a path is one that `make quickstart` fills."""
-    return Path(path).absolute().is_relative_to(cache() / "quickstart")
+    return Path(path).absolute().is_relative_to(kit_cache_folder() / "quickstart")

@@ -12,13 +12,13 @@ from pathlib import Path
 from kit.errors import KitError, Problem
 
 
-def say(line: str) -> None:
+def print_status(line: str) -> None:
     """A line for the user, on standard error. A terminal that is gone must not cost a run its checkpoint."""
     with contextlib.suppress(OSError):
         print(f"kit: {line}", file=sys.stderr, flush=True)
 
 
-def options(verb: str, description: str) -> argparse.ArgumentParser:
+def verb_parser(verb: str, description: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(prog=f"kit {verb}", description=description, allow_abbrev=False)
 
 
@@ -33,7 +33,7 @@ def read_prompts(name: str) -> list[str]:
     return prompts
 
 
-def progress(label: str) -> Callable[[int, int], None] | None:
+def progress_printer(label: str) -> Callable[[int, int], None] | None:
     """A line that is redrawn on a terminal; nothing elsewhere."""
     if not sys.stderr.isatty():
         return None
@@ -45,11 +45,11 @@ def progress(label: str) -> Callable[[int, int], None] | None:
     return show
 
 
-def quiet() -> None:
+def silence_libraries() -> None:
     """The training stack is there; no chatter from it."""
-    from kit.system.dependencies import need_stack
+    from kit.system.dependencies import require_training_extras
 
-    need_stack()
+    require_training_extras()
     for key, value in {
         "TOKENIZERS_PARALLELISM": "false",
         "TRANSFORMERS_VERBOSITY": "error",

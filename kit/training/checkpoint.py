@@ -19,7 +19,7 @@ from kit.errors import FAILED, KitError
 from kit.models.adapters import embeddings_changed
 from kit.models.tensors import finite, full_shape, raw_tensors
 from kit.storage import manifest
-from kit.storage.safetensors_header import Tensor as StoredTensor
+from kit.storage.safetensors_header import TensorEntry as StoredTensor
 from kit.storage.safetensors_header import read_header, read_tensors
 
 ADAPTER = "adapter_model.safetensors"
@@ -56,7 +56,7 @@ def hash_together(folder: Path, group: Any, writer: bool, each_node: bool = Fals
 
     each_node: every node has its own disk, so its writer does all of it.
     """
-    names = manifest.list_files(folder) if writer else []
+    names = manifest.list_folder_files(folder) if writer else []
     if group is None or each_node:
         return manifest.hash_files(folder, names, sync=True)
     sizes = {name: (folder / name).stat().st_size for name in names}

@@ -122,7 +122,7 @@ def banner(plan: RunPlan, trainer: Any, data: Any, seconds: float) -> None:
     if data.test is not data.validation:
         held_out = f"{rows_in(data.validation)} for validation, {rows_in(data.test)} for the test at the end"
     lines = [
-        f"run       {run_directory.shown(plan.run_path)}",
+        f"run       {run_directory.path_from_here(plan.run_path)}",
         f"machine   {plan.world_size} x {device}, {plan.precision}, {engine}",
         f"model     {plan.model.name_or_path}: {total:,} parameters, {trained:,} trained "
         f"({100 * trained / total:.2f} %)",
@@ -174,7 +174,7 @@ def summary(
 
 def farewell(plan: RunPlan, metrics: dict[str, Any]) -> None:
     """The last lines of a finished run: the figures and the commands that come next."""
-    run = run_directory.shown(plan.run_path)
+    run = run_directory.path_from_here(plan.run_path)
     folder = run_directory.ADAPTER if plan.peft else run_directory.MODEL
     loss = f", loss {metrics['train_loss']:.4g} on average" if "train_loss" in metrics else ""
     if metrics["first_loss"] is not None:  # a run shorter than logging_steps logs none

@@ -134,7 +134,11 @@ def sft_arguments(plan: RunPlan) -> dict[str, Any]:
     """What SFTConfig is given: the plan's `trainer` as it is, and what other sections hold."""
     return {
         # Trackers show the run directory's name, in a project of the plan's name.
-        **{"disable_tqdm": not run_directory.is_terminal(), "run_name": plan.run_path.name, "project": plan.name},
+        **{
+            "disable_tqdm": not run_directory.stdout_is_terminal(),
+            "run_name": plan.run_path.name,
+            "project": plan.name,
+        },
         **plan.trainer,
         "output_dir": str(plan.run_path / run_directory.CHECKPOINTS),
         "deepspeed": copy.deepcopy(plan.deepspeed),
@@ -188,7 +192,7 @@ def check_ranks(plan: RunPlan) -> None:
 def find_checkpoint(plan: RunPlan, resume: str) -> Path:
     """The checkpoint to go on from: a name below checkpoints/, checked against its manifest."""
     folder = plan.run_path / run_directory.CHECKPOINTS / resume
-    if damage := manifest.verify(folder):
+    if damage := manifest.verify_folder(folder):
         raise KitError(
             f"{folder} is not a complete checkpoint: {damage[0]}", fix="kit resume takes the newest complete one"
         )

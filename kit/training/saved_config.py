@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from kit.storage.safetensors_header import find_model
+from kit.storage.safetensors_header import find_model_folder
 
 TRAINING_ONLY = ("use_cache", "output_router_logits", "router_aux_loss_coef")
 
@@ -17,7 +17,7 @@ def config_before(model: Any, revision: str | None = None) -> dict[str, dict]:
     model: a folder, a Hub id, or a model that no trainer has had yet.
     """
     if isinstance(model, str):
-        folder = find_model(model, revision)
+        folder = find_model_folder(model, revision)
         files = {name: folder / f"{name}.json" for name in ("config", "generation_config")} if folder else {}
         return {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items() if file.is_file()}
     configs = {name: getattr(model, name, None) for name in ("config", "generation_config")}

@@ -96,4 +96,4 @@ def rotate_checkpoints(folder: str, limit: int | None, best: str | None) -> None
     kept = {oldest_first[-1], str(Path(best or oldest_first[-1]))}
     surplus = len(oldest_first) - max(limit, len(kept))
     for path in [p for p in oldest_first if p not in kept][: max(surplus, 0)]:
-        atomic_folder.discard(path)
+        atomic_folder.discard_folder(path)

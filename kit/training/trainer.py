@@ -101,14 +101,14 @@ class ModifiedTrainer(SFTTrainer):
         if self.args.should_save:
             if requested is True:
                 atomic_folder.remove_leftovers(self.args.output_dir)
-                newest = manifest.newest_complete(self.args.output_dir)
+                newest = manifest.newest_complete_checkpoint(self.args.output_dir)
                 for sentence in newest.skipped:
                     logger.warning(sentence)
                 chosen = str(newest.path or True)
                 if newest.path is None:
                     chosen = True  # no checkpoint of ours: upstream's rule, for runs that SFTTrainer began
             elif (Path(requested) / manifest.NAME).is_file():
-                problems = manifest.verify(requested)
+                problems = manifest.verify_folder(requested)
                 if problems:
                     error = KitError(
                         "; ".join(problems), where=str(requested), fix="resume from an older checkpoint", code=FAILED

@@ -16,7 +16,7 @@ from typing import Any
 from kit.errors import DONE, KitError
 from kit.storage import run_directory
 from kit.watching import state, view
-from kit.watching.metrics import Follower
+from kit.watching.metrics import MetricsFollower
 
 
 def main(argv: list[str]) -> int:
@@ -34,28 +34,28 @@ def main(argv: list[str]) -> int:
     if a.interval is not None and not 0.1 <= a.interval <= 86400:
         problem = f"--interval {a.interval:g} is not between 0.1 and 86400 seconds"
         raise KitError(problem, "command line", "--interval 2")
-    look = Look(*state.find(a.run))
+    look = RunReader(*state.find_run_or_sweep(a.run))
     states = look()
     if a.json:
         print(json.dumps({"sweep": look.name, "trials": states} if look.sweep else states[0], indent=1))
     elif a.once:
-        print(view.text(look.frame(states, terminal=False)), end="")
+        print(view.render_text(look.frame(states, terminal=False)), end="")
     else:
         drawn = sys.stdout.isatty() and os.environ.get("TERM") not in (None, "", "dumb")
         try:
-            last = (live if drawn else lines)(look, states, a.interval or (2 if drawn else 30), a.stay)
+            last = (draw_live if drawn else print_lines)(look, states, a.interval or (2 if drawn else 30), a.stay)
         except KeyboardInterrupt:
             last = None
-        return state.exit_code(last) if last else DONE
-    return state.exit_code(states)
+        return state.watch_exit_code(last) if last else DONE
+    return state.watch_exit_code(states)
 
 
-class Look:
+class RunReader:
     """The present states of a run, or of all trials of a sweep; each metrics.jsonl is read once."""
 
     def __init__(self, folder: Path, sweep: bool) -> None:
-        self.folder, self.sweep, self.name = folder, sweep, run_directory.shown(folder)
-        self.followers: dict[Path, Follower] = {}
+        self.folder, self.sweep, self.name = folder, sweep, run_directory.path_from_here(folder)
+        self.followers: dict[Path, MetricsFollower] = {}
 
     def __call__(self) -> list[dict[str, Any]]:
         if not self.sweep:
@@ -63,47 +63,52 @@ class Look:
         if not self.folder.is_dir():
             raise KitError(f"{self.name} is gone", fix="it was moved or deleted while it was watched")
         states = []
-        for run in state.trials(self.folder):
+        for run in state.trial_folders(self.folder):
             with contextlib.suppress(KitError):  # a trial that has just been removed
                 states.append(self.one(run))
-        return state.listed(self.folder, states)
+        return state.sweep_states(self.folder, states)
 
     def one(self, run: Path) -> dict[str, Any]:
-        follower = self.followers.setdefault(run, Follower(run / run_directory.METRICS_LOG))
-        return state.state(run, follower)
+        follower = self.followers.setdefault(run, MetricsFollower(run / run_directory.METRICS_LOG))
+        return state.read_run_state(run, follower)
 
     def frame(self, states: list[dict[str, Any]], terminal: bool) -> Any:
-        return view.table(self.name, states) if self.sweep else view.frame(states[0], hint=terminal)
+        return view.sweep_table(self.name, states) if self.sweep else view.run_frame(states[0], hint=terminal)
 
     def ended(self, states: list[dict[str, Any]]) -> bool:
         """Whether nothing more will come; a sweep that is still held may be about to start the next trial."""
-        return state.ended(states) and not (self.sweep and state.holder(self.folder))
+        return state.all_ended(states) and not (self.sweep and state.living_lock_holder(self.folder))
 
     def line(self, states: list[dict[str, Any]]) -> str:
         if not self.sweep:
-            return view.line(states[0])
+            return view.run_line(states[0])
         running = [s for s in states if s["state"] == "running"]
-        words = [f"{view.plain(s['name'])} {view.steps(s)} loss {view.short(s['loss'])}" for s in running]
-        return "; ".join([view.counts(states), *words])
+        words = [
+            f"{view.escape_control(s['name'])} {view.format_steps(s)} loss {view.format_number(s['loss'])}"
+            for s in running
+        ]
+        return "; ".join([view.count_states(states), *words])
 
 
-def lines(look: Look, states: list[dict[str, Any]], interval: float, stay: bool) -> list[dict[str, Any]]:
+def print_lines(look: RunReader, states: list[dict[str, Any]], interval: float, stay: bool) -> list[dict[str, Any]]:
     """A line per interval, for logs, pipes and terminals that cannot be drawn on."""
     while True:
-        print(f"{time.strftime('%H:%M:%S')}  {view.encodable(look.line(states))}", flush=True)
+        print(f"{time.strftime('%H:%M:%S')}  {view.encode_for_stdout(look.line(states))}", flush=True)
         if look.ended(states) and not stay:
             for problem in {p for s in states for p in s.get("problems", [])} if look.sweep else states[0]["problems"]:
-                print(view.encodable(view.plain(problem)), flush=True)
+                print(view.encode_for_stdout(view.escape_control(problem)), flush=True)
             return states
         time.sleep(interval)
         states = look()
 
 
-def live(look: Look, states: list[dict[str, Any]], interval: float, stay: bool) -> list[dict[str, Any]] | None:
+def draw_live(
+    look: RunReader, states: list[dict[str, Any]], interval: float, stay: bool
+) -> list[dict[str, Any]] | None:
     """A frame that is drawn again at each interval; None when the person leaves with q."""
     from rich.live import Live
 
-    with keys() as pressed, Live(console=console(sys.stdout), auto_refresh=False) as screen:
+    with read_keys() as pressed, Live(console=make_console(sys.stdout), auto_refresh=False) as screen:
         while True:
             screen.update(look.frame(states, terminal=True), refresh=True)
             if look.ended(states) and not stay:
@@ -114,7 +119,7 @@ def live(look: Look, states: list[dict[str, Any]], interval: float, stay: bool) 
 
 
 @contextlib.contextmanager
-def keys() -> Iterator[Callable[[float], str]]:
+def read_keys() -> Iterator[Callable[[float], str]]:
     """Wait for a key without Enter, at most so many seconds; "" for none. Only a wait where stdin is no terminal."""
     try:
         import termios
@@ -126,7 +131,7 @@ def keys() -> Iterator[Callable[[float], str]]:
     except (ImportError, OSError, ValueError, AttributeError, termios.error):
         ours = False
     if not ours:
-        yield wait
+        yield wait_without_keys
         return
 
     def pressed(seconds: float) -> str:
@@ -142,12 +147,12 @@ def keys() -> Iterator[Callable[[float], str]]:
         termios.tcsetattr(sys.stdin.fileno(), termios.TCSADRAIN, before)
 
 
-def wait(seconds: float) -> str:
+def wait_without_keys(seconds: float) -> str:
     time.sleep(seconds)
     return ""
 
 
-def console(file: Any, width: int | None = None) -> Any:
+def make_console(file: Any, width: int | None = None) -> Any:
     from rich.console import Console
 
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")

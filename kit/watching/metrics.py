@@ -8,10 +8,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-RECENT = 20  # logged steps that the pace is taken from
+PACE_STEPS = 20  # logged steps that the pace is taken from
 
 
-class Follower:
+class MetricsFollower:
     """The rows of a metrics.jsonl that may still grow, be cut off, replaced, or begin later.
 
     `losses`: step to loss, as it ended up where a step was trained twice. `restarts`: how often training began again.
@@ -46,14 +46,14 @@ class Follower:
         *lines, self.rest = (self.rest + new).split(b"\n")
         for line in lines:
             if line.strip(b"\0 \r\t"):
-                self.take(parse(line))
+                self.take(parse_metrics_row(line))
 
     def take(self, row: dict[str, Any] | None) -> None:
         if row is None:
             self.damaged += 1
             return
-        step, seconds = row["step"], number(row.get("seconds"))
-        before = number(self.last.get("seconds"))
+        step, seconds = row["step"], finite_number(row.get("seconds"))
+        before = finite_number(self.last.get("seconds"))
         start = "max_steps" in row
         if before is not None and (start or (seconds is not None and seconds < before)):
             self.restarts += 1
@@ -70,7 +70,7 @@ class Follower:
 
     def pace(self) -> float | None:
         """Seconds per step lately, evaluations and saves included; None before two marks."""
-        marks = self.marks[-RECENT - 1 :]
+        marks = self.marks[-PACE_STEPS - 1 :]
         if len(self.marks) > 2 and len(marks) == len(self.marks) and self.begun:
             marks = marks[1:]  # the first interval holds what happens once
         if len(marks) < 2 or marks[-1][1] <= marks[0][1]:
@@ -78,7 +78,7 @@ class Follower:
         return max(0.0, (marks[-1][0] - marks[0][0]) / (marks[-1][1] - marks[0][1]))
 
 
-def parse(line: bytes) -> dict[str, Any] | None:
+def parse_metrics_row(line: bytes) -> dict[str, Any] | None:
     """One row; of a line that a kill left half-written, what was appended to it; None where nothing can be read."""
     text = line.decode("utf-8", "replace").strip("\0 \r\t")
     for part in (text, text[text.rfind('{"') :]):
@@ -91,12 +91,12 @@ def parse(line: bytes) -> dict[str, Any] | None:
     return None
 
 
-def number(value: Any) -> float | None:
+def finite_number(value: Any) -> float | None:
     """A finite number, else None."""
     return value if type(value) in (int, float) and math.isfinite(value) else None
 
 
-def numbers(value: Any) -> list[float]:
+def numbers_per_rank(value: Any) -> list[float]:
     """A figure per rank, [] where it is none."""
-    values = [number(v) for v in value] if isinstance(value, list) else []
+    values = [finite_number(v) for v in value] if isinstance(value, list) else []
     return [v for v in values if v is not None] if None not in values else []

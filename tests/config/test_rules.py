@@ -303,7 +303,7 @@ def test_old_and_missing_gpus(run: RuleContext, monkeypatch: pytest.MonkeyPatch)
     assert "bf16-hardware" not in fired(replace(run, gpus=(t4,), precision="float16"))
     run.plan["launch"]["num_gpus"] = 2
     assert "gpus-missing" in fired(replace(run, gpus=(h100,)))
-    monkeypatch.setattr(hardware, "cpu_multiplies_bf16", lambda: False)
+    monkeypatch.setattr(hardware, "cpu_has_bf16_matmul", lambda: False)
     assert "bf16-slow-cpu" in fired(replace(run, on_cpu=True))
 
 

@@ -20,7 +20,7 @@ import pytest
 from kit.cli import verbs as cli
 from kit.doctor import cli as doctor
 from kit.doctor import environment, gpu, machine, op_locks, versions
-from kit.doctor.findings import BAD, OK, WARN, Finding, answer
+from kit.doctor.findings import BAD, OK, WARN, Finding, run_program
 from kit.errors import DONE, ENVIRONMENT, REFUSED, KitError
 from kit.launchers import ops
 from kit.system import hardware
@@ -67,13 +67,13 @@ def test_the_tested_versions_are_those_of_the_pins_and_the_ranges():
     ranges = {}
     for kind, rows in (("packages", project["dependencies"]), ("train", project["optional-dependencies"]["train"])):
         ranges[kind] = dict(re.fullmatch(r"([\w-]+)(.*)", row).groups() for row in rows)
-    table = versions.tested()
+    table = versions.load_tested_versions()
     assert table["python"] == project["requires-python"]
     for kind in ("packages", "train"):
         assert {name: row["range"] for name, row in table[kind].items()} == ranges[kind]
         for name, row in table[kind].items():
             assert row["tested"] == pins[name.lower().replace("_", "-")], name
-            assert versions.admitted(row["tested"], row["range"]), name
+            assert versions.is_in_range(row["tested"], row["range"]), name
 
 
 @pytest.mark.parametrize(
@@ -85,11 +85,11 @@ def test_the_tested_versions_are_those_of_the_pins_and_the_ranges():
     ],
 )  # fmt: skip
 def test_ranges(version, ranges, fits):
-    assert versions.admitted(version, ranges) is fits
+    assert versions.is_in_range(version, ranges) is fits
 
 
 def test_packages_against_the_table():
-    table = versions.tested()
+    table = versions.load_tested_versions()
     tested = {name: row["tested"] for part in ("packages", "train") for name, row in table[part].items()}
     assert levels(versions.check_packages(tested.get)) == [OK]
     found = versions.check_packages({**tested, "torch": "2.12.1", "trl": "0.29.0", "peft": None}.get)
@@ -113,7 +113,7 @@ def test_packages_against_the_table():
     ],
 )
 def test_the_cuda_of_torch_without_importing_it(version, text, runtime, cuda):
-    assert versions.cuda_of(version, text, runtime) == cuda
+    assert versions.parse_cuda_version(version, text, runtime) == cuda
 
 
 def test_the_cuda_of_the_installed_torch():
@@ -123,7 +123,7 @@ def test_the_cuda_of_the_installed_torch():
         text=True,
         timeout=120,
     )
-    assert versions.torch_cuda() == said.stdout.strip()
+    assert versions.cuda_of_torch() == said.stdout.strip()
 
 
 # ---- GPUs ----
@@ -278,7 +278,7 @@ MEMINFO = {"proc/meminfo": "MemTotal:       65536000 kB\nMemFree: 1 kB\nMemAvail
 )  # fmt: skip
 def test_the_control_group_grants_less_than_the_machine_has(files, tmp_path):
     root = write(tmp_path, {**files, **MEMINFO})
-    assert (hardware.memory_limit(root), hardware.cpu_quota(root), hardware.oom_kills(root)) == (
+    assert (hardware.cgroup_memory_limit(root), hardware.cgroup_cpu_quota(root), hardware.cgroup_oom_kills(root)) == (
         16_000_000_000,
         4.0,
         2,
@@ -295,7 +295,7 @@ def test_no_limit_and_nothing_to_read(tmp_path):
     root = write(
         tmp_path, {**V2, **MEMINFO, "sys/fs/cgroup/memory.max": "max\n", "sys/fs/cgroup/cpu.max": "max 100000\n"}
     )
-    assert (hardware.memory_limit(root), hardware.cpu_quota(root)) == (None, None)
+    assert (hardware.cgroup_memory_limit(root), hardware.cgroup_cpu_quota(root)) == (None, None)
     assert only(machine.check_memory(root)).found == "67.1 GB, 61.4 GB available"
     write(root, {f"sys/devices/system/node/node{i}/cpulist": "" for i in range(2)})
     assert only(machine.check_cpu(root, {}, cores=8)).found == "8 cores, 2 NUMA nodes"
@@ -318,9 +318,9 @@ def test_a_port_that_is_taken_is_taken_by_somebody():
 def test_a_tool_that_hangs_is_not_waited_for(tmp_path):
     env = tool(tmp_path, "slow", "late", sleep=30)
     start = time.monotonic()
-    assert answer([str(tmp_path / "slow")], env, seconds=0.5) == (False, "slow gave no answer within 0 s")
+    assert run_program([str(tmp_path / "slow")], env, seconds=0.5) == (False, "slow gave no answer within 0 s")
     assert time.monotonic() - start < 5
-    assert answer(["/nowhere/tool"], env)[0] is False
+    assert run_program(["/nowhere/tool"], env)[0] is False
 
 
 # ---- environment ----
@@ -399,7 +399,7 @@ def test_a_living_lock_is_left_and_a_dead_one_goes(lock, tmp_path):
         assert builder.stdout.readline() == elsewhere.stdout.readline() == "held\n"
         found = only(op_locks.check_locks(places))
         assert found.level == WARN and f"process {builder.pid} is compiling" in found.found
-        removed, left = op_locks.remove_dead(places)
+        removed, left = op_locks.remove_dead_locks(places)
         assert (removed, [x.pid for x in left]) == ([], [builder.pid]) and lock.exists()
     finally:
         builder.kill()
@@ -409,7 +409,7 @@ def test_a_living_lock_is_left_and_a_dead_one_goes(lock, tmp_path):
     os.utime(lock, (time.time() - 7200,) * 2)
     found = only(op_locks.check_locks(places))
     assert found.level == BAD and "7200 s old" in found.found and found.fix == "kit doctor --remove-stale-locks"
-    removed, left = op_locks.remove_dead(places)
+    removed, left = op_locks.remove_dead_locks(places)
     assert (removed, left) == ([lock], []) and not lock.exists()
 
 
@@ -420,11 +420,11 @@ def test_who_only_has_the_lock_file_open_holds_it(lock):
         holder = subprocess.Popen([sys.executable, "-c", code], stdin=file, stdout=subprocess.PIPE, text=True, cwd="/")
     try:
         assert holder.stdout.readline() == "x\n"
-        assert op_locks.holder(lock) == holder.pid
+        assert op_locks.lock_holder(lock) == holder.pid
     finally:
         holder.kill()
         holder.wait()
-    assert op_locks.holder(lock) is None
+    assert op_locks.lock_holder(lock) is None
 
 
 def test_on_a_shared_disk_a_young_lock_may_live_elsewhere(lock, tmp_path):
@@ -435,9 +435,9 @@ def test_on_a_shared_disk_a_young_lock_may_live_elsewhere(lock, tmp_path):
     places = [tmp_path / "ext"]
     found = only(op_locks.check_locks(places, mounts))
     assert found.level == WARN and "on another machine" in found.found
-    assert op_locks.remove_dead(places, mounts)[0] == [] and lock.exists()
+    assert op_locks.remove_dead_locks(places, mounts)[0] == [] and lock.exists()
     os.utime(lock, (time.time() - 7200,) * 2)
-    assert op_locks.remove_dead(places, mounts)[0] == [lock]
+    assert op_locks.remove_dead_locks(places, mounts)[0] == [lock]
 
 
 def test_the_command_removes_only_dead_locks(lock, tmp_path, monkeypatch, capsys):
@@ -504,13 +504,13 @@ def test_building_waits_for_nobody_beyond_its_limit(tmp_path, monkeypatch, capsy
     with open(tmp_path / ".kit-build", "a") as turn:
         fcntl.flock(turn, fcntl.LOCK_EX)
         with pytest.raises(KitError, match="has been building"):
-            doctor.build_operators(["cpu_adam"], 0.6)
+            doctor.build_ops(["cpu_adam"], 0.6)
     assert "waiting for it" in capsys.readouterr().err
 
 
 def test_building_says_how_far_it_is(tmp_path, capsys):
     (tmp_path / ".cpu_adam.log").write_text("[1/3] c++ ...\n[2/3] c++ ...\n")
-    tick = doctor.Ticker(tmp_path)
+    tick = doctor.ProgressTicker(tmp_path)
     assert tick() is False and capsys.readouterr().err == ""
     tick.shown -= 31
     assert tick() is False

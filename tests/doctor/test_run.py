@@ -81,7 +81,7 @@ def test_each_message_has_its_cause(cause, text, make):
     assert (found.state, found.cause, found.rank, found.code) == ("failed", cause, 0, FAILED)
     assert found.fixes and all(found.fixes) and "{" not in "".join(found.fixes).replace("{use_reentrant: true}", "")
     assert found.sentence and "{" not in found.sentence
-    assert str(found.where).startswith(run_directory.shown(run.path))
+    assert str(found.where).startswith(run_directory.path_from_here(run.path))
 
 
 def test_the_table_is_covered_and_has_no_doubles():
@@ -106,7 +106,7 @@ def test_out_of_memory_says_where(where, make):
 def test_levers_follow_the_plan():
     """What the plan does already is not advised again, and the cheapest comes first."""
     error = messages.OOM.format(reserved="12.00")
-    first = oom.levers("the forward pass", PLAN, error)
+    first = oom.memory_levers("the forward pass", PLAN, error)
     assert first[0].startswith("trainer.per_device_train_batch_size=2")
     assert first[1] == "trainer.gradient_checkpointing=true" and "deepspeed=zero3" in first
     assert any("expandable_segments" in lever for lever in first)
@@ -116,13 +116,13 @@ def test_levers_follow_the_plan():
         "deepspeed": {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}},
         "quantization": {"a": 1},
     }
-    assert oom.levers("the forward pass", tight, small) == [
+    assert oom.memory_levers("the forward pass", tight, small) == [
         "a GPU with more memory, or more GPUs with deepspeed=zero3"
     ]
     crowded = small.replace("this process has 77.80 GiB", "this process has 10.00 GiB")
-    assert "other processes" in oom.levers("loading the model", PLAN, crowded)[0]
-    assert "other processes" not in oom.levers("loading the model", PLAN, small)[0]
-    assert oom.levers("the backward pass", {}, error)  # no plan to read: still advice
+    assert "other processes" in oom.memory_levers("loading the model", PLAN, crowded)[0]
+    assert "other processes" not in oom.memory_levers("loading the model", PLAN, small)[0]
+    assert oom.memory_levers("the backward pass", {}, error)  # no plan to read: still advice
 
 
 def test_the_earliest_rank_counts_not_the_one_that_fell_after_it(make):
@@ -293,7 +293,7 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from kit.storage import run_directory
-with run_directory.locked(Path(sys.argv[1])):
+with run_directory.lock_run_directory(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -339,7 +339,7 @@ def test_a_full_disk_swallows_the_report_too(make, monkeypatch):
     [(0, None), (1, None), (-9, 9), (137, 9), (247, 9), (245, 11), (255, None), (None, None), (143, 15)],
 )
 def test_signals_in_return_codes(code, number):
-    assert run_logs.signal_of(code) == number
+    assert run_logs.signal_of_returncode(code) == number
 
 
 def test_a_run_directory_in_pieces_is_no_traceback(make, tmp_path):

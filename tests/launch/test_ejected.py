@@ -130,14 +130,14 @@ def launched(work, base, chat) -> dict[str, tuple[Path, Path]]:
 
 def compose(work: Path, base: Path, chat: Path, name: str, *more: str) -> Path:
     plan = api.compose(*harness.overrides(base, chat, work / name, *SHORT, *more), here=True)
-    return run_directory.create(plan).run_path
+    return run_directory.create_run_directory(plan).run_path
 
 
 def eject(work: Path, name: str, run: Path) -> Path:
-    plan, _ = verb.read([str(run)])
+    plan, _ = verb.read_plan_and_folder([str(run)])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")  # as the harness starts the run: more threads sum in another order
-        verb.write(plan, work / "scripts" / name)
+        verb.write_ejected(plan, work / "scripts" / name)
     return work / "scripts" / name
 
 

@@ -189,10 +189,10 @@ def test_adapter_is_complete(engine, run_of, request, alone):
     for name, tensor in tensors.items():
         assert tensor.dim() == 2 and torch.isfinite(tensor).all() and tensor.abs().max() > 0, name
         torch.testing.assert_close(tensor, reference[name], atol=2e-4, rtol=0)
-    assert manifest.verify(run / "adapter") == []
+    assert manifest.verify_folder(run / "adapter") == []
     checkpoints = sorted((run / "checkpoints").glob("checkpoint-*"))
     assert [c.name for c in checkpoints] == ["checkpoint-10", "checkpoint-20"]
-    assert all(manifest.verify(c) == [] for c in checkpoints)
+    assert all(manifest.verify_folder(c) == [] for c in checkpoints)
     assert not list((run / "adapter").glob("*.bin"))
     assert harness.status(run)["state"] == "done"
 
@@ -263,7 +263,7 @@ def test_typed_by_hand_with_overrides_and_stopped_by_its_launcher(work, base, ch
     assert harness.status(run)["state"] == "stopped"
     from kit.storage import manifest
 
-    assert manifest.newest_complete(run / "checkpoints").path
+    assert manifest.newest_complete_checkpoint(run / "checkpoints").path
 
 
 def test_ctrl_c_saves_and_resumes_bit_equal(work, base, chat, alone):

@@ -49,7 +49,7 @@ def launch(work: Path, base: Path, chat: Path, cases: dict[str, list[str]], star
     plans = []
     for name, given in cases.items():
         plan = api.compose(*harness.overrides(base, chat, work / name, *given, *SHORT, *more), here=True)
-        plans.append(str(run_directory.create(plan).run_path / run_directory.PLAN))
+        plans.append(str(run_directory.create_run_directory(plan).run_path / run_directory.PLAN))
     script = str(harness.ROOT / "tests" / "launch" / "packed.py")
     done = harness.finish(harness.start([*start, script, *plans], work, DS_ACCELERATOR="cpu"))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]

@@ -86,7 +86,7 @@ from pathlib import Path
 from kit import api
 from kit.launchers import slurm
 from kit.storage import run_directory
-plans = [run_directory.create(api.compose(*json.loads(line), here=True)) for line in sys.argv[2:]]
+plans = [run_directory.create_run_directory(api.compose(*json.loads(line), here=True)) for line in sys.argv[2:]]
 print(slurm.submit_array(plans, Path(sys.argv[1])))
 """
 

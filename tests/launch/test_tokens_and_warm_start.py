@@ -69,7 +69,7 @@ def compose(work: Path, base: Path, chat: Path, cases: dict[str, tuple[str, ...]
     plans = []
     for name, more in cases.items():
         plan = api.compose(*harness.overrides(base, chat, work / name, *more), here=True)
-        plans.append(str(run_directory.create(plan, False).run_path / "plan.json"))
+        plans.append(str(run_directory.create_run_directory(plan, False).run_path / "plan.json"))
     return plans
 
 
@@ -188,14 +188,14 @@ def test_added_tokens_are_trained_saved_and_merged(model, engine, together, full
     from kit.merging import merge
 
     run = harness.the_run(together / f"{model}-{engine}")
-    before, saved = safetensors_header.read_config(full[model])["vocab_size"], ends(run / "adapter")
+    before, saved = safetensors_header.read_model_config(full[model])["vocab_size"], ends(run / "adapter")
     assert sorted(saved) == ["embed_tokens", "lm_head"]
     assert all(matrix.shape[0] == before + 2 for matrix in saved.values())
     assert (saved["embed_tokens"] == saved["lm_head"]).all() == (model == "tied")
 
     merge(run, verify=True)
-    assert safetensors_header.read_config(run / "merged")["vocab_size"] == before + 2
-    assert safetensors_header.read_config(run / "merged")["tie_word_embeddings"] == (model == "tied")
+    assert safetensors_header.read_model_config(run / "merged")["vocab_size"] == before + 2
+    assert safetensors_header.read_model_config(run / "merged")["tie_word_embeddings"] == (model == "tied")
     assert (ends(run / "merged")["embed_tokens"] == saved["embed_tokens"]).all()
     generation = json.loads((run / "merged" / "generation_config.json").read_text())
     assert generation["eos_token_id"] == [before + 1, 2]
@@ -220,6 +220,6 @@ def test_the_new_rows_moved(model, together):
 
 def test_full_fine_tuning_grows_the_model(alone, full):
     run = harness.the_run(alone / "full")
-    config = safetensors_header.read_config(run / "model")
-    assert config["vocab_size"] == safetensors_header.read_config(full["untied"])["vocab_size"] + 2
+    config = safetensors_header.read_model_config(run / "model")
+    assert config["vocab_size"] == safetensors_header.read_model_config(full["untied"])["vocab_size"] + 2
     assert ends(run / "model")["lm_head"].shape[0] == config["vocab_size"]

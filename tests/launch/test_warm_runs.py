@@ -42,7 +42,7 @@ def freeze(folder: Path, base: Path, chat: Path, *overrides: str) -> Path:
     small = [o for o in SMALL if o.partition("=")[0] not in {m.partition("=")[0] for m in overrides}]
     plan = api.compose(*harness.overrides(base, chat, folder, *small, *overrides), here=True)
     assert warm_pool.why_cold(plan) is None
-    run_directory.make(plan.model_copy(update={"run_dir": str(folder)}))
+    run_directory.make_run_directory(plan.model_copy(update={"run_dir": str(folder)}))
     return folder / run_directory.PLAN
 
 
@@ -118,7 +118,7 @@ def test_bit_equal_to_cold(forked, base: Path, chat: Path, tmp_path: Path):
     shape = {n: curve(tmp_path / n)[-1]["eval_loss"] for n in CASES}
     assert len(set(shape.values())) == len(CASES) - 1  # the cases do differ, but for the first and its repetition
     run = tmp_path / "again"
-    assert harness.status(run)["state"] == "done" and run_directory.in_use(run) is None
+    assert harness.status(run)["state"] == "done" and run_directory.process_holding_lock(run) is None
     assert all("step 4/4" in (run / "logs" / log).read_text() for log in ("rank0.log", "trial.log"))
     assert json.loads((run / "launch.json").read_text())["ended"]["returncode"] == 0
     assert sorted(p.name for p in run.iterdir()) == sorted(

@@ -82,7 +82,9 @@ def main(folder: Path, engine: str) -> None:
     whole.train()
     whole.save_model(str(folder / "adapter"))
     found["losses"] = [h["loss"] for h in whole.state.log_history if "loss" in h]
-    found["verify"] = manifest.verify(folder / "adapter") + manifest.verify(folder / "whole" / "checkpoint-4")
+    found["verify"] = manifest.verify_folder(folder / "adapter") + manifest.verify_folder(
+        folder / "whole" / "checkpoint-4"
+    )
     again = build("again")
     again.train(resume_from_checkpoint=str(folder / "whole" / "checkpoint-2"))
     name = "adapter_model.safetensors"
@@ -99,7 +101,7 @@ def main(folder: Path, engine: str) -> None:
     stopped = build("stopped", [Kill()], max_steps=12, save_strategy="no")
     stopped.train()
     found["stopped"] = [stopped.stopped_by_signal, stopped.state.global_step]
-    found["stopped verify"] = manifest.verify(folder / "stopped" / f"checkpoint-{stopped.state.global_step}")
+    found["stopped verify"] = manifest.verify_folder(folder / "stopped" / f"checkpoint-{stopped.state.global_step}")
     stopping.reset()
     done()
 
@@ -122,13 +124,13 @@ def main(folder: Path, engine: str) -> None:
     # a fully trained head beside the adapter, and full fine-tuning
     head = build("head", max_steps=2, extra=["lm_head"])
     head.train()
-    found["head"] = manifest.verify(folder / "head" / "checkpoint-2")
+    found["head"] = manifest.verify_folder(folder / "head" / "checkpoint-2")
     done()
     for name in ("full", "full-tied"):
         full_run = build(name, peft=False, max_steps=2)
         full_run.train()
         full_run.save_model(str(folder / name / "model"))
-        found[name] = manifest.verify(folder / name / "model")
+        found[name] = manifest.verify_folder(folder / name / "model")
         done()
     if rank == 0 and engine != "zero3":
         own = dict(full_run.model.named_parameters())

@@ -286,14 +286,14 @@ def test_resume_passes_over_damage(base, tmp_path):
     content = bytearray(file.read_bytes())
     content[-3] ^= 1
     file.write_bytes(content)
-    assert "differs" in manifest.verify(file.parent)[0]
-    assert manifest.newest_complete(tmp_path).path == tmp_path / "checkpoint-4"
+    assert "differs" in manifest.verify_folder(file.parent)[0]
+    assert manifest.newest_complete_checkpoint(tmp_path).path == tmp_path / "checkpoint-4"
     with pytest.raises(KitError, match="differs") as refused:
         build(ModifiedTrainer, tmp_path, str(base), args=args).train(resume_from_checkpoint=str(file.parent))
     assert refused.value.code == 4
     again = build(ModifiedTrainer, tmp_path, str(base), args=args)
     again.train(resume_from_checkpoint=True)
-    assert again._initial_global_step == 4 and manifest.verify(file.parent) == []
+    assert again._initial_global_step == 4 and manifest.verify_folder(file.parent) == []
     assert_same(weights(first), weights(again))
 
 
@@ -371,9 +371,9 @@ def test_saved_files(base, tmp_path):
     assert {"tokenizer.json", "chat_template.jinja", "adapter_config.json"} <= set(found["files"])
     before = (tmp_path / "adapter").stat().st_ino
     trainer.save_model(str(tmp_path / "adapter"))  # again: replaced as a whole
-    assert (tmp_path / "adapter").stat().st_ino != before and manifest.verify(tmp_path / "adapter") == []
+    assert (tmp_path / "adapter").stat().st_ino != before and manifest.verify_folder(tmp_path / "adapter") == []
     trainer.save_model()  # into the folder that also holds the checkpoints
-    assert manifest.verify(tmp_path / "run") == [] and (tmp_path / "run" / "checkpoint-6").is_dir()
+    assert manifest.verify_folder(tmp_path / "run") == [] and (tmp_path / "run" / "checkpoint-6").is_dir()
     assert not [p for p in tmp_path.rglob(".*") if p.is_dir()]
 
 
@@ -382,7 +382,7 @@ def test_only_model(base, tmp_path):
     build(ModifiedTrainer, tmp_path, str(base), args=args).train()
     names = {p.name for p in (tmp_path / "checkpoint-6").iterdir()}
     assert "optimizer.pt" not in names and "trainer_state.json" in names
-    assert manifest.verify(tmp_path / "checkpoint-6") == []
+    assert manifest.verify_folder(tmp_path / "checkpoint-6") == []
 
 
 def test_frozen_base_is_never_copied(base, tmp_path, monkeypatch):
@@ -442,7 +442,7 @@ def test_full_model_is_loadable_and_its_config_unharmed(which, given, base, tied
     for folder in (tmp_path / "model", tmp_path / "out" / "checkpoint-3"):
         for name in ("config.json", "generation_config.json"):
             assert json.loads((folder / name).read_text()) == json.loads((tmp_path / "plain" / name).read_text())
-        assert manifest.verify(folder) == []
+        assert manifest.verify_folder(folder) == []
         loaded, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
         assert not report["missing_keys"] and not report["unexpected_keys"]
         assert_same(dict(loaded.named_parameters()), {n: p for n, p in trainer.model.named_parameters()})
@@ -464,7 +464,7 @@ def test_rotation_keeps_best_and_newest(base, tmp_path):
     trainer.saved_step, trainer.state.global_step = None, 7
     trainer._save_checkpoint(trainer.model, None)
     assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-5", "checkpoint-7"]
-    assert all(manifest.verify(p) == [] for p in tmp_path.glob("checkpoint-*"))
+    assert all(manifest.verify_folder(p) == [] for p in tmp_path.glob("checkpoint-*"))
 
 
 @pytest.mark.launch
@@ -486,10 +486,10 @@ def test_killed_save_leaves_the_older_checkpoint(moment, base, tmp_path):
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 137
     assert (tmp_path / ".staging-checkpoint-7").is_dir()
-    assert manifest.newest_complete(tmp_path) == (tmp_path / "checkpoint-6", [])
+    assert manifest.newest_complete_checkpoint(tmp_path) == (tmp_path / "checkpoint-6", [])
     again = build(ModifiedTrainer, tmp_path, str(base), args={**args, "max_steps": 7})
     again.train(resume_from_checkpoint=True)
-    assert manifest.newest_complete(tmp_path).path == tmp_path / "checkpoint-7"
+    assert manifest.newest_complete_checkpoint(tmp_path).path == tmp_path / "checkpoint-7"
     assert not (tmp_path / ".staging-checkpoint-7").exists()
 
 
@@ -512,7 +512,7 @@ def test_full_disk_leaves_the_older_checkpoint(where, base, tmp_path, monkeypatc
         trainer._save_checkpoint(trainer.model, None)
     assert failed.value.code == 4
     assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ["checkpoint-6"]
-    assert manifest.verify(tmp_path / "checkpoint-6") == []
+    assert manifest.verify_folder(tmp_path / "checkpoint-6") == []
     assert trainer.staging is None
 
 
@@ -533,7 +533,7 @@ def test_nan_stops_the_run(peft, base, tmp_path):
     with pytest.raises(KitError, match="NaN or infinity") as refused:
         trainer.train()  # the save of step 3 refuses before the loss of step 4 shows it
     assert refused.value.code == 4
-    assert manifest.newest_complete(tmp_path).path == tmp_path / "checkpoint-2"
+    assert manifest.newest_complete_checkpoint(tmp_path).path == tmp_path / "checkpoint-2"
     with pytest.raises(KitError):
         trainer.save_model(str(tmp_path / "adapter"))
     assert not (tmp_path / "adapter").exists()
@@ -600,7 +600,7 @@ def test_signal_keeps_the_checkpoint_at_limit_one(base, tmp_path, handlers):
     trainer = build(ModifiedTrainer, tmp_path, str(base), args=args, **more)
     trainer.train()
     assert trainer.stopped_by_signal and trainer.state.best_global_step < 5
-    assert manifest.newest_complete(tmp_path) == (tmp_path / "checkpoint-5", [])
+    assert manifest.newest_complete_checkpoint(tmp_path) == (tmp_path / "checkpoint-5", [])
     assert_same(
         {k: v for k, v in get_peft_model_state_dict(trainer.model, save_embedding_layers=False).items()},
         load_file(tmp_path / "checkpoint-5" / ADAPTER),
@@ -612,7 +612,7 @@ def test_signal_in_the_last_step_ends_a_finished_run(base, tmp_path, handlers):
     trainer = build(ModifiedTrainer, tmp_path, str(base), args=args, callbacks=[Kill(5)])
     trainer.train()
     assert not trainer.stopped_by_signal and trainer.state.global_step == 6
-    assert manifest.newest_complete(tmp_path).path == tmp_path / "checkpoint-6"
+    assert manifest.newest_complete_checkpoint(tmp_path).path == tmp_path / "checkpoint-6"
 
 
 def test_signal_during_a_save(base, tmp_path, handlers, monkeypatch):
@@ -627,8 +627,8 @@ def test_signal_during_a_save(base, tmp_path, handlers, monkeypatch):
     monkeypatch.setattr(manifest, "write_manifest", interrupted)
     trainer.train()
     assert trainer.stopped_by_signal and trainer.state.global_step == 3
-    assert manifest.newest_complete(tmp_path) == (tmp_path / "checkpoint-3", [])
-    assert manifest.verify(tmp_path / "checkpoint-2") == []
+    assert manifest.newest_complete_checkpoint(tmp_path) == (tmp_path / "checkpoint-3", [])
+    assert manifest.verify_folder(tmp_path / "checkpoint-2") == []
 
 
 def test_second_interrupt_is_at_once(handlers):

@@ -87,7 +87,7 @@ def bf16_lacking(run: RuleContext) -> Violations:
 
 
 def bf16_slow_cpu(run: RuleContext) -> Violations:
-    if run.on_cpu and run.precision == "bfloat16" and not hardware.cpu_multiplies_bf16():
+    if run.on_cpu and run.precision == "bfloat16" and not hardware.cpu_has_bf16_matmul():
         yield (
             "this CPU has no bfloat16 instructions: 25-50 times slower than float32",
             "trainer.bf16",
