@@ -41,19 +41,19 @@ def train(
 
     With launch=slurm it is submitted; `follow` stays with the job, `then` are the verbs that come after it.
     """
-    from kit.launchers.node import placed
+    from kit.launchers.node import resolve_node
     from kit.launchers.supervise import launch
 
     plan = plan or compose(*args, config_dir=config_dir, here=True)
     if plan.launch.slurm:
         from kit.launchers import slurm
 
-        return slurm.start(plan, fresh, follow, then)
+        return slurm.create_and_submit(plan, fresh, follow, then)
     if follow or then:
         raise KitError("--follow and --then are for batch jobs", "command line", "launch=slurm")
     require_training_extras()
     # Before there is a directory: a node without a number, or one that is not the first, is refused here.
-    if rank := plan.launch.node_rank or placed(plan).launch.node_rank:
+    if rank := plan.launch.node_rank or resolve_node(plan).launch.node_rank:
         raise KitError(
             f"node {rank} cannot compose the run: node 0 does, and makes its directory",
             "launch.node_rank",
@@ -77,7 +77,7 @@ def resume(run: str, *overrides: str) -> int:
     if plan.launch.slurm:
         from kit.launchers import slurm
 
-        slurm.refuse_twice(path)
+        slurm.refuse_second_job(path)
     else:
         require_training_extras()
     if pid := run_directory.process_holding_lock(path):
@@ -91,7 +91,7 @@ def resume(run: str, *overrides: str) -> int:
         raise KitError(
             f"{path} has no complete checkpoint", str(path / run_directory.CHECKPOINTS), "kit train ... --fresh"
         )
-    plan = changed(plan, list(overrides))
+    plan = apply_overrides(plan, list(overrides))
     saved_on = manifest.read_manifest(newest.path).get("world_size")
     if plan.deepspeed and saved_on != plan.world_size:
         raise KitError(
@@ -105,11 +105,11 @@ def resume(run: str, *overrides: str) -> int:
     if plan.launch.slurm:  # the job looks for the newest checkpoint itself
         from kit.launchers import slurm
 
-        return slurm.submit(plan)
+        return slurm.submit_run(plan)
     return launch(plan, resume=newest.path.name)
 
 
-def changed(plan: RunPlan, overrides: list[str]) -> RunPlan:
+def apply_overrides(plan: RunPlan, overrides: list[str]) -> RunPlan:
     """The plan with extendable and machine keys changed, from the tree that it froze; edited YAML plays no part."""
     if not overrides:
         return plan
@@ -161,10 +161,10 @@ def plan_summary(plan: RunPlan) -> dict[str, Any]:
         f"{plan.trainer['gradient_accumulation_steps']} x {plan.world_size}",
         "data": Path(plan.dataset.path).name,
         "notes": plan.notes,
-        "warnings": warnings(plan),
+        "warnings": warning_lines(plan),
     }
 
 
-def warnings(plan: RunPlan) -> list[str]:
+def warning_lines(plan: RunPlan) -> list[str]:
     """What the rules say about a plan that they do not refuse, a line to each, with the rule's id."""
     return [f"{w['problem']} ({w['where']}); {w['fix']} [{w['rule']}]" for w in plan.warnings]

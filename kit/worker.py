@@ -35,12 +35,12 @@ def main(argv: list[str] | None = None, **hooks: Any) -> None:
     from kit.training import watchdog  # which imports more
 
     watchdog.watch_launcher()
-    set_ranks()
+    set_rank_variables()
     rank = int(os.environ.get("RANK", "0"))
-    args, resume = read_argv(sys.argv[1:] if argv is None else argv)
+    args, resume = split_argv(sys.argv[1:] if argv is None else argv)
     run: Path | None = None
     try:
-        check_launcher()
+        refuse_bare_srun()
         plan_path = args[0] if len(args) == 1 and args[0].endswith(".json") and "=" not in args[0] else None
         if len(args) == 1 and Path(args[0], "plan.json").is_file():
             plan_path = str(Path(args[0], "plan.json"))
@@ -62,10 +62,10 @@ def main(argv: list[str] | None = None, **hooks: Any) -> None:
         else:  # the console is rank 0's; libraries that write to the descriptors are caught too
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
-        code = session(plan, resume, **hooks)
+        code = train_in_this_process(plan, resume, **hooks)
         del store
     except Exception as error:
-        code = failed(run, rank, error)
+        code = report_failure(run, rank, error)
     with contextlib.suppress(OSError):
         sys.stdout.flush()
         sys.stderr.flush()
@@ -73,25 +73,25 @@ def main(argv: list[str] | None = None, **hooks: Any) -> None:
     os._exit(code)
 
 
-def session(plan: Any, resume: str | None, **hooks: Any) -> int:
+def train_in_this_process(plan: Any, resume: str | None, **hooks: Any) -> int:
     """Train a plan in this process, which was prepared for it; the exit code."""
     from kit.training import tracking
     from kit.training.run import train
 
-    with tracking.closing(plan):
+    with tracking.closing_trackers(plan):
         return train(plan, resume=resume, **hooks)
 
 
-def failed(run: Path | None, rank: int, error: Exception) -> int:
+def report_failure(run: Path | None, rank: int, error: Exception) -> int:
     """Write down what ended a rank; the exit code."""
     if isinstance(error, KitError):
-        return report(run, rank, error.problems, error.code, error)
+        return write_rank_error(run, rank, error.problems, error.code, error)
     cause = "".join(traceback.format_exception_only(error)).strip()
-    problem = Problem(f"rank {rank}: {cause[:2000]}", log_of(run, rank), advice(error))
-    return report(run, rank, [problem], FAILED, error)
+    problem = Problem(f"rank {rank}: {cause[:2000]}", rank_log(run, rank), advice_for(error))
+    return write_rank_error(run, rank, [problem], FAILED, error)
 
 
-def read_argv(argv: list[str]) -> tuple[list[str], str | None]:
+def split_argv(argv: list[str]) -> tuple[list[str], str | None]:
     """The words that are ours; `--local_rank`, which the deepspeed command adds, is accepted and dropped (T67)."""
     words: list[str] = []
     resume = None
@@ -107,16 +107,16 @@ def read_argv(argv: list[str]) -> tuple[list[str], str | None]:
     return words, resume
 
 
-def set_ranks() -> None:
+def set_rank_variables() -> None:
     """RANK and its companions, where a batch system or MPI has started one process for each rank."""
     env = os.environ
     if "WORLD_SIZE" in env:
         return
     if "SLURM_STEP_ID" in env and int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_LOCALID" in env:
-        from kit.launchers.node import first_of_slurm, port_from
+        from kit.launchers.node import derive_port, first_slurm_host
 
         rank, local, world = env["SLURM_PROCID"], env["SLURM_LOCALID"], env["SLURM_NTASKS"]
-        address, port = first_of_slurm(env), str(port_from(f"{env.get('SLURM_JOB_ID')}.{env['SLURM_STEP_ID']}"))
+        address, port = first_slurm_host(env), str(derive_port(f"{env.get('SLURM_JOB_ID')}.{env['SLURM_STEP_ID']}"))
         size = env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_TASKS_PER_NODE", "1"))
     elif "OMPI_COMM_WORLD_RANK" in env and int(env.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
         rank, local, world = (env[f"OMPI_COMM_WORLD_{name}"] for name in ("RANK", "LOCAL_RANK", "SIZE"))
@@ -134,7 +134,7 @@ def set_ranks() -> None:
         raise SystemExit(f"kit: rank {rank} of {world}, and no {' and no '.join(missing)}: export it for all ranks")
 
 
-def check_launcher() -> None:
+def refuse_bare_srun() -> None:
     """Refuse several SLURM tasks without ranks: each would train alone (T68)."""
     if (
         int(os.environ.get("SLURM_NTASKS", "1")) > 1
@@ -161,16 +161,16 @@ def compose_on_rank0(args: list[str], rank: int) -> tuple[str, Any]:
     if world > ranks_per_node and not any(a.startswith("launch.num_nodes=") for a in args):
         args = [*args, f"launch.num_nodes={world // ranks_per_node}"]
     if world == 1:
-        return read_child(compose_child(args, world)), None
+        return plan_path_of_reply(compose_in_child(args, world)), None
     from torch.distributed import rendezvous
 
     store, _, _ = next(rendezvous("env://"))
     if rank == 0:
-        store.set("kit/plan", compose_child(args, world))
-    return read_child(store.get("kit/plan").decode()), store
+        store.set("kit/plan", compose_in_child(args, world))
+    return plan_path_of_reply(store.get("kit/plan").decode()), store
 
 
-def compose_child(args: list[str], world: int) -> str:
+def compose_in_child(args: list[str], world: int) -> str:
     """`kit compose` in a child: its answer is JSON with the plan's path, or with the problems."""
     command = [sys.executable, "-m", "kit", "compose", "--world-size", str(world), *args]
     child = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -182,7 +182,7 @@ def compose_child(args: list[str], world: int) -> str:
     )
 
 
-def read_child(answer: str) -> str:
+def plan_path_of_reply(answer: str) -> str:
     reply = json.loads(answer)
     if "plan" not in reply:
         raise KitError([Problem(**p) for p in reply["problems"]], code=reply["code"])
@@ -200,7 +200,7 @@ def prepare_process(plan: Any, rank: int) -> TextIO:
     if several:  # the operators of a node that no `kit` has prepared
         from kit.launchers import ops
 
-        ops.prepare(ops.needed(plan), plan.launch.build_seconds, lambda line: None, rank_env)
+        ops.build_missing_ops(ops.required_ops(plan), plan.launch.build_seconds, lambda line: None, rank_env)
     for key, value in rank_env.items():
         if key == "PATH" or key not in os.environ:
             os.environ[key] = value
@@ -211,7 +211,7 @@ def prepare_process(plan: Any, rank: int) -> TextIO:
     if several:
         from kit.training import watchdog
 
-        watchdog.watch_stop(plan.run_path)
+        watchdog.watch_stop_file(plan.run_path)
     log = open(logs / f"rank{rank}.log", "a", buffering=1, encoding="utf-8", errors="replace")
     log.write(f"--- plan {plan.hash} rank {rank} {time.strftime('%Y-%m-%dT%H:%M:%S%z')}\n")
     return log
@@ -242,13 +242,13 @@ class Tee:
         return getattr(self.console, name)
 
 
-def report(run: Path | None, rank: int, problems: list[Problem], code: int, error: BaseException) -> int:
+def write_rank_error(run: Path | None, rank: int, problems: list[Problem], code: int, error: BaseException) -> int:
     """Write the problems where the launching `kit` finds them, the traceback into this rank's log; the exit code."""
     if run is None:
         if rank == 0:
             print("\n".join(map(str, problems)), file=sys.stderr)
         return code
-    with open(log_of(run, rank), "a", encoding="utf-8") as log:
+    with open(rank_log(run, rank), "a", encoding="utf-8") as log:
         log.write("".join(traceback.format_exception(error)))
     from kit.storage import run_directory
     from kit.storage.json_files import atomic_write_json
@@ -262,11 +262,11 @@ def report(run: Path | None, rank: int, problems: list[Problem], code: int, erro
     return code if code != DONE else FAILED
 
 
-def log_of(run: Path | None, rank: int) -> str:
+def rank_log(run: Path | None, rank: int) -> str:
     return str(run / "logs" / f"rank{rank}.log") if run else ""
 
 
-def advice(error: BaseException) -> str:
+def advice_for(error: BaseException) -> str:
     if "out of memory" in str(error).lower():
         return (
             "lower trainer.per_device_train_batch_size or trainer.max_length, set trainer.gradient_checkpointing=true,"

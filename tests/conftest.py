@@ -49,7 +49,7 @@ COMPILE = """
 import sys
 from kit.launchers import ops
 for name in sys.argv[1:]:
-    ops.prepare([name], 1500, lambda line: print(line, file=sys.stderr), {"DS_ACCELERATOR": "cpu"})
+    ops.build_missing_ops([name], 1500, lambda line: print(line, file=sys.stderr), {"DS_ACCELERATOR": "cpu"})
 """
 COMPILERS: list[subprocess.Popen[bytes]] = []
 
@@ -74,7 +74,7 @@ def compile_operators(names: list[str]) -> Path:
     from kit.launchers import ops
 
     env = {"DS_ACCELERATOR": "cpu", "PATH": os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]}
-    ops.prepare(names, 1500, lambda line: print(line, file=sys.stderr), env)
+    ops.build_missing_ops(names, 1500, lambda line: print(line, file=sys.stderr), env)
     return ops.extensions_dir()
 
 

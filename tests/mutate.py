@@ -121,7 +121,7 @@ def handed_over(plan: RunPlan, key: str) -> Any:
     from kit.models.load import base_arguments, load_peft_config
     from kit.models.quantization import bnb_config
 
-    arguments = worker.sft_arguments(plan)
+    arguments = worker.sft_config_arguments(plan)
     SFTConfig(**{**arguments, "deepspeed": None, "fsdp": None, "fsdp_config": None, "ddp_backend": None})
     adapter, loading = load_peft_config(plan), base_arguments(plan)
     section, _, last = key.partition(".")

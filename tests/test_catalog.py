@@ -12,17 +12,17 @@ from kit.system import paths
 
 
 def out(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    assert cli.run(list(argv)) == DONE
+    assert cli.run_verb(list(argv)) == DONE
     return capsys.readouterr().out
 
 
 def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    assert cli.run(list(argv)) == REFUSED
+    assert cli.run_verb(list(argv)) == REFUSED
     return capsys.readouterr().err
 
 
 def test_list_names_recipes_and_beside_them_the_groups(capsys):
-    assert cli.run(["list"]) == DONE
+    assert cli.run_verb(["list"]) == DONE
     shown = capsys.readouterr()
     assert [line.split()[0] for line in shown.out.splitlines()] == sorted(f.stem for f in paths.RECIPES.glob("*.yaml"))
     assert all(group in shown.err for group in ("model", "dataset", "deepspeed", "peft"))

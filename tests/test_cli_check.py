@@ -213,18 +213,18 @@ def test_a_recipe_of_ones_own(base, chat, tmp_path, monkeypatch):
 def test_the_command(base, chat, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     stock = [f"model.name_or_path={base}", f"dataset.path={chat}"]
-    assert cli.run(["check", *stock, "--json"]) == DONE
+    assert cli.run_verb(["check", *stock, "--json"]) == DONE
     answer = json.loads(capsys.readouterr().out)
     assert answer["valid"] and answer["plan"]["trainer"]["max_length"] == 1024
-    assert cli.run(["check", *stock, "trainer.x=1", "--json"]) == REFUSED
+    assert cli.run_verb(["check", *stock, "trainer.x=1", "--json"]) == REFUSED
     assert json.loads(capsys.readouterr().out)["problems"][0]["where"] == "command line: trainer.x=1"
-    assert cli.run(["train", *stock, "trainer.x=1"]) == REFUSED
+    assert cli.run_verb(["train", *stock, "trainer.x=1"]) == REFUSED
     assert "Traceback" not in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
-    assert cli.run(["chek"]) == REFUSED
+    assert cli.run_verb(["chek"]) == REFUSED
     assert "kit check" in capsys.readouterr().err
-    assert cli.run(["check", "recipe=quickstart", "foo"]) == REFUSED
-    assert cli.run(["list"]) == DONE
+    assert cli.run_verb(["check", "recipe=quickstart", "foo"]) == REFUSED
+    assert cli.run_verb(["list"]) == DONE
     assert "quickstart" in capsys.readouterr().out
 
 

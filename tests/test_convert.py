@@ -209,9 +209,9 @@ def test_dtype_overwrite_and_the_real_command(tmp_path, sentencepiece_file):
     argv = [sys.executable, "-m", "kit", "convert", "meta", "out", "--dtype", "bfloat16", "--no-fsync"]
     done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, timeout=120, env=ENV)
     assert done.returncode == 0 and "bfloat16" in done.stdout, done.stderr
-    again = cli.run(["convert", str(tmp_path / "meta"), str(tmp_path / "out")])
+    again = cli.run_verb(["convert", str(tmp_path / "meta"), str(tmp_path / "out")])
     assert again == 2  # exists
-    assert cli.run(["convert", str(tmp_path / "meta"), str(tmp_path / "out"), "--overwrite", "--no-fsync"]) == 0
+    assert cli.run_verb(["convert", str(tmp_path / "meta"), str(tmp_path / "out"), "--overwrite", "--no-fsync"]) == 0
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["dtype"] == "float32"  # as stored
 
@@ -267,7 +267,7 @@ def spoil(folder: Path, how: str) -> None:
 def test_bad_input_is_refused_before_anything_is_written(tmp_path, sentencepiece_file, capsys, how, said):
     write_meta(tmp_path / "meta", sentencepiece_file, ranks=2)
     spoil(tmp_path / "meta", how)
-    assert cli.run(["convert", str(tmp_path / "meta"), str(tmp_path / "out")]) == 2
+    assert cli.run_verb(["convert", str(tmp_path / "meta"), str(tmp_path / "out")]) == 2
     assert said in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["meta"]
 
@@ -313,7 +313,7 @@ def test_killed_half_way_leaves_nothing(tmp_path, sentencepiece_file, monkeypatc
 
 def test_a_model_path_that_is_a_meta_folder_names_the_command(tmp_path, sentencepiece_file, chat, capsys):
     write_meta(tmp_path / "meta", sentencepiece_file)
-    assert cli.run(["check", f"model.name_or_path={tmp_path / 'meta'}", f"dataset.path={chat}"]) == 2
+    assert cli.run_verb(["check", f"model.name_or_path={tmp_path / 'meta'}", f"dataset.path={chat}"]) == 2
     said = capsys.readouterr().err
     assert "Meta's own checkpoint format" in said and f"kit convert {tmp_path / 'meta'}" in said
 
@@ -363,12 +363,12 @@ def test_a_pickled_model_that_would_run_code_is_refused(tmp_path, chat, capsys):
             return (Path.touch, (canary,))
 
     torch.save({"x": Evil()}, old / "pytorch_model.bin", pickle_module=pickle)
-    assert cli.run(["check", f"model.name_or_path={old}", f"dataset.path={chat}"]) == 2
+    assert cli.run_verb(["check", f"model.name_or_path={old}", f"dataset.path={chat}"]) == 2
     assert f"kit convert {old} OUT" in capsys.readouterr().err
-    assert cli.run(["convert", str(old), str(tmp_path / "new")]) == 2
+    assert cli.run_verb(["convert", str(old), str(tmp_path / "new")]) == 2
     assert "weights-only loader refuses it" in capsys.readouterr().err
     (old / "pytorch_model.bin").write_bytes(b"PK\x03\x04 cut")
-    assert cli.run(["convert", str(old), str(tmp_path / "new")]) == 2
+    assert cli.run_verb(["convert", str(old), str(tmp_path / "new")]) == 2
     assert "damaged or cut short" in capsys.readouterr().err
     assert not canary.exists() and not (tmp_path / "new").exists()
 

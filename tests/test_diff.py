@@ -61,16 +61,18 @@ def test_a_section_that_one_side_lacks_is_listed_whole():
 
 
 def test_text_and_json(capsys):
-    assert cli.run(["diff", "quickstart", f"{QUICK} peft.r=8 trainer.adam_beta2=0.95 trainer.save_steps=3"]) == DONE
+    assert (
+        cli.run_verb(["diff", "quickstart", f"{QUICK} peft.r=8 trainer.adam_beta2=0.95 trainer.save_steps=3"]) == DONE
+    )
     text = capsys.readouterr().out
     lines = [line.split() for line in text.splitlines()]
     assert ["peft.r", "16", "->", "8", "[identity]"] in lines
     assert ["trainer.adam_beta2", "0.999", "(default)", "->", "0.95", "[identity]"] in lines
     assert "another run (2 identity, 1 extendable)" in text
-    assert cli.run(["diff", "quickstart", f"{QUICK} trainer.save_steps=3", "--json"]) == DONE
+    assert cli.run_verb(["diff", "quickstart", f"{QUICK} trainer.save_steps=3", "--json"]) == DONE
     told = json.loads(capsys.readouterr().out)
     assert told["same_run"] and [d["key"] for d in told["differences"]] == ["trainer.save_steps"]
-    assert cli.run(["diff", "quickstart", "quickstart"]) == DONE
+    assert cli.run_verb(["diff", "quickstart", "quickstart"]) == DONE
     assert "nothing differs" in capsys.readouterr().out
 
 
@@ -107,6 +109,6 @@ def test_everything_that_can_name_a_run(base: Path, chat: Path, tmp_path: Path, 
 )
 def test_what_cannot_be_read_is_refused_by_name(a, b, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert cli.run(["diff", a, b]) == REFUSED
+    assert cli.run_verb(["diff", a, b]) == REFUSED
     said = capsys.readouterr().err
     assert all(word in said for word in words) and "Traceback" not in said, said

@@ -204,13 +204,13 @@ def test_values_are_the_same_when_python_reads_them(value):
 def test_the_command(plan_of, base, chat, tmp_path, capsys):
     plan = run_directory.create_run_directory(plan_of("name=made", "prompts=[a]"))
     run = plan.run_path.name
-    assert cli.run(["eject", run]) == DONE  # a run may be named without runs/
+    assert cli.run_verb(["eject", run]) == DONE  # a run may be named without runs/
     assert "made-trl" in (said := capsys.readouterr().out) and "prompts" in said
     assert os.access("made-trl/run.sh", os.X_OK)
     code = Path("made-trl/train.py").read_text()
-    assert cli.run(["eject", run]) == REFUSED and "--overwrite" in capsys.readouterr().err
-    assert cli.run(["eject", run, "--overwrite"]) == DONE
-    assert cli.run(["eject", *plan.overrides, "elsewhere"]) == DONE
+    assert cli.run_verb(["eject", run]) == REFUSED and "--overwrite" in capsys.readouterr().err
+    assert cli.run_verb(["eject", run, "--overwrite"]) == DONE
+    assert cli.run_verb(["eject", *plan.overrides, "elsewhere"]) == DONE
     assert Path("elsewhere/train.py").read_text() == code
     capsys.readouterr()
     for wrong, words in (
@@ -220,5 +220,5 @@ def test_the_command(plan_of, base, chat, tmp_path, capsys):
         ([run, "a", "b"], "a, b"),
         (["recipe=quickstart", "peft.rr=1"], "did you mean peft.r?"),
     ):
-        assert cli.run(["eject", *wrong]) == REFUSED
+        assert cli.run_verb(["eject", *wrong]) == REFUSED
         assert words in capsys.readouterr().err

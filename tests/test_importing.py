@@ -402,7 +402,7 @@ def test_files_that_are_refused_in_words(case: str, tmp_path: Path, monkeypatch,
     content, said = BROKEN[case]
     monkeypatch.chdir(tmp_path)
     Path("config.yaml").write_bytes(content)
-    assert cli.run(["import", "config.yaml"]) == REFUSED
+    assert cli.run_verb(["import", "config.yaml"]) == REFUSED
     shown = capsys.readouterr()
     assert said in shown.err and "config.yaml" in shown.err and not shown.out
     assert not Path("ran").exists()
@@ -430,14 +430,14 @@ def test_commands_that_are_refused_in_words(command: str, tmp_path: Path, monkey
     monkeypatch.chdir(tmp_path)
     Path("axolotl.yaml").write_text("base_model: x\n")
     Path("trl.yaml").write_text("model_name_or_path: x\nuse_peft: true\n")
-    assert cli.run(["import", *command.split()]) == REFUSED
+    assert cli.run_verb(["import", *command.split()]) == REFUSED
     assert COMMANDS[command] in capsys.readouterr().err
 
 
 def test_a_large_file_is_not_read(tmp_path: Path, capsys):
     with open(tmp_path / "weights.yaml", "wb") as file:
         file.truncate(2**30)
-    assert cli.run(["import", str(tmp_path / "weights.yaml")]) == REFUSED
+    assert cli.run_verb(["import", str(tmp_path / "weights.yaml")]) == REFUSED
     assert "1074 MB" in capsys.readouterr().err
 
 
@@ -558,16 +558,16 @@ def test_accelerate_keys_are_those_of_the_installed_accelerate(tmp_path: Path):
 
 
 def test_the_command_writes_a_recipe_and_says_what_is_left(here: Path, capsys):
-    assert cli.run(["import", "axolotl_qlora.yaml", "--out", "made.yaml"]) == DONE
+    assert cli.run_verb(["import", "axolotl_qlora.yaml", "--out", "made.yaml"]) == DONE
     shown = capsys.readouterr().out
     assert "axolotl_qlora.yaml: axolotl" in shown and "wandb_project = quiet-alpacas" in shown
     assert "kit train made.yaml" in shown and "their defaults" in shown
     text = (here / "made.yaml").read_text()
     assert text.startswith("# @package _global_\n") and "#   wandb_project:" in text
-    assert cli.run(["check", "made.yaml"]) == DONE
-    assert cli.run(["import", "llamafactory_full.yaml", "--out", "made.yaml", "--overwrite"]) == REFUSED
+    assert cli.run_verb(["check", "made.yaml"]) == DONE
+    assert cli.run_verb(["import", "llamafactory_full.yaml", "--out", "made.yaml", "--overwrite"]) == REFUSED
     assert "dataset.path is not given" in capsys.readouterr().err
-    assert cli.run(["import", "trl_qlora.yaml", "--json", "--from", "trl"]) == DONE
+    assert cli.run_verb(["import", "trl_qlora.yaml", "--json", "--from", "trl"]) == DONE
     report = json.loads(capsys.readouterr().out)
     assert {k["key"] for k in report["keys"] if k["outcome"] == "left"} == {
         "datasets[1]",

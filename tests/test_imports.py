@@ -66,7 +66,7 @@ def test_the_verbs_are_these():
 
 
 def test_help_names_every_verb_but_the_internal_one(capsys):
-    assert cli.run(["--help"]) == DONE
+    assert cli.run_verb(["--help"]) == DONE
     shown = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
     assert [v for v in VERBS if v not in shown] == ["compose"]
 

@@ -76,12 +76,12 @@ def started(line: str) -> list[str]:
 def test_a_line_starts_what_it_says(line: str, there: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     argv = started(line)
     if argv[:2] == ["kit", "train"]:
-        assert cli.run(["check", *argv[2:]]) == DONE, capsys.readouterr().err
+        assert cli.run_verb(["check", *argv[2:]]) == DONE, capsys.readouterr().err
     elif argv[:2] == ["kit", "launch-node"]:
         seen = []
         monkeypatch.setattr(launching, "launch", lambda plan, resume=None: seen.append((plan, resume)) or DONE)
         monkeypatch.setenv("MASTER_ADDR", "gpu-01")
-        assert cli.run(argv[1:]) == DONE
+        assert cli.run_verb(argv[1:]) == DONE
         placed = launching.node.placed(seen[0][0])
         assert (placed.launch.node_rank, placed.launch.master_addr, seen[0][1]) == (1, "gpu-01", None)
         assert placed.launch.master_port == (29500 if "29500" in line else placed.launch.master_port)

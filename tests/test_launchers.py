@@ -51,26 +51,30 @@ def plan_of(base, chat, tmp_path, monkeypatch):
 
 def test_argv_of_each_launcher(plan_of, monkeypatch):
     plan = plan_of("launch=deepspeed", "launch.num_gpus=2", "deepspeed=zero2", "trainer.use_cpu=true")
-    argv, env = command.command(plan, Path("/x/plan.json"))
+    argv, env = command.launch_command(plan, Path("/x/plan.json"))
     assert argv[1:5] == ["-m", "deepspeed.launcher.runner", "--num_gpus", "2"]
     assert argv[-4:] == ["--no_local_rank", "--module", "kit.worker", "/x/plan.json"]
     assert env["DS_ACCELERATOR"] == "cpu" and env["HF_HUB_DISABLE_TELEMETRY"] == "1"
     assert env["PATH"].split(os.pathsep)[0] == os.path.dirname(sys.executable)
-    argv, _ = command.command(plan_of("launch=torchrun", "launch.num_gpus=2"), Path("p.json"), resume="checkpoint-4")
+    argv, _ = command.launch_command(
+        plan_of("launch=torchrun", "launch.num_gpus=2"), Path("p.json"), resume="checkpoint-4"
+    )
     assert argv[1:3] == ["-m", "torch.distributed.run"] and argv[-3:] == ["p.json", "--resume", "checkpoint-4"]
-    argv, env = command.command(plan_of("launch=local", "deepspeed=zero2", "trainer.use_cpu=true"), Path("p.json"))
+    argv, env = command.launch_command(
+        plan_of("launch=local", "deepspeed=zero2", "trainer.use_cpu=true"), Path("p.json")
+    )
     assert (
         argv[1:] == ["-m", "kit.worker", "p.json"] and env["WORLD_SIZE"] == "1" and env["MASTER_ADDR"] == "127.0.0.1"
     )
-    ports = {command.command(plan, Path("p"))[0][argv_index(plan)] for _ in range(5)}
+    ports = {command.launch_command(plan, Path("p"))[0][argv_index(plan)] for _ in range(5)}
     assert len(ports) == 5  # two runs at once do not meet
     # --num_gpus makes deepspeed forget CUDA_VISIBLE_DEVICES
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
-    assert command.chosen_devices(plan.launch) == ["--include", "localhost:2,3"]
+    assert command.device_options(plan.launch) == ["--include", "localhost:2,3"]
 
 
 def argv_index(plan) -> int:
-    argv, _ = command.command(plan, Path("p"))
+    argv, _ = command.launch_command(plan, Path("p"))
     return argv.index("--master_port") + 1
 
 
@@ -102,13 +106,13 @@ def test_dead_lock_is_named_and_a_living_one_is_left_alone(place, tmp_path, monk
     folder.mkdir(parents=True)
     (folder / "lock").touch()
     with pytest.raises(KitError) as refused:
-        ops.prepare(["cpu_adam"], 60, lambda line: None, {"DS_ACCELERATOR": "cpu"})
+        ops.build_missing_ops(["cpu_adam"], 60, lambda line: None, {"DS_ACCELERATOR": "cpu"})
     assert refused.value.code == ENVIRONMENT
     assert str(folder / "lock") in refused.value.problems[0].where and refused.value.problems[0].fix.startswith("rm ")
     builder = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], cwd=folder)
     try:
         with pytest.raises(KitError, match=f"process {builder.pid}"):
-            ops.prepare(["cpu_adam"], 60, lambda line: None, {"DS_ACCELERATOR": "cpu"})
+            ops.build_missing_ops(["cpu_adam"], 60, lambda line: None, {"DS_ACCELERATOR": "cpu"})
         assert (folder / "lock").exists()
     finally:
         builder.kill()
@@ -116,7 +120,7 @@ def test_dead_lock_is_named_and_a_living_one_is_left_alone(place, tmp_path, monk
     # in the kit's own folder nobody else compiles: the dead lock goes, and is spoken of
     monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
     said: list[str] = []
-    ops.check_locks(tmp_path, "cpu_adam", said.append)
+    ops.clear_stale_locks(tmp_path, "cpu_adam", said.append)
     assert not (folder / "lock").exists() and "removing the lock" in said[0]
 
 
@@ -133,13 +137,13 @@ def test_a_build_that_takes_too_long_ends_and_leaves_nothing(tmp_path, monkeypat
         return False
 
     with pytest.raises(KitError, match="longer than the limit"):
-        ops.prepare(["cpu_adam"], 1, said.append, {"DS_ACCELERATOR": "cpu"}, look)
+        ops.build_missing_ops(["cpu_adam"], 1, said.append, {"DS_ACCELERATOR": "cpu"}, look)
     assert seen
     assert "compiling" in said[0]
     assert not list(tmp_path.rglob("lock"))
     assert not builders(tmp_path)
     # asked to stop meanwhile: no error, nothing stamped
-    ops.prepare(["cpu_adam"], 60, said.append, {"DS_ACCELERATOR": "cpu"}, lambda: True)
+    ops.build_missing_ops(["cpu_adam"], 60, said.append, {"DS_ACCELERATOR": "cpu"}, lambda: True)
     assert not list(tmp_path.glob(".built*/cpu_adam"))
 
 
@@ -159,36 +163,36 @@ def test_an_environment_made_anew_compiles_again(tmp_path, monkeypatch):
     """ninja would, in the ranks and without a word: sources that are newer than the operators."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     built = []
-    monkeypatch.setattr(ops, "build", lambda name, *_: built.append(name) or True)
+    monkeypatch.setattr(ops, "build_op", lambda name, *_: built.append(name) or True)
     cpu = {"DS_ACCELERATOR": "cpu"}
     for _ in range(2):
-        ops.prepare(["cpu_adam"], 60, lambda line: None, cpu)
+        ops.build_missing_ops(["cpu_adam"], 60, lambda line: None, cpu)
     assert built == ["cpu_adam"]
-    monkeypatch.setattr(ops, "installed", lambda: "later")
-    ops.prepare(["cpu_adam"], 60, lambda line: None, cpu)
+    monkeypatch.setattr(ops, "installation_stamp", lambda: "later")
+    ops.build_missing_ops(["cpu_adam"], 60, lambda line: None, cpu)
     assert built == ["cpu_adam"] * 2
 
 
 def test_operators_of_a_plan(plan_of):
     cpu = "trainer.use_cpu=true"
-    assert ops.needed(plan_of()) == []
-    assert ops.needed(plan_of("deepspeed=zero2", cpu)) == ["deepspeed_shm_comm"]
-    assert ops.needed(plan_of("deepspeed=zero3_offload", "launch.num_gpus=2")) == ["cpu_adam"]
+    assert ops.required_ops(plan_of()) == []
+    assert ops.required_ops(plan_of("deepspeed=zero2", cpu)) == ["deepspeed_shm_comm"]
+    assert ops.required_ops(plan_of("deepspeed=zero3_offload", "launch.num_gpus=2")) == ["cpu_adam"]
     adamw = "+deepspeed.optimizer={type:AdamW,params:{lr:auto}}"  # a file with an optimizer of DeepSpeed's own
-    assert ops.needed(plan_of("deepspeed=zero2", cpu, adamw)) == ["deepspeed_shm_comm", "fused_adam"]
-    assert ops.needed(plan_of("deepspeed=zero2_offload", cpu, adamw)) == ["deepspeed_shm_comm", "cpu_adam"]
+    assert ops.required_ops(plan_of("deepspeed=zero2", cpu, adamw)) == ["deepspeed_shm_comm", "fused_adam"]
+    assert ops.required_ops(plan_of("deepspeed=zero2_offload", cpu, adamw)) == ["deepspeed_shm_comm", "cpu_adam"]
     nvme = plan_of("deepspeed=zero3_nvme", "deepspeed.zero_optimization.offload_optimizer.nvme_path=/x", cpu)
-    assert ops.needed(nvme) == ["deepspeed_shm_comm", "cpu_adam", "async_io"]
+    assert ops.required_ops(nvme) == ["deepspeed_shm_comm", "cpu_adam", "async_io"]
 
 
 def test_the_worker_takes_what_launchers_add(monkeypatch):
-    assert worker.read_argv(["--local_rank=1", "plan.json"]) == (["plan.json"], None)
-    assert worker.read_argv(["--local_rank", "1", "a=b", "--resume", "checkpoint-2"]) == (["a=b"], "checkpoint-2")
+    assert worker.split_argv(["--local_rank=1", "plan.json"]) == (["plan.json"], None)
+    assert worker.split_argv(["--local_rank", "1", "a=b", "--resume", "checkpoint-2"]) == (["a=b"], "checkpoint-2")
     monkeypatch.setenv("SLURM_NTASKS", "4")
     monkeypatch.setenv("SLURM_PROCID", "1")
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with pytest.raises(KitError, match="each task would train alone"):
-        worker.check_launcher()
+        worker.refuse_bare_srun()
 
 
 def test_a_console_that_is_gone_does_not_end_the_run(tmp_path):
@@ -284,7 +288,7 @@ def test_nohup_outlives_the_terminal():
     try:
         for handler, asked in ((signal.SIG_IGN, 0), (signal.SIG_DFL, 1)):
             signal.signal(signal.SIGHUP, handler)
-            with supervise.Stop() as stop:
+            with supervise.StopRequests() as stop:
                 os.kill(os.getpid(), signal.SIGHUP)
             assert stop.requests == asked and signal.getsignal(signal.SIGHUP) == handler
     finally:
@@ -317,16 +321,16 @@ def test_which_gpus_are_seen(visible, names):
 
 def test_resume_changes_only_what_may_change(plan_of):
     plan = plan_of("trainer.use_cpu=true", "trainer.max_steps=10", "launch=local", "global_batch_size=8")
-    more = api.changed(plan, ["trainer.max_steps=20", "trainer.per_device_train_batch_size=4"])
+    more = api.apply_overrides(plan, ["trainer.max_steps=20", "trainer.per_device_train_batch_size=4"])
     assert (more.trainer["max_steps"], more.trainer["gradient_accumulation_steps"]) == (20, 2)
     assert (more.hash, more.run_dir, more.name) == (plan.hash, plan.run_dir, plan.name)
     with pytest.raises(KitError, match="cannot change within a run"):
-        api.changed(plan, ["peft.r=2"])
+        api.apply_overrides(plan, ["peft.r=2"])
     with pytest.raises(KitError, match="did you mean|no key|unknown key"):
-        api.changed(plan, ["trainer.max_step=2"])
+        api.apply_overrides(plan, ["trainer.max_step=2"])
     loose = plan_of("trainer.use_cpu=true", "launch=local")
     with pytest.raises(KitError, match="global batch would change"):
-        api.changed(loose, ["trainer.per_device_train_batch_size=4"])
+        api.apply_overrides(loose, ["trainer.per_device_train_batch_size=4"])
 
 
 def test_plans_survive_the_border(plan_of, tmp_path):

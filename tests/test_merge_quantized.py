@@ -100,7 +100,7 @@ def tensor(folder: Path, name: str) -> torch.Tensor:
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_original_says_how_far_it_is_from_the_trained_model(base, chat, tmp_path, capsys, kind):
     run = make_run(tmp_path, base, chat, *KINDS[kind])
-    assert cli.run(["merge", str(run), "--no-fsync"]) == 0
+    assert cli.run_verb(["merge", str(run), "--no-fsync"]) == 0
     said = capsys.readouterr().out
     report = read_json_or_empty(run / "merged" / "merge.json")
     assert report["onto"] == "original" and "--onto dequantized is" in said and "differs   from quantized" in said
@@ -109,7 +109,7 @@ def test_original_says_how_far_it_is_from_the_trained_model(base, chat, tmp_path
     merged = logits(AutoModelForCausalLM.from_pretrained(run / "merged"))
     assert (merged - logits(full)).abs().max() < 1e-4
     assert far["mean_difference"] > 0.01 * far["logits_std"]
-    assert cli.run(["merge", str(run), "--no-fsync", "--overwrite", "--onto", "dequantized"]) == 0
+    assert cli.run_verb(["merge", str(run), "--no-fsync", "--overwrite", "--onto", "dequantized"]) == 0
     near = read_json_or_empty(run / "merged" / "merge.json")["as_trained"]
     assert near["mean_difference"] < far["mean_difference"]  # int8: its rounded activations stay a difference
     if kind == "nf4":

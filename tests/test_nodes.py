@@ -116,14 +116,14 @@ def after(argv: list[str], *names: str) -> dict[str, str]:
 
 def test_deepspeed_with_ssh(plan_of, tmp_path):
     plan = plan_of(FILE, "launch.num_nodes=2", "launch.num_gpus=2", "deepspeed=zero2")
-    argv, _ = command.command(plan, Path("/x/plan.json"))
+    argv, _ = command.launch_command(plan, Path("/x/plan.json"))
     assert argv[1:3] == ["-m", "deepspeed.launcher.runner"] and "--no_ssh" not in argv and "--force_multi" in argv
     assert after(argv, "hostfile", "num_nodes", "num_gpus", "launcher") == {
         "hostfile": str(tmp_path / "hosts"), "num_nodes": "2", "num_gpus": "2", "launcher": "pdsh"
     }  # fmt: skip
     assert "--master_addr" not in argv  # DeepSpeed asks the first host
     assert argv[-4:] == ["--no_local_rank", "--module", "kit.worker", "/x/plan.json"]
-    argv, _ = command.command(plan_of(FILE, "launch.exclude=c", "launch.master_addr=10.0.0.1"), Path("p"))
+    argv, _ = command.launch_command(plan_of(FILE, "launch.exclude=c", "launch.master_addr=10.0.0.1"), Path("p"))
     assert after(argv, "exclude", "master_addr") == {"exclude": "c", "master_addr": "10.0.0.1"}
     assert "--num_nodes" not in argv and "--num_gpus" not in argv  # DeepSpeed takes one or the other
     from deepspeed.launcher.runner import parse_args
@@ -133,18 +133,20 @@ def test_deepspeed_with_ssh(plan_of, tmp_path):
 
 def test_one_node_of_several(plan_of, monkeypatch, tmp_path):
     two = ("launch.num_nodes=2", "launch.num_gpus=4", "launch.node_rank=1", "launch.master_addr=gpu-01")
-    plan = node.placed(plan_of("launch=deepspeed", "launch.no_ssh=true", *two))
-    argv, env = command.command(plan, Path("p"))
+    plan = node.resolve_node(plan_of("launch=deepspeed", "launch.no_ssh=true", *two))
+    argv, env = command.launch_command(plan, Path("p"))
     read = after(argv, "node_rank", "master_addr", "master_port", "hostfile", "num_nodes", "num_gpus")
     assert "--no_ssh" in argv and (read["node_rank"], read["master_addr"]) == ("1", "gpu-01")
     assert (read["num_nodes"], read["num_gpus"]) == ("2", "4") and 20_000 <= int(read["master_port"]) < 30_000
     assert Path(read["hostfile"]).read_text() == "node0 slots=4\nnode1 slots=4\n"
     assert "KIT_VISIBLE_DEVICES" not in env
-    argv, _ = command.command(
-        node.placed(plan_of(FILE, "launch.exclude=c", "launch.no_ssh=true", *two[2:])), Path("p")
+    argv, _ = command.launch_command(
+        node.resolve_node(plan_of(FILE, "launch.exclude=c", "launch.no_ssh=true", *two[2:])), Path("p")
     )
     assert after(argv, "hostfile", "exclude", "node_rank")["hostfile"] == str(tmp_path / "hosts")
-    argv, _ = command.command(node.placed(plan_of("launch=torchrun", *two, "launch.master_port=29501")), Path("p"))
+    argv, _ = command.launch_command(
+        node.resolve_node(plan_of("launch=torchrun", *two, "launch.master_port=29501")), Path("p")
+    )
     assert after(argv, "nnodes", "node_rank", "nproc_per_node", "master_addr", "master_port") == {
         "nnodes": "2", "node_rank": "1", "nproc_per_node": "4", "master_addr": "gpu-01", "master_port": "29501"
     }  # fmt: skip
@@ -156,9 +158,11 @@ def test_devices_of_a_batch_system_stay(devices: str, plan_of, monkeypatch):
     two = ("launch.num_nodes=2", "launch.num_gpus=3", "launch.node_rank=0", "launch.master_addr=a")
     plan = plan_of("launch=deepspeed", "launch.no_ssh=true", *two, "trainer.use_cpu=false", "deepspeed=zero2")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", devices)
-    _, env = command.command(node.placed(plan), Path("p"))
+    _, env = command.launch_command(node.resolve_node(plan), Path("p"))
     assert env["KIT_VISIBLE_DEVICES"] == ",".join(devices.split(",")[:3])
-    one, env = command.command(plan_of("launch=deepspeed", "launch.num_gpus=3", "trainer.use_cpu=false"), Path("p"))
+    one, env = command.launch_command(
+        plan_of("launch=deepspeed", "launch.num_gpus=3", "trainer.use_cpu=false"), Path("p")
+    )
     assert ("--include" in one) != ("KIT_VISIBLE_DEVICES" in env)
 
 
@@ -179,22 +183,22 @@ SLURM = {"SLURM_NODEID": "1", "SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "gpu[0
 )
 def test_a_batch_system_says_it(env: dict[str, str], rank: int, address: str, plan_of):
     plan = plan_of("launch=torchrun", "launch.num_nodes=2", "launch.num_gpus=2")
-    placed = node.placed(plan, env)
+    placed = node.resolve_node(plan, env)
     assert (placed.launch.node_rank, placed.launch.master_addr) == (rank, address)
-    assert placed.launch.master_port == node.placed(plan, {**env, "NODE_RANK": "0"}).launch.master_port
+    assert placed.launch.master_port == node.resolve_node(plan, {**env, "NODE_RANK": "0"}).launch.master_port
     other = plan.model_copy(update={"run_dir": plan.run_dir + "-2"})
-    assert placed.launch.master_port != node.placed(other, env).launch.master_port  # two runs of one job
-    assert list(node.own_ranks(placed)) == [2 * rank, 2 * rank + 1]
+    assert placed.launch.master_port != node.resolve_node(other, env).launch.master_port  # two runs of one job
+    assert list(node.ranks_of_node(placed)) == [2 * rank, 2 * rank + 1]
 
 
 def test_a_node_that_nobody_numbered(plan_of):
     plan = plan_of("launch=torchrun", "launch.num_nodes=2", "launch.num_gpus=2")
     with pytest.raises(KitError, match="has no number") as refused:
-        node.placed(plan, {})
+        node.resolve_node(plan, {})
     assert len(refused.value.problems) == 2  # and nobody says where node 0 is
     with pytest.raises(KitError, match="node 5 of 2"):
-        node.placed(plan, {"NODE_RANK": "5", "MASTER_ADDR": "a"})
-    assert node.placed(plan_of("launch=deepspeed", "launch.num_gpus=2"), SLURM).launch.node_rank is None
+        node.resolve_node(plan, {"NODE_RANK": "5", "MASTER_ADDR": "a"})
+    assert node.resolve_node(plan_of("launch=deepspeed", "launch.num_gpus=2"), SLURM).launch.node_rank is None
     with pytest.raises(KitError, match="node 0 does, and makes its directory"):
         api.train(plan=plan_of("launch=torchrun", "launch.num_nodes=2", "launch.num_gpus=2", "launch.node_rank=1"))
 
@@ -203,9 +207,9 @@ def test_node_0_is_the_first_that_is_chosen(plan_of, tmp_path):
     """And a hostfile that is gone when the run starts is a refusal."""
     plan = plan_of(FILE, "launch.include='b:0,2@c'", "launch.no_ssh=true", "launch.node_rank=0", "deepspeed=zero2",
                    "trainer.per_device_train_batch_size=1")  # fmt: skip
-    assert node.placed(plan, {}).launch.master_addr == "b"
+    assert node.resolve_node(plan, {}).launch.master_addr == "b"
     (tmp_path / "hosts").unlink()
-    for ask in (lambda: node.placed(plan, {}), lambda: ssh.hosts(plan)):
+    for ask in (lambda: node.resolve_node(plan, {}), lambda: ssh.selected_hosts(plan)):
         with pytest.raises(KitError, match="hosts cannot be read"):
             ask()
 
@@ -228,14 +232,14 @@ def test_launch_node_refuses(words: str, env: str, plan_of, monkeypatch, capsys)
     run = frozen(plan_of("launch=torchrun", "launch.num_nodes=2", "launch.num_gpus=1", "trainer.use_cpu=true"))
     if env:
         monkeypatch.setenv(*env.split("="))
-    assert cli.run(["launch-node", str(run), *words.split()]) == REFUSED
+    assert cli.run_verb(["launch-node", str(run), *words.split()]) == REFUSED
     said = capsys.readouterr().err
     assert LAUNCH_NODE[words, env] in said and "fix:" in said
 
 
 def test_a_number_for_the_node_of_a_run_that_has_one(plan_of, capsys):
     run = frozen(plan_of("trainer.use_cpu=true"))
-    assert cli.run(["launch-node", str(run), "--node-rank", "1"]) == REFUSED
+    assert cli.run_verb(["launch-node", str(run), "--node-rank", "1"]) == REFUSED
     assert "planned for one node" in capsys.readouterr().err
 
 
@@ -246,7 +250,7 @@ def test_a_number_for_the_node_of_a_run_that_has_one(plan_of, capsys):
 def test_a_plan_that_cannot_be_read(change: dict, said: str, plan_of, capsys):
     run = frozen(plan_of("trainer.use_cpu=true"))
     (run / "plan.json").write_text(json.dumps({**json.loads((run / "plan.json").read_text()), **change}))
-    assert cli.run(["launch-node", str(run)]) == REFUSED
+    assert cli.run_verb(["launch-node", str(run)]) == REFUSED
     shown = capsys.readouterr().err
     assert said in shown and "where:" in shown and "fix:" in shown
 
@@ -262,7 +266,7 @@ def test_a_port_that_the_nodes_cannot_have(plan_of):
         port = taken.getsockname()[1]
         two = ("launch=torchrun", "launch.num_nodes=2", "launch.num_gpus=1", f"launch.master_port={port}")
         with pytest.raises(KitError, match=f"port {port} cannot be taken"):
-            node.check_port(plan_of(*two))
+            node.check_port_is_free(plan_of(*two))
 
 
 @pytest.mark.parametrize(
@@ -285,7 +289,7 @@ def test_ranks_of_srun_and_mpirun(env: dict[str, str], ranks: tuple, monkeypatch
         monkeypatch.delenv(name)
     for name, value in env.items():
         monkeypatch.setenv(name, value)
-    worker.set_ranks()
+    worker.set_rank_variables()
     assert tuple(os.environ.get(n) for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")) == ranks
     if ranks[2] == "1":
         assert os.environ["LOCAL_SIZE"] == "4" and 20_000 <= int(os.environ["MASTER_PORT"]) < 30_000
@@ -308,7 +312,7 @@ def test_the_environment_of_other_nodes(plan_of, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / ".deepspeed_env").write_text("NCCL_IB_HCA=mlx5\nGITHUB_TOKEN=ghp_x\nMINE='a b'\nno line\n")
     said: list[str] = []
-    env = ssh.environment(plan, command.rank_environment(plan), said.append)
+    env = ssh.write_remote_environment(plan, command.rank_environment(plan), said.append)
     lines = Path(env["DS_ENV_FILE"]).read_text().splitlines()
     sent = dict(line.split("=", 1) for line in lines)
     assert {k: sent[k] for k in plain} == plain and sent["DS_ACCELERATOR"] == "cpu"
@@ -339,15 +343,15 @@ def test_nodes_are_asked_before(plan_of, tmp_path, monkeypatch):
         (tmp_path / "bin" / file).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
     with pytest.raises(KitError) as refused:
-        ssh.check(plan)
+        ssh.check_nodes_reachable(plan)
     assert [p.problem for p in refused.value.problems] == [
         "a does not see the run directory", "b is not reached with ssh: b: no route"
     ]  # fmt: skip
     fake.write_text('#!/bin/bash\neval "$6"\n')
-    ssh.check(plan)
+    ssh.check_nodes_reachable(plan)
     monkeypatch.setenv("PATH", os.path.dirname(sys.executable))
     with pytest.raises(KitError, match="pdsh is not installed"):
-        ssh.check(plan)
+        ssh.check_nodes_reachable(plan)
 
 
 # ---- who is ended, and by whom ----
@@ -359,9 +363,9 @@ def test_only_ranks_of_this_machine_and_node(tmp_path):
     here = socket.gethostname()
     for rank, text in enumerate([f"{os.getpid()}", f"{os.getpid()} {here}", f"{os.getpid()} elsewhere", "", "9 9 9"]):
         (logs / f"rank{rank}.pid").write_text(text)
-    assert [rank for rank, _ in ranks.written(tmp_path)] == [0, 1]
-    assert ranks.living(tmp_path, range(1, 3)) == [os.getpid()]
-    ranks.forget(tmp_path, range(1, 3), ".node1")
+    assert [rank for rank, _ in ranks.recorded_pids(tmp_path)] == [0, 1]
+    assert ranks.living_rank_pids(tmp_path, range(1, 3)) == [os.getpid()]
+    ranks.remove_rank_files(tmp_path, range(1, 3), ".node1")
     assert sorted(p.name for p in logs.glob("*.pid")) == ["rank0.pid", "rank3.pid", "rank4.pid"]
 
 
@@ -369,8 +373,8 @@ def test_errors_of_other_nodes_end_this_one(tmp_path, monkeypatch):
     logs = tmp_path / "logs"
     logs.mkdir()
     (logs / "rank2.error.json").write_text("{}")  # of an earlier start
-    peers = ranks.Peers(tmp_path, range(2))
-    monkeypatch.setattr(ranks, "PEER_SECONDS", 0.2)
+    peers = ranks.PeerFailures(tmp_path, range(2))
+    monkeypatch.setattr(ranks, "PEER_GRACE_SECONDS", 0.2)
     (logs / "rank1.error.json").write_text("{}")  # our own: its launcher sees to it
     assert not peers.failed() and peers.deadline is None
     (logs / "node1.error.json").write_text("{}")
@@ -381,20 +385,20 @@ def test_errors_of_other_nodes_end_this_one(tmp_path, monkeypatch):
 
 def test_another_node_waits_for_the_first_ones_word(tmp_path, monkeypatch):
     (tmp_path / "logs").mkdir()
-    monkeypatch.setattr(supervise, "SETTLE_SECONDS", 1)
+    monkeypatch.setattr(supervise, "STATUS_WAIT_SECONDS", 1)
     run_directory.set_status(tmp_path, "running")
     with pytest.raises(KitError, match="before it was done"):
-        supervise.outcome(tmp_path, 0, ".node1")
+        supervise.exit_code_of_run(tmp_path, 0, ".node1")
     assert run_directory.read_status(tmp_path)["state"] == "running"  # node 0 keeps it
     assert json.loads((tmp_path / "logs" / "node1.error.json").read_text())["code"] == 4
     run_directory.set_status(tmp_path, "done")
-    assert supervise.outcome(tmp_path, 0, ".node1") == 0
+    assert supervise.exit_code_of_run(tmp_path, 0, ".node1") == 0
 
 
 def test_what_an_earlier_start_left_is_not_this_ones_end(tmp_path, monkeypatch):
     """A node whose ranks cannot even start, while node 0 has not yet begun: that is no stop with a checkpoint."""
     (tmp_path / "logs").mkdir()
-    monkeypatch.setattr(supervise, "SETTLE_SECONDS", 1)
+    monkeypatch.setattr(supervise, "STATUS_WAIT_SECONDS", 1)
     run_directory.set_status(tmp_path, "stopped", step=5)
     before = run_directory.read_status(tmp_path)
     for there in (False, True):
@@ -402,25 +406,25 @@ def test_what_an_earlier_start_left_is_not_this_ones_end(tmp_path, monkeypatch):
             problems = [{"problem": "no module", "where": "", "fix": ""}]
             atomic_write_json(tmp_path / "logs" / "rank2.error.json", {"code": 4, "problems": problems})
         with pytest.raises(KitError, match="no module" if there else "before it was done"):
-            supervise.outcome(tmp_path, 1, ".node1", before)
+            supervise.exit_code_of_run(tmp_path, 1, ".node1", before)
     run_directory.set_status(tmp_path, "stopped", step=9)
-    assert supervise.outcome(tmp_path, 0, ".node1", before) == STOPPED
+    assert supervise.exit_code_of_run(tmp_path, 0, ".node1", before) == STOPPED
 
 
 @pytest.mark.launch
 def test_a_word_in_the_run_directory_stops_ranks(tmp_path):
     (tmp_path / "logs").mkdir()
     script = "import sys, time; from pathlib import Path; from kit.training import signals, watchdog\n"
-    script += "watchdog.watch_stop(Path(sys.argv[1]))\nprint('ready', flush=True)\n"
-    script += "while not signals.requested(): time.sleep(0.05)\nprint('asked', flush=True)\ntime.sleep(60)"
+    script += "watchdog.watch_stop_file(Path(sys.argv[1]))\nprint('ready', flush=True)\n"
+    script += "while not signals.received_signal(): time.sleep(0.05)\nprint('asked', flush=True)\ntime.sleep(60)"
     argv = [sys.executable, "-c", script, str(tmp_path)]
-    ssh.ask_ranks(tmp_path, "now")  # an earlier start's last word
-    os.utime(tmp_path / "logs" / ssh.STOP, (0, 0))
+    ssh.request_remote_stop(tmp_path, "now")  # an earlier start's last word
+    os.utime(tmp_path / "logs" / ssh.STOP_FILE, (0, 0))
     with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout and process.stdout.readline() == "ready\n"
-        ssh.ask_ranks(tmp_path, "save")
+        ssh.request_remote_stop(tmp_path, "save")
         assert process.stdout.readline() == "asked\n"
-        ssh.ask_ranks(tmp_path, "now")
+        ssh.request_remote_stop(tmp_path, "now")
         assert process.wait(10) == 4
 
 

@@ -14,7 +14,7 @@ import pytest
 from kit import api
 from kit.cli import train
 from kit.cli import verbs as cli
-from kit.launchers.slurm import VERBS
+from kit.launchers.slurm import CHAINED_VERBS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ["README.md", "recipes/README.md", "launch/README.md", "tests/README.md"]
@@ -76,7 +76,7 @@ def test_what_only_looks_is_run_as_it_stands(command, there, capsys):
         "base_model: a/b\nadapter: lora\nlora_r: 8\nlora_alpha: 16\nlora_target_linear: true\nsequence_len: 512\n"
         "micro_batch_size: 1\nnum_epochs: 1\ndatasets: [{path: chats.jsonl, type: chat_template}]\n"
     )
-    assert cli.run(shlex.split(command)[1:]) in ((0, 3) if "doctor" in command else (0,)), capsys.readouterr().err
+    assert cli.run_verb(shlex.split(command)[1:]) in ((0, 3) if "doctor" in command else (0,)), capsys.readouterr().err
     made = {"--fix": "my_ds.fixed.json", "import": "imported.yaml", "eject": "plain/train.py"}
     assert all((there / file).is_file() for word, file in made.items() if word in command.split())
 
@@ -91,15 +91,15 @@ DESCRIBED = re.compile(r"(kit check(?! --)|kit train|kit list|kit compose|salloc
 @pytest.mark.parametrize("command", [c for c in dict.fromkeys(commands()) if DESCRIBED.match(c)])
 def test_descriptions_are_valid(command, there, capsys):
     """`kit check` takes the overrides of every `kit train` in the READMEs, and every point of a sweep."""
-    flags, then, words = train.train_flags(shlex.split(command.partition("kit ")[2]))[1:]
-    assert set(then) <= set(VERBS) and (not (flags or then) or "launch=slurm" in words)
+    flags, then, words = train.split_train_flags(shlex.split(command.partition("kit ")[2]))[1:]
+    assert set(then) <= set(CHAINED_VERBS) and (not (flags or then) or "launch=slurm" in words)
     words[0] = "check" if words[0] in ("train", "compose") else words[0]
     choices = [[w] for w in words if w != "-m"]
     if "-m" in words:
         pairs = [w.partition("=") for [w] in choices]
         choices = [[f"{key}{equals}{value}" for value in values.split(",")] for key, equals, values in pairs]
     for point in itertools.product(*choices):
-        assert cli.run(list(point)) == 0, capsys.readouterr().err
+        assert cli.run_verb(list(point)) == 0, capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [c for c in dict.fromkeys(commands()) if c.startswith("deepspeed")])
@@ -122,7 +122,7 @@ def test_verbs_that_take_a_run_know_their_options(capsys):
         words = shlex.split(command)
         if words[0] == "kit" and words[1] in ("merge", "generate", "eval", "resume", "watch", "launch-node"):
             with pytest.raises(SystemExit):
-                cli.run([words[1], "--help"])
+                cli.run_verb([words[1], "--help"])
             text = capsys.readouterr().out
             for flag in [w for w in words if w.startswith("--")]:
                 assert flag in text, (command, flag)

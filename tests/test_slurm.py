@@ -175,7 +175,7 @@ def test_gpus_are_said_once_and_need_not_be_here(plan_of):
     with pytest.raises(KitError, match="no key|unknown|not in struct"):
         plan_of("launch.slurm.partitoin=x")
     with pytest.raises(KitError, match="this node shows 0"):
-        node.enough_gpus(plan_of("launch.num_gpus=2"))
+        node.check_gpu_count(plan_of("launch.num_gpus=2"))
 
 
 def test_settings_are_no_part_of_what_a_run_is(plan_of, base: Path, chat: Path, tmp_path: Path):
@@ -246,10 +246,10 @@ def test_when_a_job_is_queued_again(case, plan_of, tmp_path: Path):
     ],
 )
 def test_a_job_of_other_nodes_than_the_plan(env, count, plan_of):
-    node.right_nodes(plan_of("trainer.use_cpu=true", f"launch.num_nodes={count or 1}"), env)
+    node.check_node_count(plan_of("trainer.use_cpu=true", f"launch.num_nodes={count or 1}"), env)
     if count:
         with pytest.raises(KitError, match=f"the job has {count} nodes, the run was planned for 1"):
-            node.right_nodes(plan_of("trainer.use_cpu=true"), env)
+            node.check_node_count(plan_of("trainer.use_cpu=true"), env)
 
 
 # ---- submitting ----
@@ -281,7 +281,7 @@ def test_a_run_with_its_chain(plan_of, sbatch: Path, tmp_path: Path, monkeypatch
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("HF_TOKEN_PATH", "/home/me/token")
     plan = plan_of("launch.num_gpus=2", "deepspeed=zero2", "launch.slurm.partition=gpu")
-    assert slurm.start(plan, then=["merge", "eval"]) == DONE
+    assert slurm.create_and_submit(plan, then=["merge", "eval"]) == DONE
     run = plan.run_path
     out, err = capsys.readouterr()
     assert [line.split()[1].strip(":") for line in out.splitlines()] == ["41", "42", "43"] and "HF_TOKEN" in err
@@ -300,12 +300,12 @@ def test_a_run_with_its_chain(plan_of, sbatch: Path, tmp_path: Path, monkeypatch
     assert "gres" not in (run / "merge.sbatch").read_text() and "--gres=gpu:1" in (run / "eval.sbatch").read_text()
     assert oct((run / "train.sbatch").stat().st_mode)[-3:] == "700"
     with pytest.raises(KitError, match="is job 41"):
-        slurm.submit(plan)
+        slurm.submit_run(plan)
     monkeypatch.setenv("KIT_TEST_STATE", "CANCELLED")
-    assert slurm.submit(plan) == DONE
+    assert slurm.submit_run(plan) == DONE
     run_directory.set_status(run, "created")
     with pytest.raises(KitError, match="is cancelled"):
-        slurm.submit(plan, follow=True)
+        slurm.submit_run(plan, follow=True)
 
 
 def test_an_array_needs_one_kind_of_job(plan_of, sbatch: Path, tmp_path: Path):
@@ -324,26 +324,26 @@ def test_a_multirun_is_one_array(sbatch: Path, tmp_path: Path, base: Path, chat:
     """All points are composed and frozen first; one that is refused is listed, and the others are submitted."""
     monkeypatch.chdir(tmp_path)
     line = [f"model.name_or_path={base}", f"dataset.path={chat}", "launch=slurm", "trainer.use_cpu=true", "-m"]
-    assert cli.run(["train", *line, "peft.r=0,-1"]) == REFUSED
-    assert cli.run(["train", *line, "peft.r=4,8", "hparams_search=optuna"]) == REFUSED
+    assert cli.run_verb(["train", *line, "peft.r=0,-1"]) == REFUSED
+    assert cli.run_verb(["train", *line, "peft.r=4,8", "hparams_search=optuna"]) == REFUSED
     assert "a search stays with its trials" in capsys.readouterr().err
-    assert cli.run(["train", *line, "peft.r=4,8", "--follow"]) == REFUSED
+    assert cli.run_verb(["train", *line, "peft.r=4,8", "--follow"]) == REFUSED
     assert not (sbatch / "argv").exists()
     sweep = [*line, "peft.r=4,8,0", "hparams_search.parallel=1"]
-    assert cli.run(["train", *sweep]) == REFUSED
+    assert cli.run_verb(["train", *sweep]) == REFUSED
     assert "job 41: 2 trials" in capsys.readouterr().out
     [folder] = tmp_path.glob("runs/*-sweep-*")
     script = (folder / "array.sbatch").read_text()
     runs = [f.parent for f in sorted(folder.glob("*/plan.json"))]
     assert len(runs) == 2 and all(str(run) in script for run in runs) and "--array=0-1%1" in script
     # the same command: what is queued or runs is left alone, what is done stays, what failed is submitted again
-    assert cli.run(["train", *sweep]) == REFUSED
+    assert cli.run_verb(["train", *sweep]) == REFUSED
     assert "trial 001 is job 41_1 (pending)" in capsys.readouterr().err
     assert len((sbatch / "argv").read_text().splitlines()) == 1
     monkeypatch.setenv("KIT_TEST_STATE", "COMPLETED")
     run_directory.set_status(runs[0], "done")
     run_directory.set_status(runs[1], "failed")
-    assert cli.run(["train", *sweep]) == REFUSED
+    assert cli.run_verb(["train", *sweep]) == REFUSED
     assert "job 42: 1 trials" in capsys.readouterr().out and (folder / "sweep.csv").exists()
     assert json.loads((runs[1] / "slurm.json").read_text())["jobs"][-1]["id"] == "42"
     assert "--array" not in (folder / "array.sbatch").read_text()
@@ -353,17 +353,17 @@ def test_what_is_refused_before_anything_is_made(
     plan_of, sbatch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     with pytest.raises(KitError, match="no step after training"):
-        slurm.start(plan_of("trainer.use_cpu=true"), then=["mrge"])
+        slurm.create_and_submit(plan_of("trainer.use_cpu=true"), then=["mrge"])
     with pytest.raises(KitError, match="cannot stand in an #SBATCH line"):
-        slurm.start(plan_of("trainer.use_cpu=true", f"runs_dir='{tmp_path}/my runs'"))
-    assert cli.run(["train", "recipe=quickstart", "--follow"]) == REFUSED
-    assert cli.run(["merge", str(tmp_path), "launch=deepspeed"]) == REFUSED
-    assert cli.run(["eval", str(tmp_path), "launch=slurm", "launch.slurm.mme=1G"]) == REFUSED
-    assert cli.run(["eval", str(tmp_path), "launch=slurm", "launch.slurm.mem='1G;id'"]) == REFUSED
+        slurm.create_and_submit(plan_of("trainer.use_cpu=true", f"runs_dir='{tmp_path}/my runs'"))
+    assert cli.run_verb(["train", "recipe=quickstart", "--follow"]) == REFUSED
+    assert cli.run_verb(["merge", str(tmp_path), "launch=deepspeed"]) == REFUSED
+    assert cli.run_verb(["eval", str(tmp_path), "launch=slurm", "launch.slurm.mme=1G"]) == REFUSED
+    assert cli.run_verb(["eval", str(tmp_path), "launch=slurm", "launch.slurm.mem='1G;id'"]) == REFUSED
     assert not list(tmp_path.rglob("plan.json")) and not (sbatch / "argv").exists()
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(KitError, match="no sbatch on the PATH") as refused:
-        slurm.start(plan_of("trainer.use_cpu=true"))
+        slurm.create_and_submit(plan_of("trainer.use_cpu=true"))
     assert refused.value.code == ENVIRONMENT
 
 
@@ -371,22 +371,22 @@ def test_what_is_refused_before_anything_is_made(
 def test_later_verbs_submit_themselves(verb: str, sbatch: Path, tmp_path: Path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:
-        cli.run([verb, "some/adapter", "--base", "some/base", "launch=slurm", "launch.slurm.mem=64G"])
+        cli.run_verb([verb, "some/adapter", "--base", "some/base", "launch=slurm", "launch.slurm.mem=64G"])
     assert ended.value.code == DONE and "job 41" in capsys.readouterr().out
     text = (tmp_path / "slurm-logs" / f"{verb}.sbatch").read_text()
     assert "#SBATCH --mem=64G" in text and text.endswith(f"-m kit {verb} some/adapter --base some/base\n")
     with pytest.raises(SystemExit) as ended:  # what the verb does not take is said now, not in the job
-        cli.run([verb, "some/adapter", "--bsae", "x", "launch=slurm"])
+        cli.run_verb([verb, "some/adapter", "--bsae", "x", "launch=slurm"])
     assert ended.value.code == REFUSED
 
 
 def test_a_queued_job_keeps_its_plan(plan_of, sbatch: Path, tmp_path: Path):
     """The job will read plan.json: typed again with other machine keys, the command must not write it anew."""
     plan = plan_of("trainer.use_cpu=true")
-    assert slurm.start(plan) == DONE
+    assert slurm.create_and_submit(plan) == DONE
     before = (plan.run_path / "plan.json").read_text()
     with pytest.raises(KitError, match="is job 41"):
-        slurm.start(plan_of("trainer.use_cpu=true", "launch.slurm.partition=urgent"))
+        slurm.create_and_submit(plan_of("trainer.use_cpu=true", "launch.slurm.partition=urgent"))
     assert (plan.run_path / "plan.json").read_text() == before
 
 
@@ -395,15 +395,15 @@ def test_a_sweep_that_sbatch_refused(sbatch: Path, tmp_path: Path, base: Path, c
     line = [f"model.name_or_path={base}", f"dataset.path={chat}", "launch=slurm", "trainer.use_cpu=true", "-m"]
     works = (sbatch / "sbatch").read_text()
     (sbatch / "sbatch").write_text("#!/bin/bash\necho 'sbatch: error: no such partition' >&2; exit 1\n")
-    assert cli.run(["train", *line, "peft.r=4,8", "launch.slurm.partition=nope"]) == ENVIRONMENT
+    assert cli.run_verb(["train", *line, "peft.r=4,8", "launch.slurm.partition=nope"]) == ENVIRONMENT
     (sbatch / "sbatch").write_text(works)
-    assert cli.run(["train", *line, "peft.r=4,8", "launch.slurm.partition=good"]) == DONE
+    assert cli.run_verb(["train", *line, "peft.r=4,8", "launch.slurm.partition=good"]) == DONE
     [folder] = tmp_path.glob("runs/*-sweep-*")
     assert "#SBATCH --partition=good" in (folder / "array.sbatch").read_text()
     plans = [json.loads(f.read_text()) for f in folder.glob("*/plan.json")]
     assert [p["launch"]["slurm"]["partition"] for p in plans] == ["good", "good"]
     # nothing is made for a sweep that cannot be an array
-    assert cli.run(["train", *line, "launch.slurm.partition=a,b", "runs_dir=other"]) == REFUSED
+    assert cli.run_verb(["train", *line, "launch.slurm.partition=a,b", "runs_dir=other"]) == REFUSED
     assert "share one script" in capsys.readouterr().err and not (tmp_path / "other").exists()
 
 
@@ -420,7 +420,7 @@ def test_an_allocation_that_does_not_do(env, state, said, plan_of, sbatch: Path,
     for name, value in {**env, "KIT_TEST_STATE": state}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(KitError, match=said) as refused:
-        slurm.start(plan)
+        slurm.create_and_submit(plan)
     assert refused.value.code == ENVIRONMENT and all(p.where and p.fix for p in refused.value.problems)
     assert run_directory.read_status(plan.run_path).get("state") in (
         None,
@@ -432,7 +432,7 @@ def test_a_job_learns_nothing_of_the_one_it_was_submitted_from(sbatch: Path, tmp
     """srun ends where SLURM_MEM_PER_CPU of an allocation meets the --mem of the job."""
     for name in ("SLURM_MEM_PER_CPU", "SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_CONF", "SBATCH_ACCOUNT"):
         monkeypatch.setenv(name, "1")
-    slurm_client.sbatch(tmp_path / "x.sbatch")
+    slurm_client.submit_script(tmp_path / "x.sbatch")
     given = {line.partition("=")[0] for line in (sbatch / "env").read_text().splitlines()}
     assert {"SLURM_CONF", "SBATCH_ACCOUNT"} <= given
     assert not given & {"SLURM_MEM_PER_CPU", "SLURM_JOB_ID", "SLURM_NTASKS"}
@@ -441,7 +441,7 @@ def test_a_job_learns_nothing_of_the_one_it_was_submitted_from(sbatch: Path, tmp
 def test_what_sbatch_says_of_a_long_array(sbatch: Path, tmp_path: Path):
     (sbatch / "sbatch").write_text("#!/bin/bash\necho 'sbatch: error: Invalid job array specification' >&2; exit 1\n")
     with pytest.raises(KitError) as refused:
-        slurm_client.sbatch(tmp_path / "x.sbatch")
+        slurm_client.submit_script(tmp_path / "x.sbatch")
     assert "MaxArraySize" in refused.value.problems[0].fix
 
 
@@ -449,13 +449,13 @@ def test_what_sbatch_says_of_a_long_array(sbatch: Path, tmp_path: Path):
 def test_a_slip_in_a_path_is_said_before_the_queue(argv, sbatch: Path, tmp_path: Path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
-    assert cli.run([*argv, "launch=slurm"]) == REFUSED and f"there is no {argv[1]}" in capsys.readouterr().err
+    assert cli.run_verb([*argv, "launch=slurm"]) == REFUSED and f"there is no {argv[1]}" in capsys.readouterr().err
     assert not (sbatch / "argv").exists()
 
 
 def test_a_verb_once(plan_of, sbatch: Path):
     with pytest.raises(KitError, match="twice"):
-        slurm.start(plan_of("trainer.use_cpu=true"), then=["merge", "merge"])
+        slurm.create_and_submit(plan_of("trainer.use_cpu=true"), then=["merge", "merge"])
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from kit.errors import DONE, ENVIRONMENT, FAILED, REFUSED, STOPPED, KitError
 from kit.storage import run_directory
 from kit.sweeps import pool as trials
 from kit.sweeps import record as files
-from kit.sweeps.pool import Curve, Trial
+from kit.sweeps.pool import MetricsLog, Trial
 from kit.system import hardware
 
 # Stands in the place of kit.sweeps.trial: r=8 fails, r=6 waits to be told to stop, all others log and end well.
@@ -55,11 +55,13 @@ def sweep(base: Path, chat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """`kit train -m` on a tiny base, with pretended trials, in an empty folder."""
     (tmp_path / "pretend.py").write_text(PRETEND)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(trials, "child", lambda plan: [sys.executable, str(tmp_path / "pretend.py"), str(plan)])
+    monkeypatch.setattr(
+        trials, "trial_command", lambda plan: [sys.executable, str(tmp_path / "pretend.py"), str(plan)]
+    )
     stock = [f"model.name_or_path={base}", f"dataset.path={chat}", "trainer.max_length=64", "name=s"]
 
     def run(*overrides: str) -> int:
-        return cli.run(["train", "-m", *stock, *overrides])
+        return cli.run_verb(["train", "-m", *stock, *overrides])
 
     return run
 
@@ -70,7 +72,7 @@ def folder_of(tmp_path: Path) -> Path:
 
 
 def record(tmp_path: Path) -> dict:
-    return json.loads((folder_of(tmp_path) / files.RECORD).read_text())
+    return json.loads((folder_of(tmp_path) / files.RECORD_FILE).read_text())
 
 
 def states(tmp_path: Path) -> list[str]:
@@ -100,7 +102,7 @@ def test_a_grid_from_its_command_to_its_files(sweep, tmp_path: Path, capsys: pyt
     plan = json.loads((folder / "001-r-2--learning_rate-0.01" / "plan.json").read_text())
     assert (plan["peft"]["r"], plan["trainer"]["learning_rate"]) == (2, 0.01)
     assert plan["run_dir"] == str(folder / "001-r-2--learning_rate-0.01")
-    rows = list(csv.DictReader((folder / files.TABLE).open()))
+    rows = list(csv.DictReader((folder / files.CSV_FILE).open()))
     assert [row["state"] for row in rows] == states(tmp_path)
     assert rows[3]["peft.r"] == "4" and float(rows[3]["loss"]) == pytest.approx(1 + 4 / 3) and rows[3]["step"] == "3"
     assert record(tmp_path)["best"] == 0 and "best      runs/" in shown.out and "000-r-2" in shown.out
@@ -484,7 +486,7 @@ def test_a_search_whose_files_are_not_what_they_were(sweep, tmp_path: Path, caps
     db.unlink()
     study = optuna.create_study(study_name=name, storage=f"sqlite:///{db}")
     study.ask(), study.ask()
-    shutil.rmtree(folder / json.loads((folder / files.RECORD).read_text())["trials"][1]["run"])
+    shutil.rmtree(folder / json.loads((folder / files.RECORD_FILE).read_text())["trials"][1]["run"])
     assert sweep(*args, "hparams_search.n_trials=3") == FAILED
     assert "its directory is gone" in capsys.readouterr().err
     assert [t.state.name for t in study.trials] == ["COMPLETE", "FAIL", "COMPLETE"]
@@ -531,7 +533,7 @@ def test_the_grammar_of_a_search(text: str, want: dict):
 )
 def test_names(values: dict, name: str):
     """Nothing that a shell, a path or an override would read in its own way, and no more than a file name holds."""
-    assert files.trial_name(7, values) == name
+    assert files.trial_directory_name(7, values) == name
 
 
 def test_what_tells_jobs_apart():
@@ -542,7 +544,7 @@ def test_what_tells_jobs_apart():
 
 def test_a_curve_reads_what_is_whole(tmp_path: Path):
     path = tmp_path / "metrics.jsonl"
-    curve = Curve(path)
+    curve = MetricsLog(path)
     assert curve.read() == []
     path.write_text('{"step": 1, "loss": 3}\nnoise\n{"step": 2, "lo')
     assert curve.read() == [{"step": 1, "loss": 3}]
@@ -566,14 +568,17 @@ def test_what_is_no_number(tmp_path: Path):
     for trial, loss in zip(odd, (math.nan, math.inf, "x", 2.0), strict=True):
         trial.curve.rows = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": loss}]
     for direction in ("minimize", "maximize"):
-        assert files.best(odd[:2] + odd[3:], "loss", direction).number == 3
+        assert files.best_trial(odd[:2] + odd[3:], "loss", direction).number == 3
     files.write_record(tmp_path, odd, {"metric": "loss", "direction": "minimize"})
-    found = json.loads((tmp_path / files.RECORD).read_text(), parse_constant=pytest.fail)
+    found = json.loads((tmp_path / files.RECORD_FILE).read_text(), parse_constant=pytest.fail)
     assert [t["metric"] for t in found["trials"]] == [None, None, 3.0, 2.0]
 
 
 def test_the_best_of_equals_is_the_first(tmp_path: Path):
     found = finished(tmp_path, 3)
-    assert files.best(found, "loss", "minimize").number == 2 and files.best(found, "loss", "maximize").number == 0
-    assert files.best(found, "eval_loss", "minimize") is None
-    assert files.best(finished(tmp_path, 3, "failed"), "loss", "minimize") is None
+    assert (
+        files.best_trial(found, "loss", "minimize").number == 2
+        and files.best_trial(found, "loss", "maximize").number == 0
+    )
+    assert files.best_trial(found, "eval_loss", "minimize") is None
+    assert files.best_trial(finished(tmp_path, 3, "failed"), "loss", "minimize") is None

@@ -64,11 +64,13 @@ def sweep(base: Path, chat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for name, text in (("pretend.py", PRETEND), ("worker.py", WORKER)):
         (tmp_path / name).write_text(text)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(trials, "child", lambda plan: [sys.executable, str(tmp_path / "pretend.py"), str(plan)])
-    monkeypatch.setattr(warm_pool, "child", lambda: [sys.executable, str(tmp_path / "worker.py")])
+    monkeypatch.setattr(
+        trials, "trial_command", lambda plan: [sys.executable, str(tmp_path / "pretend.py"), str(plan)]
+    )
+    monkeypatch.setattr(warm_pool, "worker_command", lambda: [sys.executable, str(tmp_path / "worker.py")])
     stock = [f"model.name_or_path={base}", f"dataset.path={chat}", "trainer.max_length=64", "name=s",
              "hparams_search.workers=warm"]  # fmt: skip
-    return lambda *overrides: cli.run(["train", "-m", *stock, *overrides])
+    return lambda *overrides: cli.run_verb(["train", "-m", *stock, *overrides])
 
 
 def lines(tmp_path: Path) -> list[tuple[str, str]]:
@@ -220,7 +222,9 @@ def plan(base: Path, chat: Path) -> Callable[..., RunPlan]:
      "trainer.report_to=tensorboard", "+peft.init_lora_weights=gaussian", "runs_dir=elsewhere"],
 )  # fmt: skip
 def test_made_anew(plan, override: str):
-    assert warm_pool.why_cold(plan(override)) is None and warm_pool.key(plan(override)) == warm_pool.key(plan())
+    assert warm_pool.reason_to_start_cold(plan(override)) is None and warm_pool.sharing_key(
+        plan(override)
+    ) == warm_pool.sharing_key(plan())
 
 
 @pytest.mark.parametrize(
@@ -230,11 +234,13 @@ def test_made_anew(plan, override: str):
      "model.attn_implementation=eager", "dataset.limit=50", "trainer.shuffle_dataset=true"],
 )  # fmt: skip
 def test_another_worker(plan, override: str):
-    assert warm_pool.key(plan(override)) != warm_pool.key(plan())
+    assert warm_pool.sharing_key(plan(override)) != warm_pool.sharing_key(plan())
 
 
 def test_the_seed_counts_where_it_orders_the_data(plan):
-    shuffled = [warm_pool.key(plan("trainer.shuffle_dataset=true", f"trainer.seed={seed}")) for seed in (1, 2, 1)]
+    shuffled = [
+        warm_pool.sharing_key(plan("trainer.shuffle_dataset=true", f"trainer.seed={seed}")) for seed in (1, 2, 1)
+    ]
     assert shuffled[0] != shuffled[1] and shuffled[0] == shuffled[2]
 
 
@@ -243,8 +249,8 @@ def test_a_key_that_nobody_thought_of(plan):
     stock = plan()
     for section in ("trainer", "peft"):
         more = stock.model_copy(update={section: {**getattr(stock, section), "something_new": 1}})
-        assert warm_pool.key(more) != warm_pool.key(stock)
-    assert "something_new=1 may change the base" in str(warm_pool.why_cold(more))
+        assert warm_pool.sharing_key(more) != warm_pool.sharing_key(stock)
+    assert "something_new=1 may change the base" in str(warm_pool.reason_to_start_cold(more))
 
 
 @pytest.mark.parametrize(
@@ -267,14 +273,14 @@ def test_a_key_that_nobody_thought_of(plan):
     ],
 )
 def test_cold_by_nature(plan, overrides: list[str], why: str):
-    assert why in str(warm_pool.why_cold(plan(*overrides)))
+    assert why in str(warm_pool.reason_to_start_cold(plan(*overrides)))
 
 
 def test_what_was_compiled_goes_with_the_trial():
     """torch compiles a function anew for so many shapes and no more, which trials must not use up for each other."""
     import torch
 
-    from kit.sweeps.warm_worker import Held, checksums, remember
+    from kit.sweeps.warm_worker import WarmState, snapshot_model, tensor_checksums
 
     made = []
 
@@ -283,9 +289,9 @@ def test_what_was_compiled_goes_with_the_trial():
         return graph.forward
 
     double = torch.compile(lambda x: x * 2, backend=backend, dynamic=False)
-    held = Held()
+    held = WarmState()
     held.model = torch.nn.Linear(2, 2)
-    held.model_before, held.sums = remember(held.model), checksums(held.model)
+    held.model_before, held.sums = snapshot_model(held.model), tensor_checksums(held.model)
     for size in range(2, 22):
         double(torch.ones(size))
     assert len(made) < 20 and held.reset() == ""
@@ -301,6 +307,6 @@ def test_the_lists_name_what_there_is():
     from peft import LoraConfig
     from trl import SFTConfig
 
-    assert {f.name for f in fields(SFTConfig)} >= warm_pool.TRAINER
-    assert {f.name for f in fields(LoraConfig)} >= warm_pool.ADAPTER
-    assert set(RunPlan.model_fields) >= warm_pool.OWN
+    assert {f.name for f in fields(SFTConfig)} >= warm_pool.TRAINER_KEYS_MADE_ANEW
+    assert {f.name for f in fields(LoraConfig)} >= warm_pool.ADAPTER_KEYS_MADE_ANEW
+    assert set(RunPlan.model_fields) >= warm_pool.PLAN_KEYS_MADE_ANEW

@@ -63,7 +63,7 @@ def state(run: Path) -> dict:
 
 
 def kit(*argv: str, capsys) -> tuple[int, str]:
-    code = cli.run(["watch", *map(str, argv)])
+    code = cli.run_verb(["watch", *map(str, argv)])
     out = capsys.readouterr()
     return code, out.out + out.err
 

@@ -131,7 +131,7 @@ WRONG = {
 
 @pytest.mark.parametrize(("typed", "hint"), WRONG.items(), ids=WRONG)
 def test_an_unknown_key_is_refused_with_the_likeliest(typed, hint, capsys):
-    assert cli.run(["why", typed, "recipe=quickstart"]) == REFUSED
+    assert cli.run_verb(["why", typed, "recipe=quickstart"]) == REFUSED
     said = capsys.readouterr().err
     assert f"there is no key {typed}" in said and hint in said, said
 
@@ -143,7 +143,7 @@ def test_a_key_that_only_the_overrides_have_is_still_unknown():
 
 def test_a_refused_run_still_answers_and_says_so(capsys):
     args = ["why", "trainer.max_grad_norm", DOCTOR, "deepspeed.gradient_clipping=2", "trainer.lerning_rate=1"]
-    assert cli.run(args) == DONE
+    assert cli.run_verb(args) == DONE
     said = capsys.readouterr().out
     assert said.startswith("trainer.max_grad_norm = 0.3")
     assert "this run has" in said and "gradient_clipping is 2.0" in said
@@ -153,14 +153,14 @@ def test_a_refused_run_still_answers_and_says_so(capsys):
 
 
 def test_a_section_lists_its_keys(capsys):
-    assert cli.run(["why", "peft", ANSWERS]) == DONE
+    assert cli.run_verb(["why", "peft", ANSWERS]) == DONE
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["peft.r", "16", place("peft.r", ABOVE)] in lines
     assert {"peft.bias", "peft.lora_dropout", "peft.target_modules"} <= {line[0] for line in lines}
 
 
 def test_json_has_the_same(capsys):
-    assert cli.run(["why", "r", ANSWERS, "--json"]) == DONE
+    assert cli.run_verb(["why", "r", ANSWERS, "--json"]) == DONE
     told = json.loads(capsys.readouterr().out)
     assert (told["key"], told["value"], told["class"]) == ("peft.r", 16, "identity")
     assert told["over"][-1] == {"where": "PEFT, LORA: its default", "value": 8}
@@ -194,7 +194,7 @@ def test_a_run_directory(base: Path, chat: Path, tmp_path: Path, monkeypatch: py
         (["quickstart"], "recipe=quickstart"),
         (["no"], "no run"),
     ):
-        assert cli.run(["why", "r", *wrong]) == REFUSED
+        assert cli.run_verb(["why", "r", *wrong]) == REFUSED
         assert said in capsys.readouterr().err
 
 

@@ -14,15 +14,15 @@ import os
 from pathlib import Path
 
 from kit.errors import DONE, KitError
-from kit.launchers.node import enough_gpus, right_nodes
-from kit.launchers.supervise import launch, newest_checkpoint
+from kit.launchers.node import check_gpu_count, check_node_count
+from kit.launchers.supervise import launch, newest_checkpoint_name
 from kit.schema.run_plan import load_plan
 from kit.storage import run_directory
 from kit.system.dependencies import require_training_extras
 from kit.system.terminal import print_status
 
 
-def launch_node(argv: list[str]) -> int:
+def launch_node_verb(argv: list[str]) -> int:
     """`kit launch-node PLAN`: the ranks of one node of a frozen plan."""
     parser = argparse.ArgumentParser(
         prog="kit launch-node", description="Start the ranks of one node of a frozen plan.", allow_abbrev=False
@@ -54,10 +54,10 @@ def launch_node(argv: list[str]) -> int:
     ):
         message = f"there is no {options.resume} in {run_directory.path_from_here(run / run_directory.CHECKPOINTS)}"
         raise KitError(message, "--resume", "--resume newest, or the name of a checkpoint there")
-    right_nodes(plan, os.environ)
-    enough_gpus(plan)
+    check_node_count(plan, os.environ)
+    check_gpu_count(plan)
     require_training_extras()
     resume = options.resume
-    if resume == "newest" and (resume := newest_checkpoint(run)) is None:
+    if resume == "newest" and (resume := newest_checkpoint_name(run)) is None:
         print_status("no checkpoint yet: from the beginning")
     return launch(plan, resume=resume)

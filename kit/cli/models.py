@@ -11,7 +11,7 @@ from kit.errors import DONE
 from kit.system.terminal import progress_printer, read_prompts, silence_libraries, verb_parser
 
 
-def merge(argv: list[str]) -> int:
+def merge_verb(argv: list[str]) -> int:
     parser = verb_parser("merge", "Fold a LoRA adapter into its base, shard by shard on the CPU.")
     parser.add_argument("source", help="a run directory, an adapter folder, or a Hub id in the cache")
     parser.add_argument("--base", help="the base model, for an adapter that the kit did not make")
@@ -35,7 +35,7 @@ def merge(argv: list[str]) -> int:
     from kit.merging.report import format_merge
 
     verify: bool | str = {"auto": True, "no": False}.get(a.verify, a.verify)
-    source = run_or_path(a.source)
+    source = resolve_run_name(a.source)
     result = merge_adapter(
         source, a.base, a.out, revision=a.revision, verify=verify, dtype=a.dtype, onto=a.onto,
         fsync=not a.no_fsync, overwrite=a.overwrite, progress=progress_printer("merging"),
@@ -44,9 +44,9 @@ def merge(argv: list[str]) -> int:
     return DONE
 
 
-def generate(argv: list[str]) -> int:
+def generate_verb(argv: list[str]) -> int:
     parser = verb_parser("generate", "The same prompts through base, adapter and merged model, side by side.")
-    source_options(parser)
+    add_source_options(parser)
     parser.add_argument("--prompts", help="a file with one prompt per line, or - for standard input")
     parser.add_argument("--prompt", action="append", help="one prompt; may be given several times")
     parser.add_argument("--max-new-tokens", type=int, default=128)
@@ -66,7 +66,7 @@ def generate(argv: list[str]) -> int:
     if a.prompts:
         prompts += read_prompts(a.prompts)
     result = generate_samples(
-        run_or_path(a.source), base=a.base, revision=a.revision, prompts=prompts or None, which=a.which, raw=a.raw,
+        resolve_run_name(a.source), base=a.base, revision=a.revision, prompts=prompts or None, which=a.which, raw=a.raw,
         max_new_tokens=a.max_new_tokens, temperature=a.temperature, top_p=a.top_p, seed=a.seed, system=a.system,
         batch_size=a.batch_size, out=Path(a.out) if a.out else None,
     )  # fmt: skip
@@ -76,9 +76,9 @@ def generate(argv: list[str]) -> int:
     return DONE
 
 
-def evaluate(argv: list[str]) -> int:
+def evaluate_verb(argv: list[str]) -> int:
     parser = verb_parser("eval", "Exact match, loss and perplexity on the held-out rows.")
-    source_options(parser)
+    add_source_options(parser)
     parser.add_argument("--data", help="a file of rows instead of the run's held-out split")
     parser.add_argument("--limit", type=int, help="at most this many rows")
     parser.add_argument("--max-new-tokens", type=int, default=64)
@@ -91,14 +91,14 @@ def evaluate(argv: list[str]) -> int:
     from kit.evaluation.evaluate import format_table
 
     result = evaluate_models(
-        run_or_path(a.source), base=a.base, revision=a.revision, data=a.data, which=a.which, limit=a.limit,
+        resolve_run_name(a.source), base=a.base, revision=a.revision, data=a.data, which=a.which, limit=a.limit,
         max_new_tokens=a.max_new_tokens, batch_size=a.batch_size, few_shot=a.few_shot,
     )  # fmt: skip
     print(json.dumps(result, indent=1, ensure_ascii=False) if a.json else format_table(result))
     return DONE
 
 
-def convert(argv: list[str]) -> int:
+def convert_verb(argv: list[str]) -> int:
     parser = verb_parser(
         "convert", "Meta's own Llama checkpoint, or pickled weights, to safetensors, in bounded memory."
     )
@@ -133,7 +133,7 @@ def convert(argv: list[str]) -> int:
     return DONE
 
 
-def source_options(parser: argparse.ArgumentParser) -> None:
+def add_source_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="a run directory, an adapter folder, a model folder, or a Hub id in the cache")
     parser.add_argument("--base", help="the base model of an adapter folder")
     parser.add_argument("--revision")
@@ -152,11 +152,11 @@ def parse_or_submit(parser: argparse.ArgumentParser, verb: str, argv: list[str])
         from kit.launchers import slurm
 
         rest = [x for x in argv if x not in words and x != "--follow"]
-        sys.exit(slurm.submit_verb(verb, run_or_path(a.source), rest, words, "--follow" in argv))
+        sys.exit(slurm.submit_verb(verb, resolve_run_name(a.source), rest, words, "--follow" in argv))
     return a
 
 
-def run_or_path(name: str) -> str:
+def resolve_run_name(name: str) -> str:
     """A run may be named without its folder, as `kit resume` takes it."""
     from kit.storage import run_directory
 

@@ -8,10 +8,10 @@ import sys
 from kit.errors import DONE, REFUSED, KitError
 from kit.system.terminal import print_problems, verb_parser
 
-ONE_OF = ("-m", "--multirun", "-r", "--run", "-c", "--cfg", "-i", "--info")
+EXCLUSIVE_FLAGS = ("-m", "--multirun", "-r", "--run", "-c", "--cfg", "-i", "--info")
 
 
-def train(argv: list[str]) -> int:
+def train_verb(argv: list[str]) -> int:
     """`kit train`: our own flags first; any other flag hands the line to Hydra."""
     if argv in (["--help"], ["-h"]):
         print("usage: kit train [run.yaml] [key=value ...] [--fresh] [--config-dir DIR] [Hydra's own flags]\n")
@@ -22,12 +22,12 @@ def train(argv: list[str]) -> int:
         from kit.config.compose import run_hydra
 
         return run_hydra(["--hydra-help"])
-    fresh, follow, then, argv = train_flags(argv)
+    fresh, follow, then, argv = split_train_flags(argv)
     from kit import api
 
     if not any(a.startswith("-") for a in argv):
         return api.train(*argv, fresh=fresh, follow=follow, then=then)
-    alone = [a for a in argv if a.partition("=")[0] in ONE_OF]
+    alone = [a for a in argv if a.partition("=")[0] in EXCLUSIVE_FLAGS]
     if len(alone) > 1:
         raise KitError(f"{alone[0]} and {alone[1]} exclude each other", "command line", "type one of them")
     if "--resolve" in argv and not {"--cfg", "-c"} & {a.partition("=")[0] for a in argv}:
@@ -37,7 +37,7 @@ def train(argv: list[str]) -> int:
             raise KitError("--follow and --then are for one run, not for a sweep", "command line", "leave them out")
         from kit.sweeps import grid as sweep
 
-        return sweep.main(argv, fresh)
+        return sweep.run_multirun(argv, fresh)
     from kit.config.compose import Composed, run_hydra
     from kit.config.plan import build_plan
 
@@ -54,7 +54,7 @@ def train(argv: list[str]) -> int:
     return codes[0] if codes else (REFUSED if code else DONE)
 
 
-def train_flags(argv: list[str]) -> tuple[bool, bool, list[str], list[str]]:
+def split_train_flags(argv: list[str]) -> tuple[bool, bool, list[str], list[str]]:
     """(--fresh, --follow, the verbs of --then, the words that are left)."""
     then: list[str] = []
     rest: list[str] = []
@@ -70,7 +70,7 @@ def train_flags(argv: list[str]) -> tuple[bool, bool, list[str], list[str]]:
     return "--fresh" in argv, "--follow" in argv, then, rest
 
 
-def check(argv: list[str]) -> int:
+def check_verb(argv: list[str]) -> int:
     if any(a.partition("=")[0] == "--deepspeed" for a in argv):  # somebody's DeepSpeed JSON by itself
         from kit.cli import check_deepspeed
 
@@ -110,7 +110,7 @@ def check(argv: list[str]) -> int:
     return DONE
 
 
-def compose(argv: list[str]) -> int:
+def compose_verb(argv: list[str]) -> int:
     """For kit.worker: make the run directory of overrides and answer with one line of JSON."""
     parser = verb_parser("compose", "Compose and freeze a run without starting it; prints one line of JSON.")
     parser.add_argument("overrides", nargs="*")
@@ -124,7 +124,7 @@ def compose(argv: list[str]) -> int:
         plan = run_directory.create_run_directory(
             api.compose(*a.overrides, here=True, world_size=a.world_size), a.fresh
         )
-        for line in api.warnings(plan):  # standard error reaches the user, standard output the ranks
+        for line in api.warning_lines(plan):  # standard error reaches the user, standard output the ranks
             print(f"kit: warning: {line}", file=sys.stderr)
         print(json.dumps({"plan": str(plan.run_path / run_directory.PLAN)}))
         return DONE
@@ -133,7 +133,7 @@ def compose(argv: list[str]) -> int:
         return error.code
 
 
-def resume(argv: list[str]) -> int:
+def resume_verb(argv: list[str]) -> int:
     parser = verb_parser("resume", "Continue a run from its newest complete checkpoint.")
     parser.add_argument("run")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="extendable and machine keys")
@@ -143,7 +143,7 @@ def resume(argv: list[str]) -> int:
     return api.resume(a.run, *a.overrides)
 
 
-def fetch(argv: list[str]) -> int:
+def fetch_verb(argv: list[str]) -> int:
     parser = verb_parser(
         "fetch", "Bring a run's model, tokenizer and data into the Hub cache, where there is a network."
     )

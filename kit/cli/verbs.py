@@ -38,14 +38,14 @@ usage: kit VERB ...
 
 
 VERBS = {  # module and function, which takes the words after the verb and returns the exit code
-    "train": "kit.cli.train:train",
-    "check": "kit.cli.train:check",
-    "resume": "kit.cli.train:resume",
-    "merge": "kit.cli.models:merge",
-    "generate": "kit.cli.models:generate",
-    "eval": "kit.cli.models:evaluate",
-    "fetch": "kit.cli.train:fetch",
-    "convert": "kit.cli.models:convert",
+    "train": "kit.cli.train:train_verb",
+    "check": "kit.cli.train:check_verb",
+    "resume": "kit.cli.train:resume_verb",
+    "merge": "kit.cli.models:merge_verb",
+    "generate": "kit.cli.models:generate_verb",
+    "eval": "kit.cli.models:evaluate_verb",
+    "fetch": "kit.cli.train:fetch_verb",
+    "convert": "kit.cli.models:convert_verb",
     "watch": "kit.watching.main:main",
     "doctor": "kit.doctor.cli:main",
     "list": "kit.explain.catalog:list_main",
@@ -54,8 +54,8 @@ VERBS = {  # module and function, which takes the words after the verb and retur
     "diff": "kit.explain.diff:main",
     "eject": "kit.ejecting.verb:main",
     "import": "kit.importing.main:main",
-    "launch-node": "kit.cli.launch_node:launch_node",
-    "compose": "kit.cli.train:compose",
+    "launch-node": "kit.cli.launch_node:launch_node_verb",
+    "compose": "kit.cli.train:compose_verb",
 }
 
 
@@ -66,13 +66,13 @@ def main(argv: list[str] | None = None) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
     if argv[:1] and argv[0] in ("check", "why", "diff", "show"):
         gc.disable()  # over in half a second: collecting costs 4 % of it and frees nothing that is missed
-    sys.exit(run(argv))
+    sys.exit(run_verb(argv))
 
 
-def run(argv: list[str]) -> int:
+def run_verb(argv: list[str]) -> int:
     """The exit code of one command line; every KitError is printed as problem, where, fix."""
     if any(a in ("-sc", "--shell-completion") for a in argv):
-        return complete(argv)
+        return complete_shell(argv)
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
         return DONE
@@ -107,7 +107,7 @@ def run(argv: list[str]) -> int:
         return FAILED
 
 
-def complete(argv: list[str]) -> int:
+def complete_shell(argv: list[str]) -> int:
     """Hydra's shell completion: it knows overrides, not our verb, so the verb is taken out of the typed line."""
     from kit.config.compose import run_hydra
 

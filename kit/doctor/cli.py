@@ -163,7 +163,7 @@ def build_ops(names: list[str], seconds: float) -> None:
 
     if wrong := [name for name in names if name not in OPERATORS]:
         raise KitError(f"there is no operator {', '.join(wrong)}", "--build-ops", f"of {', '.join(OPERATORS)}")
-    if ops.version("deepspeed") == "none":
+    if ops.package_version("deepspeed") == "none":
         raise KitError("deepspeed is not installed", "--build-ops", "pip install deepspeed", code=ENVIRONMENT)
     cpu = not hardware.list_gpus()
     if not names:
@@ -175,7 +175,7 @@ def build_ops(names: list[str], seconds: float) -> None:
     env = {"PATH": path, **({"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""} if cpu else {})}
     tick = ProgressTicker(ops.extensions_dir())
     try:
-        ops.prepare(names, seconds, tick.say, env, tick)
+        ops.build_missing_ops(names, seconds, tick.say, env, tick)
     except KitError as error:  # its limit is set here by an option, not by a run's key
         fixes = {p: p.fix.replace("launch.build_seconds=1800", "a larger --limit") for p in error.problems}
         raise KitError([replace(p, fix=fix) for p, fix in fixes.items()], code=error.code) from None

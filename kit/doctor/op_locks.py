@@ -62,7 +62,7 @@ def find_locks(places: list[Path], mounts: Path = Path("/proc/mounts")) -> list[
 
 def lock_holder(lock: Path) -> int | None:
     """A living process that works in the lock's folder, or has the lock file open as torch's builder does."""
-    if pid := ops.builder_in(lock.parent):
+    if pid := ops.builder_process(lock.parent):
         return pid
     target = str(lock.resolve())
     for folder in Path("/proc").glob("[0-9]*/fd"):

@@ -20,7 +20,7 @@ from kit.schema.run_plan import Launch, RunPlan
 from kit.storage.hub_cache import NO_TELEMETRY
 from kit.system import hardware
 
-WORKER = "kit.worker"
+WORKER_MODULE = "kit.worker"
 
 
 def free_port() -> int:
@@ -37,11 +37,11 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def command(plan: RunPlan, plan_path: Path, resume: str | None = None) -> tuple[list[str], dict[str, str]]:
+def launch_command(plan: RunPlan, plan_path: Path, resume: str | None = None) -> tuple[list[str], dict[str, str]]:
     """The argv that starts the ranks of a plan, and what it adds to the environment."""
     launch, count = plan.launch, str(plan.launch.num_gpus)
     port = str(launch.master_port or free_port())
-    target = [launch.script] if launch.script else [WORKER]
+    target = [launch.script] if launch.script else [WORKER_MODULE]
     script_args = [str(plan_path), *(["--resume", resume] if resume else [])]
     module = [] if launch.script else ["--module"]
     env = rank_environment(plan)
@@ -54,14 +54,14 @@ def command(plan: RunPlan, plan_path: Path, resume: str | None = None) -> tuple[
             argv += ["--no_ssh_check", "--master_port", port]  # checked already, all nodes and not the first alone
             argv += ["--master_addr", launch.master_addr] if launch.master_addr else []
         elif by_node(launch):
-            node_launch = node_hostfile(plan) if not launch.hostfile else launch
+            node_launch = write_node_hostfile(plan) if not launch.hostfile else launch
             argv += ["--no_ssh", "--node_rank", str(launch.node_rank), *hostfile_options(node_launch)]
             argv += ["--master_addr", address, "--master_port", port]
             if not launch.hostfile:
-                env |= own_devices(plan)
+                env |= visible_devices_variable(plan)
         else:
-            argv += [*chosen_devices(launch), "--master_port", port]
-            env |= {} if "--include" in argv or "--exclude" in argv else own_devices(plan)
+            argv += [*device_options(launch), "--master_port", port]
+            env |= {} if "--include" in argv or "--exclude" in argv else visible_devices_variable(plan)
             # A hostfile left in /job would turn one node into a cluster; an absent file means this machine.
             argv += ["--hostfile", str(plan.run_path / "no-hostfile"), "--master_addr", address]
         argv += ["--log_level", "error", "--no_local_rank", *module, *target, *script_args]
@@ -81,7 +81,7 @@ def command(plan: RunPlan, plan_path: Path, resume: str | None = None) -> tuple[
     return argv, env
 
 
-def filters(launch: Launch) -> list[str]:
+def device_filter_options(launch: Launch) -> list[str]:
     """DeepSpeed takes either a filter or counts, never both."""
     if launch.include or launch.exclude:
         return ["--include", launch.include] if launch.include else ["--exclude", str(launch.exclude)]
@@ -90,10 +90,10 @@ def filters(launch: Launch) -> list[str]:
 
 def hostfile_options(launch: Launch) -> list[str]:
     counts = ["--num_nodes", str(launch.num_nodes), "--num_gpus", str(launch.num_gpus)]
-    return ["--hostfile", str(launch.hostfile), *(filters(launch) or counts)]
+    return ["--hostfile", str(launch.hostfile), *(device_filter_options(launch) or counts)]
 
 
-def node_hostfile(plan: RunPlan) -> Launch:
+def write_node_hostfile(plan: RunPlan) -> Launch:
     """DeepSpeed numbers nodes by a hostfile even without ssh; the names in it mean nothing then."""
     from kit.storage import run_directory
     from kit.storage.json_files import atomic_write_text
@@ -105,7 +105,7 @@ def node_hostfile(plan: RunPlan) -> Launch:
     return plan.launch.model_copy(update={"hostfile": str(file), "no_ssh": True})
 
 
-def own_devices(plan: RunPlan) -> dict[str, str]:
+def visible_devices_variable(plan: RunPlan) -> dict[str, str]:
     """The devices that a batch system gave to this node: DeepSpeed counts from 0, the worker puts them right (T69)."""
     visible = [v.strip() for v in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if v.strip()]
     if plan.trainer["use_cpu"] or not visible:
@@ -113,10 +113,10 @@ def own_devices(plan: RunPlan) -> dict[str, str]:
     return {"KIT_VISIBLE_DEVICES": ",".join(visible[: int(plan.launch.num_gpus)])}
 
 
-def chosen_devices(launch: Launch) -> list[str]:
+def device_options(launch: Launch) -> list[str]:
     """The deepspeed command forgets CUDA_VISIBLE_DEVICES beside --num_gpus (T69): the devices are named instead."""
     if launch.include or launch.exclude:
-        return filters(launch)
+        return device_filter_options(launch)
     visible = [v.strip() for v in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if v.strip()]
     if visible and all(v.isdigit() for v in visible):
         return ["--include", "localhost:" + ",".join(visible[: int(launch.num_gpus)])]
@@ -145,12 +145,12 @@ def rank_environment(plan: RunPlan) -> dict[str, str]:
             "CUDA_VISIBLE_DEVICES": "",
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
             # Traffic of CPU ranks stays on this machine where there is one.
-            "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME") or interface(plan),
+            "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME") or gloo_interface(plan),
         }
     return env
 
 
-def interface(plan: RunPlan) -> str:
+def gloo_interface(plan: RunPlan) -> str:
     """The network interface of CPU ranks: this machine's own, or the one that leads to node 0.
 
     gloo would take the one that the host's name resolves to, which is often the loopback.

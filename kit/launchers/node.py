@@ -18,17 +18,17 @@ from kit.errors import ENVIRONMENT, REFUSED, KitError, Problem
 from kit.schema.run_plan import HOST, RunPlan
 from kit.system import hardware
 
-FIRST_PORT, PORTS = 20_000, 10_000  # below what systems give to outgoing connections, and below Kubernetes' own
+FIRST_PORT, PORT_COUNT = 20_000, 10_000  # below what systems give to outgoing connections, and below Kubernetes' own
 
 
-def placed(plan: RunPlan, env: Mapping[str, str] = os.environ) -> RunPlan:
+def resolve_node(plan: RunPlan, env: Mapping[str, str] = os.environ) -> RunPlan:
     """The plan with node_rank, master_addr and master_port filled in; as it is where one command starts all ranks."""
     launch = plan.launch
     if not by_node(launch):
         return plan
     rank = launch.node_rank
     if rank is None:
-        rank = number(env, "NODE_RANK", "SLURM_NODEID", "JOB_COMPLETION_INDEX")
+        rank = first_integer(env, "NODE_RANK", "SLURM_NODEID", "JOB_COMPLETION_INDEX")
     problems = []
     if rank is None:
         message = (
@@ -39,7 +39,7 @@ def placed(plan: RunPlan, env: Mapping[str, str] = os.environ) -> RunPlan:
     elif not 0 <= rank < int(launch.num_nodes):
         message = f"node {rank} of {launch.num_nodes}: they are numbered from 0"
         problems.append(Problem(message, "launch.node_rank", f"0 to {int(launch.num_nodes) - 1}"))
-    address = launch.master_addr or env.get("MASTER_ADDR") or first_of_slurm(env)
+    address = launch.master_addr or env.get("MASTER_ADDR") or first_slurm_host(env)
     if not address and launch.hostfile:
         address = next(iter(hosts_now(launch)))
     if not address:
@@ -48,37 +48,37 @@ def placed(plan: RunPlan, env: Mapping[str, str] = os.environ) -> RunPlan:
     elif not re.fullmatch(HOST, address):
         message = f"{address!r} is no host's name or address"
         problems.append(Problem(message, "launch.master_addr", "that of node 0, the same on every node"))
-    port = launch.master_port if launch.master_port is not None else number(env, "MASTER_PORT")
+    port = launch.master_port if launch.master_port is not None else first_integer(env, "MASTER_PORT")
     if port is not None and not 1 <= port <= 65535:
         problems.append(Problem(f"{port} is no port", "launch.master_port", "1 to 65535, the same on every node"))
     if problems:
         raise KitError(problems, code=REFUSED)
-    port = port or port_of(plan, env)
+    port = port or port_of_run(plan, env)
     place = {"node_rank": rank, "master_addr": address, "master_port": port}
     return plan.model_copy(update={"launch": launch.model_copy(update=place)})
 
 
-def number(env: Mapping[str, str], *names: str) -> int | None:
+def first_integer(env: Mapping[str, str], *names: str) -> int | None:
     return next((int(env[name]) for name in names if re.fullmatch("[0-9]+", env.get(name, ""))), None)
 
 
-def first_of_slurm(env: Mapping[str, str]) -> str:
+def first_slurm_host(env: Mapping[str, str]) -> str:
     """The first host of SLURM's list, as in `gpu[03-07,11],login1`."""
     text = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or ""
     match = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\]([^,\[]*))?", text)
     return "".join(part or "" for part in match.groups()) if match else ""
 
 
-def port_of(plan: RunPlan, env: Mapping[str, str]) -> int:
+def port_of_run(plan: RunPlan, env: Mapping[str, str]) -> int:
     """A port that every node finds by itself, without a word between them; another for each run and job."""
-    return port_from(f"{env.get('SLURM_JOB_ID', '')}:{plan.run_dir}")
+    return derive_port(f"{env.get('SLURM_JOB_ID', '')}:{plan.run_dir}")
 
 
-def port_from(mark: str) -> int:
-    return FIRST_PORT + int(hashlib.sha256(mark.encode()).hexdigest(), 16) % PORTS
+def derive_port(mark: str) -> int:
+    return FIRST_PORT + int(hashlib.sha256(mark.encode()).hexdigest(), 16) % PORT_COUNT
 
 
-def own_ranks(plan: RunPlan) -> range | None:
+def ranks_of_node(plan: RunPlan) -> range | None:
     """The ranks that this node starts; None: all of the run's, or all that a launcher reaches."""
     if not by_node(plan.launch) or plan.launch.node_rank is None:
         return None
@@ -86,7 +86,7 @@ def own_ranks(plan: RunPlan) -> range | None:
     return range(plan.launch.node_rank * count, (plan.launch.node_rank + 1) * count)
 
 
-def check_port(plan: RunPlan) -> None:
+def check_port_is_free(plan: RunPlan) -> None:
     """KitError on node 0 where somebody else listens at the port that the nodes have agreed on."""
     port = int(plan.launch.master_port or 0)
     with socket.socket() as probe:
@@ -99,7 +99,7 @@ def check_port(plan: RunPlan) -> None:
             raise KitError(message, "launch.master_port", fix, code=ENVIRONMENT, rule="port-taken") from None
 
 
-def others_command(plan: RunPlan) -> str:
+def launch_node_command(plan: RunPlan) -> str:
     """What is to be typed on the other nodes."""
     launch = plan.launch
     rendezvous = f"--master-addr {launch.master_addr} --master-port {launch.master_port}"
@@ -107,9 +107,9 @@ def others_command(plan: RunPlan) -> str:
     return f"kit launch-node {shlex.quote(str(plan.run_path / 'plan.json'))} {rendezvous} --node-rank {ranks}"
 
 
-def right_nodes(plan: RunPlan, env: Mapping[str, str]) -> None:
+def check_node_count(plan: RunPlan, env: Mapping[str, str]) -> None:
     """KitError where the batch system has other nodes than the plan: each would train alone, into one place (T68)."""
-    allocated, planned = number(env, "NNODES", "SLURM_STEP_NUM_NODES"), int(plan.launch.num_nodes)
+    allocated, planned = first_integer(env, "NNODES", "SLURM_STEP_NUM_NODES"), int(plan.launch.num_nodes)
     if allocated is not None and planned != allocated:
         raise KitError(
             f"the job has {allocated} node{'s' * (allocated != 1)}, the run was planned for {planned}",
@@ -117,7 +117,7 @@ def right_nodes(plan: RunPlan, env: Mapping[str, str]) -> None:
         )  # fmt: skip
 
 
-def enough_gpus(plan: RunPlan) -> None:
+def check_gpu_count(plan: RunPlan) -> None:
     """KitError where this node has fewer GPUs than the plan, which was made on another machine."""
     visible = len(hardware.list_gpus())
     if not plan.trainer["use_cpu"] and int(plan.launch.num_gpus) > visible:

@@ -38,11 +38,11 @@ def extensions_dir() -> Path:
         cpu = "".join(line for line in cpu.splitlines() if line.startswith(("model name", "flags")))
     except OSError:
         cpu = platform.processor()
-    fingerprint = [cpu, sys.prefix, platform.python_version(), *(version(p) for p in ("torch", "deepspeed"))]
+    fingerprint = [cpu, sys.prefix, platform.python_version(), *(package_version(p) for p in ("torch", "deepspeed"))]
     return paths.kit_cache_folder() / "ops" / hashlib.sha256("|".join(fingerprint).encode()).hexdigest()[:12]
 
 
-def installed() -> str:
+def installation_stamp() -> str:
     """When torch and DeepSpeed were installed. ninja compiles again what is older than its sources, so an environment
     that was made anew at the same place has nothing built, whatever lies in the folder."""
     mtimes = []
@@ -53,17 +53,17 @@ def installed() -> str:
 
 
 def is_built(stamp: Path) -> bool:
-    return stamp.exists() and stamp.read_text() == installed()
+    return stamp.exists() and stamp.read_text() == installation_stamp()
 
 
-def version(package: str) -> str:
+def package_version(package: str) -> str:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "none"
 
 
-def needed(plan: RunPlan) -> list[str]:
+def required_ops(plan: RunPlan) -> list[str]:
     """The operators that a plan's ranks will load."""
     if not plan.deepspeed:
         return []
@@ -81,7 +81,7 @@ def needed(plan: RunPlan) -> list[str]:
     return names
 
 
-def prepare(
+def build_missing_ops(
     names: list[str],
     seconds: float,
     say: Callable[[str], None],
@@ -99,18 +99,18 @@ def prepare(
     stamps.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + seconds
     with open(folder / ".kit-build", "a") as turn:
-        wait_for_turn(turn.fileno(), deadline, say, folder, stopped)
+        wait_for_build_lock(turn.fileno(), deadline, say, folder, stopped)
         for name in names:
             if stopped():
                 return
             if is_built(stamps / name):
                 continue
-            check_locks(folder, name, say)
-            if build(name, deadline, say, folder, env, stopped):
-                (stamps / name).write_text(installed())
+            clear_stale_locks(folder, name, say)
+            if build_op(name, deadline, say, folder, env, stopped):
+                (stamps / name).write_text(installation_stamp())
 
 
-def wait_for_turn(
+def wait_for_build_lock(
     fd: int, deadline: float, say: Callable[[str], None], folder: Path, stopped: Callable[[], bool]
 ) -> None:
     """One build at a time per folder: the lock is the kernel's, so a dead builder frees it."""
@@ -128,15 +128,15 @@ def wait_for_turn(
             time.sleep(0.5)
 
 
-def locks(folder: Path, name: str) -> list[Path]:
+def build_locks(folder: Path, name: str) -> list[Path]:
     """An operator's lock: torch builds in NAME below TORCH_EXTENSIONS_DIR, one folder deeper below its default."""
     return [*folder.glob(f"{name}/lock"), *folder.glob(f"*/{name}/lock")]
 
 
-def check_locks(folder: Path, name: str, say: Callable[[str], None]) -> None:
+def clear_stale_locks(folder: Path, name: str, say: Callable[[str], None]) -> None:
     """A lock that no living build owns is removed from the kit's own folder and refused in anybody else's."""
-    for lock in locks(folder, name):
-        owner = builder_in(lock.parent)
+    for lock in build_locks(folder, name):
+        owner = builder_process(lock.parent)
         age = int(time.time() - lock.stat().st_mtime)
         if owner:
             raise KitError(f"{name} is being compiled by process {owner}", str(lock), "wait for it", code=ENVIRONMENT)
@@ -152,7 +152,7 @@ def check_locks(folder: Path, name: str, say: Callable[[str], None]) -> None:
         )
 
 
-def builder_in(folder: Path) -> int | None:
+def builder_process(folder: Path) -> int | None:
     """A process that works in `folder` (ninja and the compilers run there), None where there is none."""
     for process in psutil.process_iter():
         try:
@@ -163,7 +163,7 @@ def builder_in(folder: Path) -> int | None:
     return None
 
 
-def build(
+def build_op(
     name: str,
     deadline: float,
     say: Callable[[str], None],
@@ -200,7 +200,7 @@ def build(
             if process.poll() is None:
                 kill_tree(process.pid)
                 process.wait()
-                for lock in locks(folder, name):  # ours, and its builder is gone
+                for lock in build_locks(folder, name):  # ours, and its builder is gone
                     lock.unlink(missing_ok=True)
     if process.returncode != 0:
         last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-1:]

@@ -15,10 +15,10 @@ from kit.launchers import ssh
 from kit.storage import run_directory
 from kit.storage.json_files import read_json_or_empty
 
-PEER_SECONDS = 20  # what the ranks here get to notice by themselves that another node has failed
+PEER_GRACE_SECONDS = 20  # what the ranks here get to notice by themselves that another node has failed
 
 
-def written(run: Path, own_ranks: range | None = None) -> list[tuple[int, int]]:
+def recorded_pids(run: Path, own_ranks: range | None = None) -> list[tuple[int, int]]:
     """(rank, process id) as ranks of this machine wrote them down; `own_ranks`: those of one node."""
     pids = []
     for file in sorted((run / run_directory.LOGS).glob("rank*.pid")):
@@ -32,19 +32,19 @@ def written(run: Path, own_ranks: range | None = None) -> list[tuple[int, int]]:
     return pids
 
 
-def living(run: Path, own_ranks: range | None = None) -> list[int]:
+def living_rank_pids(run: Path, own_ranks: range | None = None) -> list[int]:
     """Process ids of the living ranks on this machine."""
-    return [pid for _, pid in written(run, own_ranks) if psutil.pid_exists(pid)]
+    return [pid for _, pid in recorded_pids(run, own_ranks) if psutil.pid_exists(pid)]
 
 
-def send(pid: int, number: int) -> None:
+def send_signal(pid: int, number: int) -> None:
     try:
         os.kill(pid, number)
     except (ProcessLookupError, PermissionError):  # gone, or the number is another person's process now
         return
 
 
-def forget(run: Path, own_ranks: range | None = None, name: str = "") -> None:
+def remove_rank_files(run: Path, own_ranks: range | None = None, name: str = "") -> None:
     """Remove what an earlier start left in logs/: pids, errors, notes; on one node of several only its own."""
     logs, numbers = run / run_directory.LOGS, "*" if own_ranks is None else None
     for number in [numbers] if numbers else list(map(str, own_ranks or ())):
@@ -53,16 +53,16 @@ def forget(run: Path, own_ranks: range | None = None, name: str = "") -> None:
                 file.unlink(missing_ok=True)
     if not name:
         (logs / "nonfinite.json").unlink(missing_ok=True)
-        ssh.forget(run)
-    for file in logs.glob("node*.error.json") if own_ranks is None else [logs / f"{node_name(name)}.error.json"]:
+        ssh.clear_stop_request(run)
+    for file in logs.glob("node*.error.json") if own_ranks is None else [logs / f"{node_file_name(name)}.error.json"]:
         file.unlink(missing_ok=True)
 
 
-def node_name(name: str) -> str:
+def node_file_name(name: str) -> str:
     return name.removeprefix(".") or "node0"
 
 
-def lives(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
     try:
         return psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
     except psutil.NoSuchProcess:
@@ -71,7 +71,7 @@ def lives(pid: int) -> bool:
         return True
 
 
-class Deaths:
+class RankDeathTimes:
     """When each rank was first seen gone, by rank: zombies count, which a launcher only collects a second later."""
 
     def __init__(self, run: Path, own_ranks: range | None = None) -> None:
@@ -79,12 +79,12 @@ class Deaths:
         self.times: dict[str, float] = {}
 
     def update(self) -> None:
-        for rank, pid in written(self.run, self.own_ranks):
-            if str(rank) not in self.times and not lives(pid):
+        for rank, pid in recorded_pids(self.run, self.own_ranks):
+            if str(rank) not in self.times and not is_alive(pid):
                 self.times[str(rank)] = time.time()
 
 
-class Peers:
+class PeerFailures:
     """Whether ranks of another node have failed, from the errors that they leave in the run directory."""
 
     def __init__(self, run: Path, own_ranks: range | None) -> None:
@@ -106,7 +106,7 @@ class Peers:
         if self.deadline is None and any(
             self.errors_before.get(name) != mtime for name, mtime in self.errors().items()
         ):
-            self.deadline = time.monotonic() + PEER_SECONDS
+            self.deadline = time.monotonic() + PEER_GRACE_SECONDS
         return self.deadline is not None and time.monotonic() > self.deadline
 
 
@@ -114,16 +114,16 @@ def error_files(run: Path) -> list[Path]:
     return [*(run / run_directory.LOGS).glob("rank*.error.json"), *(run / run_directory.LOGS).glob("node*.error.json")]
 
 
-def changed(file: Path) -> float:
+def modification_time(file: Path) -> float:
     try:
         return file.stat().st_mtime
     except OSError:  # its own node begins again, and has just removed it
         return 0.0
 
 
-def read_errors(run: Path) -> tuple[list[Problem], int]:
+def read_rank_errors(run: Path) -> tuple[list[Problem], int]:
     """What the ranks wrote before they died, the earliest first, each problem once."""
-    files = sorted(error_files(run), key=changed)
+    files = sorted(error_files(run), key=modification_time)
     reports = [read_json_or_empty(f) for f in files]
     problems = {p["problem"]: Problem(**p) for report in reports for p in report.get("problems", [])}
     return list(problems.values())[:3], next((r["code"] for r in reports if r.get("code")), FAILED)

@@ -16,40 +16,42 @@ from pathlib import Path
 from typing import Any
 
 from kit.errors import DONE, ENVIRONMENT, FAILED, STOPPED, KitError, Problem
-from kit.launchers.ranks import read_errors
-from kit.launchers.slurm_client import OVER, look, own_job, sbatch, watch
-from kit.launchers.slurm_script import RESUME, plain, srun, train_script, verb_script
-from kit.launchers.supervise import Stop, outcome
+from kit.launchers.ranks import read_rank_errors
+from kit.launchers.slurm_client import FINAL_STATES, current_job_id, follow_job, job_state, submit_script
+from kit.launchers.slurm_script import RESUME_OPTIONS, check_plain_path, srun_command, train_script, verb_script
+from kit.launchers.supervise import StopRequests, exit_code_of_run
 from kit.schema.run_plan import RunPlan, load_plan
 from kit.storage import run_directory
 from kit.storage.json_files import atomic_write_json, atomic_write_text, read_json_or_empty
 from kit.system.terminal import print_status
 
-JOBS = "slurm.json"  # in the run directory: what was submitted
-VERBS = ("merge", "eval", "generate")
+JOBS_FILE = "slurm.json"  # in the run directory: what was submitted
+CHAINED_VERBS = ("merge", "eval", "generate")
 
 
-def start(plan: RunPlan, fresh: bool = False, follow: bool = False, then: Sequence[str] = ()) -> int:
+def create_and_submit(plan: RunPlan, fresh: bool = False, follow: bool = False, then: Sequence[str] = ()) -> int:
     """Make the run directory of a plan and submit it; the exit code. KitError where sbatch refuses."""
-    need(then)
-    plain(Path(plan.run_dir))
+    check_submission(then)
+    check_plain_path(Path(plan.run_dir))
     if not fresh and run_directory.plan_hash_of(Path(plan.run_dir)) == plan.hash:
-        refuse_twice(Path(plan.run_dir))  # before its plan is written again, which the job will read
-    allocated(plan)  # a refusal leaves no directory behind
-    return submit(run_directory.create_run_directory(plan, fresh), follow, then)
+        refuse_second_job(Path(plan.run_dir))  # before its plan is written again, which the job will read
+    inside_allocation(plan)  # a refusal leaves no directory behind
+    return submit_run(run_directory.create_run_directory(plan, fresh), follow, then)
 
 
-def submit(plan: RunPlan, follow: bool = False, then: Sequence[str] = ()) -> int:
+def submit_run(plan: RunPlan, follow: bool = False, then: Sequence[str] = ()) -> int:
     """Submit a run whose directory exists, new or to be continued, and the verbs that come after it (afterok)."""
     run = plan.run_path
-    need(then)
-    refuse_twice(run)
-    if allocated(plan):
+    check_submission(then)
+    refuse_second_job(run)
+    if inside_allocation(plan):
         if then:
             raise KitError("--then chains batch jobs", "--then", "outside of the allocation", code=ENVIRONMENT)
-        return run_here(plan)
-    script = write(run / "train.sbatch", train_script(plan, [run], str(run / run_directory.LOGS / "slurm-%j.out")))
-    job = record(run, "train", sbatch(script), script)
+        return run_in_allocation(plan)
+    script = write_script(
+        run / "train.sbatch", train_script(plan, [run], str(run / run_directory.LOGS / "slurm-%j.out"))
+    )
+    job = record_job(run, "train", submit_script(script), script)
     log = run / run_directory.LOGS / f"slurm-{job}.out"
     print(f"job {job}: {run_directory.path_from_here(run)}")
     print_status(
@@ -57,13 +59,15 @@ def submit(plan: RunPlan, follow: bool = False, then: Sequence[str] = ()) -> int
     )
     previous = job
     for verb in then:
-        chained = write(run / f"{verb}.sbatch", verb_script(verb, [str(run)], settings_of(plan, verb), run))
-        submitted = sbatch(chained, "--dependency", f"afterok:{previous}", "--kill-on-invalid-dep=yes")
-        previous = record(run, verb, submitted, chained)
+        chained = write_script(
+            run / f"{verb}.sbatch", verb_script(verb, [str(run)], slurm_settings_for_verb(plan, verb), run)
+        )
+        submitted = submit_script(chained, "--dependency", f"afterok:{previous}", "--kill-on-invalid-dep=yes")
+        previous = record_job(run, verb, submitted, chained)
         print(f"job {previous}: kit {verb}, once the one before is done")
     if not follow:
         return DONE
-    return ended(run, job, *watch(job, log))
+    return exit_code_of_job(run, job, *follow_job(job, log))
 
 
 def submit_array(plans: Sequence[RunPlan], folder: Path, at_once: int | None = None) -> str:
@@ -71,52 +75,52 @@ def submit_array(plans: Sequence[RunPlan], folder: Path, at_once: int | None = N
 
     `folder` (of a sweep) takes the script and SLURM's logs; `at_once`: how many tasks may run together.
     """
-    fits(plans, [folder, *(plan.run_path for plan in plans)])
+    check_array(plans, [folder, *(plan.run_path for plan in plans)])
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / ("slurm-%A_%a.out" if len(plans) > 1 else "slurm-%j.out")
     text = train_script(plans[0], [plan.run_path for plan in plans], str(log), at_once)
-    script = write(folder / "array.sbatch", text)
-    job = sbatch(script)
+    script = write_script(folder / "array.sbatch", text)
+    job = submit_script(script)
     for number, plan in enumerate(plans):
-        record(plan.run_path, "train", f"{job}_{number}" if len(plans) > 1 else job, script)
+        record_job(plan.run_path, "train", f"{job}_{number}" if len(plans) > 1 else job, script)
     return job
 
 
-def fits(plans: Sequence[RunPlan], paths: Sequence[Path]) -> None:
+def check_array(plans: Sequence[RunPlan], paths: Sequence[Path]) -> None:
     """KitError where plans cannot be the tasks of one array, or where nothing can be submitted here."""
-    need(())
+    check_submission(())
     if len({plan.launch.model_dump_json() for plan in plans}) != 1:
         message = "the tasks of an array share one script, so launch.* must be the same"
         raise KitError(message, "command line", "sweep other keys")
     for path in paths:
-        plain(path)
+        check_plain_path(path)
 
 
 def submit_verb(verb: str, source: str, argv: Sequence[str], words: Sequence[str], follow: bool = False) -> int:
     """`kit VERB argv` as a batch job. `words`: launch=slurm and launch.slurm.KEY=VALUE, over those of the run."""
-    need(())
+    check_submission(())
     path = Path(source).expanduser()
     if not path.exists() and (path.is_absolute() or source[0] in ".~" or (path.parent.name and path.parent.is_dir())):
         raise KitError(f"there is no {source}", "command line", "a run, a folder, or a Hub id")  # now, not in the job
     plan = load_plan(source) if Path(source, run_directory.PLAN).is_file() else None
-    slurm = chosen(settings_of(plan, verb), words)
+    slurm = override_slurm_settings(slurm_settings_for_verb(plan, verb), words)
     run = plan.run_path if plan else Path.cwd() / "slurm-logs"
     if plan:
         run = Path(source).absolute()
-    plain(run)
+    check_plain_path(run)
     (run / run_directory.LOGS).mkdir(parents=True, exist_ok=True)
-    script = write(run / f"{verb}.sbatch", verb_script(verb, argv, slurm, run))
-    job = record(run, verb, sbatch(script), script)
+    script = write_script(run / f"{verb}.sbatch", verb_script(verb, argv, slurm, run))
+    job = record_job(run, verb, submit_script(script), script)
     log = run / run_directory.LOGS / f"{verb}-{job}.out"
     print(f"job {job}: kit {verb} {source}")
     print_status(f"its log: {run_directory.path_from_here(log)}")
     if not follow:
         return DONE
-    state, code = watch(job, log)
+    state, code = follow_job(job, log)
     return code if state in ("COMPLETED", "FAILED") else FAILED
 
 
-def settings_of(plan: RunPlan | None, verb: str) -> dict[str, Any]:
+def slurm_settings_for_verb(plan: RunPlan | None, verb: str) -> dict[str, Any]:
     """launch.slurm for a later verb of a run: on one GPU, as all of them are one process; a merge takes none."""
     if plan is None or plan.launch.slurm is None:
         return {}
@@ -125,7 +129,7 @@ def settings_of(plan: RunPlan | None, verb: str) -> dict[str, Any]:
     return {**slurm, "gres": f"{gpu[0]}:1" if gpu and verb != "merge" else None}
 
 
-def chosen(slurm: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
+def override_slurm_settings(slurm: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
     """The settings with `launch.slurm.KEY=VALUE` on top; KitError for what is no setting of a job."""
     from kit.config.compose import apply
     from kit.config.sections import read_slurm
@@ -138,15 +142,15 @@ def chosen(slurm: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
     return read_slurm(tree["launch"]["slurm"])
 
 
-def allocated(plan: RunPlan) -> bool:
+def inside_allocation(plan: RunPlan) -> bool:
     """Whether this process stands inside an allocation, as salloc makes it.
 
     KitError where that is over, or has fewer nodes than the plan.
     """
-    job = own_job()
+    job = current_job_id()
     if not job:
         return False
-    if (state := look(job)[0]).startswith(OVER):
+    if (state := job_state(job)[0]).startswith(FINAL_STATES):
         message = f"SLURM_JOB_ID={job} is set, but that job is {'not known' if state == 'GONE' else state.lower()}"
         raise KitError(message, "environment", "a new shell, or: unset SLURM_JOB_ID", code=ENVIRONMENT)
     nodes, planned = os.environ.get("SLURM_JOB_NUM_NODES", ""), int(plan.launch.num_nodes)
@@ -157,12 +161,12 @@ def allocated(plan: RunPlan) -> bool:
     return True
 
 
-def run_here(plan: RunPlan) -> int:
+def run_in_allocation(plan: RunPlan) -> int:
     """The job's step in the allocation that we stand in, in the foreground; Ctrl-C lets it save."""
-    print_status(f"inside the allocation {own_job()}: started as a step of it")
-    stop, requests = Stop(), 0
+    print_status(f"inside the allocation {current_job_id()}: started as a step of it")
+    stop, requests = StopRequests(), 0
     with stop:
-        step = subprocess.Popen([*srun(plan), str(plan.run_path), *RESUME], start_new_session=True)
+        step = subprocess.Popen([*srun_command(plan), str(plan.run_path), *RESUME_OPTIONS], start_new_session=True)
         while step.poll() is None:
             if stop.requests > requests:
                 step.send_signal(signal.SIGUSR1 if requests == 0 else signal.SIGTERM)  # srun passes the first one on
@@ -170,14 +174,14 @@ def run_here(plan: RunPlan) -> int:
             time.sleep(0.2)
     if step.returncode and run_directory.read_status(plan.run_path).get("state") == "created":
         message = f"srun ended with {step.returncode} before the run began"
-        raise KitError(message, f"allocation {own_job()}", "what srun says above", code=ENVIRONMENT)
-    return outcome(plan.run_path, step.returncode)
+        raise KitError(message, f"allocation {current_job_id()}", "what srun says above", code=ENVIRONMENT)
+    return exit_code_of_run(plan.run_path, step.returncode)
 
 
-def need(then: Sequence[str]) -> None:
-    wrong = [verb for verb in then if verb not in VERBS]
+def check_submission(then: Sequence[str]) -> None:
+    wrong = [verb for verb in then if verb not in CHAINED_VERBS]
     if wrong:
-        verbs = ",".join(VERBS)
+        verbs = ",".join(CHAINED_VERBS)
         raise KitError(f"--then {wrong[0]}: no step after training", "--then", f"some of {verbs}")
     if len(set(then)) < len(then):
         raise KitError("--then names a verb twice", "--then", "each verb once")
@@ -191,35 +195,40 @@ def need(then: Sequence[str]) -> None:
         )  # fmt: skip
 
 
-def refuse_twice(run: Path) -> None:
+def refuse_second_job(run: Path) -> None:
     """KitError where a job of this run still waits or runs: two would write into one directory."""
-    if living := living_job(run):
+    if living := unfinished_job(run):
         job, state = living
         raise KitError(f"{run} is job {job} ({state.lower()})", fix=f"wait for it, or scancel {job}")
 
 
-def living_job(run: Path) -> tuple[str, str] | None:
+def unfinished_job(run: Path) -> tuple[str, str] | None:
     """(id, state) of a job that trains this run, or will; None where there is none but our own."""
-    jobs = [j["id"] for j in read_json_or_empty(run / JOBS).get("jobs", []) if j["verb"] == "train"]
-    if jobs and jobs[-1] != own_job() and (state := look(jobs[-1])[0]) and not state.startswith(OVER):
+    jobs = [j["id"] for j in read_json_or_empty(run / JOBS_FILE).get("jobs", []) if j["verb"] == "train"]
+    if (
+        jobs
+        and jobs[-1] != current_job_id()
+        and (state := job_state(jobs[-1])[0])
+        and not state.startswith(FINAL_STATES)
+    ):
         return jobs[-1], state
     return None
 
 
-def write(script: Path, text: str) -> Path:
+def write_script(script: Path, text: str) -> Path:
     atomic_write_text(script, text)
     script.chmod(0o700)
     return script
 
 
-def record(run: Path, verb: str, job: str, script: Path) -> str:
-    jobs = read_json_or_empty(run / JOBS).get("jobs", [])
+def record_job(run: Path, verb: str, job: str, script: Path) -> str:
+    jobs = read_json_or_empty(run / JOBS_FILE).get("jobs", [])
     jobs.append({"verb": verb, "id": job, "script": str(script), "submitted": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
-    atomic_write_json(run / JOBS, {"jobs": jobs})
+    atomic_write_json(run / JOBS_FILE, {"jobs": jobs})
     return job
 
 
-def ended(run: Path, job: str, state: str, code: int) -> int:
+def exit_code_of_job(run: Path, job: str, state: str, code: int) -> int:
     """The exit code of a run that was followed; KitError with what its ranks wrote down."""
     run_state = run_directory.read_status(run).get("state")
     if run_state == "done":
@@ -227,7 +236,7 @@ def ended(run: Path, job: str, state: str, code: int) -> int:
     if run_state == "stopped":
         print_status(f"stopped with a complete checkpoint: kit resume {run_directory.path_from_here(run)}")
         return STOPPED
-    problems, exit_code = read_errors(run)
+    problems, exit_code = read_rank_errors(run)
     log = str(run / run_directory.LOGS / f"slurm-{job}.out")
     problems = problems or [Problem(f"job {job} is {state.lower()} (exit code {code})", log, "read the log")]
     raise KitError(problems, code=exit_code)

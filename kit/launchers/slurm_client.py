@@ -13,11 +13,20 @@ from kit.errors import ENVIRONMENT, KitError
 from kit.system.secrets import is_secret
 from kit.system.terminal import print_status
 
-CLIENT = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_DEBUG_FLAGS", "SLURM_EXIT_ERROR")
-OVER = tuple("COMPLETED FAILED CANCELLED TIMEOUT NODE_FAIL OUT_OF_MEMORY PREEMPTED BOOT_FAIL DEADLINE GONE".split())
+CLIENT_VARIABLES = (
+    "SLURM_CONF",
+    "SLURM_CONF_SERVER",
+    "SLURM_CLUSTERS",
+    "SLURM_JWT",
+    "SLURM_DEBUG_FLAGS",
+    "SLURM_EXIT_ERROR",
+)
+FINAL_STATES = tuple(
+    "COMPLETED FAILED CANCELLED TIMEOUT NODE_FAIL OUT_OF_MEMORY PREEMPTED BOOT_FAIL DEADLINE GONE".split()
+)
 
 
-def own_job() -> str:
+def current_job_id() -> str:
     return os.environ.get("SLURM_JOB_ID", "")
 
 
@@ -27,19 +36,19 @@ def without_secrets(env: dict[str, str]) -> tuple[dict[str, str], list[str]]:
     return {k: v for k, v in env.items() if k not in hidden}, hidden
 
 
-def of_another_job(name: str) -> bool:
+def describes_current_job(name: str) -> bool:
     """Whether a variable tells of the job that we stand in: srun would take it for one of the new job."""
-    return name.startswith("SLURM_") and name not in CLIENT
+    return name.startswith("SLURM_") and name not in CLIENT_VARIABLES
 
 
-def sbatch(script: Path, *options: str) -> str:
+def submit_script(script: Path, *options: str) -> str:
     """Submit a script; its job id. Tokens stay behind: SLURM writes a job's environment into files of its own."""
-    env, hidden = without_secrets({k: v for k, v in os.environ.items() if not of_another_job(k)})
+    env, hidden = without_secrets({k: v for k, v in os.environ.items() if not describes_current_job(k)})
     if hidden:
         print_status(
             f"not given to the job: {', '.join(hidden)} (hf auth login keeps a token in a file that the job can read)"
         )
-    process = ask("sbatch", "--parsable", *options, str(script), env=env)
+    process = run_slurm_command("sbatch", "--parsable", *options, str(script), env=env)
     job = process.stdout.strip().partition(";")[0]
     if process.returncode or not job.isdigit():
         message = process.stderr.strip().removeprefix("sbatch: error: ") or f"sbatch ended with {process.returncode}"
@@ -49,7 +58,7 @@ def sbatch(script: Path, *options: str) -> str:
     return job
 
 
-def ask(*argv: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+def run_slurm_command(*argv: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     try:
         return subprocess.run(
             argv, env=env, capture_output=True, text=True, errors="replace", timeout=120, stdin=subprocess.DEVNULL
@@ -58,21 +67,21 @@ def ask(*argv: str, env: dict[str, str] | None = None) -> subprocess.CompletedPr
         return subprocess.CompletedProcess(argv, 1, "", f"{argv[0]} gave no answer in 120 s")
 
 
-def look(job: str) -> tuple[str, int]:
+def job_state(job: str) -> tuple[str, int]:
     """A job's state and exit code; ("", 0) where the controller has forgotten it or does not answer."""
-    process = ask("scontrol", "show", "job", "-o", job)
+    process = run_slurm_command("scontrol", "show", "job", "-o", job)
     state, code = re.search(r"\bJobState=(\w+)", process.stdout), re.search(r"\bExitCode=(\d+):(\d+)", process.stdout)
     if process.returncode or not state:
         return ("GONE" if "nvalid job id" in process.stderr else ""), 0
     return state[1], (int(code[1]) or (128 + int(code[2]) if int(code[2]) else 0)) if code else 0
 
 
-def watch(job: str, log: Path) -> tuple[str, int]:
+def follow_job(job: str, log: Path) -> tuple[str, int]:
     """Show a job's log until it is over: its last state and exit code. A job that is queued again is waited for."""
     offset, last_state = 0, ""
     try:
         while True:
-            state, code = look(job)
+            state, code = job_state(job)
             if state and state != last_state:
                 print_status(f"job {job} is {state.lower()}")
                 last_state = state
@@ -82,7 +91,7 @@ def watch(job: str, log: Path) -> tuple[str, int]:
                     sys.stdout.write(f.read())
                     sys.stdout.flush()
                     offset = f.tell()
-            if state.startswith(OVER):
+            if state.startswith(FINAL_STATES):
                 return state, code
             time.sleep(1)
     except KeyboardInterrupt:

@@ -13,11 +13,11 @@ from kit.config import slurm as values
 from kit.errors import FAILED, STOPPED, KitError, Problem
 from kit.schema.run_plan import RunPlan
 
-MODULE = [sys.executable, "-m", "kit"]
-RESUME = ["--resume", "newest"]  # a job that was queued again goes on
+KIT_COMMAND = [sys.executable, "-m", "kit"]
+RESUME_OPTIONS = ["--resume", "newest"]  # a job that was queued again goes on
 
 # bash runs a trap only between commands: the step is put into the background and waited for, again after each signal.
-STEP = """\
+STEP_TEMPLATE = """\
 # Preempted, or its node lost: SLURM queues the job again by itself. That counts too.
 [ "${{SLURM_RESTART_COUNT:-0}}" -le {requeues} ] || {{ echo "kit: queued again {requeues} times"; exit {failed}; }}
 
@@ -47,14 +47,14 @@ exit "$code"
 """
 
 
-def srun(plan: RunPlan) -> list[str]:
+def srun_command(plan: RunPlan) -> list[str]:
     """One task per node, which starts the ranks of its node; it may use all of the job's CPUs there."""
     assert plan.launch.slurm
     nodes = str(plan.launch.num_nodes)
     argv = ["srun", "--nodes", nodes, "--ntasks", nodes, "--ntasks-per-node", "1", "--kill-on-bad-exit=1", "--overlap"]
     if cpus := plan.launch.slurm.cpus_per_task:  # srun no longer takes it from sbatch
         argv += ["--cpus-per-task", str(cpus)]
-    return [*argv, "--cpu-bind=none", *MODULE, "launch-node"]
+    return [*argv, "--cpu-bind=none", *KIT_COMMAND, "launch-node"]
 
 
 def train_script(plan: RunPlan, runs: Sequence[Path], output: str, at_once: int | None = None) -> str:
@@ -65,28 +65,34 @@ def train_script(plan: RunPlan, runs: Sequence[Path], output: str, at_once: int 
     options = [f"--signal=B:USR1@{slurm['signal_seconds']}", "--requeue", "--open-mode=append"]
     if len(runs) > 1:
         options.append(f"--array=0-{len(runs) - 1}" + (f"%{int(at_once)}" if at_once else ""))
-    lines = header(f"kit train of {len(runs)} run{'s' * (len(runs) > 1)}", name, output, slurm, nodes, options)
+    lines = sbatch_header(f"kit train of {len(runs)} run{'s' * (len(runs) > 1)}", name, output, slurm, nodes, options)
     if len(runs) == 1:
-        lines += [f"run={quoted([str(runs[0])])}", "job=$SLURM_JOB_ID"]
+        lines += [f"run={quote_words([str(runs[0])])}", "job=$SLURM_JOB_ID"]
     else:
-        lines += ["runs=(", *(f"  {quoted([str(run)])}" for run in runs), ")"]
+        lines += ["runs=(", *(f"  {quote_words([str(run)])}" for run in runs), ")"]
         lines += ["run=${runs[$SLURM_ARRAY_TASK_ID]}", "job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"]
-    step = STEP.format(
-        srun=quoted(srun(plan)), resume=quoted(RESUME), stopped=STOPPED, failed=FAILED, requeues=requeues
+    step = STEP_TEMPLATE.format(
+        srun=quote_words(srun_command(plan)),
+        resume=quote_words(RESUME_OPTIONS),
+        stopped=STOPPED,
+        failed=FAILED,
+        requeues=requeues,
     )
     return "\n".join(lines) + "\n" + step
 
 
 def verb_script(verb: str, argv: Sequence[str], slurm: dict[str, Any], folder: Path) -> str:
     """The script of a step after training, which is one process."""
-    lines = header(f"kit {verb}", f"kit-{verb}", str(folder / "logs" / f"{verb}-%j.out"), slurm, 1, [])
+    lines = sbatch_header(f"kit {verb}", f"kit-{verb}", str(folder / "logs" / f"{verb}-%j.out"), slurm, 1, [])
     step = ["srun", "--nodes", "1", "--ntasks", "1", "--overlap"]
     if cpus := slurm.get("cpus_per_task"):
         step += ["--cpus-per-task", str(cpus)]
-    return "\n".join([*lines, quoted(["exec", *step, "--cpu-bind=none", *MODULE, verb, *argv])]) + "\n"
+    return "\n".join([*lines, quote_words(["exec", *step, "--cpu-bind=none", *KIT_COMMAND, verb, *argv])]) + "\n"
 
 
-def header(about: str, name: str, output: str, slurm: dict[str, Any], nodes: int, more: Sequence[str]) -> list[str]:
+def sbatch_header(
+    about: str, name: str, output: str, slurm: dict[str, Any], nodes: int, more: Sequence[str]
+) -> list[str]:
     """The lines before the work: options for sbatch, modules and set-up. KitError for a value that is not plain."""
     problems = [*values.value_problems(slurm), *values.extra_problems(slurm)]
     if problems:
@@ -100,22 +106,24 @@ def header(about: str, name: str, output: str, slurm: dict[str, Any], nodes: int
     directives += slurm.get("extra") or []
     lines = ["#!/bin/bash", f"# {about}, written by kit {__version__}; sbatch takes it again as it is."]
     lines += [f"#SBATCH {option}" for option in directives] + [""]
-    lines += [quoted(["module", "load", module]) for module in slurm.get("modules") or []]
-    lines += [quoted(shlex.split(command)) for command in slurm.get("setup") or []]
+    lines += [quote_words(["module", "load", module]) for module in slurm.get("modules") or []]
+    lines += [quote_words(shlex.split(command)) for command in slurm.get("setup") or []]
     return lines
 
 
-def quoted(words: Sequence[str]) -> str:
+def quote_words(words: Sequence[str]) -> str:
     """Words for bash on one line: nothing in them is the shell's, and a newline does not begin a line."""
-    return " ".join(ansi(word) if values.CONTROL.search(word) else shlex.quote(word) for word in words)
+    return " ".join(
+        quote_control_characters(word) if values.CONTROL.search(word) else shlex.quote(word) for word in words
+    )
 
 
-def ansi(word: str) -> str:
+def quote_control_characters(word: str) -> str:
     escaped = word.replace("\\", "\\\\").replace("'", "\\'")
     return "$'" + values.CONTROL.sub(lambda m: "".join(f"\\x{b:02x}" for b in m[0].encode()), escaped) + "'"
 
 
-def plain(path: Path) -> None:
+def check_plain_path(path: Path) -> None:
     """KitError where a directory's name cannot stand behind --output."""
     if not values.PATH.fullmatch(str(path)):
         raise KitError(

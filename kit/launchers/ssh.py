@@ -26,39 +26,43 @@ from kit.system.secrets import is_secret
 ENV_FILE = "deepspeed_env"
 # What a rank asks its environment for, by the beginning of the name. Devices, paths of a home, and places for
 # temporary files are each node's own; TORCH_EXTENSIONS_DIR comes along only where a person has set it.
-PASSED = (
+PASSED_PREFIXES = (
     "HF_", "HUGGINGFACE_", "TRANSFORMERS_", "TOKENIZERS_", "DATASETS_", "ACCELERATE_", "TRL_", "BNB_", "TORCH",
     "PYTORCH_", "CUDA_HOME", "CUDA_PATH", "CUDA_DEVICE_", "CUDA_LAUNCH_", "NCCL_", "GLOO_", "UCX_", "OMP_", "MKL_",
     "TRITON_", "KIT_", "WANDB_", "MLFLOW_", "TRACKIO_", "DS_", "DO_NOT_TRACK", "LD_LIBRARY_PATH", "XDG_CACHE_HOME",
 )  # fmt: skip
-OWN = ("DS_ENV_FILE", "TRL_LAUNCHER", "TORCHELASTIC_RUN_ID")
-HANDED_ON = ("PYTHON", "MLFLOW", "MV2", "UCX", "NCCL")  # by DeepSpeed itself, secret or not
-PLAIN = re.compile(r"[\w@%+=:,./ -]*")  # DeepSpeed puts anything else into double quotes for a shell, unescaped
+NEVER_PASSED = ("DS_ENV_FILE", "TRL_LAUNCHER", "TORCHELASTIC_RUN_ID")
+DEEPSPEED_PREFIXES = ("PYTHON", "MLFLOW", "MV2", "UCX", "NCCL")  # by DeepSpeed itself, secret or not
+PLAIN_VALUE = re.compile(r"[\w@%+=:,./ -]*")  # DeepSpeed puts anything else into double quotes for a shell, unescaped
 
 
-def environment(plan: RunPlan, rank_env: Mapping[str, str], say: Callable[[str], None]) -> dict[str, str]:
+def write_remote_environment(plan: RunPlan, rank_env: Mapping[str, str], say: Callable[[str], None]) -> dict[str, str]:
     """Write the file and return what the deepspeed command itself needs. `rank_env`: the kit's settings for the ranks.
 
     The lines of a person's `.deepspeed_env` (home, then working directory) come along as well.
     """
-    inherited = {name: value for name, value in os.environ.items() if name.startswith(PASSED) and name not in OWN}
-    user_env = persons_lines()
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith(PASSED_PREFIXES) and name not in NEVER_PASSED
+    }
+    user_env = user_environment_lines()
     sent: dict[str, str] = {}
     accelerator = {name: rank_env[name] for name in ("DS_ACCELERATOR",) if name in rank_env}
     for name, value in {**accelerator, **inherited, **user_env}.items():
         if is_secret(name, value):
             say(f"{name} looks like a secret and is not sent to the nodes: log in there, or keep it in a file")
-        elif not re.fullmatch(r"[A-Za-z_]\w*", name) or not PLAIN.fullmatch(value):
+        elif not re.fullmatch(r"[A-Za-z_]\w*", name) or not PLAIN_VALUE.fullmatch(value):
             say(f"{name} is not sent to the nodes: its value has characters that a shell would read")
         else:
             sent[name] = value
     file = plan.run_path / ENV_FILE
     atomic_write_text(file, "".join(f"{name}={value}\n" for name, value in sorted(sent.items())))
-    hidden = {k: "" for k, v in os.environ.items() if k.startswith(HANDED_ON) and is_secret(k, v)}
+    hidden = {k: "" for k, v in os.environ.items() if k.startswith(DEEPSPEED_PREFIXES) and is_secret(k, v)}
     return {"DS_ENV_FILE": str(file), **hidden}
 
 
-def persons_lines() -> dict[str, str]:
+def user_environment_lines() -> dict[str, str]:
     """What is in a `.deepspeed_env` of one's own, which DS_ENV_FILE would hide."""
     name = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
     variables: dict[str, str] = {}
@@ -71,11 +75,11 @@ def persons_lines() -> dict[str, str]:
     return variables
 
 
-def hosts(plan: RunPlan) -> list[str]:
+def selected_hosts(plan: RunPlan) -> list[str]:
     return list(hosts_now(plan.launch))[: int(plan.launch.num_nodes)]
 
 
-def check(plan: RunPlan) -> None:
+def check_nodes_reachable(plan: RunPlan) -> None:
     """KitError (3) where a node cannot be reached, or lacks the run directory or this Python; all nodes at once."""
     problems = []
     if not shutil.which("pdsh"):
@@ -86,23 +90,23 @@ def check(plan: RunPlan) -> None:
             problems.append(Problem(f"{path!r} goes into a command for other nodes and has a space or a sign in it",
                                     "runs_dir", "a plain path"))  # fmt: skip
     if not problems:
-        problems = [p for p in map(reached, probes(plan)) if p]
+        problems = [p for p in map(probe_problem, start_probes(plan)) if p]
     if problems:
         raise KitError(problems, code=ENVIRONMENT)
 
 
-def probes(plan: RunPlan) -> list[tuple[str, subprocess.Popen[str]]]:
+def start_probes(plan: RunPlan) -> list[tuple[str, subprocess.Popen[str]]]:
     """One ssh to each node, side by side: does it see the plan, and has it this Python?"""
     asks = f"test -r {plan.run_path / run_directory.PLAN} && echo plan; test -x {sys.executable} && echo python"
     options = ["-o", "BatchMode=yes", "-o", "ConnectTimeout=10"]
     return [
         (host, subprocess.Popen(["ssh", *options, host, asks], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                                 stderr=subprocess.PIPE, text=True))
-        for host in hosts(plan)
+        for host in selected_hosts(plan)
     ]  # fmt: skip
 
 
-def reached(probe: tuple[str, subprocess.Popen[str]]) -> Problem | None:
+def probe_problem(probe: tuple[str, subprocess.Popen[str]]) -> Problem | None:
     host, process = probe
     try:
         out, err = process.communicate(timeout=60)
@@ -123,28 +127,28 @@ def reached(probe: tuple[str, subprocess.Popen[str]]) -> Problem | None:
 
 # ---- stopping: the ranks are on other machines, where this one has no process to signal ----
 
-STOP = "stop"
+STOP_FILE = "stop"
 
 
-def ask_ranks(run: Path, what: str) -> None:
+def request_remote_stop(run: Path, what: str) -> None:
     """`save`: a checkpoint and an end, as after a signal; `now`: an end. Every rank looks once a second."""
-    atomic_write_text(run / run_directory.LOGS / STOP, what)
+    atomic_write_text(run / run_directory.LOGS / STOP_FILE, what)
 
 
-def forget(run: Path) -> None:
-    (run / run_directory.LOGS / STOP).unlink(missing_ok=True)
+def clear_stop_request(run: Path) -> None:
+    (run / run_directory.LOGS / STOP_FILE).unlink(missing_ok=True)
 
 
-def is_old(run: Path) -> bool:
+def is_stale_stop_request(run: Path) -> bool:
     """Whether the word is of an earlier start, whose ranks have long seen it."""
     try:
-        return time.time() - (run / run_directory.LOGS / STOP).stat().st_mtime > 120
+        return time.time() - (run / run_directory.LOGS / STOP_FILE).stat().st_mtime > 120
     except OSError:
         return True
 
 
-def asked(run: Path) -> str:
+def stop_request(run: Path) -> str:
     try:
-        return (run / run_directory.LOGS / STOP).read_text()
+        return (run / run_directory.LOGS / STOP_FILE).read_text()
     except OSError:
         return ""

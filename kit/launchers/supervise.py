@@ -25,22 +25,22 @@ from kit.config.nodes import over_ssh
 from kit.errors import DONE, STOPPED, KitError, Problem
 from kit.launchers import node, ops, ranks
 from kit.launchers import ssh as remote
-from kit.launchers.command import command, rank_environment
+from kit.launchers.command import launch_command, rank_environment
 from kit.schema.run_plan import RunPlan
 from kit.storage import manifest, run_directory
 from kit.storage.json_files import atomic_write_json
 from kit.system import hardware
 from kit.system.terminal import print_status
 
-SETTLE_SECONDS = 90  # a shared file system may show node 0's last word late
+STATUS_WAIT_SECONDS = 90  # a shared file system may show node 0's last word late
 
 PR_SET_PDEATHSIG = 1
 
 
 def launch(plan: RunPlan, resume: str | None = None) -> int:
     """Run a plan whose directory exists; the exit code of the command. Blocks until no process is left."""
-    plan = node.placed(plan)
-    run, own_ranks, ssh = plan.run_path, node.own_ranks(plan), over_ssh(plan.launch)
+    plan = node.resolve_node(plan)
+    run, own_ranks, ssh = plan.run_path, node.ranks_of_node(plan), over_ssh(plan.launch)
     first = own_ranks is None or own_ranks.start == 0
     status_before = None if first else run_directory.read_status(run)
     name = "" if first else f".node{plan.launch.node_rank}"
@@ -49,14 +49,14 @@ def launch(plan: RunPlan, resume: str | None = None) -> int:
             print_status(f"warning: {w['problem']} ({w['where']}); {w['fix']} [{w['rule']}]")
     with run_directory.lock_run_directory(run, run_directory.LOCK + name):
         if own_ranks is not None and first:
-            node.check_port(plan)
-            print_status(f"node 0 waits for the others: {node.others_command(plan)}")
+            node.check_port_is_free(plan)
+            print_status(f"node 0 waits for the others: {node.launch_node_command(plan)}")
         if ssh:
-            remote.check(plan)
-        stop = Stop()
+            remote.check_nodes_reachable(plan)
+        stop = StopRequests()
         with stop:
-            ops.prepare(
-                ops.needed(plan),
+            ops.build_missing_ops(
+                ops.required_ops(plan),
                 plan.launch.build_seconds,
                 print_status,
                 rank_environment(plan),
@@ -64,32 +64,32 @@ def launch(plan: RunPlan, resume: str | None = None) -> int:
             )
             if stop.requests:
                 return 128 + signal.SIGINT
-            ranks.forget(run, own_ranks, name)
-            argv, env = command(plan, run / run_directory.PLAN, resume)
+            ranks.remove_rank_files(run, own_ranks, name)
+            argv, env = launch_command(plan, run / run_directory.PLAN, resume)
             if ssh:
-                env |= remote.environment(plan, env, print_status)
+                env |= remote.write_remote_environment(plan, env, print_status)
             record = {"argv": argv, "env": env, "cwd": os.getcwd(), "resume": resume}
             record_file = run / run_directory.LAUNCH if first else run / run_directory.LOGS / f"launch{name}.json"
             atomic_write_json(record_file, record)
             if first:
                 run_directory.set_status(run, "running")
-            kills_before, deaths = hardware.cgroup_oom_kills() or 0, ranks.Deaths(run, own_ranks)
-            peers = ranks.Peers(run, own_ranks) if own_ranks is not None or ssh else None
+            kills_before, deaths = hardware.cgroup_oom_kills() or 0, ranks.RankDeathTimes(run, own_ranks)
+            peers = ranks.PeerFailures(run, own_ranks) if own_ranks is not None or ssh else None
             # SLURM signals all processes of a step: SIGUSR1 is for us and for the ranks, and would end a launcher.
             process = subprocess.Popen(
                 argv, env={**os.environ, **env}, stdin=subprocess.DEVNULL, start_new_session=True,
                 preexec_fn=lambda: signal.signal(signal.SIGUSR1, signal.SIG_IGN),
             )  # fmt: skip
             try:
-                wait(process, run, stop, plan.launch.grace_seconds, deaths, peers, ssh)
+                wait_for_launcher(process, run, stop, plan.launch.grace_seconds, deaths, peers, ssh)
             finally:
                 if ssh and process.poll() is None:
-                    remote.ask_ranks(run, "now")
+                    remote.request_remote_stop(run, "now")
                     with contextlib.suppress(subprocess.TimeoutExpired):
                         process.wait(10)
                 kill_all(process, run, own_ranks)
                 if ssh and process.returncode:  # whatever still lives on the nodes
-                    remote.ask_ranks(run, "now")
+                    remote.request_remote_stop(run, "now")
                 # For `kit doctor RUN`: the launchers' own exit codes do not tell which rank went first, or why.
                 killed = (hardware.cgroup_oom_kills() or 0) - kills_before
                 end = {
@@ -99,10 +99,10 @@ def launch(plan: RunPlan, resume: str | None = None) -> int:
                     "asked": stop.requests,
                 }
                 atomic_write_json(record_file, {**record, "ended": end})
-    return outcome(run, process.returncode, name, status_before)
+    return exit_code_of_run(run, process.returncode, name, status_before)
 
 
-def newest_checkpoint(run: Path) -> str | None:
+def newest_checkpoint_name(run: Path) -> str | None:
     """The name of the checkpoint that an unattended start goes on from, None where there is none; said aloud."""
     newest = manifest.newest_complete_checkpoint(run / run_directory.CHECKPOINTS)
     for reason in newest.skipped:
@@ -113,14 +113,14 @@ def newest_checkpoint(run: Path) -> str | None:
     return newest.path.name
 
 
-class Stop:
+class StopRequests:
     """Turns Ctrl-C, SIGTERM and SIGUSR1 into a flag while ranks run, and gives the handlers back afterwards."""
 
     def __init__(self) -> None:
         self.requests = 0
         self.handlers_before: dict[int, Any] = {}
 
-    def __enter__(self) -> Stop:
+    def __enter__(self) -> StopRequests:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup: it goes on without us
                 self.handlers_before[number] = signal.signal(number, self.count)
@@ -134,13 +134,13 @@ class Stop:
         self.requests += 1
 
 
-def wait(
+def wait_for_launcher(
     process: subprocess.Popen[bytes],
     run: Path,
-    stop: Stop,
+    stop: StopRequests,
     grace: float,
-    deaths: ranks.Deaths,
-    peers: ranks.Peers | None = None,
+    deaths: ranks.RankDeathTimes,
+    peers: ranks.PeerFailures | None = None,
     ssh: bool = False,
 ) -> None:
     """Until the launcher ends. The first request lets the ranks save; the second, or `grace` seconds, ends them."""
@@ -152,14 +152,14 @@ def wait(
             return
         if stop.requests and deadline is None:
             deadline = time.monotonic() + grace
-            pids = ranks.living(run, deaths.own_ranks)
+            pids = ranks.living_rank_pids(run, deaths.own_ranks)
             if ssh:
-                remote.ask_ranks(run, "save")
+                remote.request_remote_stop(run, "save")
             elif not pids:  # nothing trains yet, so there is nothing to save
                 return
             print_status("stopping: the ranks save a checkpoint at the next step (again to end them at once)")
             for pid in pids:
-                ranks.send(pid, signal.SIGTERM)
+                ranks.send_signal(pid, signal.SIGTERM)
         if deadline is not None and (stop.requests > 1 or time.monotonic() > deadline):
             print_status("ending the ranks without a checkpoint")
             return
@@ -168,7 +168,7 @@ def wait(
 
 def kill_all(process: subprocess.Popen[bytes], run: Path, own_ranks: range | None = None) -> None:
     """End the launcher, everything below it and every rank; ranks under torchrun have sessions of their own."""
-    pids = ranks.living(run, own_ranks)
+    pids = ranks.living_rank_pids(run, own_ranks)
     ops.kill_tree(process.pid)
     for pid in pids:
         ops.kill_tree(pid)
@@ -182,13 +182,15 @@ def kill_all(process: subprocess.Popen[bytes], run: Path, own_ranks: range | Non
             file.unlink(missing_ok=True)
 
 
-def outcome(run: Path, returncode: int | None, name: str = "", status_before: dict[str, Any] | None = None) -> int:
+def exit_code_of_run(
+    run: Path, returncode: int | None, name: str = "", status_before: dict[str, Any] | None = None
+) -> int:
     """The exit code, from what rank 0 wrote down: a launcher's own code says little (deepspeed can end with 0).
 
     `name`: of a node that is not the first, which waits for the first one's word and leaves the status alone;
     `status_before`: the status when that node began, which may be an earlier start's.
     """
-    state = settled(run, returncode, status_before) if name else run_directory.read_status(run)
+    state = final_status(run, returncode, status_before) if name else run_directory.read_status(run)
     if state.get("state") == "done":
         return DONE
     if state.get("state") == "stopped":
@@ -196,7 +198,7 @@ def outcome(run: Path, returncode: int | None, name: str = "", status_before: di
             f"stopped at step {state.get('step')} with a complete checkpoint: kit resume {run_directory.path_from_here(run)}"
         )
         return STOPPED
-    problems, code = ranks.read_errors(run)
+    problems, code = ranks.read_rank_errors(run)
     if not problems:
         log = run / run_directory.LOGS / "rank0.log"
         how = f"was killed by signal {-returncode}" if returncode and returncode < 0 else f"ended with {returncode}"
@@ -204,21 +206,21 @@ def outcome(run: Path, returncode: int | None, name: str = "", status_before: di
     if not name:
         run_directory.set_status(run, "failed", exit_code=code, problems=[str(p) for p in problems])
     report = {"code": code, "problems": [vars(p) for p in problems]}  # for the other nodes
-    atomic_write_json(run / run_directory.LOGS / f"{ranks.node_name(name)}.error.json", report)
+    atomic_write_json(run / run_directory.LOGS / f"{ranks.node_file_name(name)}.error.json", report)
     raise KitError(problems, code=code)
 
 
-def settled(run: Path, returncode: int | None, status_before: dict[str, Any] | None) -> dict[str, Any]:
+def final_status(run: Path, returncode: int | None, status_before: dict[str, Any] | None) -> dict[str, Any]:
     """The run's status once node 0 has written how it ended; ranks that failed here need no word of node 0."""
-    deadline = time.monotonic() + SETTLE_SECONDS
+    deadline = time.monotonic() + STATUS_WAIT_SECONDS
     while (state := run_directory.read_status(run)).get("state") in ("created", "running") or state == status_before:
-        if time.monotonic() > deadline or (returncode and ranks.read_errors(run)[0]):
+        if time.monotonic() > deadline or (returncode and ranks.read_rank_errors(run)[0]):
             return {}
         time.sleep(0.5)
     return state
 
 
-def stop_with(parent: int) -> None:
+def stop_with_parent(parent: int) -> None:
     """Have the kernel send SIGTERM when the parent ends, however it ends; only Linux does."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -14,34 +14,34 @@ from kit.errors import DONE, FAILED, REFUSED, KitError
 from kit.schema.run_plan import RunPlan
 from kit.storage import run_directory
 from kit.sweeps import record as files
-from kit.sweeps.pool import Trial, busy
-from kit.sweeps.screen import Sweep, announce, gathered, report
+from kit.sweeps.pool import Trial, is_held
+from kit.sweeps.screen import Sweep, merge_problems, print_report, print_start
 from kit.sweeps.session import (
-    about,
-    exit_code,
-    opened,
-    planned,
+    build_trial_plan,
+    continue_trials,
+    exit_code_of_trial,
+    freeze_point,
+    hold_folder,
     pool_for,
-    settings_of,
-    stay,
+    search_settings,
+    supervise_trials,
+    sweep_description,
     sweep_folder,
-    take_up,
-    trial_of,
 )
 from kit.system.dependencies import require_training_extras
 from kit.system.terminal import print_problems, print_status
 
 
-def main(argv: list[str], fresh: bool) -> int:
+def run_multirun(argv: list[str], fresh: bool) -> int:
     """The exit code of a multirun: 0 all done, 75 stopped, 4 a trial failed, 2 a trial was refused."""
-    return run(argv, Job(partial(train_one, fresh), partial(grid, fresh), partial(search, fresh)))
+    return run(argv, Job(partial(train_point, fresh), partial(run_grid, fresh), partial(run_search, fresh)))
 
 
-def train_one(fresh: bool, composed: Composed) -> int:
+def train_point(fresh: bool, composed: Composed) -> int:
     """A point under one of Hydra's stock launchers: a run of its own, which does not end the others when it fails."""
     try:
-        plan = planned(composed)
-        if settings_of(plan).workers == "warm":
+        plan = build_trial_plan(composed)
+        if search_settings(plan).workers == "warm":
             print_status("it starts cold: warm workers need the kit's own launcher (leave out hydra/launcher)")
         return api.train(plan=plan, fresh=fresh)
     except KitError as error:
@@ -49,13 +49,13 @@ def train_one(fresh: bool, composed: Composed) -> int:
         return error.code
 
 
-def search(fresh: bool, spec: Search) -> int:
-    from kit.sweeps.optuna_search import search as search_trials
+def run_search(fresh: bool, spec: Search) -> int:
+    from kit.sweeps.optuna_search import run_optuna_search as search_trials
 
     return search_trials(fresh, spec)
 
 
-def grid(fresh: bool, points: list[Point]) -> list[tuple[int, float | None]]:
+def run_grid(fresh: bool, points: list[Point]) -> list[tuple[int, float | None]]:
     """Run the points of a grid, or what is missing of it; exit code and metric of each."""
     if not points:
         raise KitError("the sweep has no trial: a range or a glob in it is empty", "command line", "kit list GROUP")
@@ -63,11 +63,11 @@ def grid(fresh: bool, points: list[Point]) -> list[tuple[int, float | None]]:
     for point in points:
         try:
             if point.composed is not None:
-                plans[point.number] = planned(point.composed)
+                plans[point.number] = build_trial_plan(point.composed)
         except KitError as error:
             point.problems = error.problems
     if not plans:
-        raise KitError(gathered([(point.number, point.values, p) for point in points for p in point.problems]))
+        raise KitError(merge_problems([(point.number, point.values, p) for point in points for p in point.problems]))
     if len({bool(p.launch.slurm) for p in plans.values()}) > 1:
         raise KitError("some trials are batch jobs and others run here", "launch", "one launch for the whole sweep")
     require_training_extras()
@@ -75,37 +75,41 @@ def grid(fresh: bool, points: list[Point]) -> list[tuple[int, float | None]]:
     if first.launch.slurm:
         from kit.launchers import slurm
 
-        slurm.fits(list(plans.values()), [first.run_path.parent])  # before a directory is made
-    identities = [[p.values, files.identity(plans[p.number]) if p.number in plans else None] for p in points]
-    folder = sweep_folder(first, files.digest(identities), fresh)
-    with opened(folder):
+        slurm.check_array(list(plans.values()), [first.run_path.parent])  # before a directory is made
+    identities = [[p.values, files.trial_identity(plans[p.number]) if p.number in plans else None] for p in points]
+    folder = sweep_folder(first, files.sweep_digest(identities), fresh)
+    with hold_folder(folder):
         trials = files.read_record(folder)
         if trials:
-            take_up(folder, trials, plans)
+            continue_trials(folder, trials, plans)
         else:
-            trials = [trial_of(folder, point, plans.get(point.number)) for point in points]
-        metric = settings_of(first).metric or files.default_metric(first)
-        sweep = Sweep(folder, settings_of(first), metric, about(folder, settings_of(first), metric), trials)
+            trials = [freeze_point(folder, point, plans.get(point.number)) for point in points]
+        metric = search_settings(first).metric or files.default_metric(first)
+        sweep = Sweep(
+            folder, search_settings(first), metric, sweep_description(folder, search_settings(first), metric), trials
+        )
         files.write_record(folder, trials, sweep.about)
-        announce(sweep, len(trials))
+        print_start(sweep, len(trials))
         pending = [t for t in trials if t.state == "waiting"]
         if first.launch.slurm:
-            return queued(sweep, pending, plans)
+            return submit_pending(sweep, pending, plans)
         pool = pool_for(sweep.settings, [t.plan for t in pending if t.plan])
 
         def next_trial() -> Trial | None:
             for trial in sorted(pending, key=lambda t: not pool.waits_for(t)):
-                if trial.plan and pool.room_for(trial.plan) and not busy(trial):
+                if trial.plan and pool.room_for(trial.plan) and not is_held(trial):
                     pending.remove(trial)
                     return trial
             return None
 
-        stay(sweep, pool, next_trial, lambda: not pending)
-        report(sweep)
-    return [(exit_code(t), files.result(t, sweep.metric)) for t in trials]
+        supervise_trials(sweep, pool, next_trial, lambda: not pending)
+        print_report(sweep)
+    return [(exit_code_of_trial(t), files.metric_of(t, sweep.metric)) for t in trials]
 
 
-def queued(sweep: Sweep, pending: list[Trial], new_plans: dict[int, RunPlan]) -> list[tuple[int, float | None]]:
+def submit_pending(
+    sweep: Sweep, pending: list[Trial], new_plans: dict[int, RunPlan]
+) -> list[tuple[int, float | None]]:
     """What is missing as one job array, which needs nobody to stay; the table as it stands. Exit code and metric.
 
     `new_plans`: those of this command line. A frozen trial keeps all but launch.slurm.*, so that what sbatch or the
@@ -114,11 +118,11 @@ def queued(sweep: Sweep, pending: list[Trial], new_plans: dict[int, RunPlan]) ->
     from kit.launchers import slurm
 
     for trial in pending:
-        if living := slurm.living_job(trial.run):
+        if living := slurm.unfinished_job(trial.run):
             trial.state = "running"
             print_status(f"trial {trial.number:03d} is job {living[0]} ({living[1].lower()})")
         elif trial.plan and (new := new_plans.get(trial.number)) and new.launch.slurm != trial.plan.launch.slurm:
-            trial.plan = with_slurm(trial.plan, new)
+            trial.plan = replace_slurm_settings(trial.plan, new)
             run_directory.write_plan(trial.plan)
     plans = [t.plan for t in pending if t.plan and t.state == "waiting"]
     if plans:
@@ -127,13 +131,13 @@ def queued(sweep: Sweep, pending: list[Trial], new_plans: dict[int, RunPlan]) ->
         print(f"job {job}: {len(plans)} trials, {run_directory.path_from_here(sweep.folder)}")
         print_status("the same command shows the table, and submits again what has failed by then")
     if len(plans) < len(sweep.trials):
-        report(sweep)
+        print_report(sweep)
     files.write_record(sweep.folder, sweep.trials, sweep.about)
     codes = {"refused": REFUSED, "failed": FAILED}
-    return [(codes.get(t.state, DONE), files.result(t, sweep.metric)) for t in sweep.trials]
+    return [(codes.get(t.state, DONE), files.metric_of(t, sweep.metric)) for t in sweep.trials]
 
 
-def with_slurm(plan: RunPlan, new: RunPlan) -> RunPlan:
+def replace_slurm_settings(plan: RunPlan, new: RunPlan) -> RunPlan:
     """A frozen plan with another's launch.slurm.*; the GPUs per node go with launch.num_gpus, which stays."""
     slurm = new.launch.slurm
     if slurm and plan.launch.slurm and new.launch.num_gpus != plan.launch.num_gpus:

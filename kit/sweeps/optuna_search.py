@@ -15,56 +15,56 @@ from kit.config.search_space import Dimension, Search, Value, compose_trial, sna
 from kit.errors import DONE, ENVIRONMENT, KitError, first_line
 from kit.schema.run_plan import HparamsSearch, RunPlan
 from kit.sweeps import record as files
-from kit.sweeps.pool import Trial, busy
-from kit.sweeps.screen import Sweep, announce, named, report
+from kit.sweeps.pool import Trial, is_held
+from kit.sweeps.screen import Sweep, name_trial, print_report, print_start
 from kit.sweeps.session import (
-    about,
-    exit_code,
-    opened,
-    planned,
+    build_trial_plan,
+    continue_trials,
+    exit_code_of_trial,
+    freeze_point,
+    hold_folder,
     pool_for,
-    settings_of,
-    stay,
+    search_settings,
+    supervise_trials,
+    sweep_description,
     sweep_folder,
-    take_up,
-    trial_of,
 )
 from kit.system import paths
 from kit.system.dependencies import require_training_extras
 from kit.system.terminal import print_problems, print_status
 
-COPY = "conf"  # of the configuration, inside the sweep's directory
-MUTE = "the trial never logged"
-NAMES = {"unknown-key", "renamed-key", "removed-key", "owned"}  # rules about keys: wrong whatever the value
+CONFIG_COPY = "conf"  # of the configuration, inside the sweep's directory
+NEVER_LOGGED = "the trial never logged"
+KEY_RULES = {"unknown-key", "renamed-key", "removed-key", "owned"}  # rules about keys: wrong whatever the value
 
 
-def search(fresh: bool, spec: Search) -> int:
+def run_optuna_search(fresh: bool, spec: Search) -> int:
     """Run a search, or what is missing of it; the exit code of the sweep."""
-    base = planned(spec.base)
-    settings = settings_of(base)
+    base = build_trial_plan(spec.base)
+    settings = search_settings(base)
     check_search(spec, base)
     require_training_extras()
     space = {key: vars(d) for key, d in spec.space.items()}
     study_settings = settings.model_dump(include={"metric", "direction", "sampler", "seed", "pruner"})
-    folder = sweep_folder(base, files.digest([files.identity(base), space, study_settings]), fresh)
+    folder = sweep_folder(base, files.sweep_digest([files.trial_identity(base), space, study_settings]), fresh)
     metric = settings.metric or files.default_metric(base)
-    with opened(folder):
-        if not (folder / COPY).exists():
-            snapshot(spec, folder / COPY)
+    with hold_folder(folder):
+        if not (folder / CONFIG_COPY).exists():
+            snapshot(spec, folder / CONFIG_COPY)
         trials = files.read_record(folder)
-        sweep = Sweep(folder, settings, metric, about(folder, settings, metric), trials)
-        study = study_of(sweep)
+        sweep = Sweep(folder, settings, metric, sweep_description(folder, settings, metric), trials)
+        study = load_study(sweep)
         if trials:
-            take_up(folder, trials)
-        settle_study(study, trials, metric)
+            continue_trials(folder, trials)
+        close_open_trials(study, trials, metric)
         files.write_record(folder, trials, sweep.about)
-        announce(sweep, settings.n_trials)
-        run_trials(sweep, study, spec, base)
-        report(sweep)
-    return max((exit_code(t) for t in trials), default=DONE)
+        print_start(sweep, settings.n_trials)
+        run_proposed_trials(sweep, study, spec, base)
+        print_report(sweep)
+    return max((exit_code_of_trial(t) for t in trials), default=DONE)
 
 
-def run_trials(sweep: Sweep, study: Any, spec: Search, base: RunPlan) -> None:
+def run_proposed_trials(sweep: Sweep, study: Any, spec: Search, base: RunPlan) -> None:
     """Ask the study for trials and run them, side by side, until there are n_trials; `base`: the plan of any."""
     folder, settings, metric, trials = sweep.folder, sweep.settings, sweep.metric, sweep.trials
     pool = pool_for(settings, [base])
@@ -72,21 +72,21 @@ def run_trials(sweep: Sweep, study: Any, spec: Search, base: RunPlan) -> None:
 
     def next_trial() -> Trial | None:
         for trial in trials:
-            if trial.state == "waiting" and trial.plan and pool.room_for(trial.plan) and not busy(trial):
-                asked[trial.number] = known(study, trial.number)
+            if trial.state == "waiting" and trial.plan and pool.room_for(trial.plan) and not is_held(trial):
+                asked[trial.number] = trial_in_study(study, trial.number)
                 return trial
         if any(t.state == "waiting" for t in trials):
             return None
         while len(trials) < wanted() and pool.room_for(base):
             proposed = study.ask()
-            values = {key: suggest(proposed, key, d) for key, d in spec.space.items()}
-            trial = freeze(spec, folder, proposed.number, values)
+            values = {key: suggest_value(proposed, key, d) for key, d in spec.space.items()}
+            trial = freeze_proposal(spec, folder, proposed.number, values)
             trials.append(trial)
             files.write_record(folder, trials, sweep.about)
             if trial.plan:
                 asked[trial.number] = proposed
                 return trial
-            tell(study, trial, metric)
+            report_to_study(study, trial, metric)
         return None
 
     def watch(trial: Trial, rows: list[dict[str, Any]]) -> bool:
@@ -98,14 +98,14 @@ def run_trials(sweep: Sweep, study: Any, spec: Search, base: RunPlan) -> None:
 
     def wanted() -> int:
         """How many trials in all. None ever logged the metric: neither would more of them."""
-        mute = any(t.problems and t.problems[0]["problem"].startswith(MUTE) for t in trials)
-        unheard = mute and all(files.result(t, metric) is None for t in trials)
+        mute = any(t.problems and t.problems[0]["problem"].startswith(NEVER_LOGGED) for t in trials)
+        unheard = mute and all(files.metric_of(t, metric) is None for t in trials)
         return len(trials) if unheard else settings.n_trials
 
     def over() -> bool:
         return len(trials) >= wanted() and not any(t.state == "waiting" for t in trials)
 
-    stay(sweep, pool, next_trial, over, watch, lambda t: tell(study, t, metric))
+    supervise_trials(sweep, pool, next_trial, over, watch, lambda t: report_to_study(study, t, metric))
 
 
 def check_search(spec: Search, base: RunPlan) -> None:
@@ -116,12 +116,12 @@ def check_search(spec: Search, base: RunPlan) -> None:
     if base.launch.slurm:
         fix = "launch=auto inside an allocation, or a grid: key=value,value without hparams_search=optuna"
         raise KitError("a search stays with its trials, which a batch job does not", "hparams_search.method", fix)
-    check_names(spec)
+    check_search_keys(spec)
     if find_spec("optuna") is None:
         raise KitError("optuna is not installed", "hparams_search=optuna", "pip install 'optuna>=4'", code=ENVIRONMENT)
 
 
-def study_of(sweep: Sweep) -> Any:
+def load_study(sweep: Sweep) -> Any:
     """The sweep's study; KitError where it cannot be read or does not know the sweep's trials."""
     folder, settings, trials = sweep.folder, sweep.settings, sweep.trials
     try:
@@ -137,12 +137,12 @@ def study_of(sweep: Sweep) -> Any:
     return study
 
 
-def check_names(spec: Search) -> None:
+def check_search_keys(spec: Search) -> None:
     """Refuse a key that no trial can set; a value that some trial cannot have is refused with that trial."""
     try:
-        planned(compose_trial(spec, {k: d.choices[0] if d.choices else d.low for k, d in spec.space.items()}))
+        build_trial_plan(compose_trial(spec, {k: d.choices[0] if d.choices else d.low for k, d in spec.space.items()}))
     except KitError as error:
-        if wrong := [p for p in error.problems if p.rule in NAMES]:
+        if wrong := [p for p in error.problems if p.rule in KEY_RULES]:
             raise KitError(wrong) from None
 
 
@@ -163,7 +163,7 @@ def open_study(folder: Path, settings: HparamsSearch, trials_before: int) -> Any
         "halving": lambda: optuna.pruners.SuccessiveHalvingPruner(pruner.min_resource, pruner.reduction_factor),
     }
     return optuna.create_study(
-        storage=storage(folder, settings.storage),
+        storage=study_storage(folder, settings.storage),
         study_name=folder.name,
         load_if_exists=True,
         direction=settings.direction,
@@ -172,7 +172,7 @@ def open_study(folder: Path, settings: HparamsSearch, trials_before: int) -> Any
     )
 
 
-def storage(folder: Path, backend: str) -> Any:
+def study_storage(folder: Path, backend: str) -> Any:
     import optuna
 
     if backend == "sqlite":
@@ -182,14 +182,14 @@ def storage(folder: Path, backend: str) -> Any:
     return optuna.storages.JournalStorage(JournalFileBackend(str(folder / "study.log")))
 
 
-def known(study: Any, number: int) -> Any:
+def trial_in_study(study: Any, number: int) -> Any:
     """optuna's trial of that number, to report to; it may be one that another process asked for."""
     import optuna
 
     return optuna.trial.Trial(study, study.trials[number]._trial_id)
 
 
-def settle_study(study: Any, trials: list[Trial], metric: str) -> None:
+def close_open_trials(study: Any, trials: list[Trial], metric: str) -> None:
     """Close what a killed process left open: a trial that was asked for and never frozen, or ended untold."""
     import optuna
 
@@ -199,27 +199,27 @@ def settle_study(study: Any, trials: list[Trial], metric: str) -> None:
         if trial and trial.state == "waiting" and frozen.state.is_finished():
             trial.state = "failed"  # a search goes on to other values; it does not try the same again
         elif trial and trial.state == "done":
-            silent(trial, metric)
+            fail_without_metric(trial, metric)
         if not frozen.state.is_finished():
             if trial is None:
                 study.tell(frozen.number, state=optuna.trial.TrialState.FAIL)
             else:
-                tell(study, trial, metric)
+                report_to_study(study, trial, metric)
 
 
-def silent(trial: Trial, metric: str) -> bool:
+def fail_without_metric(trial: Trial, metric: str) -> bool:
     """Whether a trial ended well without a result, which a search takes for a failure."""
-    if files.result(trial, metric) is not None:
+    if files.metric_of(trial, metric) is not None:
         return False
     trial.state, trial.code = "failed", None
     logged = ", ".join(sorted({k for row in trial.curve.rows for k in row})) or "nothing"
     fix = "hparams_search.metric=ANOTHER, trainer.logging_steps=1"
-    message = f"{MUTE} {metric}; it logged {logged}"
+    message = f"{NEVER_LOGGED} {metric}; it logged {logged}"
     trial.problems = [{"problem": message, "where": "hparams_search.metric", "fix": fix}]
     return True
 
 
-def suggest(trial: Any, key: str, dimension: Dimension) -> Value:
+def suggest_value(trial: Any, key: str, dimension: Dimension) -> Value:
     if dimension.choices:
         return trial.suggest_categorical(key, dimension.choices)
     if dimension.whole:
@@ -229,29 +229,29 @@ def suggest(trial: Any, key: str, dimension: Dimension) -> Value:
     return trial.suggest_float(key, dimension.low, dimension.high, step=dimension.step, log=dimension.log)
 
 
-def freeze(spec: Search, folder: Path, number: int, values: dict[str, Value]) -> Trial:
+def freeze_proposal(spec: Search, folder: Path, number: int, values: dict[str, Value]) -> Trial:
     """A proposal composed and frozen; refused and listed where it is no valid run."""
     point = Point(number, {key: v if isinstance(v, str) else f"{v:.6g}" for key, v in values.items()})
     plan = None
     try:
-        with paths.use_config_folder(folder / COPY):
-            plan = planned(compose_trial(spec, values, folder / COPY))
+        with paths.use_config_folder(folder / CONFIG_COPY):
+            plan = build_trial_plan(compose_trial(spec, values, folder / CONFIG_COPY))
     except KitError as error:
         point.problems = error.problems
         print_status(f"trial {number:03d} refused")
-        print_problems([named(number, point.values, p) for p in error.problems], refused=False)
-    trial = trial_of(folder, point, plan)
+        print_problems([name_trial(number, point.values, p) for p in error.problems], refused=False)
+    trial = freeze_point(folder, point, plan)
     trial.values = dict(values)
     return trial
 
 
-def tell(study: Any, trial: Trial, metric: str) -> None:
+def report_to_study(study: Any, trial: Trial, metric: str) -> None:
     """optuna's record of how a trial ended; one that was stopped stays open, for the same command to continue."""
     import optuna
 
     states = optuna.trial.TrialState
-    if trial.state == "done" and not silent(trial, metric):
-        value = files.result(trial, metric)
+    if trial.state == "done" and not fail_without_metric(trial, metric):
+        value = files.metric_of(trial, metric)
         study.tell(trial.number, value)
     elif trial.state == "pruned":
         study.tell(trial.number, state=states.PRUNED)

@@ -17,20 +17,20 @@ import psutil
 
 from kit.errors import DONE, FAILED, STOPPED
 from kit.launchers import ops
-from kit.launchers.ranks import living, send
+from kit.launchers.ranks import living_rank_pids, send_signal
 from kit.schema.run_plan import RunPlan
 from kit.storage import run_directory
 from kit.sweeps import warm_pool
-from kit.sweeps.warm_pool import Worker
+from kit.sweeps.warm_pool import WarmWorker
 from kit.system import hardware
 from kit.system.terminal import print_status
 
-LOG = "trial.log"
-ENDED = ("done", "failed", "pruned", "refused")  # states after which nothing is missing in this sweep
+TRIAL_LOG = "trial.log"
+FINAL_STATES = ("done", "failed", "pruned", "refused")  # states after which nothing is missing in this sweep
 
 
 @dataclass
-class Curve:
+class MetricsLog:
     """The rows of a run's metrics.jsonl, read as they come."""
 
     path: Path
@@ -71,23 +71,25 @@ class Trial:
     code: int | None = None
     seconds: float = 0.0  # over all starts
     plan: RunPlan | None = None
-    curve: Curve = field(default_factory=lambda: Curve(Path()))
+    curve: MetricsLog = field(default_factory=lambda: MetricsLog(Path()))
     process: subprocess.Popen[bytes] | None = None
     devices: list[str] = field(default_factory=list)
     started: float = 0.0
     pruning: bool = False
-    worker: Worker | None = None  # the warm process that has it
+    worker: WarmWorker | None = None  # the warm process that has it
     cold: bool = False  # a warm process failed with it: it is not given to another
     stop_requested: float | None = None  # when it was told to stop
 
     def __post_init__(self) -> None:
-        self.curve = Curve(self.run / run_directory.METRICS_LOG)
+        self.curve = MetricsLog(self.run / run_directory.METRICS_LOG)
 
     def label(self) -> str:
-        return " ".join(f"{short}={brief(self.values[key])}" for key, short in short_names(list(self.values)).items())
+        return " ".join(
+            f"{short}={format_value(self.values[key])}" for key, short in short_names(list(self.values)).items()
+        )
 
 
-def brief(value: Any) -> str:
+def format_value(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
@@ -97,7 +99,7 @@ def short_names(keys: list[str]) -> dict[str, str]:
     return {key: tail if tails.count(tail) == 1 else key for key, tail in zip(keys, tails, strict=True)}
 
 
-class Pool:
+class TrialPool:
     """The trials that run now, at most `slots`, each with GPUs of its own. `devices`: None where there are no GPUs.
 
     With `warm`, a trial goes to an idle worker of its key, or to a new one in the place of an idle one.
@@ -106,7 +108,7 @@ class Pool:
     def __init__(self, devices: list[str] | None, slots: int, warm: bool = False) -> None:
         self.free, self.slots, self.warm = devices, slots, warm
         self.running: list[Trial] = []
-        self.idle: list[Worker] = []
+        self.idle: list[WarmWorker] = []
         self.ending = False
         self.explained: set[str] = set()  # why trials start cold in spite of `warm`
 
@@ -119,7 +121,9 @@ class Pool:
         """Which workers may have the trial; None: it gets a process of its own."""
         assert trial.plan is not None
         return (
-            warm_pool.key(trial.plan) if self.warm and not trial.cold and not warm_pool.why_cold(trial.plan) else None
+            warm_pool.sharing_key(trial.plan)
+            if self.warm and not trial.cold and not warm_pool.reason_to_start_cold(trial.plan)
+            else None
         )
 
     def waits_for(self, trial: Trial) -> bool:
@@ -130,7 +134,12 @@ class Pool:
         """Start a trial in a session of its own, or in a living worker; its output in logs/trial.log."""
         assert trial.plan is not None
         key = self.key(trial)
-        if self.warm and not key and (reason := warm_pool.why_cold(trial.plan)) and reason not in self.explained:
+        if (
+            self.warm
+            and not key
+            and (reason := warm_pool.reason_to_start_cold(trial.plan))
+            and reason not in self.explained
+        ):
             self.explained.add(reason)
             print_status(
                 f"trial {trial.number:03d} {trial.label()} starts cold, and so do others for this reason: {reason}"
@@ -147,7 +156,7 @@ class Pool:
         trial.stop_requested = None
         self.running.append(trial)
 
-    def new_process(self, trial: Trial, key: str | None) -> Worker | None:
+    def new_process(self, trial: Trial, key: str | None) -> WarmWorker | None:
         """A process for the trial: a worker where there is a key."""
         plan, env = trial.plan, dict(os.environ)
         assert plan is not None
@@ -164,11 +173,11 @@ class Pool:
             trial.devices, self.free = self.free[:needed], self.free[needed:]
             env["CUDA_VISIBLE_DEVICES"] = ",".join(trial.devices)
         (trial.run / run_directory.LOGS).mkdir(exist_ok=True)
-        with open(trial.run / run_directory.LOGS / LOG, "ab") as log:
+        with open(trial.run / run_directory.LOGS / TRIAL_LOG, "ab") as log:
             if key:
-                return Worker(key, trial.devices, plan, env, log)
+                return WarmWorker(key, trial.devices, plan, env, log)
             trial.process = subprocess.Popen(
-                child(trial.run / run_directory.PLAN),
+                trial_command(trial.run / run_directory.PLAN),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -177,7 +186,7 @@ class Pool:
             )
         return None
 
-    def end_worker(self, worker: Worker) -> None:
+    def end_worker(self, worker: WarmWorker) -> None:
         worker.end()
         if self.free is not None:
             self.free = self.free + worker.devices
@@ -203,7 +212,7 @@ class Pool:
             elif self.free is not None:
                 self.free = self.free + trial.devices
             trial.devices, trial.worker = [], None
-            settle(trial, code)
+            finish_trial(trial, code)
             if worker and trial.state == "failed" and trial.code == FAILED and not (trial.pruning or self.ending):
                 cause = trial.problems[0]["problem"].splitlines()[0] if trial.problems else reason
                 print_status(
@@ -222,13 +231,13 @@ class Pool:
         """Tell every trial to stop: once with a checkpoint, twice at once."""
         self.ending = True
         for trial in self.running:
-            stop(trial)
+            stop_trial(trial)
 
     def kill(self) -> None:
         """End whatever still lives, ranks first found by what they wrote down."""
         self.ending = True
         for trial in self.running:
-            pids = ranks_left(trial.run)
+            pids = living_ranks_of(trial.run)
             if trial.process:
                 ops.kill_tree(trial.process.pid)
             for pid in pids:
@@ -237,23 +246,23 @@ class Pool:
             self.end_worker(self.idle.pop())
 
 
-def child(plan: Path) -> list[str]:
+def trial_command(plan: Path) -> list[str]:
     """What is typed to start a trial."""
     return [sys.executable, "-m", "kit.sweeps.trial", str(plan), str(os.getpid())]
 
 
-def stop(trial: Trial) -> None:
+def stop_trial(trial: Trial) -> None:
     if trial.process and trial.process.poll() is None:
         again, trial.stop_requested = trial.stop_requested is not None, trial.stop_requested or time.monotonic()
         if trial.worker and again:  # a cold trial ends its rank itself
             trial.worker.kill()
         else:
-            send(trial.process.pid, signal.SIGTERM)
+            send_signal(trial.process.pid, signal.SIGTERM)
 
 
-def settle(trial: Trial, code: int) -> None:
+def finish_trial(trial: Trial, code: int) -> None:
     """State, exit code and problems of a trial that is over, from what it wrote down; `code`: its process's."""
-    for pid in ranks_left(trial.run):  # of a trial that was killed: its devices are another trial's now
+    for pid in living_ranks_of(trial.run):  # of a trial that was killed: its devices are another trial's now
         ops.kill_tree(pid)
     trial.seconds = round(trial.seconds + time.monotonic() - trial.started, 1)
     status = run_directory.read_status(trial.run)
@@ -273,10 +282,10 @@ def settle(trial: Trial, code: int) -> None:
         how = f"was killed by signal {-code}" if code < 0 else f"ended with {code}"
         was_asked = trial.stop_requested is not None  # then whoever asked did not wait for the checkpoint
         trial.state, trial.code = ("stopped", STOPPED) if was_asked else ("failed", FAILED)
-        trial.problems = [{"problem": f"the trial {how}", "where": str(trial.run / run_directory.LOGS / LOG)}]
+        trial.problems = [{"problem": f"the trial {how}", "where": str(trial.run / run_directory.LOGS / TRIAL_LOG)}]
 
 
-def look(trial: Trial) -> None:
+def refresh_state(trial: Trial) -> None:
     """The state of a trial of an earlier sweep process, before it is decided whether something is missing."""
     trial.curve.read()
     if run_directory.read_status(trial.run).get("state") == "done":
@@ -285,15 +294,15 @@ def look(trial: Trial) -> None:
         trial.state = "waiting"
 
 
-def busy(trial: Trial) -> bool:
+def is_held(trial: Trial) -> bool:
     """Whether processes of an earlier sweep still hold the trial; they stop by themselves, with a checkpoint."""
-    return run_directory.process_holding_lock(trial.run) is not None or bool(ranks_left(trial.run))
+    return run_directory.process_holding_lock(trial.run) is not None or bool(living_ranks_of(trial.run))
 
 
-def ranks_left(run: Path) -> list[int]:
+def living_ranks_of(run: Path) -> list[int]:
     """Process ids of ranks that live; a number that has become another process's does not count."""
     pids = []
-    for pid in living(run):
+    for pid in living_rank_pids(run):
         with contextlib.suppress(psutil.Error):
             if any(str(run) in part for part in psutil.Process(pid).cmdline()):
                 pids.append(pid)

@@ -17,26 +17,26 @@ from kit.errors import KitError
 from kit.schema.run_plan import HparamsSearch, RunPlan, field_class, leaves
 from kit.storage import run_directory
 from kit.storage.json_files import atomic_write_json, atomic_write_text, read_json_or_empty
-from kit.sweeps.pool import Trial, brief, short_names
+from kit.sweeps.pool import Trial, format_value, short_names
 
-RECORD, TABLE = "sweep.json", "sweep.csv"
+RECORD_FILE, CSV_FILE = "sweep.json", "sweep.csv"
 FIGURES = ("loss", "eval_loss", "tokens_per_second", "peak_memory_gb")
 NAME_LENGTH = 80
 
 
-def trial_name(number: int, values: dict[str, Any]) -> str:
+def trial_directory_name(number: int, values: dict[str, Any]) -> str:
     """`003-r-16--learning_rate-2e-4`: letters that every shell, file system and launcher takes, and not too many."""
     parts = [f"{short}-{values[key]}" for key, short in short_names(list(values)).items()]
     text = "--".join(re.sub(r"[^A-Za-z0-9._-]+", "_", part).strip("_") for part in parts)
     return f"{number:03d}-{text}"[:NAME_LENGTH].rstrip("-_.")
 
 
-def digest(parts: Sequence[Any]) -> str:
+def sweep_digest(parts: Sequence[Any]) -> str:
     """8 hex digits of whatever makes a sweep this sweep."""
     return hashlib.sha256(json.dumps(list(parts), sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
-def identity(plan: RunPlan) -> list[Any]:
+def trial_identity(plan: RunPlan) -> list[Any]:
     """What makes a trial another one: identity, and what a person may extend; not the machine's keys."""
     extendable = {k: v for k, v in leaves(plan.composed).items() if field_class(k) == "extendable"}
     return [plan.hash, extendable]
@@ -46,7 +46,7 @@ def default_metric(plan: RunPlan) -> str:
     return "eval_loss" if plan.trainer.get("eval_strategy") not in (None, "no") else "loss"
 
 
-def result(trial: Trial, metric: str) -> float | None:
+def metric_of(trial: Trial, metric: str) -> float | None:
     """A trial's result: the metric as it was logged last, else as metrics.json has it."""
     value = trial.curve.last(metric)
     if value is None:
@@ -54,18 +54,18 @@ def result(trial: Trial, metric: str) -> float | None:
     return value if isinstance(value, int | float) else None
 
 
-def figures(trial: Trial) -> dict[str, Any]:
+def last_figures(trial: Trial) -> dict[str, Any]:
     """The last figures of a trial, None for what it has not logged."""
     final = read_json_or_empty(trial.run / run_directory.METRICS)
     values = {key: trial.curve.last(key) if trial.curve.last(key) is not None else final.get(key) for key in FIGURES}
     if values["tokens_per_second"] is None:
-        values["tokens_per_second"] = speed(trial)
+        values["tokens_per_second"] = tokens_per_second(trial)
     if values["peak_memory_gb"] is None:
         values["peak_memory_gb"] = trial.curve.last("memory_gb")
     return {"step": trial.curve.last("step"), **values}
 
 
-def speed(trial: Trial) -> float | None:
+def tokens_per_second(trial: Trial) -> float | None:
     """Tokens per second between the last two logs that count them."""
     rows = [row for row in trial.curve.rows if "num_tokens" in row and "seconds" in row][-2:]
     if len(rows) < 2 or rows[1]["seconds"] <= rows[0]["seconds"]:
@@ -73,9 +73,9 @@ def speed(trial: Trial) -> float | None:
     return round((rows[1]["num_tokens"] - rows[0]["num_tokens"]) / (rows[1]["seconds"] - rows[0]["seconds"]), 1)
 
 
-def best(trials: list[Trial], metric: str, direction: str) -> Trial | None:
+def best_trial(trials: list[Trial], metric: str, direction: str) -> Trial | None:
     """The finished trial with the best result; of equals the first."""
-    results = [(result(t, metric), t) for t in trials if t.state == "done"]
+    results = [(metric_of(t, metric), t) for t in trials if t.state == "done"]
     scored = [(v, t) for v, t in results if v is not None and math.isfinite(v)]  # nan is neither more nor less
     sign = -1 if direction == "maximize" else 1
     return min(scored, key=lambda pair: sign * pair[0])[1] if scored else None
@@ -90,28 +90,28 @@ def write_record(folder: Path, trials: list[Trial], about: dict[str, Any]) -> No
             "run": t.run.name,
             "state": t.state,
             "values": t.values,
-            **{k: finite(v) for k, v in {"metric": result(t, metric), **figures(t)}.items()},
+            **{k: json_number(v) for k, v in {"metric": metric_of(t, metric), **last_figures(t)}.items()},
             "seconds": t.seconds,
             "exit_code": t.code,
             "problems": t.problems,
         }
         for t in trials
     ]
-    winner = best(trials, metric, about["direction"])
+    winner = best_trial(trials, metric, about["direction"])
     atomic_write_json(
-        folder / RECORD,
+        folder / RECORD_FILE,
         {**about, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "best": winner and winner.number, "trials": rows},
     )
 
 
-def finite(value: Any) -> Any:
+def json_number(value: Any) -> Any:
     """JSON has no nan and no infinity."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_record(folder: Path) -> list[Trial]:
     """The trials of a sweep that was started before; [] where there is none; KitError where it cannot be read."""
-    path = folder / RECORD
+    path = folder / RECORD_FILE
     if not path.exists():
         return []
     try:
@@ -135,13 +135,13 @@ def write_csv(folder: Path, trials: list[Trial], metric: str) -> None:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["trial", "state", *keys, *extra, "step", *FIGURES, "seconds", "exit_code", "run"])
     for t in trials:
-        values = figures(t)
-        row = [t.number, t.state, *(t.values.get(key) for key in keys), *(result(t, m) for m in extra)]
+        values = last_figures(t)
+        row = [t.number, t.state, *(t.values.get(key) for key in keys), *(metric_of(t, m) for m in extra)]
         writer.writerow([*row, values["step"], *(values[key] for key in FIGURES), t.seconds, t.code, t.run.name])
-    atomic_write_text(folder / TABLE, out.getvalue())
+    atomic_write_text(folder / CSV_FILE, out.getvalue())
 
 
-def table(trials: list[Trial], settings: HparamsSearch, metric: str, title: str) -> Any:
+def sweep_table(trials: list[Trial], settings: HparamsSearch, metric: str, title: str) -> Any:
     """The state of a sweep as a rich table."""
     from rich.markup import escape
     from rich.table import Table
@@ -152,40 +152,40 @@ def table(trials: list[Trial], settings: HparamsSearch, metric: str, title: str)
     losses = ["loss", metric] if metric != "loss" else ["loss"]
     for name in ("trial", *(names[k] for k in keys), "state", "step", *losses, "tokens/s", "seconds"):
         grid.add_column(name, justify="left" if name == "state" else "right", overflow="fold")
-    winner = best(trials, metric, settings.direction)
+    winner = best_trial(trials, metric, settings.direction)
     for t in trials:
-        figures_of = figures(t)
+        figures_of = last_figures(t)
         seconds = t.seconds + (time.monotonic() - t.started if t.state == "running" else 0)
         state = t.state + (f" on {','.join(t.devices)}" if t.devices else "") + (" (best)" if t is winner else "")
-        cells = [number(v) for v in (figures_of["loss"], result(t, metric))[: len(losses)]]
-        cells.append(number(figures_of["tokens_per_second"]))
-        values = [escape(brief(t.values.get(key, ""))) for key in keys]  # [q_proj] would be a style
-        grid.add_row(str(t.number), *values, state, steps(t, figures_of["step"]), *cells, f"{seconds:.0f}")
+        cells = [format_number(v) for v in (figures_of["loss"], metric_of(t, metric))[: len(losses)]]
+        cells.append(format_number(figures_of["tokens_per_second"]))
+        values = [escape(format_value(t.values.get(key, ""))) for key in keys]  # [q_proj] would be a style
+        grid.add_row(str(t.number), *values, state, format_steps(t, figures_of["step"]), *cells, f"{seconds:.0f}")
     return grid
 
 
-def steps(trial: Trial, step: int | None) -> str:
+def format_steps(trial: Trial, step: int | None) -> str:
     if step is None:
         return ""
     most = trial.plan.trainer.get("max_steps", -1) if trial.plan else -1
     return f"{step}/{most}" if most and most > 0 else str(step)
 
 
-def number(value: float | None) -> str:
+def format_number(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
 
 
-def line(trials: list[Trial]) -> str:
+def progress_line(trials: list[Trial]) -> str:
     """The same in one line, for a log: how many are in each state, and where the running ones are."""
     states = [t.state for t in trials]
-    counts = ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(sorted(states, key=ORDER.index)))
+    counts = ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(sorted(states, key=STATE_ORDER.index)))
     running = []
     for t in trials:
         if t.state == "running":
-            values = figures(t)
-            loss = f" loss {number(values['loss'])}" if values["loss"] is not None else ""
-            running.append(f"{t.number:03d} step {steps(t, values['step']) or '-'}{loss}")
+            values = last_figures(t)
+            loss = f" loss {format_number(values['loss'])}" if values["loss"] is not None else ""
+            running.append(f"{t.number:03d} step {format_steps(t, values['step']) or '-'}{loss}")
     return counts + (": " + " | ".join(running) if running else "")
 
 
-ORDER = ["running", "done", "pruned", "failed", "refused", "stopped", "waiting"]
+STATE_ORDER = ["running", "done", "pruned", "failed", "refused", "stopped", "waiting"]

@@ -14,7 +14,7 @@ from kit.errors import Problem
 from kit.schema.run_plan import HparamsSearch
 from kit.storage import run_directory
 from kit.sweeps import record as files
-from kit.sweeps.pool import ENDED, Trial
+from kit.sweeps.pool import FINAL_STATES, Trial
 from kit.system.terminal import print_problems, print_status
 
 
@@ -29,25 +29,25 @@ class Sweep:
     trials: list[Trial]
 
 
-def announce(sweep: Sweep, count: int) -> None:
+def print_start(sweep: Sweep, count: int) -> None:
     """What is refused and what is warned of, before anything starts."""
     refused = [t for t in sweep.trials if t.state == "refused"]
     if refused:
         print_status(f"{len(refused)} of {len(sweep.trials)} trials refused; the others run")
         problems = [(t.number, t.values, Problem(**p)) for t in refused for p in t.problems]
-        print_problems(gathered(problems), refused=False)
-    for text in dict.fromkeys(w for t in sweep.trials if t.plan for w in api.warnings(t.plan)):
+        print_problems(merge_problems(problems), refused=False)
+    for text in dict.fromkeys(w for t in sweep.trials if t.plan for w in api.warning_lines(t.plan)):
         print_status(f"warning: {text}")
-    print_status(f"{counted(count - len(refused))} in {run_directory.path_from_here(sweep.folder)}")
+    print_status(f"{count_of_trials(count - len(refused))} in {run_directory.path_from_here(sweep.folder)}")
 
 
-def named(number: int, values: dict[str, Any], problem: Problem) -> Problem:
+def name_trial(number: int, values: dict[str, Any], problem: Problem) -> Problem:
     """A problem with the trial that has it."""
     setting = ", ".join(f"{k}={v}" for k, v in values.items())
     return Problem(f"trial {number} ({setting}): {problem.problem}", problem.where, problem.fix, problem.rule)
 
 
-def gathered(problems_of_trials: list[tuple[int, dict[str, Any], Problem]]) -> list[Problem]:
+def merge_problems(problems_of_trials: list[tuple[int, dict[str, Any], Problem]]) -> list[Problem]:
     """The problems of several trials (number, values, problem); what more than one of them has is said once."""
     by_problem: dict[Problem, list[tuple[int, dict[str, Any]]]] = {}
     for number, values, problem in problems_of_trials:
@@ -58,12 +58,12 @@ def gathered(problems_of_trials: list[tuple[int, dict[str, Any], Problem]]) -> l
         others = ", ".join(str(n) for n, _ in trials[1:9]) + (", ..." if len(trials) > 9 else "")
         same = f" (the same in trial{'s' if len(trials) > 2 else ''} {others})" if others else ""
         text = problem.problem + same
-        merged.append(named(number, values, Problem(text, problem.where, problem.fix, problem.rule)))
+        merged.append(name_trial(number, values, Problem(text, problem.where, problem.fix, problem.rule)))
     return merged
 
 
 @contextmanager
-def screen(sweep: Sweep) -> Iterator[Callable[[Trial | None], None]]:
+def show_progress(sweep: Sweep) -> Iterator[Callable[[Trial | None], None]]:
     """What shows the sweep while it runs: a table on a terminal, else a line for each event and each interval."""
     last = time.monotonic()
     if run_directory.stdout_is_terminal():
@@ -74,7 +74,7 @@ def screen(sweep: Sweep) -> Iterator[Callable[[Trial | None], None]]:
             def redraw(trial: Trial | None) -> None:
                 nonlocal last
                 if trial is not None or time.monotonic() - last > 1:
-                    live.update(shown(sweep), refresh=True)
+                    live.update(render_table(sweep), refresh=True)
                     last = time.monotonic()
 
             yield redraw
@@ -89,41 +89,43 @@ def screen(sweep: Sweep) -> Iterator[Callable[[Trial | None], None]]:
             print_status(f"trial {trial.number:03d} {trial.label()} {trial.state}{devices}{duration}{reason}")
         elif time.monotonic() - last > sweep.settings.progress_seconds:
             last = time.monotonic()
-            print_status(files.line(sweep.trials))
+            print_status(files.progress_line(sweep.trials))
 
     yield tell
 
 
-def shown(sweep: Sweep) -> Any:
-    return files.table(sweep.trials, sweep.settings, sweep.metric, run_directory.path_from_here(sweep.folder))
+def render_table(sweep: Sweep) -> Any:
+    return files.sweep_table(sweep.trials, sweep.settings, sweep.metric, run_directory.path_from_here(sweep.folder))
 
 
-def counted(number: int) -> str:
+def count_of_trials(number: int) -> str:
     return f"{number} trial{'s' * (number != 1)}"
 
 
-def report(sweep: Sweep) -> None:
+def print_report(sweep: Sweep) -> None:
     """The table and sweep.csv; what failed; which trial is the best."""
     from rich.console import Console
 
     files.write_csv(sweep.folder, sweep.trials, sweep.metric)
-    Console(width=None if run_directory.stdout_is_terminal() else 160).print(shown(sweep))
+    Console(width=None if run_directory.stdout_is_terminal() else 160).print(render_table(sweep))
     failed = [t for t in sweep.trials if t.state == "failed"]
     if failed:
-        print_problems(gathered([(t.number, t.values, Problem(**p)) for t in failed for p in t.problems]), False)
+        print_problems(merge_problems([(t.number, t.values, Problem(**p)) for t in failed for p in t.problems]), False)
         print_status(f"kit doctor {run_directory.path_from_here(failed[0].run)} names the cause")
     done = [t for t in sweep.trials if t.state == "done"]
-    if done and all(files.result(t, sweep.metric) is None for t in done):
+    if done and all(files.metric_of(t, sweep.metric) is None for t in done):
         print_status(f"no trial logged {sweep.metric}: trainer.logging_steps=1, or hparams_search.metric=ANOTHER")
     again = failed if sweep.settings.method == "grid" else []  # a search goes on to other values
-    missing = [t for t in sweep.trials if t.state not in ENDED]
+    missing = [t for t in sweep.trials if t.state not in FINAL_STATES]
     if missing or again:
-        counts = [f"{counted(len(them))} {how}" for them, how in ((missing, "missing"), (again, "failed")) if them]
+        counts = [
+            f"{count_of_trials(len(them))} {how}" for them, how in ((missing, "missing"), (again, "failed")) if them
+        ]
         print_status(
             f"{', '.join(counts)}: the same command goes on with {'it' if len(missing + again) == 1 else 'them'}"
         )
     folder = run_directory.path_from_here(sweep.folder)
-    print(f"tables    {folder}/{files.TABLE}, {files.RECORD}")
-    if winner := files.best(sweep.trials, sweep.metric, sweep.settings.direction):
-        value = files.number(files.result(winner, sweep.metric))
+    print(f"tables    {folder}/{files.CSV_FILE}, {files.RECORD_FILE}")
+    if winner := files.best_trial(sweep.trials, sweep.metric, sweep.settings.direction):
+        value = files.format_number(files.metric_of(winner, sweep.metric))
         print(f"best      {run_directory.path_from_here(winner.run)} ({sweep.metric} {value})")

@@ -14,20 +14,20 @@ from kit.config.multirun import Point
 from kit.config.nodes import by_node
 from kit.config.plan import build_plan
 from kit.errors import DONE, FAILED, REFUSED, STOPPED, KitError, Problem
-from kit.launchers.supervise import Stop
+from kit.launchers.supervise import StopRequests
 from kit.schema.run_plan import HparamsSearch, RunPlan, load_plan
 from kit.storage import run_directory
 from kit.sweeps import record as files
-from kit.sweeps.pool import Pool, Trial, look, stop
-from kit.sweeps.screen import Sweep, screen
+from kit.sweeps.pool import Trial, TrialPool, refresh_state, stop_trial
+from kit.sweeps.screen import Sweep, show_progress
 from kit.system import hardware
 from kit.system.terminal import print_status
 
-PATIENCE = 30  # seconds beyond a trial's own grace before what still lives is killed
-TICK = 0.2
+KILL_MARGIN_SECONDS = 30  # seconds beyond a trial's own grace before what still lives is killed
+POLL_SECONDS = 0.2
 
 
-def planned(composed: Composed) -> RunPlan:
+def build_trial_plan(composed: Composed) -> RunPlan:
     """The plan of one trial, for a share of this machine; KitError with all that is wrong with it."""
     raw_settings = composed.tree.get("hparams_search")
     share = raw_settings.get("gpus_per_trial") if isinstance(raw_settings, dict) else None
@@ -40,7 +40,7 @@ def planned(composed: Composed) -> RunPlan:
     ):
         launch["num_gpus"] = share if isinstance(share, int) else 1
     plan = build_plan(composed, here=True)
-    settings = settings_of(plan)
+    settings = search_settings(plan)
     problems = []
     if isinstance(share, int) and plan.trainer["use_cpu"]:
         message = f"hparams_search.gpus_per_trial is {share}, and trainer.use_cpu is true"
@@ -63,7 +63,7 @@ def planned(composed: Composed) -> RunPlan:
     return plan
 
 
-def settings_of(plan: RunPlan) -> HparamsSearch:
+def search_settings(plan: RunPlan) -> HparamsSearch:
     return HparamsSearch.model_validate(plan.composed.get("hparams_search") or {})
 
 
@@ -83,7 +83,7 @@ def sweep_folder(plan: RunPlan, digest: str, fresh: bool) -> Path:
 
 
 @contextmanager
-def opened(folder: Path) -> Iterator[None]:
+def hold_folder(folder: Path) -> Iterator[None]:
     """The sweep's directory, made and held: no second process runs the same sweep."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -94,31 +94,31 @@ def opened(folder: Path) -> Iterator[None]:
         yield
 
 
-def trial_of(folder: Path, point: Point, plan: RunPlan | None) -> Trial:
+def freeze_point(folder: Path, point: Point, plan: RunPlan | None) -> Trial:
     """A point frozen into its own run directory; one that has no plan is only named."""
-    trial = Trial(point.number, folder / files.trial_name(point.number, point.values), dict(point.values))
+    trial = Trial(point.number, folder / files.trial_directory_name(point.number, point.values), dict(point.values))
     if plan is None:
         trial.state, trial.code = "refused", REFUSED
         trial.problems = [vars(p) for p in point.problems]
     elif run_directory.plan_hash_of(trial.run) == plan.hash:  # the sweep's record is gone, the trial is not
-        take(trial)
+        load_frozen_trial(trial)
     else:
-        make(trial, plan)
+        make_trial_directory(trial, plan)
     return trial
 
 
-def make(trial: Trial, plan: RunPlan) -> None:
+def make_trial_directory(trial: Trial, plan: RunPlan) -> None:
     """The trial's directory, with its frozen plan."""
     trial.plan = run_directory.make_run_directory(plan.model_copy(update={"run_dir": str(trial.run)}))
 
 
-def take(trial: Trial) -> None:
+def load_frozen_trial(trial: Trial) -> None:
     """The plan as it was frozen, and what became of the trial; KitError where it cannot be read."""
     trial.plan = load_plan(trial.run).model_copy(update={"run_dir": str(trial.run)})
-    look(trial)
+    refresh_state(trial)
 
 
-def take_up(folder: Path, trials: list[Trial], plans: dict[int, RunPlan] | None = None) -> None:
+def continue_trials(folder: Path, trials: list[Trial], plans: dict[int, RunPlan] | None = None) -> None:
     """Trials of an earlier process, as they were frozen: what is done stays, what failed or stopped is missing.
 
     One whose directory is gone is made again from `plans`; without them it has failed.
@@ -130,14 +130,14 @@ def take_up(folder: Path, trials: list[Trial], plans: dict[int, RunPlan] | None 
         if not trial.run.exists():
             if plan := (plans or {}).get(trial.number):
                 print_status(f"{run_directory.path_from_here(trial.run)} is gone: the trial starts anew")
-                make(trial, plan)
+                make_trial_directory(trial, plan)
                 trial.state, trial.code, trial.seconds, trial.problems = "waiting", None, 0.0, []
             else:
                 trial.state, trial.code = "failed", FAILED
                 trial.problems = [{"problem": "its directory is gone", "where": str(trial.run)}]
             continue
         try:
-            take(trial)
+            load_frozen_trial(trial)
         except KitError as error:
             fix = f"rm -r {run_directory.path_from_here(trial.run)}, or the same command with --fresh"
             problems += [Problem(p.problem, str(trial.run / run_directory.PLAN), fix) for p in error.problems]
@@ -149,17 +149,19 @@ def take_up(folder: Path, trials: list[Trial], plans: dict[int, RunPlan] | None 
     )
 
 
-def about(folder: Path, settings: HparamsSearch, metric: str) -> dict[str, Any]:
+def sweep_description(folder: Path, settings: HparamsSearch, metric: str) -> dict[str, Any]:
     return {"sweep": folder.name, "metric": metric, "direction": settings.direction, "method": settings.method}
 
 
-def pool_for(settings: HparamsSearch, plans: list[RunPlan]) -> Pool:
+def pool_for(settings: HparamsSearch, plans: list[RunPlan]) -> TrialPool:
     """Room for trials: a slot per GPU, or one on a CPU, unless hparams_search.parallel says how many."""
     devices = visible_devices()
     if devices is None or all(p.trainer["use_cpu"] for p in plans):
-        return Pool(None, settings.parallel if isinstance(settings.parallel, int) else 1, settings.workers == "warm")
+        return TrialPool(
+            None, settings.parallel if isinstance(settings.parallel, int) else 1, settings.workers == "warm"
+        )
     slots = settings.parallel if isinstance(settings.parallel, int) else len(devices)
-    return Pool(devices, slots, settings.workers == "warm")
+    return TrialPool(devices, slots, settings.workers == "warm")
 
 
 def visible_devices() -> list[str] | None:
@@ -171,9 +173,9 @@ def visible_devices() -> list[str] | None:
     return [v.strip() for v in devices.split(",") if v.strip()][:count] if devices else [str(i) for i in range(count)]
 
 
-def stay(
+def supervise_trials(
     sweep: Sweep,
-    pool: Pool,
+    pool: TrialPool,
     next_trial: Callable[[], Trial | None],
     is_over: Callable[[], bool],
     watch: Callable[[Trial, list[dict[str, Any]]], bool] = lambda trial, rows: False,
@@ -184,7 +186,7 @@ def stay(
     Ctrl-C and SIGTERM let the running trials save a checkpoint, and start no other.
     """
     requests, deadline = 0, None
-    with Stop() as signals, screen(sweep) as draw:
+    with StopRequests() as signals, show_progress(sweep) as draw:
         try:
             while pool.running or not (is_over() or signals.requests):
                 while not signals.requests and (trial := next_trial()) is not None:
@@ -194,7 +196,7 @@ def stay(
                 for trial in pool.running:
                     if watch(trial, trial.curve.read()) and not trial.pruning:
                         trial.pruning = True
-                        stop(trial)
+                        stop_trial(trial)
                 for trial in pool.ended():
                     ended(trial)
                     draw(trial)
@@ -202,19 +204,19 @@ def stay(
                 if signals.requests > requests:
                     requests = signals.requests
                     grace = max((t.plan.launch.grace_seconds for t in pool.running if t.plan), default=0.0)
-                    deadline = deadline or time.monotonic() + grace + PATIENCE
+                    deadline = deadline or time.monotonic() + grace + KILL_MARGIN_SECONDS
                     print_status("stopping: the running trials save a checkpoint (again to end them at once)")
                     pool.stop_all()
                 if deadline and time.monotonic() > deadline:
                     pool.kill()
                 draw(None)
-                time.sleep(TICK)
+                time.sleep(POLL_SECONDS)
         finally:
             pool.kill()
             files.write_record(sweep.folder, sweep.trials, sweep.about)
 
 
-def exit_code(trial: Trial) -> int:
+def exit_code_of_trial(trial: Trial) -> int:
     """What a trial adds to the exit code of the sweep; a pruned one has done what it was for."""
     codes = {"done": DONE, "pruned": DONE, "refused": REFUSED, "failed": trial.code or FAILED}
     return codes.get(trial.state, STOPPED)

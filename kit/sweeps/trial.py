@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from kit.errors import REFUSED, KitError
-from kit.launchers.supervise import launch, newest_checkpoint, stop_with
+from kit.launchers.supervise import launch, newest_checkpoint_name, stop_with_parent
 from kit.schema.run_plan import load_plan
 from kit.storage import run_directory
 from kit.system.terminal import print_problems
@@ -19,11 +19,11 @@ from kit.system.terminal import print_problems
 def main(argv: list[str]) -> int:
     """The exit code of the trial; what is wrong also goes into its status.json."""
     path, parent = Path(argv[0]), int(argv[1])
-    stop_with(parent)
+    stop_with_parent(parent)
     run = path.parent
     try:
         plan = load_plan(path).model_copy(update={"run_dir": str(run)})
-        return launch(plan, resume=newest_checkpoint(run))
+        return launch(plan, resume=newest_checkpoint_name(run))
     except KitError as error:
         print_problems(error.problems, refused=error.code == REFUSED)
         run_directory.set_status_refused(run, error)

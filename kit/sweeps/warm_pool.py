@@ -21,13 +21,13 @@ from kit.launchers.command import rank_environment, tracker_environment
 from kit.schema import trackers
 from kit.schema.run_plan import RunPlan, leaves
 
-WORKER = "kit.sweeps.warm_worker"
+WORKER_MODULE = "kit.sweeps.warm_worker"
 # Made anew with every trial: where it writes, who it is, how it came to be.
-OWN = set(
+PLAN_KEYS_MADE_ANEW = set(
     "run_dir hash name recipe notes warnings overrides provenance composed prompts launch init_from global_batch_size"
     .split()
 )  # fmt: skip
-TRAINER = set(
+TRAINER_KEYS_MADE_ANEW = set(
     "adam_beta1 adam_beta2 adam_epsilon data_seed disable_tqdm eval_accumulation_steps eval_delay eval_on_start"
     " eval_steps eval_strategy gradient_accumulation_steps greater_is_better learning_rate load_best_model_at_end"
     " logging_first_step logging_steps logging_strategy lr_scheduler_kwargs lr_scheduler_type max_grad_norm max_steps"
@@ -35,16 +35,29 @@ TRAINER = set(
     " project report_to run_name save_only_model save_steps save_strategy save_total_limit seed warmup_steps"
     " weight_decay".split()
 )
-ADAPTER = set(
+ADAPTER_KEYS_MADE_ANEW = set(
     "alpha_pattern exclude_modules init_lora_weights layers_pattern layers_to_transform lora_alpha lora_dropout r"
     " rank_pattern target_modules use_dora use_rslora".split()
 )
 # Of an adapter, and neither made anew nor able to change the base.
-HARMLESS = {"peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "fan_in_fan_out"}
-DRAWN = (True, False, None, "gaussian", "orthogonal")  # init_lora_weights that leave the base as it is
+HARMLESS_ADAPTER_KEYS = {
+    "peft_type",
+    "task_type",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "fan_in_fan_out",
+}
+SAFE_INIT_LORA_WEIGHTS = (
+    True,
+    False,
+    None,
+    "gaussian",
+    "orthogonal",
+)  # init_lora_weights that leave the base as it is
 
 
-def why_cold(plan: RunPlan) -> str | None:
+def reason_to_start_cold(plan: RunPlan) -> str | None:
     """Why a plan cannot share a process with others; None where it can."""
     trainer, peft = plan.trainer, plan.peft
     if plan.world_size > 1 or plan.deepspeed or plan.fsdp:
@@ -60,17 +73,19 @@ def why_cold(plan: RunPlan) -> str | None:
     if plan.model.trust_remote_code:
         return "the base's own code may remember the trials before"
     for key, value in peft.items():
-        allowed = key in ADAPTER | HARMLESS or not value or (key, value) == ("bias", "none")
+        allowed = (
+            key in ADAPTER_KEYS_MADE_ANEW | HARMLESS_ADAPTER_KEYS or not value or (key, value) == ("bias", "none")
+        )
         if key == "init_lora_weights":
-            allowed = any(value is v or value == v for v in DRAWN)
+            allowed = any(value is v or value == v for v in SAFE_INIT_LORA_WEIGHTS)
         if key == "peft_type":
             allowed = value == "LORA"
         if not allowed:
-            return f"peft.{key}={value} may change the base"
+            return f"peft.{sharing_key}={value} may change the base"
     # Each of the three words about compiling turns it on.
     for key in ("torch_compile", "torch_compile_backend", "torch_compile_mode", "push_to_hub", "auto_find_batch_size"):
         if trainer.get(key):
-            return f"trainer.{key} is not made anew"
+            return f"trainer.{sharing_key} is not made anew"
     if str(trainer.get("optim")).startswith("paged_"):  # bitsandbytes takes managed memory, and frees none of it
         return f"trainer.optim={trainer['optim']} does not give its memory back"
     if others := set(trackers.names(trainer.get("report_to"))) - {"none", "tensorboard"}:
@@ -78,17 +93,17 @@ def why_cold(plan: RunPlan) -> str | None:
     return None
 
 
-def key(plan: RunPlan) -> str:
+def sharing_key(plan: RunPlan) -> str:
     """Equal for plans that may share a worker: a hash of everything that is not made anew for each."""
-    shared = {name: value for name, value in plan.model_dump(mode="json").items() if name not in OWN}
-    anew = {f"trainer.{k}" for k in TRAINER} | {f"peft.{k}" for k in ADAPTER}
+    shared = {name: value for name, value in plan.model_dump(mode="json").items() if name not in PLAN_KEYS_MADE_ANEW}
+    anew = {f"trainer.{k}" for k in TRAINER_KEYS_MADE_ANEW} | {f"peft.{k}" for k in ADAPTER_KEYS_MADE_ANEW}
     if plan.trainer.get("shuffle_dataset"):  # then the order of the tokenized rows depends on it
         anew.remove("trainer.seed")
     shared_leaves = {k: v for k, v in leaves(shared).items() if not any(k == a or k.startswith(a + ".") for a in anew)}
     return hashlib.sha256(json.dumps(shared_leaves, sort_keys=True, default=str).encode()).hexdigest()
 
 
-class Worker:
+class WarmWorker:
     """A living process that takes plan paths on its stdin and answers each with a line when that trial is over."""
 
     def __init__(self, key: str, devices: list[str], plan: RunPlan, env: dict[str, str], log: BinaryIO) -> None:
@@ -98,7 +113,12 @@ class Worker:
         env = {**env, **ranks}
         self.key, self.devices, self.text = key, devices, b""
         self.process = subprocess.Popen(
-            child(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=env, start_new_session=True
+            worker_command(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env=env,
+            start_new_session=True,
         )
         assert self.process.stdout is not None
         os.set_blocking(self.process.stdout.fileno(), False)
@@ -142,9 +162,9 @@ class Worker:
                     continue
 
 
-def child() -> list[str]:
+def worker_command() -> list[str]:
     """What is typed to start a worker."""
-    return [sys.executable, "-m", WORKER, str(os.getpid())]
+    return [sys.executable, "-m", WORKER_MODULE, str(os.getpid())]
 
 
 def overdue(requested: float | None, plan: RunPlan | None) -> bool:

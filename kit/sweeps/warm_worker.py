@@ -20,12 +20,12 @@ from typing import Any
 from kit import worker
 from kit.errors import DONE, STOPPED, KitError
 from kit.launchers.command import rank_environment
-from kit.launchers.ranks import forget
-from kit.launchers.supervise import newest_checkpoint, outcome, stop_with
+from kit.launchers.ranks import remove_rank_files
+from kit.launchers.supervise import exit_code_of_run, newest_checkpoint_name, stop_with_parent
 from kit.schema.run_plan import load_plan
 from kit.storage import run_directory
 from kit.storage.json_files import atomic_write_json
-from kit.sweeps.pool import LOG
+from kit.sweeps.pool import TRIAL_LOG
 from kit.system.terminal import print_status
 from kit.training import signals as stopping
 
@@ -33,39 +33,39 @@ from kit.training import signals as stopping
 def main(argv: list[str]) -> None:
     """Take trials until stdin ends, or until this process should not have another."""
     stopping.install_handlers()
-    stop_with(int(argv[0]))
+    stop_with_parent(int(argv[0]))
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print must not look like an answer
-    tee()
-    state = Held()
+    install_tees()
+    state = WarmState()
     reason = ""
     while not reason and (line := sys.stdin.readline()):
-        code, reason = trial(Path(json.loads(line)["plan"]), state)
+        code, reason = run_trial(Path(json.loads(line)["plan"]), state)
         answers.write(json.dumps({"code": code, "why": reason}) + "\n")
         answers.flush()
     os._exit(DONE)
 
 
-def tee() -> None:
+def install_tees() -> None:
     """Streams that stay the same for libraries that keep them, whichever trial's log they write to."""
     null = open(os.devnull, "w")
     sys.stdout, sys.stderr = worker.Tee(sys.stdout, null), worker.Tee(sys.stderr, null)
 
 
-def trial(path: Path, state: Held) -> tuple[int, str]:
+def run_trial(path: Path, state: WarmState) -> tuple[int, str]:
     """One trial: its exit code, and why this process must not have another ("" where it may)."""
-    stopping.reset()
+    stopping.forget_signals()
     run = path.parent
-    with open(run / run_directory.LOGS / LOG, "ab") as log:
+    with open(run / run_directory.LOGS / TRIAL_LOG, "ab") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     try:
         with (
             run_directory.lock_run_directory(run),
             run_directory.lock_run_directory(run, run_directory.RANK_LOCK),
-            environment(),
+            restored_environment(),
         ):
-            code = start(path, state)
+            code = train_trial(path, state)
     except KitError as error:
         print(error, file=sys.stderr)
         run_directory.set_status_refused(run, error)
@@ -75,14 +75,14 @@ def trial(path: Path, state: Held) -> tuple[int, str]:
     return code, state.reset()
 
 
-def start(path: Path, state: Held) -> int:
+def train_trial(path: Path, state: WarmState) -> int:
     """What a launcher and its one rank do with a plan; KitError where the run is not done and not stopped."""
     run = path.parent
     plan = load_plan(path).model_copy(update={"run_dir": str(run)})
-    resume = newest_checkpoint(run)
+    resume = newest_checkpoint_name(run)
     for w in plan.warnings:
         print_status(f"warning: {w['problem']} ({w['where']}); {w['fix']} [{w['rule']}]")
-    forget(run)
+    remove_rank_files(run)
     record = {"argv": sys.orig_argv, "env": rank_environment(plan), "cwd": os.getcwd(), "resume": resume}
     atomic_write_json(run / run_directory.LAUNCH, record)
     run_directory.set_status(run, "running")
@@ -90,18 +90,18 @@ def start(path: Path, state: Held) -> int:
     for stream in (sys.stdout, sys.stderr):
         stream.log = log  # type: ignore[union-attr]
     try:
-        code = worker.session(plan, resume, load=state.load, prepared=state.prepared)
+        code = worker.train_in_this_process(plan, resume, load=state.load, prepared=state.prepared)
     except Exception as error:
-        code = worker.failed(run, 0, error)
+        code = worker.report_failure(run, 0, error)
     finally:
         (run / run_directory.LOGS / "rank0.pid").unlink(missing_ok=True)
-        ended = {"returncode": 0, "oom_kills": 0, "deaths": {}, "asked": int(stopping.requested() is not None)}
+        ended = {"returncode": 0, "oom_kills": 0, "deaths": {}, "asked": int(stopping.received_signal() is not None)}
     atomic_write_json(run / run_directory.LAUNCH, {**record, "ended": {**ended, "returncode": code}})
-    return outcome(run, code)
+    return exit_code_of_run(run, code)
 
 
 @contextmanager
-def environment() -> Iterator[None]:
+def restored_environment() -> Iterator[None]:
     """Libraries note a run's settings in the environment: the next one finds it as it was."""
     variables = dict(os.environ)
     try:
@@ -112,7 +112,7 @@ def environment() -> Iterator[None]:
         os.environ.update(variables)
 
 
-class Held:
+class WarmState:
     """What one trial leaves to the next: the data, tokenized, and the base as it was loaded."""
 
     def __init__(self) -> None:
@@ -134,13 +134,13 @@ class Held:
             if torch.cuda.is_available() and not args.use_cpu:
                 torch.cuda.reset_peak_memory_stats()
             return load_tokenizer(plan), self.data, self.model
-        state = random_state()
-        tokenizer, self.data, self.model = run.load(plan, args)
-        self.draws_random = any(not torch.equal(a, b) for a, b in zip(state, random_state(), strict=True))
+        state = random_states()
+        tokenizer, self.data, self.model = run.load_inputs(plan, args)
+        self.draws_random = any(not torch.equal(a, b) for a, b in zip(state, random_states(), strict=True))
         if not plan.quantization:  # that is on its device already; the trainer would move this one
             self.model.to(args.device)
-        self.model_before = remember(self.model)
-        self.sums = checksums(self.model)
+        self.model_before = snapshot_model(self.model)
+        self.sums = tensor_checksums(self.model)
         gc.collect()
         gc.freeze()  # looking through all that was imported took half a second, twice a trial
         return tokenizer, self.data, self.model
@@ -152,7 +152,7 @@ class Held:
 
         if self.model is None or self.draws_random:
             return "loading the base drew random numbers: it depends on the seed"
-        restore(self.model_before)
+        restore_model(self.model_before)
         # Whatever was compiled (an optimizer, an attention): after a number of shapes torch no longer compiles.
         torch._dynamo.reset()
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -160,21 +160,21 @@ class Held:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        return "" if checksums(self.model) == self.sums else "the trial changed the base"
+        return "" if tensor_checksums(self.model) == self.sums else "the trial changed the base"
 
 
-def random_state() -> list[Any]:
+def random_states() -> list[Any]:
     import torch
 
     return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])]
 
 
-def remember(model: Any) -> tuple[list[Any], list[Any], list[Any]]:
+def snapshot_model(model: Any) -> tuple[list[Any], list[Any], list[Any]]:
     """What makes a model what it is, beside the values of its tensors: modules, configs, parameters."""
     from transformers import GenerationConfig, PreTrainedConfig
 
     config_types = (PreTrainedConfig, GenerationConfig)
-    modules = [(m, type(m), {k: shallow(v) for k, v in vars(m).items()}) for m in model.modules()]
+    modules = [(m, type(m), {k: shallow_copy(v) for k, v in vars(m).items()}) for m in model.modules()]
     configs: dict[int, Any] = {}
     pending = [v for _, _, attributes in modules for v in attributes.values() if isinstance(v, config_types)]
     while pending:
@@ -187,13 +187,13 @@ def remember(model: Any) -> tuple[list[Any], list[Any], list[Any]]:
     return modules, list(configs.values()), parameters
 
 
-def restore(snapshot: tuple[list[Any], list[Any], list[Any]]) -> None:
+def restore_model(snapshot: tuple[list[Any], list[Any], list[Any]]) -> None:
     """Undo all that was put into, hooked onto or set on a model; the adapter goes with it."""
     modules, configs, parameters = snapshot
     for module, kind, own in modules:
         module.__class__ = kind
         vars(module).clear()
-        vars(module).update({k: shallow(v) for k, v in own.items()})
+        vars(module).update({k: shallow_copy(v) for k, v in own.items()})
     for config, own in configs:
         attributes = {k: v if any(v is c for c, _ in configs) else copy.deepcopy(v) for k, v in own.items()}
         vars(config).clear()
@@ -205,11 +205,11 @@ def restore(snapshot: tuple[list[Any], list[Any], list[Any]]) -> None:
         parameter.grad = None
 
 
-def shallow(value: Any) -> Any:
+def shallow_copy(value: Any) -> Any:
     return copy.copy(value) if isinstance(value, dict | list | set) else value
 
 
-def checksums(model: Any) -> list[Any]:
+def tensor_checksums(model: Any) -> list[Any]:
     """Name, dtype, shape and a sum over the bits of every parameter and buffer."""
     import torch
 

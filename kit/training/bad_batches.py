@@ -7,8 +7,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-FILE = "nonfinite.json"
-MOST, SHOWN, TOKENS = 256, 8, 60  # row numbers that are listed, rows that are shown, how much of each
+NONFINITE_FILE = "nonfinite.json"
+MAX_ROWS, MAX_TEXTS, MAX_TOKENS = 256, 8, 60  # row numbers that are listed, rows that are shown, how much of each
 
 
 def rows_of_steps(trainer: Any, first: int, last: int) -> list[int]:
@@ -37,7 +37,7 @@ def rows_of_steps(trainer: Any, first: int, last: int) -> list[int]:
     return rows
 
 
-def note(trainer: Any) -> None:
+def write_rows_before_nonfinite_loss(trainer: Any) -> None:
     """Write logs/nonfinite.json beside the checkpoints' folder, where a run directory is; rank 0 only."""
     folder = Path(trainer.args.output_dir).parent / "logs"
     if trainer.args.process_index != 0 or not folder.is_dir():
@@ -47,6 +47,8 @@ def note(trainer: Any) -> None:
     first = logged[-1] + 1 if logged else 1
     rows = rows_of_steps(trainer, first, last)
     data, decode = trainer.train_dataset, trainer.processing_class.decode
-    texts = {row: decode(list(data[row].get("input_ids") or [])[:TOKENS]) for row in rows[-SHOWN:]}  # the last step's
-    record = {"first_step": first, "last_step": last, "count": len(rows), "of": len(data), "rows": rows[:MOST]}
-    (folder / FILE).write_text(json.dumps({**record, "texts": texts}, ensure_ascii=False), encoding="utf-8")
+    texts = {
+        row: decode(list(data[row].get("input_ids") or [])[:MAX_TOKENS]) for row in rows[-MAX_TEXTS:]
+    }  # the last step's
+    record = {"first_step": first, "last_step": last, "count": len(rows), "of": len(data), "rows": rows[:MAX_ROWS]}
+    (folder / NONFINITE_FILE).write_text(json.dumps({**record, "texts": texts}, ensure_ascii=False), encoding="utf-8")

@@ -24,19 +24,19 @@ class StopOnSignalCallback(TrainerCallback):
     def __init__(self, group: Any, begin: Callable[[], None], end: Callable[[], None]) -> None:
         self.group, self.begin, self.end = group, begin, end
         self.stopped = False
-        self.agreement: signals.Agreement | None = None
+        self.agreement: signals.StopAgreement | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.stopped = False
         if args.should_save:
             atomic_folder.remove_leftovers(args.output_dir)
-        self.agreement = signals.Agreement(self.group)
+        self.agreement = signals.StopAgreement(self.group)
         self.begin()
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.agreement is None or not self.agreement.step() or state.global_step >= state.max_steps:
             return  # after the last step there is nothing to stop: the run is finished and is saved as such
-        cause = signals.requested() or "a signal on another rank"
+        cause = signals.received_signal() or "a signal on another rank"
         logger.warning(f"{cause}: saving and stopping at step {state.global_step}")
         self.stopped = True
         control.should_save = control.should_training_stop = True

@@ -18,7 +18,7 @@ from kit.schema.run_plan import RunPlan
 from kit.storage import run_directory
 
 
-def quiet() -> None:
+def quiet_libraries() -> None:
     """Leave the console to the run: library bars and notices about names to come say nothing a user can act on."""
     import datasets
     from transformers.utils import logging
@@ -28,7 +28,7 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
-class Progress(TrainerCallback):
+class ProgressCallback(TrainerCallback):
     """Appends every log to metrics.jsonl; without a terminal it prints a line per interval instead of a bar.
 
     Each start of training first writes a row of its own, with max_steps and no loss. Rows with a loss also hold
@@ -74,7 +74,7 @@ class Progress(TrainerCallback):
         if not state.is_world_process_zero or not logs:
             return
         seconds = round(time.monotonic() - self.start, 3)
-        row = {"step": state.global_step, "seconds": seconds, **{k: v for k, v in logs.items() if finite(v)}}
+        row = {"step": state.global_step, "seconds": seconds, **{k: v for k, v in logs.items() if is_finite_number(v)}}
         if torch.cuda.is_available() and not args.use_cpu:
             row["memory_gb"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
         if "loss" in logs:
@@ -101,16 +101,16 @@ class Progress(TrainerCallback):
             f.write(json.dumps(row) + "\n")
 
 
-def finite(value: Any) -> bool:
+def is_finite_number(value: Any) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
 
 
-def hf_printer() -> type[TrainerCallback]:
+def upstream_printer() -> type[TrainerCallback]:
     """The callback that would print every log as a dict; Progress does it readably."""
     return PrinterCallback
 
 
-def banner(plan: RunPlan, trainer: Any, data: Any, seconds: float) -> None:
+def print_banner(plan: RunPlan, trainer: Any, data: Any, seconds: float) -> None:
     """What was found, once, on rank 0: hardware, parameters, data, batch."""
     if trainer.args.process_index != 0:
         return
@@ -118,15 +118,15 @@ def banner(plan: RunPlan, trainer: Any, data: Any, seconds: float) -> None:
     total, trained = sum(n for n, _ in parameters), sum(n for n, t in parameters if t)
     device = "CPU" if trainer.args.use_cpu else torch.cuda.get_device_name()
     engine = f"DeepSpeed ZeRO-{plan.zero_stage}" if plan.deepspeed else ("FSDP" if plan.fsdp else "no sharding")
-    held_out = f"{rows_in(data.test)} held out"
+    held_out = f"{count_rows(data.test)} held out"
     if data.test is not data.validation:
-        held_out = f"{rows_in(data.validation)} for validation, {rows_in(data.test)} for the test at the end"
+        held_out = f"{count_rows(data.validation)} for validation, {count_rows(data.test)} for the test at the end"
     lines = [
         f"run       {run_directory.path_from_here(plan.run_path)}",
         f"machine   {plan.world_size} x {device}, {plan.precision}, {engine}",
         f"model     {plan.model.name_or_path}: {total:,} parameters, {trained:,} trained "
         f"({100 * trained / total:.2f} %)",
-        f"data      {rows_in(data.train)} rows, {held_out}",
+        f"data      {count_rows(data.train)} rows, {held_out}",
         *(f"          {note}" for note in data.notes),
         f"batch     {plan.global_batch_size} rows per step = {trainer.args.per_device_train_batch_size} rows x "
         f"{trainer.args.gradient_accumulation_steps} accumulation x {plan.world_size} processes",
@@ -135,15 +135,15 @@ def banner(plan: RunPlan, trainer: Any, data: Any, seconds: float) -> None:
     print("\n".join(lines), flush=True)
 
 
-def rows_in(rows: Any) -> str:
+def count_rows(rows: Any) -> str:
     if rows is None:
         return "no"
     if isinstance(rows, dict):
-        return ", ".join(f"{name} {rows_in(part)}" for name, part in rows.items())
+        return ", ".join(f"{name} {count_rows(part)}" for name, part in rows.items())
     return f"{len(rows):,}" if hasattr(rows, "__len__") else "streamed"
 
 
-def summary(
+def final_metrics(
     plan: RunPlan, trainer: Any, trained: dict[str, float], held_out: dict[str, float], saved: float, seconds: float
 ) -> dict[str, Any]:
     """metrics.json: losses, speed, memory, seconds, versions."""
@@ -158,8 +158,8 @@ def summary(
         "first_loss": history[0]["loss"] if history else None,
         "last_loss": history[-1]["loss"] if history else None,
         "best_model_checkpoint": trainer.state.best_model_checkpoint,
-        **{k: v for k, v in trained.items() if finite(v)},
-        **{k: v for k, v in held_out.items() if finite(v)},
+        **{k: v for k, v in trained.items() if is_finite_number(v)},
+        **{k: v for k, v in held_out.items() if is_finite_number(v)},
         "tokens": tokens,
         "tokens_per_second": round(tokens / runtime, 1) if tokens and runtime == runtime else None,
         "peak_memory_gb": round(torch.cuda.max_memory_allocated() / 2**30, 3) if cuda else None,
@@ -172,7 +172,7 @@ def summary(
     }
 
 
-def farewell(plan: RunPlan, metrics: dict[str, Any]) -> None:
+def print_next_steps(plan: RunPlan, metrics: dict[str, Any]) -> None:
     """The last lines of a finished run: the figures and the commands that come next."""
     run = run_directory.path_from_here(plan.run_path)
     folder = run_directory.ADAPTER if plan.peft else run_directory.MODEL

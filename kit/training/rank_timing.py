@@ -15,10 +15,10 @@ import psutil
 import torch
 import torch.distributed as dist
 
-EVENTS = 64  # forward passes that are timed on a GPU per interval; more would tell nothing new
+MAX_EVENTS = 64  # forward passes that are timed on a GPU per interval; more would tell nothing new
 
 
-class Pace:
+class RankTimer:
     """The clocks of one rank. `exchange_due` says that the next `exchange` is one that every rank makes."""
 
     def __init__(self, group: Any, cuda: bool, compiled: bool) -> None:
@@ -57,7 +57,7 @@ class Pace:
             return
         if not self.cuda:
             self.forward_started = time.perf_counter()
-        elif len(self.events) < EVENTS:
+        elif len(self.events) < MAX_EVENTS:
             self.forward_started = torch.cuda.Event(enable_timing=True)
             self.forward_started.record()
 

@@ -15,7 +15,7 @@ from kit.storage import manifest, run_directory
 from kit.storage.json_files import atomic_write_json
 
 
-def load(plan: RunPlan, args: Any) -> tuple[Any, Any, Any]:
+def load_inputs(plan: RunPlan, args: Any) -> tuple[Any, Any, Any]:
     """Tokenizer, data and base model of a plan, as new."""
     from kit.data import masks as labels
     from kit.data.load import load_datasets
@@ -33,7 +33,7 @@ def train(
     *,
     resume: str | None = None,
     callbacks: Sequence[Any] = (),
-    load: Callable[[RunPlan, Any], tuple[Any, Any, Any]] = load,
+    load: Callable[[RunPlan, Any], tuple[Any, Any, Any]] = load_inputs,
     **hooks: Any,
 ) -> int:
     """Train the plan on this rank; returns the exit code (DONE or STOPPED). All ranks must enter.
@@ -52,7 +52,7 @@ def train(
     run = plan.run_path
     args = start_rank(plan)
     tokenizer, data, model = load(plan, args)
-    progress = console.Progress(run, plan)
+    progress = console.ProgressCallback(run, plan)
     trainer = ModifiedTrainer(
         model=model,
         args=args,
@@ -66,14 +66,14 @@ def train(
     )
     progress.trainer = trainer
     restore_adapter_dtype(trainer.model, plan)
-    trainer.remove_callback(console.hf_printer())
+    trainer.remove_callback(console.upstream_printer())
     check_embeddings_train(trainer.model, plan)
     labels.check_labels(trainer.train_dataset, tokenizer, args)
     if plan.init_from and not resume:  # a checkpoint knows more than what the run began with
         load_adapter(trainer.model, plan.init_from)
-    console.banner(plan, trainer, data, time.monotonic() - started)
+    console.print_banner(plan, trainer, data, time.monotonic() - started)
 
-    checkpoint = str(find_checkpoint(plan, resume)) if resume else None
+    checkpoint = str(verified_checkpoint(plan, resume)) if resume else None
     result = trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.stopped_by_signal:
         if args.process_index == 0:
@@ -99,11 +99,11 @@ def start_rank(plan: RunPlan) -> Any:
 
     from kit.training import console
 
-    check_world(plan)
-    console.quiet()
+    check_world_size(plan)
+    console.quiet_libraries()
     start_process_group(plan)
-    args = SFTConfig(**sft_arguments(plan))
-    check_ranks(plan)
+    args = SFTConfig(**sft_config_arguments(plan))
+    check_ranks_agree(plan)
     if args.process_index == 0:
         run_directory.set_status(plan.run_path, "running", pid=os.getpid())
     set_seed(args.seed)  # PEFT initialises the adapter before the Trainer seeds (T84)
@@ -123,14 +123,14 @@ def save_and_evaluate(plan: RunPlan, trainer: Any, data: Any, trained: dict[str,
     save_seconds = time.monotonic() - save_started
     tracking.reopen_mlflow(plan)
     held_out = trainer.evaluate(None if data.test is data.validation else data.test) if data.test is not None else {}
-    metrics = console.summary(plan, trainer, trained, held_out, save_seconds, time.monotonic() - started)
+    metrics = console.final_metrics(plan, trainer, trained, held_out, save_seconds, time.monotonic() - started)
     if trainer.args.process_index == 0:
         atomic_write_json(run / run_directory.METRICS, metrics)
         run_directory.set_status(run, "done", exit_code=DONE, step=trainer.state.global_step)
-        console.farewell(plan, metrics)
+        console.print_next_steps(plan, metrics)
 
 
-def sft_arguments(plan: RunPlan) -> dict[str, Any]:
+def sft_config_arguments(plan: RunPlan) -> dict[str, Any]:
     """What SFTConfig is given: the plan's `trainer` as it is, and what other sections hold."""
     return {
         # Trackers show the run directory's name, in a project of the plan's name.
@@ -164,7 +164,7 @@ def start_process_group(plan: RunPlan) -> None:
         Path("/dev/shm", f"deepspeed_allreduce_buffer_{buffer}").unlink(missing_ok=True)
 
 
-def check_world(plan: RunPlan) -> None:
+def check_world_size(plan: RunPlan) -> None:
     """As many processes must run as the plan was resolved for: its batch arithmetic depends on it."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world != plan.world_size:
@@ -175,7 +175,7 @@ def check_world(plan: RunPlan) -> None:
         )
 
 
-def check_ranks(plan: RunPlan) -> None:
+def check_ranks_agree(plan: RunPlan) -> None:
     """Every rank must hold the same plan. Collective."""
     import torch.distributed as dist
 
@@ -189,7 +189,7 @@ def check_ranks(plan: RunPlan) -> None:
         )
 
 
-def find_checkpoint(plan: RunPlan, resume: str) -> Path:
+def verified_checkpoint(plan: RunPlan, resume: str) -> Path:
     """The checkpoint to go on from: a name below checkpoints/, checked against its manifest."""
     folder = plan.run_path / run_directory.CHECKPOINTS / resume
     if damage := manifest.verify_folder(folder):

@@ -17,7 +17,9 @@ from kit.training import checkpoint
 
 
 @contextmanager
-def published(final: Path, kind: str, args: Any, group: Any, step: int, provenance: dict[str, Any]) -> Iterator[Path]:
+def atomic_save(
+    final: Path, kind: str, args: Any, group: Any, step: int, provenance: dict[str, Any]
+) -> Iterator[Path]:
     """A folder beside `final` to write into; on leaving, it is listed, flushed and renamed. Collective.
 
     args: the trainer's; group: its host-side group; provenance: {"plan": hash, "base": {...}}, for the manifest.
@@ -33,7 +35,7 @@ def published(final: Path, kind: str, args: Any, group: Any, step: int, provenan
                 try:
                     stack.enter_context(atomic_folder.atomic_folder(final, staging, move=move))
                 except OSError as problem:
-                    error = as_failure(problem, staging, step)
+                    error = save_error(problem, staging, step)
             checkpoint.raise_together(error, group)
             yield staging
             checkpoint.exchange(None, group)  # every rank's files are there
@@ -43,12 +45,12 @@ def published(final: Path, kind: str, args: Any, group: Any, step: int, provenan
                     write_manifest(staging, kind, files, step=step, world_size=args.world_size, provenance=provenance)
                     stack.close()  # flushed and renamed, before any rank goes on
                 except (KitError, OSError) as problem:
-                    error = as_failure(problem, final, step)
+                    error = save_error(problem, final, step)
             checkpoint.raise_together(error, group)
     except KitError:
         raise
     except (OSError, SafetensorError, RuntimeError) as problem:
-        raise as_failure(problem, final, step) from problem
+        raise save_error(problem, final, step) from problem
 
 
 def move_save(staging: Path, final: Path) -> None:
@@ -77,7 +79,7 @@ def write_manifest(
     )
 
 
-def as_failure(problem: BaseException, where: Path, step: int) -> KitError:
+def save_error(problem: BaseException, where: Path, step: int) -> KitError:
     if isinstance(problem, KitError):
         return problem
     return KitError(

@@ -32,21 +32,21 @@ def install_handlers() -> None:
     _installed = True
 
 
-def installed() -> bool:
+def handlers_installed() -> bool:
     return _installed
 
 
-def requested() -> str | None:
+def received_signal() -> str | None:
     """The first signal that arrived in this process, by name."""
     return _received[0] if _received else None
 
 
-def reset() -> None:
+def forget_signals() -> None:
     """Forget the signals that arrived (for a second run in one process)."""
     _received.clear()
 
 
-def side_group(timeout_s: float = 1800) -> Any:
+def host_side_group(timeout_s: float = 1800) -> Any:
     """A gloo group over all ranks for small host-side messages; None in a one-process run. Collective.
 
     It keeps flags and file lists off the GPU's communicator, where they would cost a synchronisation.
@@ -58,7 +58,7 @@ def side_group(timeout_s: float = 1800) -> Any:
     return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
 
 
-class Agreement:
+class StopAgreement:
     """Whether any rank was told to stop; the answer of one step is known at the next and is the same on all ranks."""
 
     def __init__(self, group: Any) -> None:
@@ -99,6 +99,6 @@ class Agreement:
         return bool(self.flag.item())
 
 
-def request(reason: str = "SIGTERM") -> None:
+def request_stop(reason: str = "SIGTERM") -> None:
     """Ask for the same stop from inside the process (a watched launcher that died, a time limit)."""
     _received.append(reason)

@@ -12,7 +12,7 @@ from kit.schema.run_plan import RunPlan
 
 
 @contextlib.contextmanager
-def closing(plan: RunPlan) -> Iterator[None]:
+def closing_trackers(plan: RunPlan) -> Iterator[None]:
     """Close the plan's trackers when the block ends, also by an error. Only rank 0 has open ones."""
     failed = True
     try:
@@ -20,24 +20,24 @@ def closing(plan: RunPlan) -> Iterator[None]:
         failed = False
     finally:
         try:
-            close(loaded(plan), failed)
+            close_trackers(loaded_trackers(plan), failed)
         except Exception as error:  # a finished run stays one
             print(f"kit: a tracker could not be closed: {error}", file=sys.stderr, flush=True)
 
 
-def loaded(plan: RunPlan) -> dict[str, Any]:
+def loaded_trackers(plan: RunPlan) -> dict[str, Any]:
     """The modules of the plan's trackers; a tracker that did not come as far as its import has nothing to close."""
     return {n: sys.modules[n] for n in trackers.names(plan.trainer.get("report_to")) if n in sys.modules}
 
 
 def reopen_mlflow(plan: RunPlan) -> None:
     """MLflow's run ends with training: the last evaluation belongs to it, not to a second, nameless run."""
-    mlflow = loaded(plan).get("mlflow")
+    mlflow = loaded_trackers(plan).get("mlflow")
     if mlflow and mlflow.active_run() is None and (run := mlflow.last_active_run()):
         mlflow.start_run(run_id=run.info.run_id)
 
 
-def close(modules: dict[str, Any], failed: bool) -> None:
+def close_trackers(modules: dict[str, Any], failed: bool) -> None:
     if (wandb := modules.get("wandb")) and wandb.run is not None:
         wandb.finish(exit_code=int(failed))
     if (mlflow := modules.get("mlflow")) and mlflow.active_run() is not None:

@@ -28,8 +28,8 @@ from kit.errors import FAILED, REFUSED, KitError
 from kit.storage import atomic_folder, manifest
 from kit.training import bad_batches, checkpoint, saved_config, signals
 from kit.training.callbacks import StopOnSignalCallback
-from kit.training.rank_timing import Pace
-from kit.training.saving import as_failure, published, rotate_checkpoints
+from kit.training.rank_timing import RankTimer
+from kit.training.saving import atomic_save, rotate_checkpoints, save_error
 
 logger = logging.get_logger(__name__)
 
@@ -65,8 +65,8 @@ class ModifiedTrainer(SFTTrainer):
         self.checkpoint_seconds: list[float] = []  # how long each checkpoint held up training
         super().__init__(model, args, *rest, **kwargs)
         self.args.logging_nan_inf_filter = False  # it hides what `log` looks for, at the price of a sync per step
-        self.ranks = signals.side_group(self.args.ddp_timeout)
-        self.rank_timer = Pace(self.ranks, self.args.device.type == "cuda", bool(self.args.torch_compile))
+        self.ranks = signals.host_side_group(self.args.ddp_timeout)
+        self.rank_timer = RankTimer(self.ranks, self.args.device.type == "cuda", bool(self.args.torch_compile))
         self.stop_callback = StopOnSignalCallback(self.ranks, self._begin, self.rank_timer.detach)
         self.add_callback(self.stop_callback)
 
@@ -164,7 +164,7 @@ class ModifiedTrainer(SFTTrainer):
             if value is None or math.isfinite(value) or (name == "grad_norm" and self.args.fp16):
                 continue  # fp16's loss scaler meets infinite gradients and skips those steps
             try:
-                bad_batches.note(self)
+                bad_batches.write_rows_before_nonfinite_loss(self)
             except Exception as problem:  # a note for `kit doctor`: the stop itself matters more
                 logger.warning(f"the rows before it could not be noted: {problem}")
             raise KitError(
@@ -201,7 +201,7 @@ class ModifiedTrainer(SFTTrainer):
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _saving(self, final: Path, kind: str) -> AbstractContextManager[Path]:
-        return published(final, kind, self.args, self.ranks, self.state.global_step, self.provenance)
+        return atomic_save(final, kind, self.args, self.ranks, self.state.global_step, self.provenance)
 
     def _write_model(self, folder: Path) -> None:
         """The model's files in `folder`, proven complete, and the tokenizer's. Collective."""
@@ -224,7 +224,7 @@ class ModifiedTrainer(SFTTrainer):
             if writer and self.processing_class is not None:
                 self.processing_class.save_pretrained(str(folder))
         except (KitError, OSError, SafetensorError) as problem:
-            error = as_failure(problem, folder, self.state.global_step)
+            error = save_error(problem, folder, self.state.global_step)
         checkpoint.raise_together(error, self.ranks)
 
     def _write_adapter(self, folder: Path, writer: bool) -> None:

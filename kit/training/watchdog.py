@@ -14,7 +14,7 @@ from kit.errors import FAILED
 from kit.launchers import ssh
 from kit.training import signals as stopping
 
-GRACE_SECONDS = 120.0  # how long ranks whose launcher has died may take to save
+SAVE_SECONDS = 120.0  # how long ranks whose launcher has died may take to save
 
 
 def watch_launcher() -> None:
@@ -33,33 +33,33 @@ def watch_launcher() -> None:
         return
 
     def watch() -> None:
-        while alive(family):
+        while all_alive(family):
             time.sleep(1)
-        stopping.request()
-        time.sleep(GRACE_SECONDS)
+        stopping.request_stop()
+        time.sleep(SAVE_SECONDS)
         os._exit(FAILED)
 
     threading.Thread(target=watch, daemon=True, name="watch-launcher").start()
 
 
-def watch_stop(run: Path) -> None:
+def watch_stop_file(run: Path) -> None:
     """Ranks that were reached with ssh are asked to stop by a file: nobody there can be signalled (ssh.py)."""
 
     def watch() -> None:
-        last_word = ssh.asked(run) if ssh.is_old(run) else ""
+        last_word = ssh.stop_request(run) if ssh.is_stale_stop_request(run) else ""
         while True:
-            if (word := ssh.asked(run)) != last_word:
+            if (word := ssh.stop_request(run)) != last_word:
                 last_word = word
                 if word == "now":
                     os._exit(FAILED)
                 if word:
-                    stopping.request()
+                    stopping.request_stop()
             time.sleep(1)
 
     threading.Thread(target=watch, daemon=True, name="watch-stop").start()
 
 
-def alive(family: list[Any]) -> bool:
+def all_alive(family: list[Any]) -> bool:
     try:
         return all(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in family)
     except psutil.AccessDenied:  # another person's processes may be hidden

@@ -12,9 +12,9 @@ from kit.worker import main
 def pace_in_turns(block: int) -> None:
     """What `kit watch` shows of the ranks, for `block` steps with it and `block` steps without, in turns."""
     import kit.training.trainer
-    from kit.training.rank_timing import Pace
+    from kit.training.rank_timing import RankTimer
 
-    class Turns(Pace):
+    class Turns(RankTimer):
         begun_steps = 0
 
         def on(self):

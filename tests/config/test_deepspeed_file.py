@@ -376,14 +376,14 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_file_alone(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run(["check", "--deepspeed", "catalogue_zero1.json"]) == REFUSED
+    assert cli.run_verb(["check", "--deepspeed", "catalogue_zero1.json"]) == REFUSED
     out, err = capsys.readouterr()
     assert "where: catalogue_zero1.json:5: zero_optimization.cpu_offload" in err and "refused: 4 problems" in err
     assert "fp16.enabled: auto -> the trainer's fp16" in out
-    assert cli.run(["check", "--deepspeed", "catalogue_zero3.json"]) == DONE
+    assert cli.run_verb(["check", "--deepspeed", "catalogue_zero3.json"]) == DONE
     out, err = capsys.readouterr()
     assert "auto -> hidden_size x hidden_size: needs the model" in out and "note: the optimizer block" in err
-    assert cli.run(["check", "--deepspeed", "nothing.json"]) == REFUSED
+    assert cli.run_verb(["check", "--deepspeed", "nothing.json"]) == REFUSED
 
 
 SIZES = {
@@ -399,7 +399,7 @@ def test_the_sizes_for_a_model(files: Path, capsys: pytest.CaptureFixture[str], 
     shape = {"model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 2, "num_attention_heads": 32}
     (files / "model" / "config.json").write_text(json.dumps(shape | {"intermediate_size": 64, "vocab_size": 99}))
     model = ["model=llama3_1_8b"] if how == "preset" else ["--model", "model"]
-    assert cli.run(["check", "--deepspeed", "catalogue_zero3.json", *model, "--json"]) == DONE
+    assert cli.run_verb(["check", "--deepspeed", "catalogue_zero3.json", *model, "--json"]) == DONE
     answer = json.loads(capsys.readouterr().out)
     becomes = {r["key"]: r["becomes"] for r in answer["auto"]}
     assert {k: becomes[k] for k in SIZES} == SIZES
@@ -409,45 +409,50 @@ def test_the_sizes_for_a_model(files: Path, capsys: pytest.CaptureFixture[str], 
 def test_against_a_run(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The doctor's file fits the run that it was written for; with other values each difference is named (T1)."""
     run = ["check", "--deepspeed", "doctor_zero2.json", "recipe=llama2_7b_lora_zero2_doctor", "--json"]
-    assert cli.run([*run, "launch.num_gpus=2", "trainer.learning_rate=1.0e-4"]) == REFUSED
+    assert cli.run_verb([*run, "launch.num_gpus=2", "trainer.learning_rate=1.0e-4"]) == REFUSED
     problems = {p["key"]: p for p in json.loads(capsys.readouterr().out)["problems"]}
     assert problems["train_batch_size"]["severity"] == "refuse" and "32" in problems["train_batch_size"]["problem"]
     assert "trainer.learning_rate makes it 0.0001" in problems["optimizer.params.lr"]["problem"]
     assert problems["train_micro_batch_size_per_gpu"]["severity"] == "warn"
-    assert cli.run([*run, "launch.num_gpus=4"]) == REFUSED
+    assert cli.run_verb([*run, "launch.num_gpus=4"]) == REFUSED
     problems = {p["key"]: p for p in json.loads(capsys.readouterr().out)["problems"]}
     assert problems["train_batch_size"]["severity"] == "warn"
-    assert cli.run([*run, "--fix"]) == DONE
+    assert cli.run_verb([*run, "--fix"]) == DONE
     fixed = json.loads(capsys.readouterr().out)
     assert fixed["remaining"] == [] and fixed["written"] == "doctor_zero2.fixed.json"
-    assert cli.run([*run, "deepspeed.zero_optimization.stage=3"]) == REFUSED
+    assert cli.run_verb([*run, "deepspeed.zero_optimization.stage=3"]) == REFUSED
     assert "change the file itself" in capsys.readouterr().out
-    assert cli.run([*run[:3], "doctor_zero2.fixed.json", *run[4:], "trainer.lerning_rate=1"]) == REFUSED
+    assert cli.run_verb([*run[:3], "doctor_zero2.fixed.json", *run[4:], "trainer.lerning_rate=1"]) == REFUSED
 
 
 def test_fix_writes_beside_and_never_over(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (files / "doctor_zero2.json").read_text()
-    assert cli.run(["check", "--deepspeed", "doctor_zero2.json", "--fix"]) == DONE
+    assert cli.run_verb(["check", "--deepspeed", "doctor_zero2.json", "--fix"]) == DONE
     out = capsys.readouterr().out
     assert "written    doctor_zero2.fixed.json" in out and "train_batch_size set" in out
     assert "then:  give the trainer per_device_train_batch_size=16" in out
     assert (files / "doctor_zero2.json").read_text() == before
-    assert cli.run(["check", "--deepspeed", "doctor_zero2.fixed.json"]) == DONE
+    assert cli.run_verb(["check", "--deepspeed", "doctor_zero2.fixed.json"]) == DONE
     assert capsys.readouterr().out.endswith("valid\n")
-    assert cli.run(["check", "--deepspeed", "doctor_zero2.json", "--fix"]) == REFUSED
+    assert cli.run_verb(["check", "--deepspeed", "doctor_zero2.json", "--fix"]) == REFUSED
     assert "--overwrite" in capsys.readouterr().err
-    assert cli.run(["check", "--deepspeed", "doctor_zero2.json", "--fix", "other.json"]) == DONE
-    assert cli.run(["check", "--deepspeed", "doctor_zero2.json", "--fix", "doctor_zero2.json", "--overwrite"]) == DONE
-    assert cli.run(["check", "--deepspeed", "doctor_zero2.json", "--fix"]) == DONE  # nothing left to mend or write
+    assert cli.run_verb(["check", "--deepspeed", "doctor_zero2.json", "--fix", "other.json"]) == DONE
+    assert (
+        cli.run_verb(["check", "--deepspeed", "doctor_zero2.json", "--fix", "doctor_zero2.json", "--overwrite"])
+        == DONE
+    )
+    assert (
+        cli.run_verb(["check", "--deepspeed", "doctor_zero2.json", "--fix"]) == DONE
+    )  # nothing left to mend or write
     assert "nothing to mend" in capsys.readouterr().out
-    assert cli.run(["check", "--deepspeed", "catalogue_zero1.json", "--fix", "no/such/folder.json"]) != DONE
+    assert cli.run_verb(["check", "--deepspeed", "catalogue_zero1.json", "--fix", "no/such/folder.json"]) != DONE
 
 
 def test_the_problems_of_a_broken_file_as_json(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (files / "broken.json").write_text('{\n  "a": 1,\n}')
-    assert cli.run(["check", "--deepspeed", "broken.json", "--json"]) == REFUSED
+    assert cli.run_verb(["check", "--deepspeed", "broken.json", "--json"]) == REFUSED
     answer = json.loads(capsys.readouterr().out)
     assert answer["valid"] is False and "line 2" in answer["problems"][0]["where"] + "line 2"
     (files / "left.json").write_text(json.dumps(whole(my_own=1)))
-    assert cli.run(["check", "--deepspeed", "left.json", "--fix"]) == REFUSED
+    assert cli.run_verb(["check", "--deepspeed", "left.json", "--fix"]) == REFUSED
     assert "nothing to mend" in capsys.readouterr().out

@@ -60,10 +60,10 @@ def test_what_is_not_handed_over_is_noticed(runs, monkeypatch: pytest.MonkeyPatc
     """The judge itself: a worker that drops, renames or overwrites a value does not pass."""
     import kit.training.run as worker
 
-    honest = worker.sft_arguments
-    monkeypatch.setattr(worker, "sft_arguments", lambda plan: {**honest(plan), "learning_rate": 1e-5})
+    honest = worker.sft_config_arguments
+    monkeypatch.setattr(worker, "sft_config_arguments", lambda plan: {**honest(plan), "learning_rate": 1e-5})
     assert mutate.judge(runs[0], "trainer.learning_rate", 3e-4)[0] == "lost"
-    monkeypatch.setattr(worker, "sft_arguments", lambda plan: {**honest(plan), "lerning_rate": 1})
+    monkeypatch.setattr(worker, "sft_config_arguments", lambda plan: {**honest(plan), "lerning_rate": 1})
     assert mutate.judge(runs[0], "trainer.learning_rate", 3e-4)[0] == "late"
 
 

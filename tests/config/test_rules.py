@@ -59,13 +59,13 @@ def test_keys_of_rules_are_keys_of_a_run():
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str]):
-    assert cli.run(["check", "--rules"]) == DONE
+    assert cli.run_verb(["check", "--rules"]) == DONE
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(RULES) and all(re.match(r"\S+ +(refuses|warns) +\S", line) for line in lines)
-    assert cli.run(["check", "--explain", "lm-head-target"]) == DONE
+    assert cli.run_verb(["check", "--explain", "lm-head-target"]) == DONE
     told = capsys.readouterr().out
     assert "modules_to_save=[lm_head]" in told and "peft.target_modules" in told and "T38" in told
-    assert cli.run(["check", "--explain", "lm-head-targets"]) == REFUSED
+    assert cli.run_verb(["check", "--explain", "lm-head-targets"]) == REFUSED
     assert "did you mean lm-head-target" in capsys.readouterr().err
 
 
@@ -345,6 +345,6 @@ def test_remote_code_in_a_file(base: Path, chat: Path, tmp_path: Path):
 
 def test_warnings_reach_the_user(base: Path, chat: Path, capsys: pytest.CaptureFixture[str]):
     run = [f"model.name_or_path={base}", f"dataset.path={chat}", "trainer.max_steps=10", "trainer.warmup_steps=5"]
-    assert cli.run(["check", *run]) == DONE
+    assert cli.run_verb(["check", *run]) == DONE
     out, err = capsys.readouterr()
     assert "50% of the steps are warm-up" in out and "[warmup-half]" in out and "--explain" in err

@@ -445,9 +445,9 @@ def test_the_command_removes_only_dead_locks(lock, tmp_path, monkeypatch, capsys
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     lock.touch()
-    assert cli.run(["doctor"]) == ENVIRONMENT
+    assert cli.run_verb(["doctor"]) == ENVIRONMENT
     assert "would stop a run" in capsys.readouterr().out
-    assert cli.run(["doctor", "--remove-stale-locks", "--json"]) == DONE
+    assert cli.run_verb(["doctor", "--remove-stale-locks", "--json"]) == DONE
     out, err = capsys.readouterr()
     assert f"removed   {lock}" in err and not lock.exists() and json.loads(out)["ready"] is True
 
@@ -494,7 +494,7 @@ def test_here_it_takes_less_than_two_seconds(tmp_path):
     ],
 )
 def test_refusals(argv, words, capsys):
-    assert cli.run(["doctor", *argv]) == REFUSED
+    assert cli.run_verb(["doctor", *argv]) == REFUSED
     assert words in capsys.readouterr().err
 
 
@@ -520,7 +520,7 @@ def test_building_says_how_far_it_is(tmp_path, capsys):
 def test_what_is_built_already_is_not_built_again(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     stamps = write(
-        tmp_path, {f".built-cpu/{n}": ops.installed() for n in ("cpu_adam", "deepspeed_shm_comm", "async_io")}
+        tmp_path, {f".built-cpu/{n}": ops.installation_stamp() for n in ("cpu_adam", "deepspeed_shm_comm", "async_io")}
     )
-    assert cli.run(["doctor", "--build-ops"]) == DONE
+    assert cli.run_verb(["doctor", "--build-ops"]) == DONE
     assert f"in {stamps}" in capsys.readouterr().err

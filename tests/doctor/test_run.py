@@ -15,7 +15,7 @@ from kit.cli import verbs as cli
 from kit.doctor import causes, oom, run_logs
 from kit.doctor.run import diagnose
 from kit.errors import DONE, FAILED, REFUSED, STOPPED
-from kit.launchers.supervise import newest_checkpoint
+from kit.launchers.supervise import newest_checkpoint_name
 from kit.storage import manifest, run_directory
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -224,7 +224,7 @@ def test_an_unknown_cause_is_said_to_be_unknown(make, capsys, monkeypatch):
         fix="the log holds the traceback",
     )
     monkeypatch.chdir(run.path.parent.parent)
-    assert cli.run(["doctor", "x"]) == FAILED
+    assert cli.run_verb(["doctor", "x"]) == FAILED
     out = capsys.readouterr().out
     assert "the cause is not known; rank 0 failed first" in out and "ZeroDivisionError: division by zero" in out
     assert "return 1 / 0" in out and "fix" not in out
@@ -270,7 +270,7 @@ def test_a_damaged_checkpoint_is_passed_over_as_by_resume(make, capsys):
     run = make("failed")
     run.checkpoint(4)
     (run.checkpoint(8) / "optimizer.bin").write_bytes(b"stat\x00")
-    assert diagnose(run.path).checkpoint == newest_checkpoint(run.path) == "checkpoint-4"
+    assert diagnose(run.path).checkpoint == newest_checkpoint_name(run.path) == "checkpoint-4"
     assert "checkpoint-8 was passed over" in capsys.readouterr().err
 
 
@@ -284,9 +284,9 @@ def test_states_without_a_failure(make, capsys, monkeypatch):
     run_directory.set_status(run.path, "created")
     assert diagnose(run.path).cause == "not_started"
     monkeypatch.chdir(run.path.parent.parent)
-    assert cli.run(["doctor", "x", "--json"]) == FAILED
+    assert cli.run_verb(["doctor", "x", "--json"]) == FAILED
     assert json.loads(capsys.readouterr().out)["cause"] == "not_started"
-    assert cli.run(["doctor", "y"]) == REFUSED
+    assert cli.run_verb(["doctor", "y"]) == REFUSED
 
 
 HOLD = """

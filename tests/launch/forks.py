@@ -24,20 +24,20 @@ def spoil(fault: str) -> None:
     from kit.sweeps import warm_worker
 
     if fault in ("adapter", "adapter-unseen"):
-        warm_worker.restore = lambda before: None
+        warm_worker.restore_model = lambda before: None
     if fault == "adapter-unseen":  # the comparison with the loaded base would find it
-        warm_worker.checksums = lambda model: []
+        warm_worker.tensor_checksums = lambda model: []
     if fault == "seed":
         for module in (transformers, transformers.trainer, trl.trainer.sft_trainer):
             module.set_seed = lambda *_, **__: None
     if fault == "base":
-        reset = warm_worker.restore
+        reset = warm_worker.restore_model
 
         def change_then_restore(before) -> None:
             before[2][0][1].add_(1)  # the first parameter's tensor
             reset(before)
 
-        warm_worker.restore = change_then_restore
+        warm_worker.restore_model = change_then_restore
 
 
 def share(fault: str, plans: list[Path]) -> None:
@@ -47,14 +47,14 @@ def share(fault: str, plans: list[Path]) -> None:
 
     answers = os.fdopen(os.dup(1), "w")
     stopping.install_handlers()
-    warm_worker.tee()
-    held = warm_worker.Held()
+    warm_worker.install_tees()
+    held = warm_worker.WarmState()
     for number, plan in enumerate(plans):
         if number == 1 and fault == "seed":
             spoil(fault)
         elif number == 0 and fault != "seed":
             spoil(fault)
-        code, why = warm_worker.trial(plan, held)
+        code, why = warm_worker.run_trial(plan, held)
         print(json.dumps([fault, number, code, why]), file=answers, flush=True)
     os._exit(0)
 

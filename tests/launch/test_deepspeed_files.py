@@ -42,7 +42,7 @@ def files(work: Path) -> dict[str, Path]:
     """Each file as it is, and mended as NAME.fixed."""
     raw = source_ds.write_all(work / "json")
     for file in raw.values():
-        assert cli.run(["check", "--deepspeed", str(file), "--fix"]) == DONE
+        assert cli.run_verb(["check", "--deepspeed", str(file), "--fix"]) == DONE
     return raw | {f"{name}.fixed": file.with_suffix(".fixed.json") for name, file in raw.items()}
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from kit.launchers.slurm_client import OVER
+from kit.launchers.slurm_client import FINAL_STATES
 from launch import cluster, harness
 
 pytestmark = [pytest.mark.launch, pytest.mark.skipif(bool(cluster.missing()), reason=cluster.missing())]
@@ -58,7 +58,7 @@ class Slurm:
             held = (held or time.monotonic()) if waits else 0.0
             if held and time.monotonic() - held > 6:
                 self.ask("scontrol", "update", f"JobId={job}", "StartTime=now")
-            assert time.monotonic() < until and facts["JobState"] not in OVER, (facts, self.logs())
+            assert time.monotonic() < until and facts["JobState"] not in FINAL_STATES, (facts, self.logs())
             time.sleep(0.3)
         return facts
 

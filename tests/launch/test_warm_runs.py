@@ -41,7 +41,7 @@ FAULTS = {"adapter": "modules", "adapter-unseen": "modules", "seed": "rate", "ba
 def freeze(folder: Path, base: Path, chat: Path, *overrides: str) -> Path:
     small = [o for o in SMALL if o.partition("=")[0] not in {m.partition("=")[0] for m in overrides}]
     plan = api.compose(*harness.overrides(base, chat, folder, *small, *overrides), here=True)
-    assert warm_pool.why_cold(plan) is None
+    assert warm_pool.reason_to_start_cold(plan) is None
     run_directory.make_run_directory(plan.model_copy(update={"run_dir": str(folder)}))
     return folder / run_directory.PLAN
 
@@ -81,7 +81,7 @@ def served(plans: list[Path], log: Path) -> list[dict]:
     """The answers of one worker that is given these plans one after the other; `stopped` is told to stop, once."""
     with open(log, "ab") as out:
         env = harness.environment(HF_HUB_OFFLINE="1")
-        worker = warm_pool.Worker("", [], api.load_plan(plans[0]), env, out)
+        worker = warm_pool.WarmWorker("", [], api.load_plan(plans[0]), env, out)
     found: list[dict] = []
     asked = False
     try:

@@ -102,7 +102,7 @@ def main(folder: Path, engine: str) -> None:
     stopped.train()
     found["stopped"] = [stopped.stopped_by_signal, stopped.state.global_step]
     found["stopped verify"] = manifest.verify_folder(folder / "stopped" / f"checkpoint-{stopped.state.global_step}")
-    stopping.reset()
+    stopping.forget_signals()
     done()
 
     # a failure on the writer alone is everybody's failure

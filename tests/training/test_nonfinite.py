@@ -69,14 +69,14 @@ def test_the_note_and_the_refusal(base, tmp_path):
     trainer = trainer_of(base, tmp_path / "checkpoints", learning_rate=1e20, max_grad_norm=0.0, logging_steps=2)
     with pytest.raises(KitError, match="is (nan|inf) at step 2"):
         trainer.train()
-    note = json.loads((tmp_path / "logs" / bad_batches.FILE).read_text())
+    note = json.loads((tmp_path / "logs" / bad_batches.NONFINITE_FILE).read_text())
     assert (note["first_step"], note["last_step"], note["count"], note["of"]) == (1, 2, 8, ROWS)
     assert note["rows"] == trainer.seen[1] + trainer.seen[2]
     assert note["texts"][str(note["rows"][-1])].startswith(tiny.WORDS[note["rows"][-1]])
 
 
 def test_a_note_that_cannot_be_written_does_not_hide_the_stop(base, tmp_path, monkeypatch):
-    monkeypatch.setattr(bad_batches, "note", lambda trainer: 1 / 0)
+    monkeypatch.setattr(bad_batches, "write_rows_before_nonfinite_loss", lambda trainer: 1 / 0)
     trainer = trainer_of(base, tmp_path / "checkpoints", learning_rate=1e20, max_grad_norm=0.0)
     with pytest.raises(KitError, match="training stopped"):
         trainer.train()

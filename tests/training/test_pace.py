@@ -12,8 +12,8 @@ import torch
 from transformers import TrainerCallback
 from trl import SFTConfig
 
-from kit.training.console import Progress
-from kit.training.rank_timing import EVENTS, Pace
+from kit.training.console import ProgressCallback
+from kit.training.rank_timing import MAX_EVENTS, RankTimer
 from kit.training.trainer import ModifiedTrainer
 
 torch.set_num_threads(1)
@@ -59,7 +59,7 @@ def train(base, out, monkeypatch, **changes):
         "disable_tqdm": True, "seed": 7, **changes,
     }  # fmt: skip
     (out / "logs").mkdir(parents=True)
-    progress, sleep = Progress(out, SimpleNamespace()), Sleep()
+    progress, sleep = ProgressCallback(out, SimpleNamespace()), Sleep()
     rows = tiny.dataset(tiny.text_rows())
     trainer = ModifiedTrainer(
         model=str(base), args=SFTConfig(**settings), train_dataset=rows, eval_dataset=rows,
@@ -111,7 +111,7 @@ def test_tokens_per_second_leave_out_evaluations(base, tmp_path, monkeypatch):
 
 
 def test_a_compiled_model_gets_no_hook():
-    pace, model = Pace(None, False, True), torch.nn.Linear(2, 2)
+    pace, model = RankTimer(None, False, True), torch.nn.Linear(2, 2)
     pace.attach(model)
     assert not model._forward_hooks and list(pace.time_batches(iter([1, 2]))) == [1, 2]
     pace.exchange()
@@ -141,7 +141,7 @@ class Event:
 def test_on_a_gpu_events_are_read_and_never_waited_for(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 2**30)
-    pace, model = Pace(None, True, False), torch.nn.Linear(2, 2)
+    pace, model = RankTimer(None, True, False), torch.nn.Linear(2, 2)
     pace.attach(model)
     for _ in range(10):
         list(pace.time_batches(iter([1] * 20)))
@@ -149,7 +149,7 @@ def test_on_a_gpu_events_are_read_and_never_waited_for(monkeypatch):
             model(torch.ones(1, 2))
     model.eval()
     model(torch.ones(1, 2))
-    assert len(Event.recorded) == 2 * EVENTS
+    assert len(Event.recorded) == 2 * MAX_EVENTS
     pace.exchange()
     assert pace.latest["rank_forward_seconds"] == [pytest.approx(20 * 0.010)]
     assert pace.latest["rank_memory_gb"] == [3.0]

@@ -555,7 +555,7 @@ def handlers():
     before = {name: signal.getsignal(getattr(signal, name)) for name in stopping.SIGNALS}
     stopping.install_handlers()
     yield
-    stopping.reset()
+    stopping.forget_signals()
     stopping._installed = False
     for name, handler in before.items():
         signal.signal(getattr(signal, name), handler)
@@ -581,7 +581,7 @@ def test_signal_saves_and_stops(number, base, tmp_path, handlers):
     assert trainer.stopped_by_signal and trainer.state.global_step == 4
     assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
     assert not [h for h in trainer.state.log_history if "eval_loss" in h]
-    stopping.reset()
+    stopping.forget_signals()
     rest = build(ModifiedTrainer, tmp_path, str(base), args=args, **more)
     rest.train(resume_from_checkpoint=True)
     assert not rest.stopped_by_signal and rest.state.global_step == 10
@@ -633,7 +633,7 @@ def test_signal_during_a_save(base, tmp_path, handlers, monkeypatch):
 
 def test_second_interrupt_is_at_once(handlers):
     os.kill(os.getpid(), signal.SIGINT)
-    assert stopping.requested() == "SIGINT"
+    assert stopping.received_signal() == "SIGINT"
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
 
