@@ -118,12 +118,12 @@ def handed_over(plan: RunPlan, key: str) -> Any:
     from trl import SFTConfig
 
     import kit.training.run as worker
-    from kit.models.load import base_arguments, load_peft_config
+    from kit.models.load import base_load_arguments, load_peft_config
     from kit.models.quantization import bnb_config
 
     arguments = worker.sft_config_arguments(plan)
     SFTConfig(**{**arguments, "deepspeed": None, "fsdp": None, "fsdp_config": None, "ddp_backend": None})
-    adapter, loading = load_peft_config(plan), base_arguments(plan)
+    adapter, loading = load_peft_config(plan), base_load_arguments(plan)
     section, _, last = key.partition(".")
     if section == "trainer":
         return arguments.get(last, fields.default("SFTConfig", last))

@@ -18,9 +18,9 @@ from kit.errors import KitError
 from kit.evaluation.evaluate import evaluate
 from kit.evaluation.generate import generate
 from kit.merging import merge
-from kit.models.inference import each_model
-from kit.models.initial_adapter import load_adapter
-from kit.models.sources import open_tokenizer, resolve
+from kit.models.inference import run_each_model
+from kit.models.initial_adapter import load_initial_adapter
+from kit.models.sources import locate_models, open_source_tokenizer
 from kit.schema.run_plan import InitFrom
 from kit.storage import manifest
 
@@ -152,7 +152,7 @@ def test_what_one_verb_refuses_all_refuse_alike(layout, base, saved, chat, tmp_p
         "generate": lambda: generate(folder, base=str(base), which=["adapter"], prompts=["the"], max_new_tokens=1),
         "eval": lambda: evaluate(folder, base=str(base), which=["adapter"], data=rows, max_new_tokens=1),
         "check": lambda: planned(base, chat, folder),
-        "ranks": lambda: load_adapter(adapted(base, seed=5), of_file(folder)),
+        "ranks": lambda: load_initial_adapter(adapted(base, seed=5), of_file(folder)),
     }
     if layout == "missing key":
         del verbs["check"]  # which tensors a config asks for is known where the model is
@@ -175,9 +175,9 @@ def logits(model) -> torch.Tensor:
 
 def opened(source: Path, name: str, base: Path) -> torch.Tensor:
     """Logits of one model of a source as generate and eval open it."""
-    found = resolve(source, str(base) if name == "adapter" else None)
-    tokenizer = open_tokenizer(found)
-    return each_model(lambda _, model: logits(model), found, [name], tokenizer, dtype="float32")[name]
+    found = locate_models(source, str(base) if name == "adapter" else None)
+    tokenizer = open_source_tokenizer(found)
+    return run_each_model(lambda _, model: logits(model), found, [name], tokenizer, dtype="float32")[name]
 
 
 def test_what_peft_loads_every_verb_takes(base, saved, tmp_path):
@@ -197,7 +197,7 @@ def test_what_peft_loads_every_verb_takes(base, saved, tmp_path):
         rows = ROWS if folder.name == "resized" else None
         settings = {"modules_to_save": ["embed_tokens", "lm_head"]} if rows else {}
         other = adapted(base, rows, seed=8, **settings)
-        load_adapter(other, of_file(folder))
+        load_initial_adapter(other, of_file(folder))
         assert torch.equal(logits(other.eval()), expected)
 
 
@@ -251,5 +251,5 @@ def test_an_adapter_for_each_expert_of_mixtral_is_taken_by_all(base, tmp_path):
     for source, name in ((folder, "adapter"), (tmp_path / "out", "model")):
         assert (opened(source, name, moe) - expected).abs().max() < 1e-4 * expected.std(), name
     other = adapted(moe, seed=8, target_modules=list(shapes))
-    load_adapter(other, of_file(folder))
+    load_initial_adapter(other, of_file(folder))
     assert (logits(other.eval()) - expected).abs().max() < 1e-4 * expected.std()

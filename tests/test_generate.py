@@ -15,7 +15,7 @@ from kit.data.encode import end_of_turn
 from kit.errors import KitError
 from kit.evaluation.generate import format_samples, generate
 from kit.evaluation.sampling import decode, stop_ids
-from kit.models.sources import resolve
+from kit.models.sources import locate_models
 from kit.storage.manifest import write_manifest
 from kit.storage.safetensors_header import fingerprint_tensors
 
@@ -296,28 +296,28 @@ def test_a_run_over_a_quantized_base_shows_that_base(tmp_path, tokenizer):
 
 
 def test_sources_are_told_apart(run, base, tokenizer, tmp_path):
-    assert list(resolve(run).paths) == ["base", "adapter", "merged"] and resolve(run).kind == "run"
-    inner = resolve(run / "adapter")
+    assert list(locate_models(run).paths) == ["base", "adapter", "merged"] and locate_models(run).kind == "run"
+    inner = locate_models(run / "adapter")
     assert inner.kind == "adapter" and inner.base == base.resolve()  # through the plan above it
-    assert resolve(base).paths == {"model": base.resolve()}
+    assert locate_models(base).paths == {"model": base.resolve()}
 
     full = tmp_path / "full"
     save(make_model(), tokenizer, full / "model")
     (full / "plan.json").write_text(json.dumps({"model": {"name_or_path": str(base)}}))
-    assert list(resolve(full).paths) == ["base", "model"]
+    assert list(locate_models(full).paths) == ["base", "model"]
 
     alone = shutil.copytree(run / "adapter", tmp_path / "alone")
     config = json.loads((alone / "adapter_config.json").read_text())
     (alone / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "no/such"}))
     write_manifest(alone, kind="adapter")
     with pytest.raises(KitError, match="base model was not found here: no/such"):
-        resolve(alone)
-    assert resolve(alone, base=str(base)).base == base.resolve()
+        locate_models(alone)
+    assert locate_models(alone, base=str(base)).base == base.resolve()
     write_manifest(alone, kind="adapter", base={"name_or_path": str(base), "fingerprint": fingerprint_tensors(base)})
-    assert resolve(alone).base == base.resolve()
+    assert locate_models(alone).base == base.resolve()
     other = save(make_model(seed=5), tokenizer, tmp_path / "other")
     with pytest.raises(KitError, match="not the base that"):
-        resolve(alone, base=str(other))
+        locate_models(alone, base=str(other))
 
     moved = shutil.copytree(run, tmp_path / "moved")
     (moved / "plan.json").write_text(json.dumps({"model": {"name_or_path": "no/such"}}))
@@ -325,7 +325,7 @@ def test_sources_are_told_apart(run, base, tokenizer, tmp_path):
     config = json.loads((moved / "adapter" / "adapter_config.json").read_text())
     (moved / "adapter" / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "no/such"}))
     write_manifest(moved / "adapter", kind="adapter")
-    partial = resolve(moved)
+    partial = locate_models(moved)
     assert list(partial.paths) == ["merged"] and set(partial.skipped) == {"base", "adapter"}
     with pytest.raises(KitError, match="has no 'adapter'.*not found"):
         generate(moved, prompts=["x"], which=["adapter"])

@@ -286,8 +286,8 @@ def other_layer(monkeypatch):
         a.lora, b.lora = b.lora, a.lora
         return found
 
-    edits = kit.merging.plan._edits
-    monkeypatch.setattr(kit.merging.plan, "_edits", swapped)
+    edits = kit.merging.plan._plan_edits
+    monkeypatch.setattr(kit.merging.plan, "_plan_edits", swapped)
 
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -417,4 +417,4 @@ def test_manifest_helper_matches_the_contract(tmp_path):
     write_manifest(base, adapter)
     manifest = json.loads((adapter / "manifest.json").read_text())
     assert set(manifest["base"]) == {"name_or_path", "revision", "config_sha256", "fingerprint"}
-    assert kit.merging.adapter.read_adapter(adapter).manifest == manifest
+    assert kit.merging.adapter.read_sorted_adapter(adapter).manifest == manifest

@@ -16,7 +16,7 @@ from kit import api
 from kit.cli import verbs as cli
 from kit.errors import KitError
 from kit.merging import merge
-from kit.models.quantization import bnb_config, settle
+from kit.models.quantization import bnb_config, disable_cpu_repacking
 from kit.storage import run_directory
 from kit.storage.json_files import read_json_or_empty
 
@@ -80,7 +80,7 @@ def test_dequantized_is_the_model_that_was_trained(base, chat, tmp_path, kind):
     expected = logits(PeftModel.from_pretrained(theirs, run / "adapter"))
     assert (merged - expected).abs().max() < 2e-4 * expected.std()
     if kind != "int8":  # LLM.int8() rounds the activations too: its own forward is not that of its weights
-        trained = logits(PeftModel.from_pretrained(settle(quantized()), run / "adapter"))
+        trained = logits(PeftModel.from_pretrained(disable_cpu_repacking(quantized()), run / "adapter"))
         assert (merged - trained).abs().max() < 2e-3 * expected.std()
     original = logits(AutoModelForCausalLM.from_pretrained(base))
     assert (merged - original).abs().max() > 0.05 * expected.std()
@@ -160,7 +160,7 @@ def test_onto_without_a_quantized_base_is_refused(base, chat, tmp_path):
 def test_scales_quantized_twice_hang_on_no_number_of_threads():
     """A mean of 900,000 scales in another order moves codes; writer and check sum in one (seen on an 8B base)."""
     from kit.merging.dequantize import quantize_scales
-    from kit.merging.stream import side_by_side
+    from kit.merging.stream import map_in_threads
 
     scales = torch.rand(917_504, generator=torch.Generator().manual_seed(0)) * 0.01 + 0.05
     before = torch.get_num_threads()
@@ -169,7 +169,7 @@ def test_scales_quantized_twice_hang_on_no_number_of_threads():
         alone = quantize_scales(scales)
         torch.set_num_threads(2)
         by_two = quantize_scales(scales)
-        together = side_by_side(quantize_scales, [scales, scales])
+        together = map_in_threads(quantize_scales, [scales, scales])
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)

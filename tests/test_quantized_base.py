@@ -11,12 +11,12 @@ from merge_cases import adapt, write_manifest
 from safetensors.torch import load_file, save_file
 
 from kit import api
-from kit.merging.dequantize import Quantization
+from kit.merging.dequantize import BaseQuantization
 from kit.merging.logits import load_as_trained
 from kit.merging.plan import plan_merge
-from kit.models.inference import each_model
+from kit.models.inference import run_each_model
 from kit.models.load import load_model, load_tokenizer
-from kit.models.sources import resolve
+from kit.models.sources import locate_models
 from kit.storage import run_directory
 
 BF16 = ["model.dtype=bfloat16", "trainer.bf16=true", "quantization.bnb_4bit_compute_dtype=bfloat16"]
@@ -42,12 +42,12 @@ def test_generate_opens_the_base_as_it_was_trained(kind, chat, tmp_path):
 
     tokenizer = load_tokenizer(plan)
     as_trained = logits(load_model(plan, tokenizer))
-    source = resolve(run)
-    models = each_model(lambda _, model: logits(model), source, ["base", "adapter"], tokenizer)
+    source = locate_models(run)
+    models = run_each_model(lambda _, model: logits(model), source, ["base", "adapter"], tokenizer)
     assert torch.equal(models["base"], as_trained)
     assert not torch.allclose(models["adapter"], as_trained, atol=1e-3)
-    in_float32 = each_model(lambda _, model: logits(model), source, ["adapter"], tokenizer, dtype="float32")
-    merge_plan = plan_merge(base, run / "adapter", trained_on=Quantization(plan.quantization, plan.model.dtype))
+    in_float32 = run_each_model(lambda _, model: logits(model), source, ["adapter"], tokenizer, dtype="float32")
+    merge_plan = plan_merge(base, run / "adapter", trained_on=BaseQuantization(plan.quantization, plan.model.dtype))
     assert torch.equal(in_float32["adapter"], logits(load_as_trained(merge_plan, "cpu")))
 
 

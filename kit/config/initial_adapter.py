@@ -24,7 +24,7 @@ from kit.schema import fields
 from kit.schema.run_plan import InitFrom, Model
 from kit.storage import hub_cache, manifest, safetensors_header
 
-KEY, FLAG = "peft.init_from", "peft.init_from_pickle"
+INIT_FROM, INIT_FROM_PICKLE = "peft.init_from", "peft.init_from_pickle"
 # What neither changes the adapter's function nor which tensors it has: training's own, bookkeeping, the first values.
 NOT_COMPARED = set(
     """task_type auto_mapping peft_version base_model_name_or_path revision inference_mode lora_dropout
@@ -49,13 +49,27 @@ def take_init_from(peft: Any) -> tuple[Any, InitialAdapter | None, list[Problem]
     problems = []
     if not isinstance(name, str | None) or name == "":
         problems.append(
-            Problem(f"{KEY} must be a folder or a Hub id, not {name!r}", KEY, f"{KEY}=RUN/adapter", "init-from")
+            Problem(
+                f"{INIT_FROM} must be a folder or a Hub id, not {name!r}",
+                INIT_FROM,
+                f"{INIT_FROM}=RUN/adapter",
+                "init-from",
+            )
         )
     if not isinstance(pickle, bool):
-        problems.append(Problem(f"{FLAG} must be true or false, not {pickle!r}", FLAG, f"{FLAG}=true", "init-from"))
+        problems.append(
+            Problem(
+                f"{INIT_FROM_PICKLE} must be true or false, not {pickle!r}",
+                INIT_FROM_PICKLE,
+                f"{INIT_FROM_PICKLE}=true",
+                "init-from",
+            )
+        )
     if name and "peft_type" not in rest:
         problems.append(
-            Problem(f"peft=none, but {KEY} is given", KEY, "peft=lora, or merge the adapter first", "init-from")
+            Problem(
+                f"peft=none, but {INIT_FROM} is given", INIT_FROM, "peft=lora, or merge the adapter first", "init-from"
+            )
         )
     return rest, InitialAdapter(name, bool(pickle)) if name and not problems else None, problems
 
@@ -70,13 +84,17 @@ def find_initial_adapter(
     try:
         folder = safetensors_header.find_model_folder(start.name)
     except (OSError, ValueError) as error:
-        return None, [Problem(f"{KEY} is no path that can be looked at: {error}", KEY, "check it", "init-from")], []
+        return (
+            None,
+            [Problem(f"{INIT_FROM} is no path that can be looked at: {error}", INIT_FROM, "check it", "init-from")],
+            [],
+        )
     if folder is None:
         on_hub = hub_cache.is_hub_id(start.name) and "/" in start.name
         if here or not on_hub:
             problem = f"{start.name} is neither an adapter folder nor in the Hub cache"
             fix = f"fetch it first: hf download {start.name}" if on_hub else "check the path"
-            return None, [Problem(problem, KEY, fix, "init-from")], []
+            return None, [Problem(problem, INIT_FROM, fix, "init-from")], []
         note = f"{start.name} is not on this machine: it is compared when the run starts"
         return InitFrom(path=start.name), [], [note]
     if not holds_adapter(folder) and holds_adapter(folder / "adapter"):
@@ -84,7 +102,7 @@ def find_initial_adapter(
     try:
         adapter = read_adapter_folder(folder, accept_pickle=start.pickle)
     except KitError as error:
-        return None, [Problem(p.problem, KEY, _with_flag(p), "init-from-files") for p in error.problems], []
+        return None, [Problem(p.problem, INIT_FROM, _with_flag(p), "init-from-files") for p in error.problems], []
     problems, notes = compare_configs(folder, adapter.config, peft, base), []
     base_problems, remark = compare_base(adapter, model, base)
     problems += base_problems or compare_shapes(adapter, model)
@@ -100,7 +118,7 @@ def _with_flag(problem: Problem) -> str:
     """The fix of a refused adapter folder, with the key that allows a pickle where one was refused."""
     if problem.fix != SAVE_AGAIN:
         return problem.fix
-    return f"{problem.fix}; or {FLAG}=true reads it weights-only (tensors, and nothing that runs)"
+    return f"{problem.fix}; or {INIT_FROM_PICKLE}=true reads it weights-only (tensors, and nothing that runs)"
 
 
 def compare_configs(folder: Path, config: dict[str, Any], peft: dict[str, Any], base: Base) -> list[Problem]:
@@ -111,19 +129,26 @@ def compare_configs(folder: Path, config: dict[str, Any], peft: dict[str, Any], 
         return [
             Problem(
                 f"{folder} is a {source_type} adapter, the run trains {run_type}",
-                KEY,
+                INIT_FROM,
                 f"peft.peft_type={source_type}",
                 "init-from",
             )
         ]
     if "target_modules" not in table:
-        return [Problem(f"{KEY} continues adapters of layers; {run_type} has none", KEY, "leave it out", "init-from")]
+        return [
+            Problem(
+                f"{INIT_FROM} continues adapters of layers; {run_type} has none",
+                INIT_FROM,
+                "leave it out",
+                "init-from",
+            )
+        ]
     problems = []
     for where, settings in ((f"{folder / CONFIG}", config), ("the run", peft)):
         if (init := settings.get("init_lora_weights", True)) not in PLAIN_INITS:
             problem = f"init_lora_weights={init} in {where} alters the base's weights when it begins"
             fix = "peft.init_lora_weights=true, with an adapter that was begun so"
-            problems.append(Problem(problem, KEY, fix, "init-from"))
+            problems.append(Problem(problem, INIT_FROM, fix, "init-from"))
     differences, overrides = [], []
     for key, entry in table.items():
         if key in NOT_COMPARED or key == "peft_type" or "instead" in entry:
@@ -141,7 +166,7 @@ def compare_configs(folder: Path, config: dict[str, Any], peft: dict[str, Any], 
         problems.append(
             Problem(
                 f"the run's adapter is not the one in {folder}: {'; '.join(differences)}",
-                KEY,
+                INIT_FROM,
                 " ".join(overrides),
                 "init-from",
             )
@@ -186,9 +211,11 @@ def compare_shapes(adapter: AdapterFolder, model: Model) -> list[Problem]:
         stored = safetensors_header.read_tensors(base_folder) if base_folder else {}
     except KitError:
         return []  # the base itself is refused elsewhere
-    if unknown := [name for key in adapter.tensors or {} if (name := _whole_of_nothing(key, adapter.config, stored))]:
+    if unknown := [
+        name for key in adapter.tensors or {} if (name := _parameter_not_in_base(key, adapter.config, stored))
+    ]:
         refusal = unknown_modules(adapter.folder, unknown).problems[0]
-        return [Problem(refusal.problem, KEY, refusal.fix, "init-from-base")]
+        return [Problem(refusal.problem, INIT_FROM, refusal.fix, "init-from-base")]
     for key, tensor in (adapter.tensors or {}).items():
         module, _, part = key.removeprefix(PREFIX).partition(".lora_")
         weight = stored.get(f"{module}.weight")
@@ -199,11 +226,11 @@ def compare_shapes(adapter: AdapterFolder, model: Model) -> list[Problem]:
             rows, columns = weight.shape
             text = f"{adapter.folder} is an adapter of another base: {module} is {rows} x {columns} here, and it has"
             fix = "the base that it was trained on, or another adapter"
-            return [Problem(f"{text} {side}", KEY, fix, "init-from-base")]
+            return [Problem(f"{text} {side}", INIT_FROM, fix, "init-from-base")]
     return []
 
 
-def _whole_of_nothing(key: str, config: dict[str, Any], stored: dict[str, Any]) -> str:
+def _parameter_not_in_base(key: str, config: dict[str, Any], stored: dict[str, Any]) -> str:
     """The parameter that a key replaces where the base has none of that name; empty where it has, or may have.
 
     The base may hold modules that are saved whole, embeddings and biases under another name, or tied.
@@ -226,6 +253,6 @@ def compare_base(adapter: AdapterFolder, model: Model, base: Base) -> tuple[list
         problem = f"{adapter.folder} was trained on other weights than {model.name_or_path}"
         named = recorded.get("name_or_path")
         fix = f"model.name_or_path={named}" if named else "give its own base"
-        return [Problem(problem, KEY, fix, "init-from-base")], ""
+        return [Problem(problem, INIT_FROM, fix, "init-from-base")], ""
     named = recorded.get("name_or_path") or adapter.config.get("base_model_name_or_path")
     return [], f"that adapter was trained on {named or 'a base that it does not name'}: not compared with this base"

@@ -23,11 +23,11 @@ from kit.evaluation.examples import (
     tokenize_example,
     with_shots,
 )
-from kit.evaluation.generate import check_settings, table
+from kit.evaluation.generate import check_generation_settings, format_table_text
 from kit.evaluation.loss import answer_loss
 from kit.evaluation.sampling import decode, stop_ids
-from kit.models.inference import each_model
-from kit.models.sources import Source, choose, open_tokenizer, output_path, resolve
+from kit.models.inference import run_each_model
+from kit.models.sources import ModelSource, choose_models, locate_models, open_source_tokenizer, output_path
 from kit.storage.json_files import atomic_write_json
 
 METRICS = ("exact_match", "loss", "perplexity")
@@ -65,13 +65,13 @@ def evaluate(
     Returns {"models": {name: {...}}, "rows", "skipped", "settings", "file"}, also written to eval.json; a value that
     does not apply is None. KitError for a bad source, row or setting.
     """
-    check_settings(max_new_tokens=max_new_tokens, batch_size=batch_size)
+    check_generation_settings(max_new_tokens=max_new_tokens, batch_size=batch_size)
     _check_metrics(metrics, limit)
-    models = resolve(source, base, revision)
-    names = choose(models, which)
+    models = locate_models(source, base, revision)
+    names = choose_models(models, which)
     train, held_out, origin = _rows(models, data, train_data)
     examples, skipped = _examples(held_out, limit)
-    tokenizer = open_tokenizer(models)
+    tokenizer = open_source_tokenizer(models)
     task = Task(
         tokenizer,
         examples,
@@ -90,7 +90,7 @@ def evaluate(
     def use(name: str, model: Any) -> dict[str, dict[str, Any]]:
         return _score(name, model, task, shots if name == few_shot_model else None)
 
-    parts = each_model(use, models, names, tokenizer, dtype=dtype, device=device)
+    parts = run_each_model(use, models, names, tokenizer, dtype=dtype, device=device)
     scores = {name: score for part in parts.values() for name, score in part.items()}
     if most_frequent and task.exact_match and train is not None:
         scores["most_frequent"] = _most_frequent(train, examples)
@@ -137,7 +137,7 @@ def _check_metrics(metrics: Sequence[str], limit: int | None) -> None:
         raise KitError(f"limit is {limit}", where="limit", fix="give at least 1")
 
 
-def _trained_template(models: Source, tokenizer: Any) -> str | None:
+def _trained_template(models: ModelSource, tokenizer: Any) -> str | None:
     """Return the chat template that the run was trained with, None where it is the tokenizer's own."""
     trainer = (models.plan or {}).get("trainer") or {}
     return training_chat_template(tokenizer, bool(trainer.get("assistant_only_loss")))
@@ -161,7 +161,7 @@ def _score(name: str, model: Any, task: Task, shots: Shots | None) -> dict[str, 
     return {name: scores, f"{name}_few_shot": with_examples}
 
 
-def _rows(source: Source, data: Any, train_data: Any) -> tuple[Any, Any, str]:
+def _rows(source: ModelSource, data: Any, train_data: Any) -> tuple[Any, Any, str]:
     """(training rows or None, rows to score, where these come from)."""
     train = read_rows(train_data) if train_data is not None else None
     if data is not None:
@@ -268,7 +268,7 @@ def format_table(result: dict[str, Any], width: int | None = None) -> str:
             label = "most frequent answer"
         cells = [_cell(c, scores.get(c)) for c in columns]
         rows.append([label, *cells, str(scores.get("unstopped", "-"))])
-    text = table(header, rows, width=width)
+    text = format_table_text(header, rows, width=width)
     notes = [f"{result['rows']} rows: {result['data']}"]
     long = max((s.get("too_long", 0) for s in result["models"].values()), default=0)
     if long:

@@ -23,7 +23,7 @@ from kit.data.encode import (
     template_arguments,
 )
 from kit.errors import KitError
-from kit.models.sources import Source
+from kit.models.sources import ModelSource
 
 SEPARATORS = ("\n", "\n\n", "\n\n###\n\n")  # between worked examples: the first that no example holds
 
@@ -168,7 +168,7 @@ def tokenize_example(tokenizer: Any, example: Pair, stops: Sequence[int], chat_t
     return Encoded(row.input_ids[:end], row.labels[:end], prompt_ids)
 
 
-def few_shot_style(source: Source, tokenizer: Any) -> str:
+def few_shot_style(source: ModelSource, tokenizer: Any) -> str:
     """ "chat" where the base itself knows chats, else "text": a base without chat training follows lines better."""
     folder = source.base or source.folder
     if source.base is None:

@@ -13,8 +13,8 @@ from kit.data.load import run_datasets
 from kit.errors import KitError
 from kit.evaluation.examples import Pair, Shots, as_pair, few_shot_style, with_shots
 from kit.evaluation.sampling import decode
-from kit.models.inference import each_model
-from kit.models.sources import Source, choose, open_tokenizer, output_path, resolve
+from kit.models.inference import run_each_model
+from kit.models.sources import ModelSource, choose_models, locate_models, open_source_tokenizer, output_path
 from kit.storage.json_files import atomic_write_json
 
 SAMPLES = "samples.json"
@@ -51,10 +51,12 @@ def generate(
     "first_difference", "skipped", "settings", "file"}; the samples are also written to samples.json.
     KitError for a bad source, prompt or setting.
     """
-    check_settings(max_new_tokens=max_new_tokens, batch_size=batch_size, temperature=temperature, top_p=top_p)
-    models = resolve(source, base, revision)
-    names = choose(models, which)
-    tokenizer = open_tokenizer(models)
+    check_generation_settings(
+        max_new_tokens=max_new_tokens, batch_size=batch_size, temperature=temperature, top_p=top_p
+    )
+    models = locate_models(source, base, revision)
+    names = choose_models(models, which)
+    tokenizer = open_source_tokenizer(models)
     chosen, chat = _prompts(models, tokenizer, prompts, raw)
     encoded = [encode_prompt(tokenizer, p, chat=chat and not raw, system=system) for p in chosen]
     shots_for, shots = next((n for n in ("base", "model") if n in names), None), None
@@ -72,8 +74,8 @@ def generate(
             )
         return outputs
 
-    parts = each_model(use, models, names, tokenizer, dtype=dtype, device=device)
-    samples = _side_by_side(chosen, parts.values())
+    parts = run_each_model(use, models, names, tokenizer, dtype=dtype, device=device)
+    samples = _collect_samples(chosen, parts.values())
     path = output_path(models, out, SAMPLES)
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,7 +84,7 @@ def generate(
     return _report(models, samples, settings, path)
 
 
-def _side_by_side(prompts: Sequence[Any], parts: Iterable[dict[str, list[dict[str, Any]]]]) -> list[dict[str, Any]]:
+def _collect_samples(prompts: Sequence[Any], parts: Iterable[dict[str, list[dict[str, Any]]]]) -> list[dict[str, Any]]:
     """[{prompt, outputs: {name: answer}}] of the answers by model."""
     columns = {name: outputs for part in parts for name, outputs in part.items()}
     return [
@@ -92,7 +94,7 @@ def _side_by_side(prompts: Sequence[Any], parts: Iterable[dict[str, list[dict[st
 
 
 def _report(
-    source: Source, samples: list[dict[str, Any]], settings: dict[str, Any], path: Path | None
+    source: ModelSource, samples: list[dict[str, Any]], settings: dict[str, Any], path: Path | None
 ) -> dict[str, Any]:
     """What `generate` returns, adapter and merged compared where both answered."""
     both = bool(samples) and {"adapter", "merged"} <= samples[0]["outputs"].keys()
@@ -107,7 +109,7 @@ def _report(
     }
 
 
-def check_settings(
+def check_generation_settings(
     *, max_new_tokens: int, batch_size: int, temperature: float = 0.0, top_p: float | None = None
 ) -> None:
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
@@ -120,7 +122,7 @@ def check_settings(
 
 
 def _prompts(
-    source: Source, tokenizer: Any, asked: Sequence[str | list[dict]] | None, raw: bool
+    source: ModelSource, tokenizer: Any, asked: Sequence[str | list[dict]] | None, raw: bool
 ) -> tuple[list[str | list[dict]], bool]:
     """The prompts and whether text among them is a user turn."""
     template = bool(getattr(tokenizer, "chat_template", None))
@@ -146,10 +148,10 @@ def _prompts(
     chat = template and all(isinstance(pair.prompt, list) for pair in pairs)
     if given:
         return given, chat
-    return [_opening(pair.prompt) for pair in pairs], chat
+    return [_first_words(pair.prompt) for pair in pairs], chat
 
 
-def _opening(prompt: str | list[dict]) -> str | list[dict]:
+def _first_words(prompt: str | list[dict]) -> str | list[dict]:
     """A plain-text row has no question: its first words are the prompt."""
     if isinstance(prompt, str) and len(prompt) > 200:
         return prompt[:200].rsplit(None, 1)[0]
@@ -179,18 +181,23 @@ def format_samples(samples: Sequence[dict[str, Any]], width: int | None = None) 
     for sample in samples:
         outputs = [sample["outputs"][name] for name in names]
         rows.append(
-            [_shown(sample["prompt"]), *(o["text"].strip() + ("" if o["stopped"] else " […]") for o in outputs)]
+            [
+                _format_prompt(sample["prompt"]),
+                *(o["text"].strip() + ("" if o["stopped"] else " […]") for o in outputs),
+            ]
         )
-    return table(["prompt", *names], rows, width=width, lines=True)
+    return format_table_text(["prompt", *names], rows, width=width, lines=True)
 
 
-def _shown(prompt: str | list[dict]) -> str:
+def _format_prompt(prompt: str | list[dict]) -> str:
     if isinstance(prompt, str):
         return prompt
     return "\n".join(f"{m.get('role')}: {m.get('content')}" for m in prompt)
 
 
-def table(header: list[str], rows: list[list[str]], *, width: int | None = None, lines: bool = False) -> str:
+def format_table_text(
+    header: list[str], rows: list[list[str]], *, width: int | None = None, lines: bool = False
+) -> str:
     """Text columns that fit the terminal; plain without colour or where the output is no terminal."""
     import shutil
     from io import StringIO
@@ -214,11 +221,11 @@ def table(header: list[str], rows: list[list[str]], *, width: int | None = None,
     for name in header:
         grid.add_column(name, overflow="fold")
     for row in rows:
-        grid.add_row(*(Text(_printable(cell)) for cell in row))  # Text: an answer's brackets are not markup
+        grid.add_row(*(Text(_escape_control(cell)) for cell in row))  # Text: an answer's brackets are not markup
     console.print(grid)
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
-def _printable(text: str) -> str:
+def _escape_control(text: str) -> str:
     """Control characters as escapes: a model's output must not steer the terminal."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)

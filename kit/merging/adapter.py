@@ -20,7 +20,7 @@ ROWS = re.compile(r"^(?P<module>.+?)\.(token_adapter\.)?trainable_tokens_delta$"
 
 # Fields of a LoraConfig that do not change what a merge computes, or that this merge computes exactly. Any other field
 # that is set, also one of a future peft, hands the merge to peft.
-EXACT = set(
+STREAMED_SETTINGS = set(
     """alpha_pattern auto_mapping base_model_name_or_path bias ensure_weight_tying exclude_modules fan_in_fan_out
     inference_mode init_lora_weights layers_pattern layers_to_transform lora_alpha lora_bias lora_dropout
     modules_to_save peft_type peft_version r rank_pattern revision runtime_config target_modules task_type
@@ -30,7 +30,7 @@ EXACT = set(
 
 
 @dataclass
-class Adapter:
+class SortedAdapter:
     """An adapter folder with its tensors by module and part, full tensors by parameter."""
 
     opened: AdapterFolder
@@ -53,17 +53,17 @@ class Adapter:
         return self.opened.manifest
 
 
-def read_adapter(folder: Path) -> Adapter:
+def read_sorted_adapter(folder: Path) -> SortedAdapter:
     """Read an adapter folder and sort its tensors by module; KitError as of `read_adapter_folder`."""
     opened = read_adapter_folder(folder)
     assert opened.tensors is not None  # only an accepted pickle has none
-    adapter = Adapter(opened, {}, {}, set(), {}, [])
+    adapter = SortedAdapter(opened, {}, {}, set(), {}, [])
     for key, tensor in opened.tensors.items():
-        _sort_in(adapter, key, tensor)
+        _sort_tensor(adapter, key, tensor)
     return adapter
 
 
-def _sort_in(adapter: Adapter, key: str, tensor: TensorEntry) -> None:
+def _sort_tensor(adapter: SortedAdapter, key: str, tensor: TensorEntry) -> None:
     name = key.removeprefix(PREFIX)
     if match := PARTS.match(name):
         adapter.lora.setdefault(match["module"], {})[match["part"]] = tensor
@@ -81,7 +81,7 @@ def _sort_in(adapter: Adapter, key: str, tensor: TensorEntry) -> None:
             adapter.shared.add(f"{module}.{parameter}")
 
 
-def why_not_streamed(adapter: Adapter) -> str:
+def reason_for_peft(adapter: SortedAdapter) -> str:
     """Why this adapter needs peft to merge it; empty where the streaming merge is exact."""
     config = adapter.config
     if config.get("peft_type") != "LORA":
@@ -90,7 +90,7 @@ def why_not_streamed(adapter: Adapter) -> str:
         return f"init_lora_weights={config['init_lora_weights']} alters the base's weights"
     if config.get("use_dora") and config.get("lora_bias"):
         return "use_dora with lora_bias scales the bias while training and not when merging"
-    other = sorted(key for key, value in config.items() if value and key not in EXACT)
+    other = sorted(key for key, value in config.items() if value and key not in STREAMED_SETTINGS)
     if other:
         return f"{', '.join(other)} is set"
     return f"it holds {adapter.unknown[0]}" if adapter.unknown else ""
@@ -110,7 +110,7 @@ def rank_and_scale(config: dict[str, Any], module: str) -> tuple[int, float]:
     return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def token_rows(config: dict[str, Any], module: str) -> list[int]:
+def trained_token_ids(config: dict[str, Any], module: str) -> list[int]:
     """The rows that a module's trainable tokens replace."""
     indices = config.get("trainable_token_indices")
     if isinstance(indices, dict):
@@ -118,7 +118,7 @@ def token_rows(config: dict[str, Any], module: str) -> list[int]:
     return list(indices or [])
 
 
-def read_bytes(tensor: TensorEntry, start: int = 0, end: int | None = None) -> bytearray:
+def read_tensor_bytes(tensor: TensorEntry, start: int = 0, end: int | None = None) -> bytearray:
     """Bytes [start, end) of a tensor; KitError where the file ends early."""
     size = (tensor.end - tensor.start if end is None else end) - start
     data = bytearray(size)

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from kit.errors import FAILED, KitError
-from kit.merging.adapter import Adapter, read_bytes, token_rows
-from kit.merging.dequantize import Quantization, restore_by_bitsandbytes
+from kit.merging.adapter import SortedAdapter, read_tensor_bytes, trained_token_ids
+from kit.merging.dequantize import BaseQuantization, restore_by_bitsandbytes
 from kit.merging.logits import check_logits
 from kit.merging.parts import MergePlan
 from kit.merging.plan import plan_merge
-from kit.merging.stream import side_by_side, torch_dtype
+from kit.merging.stream import map_in_threads, torch_dtype
 from kit.storage.safetensors_header import TensorEntry, read_model_config, read_tensors
 
 BAND = 64  # rows of each module that are computed again
@@ -29,14 +29,14 @@ SLACK = 8 * 2.0**-23  # float32 sums: times the largest weight of the band
 SMALL = 2_000_000_000  # bytes of a base below which logits are compared by default
 
 
-def verify(
+def verify_merge(
     out: Path,
     base: Path,
     adapter: Path,
     prompts: list[str] | None = None,
     how: str = "auto",
     *,
-    trained_on: Quantization | None = None,
+    trained_on: BaseQuantization | None = None,
     dequantize: bool = False,
 ) -> dict[str, Any]:
     """Figures of the comparison; `how`: tensors | logits (which includes tensors) | auto (logits below 2 GB).
@@ -77,20 +77,20 @@ def check_tensors(out: Path, plan: MergePlan, stored: dict[str, TensorEntry]) ->
                 raise KitError(f"{parameter} is not in the merged model", where=str(out), code=FAILED)
             start = stored.get(name) or stored.get(names.stored.get(names.tied.get(parameter, ""), ""))
             with torch.no_grad():  # a thread's own setting
-                band, expected = _expected(plan, weights, parameter, start)
-                written = _rows(merged[name], band).to(expected.dtype)
-                return name, expected.numel(), _compare(name, expected, written, merged[name].dtype)
+                band, expected = _expected_rows(plan, weights, parameter, start)
+                written = _read_rows(merged[name], band).to(expected.dtype)
+                return name, expected.numel(), _count_neighbours(name, expected, written, merged[name].dtype)
 
-        compared = side_by_side(compare, _parameters(plan))
+        compared = map_in_threads(compare, _changed_parameters(plan))
     named = {name for name, _, _ in compared}
     if lost := sorted(stored.keys() - merged.keys()):
         raise KitError(f"{lost[0]} is not in the merged model", where=str(out), code=FAILED)
     untouched = [n for n in stored if n not in named and n not in names.tied]
     for name in untouched:
-        _same_edges(stored[name], merged[name])
+        _require_same_edges(stored[name], merged[name])
     for other, main in names.tied.items():  # one end of a tie that was cut, left as the base had it
         if other in merged and other not in stored and other not in named and main not in adapter.full:
-            _same_edges(stored[names.stored[main]], merged[other])
+            _require_same_edges(stored[names.stored[main]], merged[other])
     return {
         "named_by_the_adapter": len(compared),
         "values": sum(values for _, values, _ in compared),
@@ -100,7 +100,7 @@ def check_tensors(out: Path, plan: MergePlan, stored: dict[str, TensorEntry]) ->
     }
 
 
-def _parameters(plan: MergePlan) -> list[str]:
+def _changed_parameters(plan: MergePlan) -> list[str]:
     """Every parameter that the adapter names, by its own keys, or that starts from a dequantized weight."""
     adapter = plan.adapter
     parameters = dict.fromkeys(adapter.full)
@@ -112,7 +112,7 @@ def _parameters(plan: MergePlan) -> list[str]:
     return list(parameters)
 
 
-def _expected(plan: MergePlan, weights: Any, parameter: str, start: TensorEntry | None) -> tuple[slice, Any]:
+def _expected_rows(plan: MergePlan, weights: Any, parameter: str, start: TensorEntry | None) -> tuple[slice, Any]:
     """Which rows, and what base + adapter hold there in float32, by a peft layer (and by bitsandbytes)."""
     import torch
 
@@ -133,25 +133,25 @@ def _expected(plan: MergePlan, weights: Any, parameter: str, start: TensorEntry 
     band = slice(first, first + size)
     restore = plan.restores(parameter) if parameter not in adapter.full else None
     if restore:
-        value = restore_by_bitsandbytes(_rows(source, slice(0, rows)), *restore)[band].clone()
+        value = restore_by_bitsandbytes(_read_rows(source, slice(0, rows)), *restore)[band].clone()
     else:
-        value = _rows(source, band)
+        value = _read_rows(source, band)
     if parts and parameter.endswith(".bias") and "lora_B.bias" not in parts:
         pass
     elif parts and parameter.endswith(".bias"):
-        _, value = _through_peft(adapter, weights, module, kind, torch.zeros(1), band, value)
+        _, value = _merge_rows_by_peft(adapter, weights, module, kind, torch.zeros(1), band, value)
     elif parts:
-        value, _ = _through_peft(adapter, weights, module, kind, value, band, None)
+        value, _ = _merge_rows_by_peft(adapter, weights, module, kind, value, band, None)
     if module in adapter.rows and parameter.endswith(".weight"):
         new = weights.get_tensor(adapter.rows[module].name)
-        for row, index in enumerate(token_rows(adapter.config, module)):
+        for row, index in enumerate(trained_token_ids(adapter.config, module)):
             if band.start <= index < band.stop:
                 value[index - band.start] = new[row].to(value.dtype)
     return band, value
 
 
-def _through_peft(
-    adapter: Adapter, weights: Any, module: str, kind: str | None, weight: Any, band: slice, bias: Any
+def _merge_rows_by_peft(
+    adapter: SortedAdapter, weights: Any, module: str, kind: str | None, weight: Any, band: slice, bias: Any
 ) -> tuple[Any, Any]:
     """Merge a band of rows in a peft layer of just that size; gives weight and bias after it."""
     import torch
@@ -207,21 +207,21 @@ def _through_peft(
     return holder.weight.data, None if bias is None else holder.bias.data
 
 
-def _rows(tensor: TensorEntry, band: slice) -> Any:
+def _read_rows(tensor: TensorEntry, band: slice) -> Any:
     """Rows of a stored tensor in float32 (float64 stays)."""
     import torch
 
     dtype = torch_dtype(tensor.dtype)
     if not tensor.shape or tensor.shape[0] == 0:
-        return torch.frombuffer(read_bytes(tensor), dtype=dtype).clone()
+        return torch.frombuffer(read_tensor_bytes(tensor), dtype=dtype).clone()
     row = (tensor.end - tensor.start) // tensor.shape[0]
-    data = read_bytes(tensor, band.start * row, band.stop * row)
+    data = read_tensor_bytes(tensor, band.start * row, band.stop * row)
     flat = torch.frombuffer(data, dtype=dtype)
     flat = flat if dtype is torch.float64 else flat.float()
     return flat.reshape(band.stop - band.start, *tensor.shape[1:])
 
 
-def _compare(name: str, expected: Any, written: Any, stored: str) -> int:
+def _count_neighbours(name: str, expected: Any, written: Any, stored: str) -> int:
     """How many values are a neighbour of the expected one; KitError where one is further off or too many are."""
     import torch
 
@@ -242,15 +242,17 @@ def _compare(name: str, expected: Any, written: Any, stored: str) -> int:
     )
 
 
-def _same_edges(base: TensorEntry, merged: TensorEntry) -> None:
+def _require_same_edges(base: TensorEntry, merged: TensorEntry) -> None:
     size = base.end - base.start
     if base.dtype == merged.dtype:
         middle = size // 2
         spans = [(0, min(EDGE, size)), (middle, min(middle + EDGE, size)), (max(0, size - EDGE), size)]
-        same = merged.end - merged.start == size and all(read_bytes(base, *s) == read_bytes(merged, *s) for s in spans)
+        same = merged.end - merged.start == size and all(
+            read_tensor_bytes(base, *s) == read_tensor_bytes(merged, *s) for s in spans
+        )
     else:
         rows = slice(0, min(1, base.shape[0]) if base.shape else 0)
-        want, have = _rows(base, rows), _rows(merged, rows)
+        want, have = _read_rows(base, rows), _read_rows(merged, rows)
         same = bool((want.to(torch_dtype(merged.dtype)).to(have.dtype) == have).all())
     if not same:
         raise KitError(f"{merged.name} is not the base's, though no adapter names it", str(merged.file), code=FAILED)

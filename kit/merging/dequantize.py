@@ -17,7 +17,7 @@ BLOCK = 64  # values that share a scale in 4 bits (bitsandbytes.functional.quant
 
 
 @dataclass(frozen=True)
-class Quantization:
+class BaseQuantization:
     """How a run quantized its base: the plan's `quantization`, and the dtype that the weights were loaded in."""
 
     fields: dict[str, Any]
@@ -36,28 +36,28 @@ class Quantization:
         return self.bits == 4 and bool(self.fields.get("bnb_4bit_use_double_quant"))
 
 
-def quantized_modules(base: Path, quantization: Quantization) -> set[str]:
+def quantized_modules(base: Path, quantization: BaseQuantization) -> set[str]:
     """The linear layers that transformers quantizes in this base, by its own rule; skip modules are left out."""
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
     from transformers.quantizers.auto import AutoHfQuantizer
 
-    from kit.merging.names import build_empty
+    from kit.merging.names import build_on_meta
     from kit.models.quantization import bnb_config
 
-    model = build_empty(base)
+    model = build_on_meta(base)
     quantizer = AutoHfQuantizer.from_config(bnb_config(quantization.fields), pre_quantized=False)
     quantizer.preprocess_model(model=model, device_map=None)
     return {name for name, module in model.named_modules() if isinstance(module, Linear4bit | Linear8bitLt)}
 
 
-def aligned(rows: int, width: int, quantization: Quantization) -> int:
+def rows_in_whole_blocks(rows: int, width: int, quantization: BaseQuantization) -> int:
     """About `rows` rows of `width` values that hold whole blocks."""
     unit = BLOCK // math.gcd(BLOCK, width) if quantization.bits == 4 else 1
     return max(unit, rows - rows % unit)
 
 
-def restorer(
-    quantization: Quantization, conv1d: bool, blocks: Callable[[], Iterator[Any]], width: int
+def make_restorer(
+    quantization: BaseQuantization, conv1d: bool, blocks: Callable[[], Iterator[Any]], width: int
 ) -> Callable[[Any, int], Any]:
     """A function (rows of the stored weight, index of the first one) -> what the quantized layer had there, float32.
 
@@ -67,27 +67,27 @@ def restorer(
     import torch
 
     if conv1d:
-        whole = restore(torch.cat([block.float() for block in blocks()]).T.contiguous(), quantization).T
+        whole = restore_weight(torch.cat([block.float() for block in blocks()]).T.contiguous(), quantization).T
         return lambda rows, first: whole[first : first + rows.shape[0]]
     scales = (
-        quantize_scales(torch.cat([scales_of(b, quantization) for b in blocks()])) if quantization.nested else None
+        quantize_scales(torch.cat([block_scales(b, quantization) for b in blocks()])) if quantization.nested else None
     )
 
     def some(rows: Any, first: int) -> Any:
         start = first * width // BLOCK
         part = None if scales is None else scales[start : start - (-rows.numel() // BLOCK)]
-        return _restore(rows, quantization, part)
+        return _restore_rows(rows, quantization, part)
 
     return some
 
 
-def restore(weight: Any, quantization: Quantization) -> Any:
+def restore_weight(weight: Any, quantization: BaseQuantization) -> Any:
     """All of a weight (out, in) at once."""
-    scales = quantize_scales(scales_of(weight, quantization)) if quantization.nested else None
-    return _restore(weight, quantization, scales)
+    scales = quantize_scales(block_scales(weight, quantization)) if quantization.nested else None
+    return _restore_rows(weight, quantization, scales)
 
 
-def _restore(rows: Any, quantization: Quantization, scales: Any) -> Any:
+def _restore_rows(rows: Any, quantization: BaseQuantization, scales: Any) -> Any:
     import torch
     from bitsandbytes import functional
 
@@ -101,7 +101,7 @@ def _restore(rows: Any, quantization: Quantization, scales: Any) -> Any:
     return functional.dequantize_4bit(packed, state).float()
 
 
-def scales_of(rows: Any, quantization: Quantization) -> Any:
+def block_scales(rows: Any, quantization: BaseQuantization) -> Any:
     """The largest absolute value of every block of 64, float32."""
     import torch
 
@@ -118,7 +118,7 @@ def quantize_scales(scales: Any) -> Any:
     return functional.dequantize_blockwise(*functional.quantize_blockwise(scales - mean, blocksize=256)) + mean
 
 
-def restore_by_bitsandbytes(weight: Any, quantization: Quantization, conv1d: bool) -> Any:
+def restore_by_bitsandbytes(weight: Any, quantization: BaseQuantization, conv1d: bool) -> Any:
     """The second opinion: a whole stored weight through the parameter classes of bitsandbytes."""
     import torch
     from bitsandbytes import functional

@@ -15,10 +15,10 @@ from typing import Any
 
 from kit.errors import KitError
 from kit.inspection.adapter import CONFIG, AdapterFolder, holds_adapter, read_adapter_folder
-from kit.merging.dequantize import Quantization
+from kit.merging.dequantize import BaseQuantization
 from kit.merging.parts import MergePlan
 from kit.merging.plan import plan_merge
-from kit.merging.side_files import check_tokenizer, copy_side_files, write_config, write_index
+from kit.merging.side_files import check_tokenizer_fits, copy_side_files, write_config, write_index
 from kit.storage.atomic_folder import check_free_space, check_output_folder, output_folder
 from kit.storage.hub_cache import fetch_command
 from kit.storage.json_files import read_json
@@ -55,11 +55,11 @@ def merge(
         raise KitError(f"verify={verify!r} is not known", fix="use true, false, tensors or logits")
     if dtype is not None and dtype not in DTYPES:
         raise KitError(f"dtype={dtype!r} is not known", where="--dtype", fix=f"one of {', '.join(DTYPES)}")
-    adapter, run = find_adapter(source)
+    adapter, run = locate_adapter(source)
     opened = read_adapter_folder(adapter)
-    run_plan = find_plan(adapter, run)
+    run_plan = read_run_plan(adapter, run)
     trained_on = read_quantization(run_plan, onto)
-    name, wanted, base_folder = find_base(base, revision, opened, run_plan)
+    name, wanted, base_folder = locate_base(base, revision, opened, run_plan)
     proven = refuse_other_base(base_folder, name, opened.base)
     target = (Path(out).expanduser() if out else default_target(source, adapter, run)).absolute()
     check_output_folder(target, [base_folder, adapter, *([run] if run else [])], overwrite, REPORT)
@@ -72,13 +72,13 @@ def merge(
         )
     check_free_space(sum(t.end - t.start for t in plan.tensors.values()), target)
     with output_folder(target, fsync) as staging:
-        report = _build(plan, staging, dtype, fsync, progress)
+        report = _write_model(plan, staging, dtype, fsync, progress)
         report["base"] = {"name_or_path": name, "revision": wanted, "fingerprint": fingerprint_tensors(base_folder)}
         report["peak_rss_gb"] = peak_rss_gb()
         if verify:
             begun = time.perf_counter()
             how = "auto" if verify is True else str(verify)
-            figures = _verified(staging, plan, how, run_plan.get("prompts") or [])
+            figures = _verify_staging(staging, plan, how, run_plan.get("prompts") or [])
             report["as_trained"] = (figures.get("logits") or {}).pop("as_trained", None)
             report["verification"] = figures
             report["seconds"]["verify"] = time.perf_counter() - begun
@@ -91,7 +91,7 @@ def merge(
     return report
 
 
-def find_adapter(source: str | Path) -> tuple[Path, Path | None]:
+def locate_adapter(source: str | Path) -> tuple[Path, Path | None]:
     """The adapter's folder, and the run's where `source` is a run."""
     folder = find_model_folder(str(source))
     if folder is None:
@@ -114,19 +114,19 @@ def find_adapter(source: str | Path) -> tuple[Path, Path | None]:
     )
 
 
-def find_plan(adapter: Path, run: Path | None) -> dict[str, Any]:
+def read_run_plan(adapter: Path, run: Path | None) -> dict[str, Any]:
     """plan.json of the run, also of an adapter or a checkpoint that lies inside one; empty without it."""
     folders = [run] if run else list(adapter.parents)[:2]
     return next((read_json(p / "plan.json") for p in folders if (p / "plan.json").is_file()), {})
 
 
-def read_quantization(run_plan: dict[str, Any], onto: str | None) -> Quantization | None:
+def read_quantization(run_plan: dict[str, Any], onto: str | None) -> BaseQuantization | None:
     """How the run quantized its base; KitError where `onto` asks for what there is not."""
     if onto not in (None, "original", "dequantized"):
         raise KitError(f"onto={onto!r} is not known", where="--onto", fix="original or dequantized")
     fields = run_plan.get("quantization")
     if fields:
-        return Quantization(fields, str((run_plan.get("model") or {}).get("dtype") or "float32"))
+        return BaseQuantization(fields, str((run_plan.get("model") or {}).get("dtype") or "float32"))
     if onto == "dequantized":
         raise KitError(
             "this run's base was not quantized: there is nothing to dequantize"
@@ -147,7 +147,7 @@ def default_target(source: str | Path, adapter: Path, run: Path | None) -> Path:
     return adapter.with_name(adapter.name + "-merged")
 
 
-def find_base(
+def locate_base(
     base: str | None, revision: str | None, adapter: AdapterFolder, run_plan: dict
 ) -> tuple[str, str | None, Path]:
     """Name, revision and folder of the base: what was asked for, else what was written down when it was trained."""
@@ -196,7 +196,7 @@ def refuse_other_base(folder: Path, name: str, recorded: dict) -> bool:
     return bool(weights)
 
 
-def _build(
+def _write_model(
     plan: MergePlan, staging: Path, dtype: str | None, fsync: bool, progress: Callable[[int, int], None] | None
 ) -> dict[str, Any]:
     """Write the model's files into the staging folder; gives the report so far."""
@@ -212,7 +212,7 @@ def _build(
         write_index(plan, staging)
         write_config(plan, staging)
     copy_side_files(plan, staging)
-    check_tokenizer(plan)
+    check_tokenizer_fits(plan)
     opened = plan.adapter.opened
     changes = [f["relative_change"] for f in figures["tensors"] if f["relative_change"] is not None]
     return {
@@ -237,8 +237,8 @@ def _build(
     }
 
 
-def _verified(staging: Path, plan: MergePlan, how: str, own: list[str]) -> dict[str, Any]:
-    from kit.merging.compare import verify as compare
+def _verify_staging(staging: Path, plan: MergePlan, how: str, own: list[str]) -> dict[str, Any]:
+    from kit.merging.compare import verify_merge as compare
     from kit.merging.logits import PROMPTS
 
     dequantize = bool(plan.dequantized)
@@ -260,6 +260,6 @@ def peak_rss_gb() -> float:
 
 def verify(out: str | Path, base: str | Path, adapter: str | Path, prompts: list[str] | None = None) -> dict[str, Any]:
     """Compare a merged model with base + adapter (see kit/merging/compare.py); KitError (4) where they differ."""
-    from kit.merging.compare import verify as compare
+    from kit.merging.compare import verify_merge as compare
 
     return compare(Path(out), Path(base), Path(adapter), prompts)

@@ -11,10 +11,10 @@ from typing import Any
 from kit.errors import FAILED, KitError
 from kit.merging.dequantize import restore_by_bitsandbytes
 from kit.merging.parts import MergePlan
-from kit.merging.stream import side_by_side, torch_dtype
+from kit.merging.stream import map_in_threads, torch_dtype
 from kit.models.adapters import attach_adapter
 from kit.models.open import architecture_class, open_base
-from kit.models.quantization import compute_in
+from kit.models.quantization import set_compute_dtype
 from kit.storage.safetensors_header import read_model_config, read_tensors
 
 # Logits of two models with equal weights are equal; the few neighbours above move them by up to 2.3e-4 of their spread
@@ -39,8 +39,8 @@ def check_logits(out: Path, plan: MergePlan, prompts: list[str] | None, whole: b
     kept = max(set(dtypes), key=dtypes.count)
     dtype = torch.float32 if whole else torch_dtype(kept)
     tokens = make_prompts(out, read_model_config(out), prompts)
-    device = _device(merged, dtype)
-    model = attach_adapter(load_base(plan, dtype, device), plan.adapter.opened).to(dtype)
+    device = _pick_device(merged, dtype)
+    model = attach_adapter(load_merge_base(plan, dtype, device), plan.adapter.opened).to(dtype)
     trained = _logits(model, tokens)
     once = None
     if whole:
@@ -50,10 +50,10 @@ def check_logits(out: Path, plan: MergePlan, prompts: list[str] | None, whole: b
         for name, parameter in model.named_parameters():
             stored_as = merged[name].dtype if name in merged else kept
             parameter.data = parameter.data.to(torch_dtype(stored_as)).to(dtype)
-        once = None if _ties_matter(plan, out) else _logits(model, tokens)
+        once = None if _peft_merges_ties_otherwise(plan, out) else _logits(model, tokens)
     del model
     gc.collect()
-    model = load(out, dtype, device)
+    model = load_checked_model(out, dtype, device)
     merged_logits = _logits(model, tokens)
     del model
     gc.collect()
@@ -63,21 +63,21 @@ def check_logits(out: Path, plan: MergePlan, prompts: list[str] | None, whole: b
         "tokens": sum(t.shape[-1] for t in tokens),
         "computed_in": str(dtype).removeprefix("torch."),
         "computed_on": device,
-        **_apart(trained, merged_logits),
+        **_logit_difference(trained, merged_logits),
         "logits_std": spread,
         "tolerance": ROUNDED[kept] * spread,
     }
     if once is not None:
         exact = max(float((a - b).abs().max()) for a, b in zip(once, merged_logits, strict=True))
         result |= {"max_difference_from_rounded": exact, "tolerance_from_rounded": LOGITS * spread}
-    _judge(result, kept, out)
+    _refuse_different_logits(result, kept, out)
     if plan.trained_on:
         as_trained = _logits(load_as_trained(plan, device), tokens)
-        result["as_trained"] = _apart(as_trained, merged_logits) | {"logits_std": spread}
+        result["as_trained"] = _logit_difference(as_trained, merged_logits) | {"logits_std": spread}
     return result
 
 
-def _judge(result: dict[str, Any], kept: str, out: Path) -> None:
+def _refuse_different_logits(result: dict[str, Any], kept: str, out: Path) -> None:
     """KitError (4) where the logits lie further apart than storing the weights in the dtype `kept` explains."""
     limit = LOGITS * result["logits_std"]
     exact = result.get("max_difference_from_rounded")
@@ -94,7 +94,7 @@ def _judge(result: dict[str, Any], kept: str, out: Path) -> None:
         )
 
 
-def _apart(a: list[Any], b: list[Any]) -> dict[str, float]:
+def _logit_difference(a: list[Any], b: list[Any]) -> dict[str, float]:
     """How far two models' logits lie apart. A NaN is the largest difference."""
     import torch
 
@@ -107,7 +107,7 @@ def _apart(a: list[Any], b: list[Any]) -> dict[str, float]:
     }
 
 
-def _ties_matter(plan: MergePlan, out: Path) -> bool:
+def _peft_merges_ties_otherwise(plan: MergePlan, out: Path) -> bool:
     """Whether peft's own merge is not what was trained: it adds LoRA on tied matrices to both ends, or twice."""
     key = "tie_word_embeddings"
     ends = {p.removesuffix(".weight") for pair in plan.names.tied.items() for p in pair}
@@ -131,7 +131,7 @@ def make_prompts(out: Path, config: dict[str, Any], prompts: list[str] | None) -
     return [torch.randint(size, (2, 32), generator=torch.Generator().manual_seed(0))]
 
 
-def _device(tensors: dict[str, Any], dtype: Any) -> str:
+def _pick_device(tensors: dict[str, Any], dtype: Any) -> str:
     """The GPU where a model of these tensors in `dtype` leaves half of its free memory, else the CPU."""
     import torch
 
@@ -139,7 +139,9 @@ def _device(tensors: dict[str, Any], dtype: Any) -> str:
     return "cuda" if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 2 * needed else "cpu"
 
 
-def load(folder: Path, dtype: Any, device: str = "cpu", quantization: dict[str, Any] | None = None) -> Any:
+def load_checked_model(
+    folder: Path, dtype: Any, device: str = "cpu", quantization: dict[str, Any] | None = None
+) -> Any:
     """A model in evaluation mode, of the class that its config names."""
     from transformers import AutoConfig
 
@@ -149,9 +151,9 @@ def load(folder: Path, dtype: Any, device: str = "cpu", quantization: dict[str, 
     return open_base(folder, dtype=dtype, **settings).eval()
 
 
-def load_base(plan: MergePlan, dtype: Any, device: str = "cpu") -> Any:
+def load_merge_base(plan: MergePlan, dtype: Any, device: str = "cpu") -> Any:
     """The base that a plan merges onto: as it is stored, or with what quantizing left of its linear layers."""
-    model = load(plan.base, dtype)
+    model = load_checked_model(plan.base, dtype)
 
     def restore(module: str) -> None:
         weight = model.get_submodule(module).weight
@@ -159,7 +161,7 @@ def load_base(plan: MergePlan, dtype: Any, device: str = "cpu") -> Any:
         assert how is not None
         weight.data = restore_by_bitsandbytes(weight.data, *how).to(dtype).contiguous()
 
-    side_by_side(restore, plan.dequantized)
+    map_in_threads(restore, plan.dequantized)
     return model.to(device)
 
 
@@ -168,8 +170,8 @@ def load_as_trained(plan: MergePlan, device: str) -> Any:
     import torch
 
     assert plan.trained_on is not None
-    model = load(plan.base, getattr(torch, plan.trained_on.dtype), device, plan.trained_on.fields)
-    return compute_in(attach_adapter(model, plan.adapter.opened), torch.float32).eval()
+    model = load_checked_model(plan.base, getattr(torch, plan.trained_on.dtype), device, plan.trained_on.fields)
+    return set_compute_dtype(attach_adapter(model, plan.adapter.opened), torch.float32).eval()
 
 
 def _logits(model: Any, tokens: list[Any]) -> list[Any]:

@@ -16,7 +16,7 @@ from kit.storage.safetensors_header import TensorEntry
 
 
 @dataclass
-class Names:
+class TensorNames:
     """`stored`: parameter name -> checkpoint name; `kinds`: module -> linear | conv1d | embedding | other."""
 
     stored: dict[str, str]
@@ -31,7 +31,7 @@ class Names:
         return "unknown" if self.kinds is None else self.kinds.get(module)
 
 
-def build_empty(base: Path) -> Any:
+def build_on_meta(base: Path) -> Any:
     """The base's model with shapes only."""
     import torch
     import transformers
@@ -43,13 +43,13 @@ def build_empty(base: Path) -> Any:
         return cls.from_config(config) if cls is transformers.AutoModelForCausalLM else cls(config)
 
 
-def read_names(base: Path, config: dict[str, Any], tensors: dict[str, TensorEntry]) -> Names:
+def map_tensor_names(base: Path, config: dict[str, Any], tensors: dict[str, TensorEntry]) -> TensorNames:
     """Names for a base; a model with code of its own is stored as it is built, so its names stand for themselves.
 
     KitError where transformers cannot build a model from the base's config.
     """
     try:
-        return _ask_transformers(base, config, tensors)
+        return _map_by_transformers(base, config, tensors)
     except KitError:
         raise
     except Exception as error:  # whatever a model class raises when it is built from this config
@@ -60,9 +60,9 @@ def read_names(base: Path, config: dict[str, Any], tensors: dict[str, TensorEntr
         ) from error
 
 
-def _ask_transformers(base: Path, config: dict[str, Any], tensors: dict[str, TensorEntry]) -> Names:
+def _map_by_transformers(base: Path, config: dict[str, Any], tensors: dict[str, TensorEntry]) -> TensorNames:
     if config.get("auto_map") and not _is_native(config):
-        return Names(
+        return TensorNames(
             {name: name for name in tensors},
             note="the base has code of its own: stored names were taken as module names",
         )
@@ -72,7 +72,7 @@ def _ask_transformers(base: Path, config: dict[str, Any], tensors: dict[str, Ten
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
     from transformers.pytorch_utils import Conv1D
 
-    model = build_empty(base)
+    model = build_on_meta(base)
     kinds = {}
     for name, module in model.named_modules():
         if isinstance(module, Conv1D):
@@ -97,7 +97,9 @@ def _ask_transformers(base: Path, config: dict[str, Any], tensors: dict[str, Ten
             fused.add(parameter)
     tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
     fused -= tied.keys() - stored.keys()
-    return Names(stored, kinds, fused, tied, converts=bool(get_model_conversion_mapping(model, add_legacy=False)))
+    return TensorNames(
+        stored, kinds, fused, tied, converts=bool(get_model_conversion_mapping(model, add_legacy=False))
+    )
 
 
 def _is_native(config: dict[str, Any]) -> bool:

@@ -10,15 +10,15 @@ from kit.errors import KitError, Problem
 from kit.inspection.adapter import PREFIX, check_size, missing_tensors, unknown_modules
 from kit.merging.adapter import (
     rank_and_scale,
-    read_adapter,
-    token_rows,
-    why_not_streamed,
+    read_sorted_adapter,
+    reason_for_peft,
+    trained_token_ids,
 )
-from kit.merging.dequantize import Quantization, quantized_modules
-from kit.merging.names import Names, build_empty, read_names
-from kit.merging.parts import Edit, Lora, MergePlan, Output
-from kit.merging.ties import check_vocabulary, set_everywhere, settle_ties
-from kit.models.adapters import expected_keys
+from kit.merging.dequantize import BaseQuantization, quantized_modules
+from kit.merging.names import TensorNames, build_on_meta, map_tensor_names
+from kit.merging.parts import LoraUpdate, MergePlan, OutputTensor, TensorEdit
+from kit.merging.ties import check_resized_vocabulary, resolve_tied_weights, set_config_value
+from kit.models.adapters import expected_adapter_keys
 from kit.storage.json_files import read_json
 from kit.storage.safetensors_header import INDEX, TensorEntry, read_header, read_model_config, shard_files
 
@@ -32,7 +32,7 @@ def plan_merge(
     *,
     dtype: str | None = None,
     proven: bool = False,
-    trained_on: Quantization | None = None,
+    trained_on: BaseQuantization | None = None,
     dequantize: bool = False,
 ) -> MergePlan:
     """Plan a merge; `proven`: the base is known to be the adapter's own. KitError lists all that does not fit.
@@ -42,24 +42,24 @@ def plan_merge(
     config = read_model_config(base)
     shards = _read_base(base, config)
     tensors = {t.name: t for file in shards.values() for t in file}
-    adapter = read_adapter(folder)
-    through_peft = why_not_streamed(adapter)
-    names = Names({}) if through_peft and not dequantize else read_names(base, config, tensors)
+    adapter = read_sorted_adapter(folder)
+    through_peft = reason_for_peft(adapter)
+    names = TensorNames({}) if through_peft and not dequantize else map_tensor_names(base, config, tensors)
     plan = MergePlan(base, adapter, config, names, tensors, indexed=(base / INDEX).is_file(), trained_on=trained_on)
     if dequantize and trained_on:
         plan.dequantized = quantized_modules(base, trained_on)
     plan.notes += [names.note] if names.note else []
-    plan.through_peft = through_peft or _names_missing(plan)
+    plan.through_peft = through_peft or _reason_names_need_peft(plan)
     if plan.through_peft:
         return plan
     if not proven:
-        _refuse_shallow(plan)
-    edits = _edits(plan)
+        _refuse_deeper_base(plan)
+    edits = _plan_edits(plan)
     if missing := _missing_keys(plan):
         raise missing_tensors(folder, missing)
     for parameter in (f"{module}.weight" for module in plan.dequantized):
-        edits.setdefault(parameter, Edit()).restore = plan.restores(parameter)
-    settle_ties(plan, edits)
+        edits.setdefault(parameter, TensorEdit()).restore = plan.restores(parameter)
+    resolve_tied_weights(plan, edits)
     _lay_out(plan, shards, edits, dtype)
     return plan
 
@@ -98,7 +98,7 @@ def _read_base(base: Path, config: dict[str, Any]) -> dict[str, list[TensorEntry
     return shards
 
 
-def _names_missing(plan: MergePlan) -> str:
+def _reason_names_need_peft(plan: MergePlan) -> str:
     """Why the adapter's names do not lead to one stored tensor each; KitError where they lead nowhere at all."""
     names, adapter = plan.names, plan.adapter
     absent = [m for m in [*adapter.lora, *adapter.rows] if names.kind(m) is None]
@@ -120,15 +120,15 @@ def _names_missing(plan: MergePlan) -> str:
     return next((f"{p} is stored in several parts" for p in whole if p in names.fused), "")
 
 
-def _edits(plan: MergePlan) -> dict[str, Edit]:
+def _plan_edits(plan: MergePlan) -> dict[str, TensorEdit]:
     """Edits by parameter name; KitError lists every tensor whose shape does not fit."""
     adapter, problems = plan.adapter, []
-    edits: dict[str, Edit] = {}
+    edits: dict[str, TensorEdit] = {}
     for parameter, tensor in adapter.full.items():
-        edits[parameter] = Edit(replace=tensor)
-        old = _stored(plan, parameter)
+        edits[parameter] = TensorEdit(replace=tensor)
+        old = _stored_tensor(plan, parameter)
         if old and old.shape != tensor.shape and (old.shape[1:] != tensor.shape[1:] or len(old.shape) != 2):
-            problems.append(_misfit(parameter, tensor.shape, old.shape))
+            problems.append(_shape_problem(parameter, tensor.shape, old.shape))
     for module, parts in adapter.lora.items():
         rank, scale = rank_and_scale(adapter.config, module)
         embedding = "lora_embedding_A" in parts
@@ -138,16 +138,20 @@ def _edits(plan: MergePlan) -> dict[str, Edit]:
             absent = "A" if a is None else "B"
             raise missing_tensors(adapter.folder, _missing_keys(plan) or [f"{PREFIX}{module}.lora_{absent}.weight"])
         if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != rank or b.shape[1] != rank:
-            problems.append(_misfit(f"{module} lora_A/lora_B", f"{a.shape} and {b.shape}", f"rank {rank}"))
+            problems.append(_shape_problem(f"{module} lora_A/lora_B", f"{a.shape} and {b.shape}", f"rank {rank}"))
             continue
         kind = plan.names.kind(module)
         transposed = embedding or kind == "conv1d"
         transposed = transposed or (kind == "unknown" and bool(adapter.config.get("fan_in_fan_out")))
-        edit = edits.setdefault(f"{module}.weight", Edit())
-        start = edit.replace or _stored(plan, f"{module}.weight") or _stored(plan, plan.names.tied[f"{module}.weight"])
+        edit = edits.setdefault(f"{module}.weight", TensorEdit())
+        start = (
+            edit.replace
+            or _stored_tensor(plan, f"{module}.weight")
+            or _stored_tensor(plan, plan.names.tied[f"{module}.weight"])
+        )
         change = (a.shape[1], b.shape[0]) if transposed else (b.shape[0], a.shape[1])
         if start is None or start.shape != change:
-            problems.append(_misfit(module, change, start.shape if start else "nothing"))
+            problems.append(_shape_problem(module, change, start.shape if start else "nothing"))
             continue
         magnitude = parts.get("lora_magnitude_vector")
         if bool(adapter.config.get("use_dora")) != (magnitude is not None):
@@ -158,9 +162,9 @@ def _edits(plan: MergePlan) -> dict[str, Edit]:
                     "copy the adapter again",
                 )
             )
-        edit.lora = Lora(a, b, scale, transposed, magnitude)
+        edit.lora = LoraUpdate(a, b, scale, transposed, magnitude)
         if "lora_B.bias" in parts:
-            if _stored(plan, f"{module}.bias") is None:
+            if _stored_tensor(plan, f"{module}.bias") is None:
                 problems.append(
                     Problem(
                         f"{module} has no bias that lora_bias could be merged into",
@@ -168,22 +172,26 @@ def _edits(plan: MergePlan) -> dict[str, Edit]:
                         "give the base that the adapter was trained on with --base",
                     )
                 )
-            edits.setdefault(f"{module}.bias", Edit()).add = (parts["lora_B.bias"], scale)
-    problems += _edit_rows(plan, edits)
+            edits.setdefault(f"{module}.bias", TensorEdit()).add = (parts["lora_B.bias"], scale)
+    problems += _plan_token_rows(plan, edits)
     if problems:
         raise KitError(problems)
     return edits
 
 
-def _edit_rows(plan: MergePlan, edits: dict[str, Edit]) -> list[Problem]:
+def _plan_token_rows(plan: MergePlan, edits: dict[str, TensorEdit]) -> list[Problem]:
     """Add the rows of trained tokens to `edits`; gives those that do not fit."""
     adapter, problems = plan.adapter, []
     for module, tensor in adapter.rows.items():
-        edit = edits.setdefault(f"{module}.weight", Edit())
-        start = edit.replace or _stored(plan, f"{module}.weight") or _stored(plan, plan.names.tied[f"{module}.weight"])
-        indices = token_rows(adapter.config, module)
+        edit = edits.setdefault(f"{module}.weight", TensorEdit())
+        start = (
+            edit.replace
+            or _stored_tensor(plan, f"{module}.weight")
+            or _stored_tensor(plan, plan.names.tied[f"{module}.weight"])
+        )
+        indices = trained_token_ids(adapter.config, module)
         if start is None or tensor.shape != (len(indices), *start.shape[1:]):
-            problems.append(_misfit(module, tensor.shape, start.shape if start else "nothing"))
+            problems.append(_shape_problem(module, tensor.shape, start.shape if start else "nothing"))
         elif indices and max(indices) >= start.shape[0]:
             problems.append(
                 Problem(
@@ -195,19 +203,19 @@ def _edit_rows(plan: MergePlan, edits: dict[str, Edit]) -> list[Problem]:
     return problems
 
 
-def _misfit(what: str, change: object, base: object) -> Problem:
+def _shape_problem(what: str, change: object, base: object) -> Problem:
     return Problem(
         f"{what}: the adapter is for {change}, the base has {base}",
         fix="give the base that the adapter was trained on with --base",
     )
 
 
-def _stored(plan: MergePlan, parameter: str) -> TensorEntry | None:
+def _stored_tensor(plan: MergePlan, parameter: str) -> TensorEntry | None:
     name = plan.names.stored.get(parameter)
     return plan.tensors[name] if name else None
 
 
-def _refuse_shallow(plan: MergePlan) -> None:
+def _refuse_deeper_base(plan: MergePlan) -> None:
     """Refuse a base with whole layers that the adapter does not know, unless it was trained on a choice of layers."""
     config, kinds = plan.adapter.config, plan.names.kinds
     targets = config.get("target_modules")
@@ -239,10 +247,12 @@ def _missing_keys(plan: MergePlan) -> set[str]:
     adapter = plan.adapter.opened
     if plan.names.kinds is None:
         return set()
-    return expected_keys(build_empty(plan.base), adapter) - (adapter.tensors or {}).keys()
+    return expected_adapter_keys(build_on_meta(plan.base), adapter) - (adapter.tensors or {}).keys()
 
 
-def _lay_out(plan: MergePlan, shards: dict[str, list[TensorEntry]], edits: dict[str, Edit], dtype: str | None) -> None:
+def _lay_out(
+    plan: MergePlan, shards: dict[str, list[TensorEntry]], edits: dict[str, TensorEdit], dtype: str | None
+) -> None:
     """Fill plan.shards: the base's files and order, what is new behind its partner or in the last file."""
     by_stored = {plan.names.stored.get(p, p): e for p, e in edits.items()}
     tied = {plan.names.stored.get(o, o): plan.names.stored.get(m, m) for o, m in plan.names.tied.items()}
@@ -250,8 +260,8 @@ def _lay_out(plan: MergePlan, shards: dict[str, list[TensorEntry]], edits: dict[
         plan.shards[file] = []
         for t in tensors:
             # A tied matrix that is stored all the same follows its partner.
-            edit = by_stored.get(t.name) or (by_stored.get(tied.get(t.name, "")) if _ties(plan) else None)
-            plan.shards[file].append(_output(t.name, t, edit, dtype))
+            edit = by_stored.get(t.name) or (by_stored.get(tied.get(t.name, "")) if _stays_tied(plan) else None)
+            plan.shards[file].append(_output_tensor(t.name, t, edit, dtype))
     for parameter, edit in edits.items():
         name = plan.names.stored.get(parameter, parameter)
         if name in plan.tensors:
@@ -265,11 +275,11 @@ def _lay_out(plan: MergePlan, shards: dict[str, list[TensorEntry]], edits: dict[
                 "give the base that the adapter was trained on with --base",
             )
         file = partner.file.name if partner else list(shards)[-1]
-        new = _output(name, source, edit, dtype)
+        new = _output_tensor(name, source, edit, dtype)
         if partner:
-            new.dtype = _dtype(partner.dtype, dtype)
+            new.dtype = _output_dtype(partner.dtype, dtype)
         plan.shards[file].append(new)
-    check_vocabulary(plan)
+    check_resized_vocabulary(plan)
     for o in plan.edited:
         if o.dtype not in FLOATS or o.source.dtype not in FLOATS:
             raise KitError(
@@ -278,17 +288,17 @@ def _lay_out(plan: MergePlan, shards: dict[str, list[TensorEntry]], edits: dict[
                 fix="give the original, unquantized base",
             )
     if dtype:
-        set_everywhere(plan, "torch_dtype" if "torch_dtype" in plan.config else "dtype", dtype)
+        set_config_value(plan, "torch_dtype" if "torch_dtype" in plan.config else "dtype", dtype)
 
 
-def _ties(plan: MergePlan) -> bool:
+def _stays_tied(plan: MergePlan) -> bool:
     return "tie_word_embeddings" not in plan.changes
 
 
-def _dtype(stored: str, wanted: str | None) -> str:
+def _output_dtype(stored: str, wanted: str | None) -> str:
     return {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[wanted] if wanted and stored in FLOATS else stored
 
 
-def _output(name: str, stored: TensorEntry, edit: Edit | None, dtype: str | None) -> Output:
+def _output_tensor(name: str, stored: TensorEntry, edit: TensorEdit | None, dtype: str | None) -> OutputTensor:
     source = edit.replace if edit and edit.replace else stored
-    return Output(name, _dtype(stored.dtype, dtype), source.shape, source, edit)
+    return OutputTensor(name, _output_dtype(stored.dtype, dtype), source.shape, source, edit)

@@ -13,7 +13,7 @@ from kit.merging.parts import MergePlan
 from kit.storage.json_files import read_json
 from kit.storage.safetensors_header import INDEX, read_header
 
-TOKENIZER = (
+TOKENIZER_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
     "spiece.model", "*.tiktoken", "chat_template*", "preprocessor_config.json", "processor_config.json",
     "video_preprocessor_config.json", "additional_chat_templates/*",
@@ -45,17 +45,17 @@ def write_config(plan: MergePlan, staging: Path) -> None:
 def copy_side_files(plan: MergePlan, staging: Path) -> None:
     """Generation config and code of the base; tokenizer and chat template of the adapter, else of the base."""
     for pattern in ("generation_config.json", "*.py"):
-        _copy(plan.base, pattern, staging)
+        _copy_matching(plan.base, pattern, staging)
     trained = plan.adapter.folder
     has_own = any((trained / n).is_file() for n in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
     for folder in [trained] if has_own else [plan.base, trained]:
-        for pattern in TOKENIZER:
-            _copy(folder, pattern, staging)
+        for pattern in TOKENIZER_FILES:
+            _copy_matching(folder, pattern, staging)
     if has_own:
-        name_end_token(plan.config, staging)
+        add_end_token(plan.config, staging)
 
 
-def name_end_token(config: dict[str, Any], staging: Path) -> None:
+def add_end_token(config: dict[str, Any], staging: Path) -> None:
     """Generation stops at the end token that the run trained, and at those that the base knew."""
     files = read_files(staging)
     end = files and (files.tokens or {}).get(files.roles.get("eos_token") or "")
@@ -70,7 +70,7 @@ def name_end_token(config: dict[str, Any], staging: Path) -> None:
         path.write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
 
 
-def _copy(folder: Path, pattern: str, staging: Path) -> None:
+def _copy_matching(folder: Path, pattern: str, staging: Path) -> None:
     for path in sorted(folder.glob(pattern)):
         if path.is_file():
             target = staging / path.relative_to(folder)
@@ -78,7 +78,7 @@ def _copy(folder: Path, pattern: str, staging: Path) -> None:
             shutil.copyfile(path, target)
 
 
-def check_tokenizer(plan: MergePlan) -> None:
+def check_tokenizer_fits(plan: MergePlan) -> None:
     """KitError where the adapter's tokenizer knows tokens that the embeddings have no row for."""
     rows = plan.vocabulary or (plan.config.get("text_config") or {}).get("vocab_size") or plan.config.get("vocab_size")
     trained = read_files(plan.adapter.folder)

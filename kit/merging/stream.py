@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from kit.errors import FAILED, KitError
-from kit.merging.adapter import read_bytes
+from kit.merging.adapter import read_tensor_bytes
 from kit.merging.byte_ranges import copy_range, read_into, reserve, write_all
-from kit.merging.dequantize import aligned, restorer
-from kit.merging.parts import Lora, MergePlan, Output
+from kit.merging.dequantize import make_restorer, rows_in_whole_blocks
+from kit.merging.parts import LoraUpdate, MergePlan, OutputTensor
 from kit.storage.safetensors_header import TensorEntry, encode_header
 
 BLOCK = 1 << 21  # values at a time: what one core's cache holds, roughly
 COPY = 64 << 20  # bytes of one file-to-file copy
-ITEM = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+ITEM_SIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 _local = threading.local()
 
@@ -36,15 +36,19 @@ def torch_dtype(name: str) -> Any:
     return {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[name]
 
 
-def read_tensor(tensor: TensorEntry) -> Any:
+def read_adapter_tensor(tensor: TensorEntry) -> Any:
     """A whole tensor of the adapter in float32."""
     import torch
 
-    flat = torch.frombuffer(read_bytes(tensor), dtype=torch_dtype(tensor.dtype)) if tensor.end > tensor.start else None
+    flat = (
+        torch.frombuffer(read_tensor_bytes(tensor), dtype=torch_dtype(tensor.dtype))
+        if tensor.end > tensor.start
+        else None
+    )
     return (torch.empty(0) if flat is None else flat).float().reshape(tensor.shape)
 
 
-def side_by_side(work: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
+def map_in_threads(work: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
     """`work` of every item, in order, on a thread per core; the first problem ends it.
 
     Each has one thread of torch: so sums run in one order here and in `write_shards`, and double quantization, whose
@@ -55,7 +59,7 @@ def side_by_side(work: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(cores()) as pool:
+        with ThreadPoolExecutor(usable_cores()) as pool:
             futures = [pool.submit(work, item) for item in items]
             for future in wait(futures, return_when=FIRST_EXCEPTION).not_done:
                 future.cancel()
@@ -64,7 +68,7 @@ def side_by_side(work: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
         torch.set_num_threads(before)
 
 
-def cores() -> int:
+def usable_cores() -> int:
     return max(1, min(16, len(os.sched_getaffinity(0))))
 
 
@@ -78,24 +82,24 @@ def write_shards(
     import torch
 
     started = time.perf_counter()
-    threads = cores()
+    threads = usable_cores()
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # the workers are the parallelism
     files, queues, done, total = [], [], 0, 0
     try:
         for name, outputs in plan.shards.items():
-            header = encode_header([(o.name, o.dtype, o.shape, _size(o)) for o in outputs])
+            header = encode_header([(o.name, o.dtype, o.shape, _output_bytes(o)) for o in outputs])
             fd = os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
             files.append(fd)
             jobs, offset = [], len(header)
             for output in outputs:
                 jobs.append((output, offset))
-                offset += _size(output)
+                offset += _output_bytes(output)
             reserve(fd, offset)
             write_all(fd, memoryview(header), 0)
             done, total = done + len(header), total + offset
-            queues.append([(fd, job) for job in _coalesce(jobs)])
-        figures = _run(queues, threads, done, total, progress)
+            queues.append([(fd, job) for job in _join_copies(jobs)])
+        figures = _run_jobs(queues, threads, done, total, progress)
         written = time.perf_counter()
         if fsync:
             for fd in files:
@@ -114,7 +118,7 @@ def write_shards(
     }
 
 
-def _run(
+def _run_jobs(
     queues: list[list], threads: int, done: int, total: int, progress: Callable[[int, int], None] | None
 ) -> list[dict]:
     """Run all jobs, taking from the shards in turn: writers of one file wait for each other, of several do not."""
@@ -122,8 +126,8 @@ def _run(
 
     def work(fd: int, job: tuple) -> None:
         nonlocal done
-        if isinstance(job[0], Output):
-            figure, size = _change(fd, *job), _size(job[0])
+        if isinstance(job[0], OutputTensor):
+            figure, size = _write_changed_tensor(fd, *job), _output_bytes(job[0])
         else:
             figure, size = None, copy_range(fd, *job)
         with lock:
@@ -143,16 +147,16 @@ def _run(
     return figures
 
 
-def _size(output: Output) -> int:
+def _output_bytes(output: OutputTensor) -> int:
     if output.edit is None and output.dtype == output.source.dtype:
         return output.source.end - output.source.start
     count = 1
     for n in output.shape:
         count *= n
-    return count * ITEM[output.dtype]
+    return count * ITEM_SIZE[output.dtype]
 
 
-def _coalesce(jobs: list[tuple[Output, int]]) -> list[tuple]:
+def _join_copies(jobs: list[tuple[OutputTensor, int]]) -> list[tuple]:
     """Changed tensors as they are; neighbours that stay as they were joined into copies (file, from, to, bytes)."""
     out: list[tuple] = []
     run: list[Any] | None = None
@@ -163,7 +167,7 @@ def _coalesce(jobs: list[tuple[Output, int]]) -> list[tuple]:
             out.extend((file, source + i, target + i, min(COPY, size - i)) for i in range(0, size, COPY))
 
     for output, offset in jobs:
-        source, size = output.source, _size(output)
+        source, size = output.source, _output_bytes(output)
         if output.edit or output.dtype != source.dtype:
             flush()
             run = None
@@ -190,7 +194,7 @@ def _buffer(role: str, count: int, dtype: Any) -> tuple[Any, memoryview]:
     return part.view(dtype), part.numpy().data
 
 
-def _change(fd: int, output: Output, offset: int) -> dict[str, Any]:
+def _write_changed_tensor(fd: int, output: OutputTensor, offset: int) -> dict[str, Any]:
     """Compute and write one tensor; gives how far it moved. float64 weights stay in float64."""
     import torch
 
@@ -203,11 +207,11 @@ def _change(fd: int, output: Output, offset: int) -> dict[str, Any]:
     step = max(1, BLOCK // max(width, 1))
     restore = None
     if edit and edit.restore and not edit.replace:
-        step = aligned(step, width, edit.restore[0])
-        restore = restorer(*edit.restore, lambda: _blocks(output.source, rows, width, step, work), width)
+        step = rows_in_whole_blocks(step, width, edit.restore[0])
+        restore = make_restorer(*edit.restore, lambda: _blocks(output.source, rows, width, step, work), width)
     lora = _factors(edit.lora, work) if edit and edit.lora else None
-    add = read_tensor(edit.add[0]).to(work).mul_(edit.add[1]) if edit and edit.add else None
-    tokens = (torch.tensor(edit.rows[0]), read_tensor(edit.rows[1]).to(work)) if edit and edit.rows else None
+    add = read_adapter_tensor(edit.add[0]).to(work).mul_(edit.add[1]) if edit and edit.add else None
+    tokens = (torch.tensor(edit.rows[0]), read_adapter_tensor(edit.rows[1]).to(work)) if edit and edit.rows else None
     transposed = edit is not None and edit.lora is not None and edit.lora.transposed
     by_column = _column_factor(output, lora, rows, width, step, work, restore) if lora and transposed else None
     before = moved = 0.0
@@ -246,7 +250,7 @@ def _change(fd: int, output: Output, offset: int) -> dict[str, Any]:
     return {"tensor": output.name, "relative_change": (moved / before) ** 0.5 if known and before else None}
 
 
-def _check_finite(values: Any, limit: float, output: Output) -> None:
+def _check_finite(values: Any, limit: float, output: OutputTensor) -> None:
     """KitError (4) where a value is not finite in the dtype that is written, whose largest number is `limit`."""
     import torch
 
@@ -278,14 +282,16 @@ def _blocks(source: TensorEntry, rows: int, width: int, step: int, work: Any) ->
             yield _block(handle.fileno(), source, first, min(rows, first + step), width, work)
 
 
-def _factors(lora: Lora, work: Any) -> tuple[Any, Any, Any]:
+def _factors(lora: LoraUpdate, work: Any) -> tuple[Any, Any, Any]:
     """(rows, r), (r, columns) with the scale in it, and the DoRA magnitude or None."""
-    a, b = read_tensor(lora.a).to(work), read_tensor(lora.b).to(work)
+    a, b = read_adapter_tensor(lora.a).to(work), read_adapter_tensor(lora.b).to(work)
     left, right = (a.T.contiguous(), b.T.contiguous()) if lora.transposed else (b, a)
-    return left, right * lora.scale, read_tensor(lora.magnitude).to(work) if lora.magnitude else None
+    return left, right * lora.scale, read_adapter_tensor(lora.magnitude).to(work) if lora.magnitude else None
 
 
-def _column_factor(output: Output, lora: tuple, rows: int, width: int, step: int, work: Any, restore: Any) -> Any:
+def _column_factor(
+    output: OutputTensor, lora: tuple, rows: int, width: int, step: int, work: Any, restore: Any
+) -> Any:
     """DoRA over columns (Conv1D, embeddings): the norms need a pass of their own. None without a magnitude."""
     import torch
 

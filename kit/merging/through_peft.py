@@ -15,7 +15,7 @@ def write_through_peft(plan: MergePlan, folder: Path, dtype: str | None) -> dict
     """Load base + adapter, merge, save into `folder`; needs memory for the base in float32. Gives the figures."""
     import torch
 
-    from kit.merging.logits import load_base
+    from kit.merging.logits import load_merge_base
     from kit.merging.stream import torch_dtype
     from kit.models.adapters import attach_adapter
 
@@ -23,7 +23,7 @@ def write_through_peft(plan: MergePlan, folder: Path, dtype: str | None) -> dict
     stored = [t.dtype for t in plan.tensors.values() if t.dtype in ("F64", "F32", "F16", "BF16")]
     kept = getattr(torch, dtype) if dtype else torch_dtype(max(set(stored), key=stored.count))
     try:
-        model = attach_adapter(load_base(plan, torch.float32), plan.adapter.opened).to(torch.float32)
+        model = attach_adapter(load_merge_base(plan, torch.float32), plan.adapter.opened).to(torch.float32)
         model = model.merge_and_unload(safe_merge=True).to(kept)
         model.save_pretrained(folder)
     except KitError:

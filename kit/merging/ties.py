@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from kit.errors import KitError
 from kit.inspection.architectures import EMBEDDING_NAMES
-from kit.merging.adapter import read_bytes
-from kit.merging.parts import Edit, MergePlan
+from kit.merging.adapter import read_tensor_bytes
+from kit.merging.parts import MergePlan, TensorEdit
 from kit.storage.safetensors_header import TensorEntry
 
 
-def _same(a: TensorEntry, b: TensorEntry) -> bool:
+def _same_bytes(a: TensorEntry, b: TensorEntry) -> bool:
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
-    return read_bytes(a) == read_bytes(b)
+    return read_tensor_bytes(a) == read_tensor_bytes(b)
 
 
-def settle_ties(plan: MergePlan, edits: dict[str, Edit]) -> None:
+def resolve_tied_weights(plan: MergePlan, edits: dict[str, TensorEdit]) -> None:
     """Keep tied matrices tied where both ends stay equal, else write both and untie them in config.json.
 
     As trained: LoRA or modules_to_save on one end leave the other end as it was; token rows and a changed base layer
@@ -30,24 +30,24 @@ def settle_ties(plan: MergePlan, edits: dict[str, Edit]) -> None:
             edits[main] = either
             edits.pop(other, None)
             continue
-        left, right = left or Edit(), right or Edit()
+        left, right = left or TensorEdit(), right or TensorEdit()
         shared = left.replace if main in plan.adapter.shared else None
         shared = shared or (right.replace if other in plan.adapter.shared else None)
         left.replace, right.replace = left.replace or shared, right.replace or shared
         right.rows = right.rows or (None if right.lora or other in plan.adapter.full else left.rows)
         equal_start = left.replace is right.replace or (
-            left.replace is not None and right.replace is not None and _same(left.replace, right.replace)
+            left.replace is not None and right.replace is not None and _same_bytes(left.replace, right.replace)
         )
         if equal_start and not left.lora and not right.lora and left.rows == right.rows:
             edits[main] = left
             edits.pop(other, None)
             continue
         edits[main], edits[other] = left, right
-        set_everywhere(plan, "tie_word_embeddings", False)
+        set_config_value(plan, "tie_word_embeddings", False)
         plan.notes.append(f"{other} and {main} were tied and differ now: both are written, tie_word_embeddings=false")
 
 
-def set_everywhere(plan: MergePlan, key: str, value: object) -> None:
+def set_config_value(plan: MergePlan, key: str, value: object) -> None:
     configs = [plan.config, *(v for v in plan.config.values() if isinstance(v, dict) and key in v)]
     for config in configs:
         if config is plan.config or key in config:
@@ -55,7 +55,7 @@ def set_everywhere(plan: MergePlan, key: str, value: object) -> None:
     plan.changes.append(key)
 
 
-def check_vocabulary(plan: MergePlan) -> None:
+def check_resized_vocabulary(plan: MergePlan) -> None:
     """Where embeddings were resized: the ends agree, and config.json says so."""
     outputs = {o.name: o for outputs in plan.shards.values() for o in outputs}
     resized = {n: o for n, o in outputs.items() if n in plan.tensors and o.shape != plan.tensors[n].shape}
@@ -71,7 +71,7 @@ def check_vocabulary(plan: MergePlan) -> None:
             fix="save the adapter with save_embedding_layers=true",
         )
     plan.vocabulary = rows.pop()
-    set_everywhere(plan, "vocab_size", plan.vocabulary)
+    set_config_value(plan, "vocab_size", plan.vocabulary)
 
 
 def _is_vocabulary(plan: MergePlan, name: str) -> bool:

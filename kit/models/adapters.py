@@ -14,7 +14,7 @@ from kit.inspection.adapter import (
     standard_keys,
     unknown_modules,
 )
-from kit.models.open import count_rows, library_errors, resize_embeddings
+from kit.models.open import embedding_row_count, library_errors, resize_embeddings
 from kit.storage.safetensors_header import CONFIG, find_model_folder
 
 # What PEFT's methods share between layers is reported as missing though nothing is (peft_model.py, from_pretrained).
@@ -34,7 +34,7 @@ def attach_adapter(model: Any, adapter: AdapterFolder, *, base_rows: int | None 
     from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
     from peft.utils.save_and_load import load_peft_weights
 
-    fit_vocabulary(model, adapter, base_rows or count_rows(model))
+    fit_embeddings_to_adapter(model, adapter, base_rows or embedding_row_count(model))
     folder = adapter.folder
     with library_errors(folder), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -56,7 +56,7 @@ def attach_adapter(model: Any, adapter: AdapterFolder, *, base_rows: int | None 
     return wrapped.eval()
 
 
-def fit_vocabulary(model: Any, adapter: AdapterFolder, base_rows: int) -> None:
+def fit_embeddings_to_adapter(model: Any, adapter: AdapterFolder, base_rows: int) -> None:
     """Resize both embeddings to the rows that the adapter holds; KitError where it holds one end alone."""
     rows = embedding_rows(adapter)
     resized = {count for count in rows.values() if count != base_rows}
@@ -72,7 +72,7 @@ def fit_vocabulary(model: Any, adapter: AdapterFolder, base_rows: int) -> None:
     resize_embeddings(model, resized.pop())
 
 
-def expected_keys(model: Any, adapter: AdapterFolder) -> set[str]:
+def expected_adapter_keys(model: Any, adapter: AdapterFolder) -> set[str]:
     """The keys of the adapter that PEFT makes of a model with the folder's config; the model may be on meta."""
     from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
 
@@ -83,7 +83,7 @@ def expected_keys(model: Any, adapter: AdapterFolder) -> set[str]:
         return set(get_peft_model_state_dict(wrapped, save_embedding_layers=False))
 
 
-def embeddings_changed(model: Any, adapter: str = "default") -> bool:
+def must_save_embeddings(model: Any, adapter: str = "default") -> bool:
     """Whether the adapter file must carry the embedding matrices: PEFT's "auto" rule, decided without the network.
 
     True where the embeddings carry an adapter or where the vocabulary differs from the base's; unknown base: False.

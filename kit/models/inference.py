@@ -10,14 +10,14 @@ from typing import Any, TypeVar
 from kit.errors import ENVIRONMENT, KitError
 from kit.inspection.adapter import read_adapter_folder
 from kit.models.adapters import attach_adapter
-from kit.models.open import count_rows, library_errors, open_base, resize_embeddings
-from kit.models.quantization import compute_in
-from kit.models.sources import DTYPES, Source, trust
+from kit.models.open import embedding_row_count, library_errors, open_base, resize_embeddings
+from kit.models.quantization import set_compute_dtype
+from kit.models.sources import DTYPE_NAMES, ModelSource, trusts_remote_code
 from kit.storage.safetensors_header import read_model_config, read_tensors
 from kit.system.hardware import cpu_has_bf16_matmul
 
 T = TypeVar("T")
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+BYTES_PER_PARAMETER = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def pick_device(device: str | None) -> str:
@@ -36,8 +36,8 @@ def pick_dtype(asked: str | None, device: str, folder: Path, plan: dict[str, Any
     import torch
 
     if asked and asked != "auto":
-        name = DTYPES.get(asked, asked).removeprefix("torch.")
-        if name not in BYTES:
+        name = DTYPE_NAMES.get(asked, asked).removeprefix("torch.")
+        if name not in BYTES_PER_PARAMETER:
             raise KitError(f"dtype {asked!r} is not known", where="dtype", fix="float32, bfloat16 or float16")
         return name
     if device.startswith("cuda"):
@@ -48,9 +48,9 @@ def pick_dtype(asked: str | None, device: str, folder: Path, plan: dict[str, Any
     return "bfloat16" if device == "cpu" and stored == "bfloat16" and cpu_has_bf16_matmul() else "float32"
 
 
-def each_model(
+def run_each_model(
     use: Callable[[str, Any], T],
-    source: Source,
+    source: ModelSource,
     names: Sequence[str],
     tokenizer: Any,
     *,
@@ -67,8 +67,8 @@ def each_model(
     results: dict[str, T] = {}
     if {"base", "adapter"} & set(names):
         assert source.base is not None  # resolve() names neither without it
-        model = _open(source, source.base, dtype, device, (source.plan or {}).get("quantization"))
-        rows = count_rows(model)
+        model = _open_source_model(source, source.base, dtype, device, (source.plan or {}).get("quantization"))
+        rows = embedding_row_count(model)
         resize_embeddings(model, max(len(tokenizer), rows))
         if "base" in names:
             results["base"] = use("base", model)
@@ -77,18 +77,20 @@ def each_model(
             model = attach_adapter(model, adapter, base_rows=rows, float32=True)
             results["adapter"] = use("adapter", model)
         del model
-        _collect()
+        _free_memory()
     for name in names:
         if name in ("base", "adapter"):
             continue
-        model = _open(source, source.paths[name], dtype, device, None)
+        model = _open_source_model(source, source.paths[name], dtype, device, None)
         results[name] = use(name, model)
         del model
-        _collect()
+        _free_memory()
     return results
 
 
-def _open(source: Source, folder: Path, dtype: str | None, device: str, quantization: dict[str, Any] | None) -> Any:
+def _open_source_model(
+    source: ModelSource, folder: Path, dtype: str | None, device: str, quantization: dict[str, Any] | None
+) -> Any:
     """Open one model of a source; a quantized base as it was trained on, computing in `dtype` where that is asked."""
     import torch
 
@@ -98,7 +100,7 @@ def _open(source: Source, folder: Path, dtype: str | None, device: str, quantiza
     chosen = pick_dtype(dtype, device, folder, source.plan)
     loaded_in = str(planned.get("dtype") or chosen) if quantization else chosen
     if device == "cuda" and not quantization:
-        needed = _count_parameters(folder) * BYTES[chosen]
+        needed = _count_parameters(folder) * BYTES_PER_PARAMETER[chosen]
         device = "auto" if needed > 0.9 * torch.cuda.mem_get_info()[0] else device
     with library_errors(folder):
         model = open_base(
@@ -106,11 +108,11 @@ def _open(source: Source, folder: Path, dtype: str | None, device: str, quantiza
             dtype=getattr(torch, loaded_in),
             quantization=quantization,
             device=device,
-            trust_remote_code=trust(source),
+            trust_remote_code=trusts_remote_code(source),
             **settings,
         )
         if quantization and dtype not in (None, "auto"):
-            compute_in(model, getattr(torch, chosen))
+            set_compute_dtype(model, getattr(torch, chosen))
         return model.eval()
 
 
@@ -124,7 +126,7 @@ def _count_parameters(folder: Path) -> int:
     return total
 
 
-def _collect() -> None:
+def _free_memory() -> None:
     import torch
 
     gc.collect()

@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 from kit.errors import KitError, first_line
 from kit.inspection.tokenizer import find_template
-from kit.models.open import count_rows, open_base
+from kit.models.open import embedding_row_count, open_base
 from kit.schema.run_plan import RunPlan
 
 logger = logging.get_logger(__name__)
@@ -57,7 +57,7 @@ def load_model(plan: RunPlan, tokenizer: Any) -> Any:
     """
     m = plan.model
     common: dict[str, Any] = {"revision": m.revision, "trust_remote_code": m.trust_remote_code}
-    kwargs = base_arguments(plan)
+    kwargs = base_load_arguments(plan)
     try:
         if m.random_init:
             config = AutoConfig.from_pretrained(m.name_or_path, **common)
@@ -74,7 +74,7 @@ def load_model(plan: RunPlan, tokenizer: Any) -> Any:
     return model
 
 
-def base_arguments(plan: RunPlan) -> dict[str, Any]:
+def base_load_arguments(plan: RunPlan) -> dict[str, Any]:
     """How the base is loaded: `trainer.model_init_kwargs`, dtype and attention."""
     kwargs = {**(plan.trainer.get("model_init_kwargs") or {}), "dtype": getattr(torch, plan.model.dtype)}
     if plan.model.attn_implementation:
@@ -87,7 +87,7 @@ def fit_embeddings(model: Any, tokenizer: Any, added: bool) -> None:
 
     KitError where other tokens of the tokenizer have no row; special ones that no text need hold are only named.
     """
-    rows = count_rows(model)
+    rows = embedding_row_count(model)
     beyond = {token: i for token, i in tokenizer.get_vocab().items() if i >= rows}
     if beyond and added:
         model.resize_token_embeddings(max(beyond.values()) + 1)  # new rows are drawn around the mean of the old ones
@@ -105,7 +105,7 @@ def fit_embeddings(model: Any, tokenizer: Any, added: bool) -> None:
         logger.warning(f"no row in the embedding for {', '.join(sorted(beyond)[:3])}: data must not hold them")
 
 
-def check_embeddings_train(model: Any, plan: RunPlan) -> None:
+def check_added_tokens_train(model: Any, plan: RunPlan) -> None:
     """KitError where tokens were added and an embedding at either end would stay as it was drawn."""
     if not plan.tokenizer.added_tokens or plan.peft is None or not plan.peft.get("modules_to_save"):
         return

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kit.errors import ENVIRONMENT, KitError, first_line
-from kit.models.quantization import bnb_config, settle
+from kit.models.quantization import bnb_config, disable_cpu_repacking
 
 
 def open_base(
@@ -55,7 +55,7 @@ def open_base(
             fix="give a complete causal language model",
         )
     if quantization:
-        settle(model)
+        disable_cpu_repacking(model)
     if device is not None and "device_map" not in settings:
         model = model.to(device)
     return model
@@ -78,7 +78,7 @@ def architecture_class(config: Any) -> Any:
     return transformers.AutoModelForCausalLM
 
 
-def count_rows(model: Any) -> int:
+def embedding_row_count(model: Any) -> int:
     """Rows of the input embedding, also where ZeRO-3 left an empty placeholder (T21)."""
     weight = model.get_input_embeddings().weight
     return int(getattr(weight, "ds_shape", weight.shape)[0])
@@ -86,7 +86,7 @@ def count_rows(model: Any) -> int:
 
 def resize_embeddings(model: Any, rows: int) -> None:
     """Give both embeddings `rows` rows; the new ones are drawn around the mean of the old, always alike."""
-    if rows != count_rows(model):
+    if rows != embedding_row_count(model):
         import torch
 
         torch.manual_seed(0)

@@ -24,7 +24,7 @@ def bnb_config(fields: Mapping[str, Any]) -> Any:
     return BitsAndBytesConfig(**{k: v for k, v in fields.items() if k != "quant_method" and v is not None})
 
 
-def settle(model: Any) -> Any:
+def disable_cpu_repacking(model: Any) -> Any:
     """Keep two habits of bitsandbytes 0.50 from ending a run half-way; gives the model.
 
     On a CPU with AVX512-BF16 an evaluation repacks 4-bit weights for a kernel that has no gradient, rounds to bfloat16
@@ -43,7 +43,7 @@ def settle(model: Any) -> Any:
     return model
 
 
-def compute_in(model: Any, dtype: Any) -> Any:
+def set_compute_dtype(model: Any, dtype: Any) -> Any:
     """Let a quantized model compute in `dtype`, its packed weights as they are; gives the model."""
     from bitsandbytes.nn import Int8Params, Linear4bit, Params4bit
 

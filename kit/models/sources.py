@@ -16,11 +16,11 @@ from kit.storage.manifest import NAME as MANIFEST
 from kit.storage.safetensors_header import CONFIG, find_model_folder, fingerprint_tensors, read_tensors
 
 PLAN = "plan.json"
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelSource:
     """Where each named model is; `adapter` stands for the base plus that adapter."""
 
     folder: Path
@@ -40,14 +40,14 @@ class Source:
         return self.folder if self.kind == "run" else None
 
 
-def output_path(source: Source, out: Path | str | None, name: str) -> Path | None:
+def output_path(source: ModelSource, out: Path | str | None, name: str) -> Path | None:
     """Where a result goes: `out` (a .json file or a folder), else the run directory, else nowhere."""
     if out is not None:
         return Path(out) if str(out).endswith(".json") else Path(out) / name
     return source.run_dir / name if source.run_dir else None
 
 
-def resolve(source: str | Path, base: str | None = None, revision: str | None = None) -> Source:
+def locate_models(source: str | Path, base: str | None = None, revision: str | None = None) -> ModelSource:
     """Find the models of a run directory, an adapter folder, a model folder or a cached Hub id.
 
     The base of an adapter is looked for in manifest.json, then plan.json, then adapter_config.json; `base` overrides.
@@ -62,16 +62,16 @@ def resolve(source: str | Path, base: str | None = None, revision: str | None = 
             fix="give a run directory, an adapter folder, a model folder, or fetch the model first (kit fetch)",
         )
     if (folder / PLAN).is_file():
-        return _resolve_run(folder, base, revision)
+        return _locate_run(folder, base, revision)
     if holds_adapter(folder):
         adapter = read_adapter_folder(folder)
         plan = next((read_json(p / PLAN) for p in list(folder.parents)[:2] if (p / PLAN).is_file()), None)
-        base_folder, reason = _find_base(folder, adapter, plan, base, revision)
+        base_folder, reason = _locate_base(folder, adapter, plan, base, revision)
         if base_folder is None:
             raise KitError(reason, where=str(folder), fix="name the base model with --base MODEL")
-        return Source(folder, "adapter", {"base": base_folder, "adapter": folder}, base_folder, plan)
+        return ModelSource(folder, "adapter", {"base": base_folder, "adapter": folder}, base_folder, plan)
     if (folder / CONFIG).is_file():
-        return Source(folder, "model", {"model": _whole_model(folder)})
+        return ModelSource(folder, "model", {"model": _require_weights(folder)})
     raise KitError(
         f"{folder} is not a run, an adapter or a model: it has no {PLAN}, {ADAPTER_CONFIG} or {CONFIG}",
         where=str(source),
@@ -79,13 +79,13 @@ def resolve(source: str | Path, base: str | None = None, revision: str | None = 
     )
 
 
-def _resolve_run(folder: Path, base: str | None, revision: str | None) -> Source:
+def _locate_run(folder: Path, base: str | None, revision: str | None) -> ModelSource:
     plan = read_json(folder / PLAN)
     paths: dict[str, Path] = {}
     skipped: dict[str, str] = {}
     full, merged = folder / "model", folder / "merged"
     adapter = read_adapter_folder(folder / "adapter") if holds_adapter(folder / "adapter") else None
-    base_folder, reason = _find_base(adapter.folder if adapter else full, adapter, plan, base, revision)
+    base_folder, reason = _locate_base(adapter.folder if adapter else full, adapter, plan, base, revision)
     if base_folder:
         paths["base"] = base_folder
     else:
@@ -96,9 +96,9 @@ def _resolve_run(folder: Path, base: str | None, revision: str | None) -> Source
         else:
             skipped["adapter"] = reason
     elif (full / CONFIG).is_file():
-        paths["model"] = _whole_model(full)
+        paths["model"] = _require_weights(full)
     if (merged / CONFIG).is_file():
-        paths["merged"] = _whole_model(merged)
+        paths["merged"] = _require_weights(merged)
     if adapter is None and not {"model", "merged"} & set(paths):
         raise KitError(
             f"{folder} holds no finished adapter or model",
@@ -107,10 +107,10 @@ def _resolve_run(folder: Path, base: str | None, revision: str | None) -> Source
         )
     if not paths:
         raise KitError(reason, where=str(folder), fix="name the base model with --base MODEL")
-    return Source(folder, "run", paths, base_folder, plan, skipped)
+    return ModelSource(folder, "run", paths, base_folder, plan, skipped)
 
 
-def _find_base(
+def _locate_base(
     trained: Path, adapter: AdapterFolder | None, plan: dict | None, asked: str | None, revision: str | None
 ) -> tuple[Path | None, str]:
     """The base model's folder, or None and why."""
@@ -149,13 +149,13 @@ def _find_base(
     return None, f"{trained} does not say which base model it belongs to"
 
 
-def _whole_model(folder: Path) -> Path:
+def _require_weights(folder: Path) -> Path:
     if not read_tensors(folder):
         raise KitError(f"{folder} has no safetensors weights", where=str(folder), fix="give a folder with weights")
     return folder
 
 
-def choose(source: Source, which: Sequence[str] | None) -> list[str]:
+def choose_models(source: ModelSource, which: Sequence[str] | None) -> list[str]:
     """The names to load, base first; KitError for a name that the source does not have."""
     for name in which or ():
         if name not in source.paths:
@@ -168,11 +168,11 @@ def choose(source: Source, which: Sequence[str] | None) -> list[str]:
     return [name for name in source.paths if not which or name in which]
 
 
-def trust(source: Source) -> bool:
+def trusts_remote_code(source: ModelSource) -> bool:
     return bool(((source.plan or {}).get("model") or {}).get("trust_remote_code"))
 
 
-def open_tokenizer(source: Source) -> Any:
+def open_source_tokenizer(source: ModelSource) -> Any:
     """One tokenizer for all models of the source: the one saved with what was trained, so that prompts agree."""
     folders = [source.paths[n] for n in ("adapter", "model", "merged", "base") if n in source.paths]
     for folder in folders:
@@ -180,5 +180,5 @@ def open_tokenizer(source: Source) -> Any:
             from transformers import AutoTokenizer
 
             with library_errors(folder):
-                return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust(source))
+                return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trusts_remote_code(source))
     raise KitError(f"{source.folder} has no tokenizer", where=str(source.folder), fix="save one beside the model")

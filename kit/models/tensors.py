@@ -11,7 +11,7 @@ def full_shape(tensor: Tensor) -> tuple[int, ...]:
     return tuple(getattr(tensor, "ds_shape", tensor.shape))
 
 
-def raw_tensors(model: nn.Module) -> dict[str, Tensor]:
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers under their state_dict names, as references.
 
     Unlike `state_dict()` it runs no hooks: bitsandbytes packs the state of every quantized layer in one.
@@ -25,7 +25,7 @@ def raw_tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def finite(tensor: Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
     """Whether no value is NaN or infinite; true of integers.
 
     NaN and infinity survive a sum, so one reduction without temporaries clears nearly every tensor; only a sum that

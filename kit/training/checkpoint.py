@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kit.errors import FAILED, KitError
-from kit.models.adapters import embeddings_changed
-from kit.models.tensors import finite, full_shape, raw_tensors
+from kit.models.adapters import must_save_embeddings
+from kit.models.tensors import full_shape, is_finite, named_tensors
 from kit.storage import manifest
 from kit.storage.safetensors_header import TensorEntry as StoredTensor
 from kit.storage.safetensors_header import read_header, read_tensors
@@ -30,7 +30,7 @@ CHUNK = 64 * 1024**2  # elements gathered at once under ZeRO-3; 128 MB in bf16
 # ---- ranks ----
 
 
-def exchange(value: Any, group: Any) -> list[Any]:
+def gather_objects(value: Any, group: Any) -> list[Any]:
     """Every rank's `value`, by rank. Collective; also a barrier. `group` None means one process."""
     if group is None:
         return [value]
@@ -39,19 +39,19 @@ def exchange(value: Any, group: Any) -> list[Any]:
     return values
 
 
-def raise_together(error: KitError | None, group: Any) -> None:
+def raise_on_all_ranks(error: KitError | None, group: Any) -> None:
     """Wait for all ranks and fail on all of them when it failed on one. Collective.
 
     Without it the others would wait in their next collective until its timeout.
     """
-    for rank, message in enumerate(exchange(str(error) if error else None, group)):
+    for rank, message in enumerate(gather_objects(str(error) if error else None, group)):
         if error:
             raise error
         if message:
             raise KitError(f"rank {rank} failed: {message}", code=FAILED)
 
 
-def hash_together(folder: Path, group: Any, writer: bool, each_node: bool = False) -> dict[str, dict]:
+def hash_on_all_ranks(folder: Path, group: Any, writer: bool, each_node: bool = False) -> dict[str, dict]:
     """Size, SHA-256 and flush of every file in `folder`, the files shared out over the ranks by size. Collective.
 
     each_node: every node has its own disk, so its writer does all of it.
@@ -60,7 +60,7 @@ def hash_together(folder: Path, group: Any, writer: bool, each_node: bool = Fals
     if group is None or each_node:
         return manifest.hash_files(folder, names, sync=True)
     sizes = {name: (folder / name).stat().st_size for name in names}
-    listing = exchange(sizes, group)[0]
+    listing = gather_objects(sizes, group)[0]
     load = [0] * dist.get_world_size(group)
     share: list[list[str]] = [[] for _ in load]
     for name in sorted(listing, key=lambda n: (-listing[n], n)):
@@ -72,7 +72,7 @@ def hash_together(folder: Path, group: Any, writer: bool, each_node: bool = Fals
     except OSError as error:
         hashes = f"{error}"
     merged: dict[str, dict] = {}
-    for rank, part in enumerate(exchange(hashes, group)):
+    for rank, part in enumerate(gather_objects(hashes, group)):
         if isinstance(part, str):
             raise KitError(f"rank {rank} cannot read back what was saved: {part}", where=str(folder), code=FAILED)
         merged.update(part)
@@ -82,7 +82,7 @@ def hash_together(folder: Path, group: Any, writer: bool, each_node: bool = Fals
 # ---- tensors ----
 
 
-def gather(tensors: dict[str, Tensor], keep: bool, copy: bool = True) -> dict[str, Tensor]:
+def gather_tensors(tensors: dict[str, Tensor], keep: bool, copy: bool = True) -> dict[str, Tensor]:
     """The whole tensors on the CPU where `keep`, else an empty dict. Collective under ZeRO-3.
 
     Names of one tensor share one copy. copy: False leaves an unsharded tensor with memory of its own where it is.
@@ -97,7 +97,7 @@ def gather(tensors: dict[str, Tensor], keep: bool, copy: bool = True) -> dict[st
 
     def take(tensor: Tensor) -> None:
         value = tensor.detach()
-        if not finite(value):
+        if not is_finite(value):
             broken.append(names[id(tensor)][0])
         # A view into a larger buffer (ZeRO-1/2 flatten the parameters) would drag all of it into the file.
         own_memory = value.untyped_storage().nbytes() == value.numel() * value.element_size()
@@ -138,7 +138,7 @@ def _chunks(parameters: list[Any]) -> Iterable[list[Any]]:
 
 
 @contextlib.contextmanager
-def same_dtypes(model: nn.Module) -> Iterator[None]:
+def keep_trainable_dtypes(model: nn.Module) -> Iterator[None]:
     """Trainable parameters keep their dtype while the block loads an adapter into them.
 
     PEFT makes a loaded adapter float32; that of a quantized base trains in bfloat16 (T47), and would go on otherwise.
@@ -161,11 +161,11 @@ def trainable_state_dict(model: Any, writer: bool = True) -> tuple[dict[str, Ten
     """
     from peft import get_peft_model_state_dict
 
-    tensors = raw_tensors(model)
+    tensors = named_tensors(model)
     selects = all(config.peft_type == "LORA" for config in model.peft_config.values())
     seen = {name: torch.empty(0, device="meta") for name in tensors} if selects else tensors
     origin = {id(tensor): name for name, tensor in seen.items()}
-    embeddings = any(embeddings_changed(model, adapter) for adapter in model.peft_config)
+    embeddings = any(must_save_embeddings(model, adapter) for adapter in model.peft_config)
     expected: dict[str, Shapes] = {}
     wanted = {} if selects else {name: t for name, t in tensors.items() if t.requires_grad}
     for adapter in model.peft_config:
@@ -178,7 +178,7 @@ def trainable_state_dict(model: Any, writer: bool = True) -> tuple[dict[str, Ten
             key: full_shape(tensors[name]) if (name := names[key]) else tuple(tensor.shape)
             for key, tensor in chosen.items()
         }
-    return gather(wanted, keep=writer), expected, embeddings
+    return gather_tensors(wanted, keep=writer), expected, embeddings
 
 
 def full_state_dict(model: nn.Module, writer: bool = True) -> dict[str, Tensor]:
@@ -187,14 +187,14 @@ def full_state_dict(model: nn.Module, writer: bool = True) -> dict[str, Tensor]:
     Only the writer holds copies, and of an unsharded model it holds none.
     """
     sharded = any(hasattr(p, "ds_id") for p in model.parameters())
-    tensors = raw_tensors(model) if sharded else model.state_dict(keep_vars=True)
-    return gather({k: v for k, v in tensors.items() if isinstance(v, Tensor)}, keep=writer, copy=False)
+    tensors = named_tensors(model) if sharded else model.state_dict(keep_vars=True)
+    return gather_tensors({k: v for k, v in tensors.items() if isinstance(v, Tensor)}, keep=writer, copy=False)
 
 
 # ---- proof ----
 
 
-def check_adapter(saved: str | Path | dict[str, Tensor], expected: Shapes, trained: bool = False) -> list[str]:
+def check_saved_adapter(saved: str | Path | dict[str, Tensor], expected: Shapes, trained: bool = False) -> list[str]:
     """Read a written adapter back and compare it with what it must hold; returns remarks, one sentence each.
 
     saved: the file, its folder, or tensors. expected: {key: shape}. trained: steps were made, so B should have moved.
@@ -223,7 +223,7 @@ def check_adapter(saved: str | Path | dict[str, Tensor], expected: Shapes, train
             problems.append(f"{key} has shape {tuple(tensor.shape)}, the model's is {shape}")
         elif lora and tensor.ndim < 2 and not key.endswith(".bias"):
             problems.append(f"{key} has {tensor.ndim} dimension(s), a LoRA matrix has 2")
-        elif not finite(tensor):
+        elif not is_finite(tensor):
             problems.append(f"{key} holds NaN or infinity")
     if problems:
         listed = "; ".join(sorted(problems)[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
@@ -239,7 +239,7 @@ def check_adapter(saved: str | Path | dict[str, Tensor], expected: Shapes, train
     return []
 
 
-def check_model(folder: Path, state_dict: dict[str, Tensor], ignored: Iterable[str] = ()) -> list[StoredTensor]:
+def check_saved_model(folder: Path, state_dict: dict[str, Tensor], ignored: Iterable[str] = ()) -> list[StoredTensor]:
     """Compare a written full model with the tensors it was made from: none empty, as many numbers in all.
 
     Names are not compared, because transformers may write a model under the names of its original format.
@@ -258,6 +258,6 @@ def check_model(folder: Path, state_dict: dict[str, Tensor], ignored: Iterable[s
     return stored
 
 
-def stored_tensors(folder: Path) -> list[StoredTensor]:
+def saved_tensor_headers(folder: Path) -> list[StoredTensor]:
     """The headers of every adapter or model file directly in a save, for the manifest's counts."""
     return [t for file in sorted(folder.rglob("*.safetensors")) for t in read_header(file)]

@@ -44,8 +44,8 @@ def train(
     import torch
 
     from kit.data import masks as labels
-    from kit.models.initial_adapter import load_adapter
-    from kit.models.load import check_embeddings_train, load_peft_config, restore_adapter_dtype
+    from kit.models.initial_adapter import load_initial_adapter
+    from kit.models.load import check_added_tokens_train, load_peft_config, restore_adapter_dtype
     from kit.training import console
     from kit.training.trainer import ModifiedTrainer
 
@@ -67,10 +67,10 @@ def train(
     progress.trainer = trainer
     restore_adapter_dtype(trainer.model, plan)
     trainer.remove_callback(console.upstream_printer())
-    check_embeddings_train(trainer.model, plan)
+    check_added_tokens_train(trainer.model, plan)
     labels.check_labels(trainer.train_dataset, tokenizer, args)
     if plan.init_from and not resume:  # a checkpoint knows more than what the run began with
-        load_adapter(trainer.model, plan.init_from)
+        load_initial_adapter(trainer.model, plan.init_from)
     console.print_banner(plan, trainer, data, time.monotonic() - started)
 
     checkpoint = str(verified_checkpoint(plan, resume)) if resume else None

@@ -11,7 +11,7 @@ from kit.storage.safetensors_header import find_model_folder
 TRAINING_ONLY = ("use_cache", "output_router_logits", "router_aux_loss_coef")
 
 
-def config_before(model: Any, revision: str | None = None) -> dict[str, dict]:
+def config_before_training(model: Any, revision: str | None = None) -> dict[str, dict]:
     """config and generation_config as they were before a trainer touched them; empty where that cannot be known.
 
     model: a folder, a Hub id, or a model that no trainer has had yet.

@@ -36,17 +36,17 @@ def atomic_save(
                     stack.enter_context(atomic_folder.atomic_folder(final, staging, move=move))
                 except OSError as problem:
                     error = save_error(problem, staging, step)
-            checkpoint.raise_together(error, group)
+            checkpoint.raise_on_all_ranks(error, group)
             yield staging
-            checkpoint.exchange(None, group)  # every rank's files are there
-            files = checkpoint.hash_together(staging, group, writer, args.save_on_each_node)
+            checkpoint.gather_objects(None, group)  # every rank's files are there
+            files = checkpoint.hash_on_all_ranks(staging, group, writer, args.save_on_each_node)
             if writer:
                 try:
                     write_manifest(staging, kind, files, step=step, world_size=args.world_size, provenance=provenance)
                     stack.close()  # flushed and renamed, before any rank goes on
                 except (KitError, OSError) as problem:
                     error = save_error(problem, final, step)
-            checkpoint.raise_together(error, group)
+            checkpoint.raise_on_all_ranks(error, group)
     except KitError:
         raise
     except (OSError, SafetensorError, RuntimeError) as problem:
@@ -65,7 +65,7 @@ def write_manifest(
     staging: Path, kind: str, files: dict[str, dict], step: int, world_size: int, provenance: dict
 ) -> None:
     """List what was written, with the step, the plan and the base that it belongs to."""
-    stored = checkpoint.stored_tensors(staging)
+    stored = checkpoint.saved_tensor_headers(staging)
     manifest.write_manifest(
         staging,
         kind=kind,

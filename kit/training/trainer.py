@@ -57,7 +57,9 @@ class ModifiedTrainer(SFTTrainer):
         **kwargs: Any,
     ) -> None:
         revision = (getattr(args, "model_init_kwargs", None) or {}).get("revision")
-        self.config_before = {} if isinstance(model, PeftModel) else saved_config.config_before(model, revision)
+        self.config_before = (
+            {} if isinstance(model, PeftModel) else saved_config.config_before_training(model, revision)
+        )
         self.provenance = provenance or {}
         self.prepared = prepared
         self.saved_step: int | None = None
@@ -113,8 +115,8 @@ class ModifiedTrainer(SFTTrainer):
                     error = KitError(
                         "; ".join(problems), where=str(requested), fix="resume from an older checkpoint", code=FAILED
                     )
-        checkpoint.raise_together(error, self.ranks)
-        chosen = checkpoint.exchange(chosen, self.ranks)[0]
+        checkpoint.raise_on_all_ranks(error, self.ranks)
+        chosen = checkpoint.gather_objects(chosen, self.ranks)[0]
         if chosen is not True and (Path(chosen) / manifest.NAME).is_file() and self.is_deepspeed_enabled:
             saved = manifest.read_manifest(chosen)["world_size"]
             if saved != self.args.world_size:
@@ -128,11 +130,11 @@ class ModifiedTrainer(SFTTrainer):
         return chosen if chosen is True else os.fspath(chosen)
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
-        with checkpoint.same_dtypes(self.model):
+        with checkpoint.keep_trainable_dtypes(self.model):
             return super()._load_from_checkpoint(*args, **kwargs)
 
     def _load_best_model(self) -> None:
-        with checkpoint.same_dtypes(self.model):
+        with checkpoint.keep_trainable_dtypes(self.model):
             super()._load_best_model()
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -225,7 +227,7 @@ class ModifiedTrainer(SFTTrainer):
                 self.processing_class.save_pretrained(str(folder))
         except (KitError, OSError, SafetensorError) as problem:
             error = save_error(problem, folder, self.state.global_step)
-        checkpoint.raise_together(error, self.ranks)
+        checkpoint.raise_on_all_ranks(error, self.ranks)
 
     def _write_adapter(self, folder: Path, writer: bool) -> None:
         tensors, expected, embeddings = checkpoint.trainable_state_dict(self.model, writer)
@@ -234,7 +236,7 @@ class ModifiedTrainer(SFTTrainer):
         self.model.save_pretrained(str(folder), state_dict=tensors, save_embedding_layers=embeddings)
         for adapter, keys in expected.items():
             adapter_folder = folder if adapter == "default" else folder / adapter
-            for remark in checkpoint.check_adapter(adapter_folder, keys, trained=self.state.global_step > 0):
+            for remark in checkpoint.check_saved_adapter(adapter_folder, keys, trained=self.state.global_step > 0):
                 logger.warning(remark)
 
     def _write_full(self, folder: Path, writer: bool) -> None:
@@ -243,7 +245,7 @@ class ModifiedTrainer(SFTTrainer):
             return
         # save_pretrained takes the tensors out of the dict that it is given
         self.model.save_pretrained(str(folder), state_dict=dict(tensors))
-        checkpoint.check_model(folder, tensors, self.model._keys_to_ignore_on_save or ())
+        checkpoint.check_saved_model(folder, tensors, self.model._keys_to_ignore_on_save or ())
         saved_config.restore_config(folder, self.config_before, self.processing_class, bool(self.args.pad_token))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:

@@ -248,14 +248,16 @@ def test_resume_over_a_quantized_base_is_bit_equal(base, tmp_path):
     """TRL trains such an adapter in bfloat16; upstream loads it as float32 and goes on with other numbers."""
     from transformers import BitsAndBytesConfig
 
-    from kit.models.quantization import settle
+    from kit.models.quantization import disable_cpu_repacking
 
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
     args = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "bf16": True, "model_init_kwargs": None,
             "eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}  # fmt: skip
 
     def run(out, resume=None):
-        model = settle(AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, quantization_config=nf4))
+        model = disable_cpu_repacking(
+            AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, quantization_config=nf4)
+        )
         rows = tiny.dataset(tiny.text_rows())
         trainer = build(ModifiedTrainer, out, model, args=args, eval_dataset=rows.select(range(4)))
         trainer.train(resume_from_checkpoint=resume)
@@ -400,8 +402,8 @@ def test_check_adapter_finds(tmp_path):
     a, b = "m.lora_A.weight", "m.lora_B.weight"
     good = {a: torch.ones(2, 4), b: torch.ones(4, 2)}
     expected = {k: tuple(v.shape) for k, v in good.items()}
-    assert checkpoint.check_adapter(good, expected, trained=True) == []
-    assert "zero" in checkpoint.check_adapter({a: good[a], b: torch.zeros(4, 2)}, expected, trained=True)[0]
+    assert checkpoint.check_saved_adapter(good, expected, trained=True) == []
+    assert "zero" in checkpoint.check_saved_adapter({a: good[a], b: torch.zeros(4, 2)}, expected, trained=True)[0]
     for bad, said in [
         ({a: good[a]}, "missing"),
         ({**good, "x": good[a]}, "should not be there"),
@@ -410,15 +412,15 @@ def test_check_adapter_finds(tmp_path):
         ({a: torch.full((2, 4), float("nan")), b: good[b]}, "NaN"),
     ]:
         with pytest.raises(KitError, match=said) as refused:
-            checkpoint.check_adapter(bad, expected)
+            checkpoint.check_saved_adapter(bad, expected)
         assert refused.value.code == 4
     with pytest.raises(KitError, match="2"):
-        checkpoint.check_adapter({a: torch.ones(8)}, {a: (8,)})
+        checkpoint.check_saved_adapter({a: torch.ones(8)}, {a: (8,)})
     with pytest.raises(KitError, match="no tensors"):
-        checkpoint.check_adapter({}, {})
+        checkpoint.check_saved_adapter({}, {})
     (tmp_path / ADAPTER).write_bytes(b"short")
     with pytest.raises(KitError, match="cannot be read back"):
-        checkpoint.check_adapter(tmp_path, expected)
+        checkpoint.check_saved_adapter(tmp_path, expected)
 
 
 @pytest.mark.parametrize("given", ["name", "object"])

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kit.data import masks as labels
 from kit.errors import KitError
-from kit.models.initial_adapter import adapter_parameters, load_adapter
+from kit.models.initial_adapter import adapter_parameters, load_initial_adapter
 from kit.schema.run_plan import InitFrom
 from kit.storage import manifest
 
@@ -54,7 +54,7 @@ def test_every_tensor_arrives(base, tmp_path, settings):
             parameter.add_(0.01 * parameter.requires_grad)
     ids = torch.arange(8).reshape(1, 8)
     before = ours(ids).logits
-    load_adapter(ours, saved(theirs, tmp_path))
+    load_initial_adapter(ours, saved(theirs, tmp_path))
     assert torch.equal(ours(ids).logits, theirs(ids).logits)
     assert not torch.allclose(before, theirs(ids).logits, atol=1e-3)
 
@@ -81,16 +81,16 @@ def test_what_does_not_fit_changes_nothing(base, tmp_path, how):
     ours = adapted(base, 2)
     before = {k: v.clone() for k, v in adapter_parameters(ours).items()}
     with pytest.raises(KitError, match=how):
-        load_adapter(ours, of(file))
+        load_initial_adapter(ours, of(file))
     assert all(torch.equal(v, before[k]) for k, v in adapter_parameters(ours).items())
 
 
 def test_a_file_that_changed_since_the_plan_is_refused(base, tmp_path):
     source = saved(adapted(base, 1), tmp_path)
     with pytest.raises(KitError, match="changed since"):
-        load_adapter(adapted(base, 2), source.model_copy(update={"sha256": "0" * 64}))
+        load_initial_adapter(adapted(base, 2), source.model_copy(update={"sha256": "0" * 64}))
     with pytest.raises(KitError, match="no adapter on this machine"):
-        load_adapter(adapted(base, 2), InitFrom(path="someone/lora"))
+        load_initial_adapter(adapted(base, 2), InitFrom(path="someone/lora"))
 
 
 class Canary:
@@ -107,22 +107,22 @@ def test_a_pickle_is_read_weights_only(base, tmp_path):
     file, canary = tmp_path / "adapter_model.bin", tmp_path / "canary"
     good = load_file(tmp_path / "adapter_model.safetensors")
     torch.save(good, file)
-    load_adapter(ours, of(file))
+    load_initial_adapter(ours, of(file))
     assert all(torch.equal(v, good[k]) for k, v in adapter_parameters(ours).items())
 
     torch.save({**good, "extra": Canary(canary)}, file)
     with pytest.raises(KitError, match="is refused"):
-        load_adapter(ours, of(file))
+        load_initial_adapter(ours, of(file))
     file.write_bytes(pickle.dumps(Canary(canary)))
     with pytest.raises(KitError, match="is refused"):
-        load_adapter(ours, of(file))
+        load_initial_adapter(ours, of(file))
     assert not canary.exists()
     pickle.loads(file.read_bytes())
     assert canary.exists(), "read as a pickle it runs: the canary is a real one"
 
     torch.save([1, 2], file)
     with pytest.raises(KitError, match="other things than tensors"):
-        load_adapter(ours, of(file))
+        load_initial_adapter(ours, of(file))
 
 
 # ---- the first rows ----
