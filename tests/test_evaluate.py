@@ -81,7 +81,7 @@ def test_loss_is_the_token_weighted_mean_over_single_rows(base, tokenizer, rows,
         assert scores["tokens"] == tokens
         assert scores["loss"] == pytest.approx(wanted, rel=1e-5)
         assert scores["perplexity"] == pytest.approx(math.exp(wanted), rel=1e-4)
-    monkeypatch.setattr("kit.evaluation.loss.LOGITS", 1)  # no room for two rows at once
+    monkeypatch.setattr("kit.evaluation.loss.MAX_LOGITS", 1)  # no room for two rows at once
     assert evaluate(base, data=rows, metrics=["loss"])["models"]["model"]["loss"] == pytest.approx(wanted, rel=1e-5)
 
 

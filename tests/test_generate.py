@@ -11,10 +11,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from kit.data.encode import end_of_turn
+from kit.data.encode import end_of_turn_id
 from kit.errors import KitError
 from kit.evaluation.generate import format_samples, generate
-from kit.evaluation.sampling import decode, stop_ids
+from kit.evaluation.sampling import generate_answers, stop_token_ids
 from kit.models.sources import locate_models
 from kit.storage.manifest import write_manifest
 from kit.storage.safetensors_header import fingerprint_tensors
@@ -106,8 +106,8 @@ def run(tmp_path_factory, base, tokenizer):
 
 def test_left_padded_batches_equal_single_prompts_and_plain_generate(tokenizer):
     model, ids = make_model(), [tokenizer(p)["input_ids"] for p in PROMPTS]
-    batched = decode(model, tokenizer, ids, max_new_tokens=24, batch_size=4)
-    single = decode(model, tokenizer, ids, max_new_tokens=24, batch_size=1)
+    batched = generate_answers(model, tokenizer, ids, max_new_tokens=24, batch_size=4)
+    single = generate_answers(model, tokenizer, ids, max_new_tokens=24, batch_size=1)
     assert batched == single
     assert [len(b["tokens"]) for b in batched] == [24] * 4 and not any(b["stopped"] for b in batched)
     for prompt, ours in zip(ids, batched, strict=True):  # by hand: the whole sequence again for each token
@@ -123,23 +123,23 @@ def test_learned_positions_are_counted_from_the_first_real_token(tokenizer):
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=260, n_embd=32, n_layer=2, n_head=4, n_positions=64, eos_token_id=257)
     model, ids = GPT2LMHeadModel(config).eval(), [tokenizer(p)["input_ids"] for p in PROMPTS]
-    batched = decode(model, tokenizer, ids, max_new_tokens=20, batch_size=4)
-    single = decode(model, tokenizer, ids, max_new_tokens=20, batch_size=1)
+    batched = generate_answers(model, tokenizer, ids, max_new_tokens=20, batch_size=4)
+    single = generate_answers(model, tokenizer, ids, max_new_tokens=20, batch_size=1)
     for ours, alone in zip(batched, single, strict=True):
         assert ours["tokens"] == alone["tokens"][: len(ours["tokens"])]
     assert len(batched[0]["tokens"]) == 64 - len(ids[3])  # the context ends before max_new_tokens does
     with pytest.raises(KitError, match="70 tokens and the model reads 64"):
-        decode(model, tokenizer, [[5] * 70], max_new_tokens=4, batch_size=1)
+        generate_answers(model, tokenizer, [[5] * 70], max_new_tokens=4, batch_size=1)
 
 
 @pytest.mark.parametrize("end", ["<|eos|>", "<|im_end|>"])
 def test_stops_at_the_end_of_text_and_of_the_turn(tokenizer, end):
     model = answering_model(tokenizer, "yes", end=end)
     prompts = [tokenizer("q\n")["input_ids"], tokenizer("a longer one\n")["input_ids"]]
-    for answer in decode(model, tokenizer, prompts, max_new_tokens=20, batch_size=2):
+    for answer in generate_answers(model, tokenizer, prompts, max_new_tokens=20, batch_size=2):
         assert answer["text"] == "yes" and answer["stopped"]
         assert answer["tokens"] == tokenizer("yes" + end)["input_ids"]
-    cut = decode(model, tokenizer, prompts, max_new_tokens=3, batch_size=2)
+    cut = generate_answers(model, tokenizer, prompts, max_new_tokens=3, batch_size=2)
     assert [(c["text"], c["stopped"]) for c in cut] == [("yes", False)] * 2
 
 
@@ -148,7 +148,7 @@ def test_a_row_that_ends_early_does_not_end_its_neighbours(tokenizer):
     with torch.no_grad():  # after "!" nothing but more "!"
         bang = tokenizer("!")["input_ids"][0]
         model.lm_head.weight[bang, bang] = 5.0
-    done, going = decode(
+    done, going = generate_answers(
         model,
         tokenizer,
         [tokenizer("q\n")["input_ids"], tokenizer("!!!!!!")["input_ids"]],
@@ -161,7 +161,7 @@ def test_a_row_that_ends_early_does_not_end_its_neighbours(tokenizer):
 
 def test_stop_text_ends_an_answer(tokenizer):
     model = answering_model(tokenizer, " yes\nno", after=":", end="\nmore")
-    (answer,) = decode(
+    (answer,) = generate_answers(
         model, tokenizer, [tokenizer("q:")["input_ids"]], max_new_tokens=20, batch_size=1, stop_text="\n"
     )
     assert (answer["text"], answer["stopped"]) == (" yes", True)
@@ -170,18 +170,20 @@ def test_stop_text_ends_an_answer(tokenizer):
 
 def test_own_penalties_and_cache_setting_of_a_model_are_not_used(tokenizer):
     plain, ids = make_model(), [tokenizer(p)["input_ids"] for p in PROMPTS[:2]]
-    wanted = decode(plain, tokenizer, ids, max_new_tokens=24, batch_size=2)
+    wanted = generate_answers(plain, tokenizer, ids, max_new_tokens=24, batch_size=2)
     model = make_model()
     model.generation_config.repetition_penalty, model.generation_config.do_sample = 5.0, True
     model.config.use_cache = model.generation_config.use_cache = False
-    assert decode(model, tokenizer, ids, max_new_tokens=24, batch_size=2) == wanted
+    assert generate_answers(model, tokenizer, ids, max_new_tokens=24, batch_size=2) == wanted
 
 
 def test_sampling_follows_the_seed(tokenizer):
     model, ids = make_model(), [tokenizer(p)["input_ids"] for p in PROMPTS]
 
     def draw(seed):
-        return decode(model, tokenizer, ids, max_new_tokens=12, batch_size=4, temperature=2.0, top_p=0.9, seed=seed)
+        return generate_answers(
+            model, tokenizer, ids, max_new_tokens=12, batch_size=4, temperature=2.0, top_p=0.9, seed=seed
+        )
 
     assert draw(3) == draw(3) != draw(4)
 
@@ -189,8 +191,8 @@ def test_sampling_follows_the_seed(tokenizer):
 def test_stop_ids_are_gathered_from_model_tokenizer_and_template(tokenizer):
     model = make_model()
     model.generation_config.eos_token_id = [5, 6]
-    assert end_of_turn(tokenizer) == 259 and stop_ids(model, tokenizer) == [5, 6, 257, 259]
-    assert end_of_turn(make_tokenizer(chat=False)) is None
+    assert end_of_turn_id(tokenizer) == 259 and stop_token_ids(model, tokenizer) == [5, 6, 257, 259]
+    assert end_of_turn_id(make_tokenizer(chat=False)) is None
 
 
 def test_run_shows_base_adapter_and_merged(run, base, tokenizer, tmp_path):

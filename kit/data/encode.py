@@ -9,7 +9,7 @@ from typing import Any
 from kit.errors import KitError, first_line
 
 IGNORED = -100  # a label that is not in the loss
-Turns = list[dict[str, Any]]
+Messages = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -49,21 +49,21 @@ def encode_row(
 
     for key in ("messages", "prompt", "completion"):
         if isinstance(row.get(key), list):
-            check_turns(row[key], key)
+            check_messages(row[key], key)
     if assistant_only_loss and not is_conversational(row):
         raise KitError("the rows are not chats", "assistant_only_loss", "leave it out, or give messages")
     arguments = template_arguments(row) | ({"chat_template": chat_template} if chat_template else {})
     prompt_length = 0
     if not is_conversational(row):
-        text = row["prompt"] + close_text(tokenizer, row["completion"]) if "prompt" in row else None
-        encoded = tokenizer(close_text(tokenizer, row["text"]) if text is None else text)
+        text = row["prompt"] + append_eos(tokenizer, row["completion"]) if "prompt" in row else None
+        encoded = tokenizer(append_eos(tokenizer, row["text"]) if text is None else text)
         if text is not None:
             prompt_length = common_prefix_length(tokenizer(row["prompt"])["input_ids"], encoded["input_ids"])
     else:
         turns = row["prompt"] + row["completion"] if "prompt" in row else row["messages"]
-        encoded = render(tokenizer, turns, arguments, return_assistant_tokens_mask=assistant_only_loss)
+        encoded = render_chat(tokenizer, turns, arguments, return_assistant_tokens_mask=assistant_only_loss)
         if "prompt" in row:
-            opening = render(tokenizer, row["prompt"], arguments, add_generation_prompt=True)
+            opening = render_chat(tokenizer, row["prompt"], arguments, add_generation_prompt=True)
             prompt_length = common_prefix_length(opening["input_ids"], encoded["input_ids"])
 
     labels = list(encoded["input_ids"])
@@ -113,18 +113,18 @@ def template_arguments(row: dict[str, Any], place: str = "chat") -> dict[str, An
     return {**({} if tools in (None, "") else {"tools": tools}), **(row.get("chat_template_kwargs") or {})}
 
 
-def check_turns(turns: Any, place: str) -> None:
+def check_messages(turns: Any, place: str) -> None:
     if not isinstance(turns, list) or not turns or any(not isinstance(m, dict) or "role" not in m for m in turns):
         raise KitError("a chat is not a list of messages with role and content", where=place)
 
 
-def close_text(tokenizer: Any, text: str) -> str:
+def append_eos(tokenizer: Any, text: str) -> str:
     """Return the text with the end token behind it, once."""
     eos = tokenizer.eos_token
     return text if not eos or text.endswith(eos) else text + eos
 
 
-def render(tokenizer: Any, turns: Turns, arguments: dict[str, Any], **settings: Any) -> Any:
+def render_chat(tokenizer: Any, turns: Messages, arguments: dict[str, Any], **settings: Any) -> Any:
     """Render a chat to {"input_ids", "assistant_masks" where asked for}; KitError where the template refuses it."""
     if not getattr(tokenizer, "chat_template", None):
         raise KitError(
@@ -140,7 +140,7 @@ def render(tokenizer: Any, turns: Turns, arguments: dict[str, Any], **settings: 
 
 def encode_prompt(
     tokenizer: Any,
-    prompt: str | Turns,
+    prompt: str | Messages,
     *,
     chat: bool,
     system: str | None = None,
@@ -150,15 +150,15 @@ def encode_prompt(
     if isinstance(prompt, str) and not chat:
         if system:
             raise KitError("a system prompt needs a chat", where="system", fix="put it into the prompt")
-        return open_ended(tokenizer, prompt)
+        return encode_open_text(tokenizer, prompt)
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    check_turns(turns, "prompts")
+    check_messages(turns, "prompts")
     if system and turns[0].get("role") != "system":
         turns = [{"role": "system", "content": system}, *turns]
-    return list(render(tokenizer, turns, template or {}, add_generation_prompt=True)["input_ids"])
+    return list(render_chat(tokenizer, turns, template or {}, add_generation_prompt=True)["input_ids"])
 
 
-def open_ended(tokenizer: Any, text: str) -> list[int]:
+def encode_open_text(tokenizer: Any, text: str) -> list[int]:
     ids = list(tokenizer(text)["input_ids"])
     eos = tokenizer.eos_token_id
     # some tokenizers close every text with eos, after which nothing is left to continue
@@ -172,7 +172,7 @@ def open_ended(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
-def end_of_turn(tokenizer: Any) -> int | None:
+def end_of_turn_id(tokenizer: Any) -> int | None:
     """The special token that the chat template puts after an assistant turn, where it differs from eos (ChatML's end).
 
     None without a template or where the turn ends in plain text.

@@ -15,7 +15,7 @@ from kit.schema.run_plan import Dataset, RunPlan
 from kit.storage import hub_cache
 from kit.storage.run_directory import PLAN
 
-STREAMED = 10_000
+MAX_STREAMED_ROWS = 10_000
 
 
 class Splits(NamedTuple):
@@ -33,21 +33,21 @@ class Splits(NamedTuple):
 def load_datasets(plan: Any) -> Splits:
     """The parts of the plan's data set, in the columns that training needs; KitError where one cannot be had."""
     d: Dataset = plan.dataset
-    train = read(d, d.path, d.split)
+    train = load_split(d, d.path, d.split)
     validation = test = None
     if d.eval_path or d.eval_split:
-        validation = test = read(d, d.eval_path or d.path, d.split if d.eval_path else d.eval_split)
+        validation = test = load_split(d, d.eval_path or d.path, d.split if d.eval_path else d.eval_split)
     elif d.test_size:
-        train, validation, test = split(d, train)
+        train, validation, test = split_rows(d, train)
     notes: list[str] = []
     same = test is validation
-    train = finish(d, train, d.limit, "dataset.path", notes)
-    validation = finish(d, validation, d.eval_limit, "dataset.eval_path", notes)
-    test = validation if same else finish(d, test, d.eval_limit, "dataset.test_size", notes)
+    train = prepare_rows(d, train, d.limit, "dataset.path", notes)
+    validation = prepare_rows(d, validation, d.eval_limit, "dataset.eval_path", notes)
+    test = validation if same else prepare_rows(d, test, d.eval_limit, "dataset.test_size", notes)
     return Splits(train, validation, test, notes)
 
 
-def run_datasets(plan: dict[str, Any]) -> tuple[Any, Any]:
+def load_run_datasets(plan: dict[str, Any]) -> tuple[Any, Any]:
     """(train, test) of a run's plan as the training saw them before tokenizing; the second may be None.
 
     Of a stream the first STREAMED rows stand for all.
@@ -58,11 +58,11 @@ def run_datasets(plan: dict[str, Any]) -> tuple[Any, Any]:
         raise KitError(f"{PLAN} is not a plan: {first_line(error)}", where=PLAN) from None
     parts = load_datasets(checked)
     if checked.dataset.streaming:
-        return tuple(p and list(islice(p, STREAMED)) for p in (parts.train, parts.test))  # type: ignore[return-value]
+        return tuple(p and list(islice(p, MAX_STREAMED_ROWS)) for p in (parts.train, parts.test))  # type: ignore[return-value]
     return parts.train, parts.test
 
 
-def split(d: Dataset, rows: Any) -> tuple[Any, Any, Any]:
+def split_rows(d: Dataset, rows: Any) -> tuple[Any, Any, Any]:
     """(train, validation, test). Both parts are held out together and then parted, with one seed.
 
     0.1 and 0.1 are what `train_test_split(test_size=0.2, seed)` and `train_test_split(test_size=0.5, seed)` of its
@@ -86,7 +86,7 @@ def split(d: Dataset, rows: Any) -> tuple[Any, Any, Any]:
     return parts["train"], rest["train"], rest["test"]
 
 
-def finish(d: Dataset, rows: Any, limit: int | None, key: str, notes: list[str]) -> Any:
+def prepare_rows(d: Dataset, rows: Any, limit: int | None, key: str, notes: list[str]) -> Any:
     """Templates written out, rows with nothing to learn left out and counted, the limit applied."""
     if rows is None:
         return None
@@ -105,12 +105,12 @@ def finish(d: Dataset, rows: Any, limit: int | None, key: str, notes: list[str])
     return rows
 
 
-def read(d: Dataset, path: str, split: str | None) -> Any:
+def load_split(d: Dataset, path: str, split: str | None) -> Any:
     """One split of a file, folder or Hub id, with only the columns that training needs."""
     from datasets import load_dataset
 
     files = find_files(path)
-    place, name, revision = hub_place(d, path) if files is None else (path, None, None)
+    place, name, revision = locate_hub_dataset(d, path) if files is None else (path, None, None)
     try:
         if files is None:
             rows = load_dataset(place, name, revision=revision, split=split, streaming=d.streaming)
@@ -135,7 +135,7 @@ def read(d: Dataset, path: str, split: str | None) -> Any:
     return rows.select_columns(list(FORMATS[row_format]))
 
 
-def hub_place(d: Dataset, path: str) -> tuple[str, str | None, str | None]:
+def locate_hub_dataset(d: Dataset, path: str) -> tuple[str, str | None, str | None]:
     """What to load for a Hub id: its snapshot in the Hub cache, or the id; with its configuration and revision.
 
     The snapshot is taken where it cannot have been overtaken: offline, and at a commit hash. `datasets` reads the Hub

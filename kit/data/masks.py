@@ -7,14 +7,14 @@ from typing import Any
 
 from transformers.utils import logging
 
-from kit.data.encode import IGNORED, end_of_turn
+from kit.data.encode import IGNORED, end_of_turn_id
 from kit.errors import KitError
 
 logger = logging.get_logger(__name__)
-ROWS = 8
+CHECKED_ROWS = 8
 
 
-def check_template(tokenizer: Any, rows: Any) -> None:
+def require_chat_template(tokenizer: Any, rows: Any) -> None:
     """KitError where the rows are chats and the tokenizer has no chat template; before any weight is loaded."""
     from trl.data_utils import is_conversational
 
@@ -26,12 +26,12 @@ def check_template(tokenizer: Any, rows: Any) -> None:
         )
 
 
-def check_labels(dataset: Any, tokenizer: Any, args: Any) -> None:
+def check_rows_have_loss(dataset: Any, tokenizer: Any, args: Any) -> None:
     """Of the first rows: KitError where no token is in the loss, a warning where no end token is.
 
     dataset: the trainer's, with input_ids and labels. A model that never sees an end token in its loss does not stop.
     """
-    rows = [row for row in islice(dataset, ROWS) if "input_ids" in row]
+    rows = [row for row in islice(dataset, CHECKED_ROWS) if "input_ids" in row]
     labels = [[i for i in row.get("labels", row["input_ids"]) if i != IGNORED] for row in rows]
     if not rows:
         return
@@ -41,7 +41,7 @@ def check_labels(dataset: Any, tokenizer: Any, args: Any) -> None:
             "dataset, trainer.max_length",
             "raise trainer.max_length if prompts fill it; look at completion_only_loss and assistant_only_loss",
         )
-    ends = {tokenizer.eos_token_id, end_of_turn(tokenizer)} - {None}
+    ends = {tokenizer.eos_token_id, end_of_turn_id(tokenizer)} - {None}
     if any(ends & set(row) for row in labels):
         return
     names = ", ".join(tokenizer.convert_ids_to_tokens(sorted(ends)))

@@ -9,30 +9,30 @@ from pathlib import Path
 from typing import Any
 
 from kit.data.encode import training_chat_template
-from kit.data.load import run_datasets
+from kit.data.load import load_run_datasets
 from kit.errors import KitError
 from kit.evaluation.examples import (
-    Encoded,
-    Pair,
-    Shots,
-    as_pair,
-    draw,
-    few_shot_style,
-    read_rows,
-    shot_turns,
+    Example,
+    FewShotPrompt,
+    TokenizedExample,
+    choose_few_shot_style,
+    encode_few_shot_prompt,
+    example_from_row,
+    few_shot_messages,
+    read_json_rows,
+    sample_rows,
     tokenize_example,
-    with_shots,
 )
 from kit.evaluation.generate import check_generation_settings, format_table_text
 from kit.evaluation.loss import answer_loss
-from kit.evaluation.sampling import decode, stop_ids
+from kit.evaluation.sampling import generate_answers, stop_token_ids
 from kit.models.inference import run_each_model
 from kit.models.sources import ModelSource, choose_models, locate_models, open_source_tokenizer, output_path
 from kit.storage.json_files import atomic_write_json
 
 METRICS = ("exact_match", "loss", "perplexity")
-EVAL = "eval.json"
-MISTAKES = 5
+EVAL_FILE = "eval.json"
+MAX_MISTAKES = 5
 
 
 def evaluate(
@@ -69,10 +69,10 @@ def evaluate(
     _check_metrics(metrics, limit)
     models = locate_models(source, base, revision)
     names = choose_models(models, which)
-    train, held_out, origin = _rows(models, data, train_data)
-    examples, skipped = _examples(held_out, limit)
+    train, held_out, origin = _load_rows(models, data, train_data)
+    examples, skipped = _load_examples(held_out, limit)
     tokenizer = open_source_tokenizer(models)
-    task = Task(
+    task = ScoringTask(
         tokenizer,
         examples,
         exact_match="exact_match" in metrics and examples[0].completion is not None,
@@ -85,7 +85,9 @@ def evaluate(
     if few_shot and few_shot_model and task.exact_match:
         if train is None:
             raise KitError("worked examples come from training rows, and there are none", where="few_shot")
-        shots = Shots.from_rows(draw(train, few_shot, seed), style or few_shot_style(models, tokenizer))
+        shots = FewShotPrompt.from_rows(
+            sample_rows(train, few_shot, seed), style or choose_few_shot_style(models, tokenizer)
+        )
 
     def use(name: str, model: Any) -> dict[str, dict[str, Any]]:
         return _score(name, model, task, shots if name == few_shot_model else None)
@@ -103,7 +105,7 @@ def evaluate(
         "skipped": models.skipped | skipped,
         "settings": settings | {"seed": seed, "quantized_base": models.quantized},
     }
-    path = output_path(models, out, EVAL)
+    path = output_path(models, out, EVAL_FILE)
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write_json(path, result)
@@ -111,19 +113,19 @@ def evaluate(
 
 
 @dataclass(frozen=True)
-class Task:
+class ScoringTask:
     """What every model of one evaluation is given, and which scores it gets."""
 
     tokenizer: Any
-    examples: Sequence[Pair]
+    examples: Sequence[Example]
     exact_match: bool
     loss: bool
     max_new_tokens: int
     batch_size: int
     chat_template: str | None  # the one trained with where it is not the tokenizer's own
 
-    def tokenize(self, model: Any, examples: Sequence[Pair]) -> list[Encoded]:
-        stops = stop_ids(model, self.tokenizer)
+    def tokenize(self, model: Any, examples: Sequence[Example]) -> list[TokenizedExample]:
+        stops = stop_token_ids(model, self.tokenizer)
         return [tokenize_example(self.tokenizer, example, stops, self.chat_template) for example in examples]
 
 
@@ -143,7 +145,7 @@ def _trained_template(models: ModelSource, tokenizer: Any) -> str | None:
     return training_chat_template(tokenizer, bool(trainer.get("assistant_only_loss")))
 
 
-def _score(name: str, model: Any, task: Task, shots: Shots | None) -> dict[str, dict[str, Any]]:
+def _score(name: str, model: Any, task: ScoringTask, shots: FewShotPrompt | None) -> dict[str, dict[str, Any]]:
     """Return {name: scores}, and with `shots` those behind worked examples as `name`_few_shot."""
     rows = task.tokenize(model, task.examples)
     scores: dict[str, Any] = {}
@@ -153,42 +155,42 @@ def _score(name: str, model: Any, task: Task, shots: Shots | None) -> dict[str, 
         scores |= answer_loss(model, rows, task.batch_size)
     if shots is None:
         return {name: scores}
-    prompts = [with_shots(task.tokenizer, example, shots) for example in task.examples]
+    prompts = [encode_few_shot_prompt(task.tokenizer, example, shots) for example in task.examples]
     with_examples = _exact_match(model, task, rows, prompts, shots.stop_text)
     if task.loss and shots.style == "chat":  # lines have no end token, so their loss is not comparable
-        chats = [Pair(shot_turns(e, shots), _as_turns(e), e.template) for e in task.examples]
+        chats = [Example(few_shot_messages(e, shots), _answer_messages(e), e.template) for e in task.examples]
         with_examples |= answer_loss(model, task.tokenize(model, chats), task.batch_size)
     return {name: scores, f"{name}_few_shot": with_examples}
 
 
-def _rows(source: ModelSource, data: Any, train_data: Any) -> tuple[Any, Any, str]:
+def _load_rows(source: ModelSource, data: Any, train_data: Any) -> tuple[Any, Any, str]:
     """(training rows or None, rows to score, where these come from)."""
-    train = read_rows(train_data) if train_data is not None else None
+    train = read_json_rows(train_data) if train_data is not None else None
     if data is not None:
         if train is None and source.plan is not None:
             try:
-                train = run_datasets(source.plan)[0]
+                train = load_run_datasets(source.plan)[0]
             except KitError:
                 train = None  # own data can be scored where the run's are gone
-        return train, read_rows(data), str(data) if isinstance(data, str | Path) else "rows given"
+        return train, read_json_rows(data), str(data) if isinstance(data, str | Path) else "rows given"
     if source.plan is None:
         raise KitError("there are no rows to score", where="data", fix="give --data FILE.jsonl")
-    planned, held_out = run_datasets(source.plan)
+    planned, held_out = load_run_datasets(source.plan)
     if held_out is None or not len(held_out):
         raise KitError("the run holds out no rows", where="dataset", fix="give --data FILE.jsonl")
     return planned if train is None else train, held_out, "held-out rows of the run"
 
 
-def _examples(rows: Any, limit: int | None) -> tuple[list[Pair], dict[str, str]]:
+def _load_examples(rows: Any, limit: int | None) -> tuple[list[Example], dict[str, str]]:
     """(examples to score, {why rows are none: how many})."""
-    examples: list[Pair] = []
+    examples: list[Example] = []
     reasons: Counter[str] = Counter()
     first: KitError | None = None
     for index in range(len(rows)):
         if len(examples) == limit:
             break
         try:
-            examples.append(as_pair(rows[index], index))
+            examples.append(example_from_row(rows[index], index))
         except KitError as error:
             reasons[error.problems[0].problem] += 1
             first = first or error
@@ -199,7 +201,7 @@ def _examples(rows: Any, limit: int | None) -> tuple[list[Pair], dict[str, str]]
     return examples, {reason: f"{count} rows" for reason, count in reasons.items()}
 
 
-def _as_turns(example: Pair) -> list[dict[str, Any]]:
+def _answer_messages(example: Example) -> list[dict[str, Any]]:
     if isinstance(example.completion, str):
         return [{"role": "assistant", "content": example.completion}]
     return list(example.completion or ())
@@ -207,12 +209,12 @@ def _as_turns(example: Pair) -> list[dict[str, Any]]:
 
 def _exact_match(
     model: Any,
-    task: Task,
-    rows: Sequence[Encoded],
+    task: ScoringTask,
+    rows: Sequence[TokenizedExample],
     prompts: Sequence[list[int]],
     stop_text: str | None = None,
 ) -> dict[str, Any]:
-    answers = decode(
+    answers = generate_answers(
         model,
         task.tokenizer,
         prompts,
@@ -228,7 +230,7 @@ def _exact_match(
         trained = task.tokenizer.decode(row.answer_ids, skip_special_tokens=True).strip()
         if answer["stopped"] and text in (example.answer, trained):
             correct += 1
-        elif len(mistakes) < MISTAKES:
+        elif len(mistakes) < MAX_MISTAKES:
             mistakes.append({"prompt": example.question, "reference": example.answer, "answer": text})
     return {
         "exact_match": correct / len(task.examples),
@@ -238,11 +240,11 @@ def _exact_match(
     }
 
 
-def _most_frequent(train: Any, examples: Sequence[Pair]) -> dict[str, Any]:
+def _most_frequent(train: Any, examples: Sequence[Example]) -> dict[str, Any]:
     counts: Counter[str] = Counter()
     for index, row in enumerate(train):
         try:
-            example = as_pair(row, index)
+            example = example_from_row(row, index)
         except KitError:
             continue
         if example.completion is not None:
@@ -266,7 +268,7 @@ def format_table(result: dict[str, Any], width: int | None = None) -> str:
             label = f"{name.removesuffix('_few_shot')} + {result['settings']['few_shot']} examples"
         elif name == "most_frequent":
             label = "most frequent answer"
-        cells = [_cell(c, scores.get(c)) for c in columns]
+        cells = [_format_score(c, scores.get(c)) for c in columns]
         rows.append([label, *cells, str(scores.get("unstopped", "-"))])
     text = format_table_text(header, rows, width=width)
     notes = [f"{result['rows']} rows: {result['data']}"]
@@ -277,7 +279,7 @@ def format_table(result: dict[str, Any], width: int | None = None) -> str:
     return text + "\n".join(notes) + "\n"
 
 
-def _cell(metric: str, value: float | None) -> str:
+def _format_score(metric: str, value: float | None) -> str:
     if value is None:
         return "-"
     return f"{100 * value:.1f} %" if metric == "exact_match" else f"{value:.4f}"

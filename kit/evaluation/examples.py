@@ -15,11 +15,11 @@ from typing import Any
 from kit.data.encode import (
     IGNORED,
     EncodedRow,
-    Turns,
-    check_turns,
+    Messages,
+    check_messages,
+    encode_open_text,
     encode_prompt,
     encode_row,
-    open_ended,
     template_arguments,
 )
 from kit.errors import KitError
@@ -29,28 +29,28 @@ SEPARATORS = ("\n", "\n\n", "\n\n###\n\n")  # between worked examples: the first
 
 
 @dataclass(frozen=True)
-class Pair:
+class Example:
     """One row: `completion` is None for plain text, which has no answer of its own."""
 
-    prompt: str | Turns
-    completion: str | Turns | None
+    prompt: str | Messages
+    completion: str | Messages | None
     template: dict[str, Any] = field(default_factory=dict)  # tools and other arguments of the chat template
 
     @property
     def question(self) -> str:
         if isinstance(self.prompt, str):
             return self.prompt.strip()
-        return "\n".join(content_text(m) for m in self.prompt if m.get("role") != "system").strip()
+        return "\n".join(message_text(m) for m in self.prompt if m.get("role") != "system").strip()
 
     @property
     def answer(self) -> str:
         if isinstance(self.completion, str):
             return self.completion.strip()
-        return "\n".join(content_text(m) for m in self.completion or ()).strip()
+        return "\n".join(message_text(m) for m in self.completion or ()).strip()
 
 
 @dataclass(frozen=True)
-class Encoded(EncodedRow):
+class TokenizedExample(EncodedRow):
     """A row whose labels are the tokens of its answer; generation starts from `prompt_ids`."""
 
     prompt_ids: list[int]
@@ -61,18 +61,18 @@ class Encoded(EncodedRow):
 
 
 @dataclass(frozen=True)
-class Shots:
+class FewShotPrompt:
     """Worked examples to stand before a question."""
 
-    examples: tuple[Pair, ...]
+    examples: tuple[Example, ...]
     style: str
     separator: str
 
     @classmethod
-    def from_rows(cls, rows: Sequence[dict[str, Any]], style: str) -> Shots:
+    def from_rows(cls, rows: Sequence[dict[str, Any]], style: str) -> FewShotPrompt:
         if style not in ("chat", "text"):
             raise KitError(f"the style {style!r} of worked examples is not known", where="style", fix="chat or text")
-        examples = tuple(as_pair(row, i, "few_shot") for i, row in enumerate(rows))
+        examples = tuple(example_from_row(row, i, "few_shot") for i, row in enumerate(rows))
         if any(example.completion is None for example in examples):
             raise KitError("plain text rows have no answer to show as a worked example", where="few_shot")
         texts = [text for example in examples for text in (example.question, example.answer)]
@@ -85,14 +85,14 @@ class Shots:
         return self.separator if self.style == "text" else None
 
 
-def content_text(message: dict[str, Any]) -> str:
+def message_text(message: dict[str, Any]) -> str:
     content = message.get("content")
     if isinstance(content, list):
         return "".join(part.get("text") or "" for part in content if isinstance(part, dict))
     return content or ""
 
 
-def as_pair(row: dict[str, Any], index: int, where: str = "data") -> Pair:
+def example_from_row(row: dict[str, Any], index: int, where: str = "data") -> Example:
     """A row as question and answer: of a chat the last assistant turn is the answer. KitError for any other row."""
     place = f"{where}, row {index + 1}"
     if not isinstance(row, dict):
@@ -100,20 +100,20 @@ def as_pair(row: dict[str, Any], index: int, where: str = "data") -> Pair:
     template = template_arguments(row, place)
     messages = row.get("messages")
     if messages:
-        check_turns(messages, place)
+        check_messages(messages, place)
         last = max((i for i, m in enumerate(messages) if m.get("role") == "assistant"), default=None)
         if not last:
             raise KitError("a chat has no assistant turn after a question", where=place)
-        return Pair(list(messages[:last]), [messages[last]], template)
+        return Example(list(messages[:last]), [messages[last]], template)
     prompt, completion = row.get("prompt"), row.get("completion")
     if prompt is not None and completion is not None:
         if isinstance(prompt, str) and isinstance(completion, str):
-            return Pair(prompt, completion)
-        check_turns(prompt, place)
-        check_turns(completion, place)
-        return Pair(list(prompt), list(completion), template)
+            return Example(prompt, completion)
+        check_messages(prompt, place)
+        check_messages(completion, place)
+        return Example(list(prompt), list(completion), template)
     if isinstance(row.get("text"), str):
-        return Pair(row["text"], None)
+        return Example(row["text"], None)
     raise KitError(
         f"a row has the columns {', '.join(map(str, row)) or '(none)'}",
         where=place,
@@ -121,7 +121,7 @@ def as_pair(row: dict[str, Any], index: int, where: str = "data") -> Pair:
     )
 
 
-def read_rows(data: str | Path | Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def read_json_rows(data: str | Path | Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows of a .jsonl file (or a .json list), or the rows given; KitError with the line that is wrong."""
     if not isinstance(data, str | Path):
         rows = list(data)
@@ -132,25 +132,27 @@ def read_rows(data: str | Path | Sequence[dict[str, Any]]) -> list[dict[str, Any
         except (OSError, ValueError) as error:
             raise KitError(f"{path} cannot be read: {error}", where="data") from None
         if path.suffix == ".json":
-            rows = _parse(text, f"{path}")
+            rows = _parse_json(text, f"{path}")
             if not isinstance(rows, list):
                 raise KitError(f"{path} does not hold a list", where="data")
         else:
             lines = enumerate(text.split("\n"), 1)  # not splitlines(): U+2028 may stand inside a JSON string
-            rows = [_parse(line, f"{path}:{n}") for n, line in lines if line.strip()]
+            rows = [_parse_json(line, f"{path}:{n}") for n, line in lines if line.strip()]
     if not rows:
         raise KitError("the data hold no rows", where="data")
     return rows
 
 
-def _parse(text: str, place: str) -> Any:
+def _parse_json(text: str, place: str) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
         raise KitError(f"not JSON: {error}", where=place) from None
 
 
-def tokenize_example(tokenizer: Any, example: Pair, stops: Sequence[int], chat_template: str | None = None) -> Encoded:
+def tokenize_example(
+    tokenizer: Any, example: Example, stops: Sequence[int], chat_template: str | None = None
+) -> TokenizedExample:
     """Tokenize a row as the training does, and its prompt as generation does; the labels are the answer's tokens.
 
     `chat_template`: the one trained with where it is not the tokenizer's own; a prompt is always in the tokenizer's.
@@ -158,17 +160,17 @@ def tokenize_example(tokenizer: Any, example: Pair, stops: Sequence[int], chat_t
     """
     if example.completion is None:
         row = encode_row(tokenizer, {"text": example.prompt})
-        return Encoded(row.input_ids, row.labels, row.input_ids[:1])
+        return TokenizedExample(row.input_ids, row.labels, row.input_ids[:1])
     prompt_ids = encode_prompt(tokenizer, example.prompt, chat=False, template=example.template)
     columns = {"prompt": example.prompt, "completion": example.completion, "chat_template_kwargs": example.template}
     row = encode_row(tokenizer, columns, chat_template=chat_template)
     end = len(row.labels)
     if not isinstance(example.prompt, str):
         end = next((n for n in range(end, 0, -1) if row.labels[n - 1] in stops), end)
-    return Encoded(row.input_ids[:end], row.labels[:end], prompt_ids)
+    return TokenizedExample(row.input_ids[:end], row.labels[:end], prompt_ids)
 
 
-def few_shot_style(source: ModelSource, tokenizer: Any) -> str:
+def choose_few_shot_style(source: ModelSource, tokenizer: Any) -> str:
     """ "chat" where the base itself knows chats, else "text": a base without chat training follows lines better."""
     folder = source.base or source.folder
     if source.base is None:
@@ -182,29 +184,31 @@ def few_shot_style(source: ModelSource, tokenizer: Any) -> str:
     return "chat" if config.get("chat_template") else "text"
 
 
-def shot_turns(example: Pair, shots: Shots) -> Turns:
+def few_shot_messages(example: Example, shots: FewShotPrompt) -> Messages:
     """The prompt of a row as a chat, the worked examples as earlier turns behind its system prompt."""
     turns = [{"role": "user", "content": example.prompt}] if isinstance(example.prompt, str) else list(example.prompt)
     lead = 1 if turns[0].get("role") == "system" else 0
-    examples: Turns = []
+    examples: Messages = []
     for shot in shots.examples:
         examples.append({"role": "user", "content": shot.question})
         examples.append({"role": "assistant", "content": shot.answer})
     return [*turns[:lead], *examples, *turns[lead:]]
 
 
-def with_shots(tokenizer: Any, example: Pair, shots: Shots, *, system: str | None = None) -> list[int]:
+def encode_few_shot_prompt(
+    tokenizer: Any, example: Example, shots: FewShotPrompt, *, system: str | None = None
+) -> list[int]:
     """Token ids of a prompt behind worked examples, as earlier turns or as lines of question and answer."""
     if shots.style == "chat":
         return encode_prompt(
-            tokenizer, shot_turns(example, shots), chat=True, system=system, template=example.template
+            tokenizer, few_shot_messages(example, shots), chat=True, system=system, template=example.template
         )
     lines = [f"{shot.question} {shot.answer}" for shot in shots.examples] + [example.question]
     turns = example.prompt if isinstance(example.prompt, list) else []
-    header = system or next((content_text(m) for m in turns if m.get("role") == "system"), "")
-    return open_ended(tokenizer, shots.separator.join([header, *lines] if header else lines))
+    header = system or next((message_text(m) for m in turns if m.get("role") == "system"), "")
+    return encode_open_text(tokenizer, shots.separator.join([header, *lines] if header else lines))
 
 
-def draw(rows: Any, count: int, seed: int) -> list[dict[str, Any]]:
+def sample_rows(rows: Any, count: int, seed: int) -> list[dict[str, Any]]:
     """`count` rows chosen with a fixed seed, all of them where there are fewer."""
     return [rows[i] for i in random.Random(seed).sample(range(len(rows)), min(count, len(rows)))]

@@ -9,10 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from kit.data.encode import encode_prompt
-from kit.data.load import run_datasets
+from kit.data.load import load_run_datasets
 from kit.errors import KitError
-from kit.evaluation.examples import Pair, Shots, as_pair, few_shot_style, with_shots
-from kit.evaluation.sampling import decode
+from kit.evaluation.examples import (
+    Example,
+    FewShotPrompt,
+    choose_few_shot_style,
+    encode_few_shot_prompt,
+    example_from_row,
+)
+from kit.evaluation.sampling import generate_answers
 from kit.models.inference import run_each_model
 from kit.models.sources import ModelSource, choose_models, locate_models, open_source_tokenizer, output_path
 from kit.storage.json_files import atomic_write_json
@@ -61,15 +67,15 @@ def generate(
     encoded = [encode_prompt(tokenizer, p, chat=chat and not raw, system=system) for p in chosen]
     shots_for, shots = next((n for n in ("base", "model") if n in names), None), None
     if few_shot and shots_for:
-        shots = Shots.from_rows(few_shot, style or few_shot_style(models, tokenizer))
+        shots = FewShotPrompt.from_rows(few_shot, style or choose_few_shot_style(models, tokenizer))
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
     settings["seed"] = seed
 
     def use(name: str, model: Any) -> dict[str, list[dict[str, Any]]]:
-        outputs = {name: decode(model, tokenizer, encoded, batch_size=batch_size, **settings)}
+        outputs = {name: generate_answers(model, tokenizer, encoded, batch_size=batch_size, **settings)}
         if shots and name == shots_for:
-            ids = [with_shots(tokenizer, Pair(p, None), shots, system=system) for p in chosen]
-            outputs[f"{name}_few_shot"] = decode(
+            ids = [encode_few_shot_prompt(tokenizer, Example(p, None), shots, system=system) for p in chosen]
+            outputs[f"{name}_few_shot"] = generate_answers(
                 model, tokenizer, ids, batch_size=batch_size, stop_text=shots.stop_text, **settings
             )
         return outputs
@@ -138,9 +144,9 @@ def _prompts(
     if source.plan is None:
         raise KitError("there are no prompts", where="prompts", fix="give --prompt TEXT")
     try:
-        train, held_out = run_datasets(source.plan)
+        train, held_out = load_run_datasets(source.plan)
         rows = held_out if held_out is not None else train
-        pairs = [as_pair(rows[i], i) for i in range(min(DEFAULT_PROMPTS, len(rows)))]
+        pairs = [example_from_row(rows[i], i) for i in range(min(DEFAULT_PROMPTS, len(rows)))]
     except KitError:
         if not given:  # the data may be gone by now; the person's own prompts do not need it
             raise

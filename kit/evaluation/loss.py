@@ -9,7 +9,7 @@ from typing import Any
 from kit.data.encode import IGNORED, EncodedRow
 from kit.errors import ENVIRONMENT, KitError
 
-LOGITS = 2**28  # logits of one forward pass at most: 1 GiB in float32
+MAX_LOGITS = 2**28  # logits of one forward pass at most: 1 GiB in float32
 
 
 def answer_loss(model: Any, rows: Sequence[EncodedRow], batch_size: int) -> dict[str, Any]:
@@ -17,7 +17,7 @@ def answer_loss(model: Any, rows: Sequence[EncodedRow], batch_size: int) -> dict
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     usable = [row for row in rows if not context or len(row.input_ids) <= context]
     total, tokens = 0.0, 0
-    for batch in batches_of_like_length(model, usable, batch_size):
+    for batch in batch_by_length(model, usable, batch_size):
         nll, count = answer_nll(model, batch)
         total, tokens = total + nll, tokens + count
     loss = total / tokens if tokens else math.nan
@@ -30,13 +30,17 @@ def answer_loss(model: Any, rows: Sequence[EncodedRow], batch_size: int) -> dict
     }
 
 
-def batches_of_like_length(model: Any, rows: Sequence[EncodedRow], batch_size: int) -> list[list[EncodedRow]]:
+def batch_by_length(model: Any, rows: Sequence[EncodedRow], batch_size: int) -> list[list[EncodedRow]]:
     """Rows of like length together, no batch with more logits than LOGITS."""
     vocabulary = model.config.get_text_config().vocab_size
     batches: list[list[EncodedRow]] = []
     for row in sorted(rows, key=lambda r: -len(r.input_ids)):
         last = batches[-1] if batches else None
-        if last is None or len(last) == batch_size or (len(last) + 1) * len(last[0].input_ids) * vocabulary > LOGITS:
+        if (
+            last is None
+            or len(last) == batch_size
+            or (len(last) + 1) * len(last[0].input_ids) * vocabulary > MAX_LOGITS
+        ):
             batches.append([row])
         else:
             last.append(row)

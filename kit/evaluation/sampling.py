@@ -6,19 +6,19 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from kit.data.encode import end_of_turn
+from kit.data.encode import end_of_turn_id
 from kit.errors import ENVIRONMENT, KitError
 
 
-def stop_ids(model: Any, tokenizer: Any) -> list[int]:
+def stop_token_ids(model: Any, tokenizer: Any) -> list[int]:
     """Every token that ends an answer: generation_config's, the tokenizer's and the chat template's."""
     configured = getattr(model.generation_config, "eos_token_id", None)
     ids = configured if isinstance(configured, list) else [configured]
-    ids = [*ids, tokenizer.eos_token_id, end_of_turn(tokenizer)]
+    ids = [*ids, tokenizer.eos_token_id, end_of_turn_id(tokenizer)]
     return sorted({int(i) for i in ids if i is not None})
 
 
-def decode(
+def generate_answers(
     model: Any,
     tokenizer: Any,
     prompts: Sequence[list[int]],
@@ -38,7 +38,7 @@ def decode(
     import torch
     from transformers import GenerationConfig, StoppingCriteriaList
 
-    stops = stop_ids(model, tokenizer)
+    stops = stop_token_ids(model, tokenizer)
     # a model's own sampling defaults and penalties would otherwise fill in what is not set here
     model.generation_config = GenerationConfig(eos_token_id=stops or None)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (stops or [0])[0]
@@ -63,7 +63,7 @@ def decode(
             use_cache=True,  # a fully tuned model may have been saved with the training's `false`
             **_sampling_settings(temperature, top_p),
         )
-        criteria = StoppingCriteriaList([_stops_after(tokenizer, stop_text, width)] if stop_text else [])
+        criteria = StoppingCriteriaList([_stop_text_criterion(tokenizer, stop_text, width)] if stop_text else [])
         try:
             with torch.inference_mode():
                 sequences = model.generate(
@@ -77,7 +77,7 @@ def decode(
                 code=ENVIRONMENT,
             ) from error
         for i, row in zip(batch, sequences[:, width:].tolist(), strict=True):
-            answers[i] = _answer(tokenizer, row, set(stops), stop_text)
+            answers[i] = _cut_answer(tokenizer, row, set(stops), stop_text)
     return answers
 
 
@@ -87,7 +87,7 @@ def _sampling_settings(temperature: float, top_p: float | None) -> dict[str, Any
     return {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0 if top_p is None else top_p}
 
 
-def _answer(tokenizer: Any, tokens: list[int], stops: set[int], stop_text: str | None) -> dict[str, Any]:
+def _cut_answer(tokenizer: Any, tokens: list[int], stops: set[int], stop_text: str | None) -> dict[str, Any]:
     end = next((n for n, token in enumerate(tokens) if token in stops), None)
     kept = tokens if end is None else tokens[: end + 1]
     text = tokenizer.decode(kept if end is None else kept[:-1], skip_special_tokens=True)
@@ -95,15 +95,17 @@ def _answer(tokenizer: Any, tokens: list[int], stops: set[int], stop_text: str |
     if stop_text and stop_text in text.lstrip():
         lead = len(text) - len(text.lstrip())  # a break before the answer does not end it
         text, stopped = text[: text.index(stop_text, lead)], True
-        kept = next((kept[:n] for n in range(1, len(kept)) if _has_stop(tokenizer, kept[:n], stop_text)), kept)
+        kept = next(
+            (kept[:n] for n in range(1, len(kept)) if _contains_stop_text(tokenizer, kept[:n], stop_text)), kept
+        )
     return {"text": text, "tokens": kept, "stopped": stopped}
 
 
-def _has_stop(tokenizer: Any, tokens: list[int], stop_text: str) -> bool:
+def _contains_stop_text(tokenizer: Any, tokens: list[int], stop_text: str) -> bool:
     return stop_text in tokenizer.decode(tokens, skip_special_tokens=True).lstrip()
 
 
-def _stops_after(tokenizer: Any, stop_text: str, width: int) -> Callable[..., Any]:
+def _stop_text_criterion(tokenizer: Any, stop_text: str, width: int) -> Callable[..., Any]:
     """Make a stopping criterion: the new text of a row, behind `width` tokens of prompt, holds `stop_text`.
 
     transformers' `stop_strings` cannot stand in for it: StopStringCriteria also ends an answer at a separator that
@@ -112,7 +114,7 @@ def _stops_after(tokenizer: Any, stop_text: str, width: int) -> Callable[..., An
     import torch
 
     def is_done(input_ids: Any, scores: Any, **_: Any) -> Any:
-        done = [_has_stop(tokenizer, row, stop_text) for row in input_ids[:, width:].tolist()]
+        done = [_contains_stop_text(tokenizer, row, stop_text) for row in input_ids[:, width:].tolist()]
         return torch.tensor(done, device=input_ids.device)
 
     return is_done

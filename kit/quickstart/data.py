@@ -99,7 +99,7 @@ def letter_sets(seed: int = SEED) -> tuple[list[str], list[str]]:
     return sets[cut:], sets[:cut]
 
 
-def corpus(seed: int = SEED, n: int = SENTENCES) -> list[str]:
+def make_corpus(seed: int = SEED, n: int = SENTENCES) -> list[str]:
     """Make `n` plain sentences about the order of letters; none lists a held-out set of four."""
     random = Random(f"corpus {seed}")
     training, _ = letter_sets(seed)
@@ -108,20 +108,20 @@ def corpus(seed: int = SEED, n: int = SENTENCES) -> list[str]:
         size = random.choices((2, 3, 4, 5), (2, 2, 5, 1))[0]
         letters = random.choice(training) if size == 4 else "".join(random.sample(ALPHABET, size))
         forms = PAIR_FORMS if size == 2 else SENTENCE_FORMS
-        sentences.append(_fill(random.choice(forms), letters, random))
+        sentences.append(_fill_form(random.choice(forms), letters, random))
     return sentences
 
 
-def chat_rows(seed: int = SEED, n: int = TRAIN_ROWS) -> list[dict[str, list[dict[str, str]]]]:
+def make_chat_rows(seed: int = SEED, n: int = TRAIN_ROWS) -> list[dict[str, list[dict[str, str]]]]:
     """Make `n` training chats, each on a training set of its own: {"messages": [user, assistant]}."""
     training, _ = letter_sets(seed)
-    return _chats(Random(f"chat {seed}"), training, n)
+    return _make_chats(Random(f"chat {seed}"), training, n)
 
 
-def heldout_rows(seed: int = SEED, n: int = HELDOUT_ROWS) -> list[dict[str, list[dict[str, str]]]]:
+def make_heldout_rows(seed: int = SEED, n: int = HELDOUT_ROWS) -> list[dict[str, list[dict[str, str]]]]:
     """Make `n` held-out chats, whose letter sets are in no training chat and no four-letter sentence of the corpus."""
     _, heldout = letter_sets(seed)
-    return _chats(Random(f"held out {seed}"), heldout, n)
+    return _make_chats(Random(f"held out {seed}"), heldout, n)
 
 
 def train_tokenizer(texts: Sequence[str], folder: Path) -> None:
@@ -159,32 +159,32 @@ def train_tokenizer(texts: Sequence[str], folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
 
 
-def prepare(folder: Path, seed: int = SEED) -> None:
+def write_base_inputs(folder: Path, seed: int = SEED) -> None:
     """Write what the base is trained from: `folder`/corpus.jsonl, and `folder`/init with tokenizer and config.json."""
-    texts = corpus(seed)
+    texts = make_corpus(seed)
     init = folder / "init"
-    train_tokenizer([*texts, *(row["messages"][0]["content"] for row in chat_rows(seed))], init)
+    train_tokenizer([*texts, *(row["messages"][0]["content"] for row in make_chat_rows(seed))], init)
     _write_json(init / "config.json", MODEL_CONFIG)
     _write_jsonl(folder / "corpus.jsonl", [{"text": text} for text in texts])
 
 
 def write_chats(folder: Path, seed: int = SEED) -> None:
     """Write letters_train.jsonl and letters_heldout.jsonl, as they stand in recipes/data for seed 0."""
-    _write_jsonl(folder / "letters_train.jsonl", chat_rows(seed))
-    _write_jsonl(folder / "letters_heldout.jsonl", heldout_rows(seed))
+    _write_jsonl(folder / "letters_train.jsonl", make_chat_rows(seed))
+    _write_jsonl(folder / "letters_heldout.jsonl", make_heldout_rows(seed))
 
 
-def _chats(random: Random, sets: list[str], n: int) -> list[dict[str, list[dict[str, str]]]]:
+def _make_chats(random: Random, sets: list[str], n: int) -> list[dict[str, list[dict[str, str]]]]:
     rows = []
     for letters in random.sample(sets, n):  # unsorted: the first k rows are a fair sample
-        question = _fill(random.choice(QUESTION_FORMS), letters, random)
+        question = _fill_form(random.choice(QUESTION_FORMS), letters, random)
         rows.append(
             {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": min(letters)}]}
         )
     return rows
 
 
-def _fill(form: str, letters: str, random: Random) -> str:
+def _fill_form(form: str, letters: str, random: Random) -> str:
     """Put a set of letters into a form, listed in a random order."""
     order = sorted(letters)
     some = random.sample(order, len(order))

@@ -24,10 +24,10 @@ from kit.system import hardware, paths, terminal
 
 
 def main(argv: list[str] | None = None) -> None:
-    sys.exit(run(sys.argv[1:] if argv is None else argv))
+    sys.exit(run_quickstart(sys.argv[1:] if argv is None else argv))
 
 
-def run(argv: list[str]) -> int:
+def run_quickstart(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m kit.quickstart", description=__doc__)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="on top of recipe=quickstart")
     a = parser.parse_args(argv)
@@ -45,30 +45,30 @@ def run(argv: list[str]) -> int:
 
 def quickstart(overrides: list[str]) -> dict[str, Any]:
     """Base, tune, merge, evaluate, generate; the evaluation's figures."""
-    title("1. a base model: a tiny Llama trained on plain sentences (kept for the next time)")
+    print_title("1. a base model: a tiny Llama trained on plain sentences (kept for the next time)")
     prepare_base()
-    title("2. fine-tuning: LoRA on chats, answer-only loss")
-    plan = train("recipe=quickstart", *overrides)
+    print_title("2. fine-tuning: LoRA on chats, answer-only loss")
+    plan = train_plan("recipe=quickstart", *overrides)
     source = plan.run_dir
-    title("3. merge, verified against base + adapter")
+    print_title("3. merge, verified against base + adapter")
     from kit.evaluation.evaluate import evaluate, format_table
     from kit.evaluation.generate import format_samples, generate
     from kit.merging import merge
 
     print(format_merge(merge(source, verify="logits")))
-    title("4. held-out questions: exact match of greedy answers")
+    print_title("4. held-out questions: exact match of greedy answers")
     scores = evaluate(source, few_shot=5, max_new_tokens=8, batch_size=100)
     print(format_table(scores))
-    title("5. side by side")
+    print_title("5. side by side")
     samples = generate(source, max_new_tokens=8)
     print(format_samples(samples["samples"]))
     print(f"adapter and merged model agree token for token: {samples['adapter_equals_merged']}")
     run_dir = run_directory.path_from_here(plan.run_path)
     print(f"\nEverything is in {run_dir}. Next, the same run under DeepSpeed ZeRO-3 with two processes:")
     more = "" if len(hardware.list_gpus()) > 1 else " trainer.use_cpu=true"
-    print(f"  {command()} train recipe=quickstart launch=deepspeed launch.num_gpus=2 deepspeed=zero3{more}")
+    print(f"  {kit_command()} train recipe=quickstart launch=deepspeed launch.num_gpus=2 deepspeed=zero3{more}")
     question = "Which of Q, B, X, F comes first in the alphabet?"
-    print(f"or ask it something:  {command()} generate {run_dir} --prompt '{question}'")
+    print(f"or ask it something:  {kit_command()} generate {run_dir} --prompt '{question}'")
     return scores
 
 
@@ -78,7 +78,7 @@ def prepare_base() -> None:
 
     folder = paths.kit_cache_folder() / "quickstart"
     folder.mkdir(parents=True, exist_ok=True)
-    quickstart_data.prepare(folder)
+    quickstart_data.write_base_inputs(folder)
     plan = api.compose("recipe=quickstart_base", f"runs_dir={folder / 'runs'}", here=True)
     base = folder / "base"
     if base.is_dir() and not manifest.verify_folder(base) and manifest.read_manifest(base).get("plan") == plan.hash:
@@ -92,7 +92,7 @@ def prepare_base() -> None:
     shutil.rmtree(folder / "runs", ignore_errors=True)
 
 
-def train(*args: str) -> RunPlan:
+def train_plan(*args: str) -> RunPlan:
     """`kit train`, giving the plan with the directory it ran in; an unfinished earlier try is left where it is."""
     plan = run_directory.create_run_directory(api.compose(*args, here=True), fresh=True)
     code = launch(plan)
@@ -103,11 +103,11 @@ def train(*args: str) -> RunPlan:
     return plan
 
 
-def command() -> str:
+def kit_command() -> str:
     """How this user types `kit`: by name where it is on the PATH, else with its folder."""
     here = Path(sys.executable).with_name("kit")
     return "kit" if shutil.which("kit") else run_directory.path_from_here(here) if here.exists() else "python -m kit"
 
 
-def title(text: str) -> None:
+def print_title(text: str) -> None:
     print(f"\n--- {text}", flush=True)

@@ -24,7 +24,7 @@ def load_inputs(plan: RunPlan, args: Any) -> tuple[Any, Any, Any]:
     tokenizer = load_tokenizer(plan)
     with args.main_process_first(desc="reading the data"):
         data = load_datasets(plan)
-    labels.check_template(tokenizer, data.train)
+    labels.require_chat_template(tokenizer, data.train)
     return tokenizer, data, load_model(plan, tokenizer)
 
 
@@ -68,7 +68,7 @@ def train(
     restore_adapter_dtype(trainer.model, plan)
     trainer.remove_callback(console.upstream_printer())
     check_added_tokens_train(trainer.model, plan)
-    labels.check_labels(trainer.train_dataset, tokenizer, args)
+    labels.check_rows_have_loss(trainer.train_dataset, tokenizer, args)
     if plan.init_from and not resume:  # a checkpoint knows more than what the run began with
         load_initial_adapter(trainer.model, plan.init_from)
     console.print_banner(plan, trainer, data, time.monotonic() - started)

@@ -22,7 +22,7 @@ from kit.data.encode import (
     training_chat_template,
 )
 from kit.errors import KitError
-from kit.evaluation.examples import as_pair, tokenize_example
+from kit.evaluation.examples import example_from_row, tokenize_example
 
 TEMPLATES = {f.stem: f.read_text() for f in sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))}
 SPECIAL = r"<\|?/?[A-Za-z_0-9]+\|?>|<｜[^｜<>]+｜>|\[/?[A-Z_]+\]"
@@ -260,7 +260,7 @@ def test_evaluation_tokenizes_a_chat_as_training_does(name: str) -> None:
             if case == "user last":
                 continue  # evaluation scores the last answer, what follows it is no part of that
             trained = encode_row(tokenizer, row, chat_template=template)
-            scored = tokenize_example(tokenizer, as_pair(row, 0), (), template)
+            scored = tokenize_example(tokenizer, example_from_row(row, 0), (), template)
             assert scored.input_ids == trained.input_ids, case
             answer = row["messages"][-1]["content"].rpartition("</think>")[2].strip()
             assert answer in tokenizer.decode(scored.answer_ids)
