@@ -113,10 +113,10 @@ def apply_overrides(plan: RunPlan, overrides: list[str]) -> RunPlan:
     """The plan with extendable and machine keys changed, from the tree that it froze; edited YAML plays no part."""
     if not overrides:
         return plan
-    from kit.config.compose import Composed, apply
+    from kit.config.compose import Composed, apply_overrides
     from kit.config.plan import build_plan
 
-    tree = apply(plan.composed, overrides)
+    tree = apply_overrides(plan.composed, overrides)
     before, after = leaves(plan.composed), leaves(tree)
     touched = sorted(k for k in before.keys() | after.keys() if before.get(k) != after.get(k))
     provenance = {**plan.provenance, **{k: f"command line (resume): {k}" for k in touched}}

@@ -68,13 +68,13 @@ def mutation(rng: random.Random, tree: dict[str, Any]) -> tuple[str, Any]:
     """A dotted key and its new value: a misspelt name, another kind, a number out of range, or something sensible."""
     sections = [s for s in LIBRARY if value_at(tree, s)] + list(OWN)
     section = rng.choice(sections)
-    known = fields.names(LIBRARY[section]) if section in LIBRARY else list(OWN[section].model_fields)
+    known = fields.field_names(LIBRARY[section]) if section in LIBRARY else list(OWN[section].model_fields)
     key = rng.choice(known)
     if rng.random() < 0.2:
         at = rng.randrange(len(key))
         wrong = key[:at] + key[at + 1 :] if rng.random() < 0.5 else key[:at] + rng.choice("aex_") + key[at:]
         return (f"{section}.{wrong}", 1) if wrong and wrong not in known else (f"{section}.{key}x", 1)
-    entry = fields.tables()[LIBRARY[section]][key] if section in LIBRARY else {}
+    entry = fields.field_tables()[LIBRARY[section]][key] if section in LIBRARY else {}
     sensible = list(entry.get("choices") or [])
     if entry.get("default") is True or entry.get("default") is False:
         sensible += [not entry["default"]]
@@ -126,7 +126,7 @@ def handed_over(plan: RunPlan, key: str) -> Any:
     adapter, loading = load_peft_config(plan), base_load_arguments(plan)
     section, _, last = key.partition(".")
     if section == "trainer":
-        return arguments.get(last, fields.default("SFTConfig", last))
+        return arguments.get(last, fields.field_default("SFTConfig", last))
     if section == "peft":
         return (
             plan.init_from and plan.init_from.model_dump() if last.startswith("init_from") else getattr(adapter, last)

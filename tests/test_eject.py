@@ -44,7 +44,7 @@ def called(node: ast.Call) -> str:
 
 
 def not_default(table: str, values: dict) -> dict:
-    return {k: v for k, v in values.items() if v != fields.default(table, k)}
+    return {k: v for k, v in values.items() if v != fields.field_default(table, k)}
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -174,7 +174,7 @@ def test_a_script_that_would_be_too_long_is_packed_then_refused(plan_of):
 
 def script_fields(count: int) -> list[str]:
     """`field=value` of that many numeric fields, none at its default."""
-    known = fields.tables()["SFTConfig"]
+    known = fields.field_tables()["SFTConfig"]
     numbers = [k for k, e in known.items() if e["kinds"] == ["float"] and "choices" not in e and "le" not in e]
     return [f"trainer.{k}=0.125" for k in numbers if k not in ("max_grad_norm",)][:count]
 

@@ -325,7 +325,7 @@ ROUND = ["gpt2_lora_quotes", "llama3_1_8b_lora", "mistral_7b_dora", "phi4_lora_z
 def test_a_plan_written_as_trl_arguments_comes_back(recipe: str, tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     plan = api.compose(f"recipe={recipe}", "trainer.use_cpu=false")
-    known = set(fields.names("SFTConfig"))
+    known = set(fields.field_names("SFTConfig"))
     tree = {k: v for k, v in plan.trainer.items() if k in known}
     tree |= {"model_name_or_path": plan.model.name_or_path, "dtype": plan.model.dtype, "use_peft": bool(plan.peft)}
     if plan.peft:

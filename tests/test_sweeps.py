@@ -359,8 +359,8 @@ def launch(self, jobs, initial_job_idx):
 from hydra.core.plugins import Plugins
 Plugins.instance()
 sys.modules["hydra._internal.core_plugins.basic_launcher"].BasicLauncher.launch = launch
-job = multirun.Job(partial(sweep.train_one, False), partial(sweep.grid, False), partial(sweep.search, False))
-multirun.run(["-m", "hydra/launcher=basic", *sys.argv[1:]], job)
+job = multirun.MultirunJob(partial(sweep.train_one, False), partial(sweep.grid, False), partial(sweep.search, False))
+multirun.run_multirun(["-m", "hydra/launcher=basic", *sys.argv[1:]], job)
 """
     other = """
 import pickle

@@ -33,7 +33,7 @@ def compose(base, chat, tmp_path, monkeypatch):
 def test_each_choice_writes_below_the_run_directory(compose):
     for name in OURS:
         plan = compose(f"tracking={name}")
-        assert trackers.names(plan.trainer["report_to"]) == [name]
+        assert trackers.tracker_names(plan.trainer["report_to"]) == [name]
         env = rank_environment(plan)
         assert any(plan.run_dir in value for key, value in env.items() if key.startswith(name.upper())), env
         others = [n.upper() + "_" for n in OURS if n != name]

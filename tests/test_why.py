@@ -214,6 +214,6 @@ def test_the_words_stand_for_keys_that_exist():
     known = keys.all_keys()
     filled = [*(f"deepspeed.{k}" for k in FILLED_KEYS), *(s for row in FILLED_KEYS.values() for s in row.sources)]
     for key in [*RESOLUTIONS, *EFFECTS, *filled]:
-        schedulers = [t for t in fields.tables() if t.startswith("deepspeed.scheduler.")]
-        in_scheduler = any(key.rpartition(".")[2] in fields.tables()[t] for t in schedulers)
+        schedulers = [t for t in fields.field_tables() if t.startswith("deepspeed.scheduler.")]
+        in_scheduler = any(key.rpartition(".")[2] in fields.field_tables()[t] for t in schedulers)
         assert key in known or key in keys.SECTIONS or in_scheduler or key == "model.config.hidden_size", key

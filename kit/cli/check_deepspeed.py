@@ -17,7 +17,7 @@ from kit.storage.json_files import atomic_write_text
 from kit.system.terminal import print_problems
 
 
-def main(argv: list[str]) -> int:
+def check_deepspeed(argv: list[str]) -> int:
     """The exit code: 2 where something is wrong (after --fix: where something is left that it could not mend)."""
     parser = argparse.ArgumentParser(
         prog="kit check", allow_abbrev=False, description="A DeepSpeed JSON by itself: what is wrong in it, and what "

@@ -74,7 +74,7 @@ def check_verb(argv: list[str]) -> int:
     if any(a.partition("=")[0] == "--deepspeed" for a in argv):  # somebody's DeepSpeed JSON by itself
         from kit.cli import check_deepspeed
 
-        return check_deepspeed.main(argv)
+        return check_deepspeed.check_deepspeed(argv)
     parser = verb_parser("check", "Everything that can be known about a run without weights; imports no torch.")
     parser.add_argument("overrides", nargs="*", metavar="run.yaml | key=value")
     parser.add_argument("--config-dir", "-cd", help="a folder with groups and recipes of your own")
@@ -87,7 +87,7 @@ def check_verb(argv: list[str]) -> int:
     if a.rules or a.explain:
         from kit.config.rules import explain
 
-        print(explain.explain(a.explain) if a.explain else explain.listing())
+        print(explain.explain_rule(a.explain) if a.explain else explain.list_rules())
         return DONE
     from kit import api
 

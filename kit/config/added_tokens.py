@@ -63,7 +63,7 @@ def train_embeddings(
     if not tokens or not peft:
         return peft, [], []
     key, kind = "tokenizer.added_tokens", str(peft.get("peft_type", "LORA")).upper()
-    table = fields.tables().get(kind, {})
+    table = fields.field_tables().get(kind, {})
     if "modules_to_save" not in table:
         problem = f"{kind} cannot train the embeddings of added tokens"
         return peft, [Problem(problem, key, "peft=lora, or peft=none", "added-tokens")], []

@@ -91,7 +91,7 @@ def run_hydra(args: list[str], task: Callable[[Composed], None] = ignore_compose
     return 0
 
 
-def apply(tree: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+def apply_overrides(tree: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     """A composed tree with `key=value` overrides on top, as `kit resume RUN key=value` needs it."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 

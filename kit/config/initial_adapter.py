@@ -124,7 +124,7 @@ def _with_flag(problem: Problem) -> str:
 def compare_configs(folder: Path, config: dict[str, Any], peft: dict[str, Any], base: Base) -> list[Problem]:
     """One problem that lists all settings that differ, with the overrides that make the run's equal."""
     source_type, run_type = (str(c.get("peft_type", "LORA")).upper() for c in (config, peft))
-    table = fields.tables().get(run_type, {})
+    table = fields.field_tables().get(run_type, {})
     if source_type != run_type:
         return [
             Problem(

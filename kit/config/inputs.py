@@ -42,20 +42,20 @@ def find_data_format(dataset: Dataset, here: bool) -> tuple[str | None, list[Pro
     data_format: str | None = None if dataset.format == "auto" else dataset.format
     if dataset.template:  # can be read without the data
         try:
-            written = templates.format_of(dataset.template)
+            written = templates.template_format(dataset.template)
             data_format = written if data_format is None or written != "messages" else data_format
-            templates.columns_of(dataset.template)
+            templates.template_columns(dataset.template)
         except KitError as error:
             return None, with_rule(error.problems, "dataset-template")
     for key, path in (("dataset.path", dataset.path), ("dataset.eval_path", dataset.eval_path)):
         if path is None or (paths.is_made_by_quickstart(path) and not Path(path).exists() and not here):
             continue
         try:
-            if (files := data_files.find_files(path)) is None:
+            if (files := data_files.find_data_files(path)) is None:
                 revision = dataset.revision if path == dataset.path else None
-                columns = hub_dataset.columns(dataset, path, revision, here)
+                columns = hub_dataset.read_hub_columns(dataset, path, revision, here)
             else:
-                columns = data_files.columns(files, path)
+                columns = data_files.read_columns(files, path)
             if columns is not None:
                 data_format = data_files.detect_format(columns, dataset)
         except KitError as error:

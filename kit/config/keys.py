@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic_core import PydanticUndefined
 
-from kit.config.sections import OWNED
+from kit.config.sections import OWNED_ELSEWHERE
 from kit.errors import KitError
 from kit.schema import fields
 from kit.schema.run_plan import RunInput, Strict, leaves
@@ -28,7 +28,7 @@ PLAN_KEYS = ("precision", "world_size")  # of the plan alone: nothing sets them 
 def table_of_section(section: str, peft_type: str = "LORA") -> str | None:
     """The library's table behind a section, None for the kit's own."""
     if section == "peft":
-        return peft_type if peft_type in fields.tables() else "LORA"
+        return peft_type if peft_type in fields.field_tables() else "LORA"
     return TABLES.get(section)
 
 
@@ -53,7 +53,7 @@ def default_entry(field: Any) -> dict[str, Any]:
 
 
 def add_table(table: str, prefix: str, entries: dict[str, dict[str, Any]]) -> None:
-    for name, entry in fields.tables()[table].items():
+    for name, entry in fields.field_tables()[table].items():
         if "instead" not in entry:
             entries[f"{prefix}.{name}"] = entry
             if entry.get("table"):
@@ -70,20 +70,22 @@ def find_keys(typed: str, tree: Mapping[str, Any], peft_type: str = "LORA") -> l
     here = {".".join(k.split(".")[:n]) for k in leaves(dict(tree)) for n in range(1, k.count(".") + 2)}
     if key in entries or key in here and not is_misspelt(key, peft_type) or key in SECTIONS:
         return [key]
-    if key.split(".")[0] in fields.tables()["deepspeed"] and (f"deepspeed.{key}" in entries):
+    if key.split(".")[0] in fields.field_tables()["deepspeed"] and (f"deepspeed.{key}" in entries):
         others = [f"trainer.{key}"] if f"trainer.{key}" in entries else []
         return [*others, f"deepspeed.{key}"]
     parents = [k for k in entries if key.startswith(k + ".") and "dict" in entries[k].get("kinds", ["dict"])]
     if any(not entries[k].get("table") and isinstance(entries[k].get("default"), dict | None) for k in parents):
         return [key]  # a table that is open: a chat template's columns, a pattern by layers
     matches = [k for k in entries if k.endswith(f".{key}")]
-    matches.sort(key=lambda k: (k.removeprefix("trainer.") in OWNED, SECTIONS.index(k.split(".")[0]), k.count(".")))
+    matches.sort(
+        key=lambda k: (k.removeprefix("trainer.") in OWNED_ELSEWHERE, SECTIONS.index(k.split(".")[0]), k.count("."))
+    )
     matches = [
         k for k in [renamed_to("trainer", key), renamed_to("peft", key)] if k in entries and k not in matches
     ] + matches
     if matches:
         return matches
-    if owned := [k for k in OWNED if key in (k, f"trainer.{k}")]:
+    if owned := [k for k in OWNED_ELSEWHERE if key in (k, f"trainer.{k}")]:
         return [f"trainer.{owned[0]}"]
     raise unknown_key_error(key, entries, peft_type)
 
@@ -99,7 +101,7 @@ def is_misspelt(key: str, peft_type: str) -> bool:
     """Whether a key that is in the tree is one that no library has."""
     section, _, name = key.partition(".")
     table = table_of_section(section, peft_type)
-    return bool(table and name and name.split(".")[0] not in fields.names(table))
+    return bool(table and name and name.split(".")[0] not in fields.field_names(table))
 
 
 def unknown_key_error(key: str, entries: Mapping[str, Any], peft_type: str) -> KitError:

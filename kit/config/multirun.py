@@ -41,7 +41,7 @@ HYDRA_ERRORS = (HydraException, OmegaConfBaseException, OSError, yaml.YAMLError)
 
 
 @dataclass
-class Point:
+class SweepPoint:
     """One point of a grid: what was swept, and its composed tree or why there is none."""
 
     number: int
@@ -51,11 +51,11 @@ class Point:
 
 
 @dataclass
-class Job:
+class MultirunJob:
     """Hydra's task function. A stock launcher calls it for each point; the kit's takes all of them together."""
 
     one: Callable[[Composed], int]  # train a point; the exit code
-    grid: Callable[[list[Point]], list[tuple[int, float | None]]]  # exit code and metric of each
+    grid: Callable[[list[SweepPoint]], list[tuple[int, float | None]]]  # exit code and metric of each
     search: Callable[[Search], int]
     run_file: Path | None = None
     codes: list[int] = field(default_factory=list)
@@ -87,7 +87,7 @@ class KitLauncher(Launcher):
         points = []
         for number, overrides in enumerate(job_overrides, initial_job_idx):
             pairs = [o.lstrip("+").partition("=")[::2] for o in overrides]
-            point = Point(number, {key: value for key, value in pairs if key in swept})
+            point = SweepPoint(number, {key: value for key, value in pairs if key in swept})
             points.append(point)
             try:
                 point.composed = compose_sweep_job(self.loader, self.config, list(overrides), self.job.run_file)
@@ -216,7 +216,7 @@ def unregister_plugins() -> None:
                 known.remove(plugin)
 
 
-def run(args: list[str], job: Job) -> int:
+def run_multirun(args: list[str], job: MultirunJob) -> int:
     """Hand `-m` and the overrides to Hydra's own main; the highest exit code of the jobs."""
     compose.register_with_hydra()
     overrides, job.run_file = compose.parse_overrides([a for a in args if not a.startswith("-")], flags=args)

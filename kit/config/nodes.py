@@ -70,7 +70,7 @@ def read_hostfile(path: Path) -> Hosts:
     return hosts
 
 
-def hosts_now(launch: Launch) -> Hosts:
+def read_hosts(launch: Launch) -> Hosts:
     """What the hostfile and its filters give at this moment; KitError where the file has gone or changed for worse."""
     try:
         return filter_hosts(read_hostfile(Path(str(launch.hostfile)).expanduser()), launch.include, launch.exclude)
@@ -138,11 +138,11 @@ def count_slots_in_filter(launch: Launch) -> int:
     return most + 1
 
 
-def over_ssh(launch: Launch) -> bool:
+def starts_over_ssh(launch: Launch) -> bool:
     """Whether one command starts the ranks of all nodes."""
     return bool(launch.hostfile) and not launch.no_ssh and launch.launcher == "deepspeed"
 
 
-def by_node(launch: Launch) -> bool:
+def starts_by_node(launch: Launch) -> bool:
     """Whether each node is told its rank and starts its own ranks."""
-    return launch.num_nodes not in (1, "auto") and not over_ssh(launch)
+    return launch.num_nodes not in (1, "auto") and not starts_over_ssh(launch)

@@ -15,7 +15,7 @@ from kit.errors import KitError
 from kit.storage.atomic_folder import atomic_folder, staging_path
 from kit.system import paths
 
-Value = str | int | float
+TrialValue = str | int | float
 INF = math.inf
 
 
@@ -83,7 +83,7 @@ def to_dimension(override: Override) -> Dimension:
     return result
 
 
-def snapshot(search: Search, folder: Path) -> None:
+def snapshot_configuration(search: Search, folder: Path) -> None:
     """Copy the configuration folders: what a later trial is composed from, whatever is edited meanwhile."""
     with atomic_folder(folder, staging_path(folder), fsync=False) as staging:
         shutil.copytree(paths.CONF, staging / "hydra_conf")  # links become files
@@ -92,7 +92,7 @@ def snapshot(search: Search, folder: Path) -> None:
             shutil.copytree(source, staging / f"own-{number}")
 
 
-def compose_trial(search: Search, values: dict[str, Value], copy: Path | None = None) -> Composed:
+def compose_trial(search: Search, values: dict[str, TrialValue], copy: Path | None = None) -> Composed:
     """A trial of a search; `copy` is the snapshot to compose it from, which must be in use (paths.using)."""
     compose.register_with_hydra()
     chosen = [f"{k}={v if isinstance(v, str) else repr(v)}" for k, v in values.items()]

@@ -31,7 +31,7 @@ FSDP_KEYS = (  # what transformers' _process_fsdp_args reads, with or without "f
     "cpu_ram_efficient_loading", "state_dict_type", "activation_checkpointing", "reshard_after_forward",
     "forward_prefetch", "backward_prefetch", "use_orig_params", "sync_module_states",
 )  # fmt: skip
-OWNED = {  # fields of SFTConfig that another part of the description holds
+OWNED_ELSEWHERE = {  # fields of SFTConfig that another part of the description holds
     "output_dir": "the run directory holds everything: runs_dir=FOLDER, name=NAME",
     "deepspeed": "deepspeed=zero2, or deepspeed=/path/my.json",
     "fsdp": "use the group fsdp",
@@ -179,7 +179,7 @@ def known_keys(loc: tuple[Any, ...]) -> list[str]:
     return list(model.model_fields)
 
 
-def read_slurm(settings: dict[str, Any]) -> dict[str, Any]:
+def read_slurm_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """Read launch.slurm by itself and complete it; KitError with every unknown key and every value of a wrong type."""
     report = Report({})
     run = read_own_sections(
@@ -224,20 +224,20 @@ def read_fields(
 
     The rules compute with what is left.
     """
-    problems = fields.check(table, values, section, allow_auto)
+    problems = fields.check_fields(table, values, section, allow_auto)
     report.add(problems)
     wrong = {
         re.split(r"[.\[]", p.where.removeprefix(section + "."))[0] for p in problems if p.rule in ("kind", "range")
     }
-    return fields.cast(table, {key: value for key, value in values.items() if key not in wrong})
+    return fields.cast_fields(table, {key: value for key, value in values.items() if key not in wrong})
 
 
 def read_trainer_section(values: Any, report: Report, section: str = "trainer") -> dict[str, Any]:
     """Read `trainer.*` as SFTConfig's fields; keys that other sections own are refused with the key to use."""
     values = dict(values) if isinstance(values, dict) else {}
-    owned = [k for k in OWNED if value_at(values, k) is not None]
+    owned = [k for k in OWNED_ELSEWHERE if value_at(values, k) is not None]
     for k in owned:
-        report.problem(f"{section}.{k}", f"{section}.{k} is not set here", OWNED[k], "owned")
+        report.problem(f"{section}.{k}", f"{section}.{k} is not set here", OWNED_ELSEWHERE[k], "owned")
     for k in owned:
         values.pop(k.split(".")[0], None)
     return read_fields(values, "SFTConfig", section, report, TRAINER_AUTO)

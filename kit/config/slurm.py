@@ -41,7 +41,7 @@ CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 Found = Iterator[tuple[str, str, str]]
 
 
-def value_problems(slurm: dict[str, Any]) -> Found:
+def slurm_value_problems(slurm: dict[str, Any]) -> Found:
     """(problem, key, fix) of every value that cannot stand in an `#SBATCH` line, or in the script's words."""
     for name, (pattern, example) in PATTERNS.items():
         value, key = slurm.get(name), f"launch.slurm.{name}"
@@ -89,7 +89,7 @@ def secret_variable(line: str) -> str:
     return next((name for name, equals, value in pairs if equals and value and is_secret(name, value)), "")
 
 
-def extra_problems(slurm: dict[str, Any]) -> Found:
+def slurm_extra_problems(slurm: dict[str, Any]) -> Found:
     """The same of launch.slurm.extra: options of sbatch that the kit has no key for."""
     for number, option in enumerate(slurm.get("extra") or []):
         key = f"launch.slurm.extra[{number}]"

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from kit.errors import KitError, first_line
 from kit.inspection import dataset_template as templates
 from kit.inspection import hub_dataset
-from kit.inspection.dataset import FORMATS, SUFFIXES, detect_format, find_files
+from kit.inspection.dataset import FORMATS, SUFFIXES, detect_format, find_data_files
 from kit.schema.run_plan import Dataset, RunPlan
 from kit.storage import hub_cache
 from kit.storage.run_directory import PLAN
@@ -92,12 +92,12 @@ def prepare_rows(d: Dataset, rows: Any, limit: int | None, key: str, notes: list
         return None
     if d.template:
         before = None if d.streaming else len(rows)
-        rows = rows.filter(partial(templates.filled, template=d.template))
+        rows = rows.filter(partial(templates.has_trained_text, template=d.template))
         if before is not None and len(rows) < before:
             notes.append(f"{before - len(rows)} of {before} rows of {key} have an empty answer: left out")
         apart = d.format == "prompt_completion" and "assistant" in d.template
-        write = partial(templates.render, template=d.template, apart=apart)
-        rows = rows.map(write, remove_columns=templates.columns_of(d.template))
+        write = partial(templates.render_row, template=d.template, apart=apart)
+        rows = rows.map(write, remove_columns=templates.template_columns(d.template))
     if limit:
         rows = rows.take(limit) if d.streaming else rows.select(range(min(limit, len(rows))))
     if not d.streaming and len(rows) == 0:
@@ -109,7 +109,7 @@ def load_split(d: Dataset, path: str, split: str | None) -> Any:
     """One split of a file, folder or Hub id, with only the columns that training needs."""
     from datasets import load_dataset
 
-    files = find_files(path)
+    files = find_data_files(path)
     place, name, revision = locate_hub_dataset(d, path) if files is None else (path, None, None)
     try:
         if files is None:
@@ -125,7 +125,7 @@ def load_split(d: Dataset, path: str, split: str | None) -> Any:
     columns = list(rows.column_names or next(iter(rows)).keys())
     row_format = detect_format(columns, d)
     if d.template:
-        return rows.select_columns(templates.columns_of(d.template))
+        return rows.select_columns(templates.template_columns(d.template))
     rename = {column: name for name, column in d.columns.items() if column != name}
     clash = [name for name in rename.values() if name in columns and name not in rename]
     if clash:
@@ -143,6 +143,6 @@ def locate_hub_dataset(d: Dataset, path: str) -> tuple[str, str | None, str | No
     """
     name, revision = (d.name, d.revision) if path == d.path else (None, None)
     pinned = re.fullmatch(r"[0-9a-f]{40}", revision or "") is not None
-    if (hub_cache.is_offline() or pinned) and (folder := hub_dataset.find_snapshot(path, name, revision)):
+    if (hub_cache.is_offline() or pinned) and (folder := hub_dataset.find_dataset_snapshot(path, name, revision)):
         return str(folder), name, None
     return path, name, revision

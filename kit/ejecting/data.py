@@ -56,7 +56,7 @@ def load_dataset_lines(name: str, d: Dataset, path: str, split: str, shape: str,
     place = Path(path)
     suffix = place.suffix.lower()
     if place.is_dir() or suffix in data_files.SUFFIXES:
-        files = [str(f) for f in data_files.find_files(path) or []] if place.exists() else [path]
+        files = [str(f) for f in data_files.find_data_files(path) or []] if place.exists() else [path]
         first = Path(files[0]).suffix.lower()
         kind = data_files.SUFFIXES[first]
         alike = place.is_dir() and not any(f.name.startswith(".") or f.suffix != first for f in map(Path, files))
@@ -80,7 +80,7 @@ def load_dataset_lines(name: str, d: Dataset, path: str, split: str, shape: str,
 def rename_columns(d: Dataset) -> tuple[list[str], str]:
     """Functions that the script needs for its columns, and what each part goes through when it is read."""
     if d.template:
-        names = dataset_template.columns_of(d.template)
+        names = dataset_template.template_columns(d.template)
         return template_function_lines(d, names), f".select_columns({literal(names)})"
     rename = {theirs: ours for ours, theirs in d.columns.items() if theirs != ours}
     if d.format != "auto":
@@ -102,7 +102,7 @@ def rename_columns(d: Dataset) -> tuple[list[str], str]:
 def template_function_lines(d: Dataset, names: list[str]) -> list[str]:
     """`write`: one row in the format that is trained; `prepare`: a part without the rows that teach nothing."""
     lines = ["def write(row):", '    row = {name: "" if value is None else value for name, value in row.items()}']
-    if dataset_template.format_of(d.template) == "messages":
+    if dataset_template.template_format(d.template) == "messages":
         lines.append("    turns = [")
         for role in dataset_template.TURNS:
             if role in d.template:
@@ -118,7 +118,7 @@ def template_function_lines(d: Dataset, names: list[str]) -> list[str]:
         items = [f"{literal(key)}: {literal(text)}.format(**row)" for key, text in d.template.items()]
         lines += [f"    {line}" for line in call_lines("return {", items, end="}")]
     learned = [k for k in dataset_template.TRAINED if k in d.template]
-    taught = sorted({n for k in learned for _, n in dataset_template.parts(k, d.template[k]) if n})
+    taught = sorted({n for k in learned for _, n in dataset_template.template_parts(k, d.template[k]) if n})
     lines += ["", "", "def prepare(rows):"]
     if taught:
         lines.append(f"    learned = {literal(taught)}  # a row in which all of these are empty teaches nothing")

@@ -99,7 +99,7 @@ def training_argument_lines(plan: RunPlan) -> list[str]:
     values = changed_fields("SFTConfig", {k: v for k, v in plan.trainer.items() if k != "model_init_kwargs"})
     values["logging_nan_inf_filter"] = False
     more: dict[str, Any] = {"output_dir": run_directory.CHECKPOINTS}
-    if trackers.names(plan.trainer.get("report_to")):
+    if trackers.tracker_names(plan.trainer.get("report_to")):
         more |= {k: v for k, v in {"run_name": plan.run_path.name, "project": plan.name}.items() if k not in values}
     if plan.deepspeed:
         more["deepspeed"] = JSON
@@ -112,7 +112,7 @@ def training_argument_lines(plan: RunPlan) -> list[str]:
 
 def changed_fields(table: str, values: dict[str, Any]) -> dict[str, Any]:
     """The values that are not the library's defaults."""
-    defaults = fields.tables()[table]
+    defaults = fields.field_tables()[table]
     return {k: v for k, v in values.items() if k not in defaults or not equal_as_json(v, defaults[k].get("default"))}
 
 

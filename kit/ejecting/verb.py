@@ -10,11 +10,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from kit.config.nodes import over_ssh
+from kit.config.nodes import starts_over_ssh
 from kit.ejecting.script import JSON, SCRIPT, START, TEMPLATE, render_script
 from kit.errors import DONE, KitError, Problem
 from kit.inspection import dataset_template
-from kit.inspection.tokenizer import find_template
+from kit.inspection.tokenizer import find_chat_template
 from kit.launchers.command import rank_environment
 from kit.schema.run_plan import RunPlan, load_plan
 from kit.storage import run_directory
@@ -68,7 +68,7 @@ def write_ejected(plan: RunPlan, out: Path, overwrite: bool = False) -> list[str
         ds, notes = plain_deepspeed_config(plan)
         (out / JSON).write_text(json.dumps(ds, indent=2) + "\n", encoding="utf-8")
     if plan.tokenizer.chat_template:
-        shutil.copyfile(find_template(plan.tokenizer.chat_template), out / TEMPLATE)
+        shutil.copyfile(find_chat_template(plan.tokenizer.chat_template), out / TEMPLATE)
     (out / START).write_text(start_script(plan, out), encoding="utf-8")
     (out / START).chmod(0o755)
     if plan.prompts:
@@ -103,7 +103,7 @@ def refuse_unsupported(plan: RunPlan) -> None:
     if d.streaming and d.format == "auto":
         problems.append(Problem("the columns of the stream are not known", "dataset.format", "dataset.format=text"))
     odd = (
-        [n for n in dataset_template.columns_of(d.template) if not re.fullmatch(r"[^\W\d][^.\[\]]*", n)]
+        [n for n in dataset_template.template_columns(d.template) if not re.fullmatch(r"[^\W\d][^.\[\]]*", n)]
         if d.template
         else []
     )
@@ -141,7 +141,7 @@ def start_script(plan: RunPlan, out: Path) -> str:
         command = f"torchrun --nnodes {nodes} {rank} --nproc_per_node {count} {where} {SCRIPT}"
         if plan.launch.launcher == "deepspeed":
             hosts = shlex.quote(plan.launch.hostfile) if plan.launch.hostfile else '"${HOSTFILE:?}"'
-            command = f"deepspeed{'' if over_ssh(plan.launch) else f' --no_ssh {rank}'} --hostfile {hosts}"
+            command = f"deepspeed{'' if starts_over_ssh(plan.launch) else f' --no_ssh {rank}'} --hostfile {hosts}"
             command += f" --num_nodes {nodes} --num_gpus {count} {where} --no_local_rank {SCRIPT}"
     elif plan.launch.launcher == "deepspeed":
         # An absent hostfile means this machine; the default is one that a cluster may have left in /job.

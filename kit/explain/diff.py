@@ -127,8 +127,8 @@ def effective_value(values: dict[str, Any], key: str, table: str | None) -> tupl
     if key in values:
         return values[key], False
     name = key.partition(".")[2]
-    if table and values and name in fields.tables()[table]:
-        return fields.default(table, name), True
+    if table and values and name in fields.field_tables()[table]:
+        return fields.field_default(table, name), True
     return None, False
 
 

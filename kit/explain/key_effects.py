@@ -9,7 +9,7 @@ from typing import Any
 
 from kit.config import keys
 from kit.config.deepspeed.filled_keys import FILLED_KEYS
-from kit.config.sections import OWNED
+from kit.config.sections import OWNED_ELSEWHERE
 from kit.schema import fields
 from kit.schema.dotted import value_at
 from kit.schema.run_plan import RunPlan
@@ -159,7 +159,7 @@ def describe_deepspeed_effect(key: str, plan: RunPlan | None, tree: dict[str, An
 
 def describe_field(key: str, entry: dict[str, Any], peft_type: str) -> str:
     """Kind, range, choices and default of the library's field."""
-    owner = OWNED.get(key.removeprefix("trainer.")) if key.startswith("trainer.") else None
+    owner = OWNED_ELSEWHERE.get(key.removeprefix("trainer.")) if key.startswith("trainer.") else None
     if not entry.get("kinds"):
         return owner or ""
     words = [fields.WORDS.get(k, k) for k in entry["kinds"]]

@@ -116,7 +116,7 @@ def data_file_chooser(config: str | None) -> Callable[[HubRepo], list[str]]:
 
     def choose(repo: HubRepo) -> list[str]:
         card = read_repo_file(repo, hub_dataset.CARD) if hub_dataset.CARD in repo.sizes else ""
-        files = hub_dataset.files_of(list(repo.sizes), card, config)
+        files = hub_dataset.configuration_files(list(repo.sizes), card, config)
         if not files:
             scripts = [f for f in repo.sizes if f.endswith(".py")]
             problem = f"{repo.name} holds no data files" + (f", only a script ({scripts[0]})" if scripts else "")

@@ -248,13 +248,13 @@ def kit_default(key: str) -> Any:
     if file and name in read_group_file(file):
         return read_group_file(file)[name]
     table = FIELD_TABLES.get(section)
-    return fields.default(table, name) if table and name in fields.tables()[table] else None
+    return fields.field_default(table, name) if table and name in fields.field_tables()[table] else None
 
 
 def convert_to_field_type(key: str, value: Any) -> Any:
     """Words as the numbers and truth values that a field takes: the foreign parsers convert them too."""
     section, _, name = key.partition(".")
-    entry = fields.tables().get(FIELD_TABLES.get(section, ""), {}).get(name)
+    entry = fields.field_tables().get(FIELD_TABLES.get(section, ""), {}).get(name)
     if entry is None or "str" in entry["kinds"]:
         return value
     if isinstance(value, str):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kit.config.sections import OWNED
+from kit.config.sections import OWNED_ELSEWHERE
 from kit.importing import sharding
 from kit.importing.report import Reading, read_group_file, same_value
 from kit.schema import fields
@@ -81,12 +81,14 @@ def import_training_arguments(r: Reading, skip: tuple[str, ...] = ()) -> None:
     if isinstance(r.get("model_init_kwargs"), dict):
         import_model_init_kwargs(r)
     refuse_remote_code(r)
-    names = set(fields.names("SFTConfig"))
-    for name in [n for n in r.tree if isinstance(n, str) and n in names and n not in OWNED and n not in skip]:
+    names = set(fields.field_names("SFTConfig"))
+    for name in [
+        n for n in r.tree if isinstance(n, str) and n in names and n not in OWNED_ELSEWHERE and n not in skip
+    ]:
         if not r.has(name):
             continue
         value = r.get(name)
-        if value is None and fields.default("SFTConfig", name) is not None:
+        if value is None and fields.field_default("SFTConfig", name) is not None:
             r.mark_default((name,), "null: nothing is set")
         elif name in ("do_eval", "do_train"):
             r.mark_default((name,), "eval_strategy says it")
@@ -161,7 +163,7 @@ def write_trainer_defaults(r: Reading, changed: dict[str, Any] | None = None, wh
     kept = ("bf16", "fp16", "use_cpu", "logging_nan_inf_filter")  # what the hardware is fast at; a NaN is never hidden
     for name, ours in read_group_file("trainer/sft.yaml").items():
         if name not in kept:
-            value = (changed or {}).get(name, fields.default("SFTConfig", name))
+            value = (changed or {}).get(name, fields.field_default("SFTConfig", name))
             if not same_value(value, ours):
                 r.recipe.default(f"trainer.{name}", value, f"{who}'s default")
     for name, value in (changed or {}).items():

@@ -19,7 +19,7 @@ FORMATS = {
 }
 
 
-def find_files(path: str) -> list[Path] | None:
+def find_data_files(path: str) -> list[Path] | None:
     """The data files behind a path (file or folder), None for a Hub id; KitError where there is nothing."""
     place = Path(path).expanduser()
     if place.is_file():
@@ -58,7 +58,7 @@ def find_files(path: str) -> list[Path] | None:
     )
 
 
-def columns(files: list[Path], path: str) -> list[str] | None:
+def read_columns(files: list[Path], path: str) -> list[str] | None:
     """The columns of the first row in `files`, those of the data set `path`; None where they cannot be known.
 
     KitError where there is no row, or where a file cannot be read.
@@ -141,7 +141,7 @@ def detect_format(columns: list[str], d: Dataset) -> str:
                 "keep one",
                 rule="dataset-template",
             )
-        made = templates.format_of(d.template)
+        made = templates.template_format(d.template)
         templates.check_template_columns(d.template, columns)
         if (made, d.format) == ("messages", "prompt_completion"):
             return d.format

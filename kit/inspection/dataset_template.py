@@ -18,7 +18,7 @@ TRAINED = ("text", "completion", "assistant")  # a row with nothing here has not
 KEY = "dataset.template"
 
 
-def format_of(template: Mapping[str, str]) -> str:
+def template_format(template: Mapping[str, str]) -> str:
     """text, prompt_completion or messages; KitError for any other set of keys."""
     keys = set(template)
     for name, (known, needed) in FORMAT_KEYS.items():
@@ -32,11 +32,11 @@ def format_of(template: Mapping[str, str]) -> str:
     )
 
 
-def columns_of(template: Mapping[str, str]) -> list[str]:
+def template_columns(template: Mapping[str, str]) -> list[str]:
     """The data set's columns that a template names, in order, each once; KitError where it is not well formed."""
     columns: dict[str, None] = {}
     for key, text in template.items():
-        for _, name in parts(key, text):
+        for _, name in template_parts(key, text):
             if name is not None:
                 columns[name] = None
     if not columns:
@@ -46,7 +46,7 @@ def columns_of(template: Mapping[str, str]) -> list[str]:
     return list(columns)
 
 
-def parts(key: str, text: str) -> list[tuple[str, str | None]]:
+def template_parts(key: str, text: str) -> list[tuple[str, str | None]]:
     """(text before, column or None) pairs. Only plain names stand in braces: no attributes, indices or conversions."""
     try:
         pieces = list(Formatter().parse(text))
@@ -66,7 +66,7 @@ def parts(key: str, text: str) -> list[tuple[str, str | None]]:
 
 def check_template_columns(template: Mapping[str, str], columns: list[str]) -> None:
     """KitError listing the columns that the template names and the data set lacks."""
-    missing = [name for name in columns_of(template) if name not in columns]
+    missing = [name for name in template_columns(template) if name not in columns]
     if missing:
         raise KitError(
             f"the template names {', '.join(map(repr, missing))}; the data has {', '.join(columns)}",
@@ -76,7 +76,7 @@ def check_template_columns(template: Mapping[str, str], columns: list[str]) -> N
         )
 
 
-def render(row: Mapping[str, Any], template: Mapping[str, str], apart: bool = False) -> dict[str, Any]:
+def render_row(row: Mapping[str, Any], template: Mapping[str, str], apart: bool = False) -> dict[str, Any]:
     """One row in the format of the template. A null is an empty text; chat turns lose surrounding blanks.
 
     apart: the assistant's turn as `completion` behind the others as `prompt`, so that the loss can leave out the
@@ -84,16 +84,16 @@ def render(row: Mapping[str, Any], template: Mapping[str, str], apart: bool = Fa
     """
     texts = {
         key: "".join(before + ("" if name is None or row[name] is None else str(row[name])) for before, name in made)
-        for key, made in ((key, parts(key, text)) for key, text in template.items())
+        for key, made in ((key, template_parts(key, text)) for key, text in template.items())
     }
-    if format_of(template) != "messages":
+    if template_format(template) != "messages":
         return texts
     turns = [{"role": role, "content": texts[role].strip()} for role in TURNS if role in texts]
     turns = [turn for turn in turns if turn["content"] or turn["role"] != "system"]
     return {"prompt": turns[:-1], "completion": turns[-1:]} if apart else {"messages": turns}
 
 
-def filled(row: Mapping[str, Any], template: Mapping[str, str]) -> bool:
+def has_trained_text(row: Mapping[str, Any], template: Mapping[str, str]) -> bool:
     """Whether the columns behind the trained part of a row hold anything: else there is nothing to learn from it."""
-    names = {name for key in TRAINED if key in template for _, name in parts(key, template[key]) if name}
+    names = {name for key in TRAINED if key in template for _, name in template_parts(key, template[key]) if name}
     return not names or any(row[name] is not None and str(row[name]).strip() for name in names)

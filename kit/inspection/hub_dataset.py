@@ -47,7 +47,7 @@ def list_configurations(card: str) -> dict[str, dict[str, Any]]:
         return {}
 
 
-def choose(card: str, name: str | None) -> dict[str, Any] | None:
+def choose_configuration(card: str, name: str | None) -> dict[str, Any] | None:
     """The entry of configuration `name`, or of the default one; None where the README.md lists none. KitError
     where there are several and none is chosen, or `name` is not among them."""
     listed = list_configurations(card)
@@ -63,18 +63,18 @@ def choose(card: str, name: str | None) -> dict[str, Any] | None:
     return listed[name or next(iter(listed))]
 
 
-def files_of(names: list[str], card: str, config: str | None) -> list[str]:
+def configuration_files(names: list[str], card: str, config: str | None) -> list[str]:
     """The repository's files (`names`) that hold the rows of a configuration, of all its splits."""
     data = [n for n in names if is_data_file(n)]
-    entry = choose(card, config)
+    entry = choose_configuration(card, config)
     return data if entry is None else [n for n in data if matches_any(n, glob_patterns(entry, None))]
 
 
 def split_files(names: list[str], card: str, config: str | None, split: str) -> list[str]:
     """Those of one split; empty where the names do not say it."""
-    data = files_of(names, card, config)
+    data = configuration_files(names, card, config)
     split = re.split(r"[\[+]", split)[0]  # "train[:10%]+test": the first part stands for all
-    if entry := choose(card, config):
+    if entry := choose_configuration(card, config):
         return [n for n in data if matches_any(n, glob_patterns(entry, split))]
     words = {n: set(re.split(r"[-._ 0-9/]+", n.lower())) for n in data}
     if any(w & k for w in words.values() for k in KEYWORDS.values()):
@@ -108,7 +108,7 @@ def glob_to_regex(glob: str) -> str:
         r"(\*\*/|\*\*|\*|\?|\[[^\]]+\])", glob))  # fmt: skip
 
 
-def find_snapshot(repo: str, config: str | None, revision: str | None) -> Path | None:
+def find_dataset_snapshot(repo: str, config: str | None, revision: str | None) -> Path | None:
     """The cached snapshot of a data set that holds a configuration whole; None where it does not, or none can know.
 
     `datasets` itself leaves snapshots with a part of the files: training on those in silence would be wrong.
@@ -117,7 +117,7 @@ def find_snapshot(repo: str, config: str | None, revision: str | None) -> Path |
     names = hub_cache.cached_file_list(folder) if folder else None
     if folder is None or not names or (CARD in names and not (folder / CARD).is_file()):
         return None
-    files = files_of(names, read_card(folder), config)
+    files = configuration_files(names, read_card(folder), config)
     return folder if files and all((folder / n).is_file() for n in files) else None
 
 
@@ -135,13 +135,13 @@ def is_prepared(repo: str) -> bool:
     return any((folder / (f"{owner}___{snake}" if owner else snake)).glob("*/*/*"))
 
 
-def columns(d: Dataset, repo: str, revision: str | None, here: bool) -> list[str] | None:
+def read_hub_columns(d: Dataset, repo: str, revision: str | None, here: bool) -> list[str] | None:
     """The columns of a Hub data set that is in the cache, None where they cannot be known.
 
     KitError where the run starts `here`, the environment forbids to ask the Hub, and the data set is not here.
     """
     config = d.name if repo == d.path else None
-    folder = find_snapshot(repo, config, revision)
+    folder = find_dataset_snapshot(repo, config, revision)
     if folder is None:
         if here and hub_cache.is_offline() and not is_prepared(repo):
             key = "dataset.path" if repo == d.path else "dataset.eval_path"
@@ -150,4 +150,4 @@ def columns(d: Dataset, repo: str, revision: str | None, here: bool) -> list[str
         return None
     names = split_files(hub_cache.cached_file_list(folder) or [], read_card(folder), config, d.split)
     files = [folder / n for n in names if Path(n).suffix.lower() in data_files.SUFFIXES]
-    return data_files.columns(files, repo) if files else None
+    return data_files.read_columns(files, repo) if files else None

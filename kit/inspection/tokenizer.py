@@ -50,7 +50,7 @@ class TokenizerReport:
     notes: list[str] = field(default_factory=list)
 
 
-def read_files(folder: Path) -> TokenizerFiles | None:
+def read_tokenizer_files(folder: Path) -> TokenizerFiles | None:
     """The tokenizer in a folder, None where there is none; KitError where a file is damaged."""
     names = [FAST, CONFIG, *OTHERS]
     if not any(next(folder.glob(name), None) for name in names):
@@ -123,7 +123,7 @@ def named_templates() -> dict[str, Path]:
     return {file.stem: file for folder in folders for file in sorted(folder.glob("*.jinja"))}
 
 
-def find_template(template: str) -> Path:
+def find_chat_template(template: str) -> Path:
     """The file of a named template or of a path; KitError where there is none."""
     if is_file_name(template):
         path = Path(template).expanduser()
@@ -180,7 +180,7 @@ def examine_tokenizer(
         )
     if folder is not None:
         try:
-            report.files = read_files(folder)
+            report.files = read_tokenizer_files(folder)
         except KitError as error:
             key = "tokenizer.name_or_path"
             report.problems += [Problem(p.problem, key, p.fix, "tokenizer-files") for p in error.problems]
@@ -198,7 +198,7 @@ def _look_at_template(report: TokenizerReport, t: Tokenizer, chat: bool, assista
     text = report.files.template if report.files else None
     if t.chat_template:
         try:
-            text = find_template(t.chat_template).read_text(encoding="utf-8")
+            text = find_chat_template(t.chat_template).read_text(encoding="utf-8")
         except KitError as error:
             if trl_templates() is None and not is_file_name(t.chat_template):
                 report.notes.append(f"chat template {t.chat_template}: TRL, which ships it, is not installed here")

@@ -14,7 +14,7 @@ import socket
 import sys
 from pathlib import Path
 
-from kit.config.nodes import by_node, over_ssh
+from kit.config.nodes import starts_by_node, starts_over_ssh
 from kit.schema import trackers
 from kit.schema.run_plan import Launch, RunPlan
 from kit.storage.hub_cache import NO_TELEMETRY
@@ -45,15 +45,15 @@ def launch_command(plan: RunPlan, plan_path: Path, resume: str | None = None) ->
     script_args = [str(plan_path), *(["--resume", resume] if resume else [])]
     module = [] if launch.script else ["--module"]
     env = rank_environment(plan)
-    address = (launch.master_addr or "127.0.0.1") if by_node(launch) else "127.0.0.1"
+    address = (launch.master_addr or "127.0.0.1") if starts_by_node(launch) else "127.0.0.1"
     if launch.launcher == "deepspeed":
         argv = [sys.executable, "-m", "deepspeed.launcher.runner"]
-        if over_ssh(launch):
+        if starts_over_ssh(launch):
             argv += [*hostfile_options(launch), "--launcher", "pdsh", "--force_multi"]
             argv += ["--launcher_args=-N"]  # lines without host names
             argv += ["--no_ssh_check", "--master_port", port]  # checked already, all nodes and not the first alone
             argv += ["--master_addr", launch.master_addr] if launch.master_addr else []
-        elif by_node(launch):
+        elif starts_by_node(launch):
             node_launch = write_node_hostfile(plan) if not launch.hostfile else launch
             argv += ["--no_ssh", "--node_rank", str(launch.node_rank), *hostfile_options(node_launch)]
             argv += ["--master_addr", address, "--master_port", port]
@@ -67,8 +67,8 @@ def launch_command(plan: RunPlan, plan_path: Path, resume: str | None = None) ->
         argv += ["--log_level", "error", "--no_local_rank", *module, *target, *script_args]
     elif launch.launcher == "torchrun":
         argv = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", count]
-        argv += ["--nnodes", str(launch.num_nodes if by_node(launch) else 1)]
-        argv += ["--node_rank", str(launch.node_rank)] if by_node(launch) else []
+        argv += ["--nnodes", str(launch.num_nodes if starts_by_node(launch) else 1)]
+        argv += ["--node_rank", str(launch.node_rank)] if starts_by_node(launch) else []
         argv += ["--master_addr", address, "--master_port", port, *module, *target, *script_args]
     else:
         argv = [sys.executable, *(target if launch.script else ["-m", *target]), *script_args]
@@ -184,5 +184,5 @@ def tracker_environment(plan: RunPlan) -> dict[str, str]:
         "mlflow": {"MLFLOW_TRACKING_URI": f"sqlite:///{run}/mlflow.db", "MLFLOW_EXPERIMENT_NAME": plan.name},
         "trackio": {"TRACKIO_DIR": str(run / "trackio")},
     }
-    variables = [settings.get(name, {}) for name in trackers.names(plan.trainer.get("report_to"))]
+    variables = [settings.get(name, {}) for name in trackers.tracker_names(plan.trainer.get("report_to"))]
     return {key: value for each in variables for key, value in each.items() if key not in os.environ}

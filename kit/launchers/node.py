@@ -13,9 +13,9 @@ import shlex
 import socket
 from collections.abc import Mapping
 
-from kit.config.nodes import by_node, hosts_now
+from kit.config.nodes import read_hosts, starts_by_node
 from kit.errors import ENVIRONMENT, REFUSED, KitError, Problem
-from kit.schema.run_plan import HOST, RunPlan
+from kit.schema.run_plan import HOST_PATTERN, RunPlan
 from kit.system import hardware
 
 FIRST_PORT, PORT_COUNT = 20_000, 10_000  # below what systems give to outgoing connections, and below Kubernetes' own
@@ -24,7 +24,7 @@ FIRST_PORT, PORT_COUNT = 20_000, 10_000  # below what systems give to outgoing c
 def resolve_node(plan: RunPlan, env: Mapping[str, str] = os.environ) -> RunPlan:
     """The plan with node_rank, master_addr and master_port filled in; as it is where one command starts all ranks."""
     launch = plan.launch
-    if not by_node(launch):
+    if not starts_by_node(launch):
         return plan
     rank = launch.node_rank
     if rank is None:
@@ -41,11 +41,11 @@ def resolve_node(plan: RunPlan, env: Mapping[str, str] = os.environ) -> RunPlan:
         problems.append(Problem(message, "launch.node_rank", f"0 to {int(launch.num_nodes) - 1}"))
     address = launch.master_addr or env.get("MASTER_ADDR") or first_slurm_host(env)
     if not address and launch.hostfile:
-        address = next(iter(hosts_now(launch)))
+        address = next(iter(read_hosts(launch)))
     if not address:
         message = "nobody says where node 0 is"
         problems.append(Problem(message, "launch.master_addr", "launch.master_addr=HOST, the same on every node"))
-    elif not re.fullmatch(HOST, address):
+    elif not re.fullmatch(HOST_PATTERN, address):
         message = f"{address!r} is no host's name or address"
         problems.append(Problem(message, "launch.master_addr", "that of node 0, the same on every node"))
     port = launch.master_port if launch.master_port is not None else first_integer(env, "MASTER_PORT")
@@ -80,7 +80,7 @@ def derive_port(mark: str) -> int:
 
 def ranks_of_node(plan: RunPlan) -> range | None:
     """The ranks that this node starts; None: all of the run's, or all that a launcher reaches."""
-    if not by_node(plan.launch) or plan.launch.node_rank is None:
+    if not starts_by_node(plan.launch) or plan.launch.node_rank is None:
         return None
     count = int(plan.launch.num_gpus)
     return range(plan.launch.node_rank * count, (plan.launch.node_rank + 1) * count)

@@ -131,15 +131,15 @@ def slurm_settings_for_verb(plan: RunPlan | None, verb: str) -> dict[str, Any]:
 
 def override_slurm_settings(slurm: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
     """The settings with `launch.slurm.KEY=VALUE` on top; KitError for what is no setting of a job."""
-    from kit.config.compose import apply
-    from kit.config.sections import read_slurm
+    from kit.config.compose import apply_overrides
+    from kit.config.sections import read_slurm_settings
 
     other = [w for w in words if w.startswith("launch=") and w != "launch=slurm"]
     other += [w for w in words if not w.startswith(("launch=", "launch.slurm."))]
     if other:
         raise KitError(f"{other[0]}: a later step runs here or with launch=slurm", "command line", "launch=slurm")
-    tree = apply({"launch": {"slurm": slurm}}, [w for w in words if w != "launch=slurm"])
-    return read_slurm(tree["launch"]["slurm"])
+    tree = apply_overrides({"launch": {"slurm": slurm}}, [w for w in words if w != "launch=slurm"])
+    return read_slurm_settings(tree["launch"]["slurm"])
 
 
 def inside_allocation(plan: RunPlan) -> bool:

@@ -94,7 +94,7 @@ def sbatch_header(
     about: str, name: str, output: str, slurm: dict[str, Any], nodes: int, more: Sequence[str]
 ) -> list[str]:
     """The lines before the work: options for sbatch, modules and set-up. KitError for a value that is not plain."""
-    problems = [*values.value_problems(slurm), *values.extra_problems(slurm)]
+    problems = [*values.slurm_value_problems(slurm), *values.slurm_extra_problems(slurm)]
     if problems:
         raise KitError([Problem(problem, key, fix, "slurm-value") for problem, key, fix in problems])
     if not values.JOB_NAME.fullmatch(name):

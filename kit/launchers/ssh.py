@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from kit.config.nodes import hosts_now
+from kit.config.nodes import read_hosts
 from kit.errors import ENVIRONMENT, KitError, Problem
 from kit.schema.run_plan import RunPlan
 from kit.storage import run_directory
@@ -76,7 +76,7 @@ def user_environment_lines() -> dict[str, str]:
 
 
 def selected_hosts(plan: RunPlan) -> list[str]:
-    return list(hosts_now(plan.launch))[: int(plan.launch.num_nodes)]
+    return list(read_hosts(plan.launch))[: int(plan.launch.num_nodes)]
 
 
 def check_nodes_reachable(plan: RunPlan) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from kit.config.nodes import over_ssh
+from kit.config.nodes import starts_over_ssh
 from kit.errors import DONE, STOPPED, KitError, Problem
 from kit.launchers import node, ops, ranks
 from kit.launchers import ssh as remote
@@ -40,7 +40,7 @@ PR_SET_PDEATHSIG = 1
 def launch(plan: RunPlan, resume: str | None = None) -> int:
     """Run a plan whose directory exists; the exit code of the command. Blocks until no process is left."""
     plan = node.resolve_node(plan)
-    run, own_ranks, ssh = plan.run_path, node.ranks_of_node(plan), over_ssh(plan.launch)
+    run, own_ranks, ssh = plan.run_path, node.ranks_of_node(plan), starts_over_ssh(plan.launch)
     first = own_ranks is None or own_ranks.start == 0
     status_before = None if first else run_directory.read_status(run)
     name = "" if first else f".node{plan.launch.node_rank}"

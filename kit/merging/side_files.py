@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kit.errors import KitError
-from kit.inspection.tokenizer import read_files
+from kit.inspection.tokenizer import read_tokenizer_files
 from kit.merging.parts import MergePlan
 from kit.storage.json_files import read_json
 from kit.storage.safetensors_header import INDEX, read_header
@@ -57,7 +57,7 @@ def copy_side_files(plan: MergePlan, staging: Path) -> None:
 
 def add_end_token(config: dict[str, Any], staging: Path) -> None:
     """Generation stops at the end token that the run trained, and at those that the base knew."""
-    files = read_files(staging)
+    files = read_tokenizer_files(staging)
     end = files and (files.tokens or {}).get(files.roles.get("eos_token") or "")
     if end is None:
         return
@@ -81,10 +81,10 @@ def _copy_matching(folder: Path, pattern: str, staging: Path) -> None:
 def check_tokenizer_fits(plan: MergePlan) -> None:
     """KitError where the adapter's tokenizer knows tokens that the embeddings have no row for."""
     rows = plan.vocabulary or (plan.config.get("text_config") or {}).get("vocab_size") or plan.config.get("vocab_size")
-    trained = read_files(plan.adapter.folder)
+    trained = read_tokenizer_files(plan.adapter.folder)
     if trained is None or not rows or trained.size <= rows:
         return
-    base = read_files(plan.base)
+    base = read_tokenizer_files(plan.base)
     if base is None or base.size < trained.size:  # some bases name a token that they have no row for themselves
         raise KitError(
             f"the tokenizer saved with the adapter reaches id {trained.size - 1}, the embeddings have {rows} rows",

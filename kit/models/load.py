@@ -9,7 +9,7 @@ from transformers import AddedToken, AutoConfig, AutoModelForCausalLM, AutoToken
 from transformers.utils import logging
 
 from kit.errors import KitError, first_line
-from kit.inspection.tokenizer import find_template
+from kit.inspection.tokenizer import find_chat_template
 from kit.models.open import embedding_row_count, open_base
 from kit.schema.run_plan import RunPlan
 
@@ -43,7 +43,7 @@ def load_tokenizer(plan: RunPlan) -> Any:
             "name one that the data never holds, e.g. a reserved token",
         )
     if t.chat_template:
-        tokenizer.chat_template = find_template(t.chat_template).read_text(encoding="utf-8")
+        tokenizer.chat_template = find_chat_template(t.chat_template).read_text(encoding="utf-8")
     tokenizer.padding_side = "right"
     return tokenizer
 

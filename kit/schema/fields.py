@@ -89,27 +89,27 @@ BOOLS = {"true", "false", "yes", "no", "on", "off"}
 
 
 @cache
-def tables() -> dict[str, dict[str, dict[str, Any]]]:
+def field_tables() -> dict[str, dict[str, dict[str, Any]]]:
     """{table: {field: {kinds, default, choices, patterns, items, table, class, ge, ...}}}, read on first use."""
     return json.loads(Path(__file__).with_suffix(".json").read_text())["tables"]
 
 
-def names(table: str) -> list[str]:
+def field_names(table: str) -> list[str]:
     """The fields of one table that may be set, in upstream's order."""
-    return [name for name, entry in tables()[table].items() if "instead" not in entry]
+    return [name for name, entry in field_tables()[table].items() if "instead" not in entry]
 
 
-def default(table: str, key: str) -> Any:
+def field_default(table: str, key: str) -> Any:
     """Upstream's default. Raises KeyError for an unknown table or key, and None for a field that must be given."""
-    return tables()[table][key].get("default")
+    return field_tables()[table][key].get("default")
 
 
 def peft_types() -> list[str]:
     """The PEFT methods that have a table, e.g. LORA, ADALORA, IA3."""
-    return [name for name, table in tables().items() if "peft_type" in table]
+    return [name for name, table in field_tables().items() if "peft_type" in table]
 
 
-def check(
+def check_fields(
     table: str, values: Mapping[str, Any], where: str = "", allow_auto: Collection[str] = frozenset()
 ) -> list[Problem]:
     """Every unknown key, wrong kind, bad choice and number out of range in `values`, nested tables included.
@@ -117,11 +117,11 @@ def check(
     `where` is the dotted name of `values`; `allow_auto` names further keys whose value may be "auto".
     """
     problems: list[Problem] = []
-    known = tables()[table]
+    known = field_tables()[table]
     for key, value in values.items():
         path = f"{where}.{key}" if where else str(key)
         if key not in known:
-            problems.append(unknown(table, str(key), where))
+            problems.append(unknown_field(table, str(key), where))
         elif "instead" in known[key]:
             problems.append(_replaced(known[key], path))
         elif not (value == "auto" and isinstance(value, str) and (known[key].get("auto") or key in allow_auto)):
@@ -133,18 +133,18 @@ def check(
     return problems
 
 
-def cast(table: str, values: Mapping[str, Any]) -> dict[str, Any]:
+def cast_fields(table: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """The same values as upstream wants to see them: 2e8 -> 200000000 for whole numbers, 1 -> 1.0 where the default
     is a float (bitsandbytes refuses an int there). Keys and kinds that are not known stay as they are."""
-    known = tables()[table]
+    known = field_tables()[table]
     return {key: _cast_value(known[key], value) if key in known else value for key, value in values.items()}
 
 
-def unknown(table: str, key: str, where: str) -> Problem:
+def unknown_field(table: str, key: str, where: str) -> Problem:
     """The problem for a key that `table` does not have, with the likeliest intention."""
     path = f"{where}.{key}" if where else key
     renamed = RENAMED.get("peft" if table in peft_types() else table, {})
-    given = names(table)
+    given = field_names(table)
     if key in renamed:
         own = f"{where}." if where and renamed[key] in given else ""
         return Problem(f"unknown key {path}", path, f"use {own}{renamed[key]}", "renamed-key")
@@ -194,8 +194,8 @@ def _check_value(entry: dict[str, Any], value: Any, path: str) -> list[Problem]:
         return [p for i, item in enumerate(value) for p in _check_value(entry["items"], item, f"{path}[{i}]")]
     if isinstance(value, Mapping) and "table" in entry:
         if entry.get("open"):  # further keys are somebody else's, e.g. the parameters of any optimizer
-            value = {k: v for k, v in value.items() if k in tables()[entry["table"]]}
-        return check(entry["table"], value, path)
+            value = {k: v for k, v in value.items() if k in field_tables()[entry["table"]]}
+        return check_fields(entry["table"], value, path)
     return []
 
 
@@ -258,7 +258,7 @@ def _cast_value(entry: dict[str, Any], value: Any) -> Any:
     if type(value) is int and "int" not in kinds and "float" in kinds and isinstance(entry.get("default"), float):
         return float(value)
     if isinstance(value, Mapping):
-        return cast(entry["table"], value) if "table" in entry else dict(value)
+        return cast_fields(entry["table"], value) if "table" in entry else dict(value)
     if isinstance(value, list | tuple):
         return [_cast_value(entry["items"], item) for item in value] if "items" in entry else list(value)
     return value

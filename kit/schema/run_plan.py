@@ -15,8 +15,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from kit.errors import KitError, first_line
 
 PLAN_FORMAT = 1
-HOST = r"^[A-Za-z0-9:][A-Za-z0-9._:-]*$"  # a name or an address
-FILTER = r"^[A-Za-z0-9][A-Za-z0-9._-]*(:\d+(,\d+)*)?(@[A-Za-z0-9][A-Za-z0-9._-]*(:\d+(,\d+)*)?)*$"  # DeepSpeed's
+HOST_PATTERN = r"^[A-Za-z0-9:][A-Za-z0-9._:-]*$"  # a name or an address
+FILTER_PATTERN = (
+    r"^[A-Za-z0-9][A-Za-z0-9._-]*(:\d+(,\d+)*)?(@[A-Za-z0-9][A-Za-z0-9._-]*(:\d+(,\d+)*)?)*$"  # DeepSpeed's
+)
 
 
 class Strict(BaseModel):
@@ -88,11 +90,11 @@ class Launch(Strict):
     num_gpus: int | Literal["auto"] = "auto"
     num_nodes: int | Literal["auto"] = 1
     hostfile: str | None = None
-    include: str | None = Field(default=None, pattern=FILTER)
-    exclude: str | None = Field(default=None, pattern=FILTER)
+    include: str | None = Field(default=None, pattern=FILTER_PATTERN)
+    exclude: str | None = Field(default=None, pattern=FILTER_PATTERN)
     no_ssh: bool = False
     node_rank: int | None = Field(default=None, ge=0)
-    master_addr: str | None = Field(default=None, pattern=HOST)
+    master_addr: str | None = Field(default=None, pattern=HOST_PATTERN)
     master_port: int | None = Field(default=None, ge=1, le=65535)
     script: str | None = None
     grace_seconds: float = Field(default=120, gt=0)

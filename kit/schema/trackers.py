@@ -15,7 +15,7 @@ OURS = ("tensorboard", "wandb", "mlflow", "trackio")  # extras of this package, 
 KEY = "trainer.report_to"
 
 
-def names(report_to: Any) -> list[str]:
+def tracker_names(report_to: Any) -> list[str]:
     """`report_to` as a list; empty for none."""
     listed = [report_to] if isinstance(report_to, str) else list(report_to or [])
     return [str(name) for name in listed if name != "none"]

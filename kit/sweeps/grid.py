@@ -9,7 +9,7 @@ from functools import partial
 
 from kit import api
 from kit.config.compose import Composed
-from kit.config.multirun import Job, Point, Search, run
+from kit.config.multirun import MultirunJob, Search, SweepPoint, run_multirun
 from kit.errors import DONE, FAILED, REFUSED, KitError
 from kit.schema.run_plan import RunPlan
 from kit.storage import run_directory
@@ -34,7 +34,9 @@ from kit.system.terminal import print_problems, print_status
 
 def run_multirun(argv: list[str], fresh: bool) -> int:
     """The exit code of a multirun: 0 all done, 75 stopped, 4 a trial failed, 2 a trial was refused."""
-    return run(argv, Job(partial(train_point, fresh), partial(run_grid, fresh), partial(run_search, fresh)))
+    return run_multirun(
+        argv, MultirunJob(partial(train_point, fresh), partial(run_grid, fresh), partial(run_search, fresh))
+    )
 
 
 def train_point(fresh: bool, composed: Composed) -> int:
@@ -55,7 +57,7 @@ def run_search(fresh: bool, spec: Search) -> int:
     return search_trials(fresh, spec)
 
 
-def run_grid(fresh: bool, points: list[Point]) -> list[tuple[int, float | None]]:
+def run_grid(fresh: bool, points: list[SweepPoint]) -> list[tuple[int, float | None]]:
     """Run the points of a grid, or what is missing of it; exit code and metric of each."""
     if not points:
         raise KitError("the sweep has no trial: a range or a glob in it is empty", "command line", "kit list GROUP")

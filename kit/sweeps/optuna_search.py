@@ -10,8 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from kit.config.multirun import Point
-from kit.config.search_space import Dimension, Search, Value, compose_trial, snapshot
+from kit.config.multirun import SweepPoint
+from kit.config.search_space import Dimension, Search, TrialValue, compose_trial, snapshot_configuration
 from kit.errors import DONE, ENVIRONMENT, KitError, first_line
 from kit.schema.run_plan import HparamsSearch, RunPlan
 from kit.sweeps import record as files
@@ -50,7 +50,7 @@ def run_optuna_search(fresh: bool, spec: Search) -> int:
     metric = settings.metric or files.default_metric(base)
     with hold_folder(folder):
         if not (folder / CONFIG_COPY).exists():
-            snapshot(spec, folder / CONFIG_COPY)
+            snapshot_configuration(spec, folder / CONFIG_COPY)
         trials = files.read_record(folder)
         sweep = Sweep(folder, settings, metric, sweep_description(folder, settings, metric), trials)
         study = load_study(sweep)
@@ -219,7 +219,7 @@ def fail_without_metric(trial: Trial, metric: str) -> bool:
     return True
 
 
-def suggest_value(trial: Any, key: str, dimension: Dimension) -> Value:
+def suggest_value(trial: Any, key: str, dimension: Dimension) -> TrialValue:
     if dimension.choices:
         return trial.suggest_categorical(key, dimension.choices)
     if dimension.whole:
@@ -229,9 +229,9 @@ def suggest_value(trial: Any, key: str, dimension: Dimension) -> Value:
     return trial.suggest_float(key, dimension.low, dimension.high, step=dimension.step, log=dimension.log)
 
 
-def freeze_proposal(spec: Search, folder: Path, number: int, values: dict[str, Value]) -> Trial:
+def freeze_proposal(spec: Search, folder: Path, number: int, values: dict[str, TrialValue]) -> Trial:
     """A proposal composed and frozen; refused and listed where it is no valid run."""
-    point = Point(number, {key: v if isinstance(v, str) else f"{v:.6g}" for key, v in values.items()})
+    point = SweepPoint(number, {key: v if isinstance(v, str) else f"{v:.6g}" for key, v in values.items()})
     plan = None
     try:
         with paths.use_config_folder(folder / CONFIG_COPY):

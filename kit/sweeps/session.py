@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from kit.config.compose import Composed
-from kit.config.multirun import Point
-from kit.config.nodes import by_node
+from kit.config.multirun import SweepPoint
+from kit.config.nodes import starts_by_node
 from kit.config.plan import build_plan
 from kit.errors import DONE, FAILED, REFUSED, STOPPED, KitError, Problem
 from kit.launchers.supervise import StopRequests
@@ -55,7 +55,7 @@ def build_trial_plan(composed: Composed) -> RunPlan:
     if plan.launch.master_port and plan.world_size > 1 and settings.parallel != 1:
         message = "trials side by side cannot share launch.master_port"
         problems.append(Problem(message, "launch.master_port", "leave it out, or hparams_search.parallel=1"))
-    if by_node(plan.launch) and not plan.launch.slurm:
+    if starts_by_node(plan.launch) and not plan.launch.slurm:
         message = "a trial starts all of its ranks itself, which several nodes without ssh do not let it"
         problems.append(Problem(message, "launch.num_nodes", "launch.hostfile=FILE, or launch=slurm"))
     if problems:
@@ -94,7 +94,7 @@ def hold_folder(folder: Path) -> Iterator[None]:
         yield
 
 
-def freeze_point(folder: Path, point: Point, plan: RunPlan | None) -> Trial:
+def freeze_point(folder: Path, point: SweepPoint, plan: RunPlan | None) -> Trial:
     """A point frozen into its own run directory; one that has no plan is only named."""
     trial = Trial(point.number, folder / files.trial_directory_name(point.number, point.values), dict(point.values))
     if plan is None:

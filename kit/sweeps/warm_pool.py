@@ -88,7 +88,7 @@ def reason_to_start_cold(plan: RunPlan) -> str | None:
             return f"trainer.{sharing_key} is not made anew"
     if str(trainer.get("optim")).startswith("paged_"):  # bitsandbytes takes managed memory, and frees none of it
         return f"trainer.optim={trainer['optim']} does not give its memory back"
-    if others := set(trackers.names(trainer.get("report_to"))) - {"none", "tensorboard"}:
+    if others := set(trackers.tracker_names(trainer.get("report_to"))) - {"none", "tensorboard"}:
         return f"{min(others)} is open once in a process"
     return None
 

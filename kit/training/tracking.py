@@ -27,7 +27,7 @@ def closing_trackers(plan: RunPlan) -> Iterator[None]:
 
 def loaded_trackers(plan: RunPlan) -> dict[str, Any]:
     """The modules of the plan's trackers; a tracker that did not come as far as its import has nothing to close."""
-    return {n: sys.modules[n] for n in trackers.names(plan.trainer.get("report_to")) if n in sys.modules}
+    return {n: sys.modules[n] for n in trackers.tracker_names(plan.trainer.get("report_to")) if n in sys.modules}
 
 
 def reopen_mlflow(plan: RunPlan) -> None:

@@ -275,8 +275,8 @@ def test_edits(text: str, edit: tuple[Any, ...], after: str) -> None:
 # --- mutated files -----------------------------------------------------------------------------------------------
 
 BASES = [*source_ds.FILES.values(), *(json.loads(f.read_text()) for f in OURS)]
-NAMES = sorted({k for t, table in fields.tables().items() if t.startswith("deepspeed") for k in table})
-TOP = list(fields.tables()["deepspeed"])
+NAMES = sorted({k for t, table in fields.field_tables().items() if t.startswith("deepspeed") for k in table})
+TOP = list(fields.field_tables()["deepspeed"])
 SOME: list[Any] = [
     None, True, False, 0, 1, -1, 7, 10**10, 0.9, 5e8, "auto", "true", "cpu", "5e8", "bf16", "", {}, [1, "auto"],
     {"enabled": "auto"}, {"enabled": True}, {"device": "cpu"}, {"stage": 2}, {"x": 1}, {"type": "WarmupLR"},

@@ -86,7 +86,7 @@ def asked() -> dict[str, set[str]]:
 
 
 def test_no_key_that_deepspeed_reads_at_the_top_is_unknown(asked: dict[str, set[str]]) -> None:
-    known = set(fields.tables()["deepspeed"])
+    known = set(fields.field_tables()["deepspeed"])
     assert asked[""] - known == set()
     assert len(asked[""]) > 50
 
@@ -96,7 +96,7 @@ def test_every_key_of_ours_is_read(asked: dict[str, set[str]]) -> None:
     import deepspeed
 
     root = Path(deepspeed.__file__).parent
-    assert set(fields.tables()["deepspeed"]) - asked[""] <= set(ELSEWHERE)
+    assert set(fields.field_tables()["deepspeed"]) - asked[""] <= set(ELSEWHERE)
     for key in ELSEWHERE:
         text = (root / ELSEWHERE[key]).read_text()
         assert re.search(rf"['\"]{key}['\"]", text), key
@@ -107,7 +107,7 @@ def test_the_blocks_without_a_model(asked: dict[str, set[str]]) -> None:
     deeper = {name: keys for name, keys in asked.items() if name.split(".")[0] in PLAIN}
     assert len(deeper) >= 15, deeper
     for name, keys in deeper.items():
-        table = fields.tables().get(f"deepspeed.{name}")
+        table = fields.field_tables().get(f"deepspeed.{name}")
         if table is not None and not name.endswith("params"):
             assert keys - set(table) == set(), name
 
@@ -119,7 +119,7 @@ def test_the_names_are_constants_that_the_reader_imports() -> None:
     tree = ast.parse(inspect.getsource(runtime))
     reader = next(n for n in ast.walk(tree) if isinstance(n, ast.ClassDef) and n.name == "DeepSpeedConfig")
     getters = {n.func.id for n in ast.walk(reader) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
-    known = {key for t in fields.tables() if t.startswith("deepspeed") for key in fields.tables()[t]}
+    known = {key for t in fields.field_tables() if t.startswith("deepspeed") for key in fields.field_tables()[t]}
     found: set[str] = set()
     for node in tree.body:
         if not isinstance(node, ast.FunctionDef) or node.name not in getters:
@@ -152,7 +152,7 @@ def models() -> dict[str, str]:
     nested = {
         entry["table"]: entry["class"]
         for name in roots
-        for entry in fields.tables()[name].values()
+        for entry in fields.field_tables()[name].values()
         if entry.get("class", "").startswith("deepspeed.") and "table" in entry
     }
     return roots | nested
@@ -165,7 +165,7 @@ def test_a_model_field_by_field(table: str) -> None:
 
     module, _, name = models()[table].rpartition(".")
     cls = getattr(importlib.import_module(module), name)
-    ours = fields.tables()[table]
+    ours = fields.field_tables()[table]
     differ = []
     names = set(cls.model_fields) | {f.alias for f in cls.model_fields.values() if f.alias}
     assert {k for k, e in ours.items() if not e.get("removed")} == names
@@ -177,7 +177,7 @@ def test_a_model_field_by_field(table: str) -> None:
         default = make_fields.plain(field.get_default(call_default_factory=True))
         assert entry.get("required") or entry["default"] == default, key
         for kind, value in samples.items():
-            refused = bool(fields.check(table, {key: value}))
+            refused = bool(fields.check_fields(table, {key: value}))
             if (kind == "bool" and refused) or (table, key) == ("deepspeed.tensor_parallel", "dtype"):
                 continue  # pydantic takes true for 1; no JSON holds a torch.dtype, which check_deepspeed_json says
             try:
@@ -196,11 +196,11 @@ def test_optimizers_and_schedulers_are_deepspeeds_own() -> None:
     from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
     from deepspeed.runtime.lr_schedules import VALID_LR_SCHEDULES
 
-    types = fields.tables()["deepspeed.optimizer"]["type"]["choices"]
+    types = fields.field_tables()["deepspeed.optimizer"]["type"]["choices"]
     assert {t.lower() for t in types} >= set(DEEPSPEED_OPTIMIZERS)
     assert all(t.lower() in DEEPSPEED_OPTIMIZERS or hasattr(torch.optim, t) for t in types)
-    assert fields.tables()["deepspeed.scheduler"]["type"]["choices"] == list(VALID_LR_SCHEDULES)
-    adam = set(fields.tables()["deepspeed.optimizer.adam"])
+    assert fields.field_tables()["deepspeed.scheduler"]["type"]["choices"] == list(VALID_LR_SCHEDULES)
+    adam = set(fields.field_tables()["deepspeed.optimizer.adam"])
     for cls in (torch.optim.AdamW, FusedAdam, DeepSpeedCPUAdam):
         assert set(inspect.signature(cls).parameters) - adam <= {"params", "model_params"}
 
@@ -209,11 +209,11 @@ def test_removed_keys_have_a_word_for_each() -> None:
     from deepspeed.runtime import config as runtime
 
     for key in runtime._REMOVED_TOP_LEVEL_CONFIG_KEYS:
-        assert fields.tables()["deepspeed"][key]["removed"] is True
+        assert fields.field_tables()["deepspeed"][key]["removed"] is True
         with pytest.raises(runtime.DeepSpeedConfigError):
             runtime.DeepSpeedConfig({"train_batch_size": 1, key: {}})
     for key in runtime._REMOVED_ZERO_CONFIG_KEYS:
-        assert fields.tables()["deepspeed.zero_optimization"][key]["removed"] is True
+        assert fields.field_tables()["deepspeed.zero_optimization"][key]["removed"] is True
 
 
 def test_auto_is_allowed_where_transformers_or_accelerate_fill_it() -> None:
@@ -222,7 +222,7 @@ def test_auto_is_allowed_where_transformers_or_accelerate_fill_it() -> None:
     import transformers.integrations.deepspeed as hf
 
     source = inspect.getsource(hf) + inspect.getsource(plugin.DeepSpeedPlugin)
-    tables = fields.tables()
+    tables = fields.field_tables()
     allowed = {(t, k) for t in tables if t.startswith("deepspeed") for k, e in tables[t].items() if e.get("auto")}
     for table, key in allowed:
         assert f'"{key}"' in source or f".{key}" in source, (table, key)

@@ -32,34 +32,34 @@ def test_names_and_defaults_are_the_classes_own() -> None:
     classes = {"SFTConfig": SFTConfig} | {t.value: c for t, c in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     for table, cls in classes.items():
         own = {f.name: f for f in dataclasses.fields(cls) if f.init}
-        assert fields.names(table) == list(own)
+        assert fields.field_names(table) == list(own)
         for name, field in own.items():
             if field.default is not dataclasses.MISSING:
-                assert fields.default(table, name) == make_fields.plain(field.default), f"{table}.{name}"
+                assert fields.field_default(table, name) == make_fields.plain(field.default), f"{table}.{name}"
     assert set(fields.peft_types()) == set(classes) - {"SFTConfig"}
-    assert len(fields.names("SFTConfig")) == 135
-    assert len(fields.names("LORA")) == 42 == len(dataclasses.fields(LoraConfig))
+    assert len(fields.field_names("SFTConfig")) == 135
+    assert len(fields.field_names("LORA")) == 42 == len(dataclasses.fields(LoraConfig))
     taken = inspect.signature(BitsAndBytesConfig).parameters
-    assert fields.names("BitsAndBytesConfig") == [n for n in taken if n != "kwargs"]
+    assert fields.field_names("BitsAndBytesConfig") == [n for n in taken if n != "kwargs"]
 
 
-@pytest.mark.parametrize("table", fields.tables())
+@pytest.mark.parametrize("table", fields.field_tables())
 def test_every_default_is_accepted_and_kept(table: str) -> None:
     values = {
         name: entry["default"]
-        for name, entry in fields.tables()[table].items()
+        for name, entry in fields.field_tables()[table].items()
         if "instead" not in entry and "default" in entry and entry["default"] != "auto"
     }
-    problems = [p for p in fields.check(table, values, "x") if p.rule != "missing-key"]
+    problems = [p for p in fields.check_fields(table, values, "x") if p.rule != "missing-key"]
     # DeepSpeed's top-level blocks have no default of their own: None stands for "absent"
     assert problems == [] or table.startswith("deepspeed")
-    assert fields.cast(table, values) == values
+    assert fields.cast_fields(table, values) == values
 
 
 def test_reading_is_torch_free_and_quick() -> None:
     code = (
         "import sys, time; from kit.schema import fields; t = time.perf_counter()\n"
-        "fields.check('SFTConfig', {'learning_rate': 1e-4}); print(time.perf_counter() - t)\n"
+        "fields.check_fields('SFTConfig', {'learning_rate': 1e-4}); print(time.perf_counter() - t)\n"
         "assert not {'torch', 'transformers', 'pydantic', 'numpy'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -87,7 +87,7 @@ ACCEPTED: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize("table, values", ACCEPTED)
 def test_accepted(table: str, values: dict[str, Any]) -> None:
-    assert fields.check(table, values, "x", allow_auto={"bf16"}) == []
+    assert fields.check_fields(table, values, "x", allow_auto={"bf16"}) == []
 
 
 REFUSED = [
@@ -126,23 +126,28 @@ REFUSED = [
 
 @pytest.mark.parametrize("table, values, key, fix", REFUSED)
 def test_refused_with_key_and_fix(table: str, values: dict[str, Any], key: str, fix: str) -> None:
-    problems = fields.check(table, values, "trainer")
+    problems = fields.check_fields(table, values, "trainer")
     assert [p.where for p in problems] == [f"trainer.{key}"]
     assert f"trainer.{key}" in problems[0].problem
     assert fix in problems[0].fix
 
 
 def test_cast_makes_the_numbers_upstream_wants() -> None:
-    got = fields.cast("SFTConfig", {"max_steps": 2e2, "learning_rate": 1, "logging_steps": 10, "unknown": 1.0})
+    got = fields.cast_fields("SFTConfig", {"max_steps": 2e2, "learning_rate": 1, "logging_steps": 10, "unknown": 1.0})
     assert json.dumps(got) == '{"max_steps": 200, "learning_rate": 1.0, "logging_steps": 10, "unknown": 1.0}'
-    assert json.dumps(fields.cast("BitsAndBytesConfig", {"llm_int8_threshold": 6})) == '{"llm_int8_threshold": 6.0}'
-    nested = fields.cast("deepspeed", {"zero_optimization": {"reduce_bucket_size": 2e8, "leaf_module": {"names": []}}})
+    assert (
+        json.dumps(fields.cast_fields("BitsAndBytesConfig", {"llm_int8_threshold": 6}))
+        == '{"llm_int8_threshold": 6.0}'
+    )
+    nested = fields.cast_fields(
+        "deepspeed", {"zero_optimization": {"reduce_bucket_size": 2e8, "leaf_module": {"names": []}}}
+    )
     assert json.dumps(nested["zero_optimization"]["reduce_bucket_size"]) == "200000000"
 
 
 @pytest.mark.parametrize("table, old", [(t, k) for t in fields.RENAMED for k in fields.RENAMED[t]])
 def test_rename_hints_are_needed_and_name_keys_that_exist(table: str, old: str) -> None:
-    names = fields.names("LORA" if table == "peft" else table)
+    names = fields.field_names("LORA" if table == "peft" else table)
     hint = fields.RENAMED[table][old]
     assert old not in names
     assert hint in names or not hint.isidentifier()

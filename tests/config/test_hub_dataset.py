@@ -40,17 +40,17 @@ def test_splits_are_those_of_datasets(layout, tmp_path: Path):
     for split, expected in splits.items():
         assert sorted(hub_dataset.split_files(names, card, None, split)) == expected, split
     everything = sorted(f for files in splits.values() for f in files)
-    assert sorted(hub_dataset.files_of(names, card, None)) == everything
+    assert sorted(hub_dataset.configuration_files(names, card, None)) == everything
 
 
 def test_a_choice_is_asked_for_and_checked():
     card = CONFIGS.format("a", "    a.jsonl\n- config_name: b\n  data_files: b.jsonl\n")
     names = ["a.jsonl", "b.jsonl", "run.py", ".hidden.jsonl"]
-    assert hub_dataset.files_of(names, card, "b") == ["b.jsonl"]
+    assert hub_dataset.configuration_files(names, card, "b") == ["b.jsonl"]
     for name in (None, "c"):
         with pytest.raises(KitError, match="one of a, b"):
-            hub_dataset.files_of(names, card, name)
-    assert hub_dataset.files_of(names, "---\n[broken\n---\n", None) == ["a.jsonl", "b.jsonl"]
+            hub_dataset.configuration_files(names, card, name)
+    assert hub_dataset.configuration_files(names, "---\n[broken\n---\n", None) == ["a.jsonl", "b.jsonl"]
     assert hub_dataset.split_files(names, CONFIGS.format("a", "    '[z-a].jsonl'\n"), None, "train") == []
 
 
@@ -71,11 +71,11 @@ def test_a_snapshot_counts_only_whole_and_listed(tmp_path: Path, monkeypatch: py
     snapshot = repo / "snapshots" / ("a" * 40)
     snapshot.mkdir(parents=True)
     (snapshot / "1.jsonl").write_text("{}")
-    assert hub_dataset.find_snapshot("org/chat", None, "a" * 40) is None
+    assert hub_dataset.find_dataset_snapshot("org/chat", None, "a" * 40) is None
     listing = repo / "trees" / f"{'a' * 40}.json"
     listing.parent.mkdir()
     listing.write_text('{"format_version": 1, "files": {"1.jsonl": {}, "2.jsonl": {}, "run.py": {}}}')
-    assert hub_dataset.find_snapshot("org/chat", None, "a" * 40) is None
+    assert hub_dataset.find_dataset_snapshot("org/chat", None, "a" * 40) is None
     (snapshot / "2.jsonl").write_text("{}")
-    assert hub_dataset.find_snapshot("org/chat", None, "a" * 40) == snapshot
-    assert hub_dataset.find_snapshot("org/chat", None, None) is None  # no branch is noted
+    assert hub_dataset.find_dataset_snapshot("org/chat", None, "a" * 40) == snapshot
+    assert hub_dataset.find_dataset_snapshot("org/chat", None, None) is None  # no branch is noted

@@ -55,7 +55,7 @@ def test_keys_of_rules_are_keys_of_a_run():
             first = rest.partition(".")[0]
             own = first in ("init_from", "init_from_pickle", "peft_type", "file") or section == "fsdp"
             if section in tables and first and not own:
-                assert first in fields.tables()[tables[section]], key
+                assert first in fields.field_tables()[tables[section]], key
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str]):

@@ -56,7 +56,7 @@ def only(problems, key: str, *words: str) -> None:
 def test_the_files_say_what_the_tokenizer_says(model):
     from transformers import AutoTokenizer
 
-    theirs, files = AutoTokenizer.from_pretrained(model), tokenizer.read_files(model)
+    theirs, files = AutoTokenizer.from_pretrained(model), tokenizer.read_tokenizer_files(model)
     assert files.tokens == theirs.get_vocab() and files.size == len(theirs) == SIZE
     assert files.roles == {role: getattr(theirs, role) for role in tokenizer.ROLES}
     assert files.template == theirs.chat_template
@@ -179,7 +179,7 @@ def test_chatml_renders_and_marks_the_answer_with_its_end(model):
 
     known = AutoTokenizer.from_pretrained(model)
     known.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
-    known.chat_template = tokenizer.find_template("chatml").read_text()
+    known.chat_template = tokenizer.find_chat_template("chatml").read_text()
     chat = [{"role": "user", "content": "the patient"}, {"role": "assistant", "content": "has pain"}]
     assert known.apply_chat_template(chat, tokenize=False) == (
         "<|im_start|>user\nthe patient<|im_end|>\n<|im_start|>assistant\nhas pain<|im_end|>\n"
@@ -253,4 +253,4 @@ def test_ends_of_known_and_unknown_models():
     assert train_embeddings({"peft_type": "LORA", "modules_to_save": ["a", "b"]}, Base(), ["<a>"])[1] == []
     assert train_embeddings({"peft_type": "PROMPT_TUNING"}, Base(), [])[1] == []
     with pytest.raises(KitError):
-        tokenizer.find_template("nothing-like-it")
+        tokenizer.find_chat_template("nothing-like-it")

@@ -55,7 +55,7 @@ def filled_upstream(ds: dict[str, Any], trainer: dict[str, Any], world_size: int
     from transformers import TrainingArguments
     from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig, unset_hf_deepspeed_config
 
-    values = {name: fields.default("SFTConfig", name) for name in fields.names("SFTConfig")}
+    values = {name: fields.field_default("SFTConfig", name) for name in fields.field_names("SFTConfig")}
     args = SimpleNamespace(**values | {"bf16": False, "world_size": world_size} | trainer)
     args.get_warmup_steps = TrainingArguments.get_warmup_steps.__get__(args)
     model = SimpleNamespace(config=SimpleNamespace(hidden_size=hidden_size))
@@ -352,7 +352,9 @@ def test_no_key_of_the_installed_deepspeed_is_missing() -> None:
         for name in {n for pattern in patterns for n in re.findall(pattern, text)}:
             found.add(name.strip("\"'") if name[0] in "\"'" else getattr(module, name))
     assert len(found) > 100
-    known = {key for table in fields.tables() if table.startswith("deepspeed") for key in fields.tables()[table]}
+    known = {
+        key for table in fields.field_tables() if table.startswith("deepspeed") for key in fields.field_tables()[table]
+    }
     deeper = {"curriculum_metrics", "max_tokens", "lr_scaling_method", "min_batch_size", "max_batch_size", "verbose"}
     deeper |= {"sequence_picking_order", "random_ltd_layer_token_lr_schedule", "profile"}  # inside free-form blocks
     old = {"allgather_size", "mics_shard_size"}  # read only for zero_optimization: true, or to refuse it
@@ -365,7 +367,7 @@ def test_top_level_attributes_of_deepspeed_config_are_known() -> None:
 
     from deepspeed.runtime import config as runtime
 
-    top = set(fields.tables()["deepspeed"])
+    top = set(fields.field_tables()["deepspeed"])
     getters = re.findall(r"= (get_\w+)\(param_dict\)", inspect.getsource(runtime.DeepSpeedConfig._initialize_params))
     assert len(getters) > 30
     for getter in getters:

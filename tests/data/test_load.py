@@ -137,4 +137,4 @@ def test_too_few_rows_to_split(plan_of):
 
 
 def test_render_is_a_plain_function():
-    assert templates.render({"a": 1, "b": None}, {"text": "{{{a}}} {b}."}) == {"text": "{1} ."}
+    assert templates.render_row({"a": 1, "b": None}, {"text": "{{{a}}} {b}."}) == {"text": "{1} ."}

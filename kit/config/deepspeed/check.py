@@ -80,11 +80,11 @@ def check_deepspeed_json(ds: Mapping[str, Any], where: str = "deepspeed") -> lis
         key = f"{where}.zero_optimization"
         fix = f"{key}.stage=2 (or 0, 1, 3)"
         problems.append(Problem(f"{key} is missing: accelerate refuses that", key, fix, "zero-block"))
-    problems += fields.check("deepspeed", rest, where)
+    problems += fields.check_fields("deepspeed", rest, where)
     for block, table in typed_params(rest).items():
         reported = {p.where for p in problems}
         problems += [
-            p for p in fields.check(table, value_at(rest, block), f"{where}.{block}") if p.where not in reported
+            p for p in fields.check_fields(table, value_at(rest, block), f"{where}.{block}") if p.where not in reported
         ]
     reported = {p.where for p in problems}
     problems += [p for p in _unfilled("deepspeed", rest, where, typed_params(rest)) if p.where not in reported]
@@ -107,14 +107,14 @@ def typed_params(ds: Mapping[str, Any]) -> dict[str, str]:
         kind = value_at(ds, f"{name}.type")
         if isinstance(kind, str) and isinstance(value_at(ds, f"{name}.params"), Mapping):
             table = f"deepspeed.{name}.{'adam' if name == 'optimizer' and kind.lower() in ADAMS else kind}"
-            if table in fields.tables():
+            if table in fields.field_tables():
                 blocks[f"{name}.params"] = table
     return blocks
 
 
 def _unfilled(table: str | None, values: Mapping[str, Any], where: str, typed: Mapping[str, str]) -> Iterator[Problem]:
     """Every "auto" that is text to DeepSpeed's reader: nobody fills it, and no kind tells (T3)."""
-    known = fields.tables()[table] if table else {}
+    known = fields.field_tables()[table] if table else {}
     for key, value in values.items():
         path, entry = f"{where}.{key}", known.get(key, {})
         if isinstance(value, Mapping):

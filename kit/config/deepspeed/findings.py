@@ -127,7 +127,7 @@ def _add_auto(tree: dict[str, Any], key: str) -> Edit | None:
 
 def _missing(tree: dict[str, Any]) -> Iterator[Finding]:
     """Keys that the trainer would fill, had they been there."""
-    clipping = fields.default("deepspeed", "gradient_clipping")
+    clipping = fields.field_default("deepspeed", "gradient_clipping")
     for key, reason in NEVER_ADDED.items():
         edit = _add_auto(tree, key)
         if value_at(tree, key) is None and edit:
@@ -136,7 +136,7 @@ def _missing(tree: dict[str, Any]) -> Iterator[Finding]:
             text = f'"{outer}": {{"{last}": "auto"}}' if outer else f'"{last}": "auto"'
             yield Finding("missing", REFUSE, tuple(key.split(".")), 0, problem, f"add {text}", (edit,))
     kind, params = value_at(tree, "scheduler.type"), value_at(tree, "scheduler.params")
-    table = fields.tables().get(f"deepspeed.scheduler.{kind}", {}) if isinstance(kind, str) else {}
+    table = fields.field_tables().get(f"deepspeed.scheduler.{kind}", {}) if isinstance(kind, str) else {}
     for key in (k for k in SCHEDULED if k in table):
         if isinstance(params, dict) and params.get(key) is None:
             value = table[key].get("default")

@@ -125,9 +125,9 @@ def field_at(path: json_edit.KeyPath, tree: dict[str, Any]) -> tuple[str, dict[s
     """The table that a key belongs to ("" where nothing is known of its block) and its entry (empty if unknown)."""
     table, typed = "deepspeed", typed_params(tree)
     for depth, key in enumerate(path[:-1], 1):
-        inner = fields.tables().get(table, {}).get(key, {}).get("table", "")
+        inner = fields.field_tables().get(table, {}).get(key, {}).get("table", "")
         table = typed.get(".".join(path[:depth])) or inner
-    return table, fields.tables().get(table, {}).get(path[-1], {})
+    return table, fields.field_tables().get(table, {}).get(path[-1], {})
 
 
 def _holder(tree: Any, path: json_edit.KeyPath) -> dict[str, Any] | None:
@@ -138,13 +138,13 @@ def _holder(tree: Any, path: json_edit.KeyPath) -> dict[str, Any] | None:
 
 def _passes(table: str, key: str, value: Any) -> bool:
     """Whether the value would pass, were everything around it right."""
-    return not [p for p in fields.check(table, {key: value}) if p.rule != "missing-key"]
+    return not [p for p in fields.check_fields(table, {key: value}) if p.rule != "missing-key"]
 
 
 def _rename_edits(path: json_edit.KeyPath, holder: dict[str, Any], table: str, value: Any) -> tuple[Edit, ...]:
     """An unknown key that is plainly a known one, which is not there as well."""
     key = path[-1]
-    known = {name.lower(): name for name in fields.names(table)} if table else {}
+    known = {name.lower(): name for name in fields.field_names(table)} if table else {}
     meant = fields.RENAMED["deepspeed"].get(key, "") if table == "deepspeed" else ""
     if meant not in known.values():
         close = difflib.get_close_matches(key.lower().replace("-", "_"), known, 2, 0.8)
@@ -153,7 +153,7 @@ def _rename_edits(path: json_edit.KeyPath, holder: dict[str, Any], table: str, v
         meant = folded[0] if folded and (len(folded) == 1 or ratios[0] > ratios[1] + 0.02) else ""
     if not meant or meant in holder:
         return ()
-    entry = fields.tables()[table][meant]
+    entry = fields.field_tables()[table][meant]
     fits = _passes(table, meant, value) or (value == "auto" and accepts_auto(entry)) or (isinstance(value, dict) and
                                                                                 "table" in entry)  # fmt: skip
     return (Edit("rename", path, meant),) if fits else ()
@@ -180,7 +180,7 @@ def _deprecated_edits(
     if key == "max_grad_norm":
         return (gone,)  # the engine refuses it; gradient_clipping is the trainer's
     new = str(entry["instead"]).split(" ")[0]
-    if new not in fields.tables().get(table, {}):
+    if new not in fields.field_tables().get(table, {}):
         return ()
     if new in holder:
         # The old bfloat16 is not read beside bf16; two spellings of one value are no choice either.
@@ -200,7 +200,7 @@ def _value_edits(path: json_edit.KeyPath, table: str, entry: dict[str, Any], val
     if path == ("zero_optimization",):
         staged = isinstance(value, int) and value in (0, 1, 2, 3)  # true was stage 1 in old files
         return (Edit("replace", path, {"stage": int(value)}),) if staged else ()
-    block = fields.tables().get(str(entry.get("table")), {}) if kinds and "dict" in kinds else {}
+    block = fields.field_tables().get(str(entry.get("table")), {}) if kinds and "dict" in kinds else {}
     for new in _candidates(entry, kinds, block, value):
         if table and _passes(table, key, new) or (new == "auto" and accepts_auto(entry)):
             return (Edit("replace", path, new),)

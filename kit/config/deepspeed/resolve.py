@@ -53,7 +53,7 @@ def fill_deepspeed_json(
     problems = check_deepspeed_json(ds, where)
     if any(p.rule not in ("unknown-key", "range", "deepspeed") for p in problems):
         return dict(ds), problems  # nothing can be computed from values of the wrong kind
-    out = fields.cast("deepspeed", copy.deepcopy(dict(ds)))
+    out = fields.cast_fields("deepspeed", copy.deepcopy(dict(ds)))
     fill = _Fill(out, trainer, chosen, where, problems)
 
     fill.copy("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
@@ -94,8 +94,8 @@ class _Fill:
     def setting(self, key: str) -> Any:
         """The trainer's value; TRL's default where it is absent or wrong (then it is reported elsewhere)."""
         value = self.trainer.get(key)
-        if value is None or fields.check("SFTConfig", {key: value}):
-            return fields.default("SFTConfig", key)
+        if value is None or fields.check_fields("SFTConfig", {key: value}):
+            return fields.field_default("SFTConfig", key)
         return value
 
     def refuse(self, key: str, text: str, fix: str, rule: str = "deepspeed") -> None:
@@ -157,7 +157,7 @@ def _fill_optimizer(fill: _Fill) -> None:
             fix = f"trainer.optim=adamw_torch, or {fill.where}.zero_force_ds_cpu_optimizer=false to keep {optim}"
             fill.problems.append(Problem(text, "trainer.optim", fix, "offload-optimizer"))
         return
-    if "optim" in fill.chosen or optim != fields.default("SFTConfig", "optim"):
+    if "optim" in fill.chosen or optim != fields.field_default("SFTConfig", "optim"):
         text = f"trainer.optim={optim} would be ignored: {fill.where}.optimizer is given"
         fill.refuse("optimizer", text, f"leave trainer.optim out, or '~{fill.where}.optimizer'", "optimizer")
     other = str(value_at(out, "optimizer.type")).lower() not in ADAMS  # does not take all of these
@@ -175,8 +175,8 @@ def _fill_scheduler(fill: _Fill, total: int | None) -> None:
         text = f"trainer.lr_scheduler_type would be ignored: {fill.where}.scheduler is given"
         fill.refuse("scheduler", text, drop, "scheduler")
     table = f"deepspeed.scheduler.{value_at(out, 'scheduler.type')}"
-    out["scheduler"]["params"] = fields.cast(table, out["scheduler"].get("params") or {})
-    taken = fields.names(table)
+    out["scheduler"]["params"] = fields.cast_fields(table, out["scheduler"].get("params") or {})
+    taken = fields.field_names(table)
     if "warmup_max_lr" in taken:
         fill.copy("scheduler.params.warmup_max_lr")
     if "total_num_steps" in taken and total is None:

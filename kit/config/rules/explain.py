@@ -33,7 +33,7 @@ def find_rule(id: str) -> Rule:
     return by_id[id]
 
 
-def explain(id: str) -> str:
+def explain_rule(id: str) -> str:
     """Explain a rule for a terminal: what the libraries do by themselves, why it hurts, and what to do."""
     rule = find_rule(id)
     words = explanations()[rule.id]
@@ -52,7 +52,7 @@ def explain(id: str) -> str:
     return "\n".join([*lines, *(f"{name:<9} {value}" for name, value in facts.items())])
 
 
-def listing() -> str:
+def list_rules() -> str:
     """List every rule on a line: id, severity, summary."""
     width = max(len(rule.id) for rule in RULES)
     return "\n".join(

@@ -245,11 +245,11 @@ def checkpointing_kwargs(run: RuleContext) -> dict[str, Any]:
 
 
 def slurm_values(run: RuleContext) -> Violations:
-    yield from slurm.value_problems(run.plan["launch"]["slurm"] or {})
+    yield from slurm.slurm_value_problems(run.plan["launch"]["slurm"] or {})
 
 
 def slurm_extra(run: RuleContext) -> Violations:
-    yield from slurm.extra_problems(run.plan["launch"]["slurm"] or {})
+    yield from slurm.slurm_extra_problems(run.plan["launch"]["slurm"] or {})
 
 
 def slurm_gpus(run: RuleContext) -> Violations:

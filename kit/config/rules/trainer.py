@@ -16,7 +16,7 @@ FULL_RATE = 1e-4  # above it, training every weight with AdamW commonly diverges
 def setting(run: RuleContext, key: str) -> Any:
     """A trainer setting, or TRL's default for it."""
     value = run.plan["trainer"].get(key)
-    return fields.default("SFTConfig", key) if value is None else value
+    return fields.field_default("SFTConfig", key) if value is None else value
 
 
 def evaluates(run: RuleContext) -> bool:
