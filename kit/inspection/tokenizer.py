@@ -167,14 +167,8 @@ def examine_tokenizer(
     name = t.name_or_path or model.name_or_path
     folder = safetensors_header.find_model(name, t.revision or (model.revision if t.name_or_path is None else None))
     if folder is None and t.name_or_path and not hub_cache.looks_like_id(t.name_or_path):
-        report.problems.append(
-            Problem(
-                f"there is no tokenizer folder {name}",
-                "tokenizer.name_or_path",
-                "check the path, or give a Hub id",
-                "tokenizer-files",
-            )
-        )
+        problem, fix = f"there is no tokenizer folder {name}", "check the path, or give a Hub id"
+        report.problems.append(Problem(problem, "tokenizer.name_or_path", fix, "tokenizer-files"))
     if folder is not None:
         try:
             report.files = read_files(folder)
