@@ -91,7 +91,7 @@ def resume(run: str, *overrides: str) -> int:
         raise KitError(
             f"{path} has no complete checkpoint", str(path / run_directory.CHECKPOINTS), "kit train ... --fresh"
         )
-    plan = apply_overrides(plan, list(overrides))
+    plan = override_plan(plan, list(overrides))
     saved_on = manifest.read_manifest(newest.path).get("world_size")
     if plan.deepspeed and saved_on != plan.world_size:
         raise KitError(
@@ -109,7 +109,7 @@ def resume(run: str, *overrides: str) -> int:
     return launch(plan, resume=newest.path.name)
 
 
-def apply_overrides(plan: RunPlan, overrides: list[str]) -> RunPlan:
+def override_plan(plan: RunPlan, overrides: list[str]) -> RunPlan:
     """The plan with extendable and machine keys changed, from the tree that it froze; edited YAML plays no part."""
     if not overrides:
         return plan

@@ -33,7 +33,7 @@ TEXT = {".json", ".yaml", ".py", ".txt", ".md", ".sh", ".jsonl", ".jinja", ".csv
 BLANKED = [  # what differs between two runs of one revision
     (r"\d+(\.\d+)?(?= ?(s|ms|h|min|seconds|tokens/s|GB free|MB/s)\b)", "N"),
     (r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d)?(\.\d+)?(\+00:00|Z)?", "TIME"),
-    (r'("\w*(?:time|started|ended|pid|port|runtime|per_second|tokens_per|seconds|memory)\w*": ?)[\d.e+-]+', r"\1N"),
+    (r'("\w*(?:time|started|ended|pid|port|per_second|tokens_per|seconds|memory|rss)\w*": ?)[\d.e+-]+', r"\1N"),
     (r'("MASTER_PORT": |"--master_port", )"\d+"', r'\1"N"'),
     (r"process \d+", "process N"),
     (r"(?m)^.*%\|.*\|.*it/s\]$\n?", ""),  # progress bars
@@ -270,6 +270,14 @@ class Server:
         return "\n".join(line.rstrip() for line in text.splitlines())
 
 
+def shared_out(listed: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Give every line its worker: a plan's hash knows its folder, so a line is typed in the same one in every run."""
+    for heavy in (False, True):
+        for number, line in enumerate([x for x in listed if x["heavy"] == heavy]):
+            line["worker"] = number % WORKERS
+    return listed
+
+
 def record(listed: list[dict[str, Any]]) -> dict[str, Any]:
     """{id: answer} of the kit in CHECKOUT; workers take the lines in turn, the same ones at each revision."""
     from concurrent.futures import ThreadPoolExecutor
@@ -278,7 +286,7 @@ def record(listed: list[dict[str, Any]]) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for heavy in (False, True):
             server = Server(number, heavy)
-            for line in [line for line in listed if line["heavy"] == heavy][number::WORKERS]:
+            for line in [x for x in listed if x["heavy"] == heavy and x["worker"] == number]:
                 try:
                     found[line["id"]] = server.answer(line)
                 except Exception:  # the others are still worth knowing
@@ -336,10 +344,11 @@ def main() -> int:
     if a.again or not recorded.is_file():
         check_out(revision)
         make_inputs(INPUTS)
-        listed = lines(CHECKOUT)
+        listed = shared_out(lines(CHECKOUT))
         (FOLDER / "lines.json").write_text(json.dumps(listed))
         recorded.write_text(json.dumps(record(listed)))
-    listed = [line for line in json.loads((FOLDER / "lines.json").read_text()) if a.only in line["id"]]
+    listed = shared_out(json.loads((FOLDER / "lines.json").read_text()))
+    listed = [line for line in listed if a.only in line["id"]]
     before = {id: said for id, said in json.loads(recorded.read_text()).items() if a.only in id}
     check_out(a.other)
     found = differences(before, record(listed))

@@ -251,7 +251,7 @@ def test_default_prompts_come_from_plan_then_from_held_out_rows(base, run, token
     rows = [
         {"messages": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": "a"}]} for i in range(9)
     ]
-    monkeypatch.setattr("kit.evaluation.generate.run_datasets", lambda plan: (rows[:1], rows))
+    monkeypatch.setattr("kit.evaluation.generate.load_run_datasets", lambda plan: (rows[:1], rows))
     result = generate(folder, which=["base"], max_new_tokens=1)
     assert [s["prompt"][0]["content"] for s in result["samples"]] == ["q0", "q1", "q2", "q3", "q4"]
     plan = {"model": {"name_or_path": str(base)}, "prompts": ["p1", "p2"]}
@@ -259,7 +259,7 @@ def test_default_prompts_come_from_plan_then_from_held_out_rows(base, run, token
     chat = generate(folder, which=["base"], max_new_tokens=6)
     assert [s["prompt"] for s in chat["samples"]] == ["p1", "p2"]
     plain_rows = [{"prompt": "q", "completion": "a"}]  # the run was not a chat, so neither are its prompts
-    monkeypatch.setattr("kit.evaluation.generate.run_datasets", lambda plan: (plain_rows, None))
+    monkeypatch.setattr("kit.evaluation.generate.load_run_datasets", lambda plan: (plain_rows, None))
     plain = generate(folder, which=["base"], max_new_tokens=6)
     raw = generate(folder, which=["base"], max_new_tokens=6, raw=True)
     assert plain["samples"] == raw["samples"] != chat["samples"]

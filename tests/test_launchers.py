@@ -321,16 +321,16 @@ def test_which_gpus_are_seen(visible, names):
 
 def test_resume_changes_only_what_may_change(plan_of):
     plan = plan_of("trainer.use_cpu=true", "trainer.max_steps=10", "launch=local", "global_batch_size=8")
-    more = api.apply_overrides(plan, ["trainer.max_steps=20", "trainer.per_device_train_batch_size=4"])
+    more = api.override_plan(plan, ["trainer.max_steps=20", "trainer.per_device_train_batch_size=4"])
     assert (more.trainer["max_steps"], more.trainer["gradient_accumulation_steps"]) == (20, 2)
     assert (more.hash, more.run_dir, more.name) == (plan.hash, plan.run_dir, plan.name)
     with pytest.raises(KitError, match="cannot change within a run"):
-        api.apply_overrides(plan, ["peft.r=2"])
+        api.override_plan(plan, ["peft.r=2"])
     with pytest.raises(KitError, match="did you mean|no key|unknown key"):
-        api.apply_overrides(plan, ["trainer.max_step=2"])
+        api.override_plan(plan, ["trainer.max_step=2"])
     loose = plan_of("trainer.use_cpu=true", "launch=local")
     with pytest.raises(KitError, match="global batch would change"):
-        api.apply_overrides(loose, ["trainer.per_device_train_batch_size=4"])
+        api.override_plan(loose, ["trainer.per_device_train_batch_size=4"])
 
 
 def test_plans_survive_the_border(plan_of, tmp_path):

@@ -176,7 +176,8 @@ def test_a_directory_runs_one_sweep(sweep, tmp_path: Path, capsys):
     with run_directory.lock_run_directory(folder_of(tmp_path)):
         code = subprocess.run(
             [sys.executable, "-c", "import sys; from kit.storage import run_directory; from pathlib import Path\n"
-             "try:\n  run_directory.lock_run_directory(Path(sys.argv[1])).__enter__()\nexcept Exception as e:\n  sys.exit(str(e))",
+             "try:\n  run_directory.lock_run_directory(Path(sys.argv[1])).__enter__()\n"
+             "except Exception as e:\n  sys.exit(str(e))",
              str(folder_of(tmp_path))], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.getcwd()},
             cwd=Path(__file__).parents[1])  # fmt: skip
     assert "in use by process" in code.stderr
@@ -359,7 +360,8 @@ def launch(self, jobs, initial_job_idx):
 from hydra.core.plugins import Plugins
 Plugins.instance()
 sys.modules["hydra._internal.core_plugins.basic_launcher"].BasicLauncher.launch = launch
-job = multirun.MultirunJob(partial(sweep.train_one, False), partial(sweep.grid, False), partial(sweep.search, False))
+tasks = (sweep.train_point, sweep.run_grid, sweep.run_search)
+job = multirun.MultirunJob(*(partial(task, False) for task in tasks))
 multirun.run_multirun(["-m", "hydra/launcher=basic", *sys.argv[1:]], job)
 """
     other = """

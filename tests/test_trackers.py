@@ -164,7 +164,7 @@ def test_the_watch_sees_what_telemetry_would_do(tmp_path):
     """The same report that TRL sends, with the kit's switches and without."""
     send = "import time; from huggingface_hub.utils import send_telemetry; send_telemetry('trl/x'); time.sleep(1)"
     for name, code in {
-        "off": f"from kit.storage.hub_cache import no_telemetry; no_telemetry(); {send}",
+        "off": f"from kit.storage.hub_cache import disable_telemetry; disable_telemetry(); {send}",
         "on": send,
     }.items():
         env = harness.environment(**harness.watched(tmp_path / name))

@@ -66,9 +66,9 @@ def generate_verb(argv: list[str]) -> int:
     if a.prompts:
         prompts += read_prompts(a.prompts)
     result = generate_samples(
-        resolve_run_name(a.source), base=a.base, revision=a.revision, prompts=prompts or None, which=a.which, raw=a.raw,
-        max_new_tokens=a.max_new_tokens, temperature=a.temperature, top_p=a.top_p, seed=a.seed, system=a.system,
-        batch_size=a.batch_size, out=Path(a.out) if a.out else None,
+        resolve_run_name(a.source), base=a.base, revision=a.revision, prompts=prompts or None, which=a.which,
+        raw=a.raw, max_new_tokens=a.max_new_tokens, temperature=a.temperature, top_p=a.top_p, seed=a.seed,
+        system=a.system, batch_size=a.batch_size, out=Path(a.out) if a.out else None,
     )  # fmt: skip
     print(format_samples(result["samples"]))
     if result.get("adapter_equals_merged") is not None:

@@ -37,7 +37,7 @@ def train_verb(argv: list[str]) -> int:
             raise KitError("--follow and --then are for one run, not for a sweep", "command line", "leave them out")
         from kit.sweeps import grid as sweep
 
-        return sweep.run_multirun(argv, fresh)
+        return sweep.run_sweep(argv, fresh)
     from kit.config.compose import Composed, run_hydra
     from kit.config.plan import build_plan
 

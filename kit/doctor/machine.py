@@ -156,7 +156,8 @@ def check_memory(root: Path) -> list[Finding]:
     if limit and limit < total:
         used = hardware.cgroup_memory_used(root)
         free = min(free, limit - used) if used is not None else min(free, limit)
-        description = f"{format_gb(limit)} of {format_gb(total)} granted to this control group, {format_gb(max(free, 0))} available"
+        available = format_gb(max(free, 0))
+        description = f"{format_gb(limit)} of {format_gb(total)} granted to this control group, {available} available"
     if kills := hardware.cgroup_oom_kills(root):
         description += f"; the kernel has killed {kills} process(es) here for want of it"
     if free < 4e9:

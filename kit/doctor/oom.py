@@ -51,6 +51,7 @@ def memory_levers(where: str, plan: dict[str, Any], message: str) -> list[str]:
     gigabytes = {key: parse_gib(pattern, message) for key, pattern in MEMORY_FIGURES.items()}
     total = gigabytes["total"] or 0.0
     used = gigabytes["mine"] or total
+    no_next_stage = (alone and zero < 2) or (zero == 3 and offloads)
     texts = {
         "others": "other processes hold memory of this GPU: nvidia-smi shows whose they are"
         if total and used < 0.8 * total - (gigabytes["free"] or 0) else "",
@@ -58,7 +59,7 @@ def memory_levers(where: str, plan: dict[str, Any], message: str) -> list[str]:
         "eval": f"trainer.per_device_eval_batch_size={eval_batch // 2}" if eval_batch > 1 else "",
         "checkpointing": "" if checkpointing else "trainer.gradient_checkpointing=true",
         "length": f"trainer.max_length={max(128, int(length) // 2)} if few rows are that long" if length else "",
-        "zero": f"deepspeed={NEXT_ZERO_STAGE[min(zero, 3)]}" if not (alone and zero < 2) and not (zero == 3 and offloads) else "",
+        "zero": "" if no_next_stage else f"deepspeed={NEXT_ZERO_STAGE[min(zero, 3)]}",
         "zero3": "" if zero == 3 or alone else "deepspeed=zero3 (each rank loads its share)",
         "offload": f"deepspeed={'zero3_offload' if zero == 3 else 'zero2_offload'}" if not offloads else "",
         "offload_param": "deepspeed=zero3_offload" if zero == 3 and not quantized else "",

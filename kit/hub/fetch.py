@@ -208,7 +208,8 @@ def write_ref(repo: HubRepo) -> None:
 
 def print_repo(repo: HubRepo) -> None:
     total, there = (sum(map(repo.sizes.__getitem__, f)) for f in (repo.files, set(repo.files) - set(repo.missing)))
-    line = f"{repo.key.partition('.')[0]:<9} {repo.name} at {repo.commit[:12]}: {len(repo.files)} files, {format_size(total)}"
+    line = f"{repo.key.partition('.')[0]:<9} {repo.name} at {repo.commit[:12]}: {len(repo.files)} files"
+    line += f", {format_size(total)}"
     print_line(line + (f", {format_size(there)} of it here" if there else "") + (", gated" if repo.gated else ""))
     for name in sorted(repo.missing):
         print_line(f"          {name} {format_size(repo.sizes[name])}")

@@ -145,7 +145,8 @@ def read_hub_columns(d: Dataset, repo: str, revision: str | None, here: bool) ->
     if folder is None:
         if here and hub_cache.is_offline() and not is_prepared(repo):
             key = "dataset.path" if repo == d.path else "dataset.eval_path"
-            problem = f"the data set {repo} is not, or not whole, in {hub_cache.hub_cache_folder()}, and HF_HUB_OFFLINE is set"
+            cache = hub_cache.hub_cache_folder()
+            problem = f"the data set {repo} is not, or not whole, in {cache}, and HF_HUB_OFFLINE is set"
             raise KitError(problem, key, hub_cache.fetch_command("dataset.path", repo, revision), rule="offline")
         return None
     names = split_files(hub_cache.cached_file_list(folder) or [], read_card(folder), config, d.split)

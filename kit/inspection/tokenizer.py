@@ -166,18 +166,11 @@ def examine_tokenizer(
     """
     report = TokenizerReport()
     name = t.name_or_path or model.name_or_path
-    folder = safetensors_header.find_model_folder(
-        name, t.revision or (model.revision if t.name_or_path is None else None)
-    )
+    revision = t.revision or (model.revision if t.name_or_path is None else None)
+    folder = safetensors_header.find_model_folder(name, revision)
     if folder is None and t.name_or_path and not hub_cache.is_hub_id(t.name_or_path):
-        report.problems.append(
-            Problem(
-                f"there is no tokenizer folder {name}",
-                "tokenizer.name_or_path",
-                "check the path, or give a Hub id",
-                "tokenizer-files",
-            )
-        )
+        problem, fix = f"there is no tokenizer folder {name}", "check the path, or give a Hub id"
+        report.problems.append(Problem(problem, "tokenizer.name_or_path", fix, "tokenizer-files"))
     if folder is not None:
         try:
             report.files = read_tokenizer_files(folder)
@@ -262,7 +255,7 @@ def _look_at_tokens(report: TokenizerReport, t: Tokenizer, name: str, rows: int 
             close = difflib.get_close_matches(named, [k for k in files.tokens if k[:1] == named[:1]], 3, 0.6)
             fix = f"did you mean {' or '.join(close)}? " if close else ""
             problem = f"{role} {named!r} is not among the {files.size:,} tokens of {name}"
-            fix += f"Or add it: tokenizer.added_tokens=['{with_rule}']"
+            fix += f"Or add it: tokenizer.added_tokens=['{named}']"
             report.problems.append(Problem(problem, f"tokenizer.{role}", fix, "special-token"))
     pad, eos = (getattr(t, role) or files.roles.get(role, "") for role in ("pad_token", "eos_token"))
     for role, given, reason in (

@@ -54,9 +54,8 @@ def submit_run(plan: RunPlan, follow: bool = False, then: Sequence[str] = ()) ->
     job = record_job(run, "train", submit_script(script), script)
     log = run / run_directory.LOGS / f"slurm-{job}.out"
     print(f"job {job}: {run_directory.path_from_here(run)}")
-    print_status(
-        f"log: {run_directory.path_from_here(log)}; stop with a checkpoint: scancel --signal=USR1 {job}; end: scancel {job}"
-    )
+    stop = f"stop with a checkpoint: scancel --signal=USR1 {job}; end: scancel {job}"
+    print_status(f"log: {run_directory.path_from_here(log)}; {stop}")
     previous = job
     for verb in then:
         chained = write_script(

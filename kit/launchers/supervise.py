@@ -194,9 +194,8 @@ def exit_code_of_run(
     if state.get("state") == "done":
         return DONE
     if state.get("state") == "stopped":
-        print_status(
-            f"stopped at step {state.get('step')} with a complete checkpoint: kit resume {run_directory.path_from_here(run)}"
-        )
+        resume = f"kit resume {run_directory.path_from_here(run)}"
+        print_status(f"stopped at step {state.get('step')} with a complete checkpoint: {resume}")
         return STOPPED
     problems, code = ranks.read_rank_errors(run)
     if not problems:

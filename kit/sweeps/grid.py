@@ -32,7 +32,7 @@ from kit.system.dependencies import require_training_extras
 from kit.system.terminal import print_problems, print_status
 
 
-def run_multirun(argv: list[str], fresh: bool) -> int:
+def run_sweep(argv: list[str], fresh: bool) -> int:
     """The exit code of a multirun: 0 all done, 75 stopped, 4 a trial failed, 2 a trial was refused."""
     return run_multirun(
         argv, MultirunJob(partial(train_point, fresh), partial(run_grid, fresh), partial(run_search, fresh))

@@ -123,7 +123,8 @@ def read_record(folder: Path) -> list[Trial]:
             for row in json.loads(path.read_text(encoding="utf-8"))["trials"]
         ]  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError):
-        fix = f"rm {run_directory.path_from_here(path)}: a grid then looks at its trials' directories; --fresh starts anew"
+        record = run_directory.path_from_here(path)
+        fix = f"rm {record}: a grid then looks at its trials' directories; --fresh starts anew"
         raise KitError("the sweep's record cannot be read", str(path), fix) from None
 
 

@@ -81,11 +81,11 @@ def reason_to_start_cold(plan: RunPlan) -> str | None:
         if key == "peft_type":
             allowed = value == "LORA"
         if not allowed:
-            return f"peft.{sharing_key}={value} may change the base"
+            return f"peft.{key}={value} may change the base"
     # Each of the three words about compiling turns it on.
     for key in ("torch_compile", "torch_compile_backend", "torch_compile_mode", "push_to_hub", "auto_find_batch_size"):
         if trainer.get(key):
-            return f"trainer.{sharing_key} is not made anew"
+            return f"trainer.{key} is not made anew"
     if str(trainer.get("optim")).startswith("paged_"):  # bitsandbytes takes managed memory, and frees none of it
         return f"trainer.optim={trainer['optim']} does not give its memory back"
     if others := set(trackers.tracker_names(trainer.get("report_to"))) - {"none", "tensorboard"}:

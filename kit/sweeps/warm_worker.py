@@ -124,7 +124,7 @@ class WarmState:
         self.draws_random = False
 
     def load(self, plan: Any, args: Any) -> tuple[Any, Any, Any]:
-        """In the place of kit.training.run.load: the first trial loads, the others get the same, put back."""
+        """In the place of kit.training.run.load_inputs: the first trial loads, the others get the same, put back."""
         import torch
 
         from kit.models.load import load_tokenizer

@@ -163,8 +163,8 @@ def test_a_resume_may_change_steps_after_the_source_has_gone(plan, adapter, base
     args = [f"model.name_or_path={base}", f"dataset.path={chat}", *SAME, f"peft.init_from={adapter}"]
     first = api.compose(*args, here=True)
     shutil.rmtree(adapter)
-    later = api.apply_overrides(first, ["trainer.max_steps=9"])
+    later = api.override_plan(first, ["trainer.max_steps=9"])
     assert (later.init_from, later.hash, later.trainer["max_steps"]) == (first.init_from, first.hash, 9)
     assert later.composed["peft"]["init_from"] == str(adapter)
     with pytest.raises(Exception, match="another run"):
-        api.apply_overrides(later, ["peft.init_from=somewhere/else"])
+        api.override_plan(later, ["peft.init_from=somewhere/else"])
