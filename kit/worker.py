@@ -29,9 +29,9 @@ from kit.errors import DONE, ENVIRONMENT, FAILED, KitError, Problem
 
 def main(argv: list[str] | None = None, **hooks: Any) -> None:
     """Run this process as one rank of a plan and exit. `hooks` go to the trainer: callbacks, compute_metrics, ..."""
-    from kit.training import signals as stopping
+    from kit.training import signals
 
-    stopping.install_handlers()
+    signals.install_handlers()
     from kit.training import watchdog  # which imports more
 
     watchdog.watch_launcher()

@@ -108,7 +108,7 @@ def test_an_answer_that_does_not_end_is_wrong(yes, base):
 
 
 def test_run_scores_base_adapter_and_merged_on_its_held_out_rows(run, base, tokenizer, monkeypatch):
-    monkeypatch.setattr(evaluate_module, "run_datasets", lambda plan: (CHATS[:1], CHATS))
+    monkeypatch.setattr(evaluate_module, "load_run_datasets", lambda plan: (CHATS[:1], CHATS))
     result = evaluate(run, max_new_tokens=4, limit=3)
     assert list(result["models"]) == ["base", "adapter", "merged", "most_frequent"]
     models = result["models"]
@@ -123,7 +123,7 @@ def test_run_scores_base_adapter_and_merged_on_its_held_out_rows(run, base, toke
     assert result == stored | {"file": str(run / "eval.json")} and stored["rows"] == 3
     text = format_table(result, width=100)
     assert "most frequent answer" in text and "66.7 %" in text and f"{models['base']['loss']:.4f}" in text
-    monkeypatch.setattr(evaluate_module, "run_datasets", lambda plan: (CHATS, None))
+    monkeypatch.setattr(evaluate_module, "load_run_datasets", lambda plan: (CHATS, None))
     with pytest.raises(KitError, match="holds out no rows"):
         evaluate(run)
 
@@ -141,14 +141,14 @@ def test_worked_examples_as_lines_and_as_turns(tmp_path, tokenizer, yes, monkeyp
     rows = [{"prompt": "Sky?", "completion": "blue"}, {"prompt": "Sea?", "completion": "green"}]
     lines = save(answering_model(bare, " blue", after="?", end="\nQ"), bare, tmp_path / "lines")
     seen = []
-    plain = evaluate_module.with_shots
+    plain = evaluate_module.encode_few_shot_prompt
 
     def spy(tokenizer, pair, shots, **kwargs):
         ids = plain(tokenizer, pair, shots, **kwargs)
         seen.append(tokenizer.decode(ids))
         return ids
 
-    monkeypatch.setattr(evaluate_module, "with_shots", spy)
+    monkeypatch.setattr(evaluate_module, "encode_few_shot_prompt", spy)
     train = [{"prompt": f"Thing {i}?", "completion": f"colour {i}"} for i in range(9)]
     result = evaluate(lines, data=rows, train_data=train, few_shot=2, max_new_tokens=12)
     assert result["settings"]["style"] == "text"

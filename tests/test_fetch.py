@@ -46,7 +46,7 @@ answers = []
 for argv in json.loads(sys.argv[1]):
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = cli.run(argv)
+        code = cli.run_verb(argv)
     answers.append([code, out.getvalue(), err.getvalue()])
 print(json.dumps([answers, sorted({n.partition(".")[0] for n in sys.modules})]))
 """

@@ -579,7 +579,7 @@ def test_the_command_writes_a_recipe_and_says_what_is_left(here: Path, capsys):
 def test_no_torch_and_no_trl_are_loaded(here: Path):
     code = (
         "import sys; from kit.cli import verbs as cli; "
-        "assert cli.run(['import', 'axolotl_qlora.yaml', '--out', 'made.yaml']) == 0; "
+        "assert cli.run_verb(['import', 'axolotl_qlora.yaml', '--out', 'made.yaml']) == 0; "
         "heavy = set('torch transformers trl peft deepspeed numpy'.split()); "
         "bad = {n.partition('.')[0] for n in sys.modules} & heavy; "
         "assert not bad, bad"

@@ -31,7 +31,7 @@ from kit.cli import verbs as cli
 answers = []
 for argv in json.loads(sys.argv[1]):
     try:
-        code = cli.run(argv)
+        code = cli.run_verb(argv)
     except SystemExit as stop:
         code = stop.code or 0
     answers.append([code, sorted({name.partition(".")[0] for name in sys.modules})])
@@ -188,6 +188,6 @@ def test_a_check_loads_little_beyond_its_floor(tmp_path: Path):
     floor = cli_latency.FLOOR.replace("sys.argv[1]", repr(str(ROOT))).replace("sys.argv[2]", "'quickstart'")
     tail = "\nimport sys; print(len(sys.modules))"
     below = int(python(floor + tail, cwd=tmp_path))
-    check = "from kit.cli import verbs as cli; assert cli.run(['check', 'recipe=quickstart']) == 0"
+    check = "from kit.cli import verbs as cli; assert cli.run_verb(['check', 'recipe=quickstart']) == 0"
     above = int(python(check + tail, cwd=tmp_path))
     assert above <= 1.3 * below, (above, below)

@@ -18,7 +18,7 @@ import yaml
 from kit import api
 from kit.cli import verbs as cli
 from kit.errors import DONE
-from kit.launchers import supervise as launching
+from kit.launchers import supervise
 from kit.storage import run_directory
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -79,10 +79,10 @@ def test_a_line_starts_what_it_says(line: str, there: Path, monkeypatch: pytest.
         assert cli.run_verb(["check", *argv[2:]]) == DONE, capsys.readouterr().err
     elif argv[:2] == ["kit", "launch-node"]:
         seen = []
-        monkeypatch.setattr(launching, "launch", lambda plan, resume=None: seen.append((plan, resume)) or DONE)
+        monkeypatch.setattr(supervise, "launch", lambda plan, resume=None: seen.append((plan, resume)) or DONE)
         monkeypatch.setenv("MASTER_ADDR", "gpu-01")
         assert cli.run_verb(argv[1:]) == DONE
-        placed = launching.node.placed(seen[0][0])
+        placed = supervise.node.resolve_node(seen[0][0])
         assert (placed.launch.node_rank, placed.launch.master_addr, seen[0][1]) == (1, "gpu-01", None)
         assert placed.launch.master_port == (29500 if "29500" in line else placed.launch.master_port)
     elif argv[0] == "torchrun":

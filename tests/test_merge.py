@@ -329,7 +329,7 @@ def killed_merge(point: str, adapter: Path, base: Path, out: Path) -> int:
 
     def run() -> None:
         module, name, after = {
-            "block": (kit.merging.stream, "_change", 2),
+            "block": (kit.merging.stream, "_write_changed_tensor", 2),
             "publish": (kit.storage.atomic_folder, "replace_folder", 0),
         }[point]
         setattr(module, name, dies(getattr(module, name), after))

@@ -124,8 +124,13 @@ def test_a_planted_fault_is_caught(base, chat, tmp_path, monkeypatch, fault):
 
     run = make_run(tmp_path, base, chat, *KINDS["skipped" if fault == "skipped module" else "nf4"])
     if fault == "scale":
-        real = stream.restorer
-        monkeypatch.setattr(stream, "restorer", lambda *a: (lambda f: lambda rows, n: f(rows, n) * 1.01)(real(*a)))
+        real = stream.make_restorer
+
+        def scaled(*args):
+            restore = real(*args)
+            return lambda rows, n: restore(rows, n) * 1.01
+
+        monkeypatch.setattr(stream, "make_restorer", scaled)
     else:
         real_modules = planning.quantized_modules
         calls = []

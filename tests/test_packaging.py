@@ -166,7 +166,7 @@ from kit.cli import verbs as cli
 codes = []
 for argv in json.loads(sys.argv[1]):
     print("#", *argv, file=sys.stderr)
-    codes.append(cli.run(argv))
+    codes.append(cli.run_verb(argv))
 print(json.dumps(codes))
 """
 

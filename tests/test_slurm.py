@@ -14,7 +14,7 @@ import pytest
 
 from kit import api
 from kit.cli import verbs as cli
-from kit.config import slurm as values
+from kit.config import slurm as slurm_values
 from kit.errors import DONE, ENVIRONMENT, REFUSED, KitError
 from kit.launchers import node, slurm, slurm_client, slurm_script
 from kit.schema.run_plan import Slurm
@@ -32,7 +32,7 @@ def script_of(**settings) -> str:
     return slurm_script.verb_script("merge", ["RUN"], Slurm(**settings).model_dump(), Path("/runs/x"))
 
 
-@pytest.mark.parametrize("key", values.PATTERNS)
+@pytest.mark.parametrize("key", slurm_values.PATTERNS)
 @pytest.mark.parametrize("value", HOSTILE)
 def test_no_hostile_value_reaches_a_directive(key: str, value: str):
     if key == "constraint" and value in ("(x)",):
@@ -96,7 +96,7 @@ SETUP = {  # a line: what it is refused for, None where it is not
 @pytest.mark.parametrize("line", SETUP)
 def test_a_setup_line_that_means_more_than_its_words(line: str):
     """It would be quoted into something else than was meant; a secret would stand in the script and the plan."""
-    found = list(values.slurm_value_problems({"setup": [line]}))
+    found = list(slurm_values.slurm_value_problems({"setup": [line]}))
     assert (not found) if SETUP[line] is None else SETUP[line] in found[0][0] and found[0][2]
     assert "gives" not in str(found) or not re.search("abc|aaaa|a b", str(found))
 
@@ -130,7 +130,7 @@ def test_what_is_given_stands_in_the_script():
     [(20, True), ("20", True), ("2:00:00", True), ("1-0", True), (43200, False), (5400, False), ("2h", False)],
 )
 def test_a_time_that_yaml_made_a_number_of(value, fine: bool):
-    assert (list(values.slurm_value_problems({"time": value})) == []) is fine
+    assert (list(slurm_values.slurm_value_problems({"time": value})) == []) is fine
 
 
 @pytest.mark.parametrize(

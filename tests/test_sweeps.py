@@ -19,7 +19,7 @@ from kit.cli import verbs as cli
 from kit.config import multirun, search_space
 from kit.errors import DONE, ENVIRONMENT, FAILED, REFUSED, STOPPED, KitError
 from kit.storage import run_directory
-from kit.sweeps import pool as trials
+from kit.sweeps import pool
 from kit.sweeps import record as files
 from kit.sweeps.pool import MetricsLog, Trial
 from kit.system import hardware
@@ -55,9 +55,7 @@ def sweep(base: Path, chat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """`kit train -m` on a tiny base, with pretended trials, in an empty folder."""
     (tmp_path / "pretend.py").write_text(PRETEND)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        trials, "trial_command", lambda plan: [sys.executable, str(tmp_path / "pretend.py"), str(plan)]
-    )
+    monkeypatch.setattr(pool, "trial_command", lambda plan: [sys.executable, str(tmp_path / "pretend.py"), str(plan)])
     stock = [f"model.name_or_path={base}", f"dataset.path={chat}", "trainer.max_length=64", "name=s"]
 
     def run(*overrides: str) -> int:

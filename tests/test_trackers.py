@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from kit import api
+from kit.config.rules import tracking
 from kit.errors import REFUSED, KitError
 from kit.launchers.command import rank_environment
 from kit.schema import trackers
@@ -76,7 +77,7 @@ def test_refused_at_check(compose, monkeypatch):
         "comet_ml sends what its own settings say" in w["problem"]
         for w in compose("tracking.report_to=comet_ml").warnings
     )
-    monkeypatch.setattr(trackers, "find_spec", lambda package: None)
+    monkeypatch.setattr(tracking, "find_spec", lambda package: None)
     compose("trainer.report_to=[wandb,trackio]")  # for another machine
     with pytest.raises(KitError) as refused:
         compose("trainer.report_to=[wandb,trackio]", here=True)

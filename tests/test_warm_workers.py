@@ -16,8 +16,7 @@ from kit import api
 from kit.cli import verbs as cli
 from kit.errors import DONE, FAILED, REFUSED, STOPPED
 from kit.schema.run_plan import RunPlan
-from kit.sweeps import pool as trials
-from kit.sweeps import warm_pool
+from kit.sweeps import pool, warm_pool
 from kit.system import hardware
 
 # Stands in the place of kit.sweeps.warm_worker, with one way to end for each r.
@@ -64,9 +63,7 @@ def sweep(base: Path, chat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for name, text in (("pretend.py", PRETEND), ("worker.py", WORKER)):
         (tmp_path / name).write_text(text)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        trials, "trial_command", lambda plan: [sys.executable, str(tmp_path / "pretend.py"), str(plan)]
-    )
+    monkeypatch.setattr(pool, "trial_command", lambda plan: [sys.executable, str(tmp_path / "pretend.py"), str(plan)])
     monkeypatch.setattr(warm_pool, "worker_command", lambda: [sys.executable, str(tmp_path / "worker.py")])
     stock = [f"model.name_or_path={base}", f"dataset.path={chat}", "trainer.max_length=64", "name=s",
              "hparams_search.workers=warm"]  # fmt: skip

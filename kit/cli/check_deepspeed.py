@@ -10,7 +10,7 @@ from typing import Any
 
 from kit.config.deepspeed.against_run import add_mismatches, describe_autos, fill_for_run, read_run_settings
 from kit.config.deepspeed.check import parse_deepspeed_json, read_deepspeed_text
-from kit.config.deepspeed.findings import REFUSE, Finding, find_faults, to_problem
+from kit.config.deepspeed.findings import REFUSE, FileFinding, find_faults, to_problem
 from kit.config.deepspeed.fixes import apply_fixes
 from kit.errors import DONE, REFUSED, KitError
 from kit.storage.json_files import atomic_write_text
@@ -86,7 +86,7 @@ def write_mended(out: str, text: str, overwrite: bool) -> str:
     return out
 
 
-def finding_row(finding: Finding) -> dict[str, Any]:
+def finding_row(finding: FileFinding) -> dict[str, Any]:
     return {
         "rule": finding.rule, "severity": finding.severity, "key": finding.key, "line": finding.line,
         "problem": finding.problem, "fix": finding.fix, "mendable": bool(finding.edits),

@@ -35,9 +35,9 @@ def train_verb(argv: list[str]) -> int:
     if any(a in ("-m", "--multirun") or a.replace(" ", "").lower() == "hydra.mode=multirun" for a in argv):
         if follow or then:
             raise KitError("--follow and --then are for one run, not for a sweep", "command line", "leave them out")
-        from kit.sweeps import grid as sweep
+        from kit.sweeps import grid
 
-        return sweep.run_sweep(argv, fresh)
+        return grid.run_sweep(argv, fresh)
     from kit.config.compose import Composed, run_hydra
     from kit.config.plan import build_plan
 

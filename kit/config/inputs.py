@@ -8,9 +8,8 @@ from pathlib import Path
 from kit.config.report import Report
 from kit.config.sections import Sections
 from kit.errors import KitError, Problem, with_rule
-from kit.inspection import dataset as data_files
-from kit.inspection import dataset_template as templates
-from kit.inspection import hub_dataset
+from kit.inspection import dataset_template, hub_dataset
+from kit.inspection.dataset import detect_format, find_data_files, read_columns
 from kit.inspection.model import Base, check_tokenizer_cached, inspect_model
 from kit.schema.run_plan import Dataset
 from kit.system import paths
@@ -42,22 +41,22 @@ def find_data_format(dataset: Dataset, here: bool) -> tuple[str | None, list[Pro
     data_format: str | None = None if dataset.format == "auto" else dataset.format
     if dataset.template:  # can be read without the data
         try:
-            written = templates.template_format(dataset.template)
+            written = dataset_template.template_format(dataset.template)
             data_format = written if data_format is None or written != "messages" else data_format
-            templates.template_columns(dataset.template)
+            dataset_template.template_columns(dataset.template)
         except KitError as error:
             return None, with_rule(error.problems, "dataset-template")
     for key, path in (("dataset.path", dataset.path), ("dataset.eval_path", dataset.eval_path)):
         if path is None or (paths.is_made_by_quickstart(path) and not Path(path).exists() and not here):
             continue
         try:
-            if (files := data_files.find_data_files(path)) is None:
+            if (files := find_data_files(path)) is None:
                 revision = dataset.revision if path == dataset.path else None
                 columns = hub_dataset.read_hub_columns(dataset, path, revision, here)
             else:
-                columns = data_files.read_columns(files, path)
+                columns = read_columns(files, path)
             if columns is not None:
-                data_format = data_files.detect_format(columns, dataset)
+                data_format = detect_format(columns, dataset)
         except KitError as error:
             of_key = [
                 Problem(p.problem, key if p.where == "dataset.path" else p.where, p.fix, p.rule)

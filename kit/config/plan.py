@@ -12,7 +12,7 @@ from kit.config.compose import Composed
 from kit.config.inputs import Inputs, inspect_inputs
 from kit.config.report import Report, unique
 from kit.config.resolve import Resolved, make_paths_absolute, resolve
-from kit.config.rules import table as rules
+from kit.config.rules import table
 from kit.config.rules.context import RuleContext
 from kit.config.sections import Sections, read_sections
 from kit.inspection.model import identify_base
@@ -33,7 +33,7 @@ def build_plan(composed: Composed, *, here: bool = True, world_size: int | None 
     # A batch job finds its files here and its GPUs elsewhere: kit/launchers/node.py looks at the node's.
     batch_job = resolved.processes.launch.slurm is not None
     on_this_machine = here and (not batch_job or world_size is not None)
-    rules.apply_rules(
+    table.apply_rules(
         RuleContext(
             plan=resolved.tree,
             report=report,

@@ -93,7 +93,7 @@ def snapshot_configuration(search: Search, folder: Path) -> None:
 
 
 def compose_trial(search: Search, values: dict[str, TrialValue], copy: Path | None = None) -> Composed:
-    """A trial of a search; `copy` is the snapshot to compose it from, which must be in use (paths.using)."""
+    """A trial of a search; `copy` is the snapshot to compose it from, which must be in use."""
     compose.register_with_hydra()
     chosen = [f"{k}={v if isinstance(v, str) else repr(v)}" for k, v in values.items()]
     overrides = [*search.fixed, *compose.parse_overrides(chosen)[0]]

@@ -196,7 +196,7 @@ def read_slurm_settings(settings: dict[str, Any]) -> dict[str, Any]:
 def read_library_section(
     values: Any, table: str, section: str, report: Report, allow_auto: Collection[str] = ()
 ) -> dict[str, Any] | None:
-    """Read a section whose keys are a library's own fields; None where it is empty. `allow_auto`: see fields.check."""
+    """Read a section whose keys are a library's own fields; None where it is empty. `allow_auto`: as check_fields."""
     if not values:
         return None
     if not isinstance(values, dict):

@@ -19,7 +19,7 @@ OPERATORS = ("deepspeed_shm_comm", "cpu_adam", "async_io")
 LEVEL_MARKS = {OK: ("ok  ", ""), WARN: ("warn", "\033[33m"), BAD: ("bad ", "\033[31m")}
 
 
-def main(argv: list[str]) -> int:
+def doctor_verb(argv: list[str]) -> int:
     """The exit code: 0, or 3 where something would stop a run; of a run its own, 0 where it is done or alive."""
     parser = argparse.ArgumentParser(
         prog="kit doctor", allow_abbrev=False,

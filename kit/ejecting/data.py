@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from kit.ejecting.text import assignment_lines, call_lines, literal
-from kit.inspection import dataset as data_files
-from kit.inspection import dataset_template
+from kit.inspection import dataset, dataset_template
 from kit.inspection.dataset import FORMATS
 from kit.schema.run_plan import Dataset, RunPlan
 
@@ -55,10 +54,10 @@ def load_dataset_lines(name: str, d: Dataset, path: str, split: str, shape: str,
     """`name = load_dataset(...)`, of a file, a folder or a Hub id, with the columns that training needs."""
     place = Path(path)
     suffix = place.suffix.lower()
-    if place.is_dir() or suffix in data_files.SUFFIXES:
-        files = [str(f) for f in data_files.find_data_files(path) or []] if place.exists() else [path]
+    if place.is_dir() or suffix in dataset.SUFFIXES:
+        files = [str(f) for f in dataset.find_data_files(path) or []] if place.exists() else [path]
         first = Path(files[0]).suffix.lower()
-        kind = data_files.SUFFIXES[first]
+        kind = dataset.SUFFIXES[first]
         alike = place.is_dir() and not any(f.name.startswith(".") or f.suffix != first for f in map(Path, files))
         expression = f"sorted(glob({literal(str(place / ('*' + first)))}))" if alike else literal(files)
         given = [literal(kind), f"data_files={expression if len(files) > 1 else literal(files[0])}", 'split="train"']

@@ -22,7 +22,7 @@ from kit.storage.hub_cache import NO_TELEMETRY
 from kit.system import paths
 
 
-def main(argv: list[str]) -> int:
+def eject_verb(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="kit eject", description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("words", nargs="*", metavar="RUN | run.yaml | key=value | OUT_DIR")
     parser.add_argument("--config-dir", "-cd", help="a folder with groups and recipes of your own")

@@ -13,7 +13,7 @@ from kit.system.terminal import verb_parser
 RECIPE = "recipe"
 
 
-def list_main(argv: list[str]) -> int:
+def list_verb(argv: list[str]) -> int:
     parser = verb_parser("list", "Recipes, or the choices of a group, each with its first line.")
     parser.add_argument("group", nargs="?", default=RECIPE)
     group = parser.parse_args(argv).group
@@ -23,7 +23,7 @@ def list_main(argv: list[str]) -> int:
     return DONE
 
 
-def show_main(argv: list[str]) -> int:
+def show_verb(argv: list[str]) -> int:
     parser = verb_parser(
         "show", "A recipe or a choice of a group as it is written; for a recipe also what it composes to."
     )

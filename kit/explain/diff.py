@@ -28,7 +28,7 @@ RUN_CLASSES = {
 }
 
 
-def main(argv: list[str]) -> int:
+def diff_verb(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="kit diff", description=__doc__, allow_abbrev=False)
     help = 'a recipe, run.yaml, run directory, plan.json, or overrides in quotes: "recipe=quickstart peft.r=8"'
     parser.add_argument("a", metavar="A", help=help)

@@ -11,7 +11,7 @@ from typing import Any
 
 from kit.config import keys
 from kit.config.provenance import read_file_layer
-from kit.config.rules import table as rules
+from kit.config.rules.table import RULES
 from kit.errors import DONE, KitError, Problem
 from kit.explain.key_effects import (
     ABSENT,
@@ -28,7 +28,7 @@ from kit.storage import run_directory
 from kit.system import paths
 
 
-def main(argv: list[str]) -> int:
+def why_verb(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="kit why", description=__doc__, allow_abbrev=False)
     parser.add_argument("key", help="trainer.learning_rate, learning_rate, zero_optimization.stage, a section, ...")
     parser.add_argument("overrides", nargs="*", metavar="RUN | run.yaml | key=value")
@@ -141,7 +141,7 @@ def origins_of(
 def rules_reading(key: str, table: Any = None) -> list[dict[str, str]]:
     """The rules that look at a key, at what stands in it, or at what it stands in."""
     reading = []
-    for rule in rules.RULES if table is None else table:
+    for rule in RULES if table is None else table:
         rule_keys = getattr(rule, "keys", ())
         if any(k == key or key.startswith(k + ".") or k.startswith(key + ".") for k in rule_keys):
             reading.append({"id": rule.id, "severity": rule.severity, "source": rule.source})

@@ -28,7 +28,7 @@ Exit codes: 0 the recipe is valid, 2 it is written but kit check refuses it, or 
 """
 
 
-def main(argv: list[str]) -> int:
+def import_verb(argv: list[str]) -> int:
     """The verb. Its own options are taken out; all other words are the files, or the foreign command as it is."""
     words, flags, values = [], set(), {}
     place = 0

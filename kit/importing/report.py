@@ -17,7 +17,7 @@ from kit.importing.tree import (
     iterate_leaves,
     path_exists,
     secret_fix_for,
-    value_at,
+    value_at_path,
     value_on_one_line,
     without_paths,
 )
@@ -134,7 +134,7 @@ class Reading:
         """A value, without secrets and code names inside it, wherever it has been noted already."""
         if not path_exists(self.tree, path):
             return default
-        value = value_at(self.tree, path)
+        value = value_at_path(self.tree, path)
         hidden = [p for p in self.hidden if len(p) > len(path) and p[: len(path)] == path]
         return without_paths(value, [p[len(path) :] for p in hidden]) if hidden else value
 
@@ -166,7 +166,7 @@ class Reading:
     def add_entry(self, path: KeyPath, outcome: Any, note: str, fix: str = "") -> Entry:
         assert path_exists(self.tree, path), path
         assert path not in self.entries, path
-        value = value_at(self.tree, path)
+        value = value_at_path(self.tree, path)
         secret = is_secret_value(path, value)
         text = "(a secret)" if secret else value_on_one_line(self.get(*path) if path else "")
         entry = Entry(self.source(path).name, dotted_key(path), outcome, [], note, fix, text)

@@ -53,7 +53,7 @@ def path_exists(tree: Any, path: KeyPath) -> bool:
     return True
 
 
-def value_at(tree: Any, path: KeyPath) -> Any:
+def value_at_path(tree: Any, path: KeyPath) -> Any:
     for part in path:
         tree = tree[part]
     return tree

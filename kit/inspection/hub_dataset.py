@@ -14,12 +14,12 @@ from typing import Any
 import yaml
 
 from kit.errors import KitError
-from kit.inspection import dataset as data_files
+from kit.inspection import dataset
 from kit.schema.run_plan import Dataset
 from kit.storage import hub_cache
 
 CARD = "README.md"
-READABLE = {*data_files.SUFFIXES, ".arrow", ".txt"}  # what `datasets` reads of text, each also packed:
+READABLE = {*dataset.SUFFIXES, ".arrow", ".txt"}  # what `datasets` reads of text, each also packed:
 PACKED = {".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip"}
 NO_DATA = {"config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 KEYWORDS = {
@@ -150,5 +150,5 @@ def read_hub_columns(d: Dataset, repo: str, revision: str | None, here: bool) ->
             raise KitError(problem, key, hub_cache.fetch_command("dataset.path", repo, revision), rule="offline")
         return None
     names = split_files(hub_cache.cached_file_list(folder) or [], read_card(folder), config, d.split)
-    files = [folder / n for n in names if Path(n).suffix.lower() in data_files.SUFFIXES]
-    return data_files.read_columns(files, repo) if files else None
+    files = [folder / n for n in names if Path(n).suffix.lower() in dataset.SUFFIXES]
+    return dataset.read_columns(files, repo) if files else None

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kit import __version__
-from kit.config import slurm as values
+from kit.config import slurm as slurm_values
 from kit.errors import FAILED, STOPPED, KitError, Problem
 from kit.schema.run_plan import RunPlan
 
@@ -94,15 +94,15 @@ def sbatch_header(
     about: str, name: str, output: str, slurm: dict[str, Any], nodes: int, more: Sequence[str]
 ) -> list[str]:
     """The lines before the work: options for sbatch, modules and set-up. KitError for a value that is not plain."""
-    problems = [*values.slurm_value_problems(slurm), *values.slurm_extra_problems(slurm)]
+    problems = [*slurm_values.slurm_value_problems(slurm), *slurm_values.slurm_extra_problems(slurm)]
     if problems:
         raise KitError([Problem(problem, key, fix, "slurm-value") for problem, key, fix in problems])
-    if not values.JOB_NAME.fullmatch(name):
+    if not slurm_values.JOB_NAME.fullmatch(name):
         raise KitError(f"{name!r} cannot be a job's name", "name", "letters, digits, . _ -", rule="slurm-value")
     directives = [f"--job-name={name}", f"--output={output}", f"--nodes={int(nodes)}", "--ntasks-per-node=1", *more]
     if slurm.get("cpus_per_task"):
         directives.append(f"--cpus-per-task={int(slurm['cpus_per_task'])}")
-    directives += [f"--{key}={slurm[key]}" for key in values.PATTERNS if slurm.get(key) is not None]
+    directives += [f"--{key}={slurm[key]}" for key in slurm_values.PATTERNS if slurm.get(key) is not None]
     directives += slurm.get("extra") or []
     lines = ["#!/bin/bash", f"# {about}, written by kit {__version__}; sbatch takes it again as it is."]
     lines += [f"#SBATCH {option}" for option in directives] + [""]
@@ -114,18 +114,18 @@ def sbatch_header(
 def quote_words(words: Sequence[str]) -> str:
     """Words for bash on one line: nothing in them is the shell's, and a newline does not begin a line."""
     return " ".join(
-        quote_control_characters(word) if values.CONTROL.search(word) else shlex.quote(word) for word in words
+        quote_control_characters(word) if slurm_values.CONTROL.search(word) else shlex.quote(word) for word in words
     )
 
 
 def quote_control_characters(word: str) -> str:
     escaped = word.replace("\\", "\\\\").replace("'", "\\'")
-    return "$'" + values.CONTROL.sub(lambda m: "".join(f"\\x{b:02x}" for b in m[0].encode()), escaped) + "'"
+    return "$'" + slurm_values.CONTROL.sub(lambda m: "".join(f"\\x{b:02x}" for b in m[0].encode()), escaped) + "'"
 
 
 def check_plain_path(path: Path) -> None:
     """KitError where a directory's name cannot stand behind --output."""
-    if not values.PATH.fullmatch(str(path)):
+    if not slurm_values.PATH.fullmatch(str(path)):
         raise KitError(
             f"{str(path)!r} cannot stand in an #SBATCH line", "runs_dir, name",
             "a folder whose path has letters, digits and . _ , + @ = : - only", rule="slurm-value",

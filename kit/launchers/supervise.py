@@ -23,8 +23,7 @@ from typing import Any
 
 from kit.config.nodes import starts_over_ssh
 from kit.errors import DONE, STOPPED, KitError, Problem
-from kit.launchers import node, ops, ranks
-from kit.launchers import ssh as remote
+from kit.launchers import node, ops, ranks, ssh
 from kit.launchers.command import launch_command, rank_environment
 from kit.schema.run_plan import RunPlan
 from kit.storage import manifest, run_directory
@@ -40,7 +39,7 @@ PR_SET_PDEATHSIG = 1
 def launch(plan: RunPlan, resume: str | None = None) -> int:
     """Run a plan whose directory exists; the exit code of the command. Blocks until no process is left."""
     plan = node.resolve_node(plan)
-    run, own_ranks, ssh = plan.run_path, node.ranks_of_node(plan), starts_over_ssh(plan.launch)
+    run, own_ranks, by_ssh = plan.run_path, node.ranks_of_node(plan), starts_over_ssh(plan.launch)
     first = own_ranks is None or own_ranks.start == 0
     status_before = None if first else run_directory.read_status(run)
     name = "" if first else f".node{plan.launch.node_rank}"
@@ -51,8 +50,8 @@ def launch(plan: RunPlan, resume: str | None = None) -> int:
         if own_ranks is not None and first:
             node.check_port_is_free(plan)
             print_status(f"node 0 waits for the others: {node.launch_node_command(plan)}")
-        if ssh:
-            remote.check_nodes_reachable(plan)
+        if by_ssh:
+            ssh.check_nodes_reachable(plan)
         stop = StopRequests()
         with stop:
             ops.build_missing_ops(
@@ -66,30 +65,30 @@ def launch(plan: RunPlan, resume: str | None = None) -> int:
                 return 128 + signal.SIGINT
             ranks.remove_rank_files(run, own_ranks, name)
             argv, env = launch_command(plan, run / run_directory.PLAN, resume)
-            if ssh:
-                env |= remote.write_remote_environment(plan, env, print_status)
+            if by_ssh:
+                env |= ssh.write_remote_environment(plan, env, print_status)
             record = {"argv": argv, "env": env, "cwd": os.getcwd(), "resume": resume}
             record_file = run / run_directory.LAUNCH if first else run / run_directory.LOGS / f"launch{name}.json"
             atomic_write_json(record_file, record)
             if first:
                 run_directory.set_status(run, "running")
             kills_before, deaths = hardware.cgroup_oom_kills() or 0, ranks.RankDeathTimes(run, own_ranks)
-            peers = ranks.PeerFailures(run, own_ranks) if own_ranks is not None or ssh else None
+            peers = ranks.PeerFailures(run, own_ranks) if own_ranks is not None or by_ssh else None
             # SLURM signals all processes of a step: SIGUSR1 is for us and for the ranks, and would end a launcher.
             process = subprocess.Popen(
                 argv, env={**os.environ, **env}, stdin=subprocess.DEVNULL, start_new_session=True,
                 preexec_fn=lambda: signal.signal(signal.SIGUSR1, signal.SIG_IGN),
             )  # fmt: skip
             try:
-                wait_for_launcher(process, run, stop, plan.launch.grace_seconds, deaths, peers, ssh)
+                wait_for_launcher(process, run, stop, plan.launch.grace_seconds, deaths, peers, by_ssh)
             finally:
-                if ssh and process.poll() is None:
-                    remote.request_remote_stop(run, "now")
+                if by_ssh and process.poll() is None:
+                    ssh.request_remote_stop(run, "now")
                     with contextlib.suppress(subprocess.TimeoutExpired):
                         process.wait(10)
                 kill_all(process, run, own_ranks)
-                if ssh and process.returncode:  # whatever still lives on the nodes
-                    remote.request_remote_stop(run, "now")
+                if by_ssh and process.returncode:  # whatever still lives on the nodes
+                    ssh.request_remote_stop(run, "now")
                 # For `kit doctor RUN`: the launchers' own exit codes do not tell which rank went first, or why.
                 killed = (hardware.cgroup_oom_kills() or 0) - kills_before
                 end = {
@@ -141,7 +140,7 @@ def wait_for_launcher(
     grace: float,
     deaths: ranks.RankDeathTimes,
     peers: ranks.PeerFailures | None = None,
-    ssh: bool = False,
+    by_ssh: bool = False,
 ) -> None:
     """Until the launcher ends. The first request lets the ranks save; the second, or `grace` seconds, ends them."""
     deadline = None
@@ -153,8 +152,8 @@ def wait_for_launcher(
         if stop.requests and deadline is None:
             deadline = time.monotonic() + grace
             pids = ranks.living_rank_pids(run, deaths.own_ranks)
-            if ssh:
-                remote.request_remote_stop(run, "save")
+            if by_ssh:
+                ssh.request_remote_stop(run, "save")
             elif not pids:  # nothing trains yet, so there is nothing to save
                 return
             print_status("stopping: the ranks save a checkpoint at the next step (again to end them at once)")

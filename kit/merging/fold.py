@@ -238,12 +238,12 @@ def _write_model(
 
 
 def _verify_staging(staging: Path, plan: MergePlan, how: str, own: list[str]) -> dict[str, Any]:
-    from kit.merging.compare import verify_merge as compare
+    from kit.merging.compare import verify_merge
     from kit.merging.logits import PROMPTS
 
     dequantize = bool(plan.dequantized)
     prompts, adapter = [*PROMPTS, *own], plan.adapter.folder  # and the run's own questions
-    return compare(staging, plan.base, adapter, prompts, how, trained_on=plan.trained_on, dequantize=dequantize)
+    return verify_merge(staging, plan.base, adapter, prompts, how, trained_on=plan.trained_on, dequantize=dequantize)
 
 
 def peak_rss_gb() -> float:
@@ -260,6 +260,6 @@ def peak_rss_gb() -> float:
 
 def verify(out: str | Path, base: str | Path, adapter: str | Path, prompts: list[str] | None = None) -> dict[str, Any]:
     """Compare a merged model with base + adapter (see kit/merging/compare.py); KitError (4) where they differ."""
-    from kit.merging.compare import verify_merge as compare
+    from kit.merging.compare import verify_merge
 
-    return compare(Path(out), Path(base), Path(adapter), prompts)
+    return verify_merge(Path(out), Path(base), Path(adapter), prompts)

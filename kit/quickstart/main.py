@@ -74,11 +74,11 @@ def quickstart(overrides: list[str]) -> dict[str, Any]:
 
 def prepare_base() -> None:
     """Train the base unless this very base is in the cache."""
-    from kit.quickstart import data as quickstart_data
+    from kit.quickstart import data
 
     folder = paths.kit_cache_folder() / "quickstart"
     folder.mkdir(parents=True, exist_ok=True)
-    quickstart_data.write_base_inputs(folder)
+    data.write_base_inputs(folder)
     plan = api.compose("recipe=quickstart_base", f"runs_dir={folder / 'runs'}", here=True)
     base = folder / "base"
     if base.is_dir() and not manifest.verify_folder(base) and manifest.read_manifest(base).get("plan") == plan.hash:

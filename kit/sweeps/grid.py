@@ -13,7 +13,7 @@ from kit.config.multirun import MultirunJob, Search, SweepPoint, run_multirun
 from kit.errors import DONE, FAILED, REFUSED, KitError
 from kit.schema.run_plan import RunPlan
 from kit.storage import run_directory
-from kit.sweeps import record as files
+from kit.sweeps import record
 from kit.sweeps.pool import Trial, is_held
 from kit.sweeps.screen import Sweep, merge_problems, print_report, print_start
 from kit.sweeps.session import (
@@ -78,19 +78,19 @@ def run_grid(fresh: bool, points: list[SweepPoint]) -> list[tuple[int, float | N
         from kit.launchers import slurm
 
         slurm.check_array(list(plans.values()), [first.run_path.parent])  # before a directory is made
-    identities = [[p.values, files.trial_identity(plans[p.number]) if p.number in plans else None] for p in points]
-    folder = sweep_folder(first, files.sweep_digest(identities), fresh)
+    identities = [[p.values, record.trial_identity(plans[p.number]) if p.number in plans else None] for p in points]
+    folder = sweep_folder(first, record.sweep_digest(identities), fresh)
     with hold_folder(folder):
-        trials = files.read_record(folder)
+        trials = record.read_record(folder)
         if trials:
             continue_trials(folder, trials, plans)
         else:
             trials = [freeze_point(folder, point, plans.get(point.number)) for point in points]
-        metric = search_settings(first).metric or files.default_metric(first)
+        metric = search_settings(first).metric or record.default_metric(first)
         sweep = Sweep(
             folder, search_settings(first), metric, sweep_description(folder, search_settings(first), metric), trials
         )
-        files.write_record(folder, trials, sweep.about)
+        record.write_record(folder, trials, sweep.about)
         print_start(sweep, len(trials))
         pending = [t for t in trials if t.state == "waiting"]
         if first.launch.slurm:
@@ -106,7 +106,7 @@ def run_grid(fresh: bool, points: list[SweepPoint]) -> list[tuple[int, float | N
 
         supervise_trials(sweep, pool, next_trial, lambda: not pending)
         print_report(sweep)
-    return [(exit_code_of_trial(t), files.metric_of(t, sweep.metric)) for t in trials]
+    return [(exit_code_of_trial(t), record.metric_of(t, sweep.metric)) for t in trials]
 
 
 def submit_pending(
@@ -134,9 +134,9 @@ def submit_pending(
         print_status("the same command shows the table, and submits again what has failed by then")
     if len(plans) < len(sweep.trials):
         print_report(sweep)
-    files.write_record(sweep.folder, sweep.trials, sweep.about)
+    record.write_record(sweep.folder, sweep.trials, sweep.about)
     codes = {"refused": REFUSED, "failed": FAILED}
-    return [(codes.get(t.state, DONE), files.metric_of(t, sweep.metric)) for t in sweep.trials]
+    return [(codes.get(t.state, DONE), record.metric_of(t, sweep.metric)) for t in sweep.trials]
 
 
 def replace_slurm_settings(plan: RunPlan, new: RunPlan) -> RunPlan:

@@ -14,7 +14,7 @@ from kit.config.multirun import SweepPoint
 from kit.config.search_space import Dimension, Search, TrialValue, compose_trial, snapshot_configuration
 from kit.errors import DONE, ENVIRONMENT, KitError, first_line
 from kit.schema.run_plan import HparamsSearch, RunPlan
-from kit.sweeps import record as files
+from kit.sweeps import record
 from kit.sweeps.pool import Trial, is_held
 from kit.sweeps.screen import Sweep, name_trial, print_report, print_start
 from kit.sweeps.session import (
@@ -46,18 +46,18 @@ def run_optuna_search(fresh: bool, spec: Search) -> int:
     require_training_extras()
     space = {key: vars(d) for key, d in spec.space.items()}
     study_settings = settings.model_dump(include={"metric", "direction", "sampler", "seed", "pruner"})
-    folder = sweep_folder(base, files.sweep_digest([files.trial_identity(base), space, study_settings]), fresh)
-    metric = settings.metric or files.default_metric(base)
+    folder = sweep_folder(base, record.sweep_digest([record.trial_identity(base), space, study_settings]), fresh)
+    metric = settings.metric or record.default_metric(base)
     with hold_folder(folder):
         if not (folder / CONFIG_COPY).exists():
             snapshot_configuration(spec, folder / CONFIG_COPY)
-        trials = files.read_record(folder)
+        trials = record.read_record(folder)
         sweep = Sweep(folder, settings, metric, sweep_description(folder, settings, metric), trials)
         study = load_study(sweep)
         if trials:
             continue_trials(folder, trials)
         close_open_trials(study, trials, metric)
-        files.write_record(folder, trials, sweep.about)
+        record.write_record(folder, trials, sweep.about)
         print_start(sweep, settings.n_trials)
         run_proposed_trials(sweep, study, spec, base)
         print_report(sweep)
@@ -82,7 +82,7 @@ def run_proposed_trials(sweep: Sweep, study: Any, spec: Search, base: RunPlan) -
             values = {key: suggest_value(proposed, key, d) for key, d in spec.space.items()}
             trial = freeze_proposal(spec, folder, proposed.number, values)
             trials.append(trial)
-            files.write_record(folder, trials, sweep.about)
+            record.write_record(folder, trials, sweep.about)
             if trial.plan:
                 asked[trial.number] = proposed
                 return trial
@@ -99,7 +99,7 @@ def run_proposed_trials(sweep: Sweep, study: Any, spec: Search, base: RunPlan) -
     def wanted() -> int:
         """How many trials in all. None ever logged the metric: neither would more of them."""
         mute = any(t.problems and t.problems[0]["problem"].startswith(NEVER_LOGGED) for t in trials)
-        unheard = mute and all(files.metric_of(t, metric) is None for t in trials)
+        unheard = mute and all(record.metric_of(t, metric) is None for t in trials)
         return len(trials) if unheard else settings.n_trials
 
     def over() -> bool:
@@ -209,7 +209,7 @@ def close_open_trials(study: Any, trials: list[Trial], metric: str) -> None:
 
 def fail_without_metric(trial: Trial, metric: str) -> bool:
     """Whether a trial ended well without a result, which a search takes for a failure."""
-    if files.metric_of(trial, metric) is not None:
+    if record.metric_of(trial, metric) is not None:
         return False
     trial.state, trial.code = "failed", None
     logged = ", ".join(sorted({k for row in trial.curve.rows for k in row})) or "nothing"
@@ -251,7 +251,7 @@ def report_to_study(study: Any, trial: Trial, metric: str) -> None:
 
     states = optuna.trial.TrialState
     if trial.state == "done" and not fail_without_metric(trial, metric):
-        value = files.metric_of(trial, metric)
+        value = record.metric_of(trial, metric)
         study.tell(trial.number, value)
     elif trial.state == "pruned":
         study.tell(trial.number, state=states.PRUNED)

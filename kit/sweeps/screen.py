@@ -13,7 +13,7 @@ from kit import api
 from kit.errors import Problem
 from kit.schema.run_plan import HparamsSearch
 from kit.storage import run_directory
-from kit.sweeps import record as files
+from kit.sweeps import record
 from kit.sweeps.pool import FINAL_STATES, Trial
 from kit.system.terminal import print_problems, print_status
 
@@ -89,13 +89,13 @@ def show_progress(sweep: Sweep) -> Iterator[Callable[[Trial | None], None]]:
             print_status(f"trial {trial.number:03d} {trial.label()} {trial.state}{devices}{duration}{reason}")
         elif time.monotonic() - last > sweep.settings.progress_seconds:
             last = time.monotonic()
-            print_status(files.progress_line(sweep.trials))
+            print_status(record.progress_line(sweep.trials))
 
     yield tell
 
 
 def render_table(sweep: Sweep) -> Any:
-    return files.sweep_table(sweep.trials, sweep.settings, sweep.metric, run_directory.path_from_here(sweep.folder))
+    return record.sweep_table(sweep.trials, sweep.settings, sweep.metric, run_directory.path_from_here(sweep.folder))
 
 
 def count_of_trials(number: int) -> str:
@@ -106,14 +106,14 @@ def print_report(sweep: Sweep) -> None:
     """The table and sweep.csv; what failed; which trial is the best."""
     from rich.console import Console
 
-    files.write_csv(sweep.folder, sweep.trials, sweep.metric)
+    record.write_csv(sweep.folder, sweep.trials, sweep.metric)
     Console(width=None if run_directory.stdout_is_terminal() else 160).print(render_table(sweep))
     failed = [t for t in sweep.trials if t.state == "failed"]
     if failed:
         print_problems(merge_problems([(t.number, t.values, Problem(**p)) for t in failed for p in t.problems]), False)
         print_status(f"kit doctor {run_directory.path_from_here(failed[0].run)} names the cause")
     done = [t for t in sweep.trials if t.state == "done"]
-    if done and all(files.metric_of(t, sweep.metric) is None for t in done):
+    if done and all(record.metric_of(t, sweep.metric) is None for t in done):
         print_status(f"no trial logged {sweep.metric}: trainer.logging_steps=1, or hparams_search.metric=ANOTHER")
     again = failed if sweep.settings.method == "grid" else []  # a search goes on to other values
     missing = [t for t in sweep.trials if t.state not in FINAL_STATES]
@@ -125,7 +125,7 @@ def print_report(sweep: Sweep) -> None:
             f"{', '.join(counts)}: the same command goes on with {'it' if len(missing + again) == 1 else 'them'}"
         )
     folder = run_directory.path_from_here(sweep.folder)
-    print(f"tables    {folder}/{files.CSV_FILE}, {files.RECORD_FILE}")
-    if winner := files.best_trial(sweep.trials, sweep.metric, sweep.settings.direction):
-        value = files.format_number(files.metric_of(winner, sweep.metric))
+    print(f"tables    {folder}/{record.CSV_FILE}, {record.RECORD_FILE}")
+    if winner := record.best_trial(sweep.trials, sweep.metric, sweep.settings.direction):
+        value = record.format_number(record.metric_of(winner, sweep.metric))
         print(f"best      {run_directory.path_from_here(winner.run)} ({sweep.metric} {value})")

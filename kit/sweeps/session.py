@@ -17,7 +17,7 @@ from kit.errors import DONE, FAILED, REFUSED, STOPPED, KitError, Problem
 from kit.launchers.supervise import StopRequests
 from kit.schema.run_plan import HparamsSearch, RunPlan, load_plan
 from kit.storage import run_directory
-from kit.sweeps import record as files
+from kit.sweeps import record
 from kit.sweeps.pool import Trial, TrialPool, refresh_state, stop_trial
 from kit.sweeps.screen import Sweep, show_progress
 from kit.system import hardware
@@ -96,7 +96,7 @@ def hold_folder(folder: Path) -> Iterator[None]:
 
 def freeze_point(folder: Path, point: SweepPoint, plan: RunPlan | None) -> Trial:
     """A point frozen into its own run directory; one that has no plan is only named."""
-    trial = Trial(point.number, folder / files.trial_directory_name(point.number, point.values), dict(point.values))
+    trial = Trial(point.number, folder / record.trial_directory_name(point.number, point.values), dict(point.values))
     if plan is None:
         trial.state, trial.code = "refused", REFUSED
         trial.problems = [vars(p) for p in point.problems]
@@ -192,7 +192,7 @@ def supervise_trials(
                 while not signals.requests and (trial := next_trial()) is not None:
                     pool.start(trial)
                     draw(trial)
-                    files.write_record(sweep.folder, sweep.trials, sweep.about)
+                    record.write_record(sweep.folder, sweep.trials, sweep.about)
                 for trial in pool.running:
                     if watch(trial, trial.curve.read()) and not trial.pruning:
                         trial.pruning = True
@@ -200,7 +200,7 @@ def supervise_trials(
                 for trial in pool.ended():
                     ended(trial)
                     draw(trial)
-                    files.write_record(sweep.folder, sweep.trials, sweep.about)
+                    record.write_record(sweep.folder, sweep.trials, sweep.about)
                 if signals.requests > requests:
                     requests = signals.requests
                     grace = max((t.plan.launch.grace_seconds for t in pool.running if t.plan), default=0.0)
@@ -213,7 +213,7 @@ def supervise_trials(
                 time.sleep(POLL_SECONDS)
         finally:
             pool.kill()
-            files.write_record(sweep.folder, sweep.trials, sweep.about)
+            record.write_record(sweep.folder, sweep.trials, sweep.about)
 
 
 def exit_code_of_trial(trial: Trial) -> int:

@@ -27,12 +27,12 @@ from kit.storage import run_directory
 from kit.storage.json_files import atomic_write_json
 from kit.sweeps.pool import TRIAL_LOG
 from kit.system.terminal import print_status
-from kit.training import signals as stopping
+from kit.training import signals
 
 
 def main(argv: list[str]) -> None:
     """Take trials until stdin ends, or until this process should not have another."""
-    stopping.install_handlers()
+    signals.install_handlers()
     stop_with_parent(int(argv[0]))
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print must not look like an answer
@@ -54,7 +54,7 @@ def install_tees() -> None:
 
 def run_trial(path: Path, state: WarmState) -> tuple[int, str]:
     """One trial: its exit code, and why this process must not have another ("" where it may)."""
-    stopping.forget_signals()
+    signals.forget_signals()
     run = path.parent
     with open(run / run_directory.LOGS / TRIAL_LOG, "ab") as log:
         os.dup2(log.fileno(), 1)
@@ -95,7 +95,7 @@ def train_trial(path: Path, state: WarmState) -> int:
         code = worker.report_failure(run, 0, error)
     finally:
         (run / run_directory.LOGS / "rank0.pid").unlink(missing_ok=True)
-        ended = {"returncode": 0, "oom_kills": 0, "deaths": {}, "asked": int(stopping.received_signal() is not None)}
+        ended = {"returncode": 0, "oom_kills": 0, "deaths": {}, "asked": int(signals.received_signal() is not None)}
     atomic_write_json(run / run_directory.LAUNCH, {**record, "ended": {**ended, "returncode": code}})
     return exit_code_of_run(run, code)
 

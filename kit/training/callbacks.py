@@ -17,7 +17,7 @@ logger = logging.get_logger(__name__)
 class StopOnSignalCallback(TrainerCallback):
     """Turns a signal on any rank into one step at which all ranks save and stop; `stopped` says that it did.
 
-    group: the ranks' host-side group (`signals.side_group`), None in a one-process run.
+    group: the ranks' host-side group (`signals.host_side_group`), None in a one-process run.
     begin, end: called where training begins and ends, on every rank.
     """
 

@@ -17,14 +17,14 @@ from kit.storage.json_files import atomic_write_json
 
 def load_inputs(plan: RunPlan, args: Any) -> tuple[Any, Any, Any]:
     """Tokenizer, data and base model of a plan, as new."""
-    from kit.data import masks as labels
+    from kit.data import masks
     from kit.data.load import load_datasets
     from kit.models.load import load_model, load_tokenizer
 
     tokenizer = load_tokenizer(plan)
     with args.main_process_first(desc="reading the data"):
         data = load_datasets(plan)
-    labels.require_chat_template(tokenizer, data.train)
+    masks.require_chat_template(tokenizer, data.train)
     return tokenizer, data, load_model(plan, tokenizer)
 
 
@@ -43,7 +43,7 @@ def train(
     started = time.monotonic()
     import torch
 
-    from kit.data import masks as labels
+    from kit.data import masks
     from kit.models.initial_adapter import load_initial_adapter
     from kit.models.load import check_added_tokens_train, load_peft_config, restore_adapter_dtype
     from kit.training import console
@@ -68,7 +68,7 @@ def train(
     restore_adapter_dtype(trainer.model, plan)
     trainer.remove_callback(console.upstream_printer())
     check_added_tokens_train(trainer.model, plan)
-    labels.check_rows_have_loss(trainer.train_dataset, tokenizer, args)
+    masks.check_rows_have_loss(trainer.train_dataset, tokenizer, args)
     if plan.init_from and not resume:  # a checkpoint knows more than what the run began with
         load_initial_adapter(trainer.model, plan.init_from)
     console.print_banner(plan, trainer, data, time.monotonic() - started)

@@ -12,7 +12,7 @@ import psutil
 
 from kit.errors import FAILED
 from kit.launchers import ssh
-from kit.training import signals as stopping
+from kit.training import signals
 
 SAVE_SECONDS = 120.0  # how long ranks whose launcher has died may take to save
 
@@ -35,7 +35,7 @@ def watch_launcher() -> None:
     def watch() -> None:
         while all_alive(family):
             time.sleep(1)
-        stopping.request_stop()
+        signals.request_stop()
         time.sleep(SAVE_SECONDS)
         os._exit(FAILED)
 
@@ -53,7 +53,7 @@ def watch_stop_file(run: Path) -> None:
                 if word == "now":
                     os._exit(FAILED)
                 if word:
-                    stopping.request_stop()
+                    signals.request_stop()
             time.sleep(1)
 
     threading.Thread(target=watch, daemon=True, name="watch-stop").start()

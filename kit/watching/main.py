@@ -19,7 +19,7 @@ from kit.watching import state, view
 from kit.watching.metrics import MetricsFollower
 
 
-def main(argv: list[str]) -> int:
+def watch_verb(argv: list[str]) -> int:
     """0 while the run is alive, when it is done, and when the person leaves; 75 stopped; a failed run's own code."""
     parser = argparse.ArgumentParser(
         prog="kit watch", allow_abbrev=False,

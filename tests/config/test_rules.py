@@ -15,8 +15,7 @@ from test_cli_check import REFUSED_RUNS
 from kit import api
 from kit.cli import verbs as cli
 from kit.config.report import Report
-from kit.config.rules import explain
-from kit.config.rules import table as rules
+from kit.config.rules import explain, table
 from kit.config.rules.context import RuleContext
 from kit.config.rules.table import CHECKS, RULES
 from kit.errors import DONE, REFUSED, KitError
@@ -292,7 +291,7 @@ def run(base: Path, chat: Path) -> RuleContext:
 
 def fired(run: RuleContext) -> set[str]:
     report = Report({})
-    rules.apply_rules(replace(run, report=report))
+    table.apply_rules(replace(run, report=report))
     return {p.rule for p in (*report.problems, *report.warnings)}
 
 

@@ -166,7 +166,7 @@ def test_a_card_without_a_driver(tmp_path):
     [("12.2", "13.0", BAD), ("13.0", "13.0", OK), ("12.2", "12.8", OK), ("", "13.0", OK)],
 )
 def test_the_driver_serves_torchs_cuda(serves, torch_cuda, level, monkeypatch, tmp_path):
-    monkeypatch.setattr(gpu, "answer", lambda argv, env: (bool(serves), serves))
+    monkeypatch.setattr(gpu, "run_program", lambda argv, env: (bool(serves), serves))
     assert only(gpu.check_driver("535.1", torch_cuda, tmp_path, {})).level == level
 
 

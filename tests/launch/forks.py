@@ -43,10 +43,10 @@ def spoil(fault: str) -> None:
 def share(fault: str, plans: list[Path]) -> None:
     """What a warm worker does with its trials; the answers go to standard output."""
     from kit.sweeps import warm_worker
-    from kit.training import signals as stopping
+    from kit.training import signals
 
     answers = os.fdopen(os.dup(1), "w")
-    stopping.install_handlers()
+    signals.install_handlers()
     warm_worker.install_tees()
     held = warm_worker.WarmState()
     for number, plan in enumerate(plans):

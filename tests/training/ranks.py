@@ -30,9 +30,9 @@ def ds_config(stage: int) -> dict:
 
 
 def main(folder: Path, engine: str) -> None:
-    from kit.training import signals as stopping
+    from kit.training import signals
 
-    stopping.install_handlers()
+    signals.install_handlers()
 
     import tiny
     import torch
@@ -102,7 +102,7 @@ def main(folder: Path, engine: str) -> None:
     stopped.train()
     found["stopped"] = [stopped.stopped_by_signal, stopped.state.global_step]
     found["stopped verify"] = manifest.verify_folder(folder / "stopped" / f"checkpoint-{stopped.state.global_step}")
-    stopping.forget_signals()
+    signals.forget_signals()
     done()
 
     # a failure on the writer alone is everybody's failure

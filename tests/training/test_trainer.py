@@ -25,8 +25,7 @@ from trl import SFTConfig, SFTTrainer
 
 from kit.errors import KitError
 from kit.storage import atomic_folder, manifest
-from kit.training import checkpoint
-from kit.training import signals as stopping
+from kit.training import checkpoint, signals
 from kit.training.trainer import ModifiedTrainer
 
 torch.set_num_threads(1)
@@ -554,11 +553,11 @@ def test_nan_loss_names_the_step(base, tmp_path):
 
 @pytest.fixture
 def handlers():
-    before = {name: signal.getsignal(getattr(signal, name)) for name in stopping.SIGNALS}
-    stopping.install_handlers()
+    before = {name: signal.getsignal(getattr(signal, name)) for name in signals.SIGNALS}
+    signals.install_handlers()
     yield
-    stopping.forget_signals()
-    stopping._installed = False
+    signals.forget_signals()
+    signals._installed = False
     for name, handler in before.items():
         signal.signal(getattr(signal, name), handler)
 
@@ -583,7 +582,7 @@ def test_signal_saves_and_stops(number, base, tmp_path, handlers):
     assert trainer.stopped_by_signal and trainer.state.global_step == 4
     assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
     assert not [h for h in trainer.state.log_history if "eval_loss" in h]
-    stopping.forget_signals()
+    signals.forget_signals()
     rest = build(ModifiedTrainer, tmp_path, str(base), args=args, **more)
     rest.train(resume_from_checkpoint=True)
     assert not rest.stopped_by_signal and rest.state.global_step == 10
@@ -635,7 +634,7 @@ def test_signal_during_a_save(base, tmp_path, handlers, monkeypatch):
 
 def test_second_interrupt_is_at_once(handlers):
     os.kill(os.getpid(), signal.SIGINT)
-    assert stopping.received_signal() == "SIGINT"
+    assert signals.received_signal() == "SIGINT"
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
 

@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kit.data import masks as labels
+from kit.data import masks
 from kit.errors import KitError
 from kit.models.initial_adapter import adapter_parameters, load_initial_adapter
 from kit.schema.run_plan import InitFrom
@@ -143,7 +143,7 @@ def said(caplog, rows: list[dict], tokenizer, max_length: int = 64) -> str:
     logger = logging.getLogger("kit.data.masks")
     logger.addHandler(caplog.handler)
     try:
-        labels.check_rows_have_loss(rows, tokenizer, SimpleNamespace(max_length=max_length))
+        masks.check_rows_have_loss(rows, tokenizer, SimpleNamespace(max_length=max_length))
     finally:
         logger.removeHandler(caplog.handler)
     return caplog.text
@@ -151,7 +151,7 @@ def said(caplog, rows: list[dict], tokenizer, max_length: int = 64) -> str:
 
 def test_rows_that_teach_nothing_are_refused(tokenizer):
     with pytest.raises(KitError, match="none of the first 2 rows has a token in the loss"):
-        labels.check_rows_have_loss([row([8, 9], []), row([9], [])], tokenizer, SimpleNamespace(max_length=64))
+        masks.check_rows_have_loss([row([8, 9], []), row([9], [])], tokenizer, SimpleNamespace(max_length=64))
 
 
 END = 2
@@ -174,8 +174,8 @@ def test_an_end_token_that_is_never_learned_is_said(caplog, tokenizer, rows, lim
 
 
 def test_chats_without_a_template_are_refused_before_the_model(tokenizer):
-    labels.require_chat_template(tokenizer, tiny.dataset(tiny.chat_rows(2)))
+    masks.require_chat_template(tokenizer, tiny.dataset(tiny.chat_rows(2)))
     tokenizer.chat_template = None
-    labels.require_chat_template(tokenizer, tiny.dataset(tiny.text_rows(2)))
+    masks.require_chat_template(tokenizer, tiny.dataset(tiny.text_rows(2)))
     with pytest.raises(KitError, match="no chat template"):
-        labels.require_chat_template(tokenizer, tiny.dataset(tiny.chat_rows(2)))
+        masks.require_chat_template(tokenizer, tiny.dataset(tiny.chat_rows(2)))

@@ -9,7 +9,7 @@ from typing import Any
 from kit.config.deepspeed import json_edit
 from kit.config.deepspeed.check import accepts_auto, check_deepspeed_json
 from kit.config.deepspeed.filled_keys import FILLED_KEYS
-from kit.config.deepspeed.findings import REFUSE, Finding, path_in_tree
+from kit.config.deepspeed.findings import REFUSE, FileFinding, path_in_tree
 from kit.config.deepspeed.fixes import Edit, field_at
 from kit.config.deepspeed.resolve import fill_deepspeed_json
 from kit.errors import KitError, Problem
@@ -104,8 +104,8 @@ def drop_faults(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def add_mismatches(
-    findings: list[Finding], tree: dict[str, Any], text: str, setting: RunSettings, disagreements: list[Problem]
-) -> list[Finding]:
+    findings: list[FileFinding], tree: dict[str, Any], text: str, setting: RunSettings, disagreements: list[Problem]
+) -> list[FileFinding]:
     """Literals that differ from what the run's trainer would set, in place of the remark that they are literals."""
     if setting.trainer is None:
         return findings
@@ -123,7 +123,7 @@ def add_mismatches(
         before = by_path.get(path)
         line = json_edit.line_of(text, root, path if inside else ("zero_optimization", "offload_optimizer"))
         edits = (Edit("replace", path, "auto"),) if disagreement.rule == "mismatch" else ()
-        new = Finding(disagreement.rule, REFUSE, path, line, problem, fix, edits)
+        new = FileFinding(disagreement.rule, REFUSE, path, line, problem, fix, edits)
         by_path[path] = replace(new, edits=before.edits, fix=before.fix, keep=before.keep) if before else new
     return sorted(by_path.values(), key=lambda f: f.line)
 

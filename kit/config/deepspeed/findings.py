@@ -32,7 +32,7 @@ PLAIN_ADAM = {"lr", "betas", "eps", "weight_decay", "torch_adam", "adam_w_mode",
 
 
 @dataclass(frozen=True)
-class Finding:
+class FileFinding:
     """One thing that is wrong or unwise at a key of the file; `edits` mend it, none where that would be a guess."""
 
     rule: str
@@ -49,7 +49,7 @@ class Finding:
         return ".".join(self.path)
 
 
-def find_faults(text: str, name: str = "the file") -> list[Finding]:
+def find_faults(text: str, name: str = "the file") -> list[FileFinding]:
     """All findings of one file in the order of its lines; KitError only where it is no JSON."""
     tree = parse_deepspeed_json(text, name, twice=True)
     root = json_edit.parse_nodes(text)
@@ -66,7 +66,7 @@ def find_faults(text: str, name: str = "the file") -> list[Finding]:
         ):
             findings.append(finding)
             reported.add(finding.path)
-    placed = [Finding(**vars(f) | {"line": json_edit.line_of(text, root, f.path)}) for f in findings]
+    placed = [FileFinding(**vars(f) | {"line": json_edit.line_of(text, root, f.path)}) for f in findings]
     return sorted(placed, key=lambda f: f.line)
 
 
@@ -86,7 +86,7 @@ def path_in_tree(tree: Any, dotted: str) -> json_edit.KeyPath:
     return (*path, *dotted.split("."))
 
 
-def _checked(tree: dict[str, Any]) -> Iterator[Finding]:
+def _checked(tree: dict[str, Any]) -> Iterator[FileFinding]:
     """What check_deepspeed_json says, each with its edits."""
     seen = set()
     for problem in check_deepspeed_json(tree):
@@ -101,11 +101,11 @@ def _checked(tree: dict[str, Any]) -> Iterator[Finding]:
                 if key in TRAINER_SETTINGS and edits and value not in (None, "auto")
                 else ""
             )
-            yield Finding(problem.rule or "kind", REFUSE, path, 0, message, fix, edits, keep)
+            yield FileFinding(problem.rule or "kind", REFUSE, path, 0, message, fix, edits, keep)
         seen.add((path, problem.rule))
 
 
-def _duplicates(text: str, root: json_edit.Node) -> Iterator[Finding]:
+def _duplicates(text: str, root: json_edit.Node) -> Iterator[FileFinding]:
     for path in json_edit.duplicate_keys(root):
         block = root if len(path) == 1 else json_edit.find_member(root, path[:-1])
         members = block.members if isinstance(block, json_edit.Node) else block.node.members if block else []
@@ -113,7 +113,7 @@ def _duplicates(text: str, root: json_edit.Node) -> Iterator[Finding]:
         same = all(repr(v) == repr(values[0]) for v in values)
         edits = (Edit("remove-first", path),) if same else ()
         fix = "keep one of them" + ("" if same else "; a JSON reader takes the last")
-        yield Finding("doubled", REFUSE, path, 0, f"{'.'.join(path)} is given {len(values)} times", fix, edits)
+        yield FileFinding("doubled", REFUSE, path, 0, f"{'.'.join(path)} is given {len(values)} times", fix, edits)
 
 
 def _add_auto(tree: dict[str, Any], key: str) -> Edit | None:
@@ -125,7 +125,7 @@ def _add_auto(tree: dict[str, Any], key: str) -> Edit | None:
     return None if holder is not None else Edit("replace" if block in tree else "add", (block,), {last: "auto"})
 
 
-def _missing(tree: dict[str, Any]) -> Iterator[Finding]:
+def _missing(tree: dict[str, Any]) -> Iterator[FileFinding]:
     """Keys that the trainer would fill, had they been there."""
     clipping = fields.field_default("deepspeed", "gradient_clipping")
     for key, reason in NEVER_ADDED.items():
@@ -134,7 +134,7 @@ def _missing(tree: dict[str, Any]) -> Iterator[Finding]:
             problem = f"{key} is missing: {reason.format(clipping=clipping)}"
             outer, _, last = key.rpartition(".")
             text = f'"{outer}": {{"{last}": "auto"}}' if outer else f'"{last}": "auto"'
-            yield Finding("missing", REFUSE, tuple(key.split(".")), 0, problem, f"add {text}", (edit,))
+            yield FileFinding("missing", REFUSE, tuple(key.split(".")), 0, problem, f"add {text}", (edit,))
     kind, params = value_at(tree, "scheduler.type"), value_at(tree, "scheduler.params")
     table = fields.field_tables().get(f"deepspeed.scheduler.{kind}", {}) if isinstance(kind, str) else {}
     for key in (k for k in SCHEDULED if k in table):
@@ -145,18 +145,18 @@ def _missing(tree: dict[str, Any]) -> Iterator[Finding]:
             )
             what = "replace" if key in params else "add"
             path = ("scheduler", "params", key)
-            yield Finding("missing", REFUSE, path, 0, problem, f'"{key}": "auto"', (Edit(what, path, "auto"),))
+            yield FileFinding("missing", REFUSE, path, 0, problem, f'"{key}": "auto"', (Edit(what, path, "auto"),))
     if table and isinstance(tree["scheduler"], dict) and "params" not in tree["scheduler"]:
         block = ("scheduler", "params")
         autos = {key: "auto" for key in SCHEDULED if key in table}
         problem = f"scheduler.params is missing: {kind} then warms up for 1000 steps of its own"
         if autos:
-            yield Finding(
+            yield FileFinding(
                 "missing", REFUSE, block, 0, problem, 'give its keys as "auto"', (Edit("add", block, autos),)
             )
 
 
-def _literals(tree: dict[str, Any]) -> Iterator[Finding]:
+def _literals(tree: dict[str, Any]) -> Iterator[FileFinding]:
     """Values that are the trainer's: others raise after the model is loaded, equal ones wait to differ (T1)."""
     for key, setting in TRAINER_SETTINGS.items():
         value = value_at(tree, key)
@@ -168,10 +168,10 @@ def _literals(tree: dict[str, Any]) -> Iterator[Finding]:
             text = f"{key} is {shorten_json(value)}: that ties the file to one number of GPUs (T5)"
         keep = as_trainer_setting(key, value)
         fix = f'"auto", and {keep} in the training arguments'
-        yield Finding("literal", WARN, path, 0, text, fix, (Edit("replace", path, "auto"),), keep)
+        yield FileFinding("literal", WARN, path, 0, text, fix, (Edit("replace", path, "auto"),), keep)
 
 
-def _optimizer(tree: dict[str, Any]) -> Iterator[Finding]:
+def _optimizer(tree: dict[str, Any]) -> Iterator[FileFinding]:
     """An optimizer block takes the place of trainer.optim and of all that builds on it (T9)."""
     block = tree.get("optimizer")
     if not isinstance(block, dict):
@@ -188,16 +188,16 @@ def _optimizer(tree: dict[str, Any]) -> Iterator[Finding]:
             keep = ", ".join(as_trainer_setting(f"optimizer.params.{k}", params[k]) for k in keys)
             fix = "remove it: adamw_torch, the trainer's default, is the same arithmetic"
             fix += f"; give the training arguments {keep}" if keep else ""
-            yield Finding("optimizer", WARN, ("optimizer",), 0, text, fix, (Edit("remove", ("optimizer",)),), keep)
+            yield FileFinding("optimizer", WARN, ("optimizer",), 0, text, fix, (Edit("remove", ("optimizer",)),), keep)
             return
     if isinstance(block.get("params"), dict) and params.get("lr") is None:
         path = ("optimizer", "params", "lr")
         what = "replace" if "lr" in params else "add"
         lost = "optimizer.params.lr is missing: the optimizer takes its own rate, not the trainer's learning_rate"
-        yield Finding("missing", REFUSE, path, 0, lost, '"lr": "auto"', (Edit(what, path, "auto"),))
+        yield FileFinding("missing", REFUSE, path, 0, lost, '"lr": "auto"', (Edit(what, path, "auto"),))
 
 
-def to_problem(finding: Finding, file: str) -> Problem:
+def to_problem(finding: FileFinding, file: str) -> Problem:
     """The finding as people read it: problem, file:line and key, fix."""
     text = finding.problem if finding.severity == REFUSE else f"note: {finding.problem}"
     return Problem(text, f"{file}:{finding.line}: {finding.key}", finding.fix, finding.rule)
