@@ -146,7 +146,7 @@ def test_a_time_that_yaml_made_a_number_of(value, fine: bool):
     ],
 )
 def test_gpus_of_a_gres(gres, count):
-    assert values.gpus_of(gres) == count
+    assert slurm_values.gpus_of(gres) == count
 
 
 @pytest.fixture
