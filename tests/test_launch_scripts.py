@@ -79,7 +79,7 @@ def test_a_line_starts_what_it_says(line: str, there: Path, monkeypatch: pytest.
         assert cli.run_verb(["check", *argv[2:]]) == DONE, capsys.readouterr().err
     elif argv[:2] == ["kit", "launch-node"]:
         seen = []
-        monkeypatch.setattr(supervise, "launch", lambda plan, resume=None: seen.append((plan, resume)) or DONE)
+        monkeypatch.setattr("kit.cli.launch_node.launch", lambda plan, resume=None: seen.append((plan, resume)) or DONE)
         monkeypatch.setenv("MASTER_ADDR", "gpu-01")
         assert cli.run_verb(argv[1:]) == DONE
         placed = supervise.node.resolve_node(seen[0][0])

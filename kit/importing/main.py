@@ -15,8 +15,8 @@ usage: kit import FILE... | COMMAND ... [--out RECIPE.yaml] [--from FORMAT]
 
 Other tools' configs as a recipe of the kit, with a list of what could not be carried over. FILE is a TRL or
 transformers argument file, an accelerate config, a DeepSpeed JSON, an Axolotl or a LLaMA-Factory YAML; several that
-belong together may be given. COMMAND is what you type to start the training: trl sft ..., accelerate launch ...,
-llamafactory-cli train ..., axolotl train ....
+belong together may be given. COMMAND is what starts the training: `trl sft ...`, `accelerate launch ...`,
+`llamafactory-cli train ...` or `axolotl train ...`.
 
   --out FILE      where the recipe goes; without it, it is printed and the report goes to standard error
   --overwrite     replace FILE
