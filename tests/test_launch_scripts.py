@@ -79,7 +79,8 @@ def test_a_line_starts_what_it_says(line: str, there: Path, monkeypatch: pytest.
         assert cli.run_verb(["check", *argv[2:]]) == DONE, capsys.readouterr().err
     elif argv[:2] == ["kit", "launch-node"]:
         seen = []
-        monkeypatch.setattr("kit.cli.launch_node.launch", lambda plan, resume=None: seen.append((plan, resume)) or DONE)
+        launch = lambda plan, resume=None: seen.append((plan, resume)) or DONE  # noqa: E731
+        monkeypatch.setattr("kit.cli.launch_node.launch", launch)
         monkeypatch.setenv("MASTER_ADDR", "gpu-01")
         assert cli.run_verb(argv[1:]) == DONE
         placed = supervise.node.resolve_node(seen[0][0])
