@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from kit.config.deepspeed.check import load_deepspeed_file
+from kit.config.libyaml import parse_with_libyaml
 from kit.config.provenance import GROUPS, RUN_FILE, Layer, read_deepspeed_file_layer, read_layers
 from kit.errors import KitError, Problem
 from kit.system import paths
@@ -53,7 +54,7 @@ def compose_overrides(overrides: list[str], run_file: Path | None, folders: list
     searchpath = [f"hydra.searchpath=[{own}]"] if own else []
     GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(config_dir=str(paths.CONF), version_base="1.3", job_name="kit"):
+        with parse_with_libyaml(), initialize_config_dir(str(paths.CONF), "kit", version_base="1.3"):
             cfg = hydra_compose("train", overrides=[*searchpath, *overrides], return_hydra_config=True)
         return to_composed(cfg, cfg.hydra, overrides, run_file)
     except (HydraException, OmegaConfBaseException, OSError, yaml.YAMLError) as error:

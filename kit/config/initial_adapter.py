@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from kit.config.init_from import INIT_FROM, INIT_FROM_PICKLE, InitialAdapter
 from kit.errors import KitError, Problem
 from kit.inspection.adapter import (
     CONFIG,
@@ -24,54 +25,12 @@ from kit.schema import fields
 from kit.schema.run_plan import InitFrom, Model
 from kit.storage import hub_cache, manifest, safetensors_header
 
-INIT_FROM, INIT_FROM_PICKLE = "peft.init_from", "peft.init_from_pickle"
 # What neither changes the adapter's function nor which tensors it has: training's own, bookkeeping, the first values.
 NOT_COMPARED = set(
     """task_type auto_mapping peft_version base_model_name_or_path revision inference_mode lora_dropout
     init_lora_weights runtime_config eva_config loftq_config corda_config lora_ga_config megatron_core
     megatron_config modules_to_tie target_modules_to_tie qalora_group_size""".split()
 )
-
-
-class InitialAdapter(NamedTuple):
-    """`peft.init_from` and `peft.init_from_pickle` as given."""
-
-    name: str  # a folder or a Hub id
-    pickle: bool
-
-
-def take_init_from(peft: Any) -> tuple[Any, InitialAdapter | None, list[Problem]]:
-    """Split the section peft into what PEFT knows and the kit's own keys."""
-    if not isinstance(peft, dict) or not {"init_from", "init_from_pickle"} & peft.keys():
-        return peft, None, []
-    rest = {k: v for k, v in peft.items() if k not in ("init_from", "init_from_pickle")}
-    name, pickle = peft.get("init_from"), peft.get("init_from_pickle", False)
-    problems = []
-    if not isinstance(name, str | None) or name == "":
-        problems.append(
-            Problem(
-                f"{INIT_FROM} must be a folder or a Hub id, not {name!r}",
-                INIT_FROM,
-                f"{INIT_FROM}=RUN/adapter",
-                "init-from",
-            )
-        )
-    if not isinstance(pickle, bool):
-        problems.append(
-            Problem(
-                f"{INIT_FROM_PICKLE} must be true or false, not {pickle!r}",
-                INIT_FROM_PICKLE,
-                f"{INIT_FROM_PICKLE}=true",
-                "init-from",
-            )
-        )
-    if name and "peft_type" not in rest:
-        problems.append(
-            Problem(
-                f"peft=none, but {INIT_FROM} is given", INIT_FROM, "peft=lora, or merge the adapter first", "init-from"
-            )
-        )
-    return rest, InitialAdapter(name, bool(pickle)) if name and not problems else None, problems
 
 
 def find_initial_adapter(

@@ -11,7 +11,6 @@ from typing import Any, Literal
 from kit.config import slurm
 from kit.config.added_tokens import train_embeddings, vocabulary_rows
 from kit.config.deepspeed.resolve import resolve_deepspeed_json
-from kit.config.initial_adapter import find_initial_adapter
 from kit.config.inputs import Inputs
 from kit.config.nodes import resolve_nodes
 from kit.config.report import Report
@@ -107,6 +106,8 @@ def resolve_adapter(
     report.notes += notes
     if not (sections.init_from and peft):
         return peft, None
+    from kit.config.initial_adapter import find_initial_adapter  # which reads manifests and weights: few runs need it
+
     init_from, problems, notes = find_initial_adapter(sections.init_from, peft, run.model, base, here)
     report.add(problems)
     report.notes += notes

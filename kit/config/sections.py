@@ -15,7 +15,7 @@ from typing import Any, get_args
 from pydantic import ValidationError
 
 from kit.config.deepspeed.check import check_deepspeed_json, load_deepspeed_file
-from kit.config.initial_adapter import InitialAdapter, take_init_from
+from kit.config.init_from import InitialAdapter, take_init_from
 from kit.config.input_checks import check_values
 from kit.config.report import Report
 from kit.errors import KitError, Problem, with_rule
