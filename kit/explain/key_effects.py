@@ -17,7 +17,7 @@ from kit.schema.run_plan import RunPlan
 ABSENT: Any = object()
 LIBRARY_NAMES = {"SFTConfig": "TRL's SFTConfig", "BitsAndBytesConfig": "transformers' BitsAndBytesConfig",
            "deepspeed": "DeepSpeed"}  # fmt: skip
-# How a value comes about that nobody wrote down (kit/config/plan.py, resolve.py, embeddings.py).
+# How a value comes about that nobody wrote down (kit/config/resolve.py, added_tokens.py).
 RESOLUTIONS = {
     "trainer.bf16": "auto: what the hardware is fast at; true but for GPUs without bfloat16 and most CPUs",
     "trainer.fp16": "auto: true only on GPUs that have no bfloat16",
