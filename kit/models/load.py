@@ -64,7 +64,11 @@ def load_model(plan: RunPlan, tokenizer: Any) -> Any:
             model = AutoModelForCausalLM.from_config(config, **kwargs, trust_remote_code=m.trust_remote_code)
         else:
             model = open_base(
-                m.name_or_path, quantization=plan.quantization, sharded=plan.zero_stage == 3, **common, **kwargs
+                m.name_or_path,
+                quantization=plan.quantization,
+                keep_deepspeed=bool(plan.deepspeed),
+                **common,
+                **kwargs,
             )
     except (OSError, ValueError) as error:
         raise KitError(f"{m.name_or_path} cannot be loaded: {first_line(error)}", "model.name_or_path") from error

@@ -19,7 +19,7 @@ def open_base(
     quantization: Mapping[str, Any] | None = None,
     device: str | None = None,
     model_class: Any = None,
-    sharded: bool = False,
+    keep_deepspeed: bool = False,
     **settings: Any,
 ) -> Any:
     """Load a causal language model, quantized by bitsandbytes where `quantization` says how.
@@ -31,15 +31,15 @@ def open_base(
         device: "cpu", "cuda" or "auto" (over the GPUs, then host memory); None leaves the model where transformers
             loads it: on the CPU, a quantized one on the process's current GPU if there is one (T41).
         model_class: AutoModelForCausalLM unless given.
-        sharded: keep the ZeRO-3 setting of this process, under which the weights arrive sharded (T19); else it is
-            forgotten, since without training every weight would arrive with shape (0,).
+        keep_deepspeed: keep the DeepSpeed setting of this process, as training needs it: under ZeRO-3 the weights
+            arrive sharded (T19). Else it is forgotten, since every weight would arrive with shape (0,).
         settings: what from_pretrained takes besides (revision, trust_remote_code, attn_implementation, ...).
 
     Raises KitError where the files lack a tensor of the model, which transformers would fill with random numbers.
     """
     if model_class is None:
         from transformers import AutoModelForCausalLM as model_class
-    if not sharded:
+    if not keep_deepspeed:
         forget_deepspeed()
     if quantization:
         settings["quantization_config"] = bnb_config(quantization)

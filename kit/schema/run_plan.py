@@ -60,7 +60,9 @@ class Dataset(Strict):
     seed: int = 42
     format: Literal["auto", "messages", "prompt_completion", "text"] = "auto"
     columns: dict[str, str] = Field(default_factory=dict)  # our column: the file's column
-    template: dict[str, str] = Field(default_factory=dict)  # our column: text with {their columns} in it (dataset_template.py)
+    template: dict[str, str] = Field(
+        default_factory=dict
+    )  # our column: text with {their columns} in it (dataset_template.py)
     streaming: bool = False
     limit: int | None = Field(default=None, ge=1)
     eval_limit: int | None = Field(default=None, ge=1)
