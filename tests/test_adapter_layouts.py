@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
@@ -112,6 +112,7 @@ REFUSED = {
     "empty tensors": (emptied, "was saved under ZeRO-3 without gathering: 7 of its 8 tensors are empty"),
     "truncated": (cut_short, "is cut short or too long"),
     "no tensors": (dict.clear, "holds no tensors"),
+    "empty config": (lambda folder: (folder / "adapter_config.json").write_text("{}"), "names no peft_type"),
     "no config": (without("adapter_config.json"), "it has no adapter_config.json"),
     "no weights": (without(WEIGHTS), f"has no {WEIGHTS}: the adapter was not saved whole"),
     "flipped weights": (flipped(WEIGHTS), "is not the file that was saved: its SHA-256 differs"),
@@ -199,6 +200,23 @@ def test_what_peft_loads_every_verb_takes(base, saved, tmp_path):
         other = adapted(base, rows, seed=8, **settings)
         load_initial_adapter(other, of_file(folder))
         assert torch.equal(logits(other.eval()), expected)
+
+
+@pytest.mark.parametrize("config", [
+    PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+    PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+    PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, encoder_hidden_size=16),
+], ids=lambda config: config.peft_type.value)  # fmt: skip
+def test_trained_prompts_are_opened_and_not_merged(config, base, tmp_path):
+    torch.manual_seed(3)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
+    model.save_pretrained(tmp_path / "adapter")
+    expected, without = logits(model.eval()), logits(model.get_base_model())
+    assert torch.equal(opened(tmp_path / "adapter", "adapter", base), expected)
+    assert not torch.equal(expected[:, -without.shape[1] :], without)
+    with pytest.raises(KitError, match="changes no weight of the base") as refusal:
+        merge(tmp_path / "adapter", str(base), tmp_path / "out", fsync=False)
+    assert refusal.value.problems[0].fix and not (tmp_path / "out").exists()
 
 
 def test_a_vocabulary_resized_at_one_end_is_refused_by_all(base, tmp_path):

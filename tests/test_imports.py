@@ -1,4 +1,4 @@
-"""What each verb imports, at run time: static contracts follow imports inside functions too, so cli/verbs.py needs this."""
+"""What each verb imports, at run time: static contracts follow imports inside functions too, so cli/ needs this."""
 
 from __future__ import annotations
 

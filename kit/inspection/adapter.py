@@ -82,6 +82,8 @@ def read_adapter_folder(folder: Path, accept_pickle: bool = False) -> AdapterFol
         config = read_json(folder / CONFIG)
     except KitError as error:
         raise KitError(error.problems[0].problem, where=str(folder), fix=COPY_AGAIN) from None
+    if not isinstance(config.get("peft_type"), str):
+        raise KitError(f"{folder / CONFIG} names no peft_type", where=str(folder), fix=COPY_AGAIN)
     tensors = None if weights.name == PICKLE else _read_tensors(weights)
     return AdapterFolder(folder, config, weights, tensors, recorded)
 

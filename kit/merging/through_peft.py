@@ -24,6 +24,8 @@ def write_through_peft(plan: MergePlan, folder: Path, dtype: str | None) -> dict
     kept = getattr(torch, dtype) if dtype else torch_dtype(max(set(stored), key=stored.count))
     try:
         model = attach_adapter(load_merge_base(plan, torch.float32), plan.adapter.opened).to(torch.float32)
+        if model.peft_config["default"].is_prompt_learning:
+            raise ValueError("it puts trained tokens before the prompt and changes no weight of the base")
         model = model.merge_and_unload(safe_merge=True).to(kept)
         model.save_pretrained(folder)
     except KitError:

@@ -46,13 +46,15 @@ def attach_adapter(model: Any, adapter: AdapterFolder, *, base_rows: int | None 
             loaded: Any = set_peft_model_state_dict(wrapped, {key: tensors[name] for name, key in keys.items()})
         except KeyError as error:  # of a module that is saved whole or whose token rows are trained
             raise missing_tensors(folder, [str(error.args[0])]) from error
-    method: Any = wrapped.peft_config["default"].peft_type
-    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(method, "")
+    config: Any = wrapped.peft_config["default"]
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type, "")
     own = [key for key in loaded.missing_keys if prefix in key and "default" in key]
     if missing := [key for key in own if not any(part in key for part in SHARED)]:
         raise missing_tensors(folder, standard_keys(missing).values())
-    if loaded.unexpected_keys:
-        raise unknown_modules(folder, map(module_or_parameter, sorted(loaded.unexpected_keys)))
+    # A prompt's embeddings are loaded into its encoder, which PEFT does not count.
+    prompt = {"prompt_embeddings"} if config.is_prompt_learning else set()
+    if unknown := sorted(set(loaded.unexpected_keys) - prompt):
+        raise unknown_modules(folder, map(module_or_parameter, unknown))
     return wrapped.eval()
 
 

@@ -107,8 +107,12 @@ def library_errors(path: Path) -> Iterator[None]:
     except Exception as error:  # noqa: BLE001 - safetensors, tokenizers and remote code raise their own types
         if "out of memory" in str(error).lower():
             raise KitError(f"{path} does not fit into memory", code=ENVIRONMENT, fix="use a smaller dtype") from error
+        lines = str(error).strip().splitlines()
+        reason = (
+            " ".join(line.strip() for line in lines[:2]) if lines and lines[0].endswith(":") else first_line(error)
+        )
         raise KitError(
-            f"{path} cannot be loaded: {first_line(error)}",
+            f"{path} cannot be loaded: {reason}",
             where=str(path),
             fix="give a folder that transformers and peft can load; copy or fetch its files again",
         ) from error
