@@ -20,7 +20,7 @@ def whole(tmp_path_factory) -> Iterator[tuple[Path, str, float]]:
     """The run directory, what was printed, and the seconds it took."""
     work = tmp_path_factory.mktemp("quickstart")
     start = time.monotonic()
-    argv = [harness.sys.executable, "-m", "kit.quickstart.main", f"runs_dir={work / 'runs'}"]
+    argv = [harness.sys.executable, "-m", "kit.quickstart", f"runs_dir={work / 'runs'}"]
     os.environ["KIT_CACHE"] = str(work / "cache")  # nothing is kept from before: the base is trained here
     done = harness.finish(harness.start(argv, work), 420)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
