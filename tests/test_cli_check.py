@@ -14,7 +14,7 @@ from conftest import write_rows
 
 from kit import api
 from kit.cli import verbs as cli
-from kit.errors import DONE, REFUSED
+from kit.errors import DONE, ENVIRONMENT, FAILED, REFUSED
 
 
 @pytest.fixture
@@ -255,3 +255,17 @@ def test_hash_covers_identity_keys_only(base, chat, tmp_path, monkeypatch):
     assert digest("peft.r=4") != same
     assert digest("trainer.seed=1") != same
     assert digest("global_batch_size=32") != same
+
+
+@pytest.mark.parametrize("verb", [["check", "recipe=quickstart"], ["list"]], ids=["ends at once", "ends as others do"])
+def test_output_that_cannot_be_written_is_told(verb, tmp_path: Path):
+    """A full disk: the reason and code 3; a reader that has gone: no word. Never a traceback."""
+    argv = [sys.executable, "-m", "kit", *verb]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(argv, stdout=full, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    assert done.returncode == ENVIRONMENT and "No space left on device" in done.stderr
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(argv, stdout=writer, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    os.close(writer)
+    assert done.returncode == FAILED and done.stderr == ""
