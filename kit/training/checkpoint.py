@@ -16,13 +16,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kit.errors import FAILED, KitError
+from kit.inspection.adapter import WEIGHTS
 from kit.models.adapters import must_save_embeddings
 from kit.models.tensors import full_shape, is_finite, named_tensors
 from kit.storage import manifest
 from kit.storage.safetensors_header import TensorEntry as StoredTensor
 from kit.storage.safetensors_header import read_header, read_tensors
 
-ADAPTER = "adapter_model.safetensors"
 Shapes = dict[str, tuple[int, ...]]
 CHUNK = 64 * 1024**2  # elements gathered at once under ZeRO-3; 128 MB in bf16
 
@@ -205,7 +205,7 @@ def check_saved_adapter(saved: str | Path | dict[str, Tensor], expected: Shapes,
     where = "" if isinstance(saved, dict) else str(saved)
     if not isinstance(saved, dict):
         path = Path(saved)
-        path = path / ADAPTER if path.is_dir() else path
+        path = path / WEIGHTS if path.is_dir() else path
         try:
             saved = load_file(path)
         except Exception as error:  # safetensors raises its own type for damage and OSError for absence

@@ -32,10 +32,6 @@ def install_handlers() -> None:
     _installed = True
 
 
-def handlers_installed() -> bool:
-    return _installed
-
-
 def received_signal() -> str | None:
     """The first signal that arrived in this process, by name."""
     return _received[0] if _received else None
