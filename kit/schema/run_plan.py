@@ -44,28 +44,61 @@ class Tokenizer(Strict):
     eos_token: str | None = None
     bos_token: str | None = None
     added_tokens: list[str] = Field(default_factory=list)
+    date: str | None = Field(default=None, pattern=r"^\d{4}-\d{2}-\d{2}$")  # what a template that writes today's writes
 
 
-class Dataset(Strict):
-    path: str
+FormatName = Literal[
+    "auto",
+    "messages",
+    "sharegpt",
+    "alpaca",
+    "alpaca_prompt",
+    "prompt_completion",
+    "question_answer",
+    "text",
+    "tokenized",
+]
+
+
+class DataSource(Strict):
+    """Rows of one data set: where they are and how they are read."""
+
+    path: str | list[str]  # a file, a folder, a glob, a list of these, or a Hub id
     name: str | None = None  # configuration of a Hub data set
     revision: str | None = None
     split: str = "train"
-    eval_path: str | None = None
+    format: FormatName = "auto"
+    columns: dict[str, str] = Field(default_factory=dict)  # our column: the file's column
+    template: dict[str, str] = Field(default_factory=dict)  # our column: text with {their columns} in it (row_template)
+    roles: dict[str, str] = Field(default_factory=dict)  # their role: system, user, assistant or tool
+    limit: int | None = Field(default=None, ge=1)
+
+
+class MixedSource(DataSource):
+    """One of several data sets of a run."""
+
+    weight: float | None = Field(default=None, gt=0)  # share of the rows drawn from it; null everywhere: all, in turn
+
+
+class Dataset(DataSource):
+    path: str | list[str] | None = None  # null where `mix` names the sets
+    mix: list[MixedSource] = Field(default_factory=list)
+    mix_until: Literal["first_exhausted", "all_exhausted"] = "first_exhausted"  # of interleave_datasets, with weights
+    eval_path: str | list[str] | None = None
     eval_split: str | None = None
     # Held out of `split` when there is no eval_path or eval_split: a share, or a number of rows. With both, validation
     # is evaluated while training and test after it; with test_size alone it serves for both.
     test_size: float | int | None = None
     validation_size: float | int | None = None
     seed: int = 42
-    format: Literal["auto", "messages", "prompt_completion", "text"] = "auto"
-    columns: dict[str, str] = Field(default_factory=dict)  # our column: the file's column
-    template: dict[str, str] = Field(
-        default_factory=dict
-    )  # our column: text with {their columns} in it (dataset_template.py)
     streaming: bool = False
-    limit: int | None = Field(default=None, ge=1)
     eval_limit: int | None = Field(default=None, ge=1)
+    # Which tokens are in the loss; null: what trainer.assistant_only_loss and completion_only_loss say
+    train_on: Literal["everything", "completion", "assistant_turns", "last_turn", "chosen_turns"] | None = None
+    on_bad_row: Literal["refuse", "drop"] = "refuse"
+    max_bad_rows: float | int = Field(default=0.01, ge=0)  # on_bad_row=drop: more, as a share or a number, are refused
+    on_long_row: Literal["truncate", "split", "drop", "refuse"] = "truncate"  # longer than trainer.max_length
+    report_samples: int = Field(default=5, ge=0, le=5)  # rendered rows kept beside the prepared data
 
 
 class Slurm(Strict):
