@@ -7,8 +7,9 @@ from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
+from kit.data import row_template
 from kit.errors import KitError, first_line
-from kit.inspection import dataset_template, hub_dataset
+from kit.inspection import hub_dataset
 from kit.inspection.dataset import FORMATS, SUFFIXES, detect_format, find_data_files
 from kit.schema.run_plan import Dataset, RunPlan
 from kit.storage import hub_cache
@@ -91,12 +92,12 @@ def prepare_rows(d: Dataset, rows: Any, limit: int | None, key: str, notes: list
         return None
     if d.template:
         before = None if d.streaming else len(rows)
-        rows = rows.filter(partial(dataset_template.has_trained_text, template=d.template))
+        rows = rows.filter(partial(row_template.has_trained_text, template=d.template))
         if before is not None and len(rows) < before:
             notes.append(f"{before - len(rows)} of {before} rows of {key} have an empty answer: left out")
         apart = d.format == "prompt_completion" and "assistant" in d.template
-        write = partial(dataset_template.render_row, template=d.template, apart=apart)
-        rows = rows.map(write, remove_columns=dataset_template.template_columns(d.template))
+        write = partial(row_template.render_row, template=d.template, apart=apart)
+        rows = rows.map(write, remove_columns=row_template.template_columns(d.template))
     if limit:
         rows = rows.take(limit) if d.streaming else rows.select(range(min(limit, len(rows))))
     if not d.streaming and len(rows) == 0:
@@ -124,7 +125,7 @@ def load_split(d: Dataset, path: str, split: str | None) -> Any:
     columns = list(rows.column_names or next(iter(rows)).keys())
     row_format = detect_format(columns, d)
     if d.template:
-        return rows.select_columns(dataset_template.template_columns(d.template))
+        return rows.select_columns(row_template.template_columns(d.template))
     rename = {column: name for name, column in d.columns.items() if column != name}
     clash = [name for name in rename.values() if name in columns and name not in rename]
     if clash:
