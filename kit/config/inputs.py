@@ -7,8 +7,9 @@ from pathlib import Path
 
 from kit.config.report import Report
 from kit.config.sections import Sections
+from kit.data import row_template
 from kit.errors import KitError, Problem, with_rule
-from kit.inspection import dataset_template, hub_dataset
+from kit.inspection import hub_dataset
 from kit.inspection.dataset import detect_format, find_data_files, read_columns
 from kit.inspection.model import Base, check_tokenizer_cached, inspect_model
 from kit.schema.run_plan import Dataset
@@ -41,9 +42,9 @@ def find_data_format(dataset: Dataset, here: bool) -> tuple[str | None, list[Pro
     data_format: str | None = None if dataset.format == "auto" else dataset.format
     if dataset.template:  # can be read without the data
         try:
-            written = dataset_template.template_format(dataset.template)
+            written = row_template.template_format(dataset.template)
             data_format = written if data_format is None or written != "messages" else data_format
-            dataset_template.template_columns(dataset.template)
+            row_template.template_columns(dataset.template)
         except KitError as error:
             return None, with_rule(error.problems, "dataset-template")
     for key, path in (("dataset.path", dataset.path), ("dataset.eval_path", dataset.eval_path)):

@@ -7,8 +7,8 @@ import json
 import re
 from pathlib import Path
 
+from kit.data import row_template
 from kit.errors import KitError, first_line
-from kit.inspection import dataset_template
 from kit.schema.run_plan import Dataset
 
 SUFFIXES = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
@@ -141,8 +141,8 @@ def detect_format(columns: list[str], d: Dataset) -> str:
                 "keep one",
                 rule="dataset-template",
             )
-        made = dataset_template.template_format(d.template)
-        dataset_template.check_template_columns(d.template, columns)
+        made = row_template.template_format(d.template)
+        row_template.check_template_columns(d.template, columns)
         if (made, d.format) == ("messages", "prompt_completion"):
             return d.format
         if d.format not in ("auto", made):
