@@ -7,9 +7,10 @@ from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
+from kit.data.files import SUFFIXES, find_data_files, split_suffixes
 from kit.errors import KitError, first_line
 from kit.inspection import dataset_template, hub_dataset
-from kit.inspection.dataset import FORMATS, SUFFIXES, detect_format, find_data_files
+from kit.inspection.dataset import FORMATS, detect_format
 from kit.schema.run_plan import Dataset, RunPlan
 from kit.storage import hub_cache
 from kit.storage.run_directory import PLAN
@@ -108,14 +109,14 @@ def load_split(d: Dataset, path: str, split: str | None) -> Any:
     """One split of a file, folder or Hub id, with only the columns that training needs."""
     from datasets import load_dataset
 
-    files = find_data_files(path)
+    files = find_data_files(path, split or "train", d.name)
     place, name, revision = locate_hub_dataset(d, path) if files is None else (path, None, None)
     try:
         if files is None:
             rows = load_dataset(place, name, revision=revision, split=split, streaming=d.streaming)
         else:
-            kind = SUFFIXES[files[0].suffix.lower()]
-            options = {"delimiter": "\t"} if files[0].suffix.lower() == ".tsv" else {}
+            suffix = split_suffixes(files[0].name)[0]
+            kind, options = SUFFIXES[suffix], {"delimiter": "\t"} if suffix == ".tsv" else {}
             rows = load_dataset(
                 kind, data_files=[str(f) for f in files], split="train", streaming=d.streaming, **options
             )
