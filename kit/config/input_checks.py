@@ -14,24 +14,24 @@ PATHS = (  # (section, key) of what is looked for on the disk
 
 
 def check_values(run: RunInput, report: Report) -> None:
-    """Report paths that the disk cannot even be asked about, counts below one and splits that cannot be made."""
+    """Report paths that the disk cannot even be asked about and counts below one."""
     check_paths(run, report)
     check_counts(run.launch, report)
-    check_splits(run.dataset, report)
     check_held_out(run.dataset, report)
 
 
 def check_paths(run: RunInput, report: Report) -> None:
     for section, name in PATHS:
-        text = getattr(getattr(run, section), name) if section else getattr(run, name)
+        value = getattr(getattr(run, section), name) if section else getattr(run, name)
         key = f"{section}.{name}" if section else name
-        try:
-            exists = Path(text or ".").expanduser().exists()
-            if not exists and key == "launch.script":
-                report.problem(key, f"there is no file {text}", "check the path", "script")
-        except (OSError, RuntimeError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            report.problem(key, f"{key} is no path that can be looked at: {reason}", "check it", "path")
+        for text in value if isinstance(value, list) else [value]:
+            try:
+                exists = Path(text or ".").expanduser().exists()
+                if not exists and key == "launch.script":
+                    report.problem(key, f"there is no file {text}", "check the path", "script")
+            except (OSError, RuntimeError, ValueError) as error:
+                reason = getattr(error, "strerror", None) or str(error)
+                report.problem(key, f"{key} is no path that can be looked at: {reason}", "check it", "path")
 
 
 def check_counts(launch: Launch, report: Report) -> None:
@@ -39,15 +39,6 @@ def check_counts(launch: Launch, report: Report) -> None:
         if isinstance(count, int) and count < 1:
             key = f"launch.{name}"
             report.problem(key, f"{key} must be at least 1, not {count}", f"{key}=auto", "count")
-
-
-def check_splits(dataset: Dataset, report: Report) -> None:
-    """Report splits that are named of a local file or folder, which has none."""
-    for name, split, default in (("split", dataset.split, "train"), ("eval_split", dataset.eval_split, None)):
-        if split != default and Path(dataset.path).expanduser().exists():
-            key = f"dataset.{name}"
-            text = f"{key}={split}, but {dataset.path} is a file or folder, which has no splits"
-            report.problem(key, text, "dataset.eval_path=FILE, or dataset.test_size=0.1", "dataset-split")
 
 
 def check_held_out(dataset: Dataset, report: Report) -> None:

@@ -2,26 +2,42 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from kit.config.report import Report
 from kit.config.sections import Sections
 from kit.data import row_template
+from kit.data.files import RawRow, find_data_files, sample_rows
+from kit.data.formats import convert_row, detect_format, is_chat, row_kind
+from kit.data.turns import EmptyAnswer, RowProblem
 from kit.errors import KitError, Problem, with_rule
 from kit.inspection import hub_dataset
-from kit.inspection.dataset import detect_format, find_data_files, read_columns
 from kit.inspection.model import Base, check_tokenizer_cached, inspect_model
-from kit.schema.run_plan import Dataset
+from kit.schema.run_plan import Dataset, DataSource
 from kit.system import paths
 
 
 @dataclass
 class Inputs:
-    """The base model, and the format of the data: None where the data is not on this machine."""
+    """The base model and the data."""
 
     base: Base
-    data_format: str | None
+    data: DataFormats
+
+
+@dataclass
+class DataFormats:
+    """What the rows of a run are, as far as its data is on this machine."""
+
+    formats: dict[str, str] = field(default_factory=dict)  # of each set that is here, by its key
+    kinds: set[str] = field(default_factory=set)  # messages, prompt_completion, text, tokenized
+    chats: bool | None = None  # whether a chat template renders any of them; None where no row is here
+
+    @property
+    def kind(self) -> str | None:
+        """What all sets are; None where they differ or none is here."""
+        return next(iter(self.kinds)) if len(self.kinds) == 1 else None
 
 
 def inspect_inputs(sections: Sections, report: Report, here: bool) -> Inputs:
@@ -30,38 +46,96 @@ def inspect_inputs(sections: Sections, report: Report, here: bool) -> Inputs:
     base, problems = inspect_model(run.model, here)
     report.add(problems, "model.name_or_path")
     report.add(check_tokenizer_cached(run.tokenizer, here))
-    data_format, problems = find_data_format(run.dataset, here)
+    data, problems = inspect_data(run.dataset, here)
     report.add(problems)
     report.notes += base.notes
-    return Inputs(base, data_format)
+    return Inputs(base, data)
 
 
-def find_data_format(dataset: Dataset, here: bool) -> tuple[str | None, list[Problem]]:
-    """Return the data's format, from the first row of the file; None for a Hub id that is not in the cache."""
+def inspect_data(dataset: Dataset, here: bool) -> tuple[DataFormats, list[Problem]]:
+    """Return what the first rows of each set are, and what is wrong with them."""
+    if bool(dataset.path) == bool(dataset.mix):
+        said = "dataset.path and dataset.mix are both given" if dataset.path else "no data set is named"
+        return DataFormats(), [
+            Problem(said, "dataset.path", "dataset.path=FILE, or sets in dataset.mix", "dataset-files")
+        ]
     problems: list[Problem] = []
-    data_format: str | None = None if dataset.format == "auto" else dataset.format
-    if dataset.template:  # can be read without the data
+    data = DataFormats()
+    for key, source, path, split in list_places(dataset):
         try:
-            written = row_template.template_format(dataset.template)
-            data_format = written if data_format is None or written != "messages" else data_format
-            row_template.template_columns(dataset.template)
+            found, rows = inspect_place(source, path, split, here)
+            problems += [] if dataset.on_bad_row == "drop" and any(r.row for r in rows) else list_bad_rows(rows, key)
+            if found:
+                data.formats.setdefault(key, found)
+                data.kinds.add(row_kind(found, source.template))
+            if rows:
+                data.chats = bool(data.chats) or any(is_chat(row.row) for row in rows if row.row)
         except KitError as error:
-            return None, with_rule(error.problems, "dataset-template")
-    for key, path in (("dataset.path", dataset.path), ("dataset.eval_path", dataset.eval_path)):
-        if path is None or (paths.is_made_by_quickstart(path) and not Path(path).exists() and not here):
-            continue
-        try:
-            if (files := find_data_files(path)) is None:
-                revision = dataset.revision if path == dataset.path else None
-                columns = hub_dataset.read_hub_columns(dataset, path, revision, here)
-            else:
-                columns = read_columns(files, path)
-            if columns is not None:
-                data_format = detect_format(columns, dataset)
-        except KitError as error:
-            of_key = [
-                Problem(p.problem, key if p.where == "dataset.path" else p.where, p.fix, p.rule)
-                for p in error.problems
-            ]
+            ours = {"": key, "dataset.path": key, "dataset.split": split_key(key, dataset)}
+            of_key = [Problem(p.problem, ours.get(p.where, p.where), p.fix, p.rule) for p in error.problems]
             problems += with_rule(of_key, "dataset-unreadable")
-    return data_format, problems
+    return data, problems
+
+
+def list_places(dataset: Dataset) -> list[tuple[str, DataSource, str | list[str], str]]:
+    """(key, set, path, split) of all that a run reads: each set of a mix, or the one path, and what evaluates."""
+    places: list[tuple[str, DataSource, str | list[str], str]] = []
+    for number, source in enumerate(dataset.mix):
+        places.append((f"dataset.mix.{number}.path", source, source.path, source.split))
+    if dataset.path:
+        places.append(("dataset.path", dataset, dataset.path, dataset.split))
+    if dataset.eval_path:
+        places.append(("dataset.eval_path", dataset, dataset.eval_path, dataset.split))
+    elif dataset.path and dataset.eval_split:
+        places.append(("dataset.path", dataset, dataset.path, dataset.eval_split))
+    return places
+
+
+def inspect_place(
+    source: DataSource, path: str | list[str], split: str, here: bool
+) -> tuple[str | None, list[RawRow]]:
+    """(format, the first rows in the form that training reads) of one set; KitError where it makes no format."""
+    data_format: str | None = None if source.format == "auto" else source.format
+    if source.template:  # can be read without the data
+        written = row_template.template_format(source.template)
+        data_format = written if data_format is None or written != "messages" else data_format
+        row_template.template_columns(source.template)
+    if isinstance(path, str) and paths.is_made_by_quickstart(path) and not Path(path).exists() and not here:
+        return data_format, []
+    files = find_data_files(path, split, source.name)
+    if files is None:
+        assert isinstance(path, str)
+        files = hub_dataset.find_hub_files(source, path, source.revision if path == source.path else None, here)
+    if files is None:
+        return data_format, []
+    rows = sample_rows(files)
+    good = [row.row for row in rows if row.row is not None]
+    if not good:
+        return data_format, rows
+    data_format = detect_format(good, source)
+    return data_format, [convert(row, source.model_copy(update={"format": data_format})) for row in rows]
+
+
+def convert(raw: RawRow, source: DataSource) -> RawRow:
+    """The row in the form that training reads, or what is wrong with it; an empty answer is only left out."""
+    if raw.row is None:
+        return raw
+    try:
+        return replace(raw, row=convert_row(raw.row, source.format, source))
+    except EmptyAnswer:
+        return replace(raw, row=None)
+    except RowProblem as problem:
+        return replace(raw, row=None, problem=str(problem))
+
+
+def list_bad_rows(rows: list[RawRow], key: str) -> list[Problem]:
+    """A problem for each of the first bad rows."""
+    fix = "mend the row, or leave such rows out: dataset.on_bad_row=drop"
+    bad = [row for row in rows if row.problem]
+    return [Problem(f"{row.file} row {row.number}: {row.problem}", key, fix, "bad-rows") for row in bad[:3]]
+
+
+def split_key(key: str, dataset: Dataset) -> str:
+    """The key that chose the split of a place."""
+    by_eval = key == "dataset.path" and dataset.split == "train" and dataset.eval_split
+    return "dataset.eval_split" if by_eval else key.replace("eval_path", "path").removesuffix("path") + "split"

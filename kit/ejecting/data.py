@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from kit.data import row_template
+from kit.data.files import SUFFIXES, find_data_files, split_suffixes
 from kit.ejecting.text import assignment_lines, call_lines, literal
-from kit.inspection import dataset
-from kit.inspection.dataset import FORMATS
 from kit.schema.run_plan import Dataset, RunPlan
+
+COLUMNS = {"messages": ["messages"], "prompt_completion": ["prompt", "completion"], "text": ["text"]}  # what TRL reads
 
 
 def held_out_lines(d: Dataset) -> int:
@@ -51,16 +52,19 @@ def data_lines(plan: RunPlan, packed: bool) -> list[str]:
     return ["", *functions, "", "", *lines] if functions else lines
 
 
-def load_dataset_lines(name: str, d: Dataset, path: str, split: str, shape: str, packed: bool) -> list[str]:
-    """`name = load_dataset(...)`, of a file, a folder or a Hub id, with the columns that training needs."""
-    place = Path(path)
-    suffix = place.suffix.lower()
-    if place.is_dir() or suffix in dataset.SUFFIXES:
-        files = [str(f) for f in dataset.find_data_files(path) or []] if place.exists() else [path]
-        first = Path(files[0]).suffix.lower()
-        kind = dataset.SUFFIXES[first]
-        alike = place.is_dir() and not any(f.name.startswith(".") or f.suffix != first for f in map(Path, files))
-        expression = f"sorted(glob({literal(str(place / ('*' + first)))}))" if alike else literal(files)
+def load_dataset_lines(
+    name: str, d: Dataset, path: str | list[str], split: str, shape: str, packed: bool
+) -> list[str]:
+    """`name = load_dataset(...)`, of files, a folder or a Hub id, with the columns that training needs."""
+    place = Path(path) if isinstance(path, str) else None
+    missing = place is not None and not place.exists() and split_suffixes(place.name)[0] in SUFFIXES
+    found = [place] if place is not None and missing else find_data_files(path, split, d.name)
+    if found:
+        files = [str(f) for f in found]
+        first = split_suffixes(found[0].name)[0]
+        kind = SUFFIXES[first]
+        alike = place is not None and place.is_dir() and sorted(place.glob("*" + first)) == found
+        expression = f"sorted(glob({literal(str(place / ('*' + first)))}))" if place and alike else literal(files)
         given = [literal(kind), f"data_files={expression if len(files) > 1 else literal(files[0])}", 'split="train"']
         given += ['delimiter="\\t"'] if first == ".tsv" else []
     else:
@@ -84,7 +88,7 @@ def rename_columns(d: Dataset) -> tuple[list[str], str]:
         return template_function_lines(d, names), f".select_columns({literal(names)})"
     rename = {theirs: ours for ours, theirs in d.columns.items() if theirs != ours}
     if d.format != "auto":
-        targets = {d.columns.get(c, c): c for c in FORMATS[d.format]}
+        targets = {d.columns.get(c, c): c for c in COLUMNS[d.format]}
         rename = {theirs: ours for theirs, ours in targets.items() if theirs != ours}
         return [], f".select_columns({literal(list(targets))})" + (
             f".rename_columns({literal(rename)})" if rename else ""
@@ -94,7 +98,7 @@ def rename_columns(d: Dataset) -> tuple[list[str], str]:
         clash = literal([ours for ours in rename.values() if ours not in rename])
         lines.append(f"    rows = rows.remove_columns([c for c in {clash} if c in rows.column_names])")
         lines.append(f"    rows = rows.rename_columns({literal(rename)})")
-    lines.append(f"    known = {literal([list(c) for c in FORMATS.values()])}")
+    lines.append(f"    known = {literal(list(COLUMNS.values()))}")
     lines.append("    return rows.select_columns(next(c for c in known if set(c) <= set(rows.column_names)))")
     return lines, "choose_columns"
 

@@ -98,6 +98,14 @@ def refuse_unsupported(plan: RunPlan) -> None:
             problem = "PEFT cannot load an adapter into weights that ZeRO-3 has sharded"
             problems.append(Problem(problem, "peft.init_from", "deepspeed=zero2, or train with the kit"))
     d = plan.dataset
+    if d.mix or isinstance(d.path, list):
+        problems.append(Problem("several data sets", "dataset.mix", "join them in one file, then eject"))
+    elif d.format not in ("auto", "messages", "prompt_completion", "text"):
+        fix = "kit data ... --fix-out clean.jsonl writes rows that TRL reads; eject with that file"
+        problems.append(Problem(f"TRL does not read {d.format} rows", "dataset.format", fix))
+    if d.train_on not in (None, "everything"):
+        fix = "trainer.assistant_only_loss=true, or prompt and completion rows"
+        problems.append(Problem(f"TRL has no setting for train_on={d.train_on}", "dataset.train_on", fix))
     if d.streaming and d.test_size:
         problems.append(Problem("a stream cannot be split", "dataset.test_size", "dataset.eval_path=FILE"))
     if d.streaming and d.format == "auto":

@@ -14,12 +14,11 @@ from typing import Any
 import yaml
 
 from kit.errors import KitError
-from kit.inspection import dataset
-from kit.schema.run_plan import Dataset
+from kit.schema.run_plan import DataSource
 from kit.storage import hub_cache
 
 CARD = "README.md"
-READABLE = {*dataset.SUFFIXES, ".arrow", ".txt"}  # what `datasets` reads of text, each also packed:
+READABLE = {".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".txt"}  # rows, each also packed:
 PACKED = {".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip"}
 NO_DATA = {"config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 KEYWORDS = {
@@ -76,10 +75,15 @@ def split_files(names: list[str], card: str, config: str | None, split: str) -> 
     split = re.split(r"[\[+]", split)[0]  # "train[:10%]+test": the first part stands for all
     if entry := choose_configuration(card, config):
         return [n for n in data if matches_any(n, glob_patterns(entry, split))]
-    words = {n: set(re.split(r"[-._ 0-9/]+", n.lower())) for n in data}
-    if any(w & k for w in words.values() for k in KEYWORDS.values()):
+    known = {split}.union(*KEYWORDS.values())
+    words = {n: (split_words(os.path.dirname(n)) & known) or (split_words(os.path.basename(n)) & known) for n in data}
+    if any(words.values()):  # what a folder is called is heard before what the file is called
         return [n for n in data if words[n] & KEYWORDS.get(split, {split})]
     return data if split == "train" else []
+
+
+def split_words(name: str) -> set[str]:
+    return set(re.split(r"[-._ 0-9/]+", name.lower()))
 
 
 def glob_patterns(entry: dict[str, Any], split: str | None) -> list[str]:
@@ -135,8 +139,8 @@ def is_prepared(repo: str) -> bool:
     return any((folder / (f"{owner}___{snake}" if owner else snake)).glob("*/*/*"))
 
 
-def read_hub_columns(d: Dataset, repo: str, revision: str | None, here: bool) -> list[str] | None:
-    """The columns of a Hub data set that is in the cache, None where they cannot be known.
+def find_hub_files(d: DataSource, repo: str, revision: str | None, here: bool) -> list[Path] | None:
+    """The files of a Hub data set's split that is in the cache, None where it is not or its names do not say them.
 
     KitError where the run starts `here`, the environment forbids to ask the Hub, and the data set is not here.
     """
@@ -150,5 +154,4 @@ def read_hub_columns(d: Dataset, repo: str, revision: str | None, here: bool) ->
             raise KitError(problem, key, hub_cache.fetch_command("dataset.path", repo, revision), rule="offline")
         return None
     names = split_files(hub_cache.cached_file_list(folder) or [], read_card(folder), config, d.split)
-    files = [folder / n for n in names if Path(n).suffix.lower() in dataset.SUFFIXES]
-    return dataset.read_columns(files, repo) if files else None
+    return [folder / n for n in names if not n.lower().endswith(".zip")] or None
