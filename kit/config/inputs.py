@@ -7,10 +7,11 @@ from pathlib import Path
 
 from kit.config.report import Report
 from kit.config.sections import Sections
+from kit.data import row_template
 from kit.data.files import find_data_files, sample_rows
+from kit.data.formats import detect_format
 from kit.errors import KitError, Problem, with_rule
-from kit.inspection import dataset_template, hub_dataset
-from kit.inspection.dataset import detect_format
+from kit.inspection import hub_dataset
 from kit.inspection.model import Base, check_tokenizer_cached, inspect_model
 from kit.schema.run_plan import Dataset, DataSource
 from kit.system import paths
@@ -76,15 +77,16 @@ def inspect_place(
     """(format, bad rows among the first) of one set; KitError where it cannot be read or makes no format."""
     data_format: str | None = None if source.format == "auto" else source.format
     if source.template:  # can be read without the data
-        written = dataset_template.template_format(source.template)
+        written = row_template.template_format(source.template)
         data_format = written if data_format is None or written != "messages" else data_format
-        dataset_template.template_columns(source.template)
+        row_template.template_columns(source.template)
     if isinstance(path, str) and paths.is_made_by_quickstart(path) and not Path(path).exists() and not here:
         return data_format, []
-    files = find_data_files(path, split, source.name)
+    named = path == source.path  # the configuration and the revision are those of `path`, not of another `eval_path`
+    files = find_data_files(path, split.partition("[")[0], source.name if named else None)
     if files is None:
         assert isinstance(path, str)
-        files = hub_dataset.find_hub_files(source, path, source.revision if path == source.path else None, here)
+        files = hub_dataset.find_hub_files(source, path, source.revision if named else None, here)
     if files is None:
         return data_format, []
     rows = sample_rows(files)
@@ -96,7 +98,7 @@ def inspect_place(
         for r in bad[:3]
     ]  # fmt: skip
     if good:
-        data_format = detect_format(list(good[0]), source)  # type: ignore[arg-type]
+        data_format = detect_format(good, source)
     return data_format, [] if drop and good else problems
 
 

@@ -2,14 +2,43 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from kit.errors import KitError, first_line
+from kit.data.masks import Messages, Span, chosen_turns, derive_spans, marked_spans
+from kit.data.templates import (
+    ChatTemplate,
+    Traits,
+    check_written,
+    probe_template,
+    reasoning_is_left_out,
+    row_template,
+)
+from kit.data.turns import RowProblem
+from kit.errors import KitError
 
 IGNORED = -100  # a label that is not in the loss
-Messages = list[dict[str, Any]]
+BY_TURNS = ("assistant_turns", "last_turn", "chosen_turns")
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How the rows of a run become tokens."""
+
+    train_on: str = "everything"  # everything, completion, assistant_turns, last_turn or chosen_turns
+    answers_only: bool = False  # of a completion the assistant's turns alone: both of TRL's settings together
+    template: str | None = None  # the chat template to render with, None for the tokenizer's own
+    traits: Traits = Traits()  # of that template
+    max_length: int | None = None
+    truncation_mode: str = "keep_start"
+    on_long_row: str = "truncate"  # or split, drop, refuse
+
+
+def make_encoding(tokenizer: Any, template: str | None = None, **settings: Any) -> Encoding:
+    """An Encoding with the traits of its template; template: None for the tokenizer's own."""
+    traits = probe_template(tokenizer, template) if tokenizer.chat_template or template else Traits()
+    return Encoding(template=template, traits=traits, **settings)
 
 
 @dataclass(frozen=True)
@@ -18,104 +47,247 @@ class EncodedRow:
 
     input_ids: list[int]
     labels: list[int]
+    notes: tuple[str, ...] = ()  # what is worth counting: "cut", "reasoning left out", "second BOS taken off"
+
+    @property
+    def trained(self) -> int:
+        return len(self.labels) - self.labels.count(IGNORED)
 
 
-def encode_row(
-    tokenizer: Any,
-    row: dict[str, Any],
-    *,
-    assistant_only_loss: bool = False,
-    completion_only_loss: bool | None = None,
-    max_length: int | None = None,
-    truncation_mode: str = "keep_start",
-    chat_template: str | None = None,
-) -> EncodedRow:
-    """Encode one row to the `input_ids` and labels that SFTTrainer prepares from it with the same settings.
+class LongRow(RowProblem):
+    """A row longer than max_length, or one of which cutting leaves no trained token."""
 
-    tests/data/test_encode.py compares both on every chat template that TRL ships.
 
-    Args:
-        row: {"messages"}, {"prompt", "completion"} (both text or both chats) or {"text"}; a chat with "tools" (a list,
-            or JSON) and "chat_template_kwargs" where it has them.
-        completion_only_loss: None stands for True; it has no meaning for other rows than prompt and completion.
-        max_length: tokens at most; `truncation_mode` "keep_start" or "keep_end" says which remain. SFTTrainer leaves
-            out a row that is cut to nothing but IGNORED labels; here the caller does.
-        chat_template: what `training_chat_template` returns, None for the tokenizer's own.
+@dataclass
+class RenderedRow:
+    """A row on its way to tokens."""
 
-    Raises:
-        KitError: the chat template refuses the row, or assistant_only_loss meets a row without assistant tokens.
+    text: str
+    is_chat: bool
+    trained: list[Span] | None = None  # the characters in the loss, None for all
+    left_out: list[Span] = field(default_factory=list)  # turns of weight 0
+    prompt: str | None = None  # what stands before the completion, where only that is in the loss
+    notes: list[str] = field(default_factory=list)
+
+
+def encode_rows(
+    tokenizer: Any, rows: Sequence[dict[str, Any]], encoding: Encoding
+) -> list[list[EncodedRow] | RowProblem]:
+    """Encode canonical rows (formats.py): of each its pieces (several where it is split), or what is wrong with it.
+
+    With train_on "everything" and "completion" the ids and labels are those that SFTTrainer prepares;
+    tests/data/test_encode.py compares them on every chat template that TRL ships.
     """
-    from trl.data_utils import common_prefix_length, is_conversational  # seconds that `kit generate` need not wait
-
-    for key in ("messages", "prompt", "completion"):
-        if isinstance(row.get(key), list):
-            check_messages(row[key], key)
-    if assistant_only_loss and not is_conversational(row):
-        raise KitError("the rows are not chats", "assistant_only_loss", "leave it out, or give messages")
-    arguments = template_arguments(row) | ({"chat_template": chat_template} if chat_template else {})
-    prompt_length = 0
-    if not is_conversational(row):
-        text = row["prompt"] + append_eos(tokenizer, row["completion"]) if "prompt" in row else None
-        encoded = tokenizer(append_eos(tokenizer, row["text"]) if text is None else text)
-        if text is not None:
-            prompt_length = common_prefix_length(tokenizer(row["prompt"])["input_ids"], encoded["input_ids"])
-    else:
-        turns = row["prompt"] + row["completion"] if "prompt" in row else row["messages"]
-        encoded = render_chat(tokenizer, turns, arguments, return_assistant_tokens_mask=assistant_only_loss)
-        if "prompt" in row:
-            opening = render_chat(tokenizer, row["prompt"], arguments, add_generation_prompt=True)
-            prompt_length = common_prefix_length(opening["input_ids"], encoded["input_ids"])
-
-    labels = list(encoded["input_ids"])
-    if completion_only_loss is not False:
-        labels[:prompt_length] = [IGNORED] * prompt_length
-    if assistant_only_loss:
-        labels = _mask_others(labels, encoded["assistant_masks"])
-    kept = slice(None)
-    if max_length is not None:
-        kept = slice(-max_length, None) if truncation_mode == "keep_end" else slice(max_length)
-    return EncodedRow(list(encoded["input_ids"])[kept], labels[kept])
-
-
-def _mask_others(labels: list[int], assistant_masks: list[int]) -> list[int]:
-    if 1 not in assistant_masks:
-        raise KitError(
-            "a row has no assistant tokens",
-            "assistant_only_loss",
-            "mark the assistant's turns in the chat template with {% generation %} and {% endgeneration %}",
+    rendered: list[RenderedRow | RowProblem | None] = []
+    for row in rows:
+        try:
+            rendered.append(render_row(tokenizer, row, encoding))
+        except RowProblem as problem:
+            rendered.append(problem)
+    texts = [r for r in rendered if isinstance(r, RenderedRow)]
+    tokens = {
+        is_chat: _tokenize(tokenizer, [r.text for r in texts if r.is_chat == is_chat], is_chat)
+        for is_chat in (True, False)
+    }
+    prompts = {
+        is_chat: _tokenize(
+            tokenizer, [r.prompt for r in texts if r.is_chat == is_chat and r.prompt is not None], is_chat
         )
-    return [label if mask else IGNORED for label, mask in zip(labels, assistant_masks, strict=True)]
+        for is_chat in (True, False)
+    }
+    encoded: list[list[EncodedRow] | RowProblem] = []
+    for row, made in zip(rows, rendered, strict=True):
+        try:
+            if isinstance(made, RowProblem):
+                raise made
+            if made is None:
+                whole = _check_token_row(tokenizer, row)
+            else:
+                ids, offsets = next(tokens[made.is_chat])
+                prompt = None if made.prompt is None else next(prompts[made.is_chat])[0]
+                whole = _label(tokenizer, made, ids, offsets, prompt)
+            encoded.append(fit_length(whole, encoding))
+        except RowProblem as problem:
+            encoded.append(problem)
+    return encoded
 
 
-def training_chat_template(tokenizer: Any, assistant_only_loss: bool) -> str | None:
-    """Return the chat template that SFTTrainer trains with, None where it is the tokenizer's own.
+def encode_row(tokenizer: Any, row: dict[str, Any], encoding: Encoding) -> EncodedRow:
+    """Encode one row; KitError where it cannot be. A row that would be split is one piece here."""
+    made = encode_rows(tokenizer, [row], encoding)[0]
+    if isinstance(made, RowProblem):
+        raise KitError(str(made), where="row")
+    return made[0]
 
-    With assistant_only_loss TRL replaces a template that it knows and that has no {% generation %} marks by its own.
-    KitError where the template has none and TRL does not know it.
-    """
-    from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
-    if not assistant_only_loss or not tokenizer.chat_template or has_generation_markers(tokenizer.chat_template):
+def render_row(tokenizer: Any, row: dict[str, Any], encoding: Encoding) -> RenderedRow | None:
+    """A row as text, with what of it is in the loss; None for a row of token ids. RowProblem where it cannot be."""
+    if "input_ids" in row:
         return None
-    try:
-        return get_training_chat_template(tokenizer)
-    except ValueError as error:
-        raise KitError(first_line(error), "tokenizer.chat_template", "add {% generation %} marks to it") from error
+    completes = encoding.train_on == "completion"
+    if "text" in row or isinstance(row["prompt" if "prompt" in row else "messages"], str):
+        if encoding.train_on in BY_TURNS or encoding.answers_only:
+            raise RowProblem(f"train_on={encoding.train_on} needs chats, this row is text")
+        if "text" in row:
+            return RenderedRow(append_eos(tokenizer, row["text"]), False)
+        text = row["prompt"] + append_eos(tokenizer, row["completion"])
+        return RenderedRow(text, False, prompt=row["prompt"] if completes else None)
+    messages = row["prompt"] + row["completion"] if "prompt" in row else row["messages"]
+    template = row_template(tokenizer, row, encoding.template, encoding.traits)
+    if encoding.train_on in BY_TURNS or encoding.answers_only or any(m.get("weight") == 0 for m in messages):
+        rendered = _render_turns(tokenizer, messages, template, encoding)
+    else:
+        rendered = RenderedRow(template.render(messages), True)
+    check_written(messages, rendered.text)
+    if completes and "prompt" in row:
+        rendered.prompt = template.render(row["prompt"], add_generation_prompt=True)
+    if reasoning_is_left_out(messages, rendered.text):
+        rendered.notes.append("reasoning left out")
+    return rendered
 
 
-def template_arguments(row: dict[str, Any], place: str = "chat") -> dict[str, Any]:
-    """Return what a row passes to the chat template; `chat_template_kwargs` overrule its `tools`, as in TRL."""
-    tools = row.get("tools")
-    try:
-        tools = json.loads(tools) if isinstance(tools, str) and tools else tools
-    except ValueError:
-        raise KitError("tools is not JSON", where=place) from None
-    return {**({} if tools in (None, "") else {"tools": tools}), **(row.get("chat_template_kwargs") or {})}
+def _render_turns(tokenizer: Any, messages: Messages, template: ChatTemplate, encoding: Encoding) -> RenderedRow:
+    """A chat with the spans of its assistant turns that are in the loss, and of those that must not be."""
+    by_turns = encoding.train_on if encoding.train_on in BY_TURNS else "assistant_turns"
+    weighted = any("weight" in m for m in messages)
+    if template.has_marks:
+        text, marks = template.render_with_marks(messages)
+        if by_turns == "assistant_turns" and not weighted:
+            if not any(end > start for start, end in marks):
+                raise RowProblem("the chat template marks no answer in it")
+            return RenderedRow(text, True, trained=marks)
+        spans = marked_spans(messages, marks)
+    else:
+        text = template.render(messages)
+        check_written(messages, text)
+        special, unasked = special_tokens_by_length(tokenizer), template.traits.unasked_prompt
+        spans = derive_spans(messages, text, template.render, special, unasked)
+    left_out = [spans[n] for n in spans if messages[n].get("weight") == 0]
+    if encoding.train_on not in BY_TURNS and not encoding.answers_only:
+        return RenderedRow(text, True, left_out=left_out)
+    chosen = [spans[n] for n in chosen_turns(messages, by_turns)]
+    if not chosen:
+        raise RowProblem("none of its turns is trained: every weight is 0" if weighted else "it has no turn to train")
+    return RenderedRow(text, True, trained=chosen)
 
 
-def check_messages(turns: Any, place: str) -> None:
-    if not isinstance(turns, list) or not turns or any(not isinstance(m, dict) or "role" not in m for m in turns):
-        raise KitError("a chat is not a list of messages with role and content", where=place)
+def special_tokens_by_length(tokenizer: Any) -> list[str]:
+    """The texts of a tokenizer's special tokens, the longest first."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    names = {*tokenizer.all_special_tokens, *(t.content for t in added.values() if t.special)}
+    return sorted(names, key=len, reverse=True)
+
+
+def _tokenize(tokenizer: Any, texts: Sequence[str], is_chat: bool) -> Iterator[tuple[list[int], Any]]:
+    """Yield (ids, what finds the token of a character) of each text. A chat's template has written its BOS already."""
+    if not texts:
+        return
+    out = tokenizer(
+        list(texts), add_special_tokens=not is_chat, return_attention_mask=False, return_token_type_ids=False
+    )
+    found = out.encodings or [None] * len(texts)
+    yield from zip(out["input_ids"], found, strict=True)
+
+
+def _label(tokenizer: Any, row: RenderedRow, ids: list[int], offsets: Any, prompt: list[int] | None) -> EncodedRow:
+    notes = list(row.notes)
+    if not row.is_chat:
+        ids, changed = fit_bos(tokenizer, ids)
+        prompt = None if prompt is None else fit_bos(tokenizer, prompt)[0]
+        notes += [changed] if changed else []
+    labels = list(ids)
+    if row.trained is not None:
+        labels = [IGNORED] * len(ids)
+        for span in row.trained:
+            first, last = token_range(tokenizer, row.text, span, ids, offsets)
+            labels[first:last] = ids[first:last]
+    for span in row.left_out:
+        first, last = token_range(tokenizer, row.text, span, ids, offsets)
+        labels[first:last] = [IGNORED] * (last - first)
+    if prompt is not None:
+        common = common_prefix_length(prompt, ids)
+        labels[:common] = [IGNORED] * common
+    if labels.count(IGNORED) == len(labels):
+        raise RowProblem("it has no trained token")
+    return EncodedRow(ids, labels, tuple(notes))
+
+
+def token_range(tokenizer: Any, text: str, span: Span, ids: list[int], offsets: Any) -> tuple[int, int]:
+    """First token of a span of characters and the one behind it; a token that the beginning cuts through counts.
+
+    offsets: the `tokenizers.Encoding` of the text. None for a tokenizer without one: there the text before the span
+    and up to its end are tokenized by themselves, and must be beginnings of `ids`.
+    """
+    start, end = span
+    if offsets is not None:
+        first = last = None
+        while first is None and start < end:
+            first, start = offsets.char_to_token(start), start + 1
+        while last is None and end > span[0]:
+            end -= 1
+            last = offsets.char_to_token(end)
+        if first is None or last is None:
+            raise RowProblem("it has a turn without tokens")
+        return first, last + 1
+    edges = [tokenizer(text[:edge], add_special_tokens=False)["input_ids"] for edge in span]
+    if any(ids[: len(edge)] != edge for edge in edges):
+        raise RowProblem("the tokens of its turns cannot be told apart with this tokenizer")
+    return len(edges[0]), len(edges[1])
+
+
+def fit_bos(tokenizer: Any, ids: list[int]) -> tuple[list[int], str]:
+    """(ids with one BOS where the tokenizer's settings ask for it, what was changed).
+
+    A text that holds the BOS itself would have two. Some tokenizers say add_bos_token and do not add it (DeepSeek V3).
+    """
+    bos = tokenizer.bos_token_id
+    if bos is None:
+        return ids, ""
+    if ids[:2] == [bos, bos]:
+        return ids[1:], "second BOS taken off"
+    if getattr(tokenizer, "add_bos_token", False) and ids[:1] != [bos]:
+        return [bos, *ids], "BOS put in front"
+    return ids, ""
+
+
+def common_prefix_length(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two rows begin with in common."""
+    if list(b[: len(a)]) == list(a):
+        return len(a)
+    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _check_token_row(tokenizer: Any, row: dict[str, Any]) -> EncodedRow:
+    ids = row["input_ids"]
+    labels = row.get("labels", ids)
+    size = len(tokenizer)
+    if max(ids) >= size:
+        raise RowProblem(f"it holds the token {max(ids)}, the tokenizer has {size:,}")
+    if any(label not in (IGNORED, token) for label, token in zip(labels, ids, strict=True)):
+        raise RowProblem("its labels are neither its tokens nor -100")
+    if labels.count(IGNORED) == len(labels):
+        raise RowProblem("it has no trained token")
+    return EncodedRow(list(ids), list(labels))
+
+
+def fit_length(row: EncodedRow, encoding: Encoding) -> list[EncodedRow]:
+    """The pieces of a row that are no longer than max_length; LongRow where nothing of it may or can be trained on."""
+    limit = encoding.max_length
+    length = len(row.input_ids)
+    if limit is None or length <= limit:
+        return [row]
+    if encoding.on_long_row in ("drop", "refuse"):
+        raise LongRow(f"it has {length:,} tokens, more than max_length={limit:,}")
+    if encoding.on_long_row == "split":
+        starts = list(range(0, length, limit))
+    else:
+        starts = [length - limit if encoding.truncation_mode == "keep_end" else 0]
+    note = "split" if encoding.on_long_row == "split" else "cut"
+    cut = [(row.input_ids[s : s + limit], row.labels[s : s + limit]) for s in starts]
+    pieces = [EncodedRow(ids, labels, (*row.notes, note)) for ids, labels in cut if labels.count(IGNORED) < len(labels)]
+    if not pieces:
+        raise LongRow(f"no trained token is left of its {length:,} after cutting to max_length={limit:,}")
+    return pieces
 
 
 def append_eos(tokenizer: Any, text: str) -> str:
@@ -124,18 +296,7 @@ def append_eos(tokenizer: Any, text: str) -> str:
     return text if not eos or text.endswith(eos) else text + eos
 
 
-def render_chat(tokenizer: Any, turns: Messages, arguments: dict[str, Any], **settings: Any) -> Any:
-    """Render a chat to {"input_ids", "assistant_masks" where asked for}; KitError where the template refuses it."""
-    if not getattr(tokenizer, "chat_template", None):
-        raise KitError(
-            "a chat was given, but the tokenizer has no chat template",
-            where="tokenizer",
-            fix="give text, or a tokenizer with a chat template",
-        )
-    try:
-        return tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True, **settings, **arguments)
-    except Exception as error:  # noqa: BLE001 - jinja errors and whatever a template raises
-        raise KitError(f"the chat template refuses a chat: {first_line(error)}", where="chat") from error
+# ---- prompts: what an answer is to follow ----
 
 
 def encode_prompt(
@@ -144,18 +305,30 @@ def encode_prompt(
     *,
     chat: bool,
     system: str | None = None,
-    template: dict[str, Any] | None = None,
+    row: dict[str, Any] | None = None,
+    encoding: Encoding | None = None,
 ) -> list[int]:
-    """Token ids that an answer is to follow; text is a user turn where `chat`, else it is continued as it is."""
+    """Token ids that an answer is to follow; text is a user turn where `chat`, else it is continued as it is.
+
+    row: the tools and chat_template_kwargs that go with the prompt. KitError where the chat template refuses it.
+    """
     if isinstance(prompt, str) and not chat:
         if system:
             raise KitError("a system prompt needs a chat", where="system", fix="put it into the prompt")
         return encode_open_text(tokenizer, prompt)
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    check_messages(turns, "prompts")
+    if not getattr(tokenizer, "chat_template", None):
+        problem, fix = "a chat was given, but the tokenizer has no chat template", "give text, or tokenizer=chatml"
+        raise KitError(problem, where="tokenizer", fix=fix)
     if system and turns[0].get("role") != "system":
         turns = [{"role": "system", "content": system}, *turns]
-    return list(render_chat(tokenizer, turns, template or {}, add_generation_prompt=True)["input_ids"])
+    settings = replace(encoding or Encoding(), max_length=None)
+    try:
+        template = row_template(tokenizer, row or {}, settings.template, settings.traits)
+        text = template.render(turns, add_generation_prompt=True)
+    except RowProblem as problem:
+        raise KitError(str(problem), where="prompts") from None
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def encode_open_text(tokenizer: Any, text: str) -> list[int]:
@@ -164,6 +337,7 @@ def encode_open_text(tokenizer: Any, text: str) -> list[int]:
     # some tokenizers close every text with eos, after which nothing is left to continue
     if ids and ids[-1] == eos and not text.endswith(tokenizer.eos_token):
         ids.pop()
+    ids = fit_bos(tokenizer, ids)[0] if ids else ids
     if not ids:
         start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else eos
         ids = [start] if start is not None else []
@@ -172,7 +346,7 @@ def encode_open_text(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
-def end_of_turn_id(tokenizer: Any) -> int | None:
+def end_of_turn_id(tokenizer: Any, template: str | None = None) -> int | None:
     """The special token that the chat template puts after an assistant turn, where it differs from eos (ChatML's end).
 
     None without a template or where the turn ends in plain text.
@@ -180,11 +354,10 @@ def end_of_turn_id(tokenizer: Any) -> int | None:
     if not getattr(tokenizer, "chat_template", None):
         return None
     mark = "answer7"
+    chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": mark}]
     try:
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": "question"}, {"role": "assistant", "content": mark}], tokenize=False
-        )
-    except Exception:  # noqa: BLE001 - a template may refuse such a chat for reasons of its own
+        text = row_template(tokenizer, {}, template, Traits()).render(chat)
+    except RowProblem:  # a template may refuse such a chat for reasons of its own
         return None
     after = tokenizer(text.rsplit(mark, 1)[-1], add_special_tokens=False)["input_ids"]
     special = set(tokenizer.all_special_ids) | set(getattr(tokenizer, "added_tokens_decoder", {}))

@@ -101,8 +101,7 @@ def find_splits(path: str, config: str | None) -> dict[str, list[Path]] | None:
         place = Path(path).expanduser()
         if place.is_file():
             if split_suffixes(place.name)[0] not in SUFFIXES:
-                known = f"one of {' '.join(SUFFIXES)}, each also with {' '.join(PACKINGS)}"
-                raise refuse_path(f"{place} has a suffix that is not known", f"use {known}; unpack archives")
+                raise refuse_suffix(place)
             return {"train": [place]} | {s: [place] for s in KEYWORDS if split_files([place.name], "", None, s)}
         if place.is_dir():
             return find_splits_of_folder(place, config)
@@ -200,6 +199,11 @@ def refuse_path(problem: str, fix: str) -> KitError:
     return KitError(problem, "dataset.path", fix, rule="dataset-files")
 
 
+def refuse_suffix(file: Path) -> KitError:
+    known = f"one of {' '.join(SUFFIXES)}, each also with {' '.join(PACKINGS)}"
+    return refuse_path(f"{file} has a suffix that is not known", f"use {known}; unpack archives")
+
+
 def refuse_file(file: Path, problem: str, fix: str = "check the file") -> KitError:
     return KitError(f"{file} cannot be read: {problem}", "dataset.path", fix, rule="dataset-unreadable")
 
@@ -252,6 +256,8 @@ def sample_rows(files: Sequence[Path], count: int = 200, max_bytes: int = 1_000_
 
 def open_rows(file: Path) -> Iterator[RawRow]:
     kind, _ = split_suffixes(file.name)
+    if kind not in SUFFIXES:
+        raise refuse_suffix(file)
     if kind in (".parquet", ".arrow"):
         with open_source(file) as source:
             for number, (row, problem) in enumerate(read_table(source, kind), 1):

@@ -1,65 +1,156 @@
-"""From the dataset section of a plan to what TRL trains on: rows with `messages`, `prompt`+`completion` or `text`."""
+"""From the dataset section of a plan to its raw rows: read, mixed, split, each with the file and number it stands at."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
-from kit.data.files import SUFFIXES, find_data_files, split_suffixes
+from kit.data.files import RawRow, find_data_files, is_data_file, read_rows
+from kit.data.formats import CanonicalRow, convert_row, detect_format
+from kit.data.turns import RowProblem
 from kit.errors import KitError, first_line
-from kit.inspection import dataset_template, hub_dataset
-from kit.inspection.dataset import FORMATS, detect_format
-from kit.schema.run_plan import Dataset, RunPlan
+from kit.inspection import hub_dataset
+from kit.schema.run_plan import Dataset, DataSource, RunPlan
 from kit.storage import hub_cache
 from kit.storage.run_directory import PLAN
 
-MAX_STREAMED_ROWS = 10_000
+SAMPLED_ROWS = 200  # looked at to tell a format
+BATCH = 1000
+COLUMNS = ("source", "file", "number", "offset", "row", "problem", "hash")
 
 
-class Splits(NamedTuple):
-    """datasets.Dataset or IterableDataset each; `validation` is evaluated while training, `test` after it.
+@dataclass
+class RawRows:
+    """Rows as they stand in their files: a Dataset (or IterableDataset) with COLUMNS.
 
-    Without a validation part of its own they are the same rows; both are None where nothing is held out.
+    `row` is JSON text, so that each row keeps its own keys and types wherever in a file it stands; `problem` says why a
+    row could not be read. `source` counts `sources`, whose format is resolved; `hash` is the same for equal rows.
     """
 
-    train: Any
-    validation: Any
-    test: Any
+    rows: Any
+    sources: list[DataSource]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def with_rows(self, rows: Any) -> RawRows:
+        return RawRows(rows, self.sources)
+
+    def canonical(self) -> Iterator[CanonicalRow]:
+        """The rows in the form that training reads, bad rows left out."""
+        for record in self.rows:
+            try:
+                yield canonical_row(record, self.sources)
+            except RowProblem:
+                continue
+
+
+@dataclass
+class Splits:
+    """`validation` is evaluated while training, `test` after it. Without a validation part of its own they are the same
+    object; both are None where nothing is held out."""
+
+    train: RawRows
+    validation: RawRows | None
+    test: RawRows | None
     notes: list[str]
 
 
-def load_datasets(plan: Any) -> Splits:
-    """The parts of the plan's data set, in the columns that training needs; KitError where one cannot be had."""
-    d: Dataset = plan.dataset
-    train = load_split(d, d.path, d.split)
-    validation = test = None
-    if d.eval_path or d.eval_split:
-        validation = test = load_split(d, d.eval_path or d.path, d.split if d.eval_path else d.eval_split)
-    elif d.test_size:
-        train, validation, test = split_rows(d, train)
-    notes: list[str] = []
-    same = test is validation
-    train = prepare_rows(d, train, d.limit, "dataset.path", notes)
-    validation = prepare_rows(d, validation, d.eval_limit, "dataset.eval_path", notes)
-    test = validation if same else prepare_rows(d, test, d.eval_limit, "dataset.test_size", notes)
-    return Splits(train, validation, test, notes)
+def canonical_row(record: dict[str, Any], sources: Sequence[DataSource]) -> CanonicalRow:
+    """One raw row in the form that training reads; RowProblem where it cannot be had."""
+    if record["problem"]:
+        raise RowProblem(record["problem"])
+    source = sources[record["source"]]
+    return convert_row(json.loads(record["row"]), source.format, source)
 
 
-def load_run_datasets(plan: dict[str, Any]) -> tuple[Any, Any]:
-    """(train, test) of a run's plan as the training saw them before tokenizing; the second may be None.
+@dataclass(frozen=True)
+class OpenSource:
+    """One data set, found and its format known, before its rows are read."""
 
-    Of a stream the first STREAMED rows stand for all.
+    source: DataSource  # with its format resolved
+    key: str  # the dotted key that names it
+    read: Callable[[Sequence[Any]], Iterator[RawRow]]
+    shards: Sequence[Any]
+    files: Sequence[Path]  # what its rows depend on
+
+
+def open_sources(d: Dataset) -> tuple[list[OpenSource], OpenSource | None]:
+    """The training sets of a run, and the held-out one where it is named by itself. KitError where one is not there."""
+    training = [open_source(source, key, d.streaming) for source, key in training_sources(d)]
+    if not (d.eval_path or d.eval_split):
+        return training, None
+    # Name and revision belong to dataset.path; its format, columns and template to both.
+    update = {"path": d.eval_path, "name": None, "revision": None} if d.eval_path else {"split": d.eval_split}
+    update |= {"limit": None, "format": d.format if not d.mix else "auto"}
+    source = DataSource(**{k: v for k, v in d.model_dump().items() if k in DataSource.model_fields} | update)
+    return training, open_source(source, "dataset.eval_path" if d.eval_path else "dataset.eval_split", d.streaming)
+
+
+def training_sources(d: Dataset) -> list[tuple[DataSource, str]]:
+    """Each training set and the dotted key that names it."""
+    if d.mix:
+        return [(source, f"dataset.mix.{n}.path") for n, source in enumerate(d.mix)]
+    return [(d, "dataset.path")]
+
+
+def read_splits(d: Dataset, training: Sequence[OpenSource], held_out: OpenSource | None, folder: Path) -> Splits:
+    """Read, mix and split a run's data; KitError where a part cannot be had.
+
+    folder: where the rows are kept on disk while they are used; not needed for a stream.
     """
-    try:
-        checked = RunPlan.model_validate(plan)
-    except ValueError as error:
-        raise KitError(f"{PLAN} is not a plan: {first_line(error)}", where=PLAN) from None
-    parts = load_datasets(checked)
-    if checked.dataset.streaming:
-        return tuple(p and list(islice(p, MAX_STREAMED_ROWS)) for p in (parts.train, parts.test))  # type: ignore[return-value]
-    return parts.train, parts.test
+    notes: list[str] = []
+    if d.mix and (d.test_size or 0) >= 1:
+        problem = "a number of rows cannot be held out of several data sets"
+        raise KitError(problem, "dataset.test_size", "give a share, 0.1")
+    sources = [opened.source for opened in training]
+    train = [read_source(opened, folder / str(n), n, d.streaming) for n, opened in enumerate(training)]
+    held: list[tuple[Any, Any]] = []
+    if held_out is None and d.test_size:
+        split = [split_rows(d, rows) for rows in train]
+        train = [part[0] for part in split]
+        held = [part[1:] for part in split]
+    mixed = RawRows(take(mix_rows(d, train), d.limit), sources)
+    validation = test = None
+    if held:
+        validation = test = RawRows(take(concatenate([v for v, _ in held]), d.eval_limit), sources)
+        if d.validation_size is not None:
+            test = RawRows(take(concatenate([t for _, t in held]), d.eval_limit), sources)
+    elif held_out is not None:
+        rows = read_source(held_out, folder / "eval", 0, d.streaming)
+        validation = test = RawRows(take(rows, d.eval_limit), [held_out.source])
+    if not d.streaming:
+        for key, part in (("dataset.path", mixed), ("dataset.eval_path", validation), ("dataset.test_size", test)):
+            if part is not None and len(part) == 0:
+                raise KitError("the data set holds no rows", key, "give a file with at least one row")
+        if held:
+            validation, test = _apart_from(mixed, validation, test, notes)
+    return Splits(mixed, validation, test, notes)
+
+
+def _apart_from(train: RawRows, validation: Any, test: Any, notes: list[str]) -> tuple[Any, Any]:
+    """The held-out parts without rows that are also trained on: a duplicate stays on one side."""
+    import numpy
+
+    seen = numpy.unique(train.rows.with_format("numpy")["hash"][:])
+    kept = []
+    for part in [validation] if test is validation else [validation, test]:
+        apart = numpy.flatnonzero(~numpy.isin(part.rows.with_format("numpy")["hash"][:], seen))
+        if len(apart) < len(part):
+            notes.append(f"{len(part) - len(apart)} held-out rows are also among the training rows: left out")
+            if not len(apart):
+                problem = "every held-out row is also among the training rows"
+                raise KitError(problem, "dataset.test_size", "dataset.eval_path=FILE with rows of its own")
+            part = part.with_rows(part.rows.select(apart))
+        kept.append(part)
+    return kept[0], kept[-1]
 
 
 def split_rows(d: Dataset, rows: Any) -> tuple[Any, Any, Any]:
@@ -75,74 +166,202 @@ def split_rows(d: Dataset, rows: Any) -> tuple[Any, Any, Any]:
     if held_out >= 1 and held_out >= len(rows):
         raise KitError(f"{held_out} held out of {len(rows)} rows leave none to train on", "dataset.test_size", "0.1")
     try:
-        parts = rows.train_test_split(test_size=held_out, seed=d.seed)
+        parts = rows.train_test_split(test_size=held_out, seed=d.seed, load_from_cache_file=False)
         if d.validation_size is None:
             return parts["train"], parts["test"], parts["test"]
         share = d.test_size / held_out if held_out < 1 else int(d.test_size)
-        rest = parts["test"].train_test_split(test_size=share, seed=d.seed)
+        rest = parts["test"].train_test_split(test_size=share, seed=d.seed, load_from_cache_file=False)
     except ValueError as error:  # a share of too few rows
         problem = f"{len(rows)} rows cannot be split: {first_line(error)}"
         raise KitError(problem, "dataset.test_size") from error
     return parts["train"], rest["train"], rest["test"]
 
 
-def prepare_rows(d: Dataset, rows: Any, limit: int | None, key: str, notes: list[str]) -> Any:
-    """Templates written out, rows with nothing to learn left out and counted, the limit applied."""
-    if rows is None:
-        return None
-    if d.template:
-        before = None if d.streaming else len(rows)
-        rows = rows.filter(partial(dataset_template.has_trained_text, template=d.template))
-        if before is not None and len(rows) < before:
-            notes.append(f"{before - len(rows)} of {before} rows of {key} have an empty answer: left out")
-        apart = d.format == "prompt_completion" and "assistant" in d.template
-        write = partial(dataset_template.render_row, template=d.template, apart=apart)
-        rows = rows.map(write, remove_columns=dataset_template.template_columns(d.template))
-    if limit:
-        rows = rows.take(limit) if d.streaming else rows.select(range(min(limit, len(rows))))
-    if not d.streaming and len(rows) == 0:
-        raise KitError("the data set holds no rows", key, "give a file with at least one row")
-    return rows
+def mix_rows(d: Dataset, parts: list[Any]) -> Any:
+    """The training rows of all sets: one behind the other, or drawn by their weights.
+
+    KitError where only some of the sets have a weight.
+    """
+    from datasets import interleave_datasets
+
+    weights = [source.weight for source in d.mix]
+    if len(parts) == 1 or not any(weights):
+        return concatenate(parts)
+    if not all(weights):
+        raise KitError("some of the data sets have a weight and some have none", "dataset.mix", "give each a weight")
+    total = sum(w for w in weights if w)
+    return interleave_datasets(
+        parts, [w / total for w in weights if w], seed=d.seed, stopping_strategy=d.mix_until
+    )  # fmt: skip
 
 
-def load_split(d: Dataset, path: str, split: str | None) -> Any:
-    """One split of a file, folder or Hub id, with only the columns that training needs."""
+def concatenate(parts: list[Any]) -> Any:
+    from datasets import concatenate_datasets
+
+    return parts[0] if len(parts) == 1 else concatenate_datasets(parts)
+
+
+def take(rows: Any, limit: int | None) -> Any:
+    if limit is None:
+        return rows
+    return rows.select(range(min(limit, len(rows)))) if hasattr(rows, "select") else rows.take(limit)
+
+
+# ---- one data set ----
+
+
+def open_source(source: DataSource, key: str, streaming: bool) -> OpenSource:
+    """Find the files of a data set and tell its format from the first rows; problems name `key`."""
+    assert source.path is not None
+    base, part = split_expression(source.split)
+    if part and streaming:
+        raise KitError("a part of a split cannot be streamed", "dataset.split", f"dataset.split={base}")
+    try:
+        read, shards, files = find_rows(source, source.path, base, streaming)
+        sample = [r.row for r in islice(read(shards), SAMPLED_ROWS) if r.row is not None]
+        form = detect_format(sample, source)
+    except KitError as error:
+        moved = [replace(p, where=key) if p.where == "dataset.path" else p for p in error.problems]
+        raise KitError(moved, code=error.code) from error
+    return OpenSource(source.model_copy(update={"format": form}), key, read, shards, files)
+
+
+def read_source(opened: OpenSource, folder: Path, number: int, streaming: bool) -> Any:
+    """The rows of one data set with COLUMNS, its limit applied."""
+    from datasets import Dataset as Rows
+    from datasets import Features, IterableDataset, Value
+
+    records = partial(_records, read=opened.read, number=number)
+    if streaming:
+        types = dict.fromkeys(COLUMNS, "int64") | {"row": "large_string", "problem": "string", "file": "string"}
+        features = Features({name: Value(kind) for name, kind in types.items()})
+        rows: Any = IterableDataset.from_generator(records, features, gen_kwargs={"shards": list(opened.shards)})
+        return take(rows, opened.source.limit)
+    rows = Rows.from_file(str(write_records(records(shards=opened.shards), folder)))
+    base, part = split_expression(opened.source.split)
+    if part:
+        rows = rows.select(range(*slice_bounds(base, part, len(rows))))
+    return take(rows, opened.source.limit)
+
+
+def split_expression(split: str) -> tuple[str, str]:
+    """ "train[:10%]" as ("train", "[:10%]"): the second may be empty."""
+    base, bracket, rest = split.partition("[")
+    return base, bracket + rest
+
+
+def slice_bounds(base: str, part: str, count: int) -> tuple[int, int]:
+    """First row and the one behind the last of a slice such as "[10%:20%]" or "[:500]"."""
+    from datasets import ReadInstruction
+
+    try:
+        (absolute,) = ReadInstruction.from_spec(base + part).to_absolute({base: count})
+    except (ValueError, AssertionError) as error:
+        raise KitError(f"{base}{part}: {first_line(error)}", "dataset.split", "train[:10%] or train[:500]") from error
+    return absolute.from_ or 0, count if absolute.to is None else absolute.to
+
+
+def find_rows(source: DataSource, path: str | list[str], split: str, streaming: bool) -> tuple[Any, list[Any], Any]:
+    """(function that reads rows from a list of shards, the shards, the files that the rows depend on).
+
+    A snapshot in the Hub cache is read as the files that it is. `datasets` reads the Hub as a stream, and its own cache.
+    """
+    files = find_data_files(path, split, source.name)
+    if files is None:
+        assert isinstance(path, str)
+        files = find_snapshot_files(source, path, split, streaming)
+    if files is not None:
+        return read_rows, list(files), files
     from datasets import load_dataset
 
-    files = find_data_files(path, split or "train", d.name)
-    place, name, revision = locate_hub_dataset(d, path) if files is None else (path, None, None)
+    assert isinstance(path, str)
     try:
-        if files is None:
-            rows = load_dataset(place, name, revision=revision, split=split, streaming=d.streaming)
-        else:
-            suffix = split_suffixes(files[0].name)[0]
-            kind, options = SUFFIXES[suffix], {"delimiter": "\t"} if suffix == ".tsv" else {}
-            rows = load_dataset(
-                kind, data_files=[str(f) for f in files], split="train", streaming=d.streaming, **options
-            )
+        rows = load_dataset(path, source.name, revision=source.revision, split=split, streaming=streaming)
     except Exception as error:  # datasets raises many kinds; every one of them means unreadable data
-        raise KitError(f"{path} cannot be read: {first_line(error.__cause__ or error)}", "dataset.path") from error
-    columns = list(rows.column_names or next(iter(rows)).keys())
-    row_format = detect_format(columns, d)
-    if d.template:
-        return rows.select_columns(dataset_template.template_columns(d.template))
-    rename = {column: name for name, column in d.columns.items() if column != name}
-    clash = [name for name in rename.values() if name in columns and name not in rename]
-    if clash:
-        rows = rows.remove_columns(clash)
-    if rename:
-        rows = rows.rename_columns(rename)
-    return rows.select_columns(list(FORMATS[row_format]))
+        problem = f"{path} cannot be read: {first_line(error.__cause__ or error)}"
+        raise KitError(problem, "dataset.path") from error
+    files = [] if streaming else [Path(file["filename"]) for file in rows.cache_files]
+    return _read_loaded, [(path, rows)], files
 
 
-def locate_hub_dataset(d: Dataset, path: str) -> tuple[str, str | None, str | None]:
-    """What to load for a Hub id: its snapshot in the Hub cache, or the id; with its configuration and revision.
+def _read_loaded(shards: Sequence[tuple[str, Iterable[dict[str, Any]]]]) -> Iterator[RawRow]:
+    for path, rows in shards:
+        for number, row in enumerate(rows, 1):
+            yield RawRow(path, number, None, row, None)
 
-    The snapshot is taken where it cannot have been overtaken: offline, and at a commit hash. `datasets` reads the Hub
-    online only, or its own cache. Configuration and revision belong to `dataset.path`, not to another `eval_path`.
+
+def find_snapshot_files(source: DataSource, repo: str, split: str, streaming: bool) -> list[Path] | None:
+    """The files of a split of a Hub data set, fetched first where they are not here; None where `datasets` must read it.
+
+    A snapshot is taken where it cannot have been overtaken: offline, and at a commit hash.
     """
-    name, revision = (d.name, d.revision) if path == d.path else (None, None)
-    pinned = re.fullmatch(r"[0-9a-f]{40}", revision or "") is not None
-    if (hub_cache.is_offline() or pinned) and (folder := hub_dataset.find_dataset_snapshot(path, name, revision)):
-        return str(folder), name, None
-    return path, name, revision
+    pinned = re.fullmatch(r"[0-9a-f]{40}", source.revision or "") is not None
+    if hub_cache.is_offline() or pinned:
+        folder = hub_dataset.find_dataset_snapshot(repo, source.name, source.revision)
+        if folder:
+            names = hub_cache.cached_file_list(folder) or []
+            card = hub_dataset.read_card(folder)
+            return [folder / name for name in hub_dataset.split_files(names, card, source.name, split)] or None
+    if hub_cache.is_offline() or streaming:
+        return None
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    common: dict[str, Any] = {"repo_type": "dataset", "revision": source.revision}
+    try:
+        names = HfApi().list_repo_files(repo, **common)
+        card = ""
+        if hub_dataset.CARD in names:
+            card = Path(hf_hub_download(repo, hub_dataset.CARD, **common)).read_text(encoding="utf-8", errors="replace")
+        wanted = [n for n in hub_dataset.split_files(names, card, source.name, split) if is_data_file(n)]
+        if not wanted:
+            return None
+        folder = Path(snapshot_download(repo, allow_patterns=[*wanted, hub_dataset.CARD], **common))
+    except (HfHubHTTPError, OSError):
+        return None  # `datasets` asks again, and its message is for people
+    return [folder / name for name in wanted]
+
+
+def _records(shards: Sequence[Any], read: Any, number: int) -> Iterator[dict[str, Any]]:
+    """Each row as a record with COLUMNS; a shard is a file, so that a stream can be read by several processes."""
+    for raw in read(shards):
+        text = "" if raw.row is None else json.dumps(raw.row, ensure_ascii=False, default=str)
+        try:
+            digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+        except UnicodeEncodeError:  # half of a surrogate pair: Arrow takes it only as an escape
+            text = json.dumps(raw.row, default=str)
+            digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+        yield {
+            "source": number,
+            "file": raw.file,
+            "number": raw.number,
+            "offset": -1 if raw.offset is None else raw.offset,
+            "row": text,
+            "problem": raw.problem or "",
+            "hash": int.from_bytes(digest, "little", signed=True),
+        }
+
+
+def write_records(records: Iterator[dict[str, Any]], folder: Path) -> Path:
+    """Write records to an Arrow file in `folder`, some at a time, so that memory does not grow with the data."""
+    import pyarrow
+
+    types = {"row": pyarrow.large_string(), "file": pyarrow.string(), "problem": pyarrow.string()}
+    schema = pyarrow.schema([(name, types.get(name, pyarrow.int64())) for name in COLUMNS])
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "rows.arrow"
+    with pyarrow.OSFile(str(file), "wb") as sink, pyarrow.ipc.new_stream(sink, schema) as writer:
+        while batch := list(islice(records, BATCH)):
+            writer.write_batch(pyarrow.RecordBatch.from_pylist(batch, schema))
+    return file
+
+
+# ---- what evaluation reads ----
+
+
+def load_run_datasets(plan: dict[str, Any], folder: Path) -> tuple[list[CanonicalRow] | Any, Any]:
+    """(train, test) rows of a run's plan in the form that training reads; the second may be None.
+
+    Of a stream the first rows stand for all.
+    """
+    raise NotImplementedError

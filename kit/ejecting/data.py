@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from kit.data import row_template
 from kit.data.files import SUFFIXES, find_data_files, split_suffixes
 from kit.ejecting.text import assignment_lines, call_lines, literal
-from kit.inspection import dataset_template
-from kit.inspection.dataset import FORMATS
 from kit.schema.run_plan import Dataset, RunPlan
+
+FORMATS = {"messages": ("messages",), "prompt_completion": ("prompt", "completion"), "text": ("text",)}
 
 
 def held_out_lines(d: Dataset) -> int:
@@ -83,7 +84,7 @@ def load_dataset_lines(
 def rename_columns(d: Dataset) -> tuple[list[str], str]:
     """Functions that the script needs for its columns, and what each part goes through when it is read."""
     if d.template:
-        names = dataset_template.template_columns(d.template)
+        names = row_template.template_columns(d.template)
         return template_function_lines(d, names), f".select_columns({literal(names)})"
     rename = {theirs: ours for ours, theirs in d.columns.items() if theirs != ours}
     if d.format != "auto":
@@ -105,9 +106,9 @@ def rename_columns(d: Dataset) -> tuple[list[str], str]:
 def template_function_lines(d: Dataset, names: list[str]) -> list[str]:
     """`write`: one row in the format that is trained; `prepare`: a part without the rows that teach nothing."""
     lines = ["def write(row):", '    row = {name: "" if value is None else value for name, value in row.items()}']
-    if dataset_template.template_format(d.template) == "messages":
+    if row_template.template_format(d.template) == "messages":
         lines.append("    turns = [")
-        for role in dataset_template.TURNS:
+        for role in row_template.TURNS:
             if role in d.template:
                 content = f"{literal(d.template[role])}.format(**row).strip()"
                 lines.append(f'        {{"role": "{role}", "content": {content}}},')
@@ -120,8 +121,8 @@ def template_function_lines(d: Dataset, names: list[str]) -> list[str]:
     else:
         items = [f"{literal(key)}: {literal(text)}.format(**row)" for key, text in d.template.items()]
         lines += [f"    {line}" for line in call_lines("return {", items, end="}")]
-    learned = [k for k in dataset_template.TRAINED if k in d.template]
-    taught = sorted({n for k in learned for _, n in dataset_template.template_parts(k, d.template[k]) if n})
+    learned = [k for k in row_template.TRAINED if k in d.template]
+    taught = sorted({n for k in learned for _, n in row_template.template_parts(k, d.template[k]) if n})
     lines += ["", "", "def prepare(rows):"]
     if taught:
         lines.append(f"    learned = {literal(taught)}  # a row in which all of these are empty teaches nothing")

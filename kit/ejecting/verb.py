@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from kit.config.nodes import starts_over_ssh
+from kit.data import row_template
 from kit.ejecting.script import JSON, SCRIPT, START, TEMPLATE, render_script
 from kit.errors import DONE, KitError, Problem
-from kit.inspection import dataset_template
 from kit.inspection.tokenizer import find_chat_template
 from kit.launchers.command import rank_environment
 from kit.schema.run_plan import RunPlan, load_plan
@@ -103,7 +103,7 @@ def refuse_unsupported(plan: RunPlan) -> None:
     if d.streaming and d.format == "auto":
         problems.append(Problem("the columns of the stream are not known", "dataset.format", "dataset.format=text"))
     odd = (
-        [n for n in dataset_template.template_columns(d.template) if not re.fullmatch(r"[^\W\d][^.\[\]]*", n)]
+        [n for n in row_template.template_columns(d.template) if not re.fullmatch(r"[^\W\d][^.\[\]]*", n)]
         if d.template
         else []
     )

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from transformers import AddedToken, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging
 
 from kit.errors import KitError, first_line
@@ -27,6 +28,7 @@ def load_tokenizer(plan: RunPlan) -> Any:
         )
     except (OSError, ValueError) as error:
         raise KitError(f"{name} has no tokenizer: {first_line(error)}", "tokenizer.name_or_path") from error
+    keep_bos_setting(tokenizer, name, revision)
     if t.added_tokens:
         tokenizer.add_tokens([AddedToken(a, special=True, normalized=False) for a in t.added_tokens], True)
     for key in ("pad_token", "eos_token", "bos_token"):
@@ -46,6 +48,15 @@ def load_tokenizer(plan: RunPlan) -> Any:
         tokenizer.chat_template = find_chat_template(t.chat_template).read_text(encoding="utf-8")
     tokenizer.padding_side = "right"
     return tokenizer
+
+
+def keep_bos_setting(tokenizer: Any, name: str, revision: str | None) -> None:
+    """Put back the add_bos_token of tokenizer_config.json, which transformers 5 drops beside a tokenizer.json.
+
+    DeepSeek V3's says true and its tokenizer.json adds none; encode.fit_bos does what the setting says.
+    """
+    if tokenizer.bos_token is not None and get_tokenizer_config(name, revision=revision).get("add_bos_token") is True:
+        tokenizer.add_bos_token = True
 
 
 def load_model(plan: RunPlan, tokenizer: Any) -> Any:

@@ -90,7 +90,7 @@ def train_trial(path: Path, state: WarmState) -> int:
     for stream in (sys.stdout, sys.stderr):
         stream.log = log  # type: ignore[union-attr]
     try:
-        code = worker.train_in_this_process(plan, resume, load=state.load, prepared=state.prepared)
+        code = worker.train_in_this_process(plan, resume, load=state.load)
     except Exception as error:
         code = worker.report_failure(run, 0, error)
     finally:
@@ -113,12 +113,11 @@ def restored_environment() -> Iterator[None]:
 
 
 class WarmState:
-    """What one trial leaves to the next: the data, tokenized, and the base as it was loaded."""
+    """What one trial leaves to the next: the data and the base as it was loaded."""
 
     def __init__(self) -> None:
         self.data: Any = None
         self.model: Any = None
-        self.prepared: dict[Any, Any] = {}
         self.model_before: Any = None
         self.sums: list[Any] = []
         self.draws_random = False

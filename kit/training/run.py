@@ -14,18 +14,42 @@ from kit.schema.run_plan import RunPlan
 from kit.storage import manifest, run_directory
 from kit.storage.json_files import atomic_write_json
 
+DATA_TIMEOUT = 7 * 24 * 3600  # seconds that ranks wait for the one that prepares the data
+
 
 def load_inputs(plan: RunPlan, args: Any) -> tuple[Any, Any, Any]:
     """Tokenizer, data and base model of a plan, as new."""
-    from kit.data import masks
-    from kit.data.load import load_datasets
     from kit.models.load import load_model, load_tokenizer
 
     tokenizer = load_tokenizer(plan)
-    with args.main_process_first(desc="reading the data"):
-        data = load_datasets(plan)
-    masks.require_chat_template(tokenizer, data.train)
+    data = load_data(plan, tokenizer, args)
     return tokenizer, data, load_model(plan, tokenizer)
+
+
+def load_data(plan: RunPlan, tokenizer: Any, args: Any) -> Any:
+    """The plan's rows as tokens, prepared by one rank of each node; KitError on every rank where rows are bad.
+
+    The others wait in a gloo group of its own, whose patience is days: NCCL would give up after ddp_timeout (T64).
+    """
+    from kit.data import prepare
+    from kit.training import checkpoint, signals
+
+    if plan.dataset.streaming:
+        from kit.data.streams import open_streams
+
+        return open_streams(plan, tokenizer, is_reader=args.process_index == 0)
+    group = signals.host_side_group(timeout_s=DATA_TIMEOUT)
+    outcome: Path | KitError | None = None
+    if args.local_process_index == 0:
+        try:
+            outcome = prepare.prepare_data(plan, tokenizer)
+        except KitError as error:
+            outcome = error
+    outcomes = checkpoint.gather_objects(outcome, group)
+    for refused in outcomes:
+        if isinstance(refused, KitError):
+            raise refused
+    return prepare.open_prepared(outcomes[args.process_index - args.local_process_index])
 
 
 def train(
@@ -43,7 +67,6 @@ def train(
     started = time.monotonic()
     import torch
 
-    from kit.data import masks
     from kit.models.initial_adapter import load_initial_adapter
     from kit.models.load import check_added_tokens_train, load_peft_config, restore_adapter_dtype
     from kit.training import console
@@ -68,7 +91,6 @@ def train(
     restore_adapter_dtype(trainer.model, plan)
     trainer.remove_callback(console.upstream_printer())
     check_added_tokens_train(trainer.model, plan)
-    masks.check_rows_have_loss(trainer.train_dataset, tokenizer, args)
     if plan.init_from and not resume:  # a checkpoint knows more than what the run began with
         load_initial_adapter(trainer.model, plan.init_from)
     console.print_banner(plan, trainer, data, time.monotonic() - started)
@@ -140,6 +162,8 @@ def sft_config_arguments(plan: RunPlan) -> dict[str, Any]:
             "project": plan.name,
         },
         **plan.trainer,
+        # Rows arrive as tokens: TRL prepares nothing, and what it would cut is cut (data/prepare.py).
+        "dataset_kwargs": {**(plan.trainer.get("dataset_kwargs") or {}), "skip_prepare_dataset": True},
         "output_dir": str(plan.run_path / run_directory.CHECKPOINTS),
         "deepspeed": copy.deepcopy(plan.deepspeed),
         # Upstream annotates a string for its command line; True is what it works with.

@@ -38,7 +38,6 @@ class ModifiedTrainer(SFTTrainer):
     """SFTTrainer whose saves are adapter-only, complete or absent, and which stops at a step that all ranks agree on.
 
     Takes SFTTrainer's arguments and `provenance` ({"plan": hash, "base": {...}}), which goes into every manifest;
-    `prepared` keeps tokenized data for the next trainer of a process: pass the same dict and the same data sets.
     After `train()`, `stopped_by_signal` tells whether it ended early because of a signal; signals are only seen where
     `kit.training.signals.install_handlers()` was called. A non-finite loss or gradient raises KitError (4).
     """
@@ -53,7 +52,6 @@ class ModifiedTrainer(SFTTrainer):
         args: Any = None,
         *rest: Any,
         provenance: dict | None = None,
-        prepared: dict | None = None,
         **kwargs: Any,
     ) -> None:
         revision = (getattr(args, "model_init_kwargs", None) or {}).get("revision")
@@ -61,7 +59,6 @@ class ModifiedTrainer(SFTTrainer):
             {} if isinstance(model, PeftModel) else saved_config.config_before_training(model, revision)
         )
         self.provenance = provenance or {}
-        self.prepared = prepared
         self.saved_step: int | None = None
         self.staging: Path | None = None  # the folder that a checkpoint is being built in
         self.checkpoint_seconds: list[float] = []  # how long each checkpoint held up training
@@ -71,14 +68,6 @@ class ModifiedTrainer(SFTTrainer):
         self.rank_timer = RankTimer(self.ranks, self.args.device.type == "cuda", bool(self.args.torch_compile))
         self.stop_callback = StopOnSignalCallback(self.ranks, self._begin, self.rank_timer.detach)
         self.add_callback(self.stop_callback)
-
-    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, packing: bool, *rest: Any) -> Any:
-        if self.prepared is None:
-            return super()._prepare_dataset(dataset, processing_class, args, packing, *rest)
-        if (id(dataset), packing) not in self.prepared:
-            made = super()._prepare_dataset(dataset, processing_class, args, packing, *rest)
-            self.prepared[id(dataset), packing] = dataset, made  # the first is kept: its id must not become another's
-        return self.prepared[id(dataset), packing][1]
 
     # ---- stopping ----
 

@@ -496,3 +496,38 @@ def test_rows_are_given_one_by_one(tmp_path: Path):
     """The rows before a damage are there before it is met."""
     path = write(tmp_path / "rows.json", b"[" + b'{"a": 1},\n' * 300_000 + b"x")
     assert [r.row for r in islice(read_rows([path]), 2)] == [{"a": 1}, {"a": 1}]
+
+
+def problems_of(here: Path, **dataset) -> tuple[str | None, list[tuple[str, str, str]]]:
+    from kit.config.inputs import find_data_format
+    from kit.schema.run_plan import Dataset
+
+    found, problems = find_data_format(Dataset.model_validate(dataset), here=True)
+    return found, [(p.where, p.rule, p.problem.replace(f"{here}/", "")) for p in problems]
+
+
+def test_the_check_looks_at_the_first_rows_of_every_set(tmp_path: Path):
+    chats, texts = tmp_path / "chats.jsonl", tmp_path / "texts.csv"
+    write(chats, json_lines([{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}]))
+    write(texts, "text\nx\n")
+    torn = write(tmp_path / "torn.jsonl", '{"text": "x"}\n{"text": \n{"text": "y"}\n')
+    nowhere = str(tmp_path / "nowhere.jsonl")
+    assert problems_of(tmp_path, path=str(chats)) == ("messages", [])
+    assert problems_of(tmp_path, path=[str(texts), str(tmp_path / "te*.csv")]) == ("text", [])
+    assert problems_of(tmp_path, mix=[{"path": str(chats)}, {"path": str(chats)}]) == ("messages", [])
+    assert problems_of(tmp_path, mix=[{"path": str(chats)}, {"path": str(texts)}]) == (None, [])
+    assert problems_of(tmp_path, mix=[{"path": str(chats)}, {"path": nowhere}, {"path": str(texts), "split": "x"}])[
+        1
+    ] == [
+        ("dataset.mix.1.path", "dataset-files", "there is no data file nowhere.jsonl"),
+        ("dataset.mix.2.split", "dataset-split", "texts.csv has no split x; it has train"),
+    ]
+    assert problems_of(tmp_path, path=str(texts), eval_split="test")[1] == [
+        ("dataset.eval_split", "dataset-split", "texts.csv has no split test; it has train")
+    ]
+    assert problems_of(tmp_path, path=str(texts), eval_path=nowhere)[1][0][0] == "dataset.eval_path"
+    (bad,) = problems_of(tmp_path, path=str(torn))[1]
+    assert bad[:2] == ("dataset.path", "dataset-unreadable") and bad[2].startswith("torn.jsonl, row 2: not JSON")
+    assert problems_of(tmp_path, path=str(torn), on_bad_row="drop") == ("text", [])
+    assert problems_of(tmp_path)[1][0][:2] == ("dataset.path", "dataset-files")
+    assert "both given" in problems_of(tmp_path, path=str(texts), mix=[{"path": str(texts)}])[1][0][2]

@@ -6,9 +6,9 @@ import pytest
 from conftest import write_rows
 
 from kit import api
+from kit.data import row_template
 from kit.data.load import load_datasets
 from kit.errors import KitError
-from kit.inspection import dataset_template
 
 DOCTOR = "Description: {Description} Patient: {Patient} Doctor: {Doctor}"
 
@@ -137,4 +137,4 @@ def test_too_few_rows_to_split(plan_of):
 
 
 def test_render_is_a_plain_function():
-    assert dataset_template.render_row({"a": 1, "b": None}, {"text": "{{{a}}} {b}."}) == {"text": "{1} ."}
+    assert row_template.render_row({"a": 1, "b": None}, {"text": "{{{a}}} {b}."}) == {"text": "{1} ."}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from string import Formatter
 from typing import Any
 
@@ -46,7 +47,8 @@ def template_columns(template: Mapping[str, str]) -> list[str]:
     return list(columns)
 
 
-def template_parts(key: str, text: str) -> list[tuple[str, str | None]]:
+@cache
+def template_parts(key: str, text: str) -> tuple[tuple[str, str | None], ...]:
     """(text before, column or None) pairs. Only plain names stand in braces: no attributes, indices or conversions."""
     try:
         pieces = list(Formatter().parse(text))
@@ -61,7 +63,7 @@ def template_parts(key: str, text: str) -> list[tuple[str, str | None]]:
         if name is not None and (spec or conversion or not name):
             problem = f"{key}: only {{column}} can stand in braces"
             raise KitError(problem, f"{KEY}.{key}", "name a column", rule="dataset-template")
-    return [(before, name) for before, name, _, _ in pieces]
+    return tuple((before, name) for before, name, _, _ in pieces)
 
 
 def check_template_columns(template: Mapping[str, str], columns: list[str]) -> None:
@@ -77,14 +79,18 @@ def check_template_columns(template: Mapping[str, str], columns: list[str]) -> N
 
 
 def render_row(row: Mapping[str, Any], template: Mapping[str, str], apart: bool = False) -> dict[str, Any]:
-    """One row in the format of the template. A null is an empty text; chat turns lose surrounding blanks.
+    """One row in the format of the template. A null, or a column that the row lacks, is an empty text; chat turns lose
+    surrounding blanks.
 
     apart: the assistant's turn as `completion` behind the others as `prompt`, so that the loss can leave out the
     prompt whatever the chat template marks.
     """
+    filled: dict[str | None, str] = {name: str(value) for name, value in row.items() if value is not None}
     texts = {
-        key: "".join(before + ("" if name is None or row[name] is None else str(row[name])) for before, name in made)
-        for key, made in ((key, template_parts(key, text)) for key, text in template.items())
+        key: "".join(
+            before + ("" if name is None else filled.get(name, "")) for before, name in template_parts(key, text)
+        )
+        for key, text in template.items()
     }
     if template_format(template) != "messages":
         return texts
@@ -96,4 +102,4 @@ def render_row(row: Mapping[str, Any], template: Mapping[str, str], apart: bool 
 def has_trained_text(row: Mapping[str, Any], template: Mapping[str, str]) -> bool:
     """Whether the columns behind the trained part of a row hold anything: else there is nothing to learn from it."""
     names = {name for key in TRAINED if key in template for _, name in template_parts(key, template[key]) if name}
-    return not names or any(row[name] is not None and str(row[name]).strip() for name in names)
+    return not names or any(row.get(name) is not None and str(row[name]).strip() for name in names)

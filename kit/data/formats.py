@@ -1,0 +1,416 @@
+"""Raw rows of any common format as canonical rows, and which format the rows of a file have.
+
+A canonical row is {"messages": [...]}, {"prompt", "completion"} (both text or both messages), {"text": str} or
+{"input_ids": [int], "labels": [int] where given}. Chats also have "tools" and "chat_template_kwargs" where given.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from kit.data import row_template
+from kit.data.turns import (
+    ROLES,
+    EmptyAnswer,
+    RowProblem,
+    check_encodes,
+    clean_turns,
+    kind,
+    parse_json,
+    short,
+    template_arguments,
+)
+from kit.errors import KitError
+from kit.schema.run_plan import DataSource
+
+CanonicalRow = dict[str, Any]
+Row = dict[str, Any]
+
+CHATS = ("messages", "conversations", "conversation", "dialog", "dialogue", "chat", "chats", "turns")
+PAIRS = (
+    *(("question", "answer"), ("query", "response"), ("instruction", "response"), ("prompt", "response")),
+    *(("input", "output"), ("question", "response"), ("query", "answer"), ("prompt", "answer")),
+    *(("problem", "solution"), ("user", "assistant"), ("human", "assistant")),
+)
+MASKS = ("assistant_masks", "completion_mask")
+IGNORED = -100
+# The prompts of github.com/tatsu-lab/stanford_alpaca (train.py): the answer stands right behind the colon
+ALPACA = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:"
+)
+ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
+)
+
+
+def convert_row(row: Row, format: str, source: DataSource) -> CanonicalRow:
+    """Convert a raw row, which is not changed, to a canonical one. RowProblem for everything that is wrong with it.
+
+    format: what `detect_format` returned for the rows of this source.
+    """
+    if not isinstance(row, dict):
+        raise RowProblem(f"is {kind(row)}, not an object")
+    if source.template:
+        row = _fill_template(row, format, source)
+    elif source.columns:
+        row = _rename(row, source)
+    return FORMATS[format](row, source)
+
+
+def detect_format(rows: Sequence[Row], source: DataSource) -> str:
+    """Return the format that most of the sampled rows have, judged by their columns and what stands in them.
+
+    KitError where there is no row, where no format fits, or where what the source names (`format`, `columns`,
+    `template`, `roles`) does not fit the rows.
+    """
+    rows = [row for row in rows if isinstance(row, dict)]
+    if not rows:
+        raise KitError(
+            "the data holds no rows", "dataset.path", "give a file with at least one row", rule="dataset-rows"
+        )
+    columns = list(dict.fromkeys(str(name) for row in rows for name in row))
+    _check_roles(source)
+    if source.template:
+        return _template_format(source, columns)
+    _check_columns(source, columns)
+    votes = _count_votes(rows, source)
+    if source.format == "auto":
+        if votes and (found := votes.most_common(1)[0][0]) != "preference":
+            return found
+        raise _preference_data(rows, source) if votes else _unknown_columns(rows, columns)
+    shape = SHAPES[source.format.replace("alpaca_prompt", "alpaca")]
+    if not any(shape(_rename(row, source)) for row in rows):
+        fix = f"dataset.format={max(votes, key=votes.__getitem__)}" if votes else _advise(rows, columns)
+        problem = f"the rows are not of the format {source.format}; they have the columns {_list(columns)}"
+        raise KitError(problem, "dataset.format", fix, rule="dataset-format")
+    return source.format
+
+
+# The formats: one function each
+
+
+def convert_messages(row: Row, source: DataSource) -> CanonicalRow:
+    """{"messages": [{"role", "content"}]} of OpenAI, also under the other names of CHATS; "tools" or "functions"."""
+    return _convert_chat(row, source, "messages")
+
+
+def convert_sharegpt(row: Row, source: DataSource) -> CanonicalRow:
+    """[{"from", "value"}], or [{"human", "assistant"}], under any column; "system" and "tools" beside them."""
+    return _convert_chat(row, source, "sharegpt")
+
+
+def convert_alpaca(row: Row, source: DataSource) -> CanonicalRow:
+    """{"instruction", "input", "output"} with "system" and "history", a list of pairs."""
+    _require(row, "alpaca", "instruction", "output")
+    return _convert_pair(row, source, "instruction", "output")
+
+
+def convert_alpaca_prompt(row: Row, source: DataSource) -> CanonicalRow:
+    """The same as prompt and completion in Stanford's words."""
+    _require(row, "alpaca_prompt", "instruction", "output")
+    if filled := [name for name in ("system", "history") if row.get(name)]:
+        raise RowProblem(f"the prompts of Alpaca have no place for {filled[0]}")
+    answer, instruction, given = _answer(row, "output"), _text(row, "instruction"), _optional_text(row, "input")
+    prompt = (ALPACA_WITH_INPUT if given else ALPACA).format(instruction=instruction, input=given)
+    return {"prompt": prompt, "completion": answer}
+
+
+def convert_prompt_completion(row: Row, source: DataSource) -> CanonicalRow:
+    """{"prompt", "completion"}, both text or both chats."""
+    _require(row, "prompt_completion", "prompt", "completion")
+    prompt, completion = row["prompt"], row["completion"]
+    if isinstance(prompt, list) and isinstance(completion, list):
+        turns = [*prompt, *completion]
+        messages = clean_turns(prompt, "prompt", source)
+        answer = clean_turns(completion, "completion", source)
+        if all(turn["role"] != "assistant" for turn in answer):
+            raise RowProblem("the completion has no assistant turn to train")
+        return {"prompt": messages, "completion": answer, **template_arguments(row, turns)}
+    if isinstance(prompt, list) or isinstance(completion, list):
+        raise RowProblem(f"prompt is {kind(prompt)} and completion is {kind(completion)}: both text or both chats")
+    blank = isinstance(prompt, str) and not prompt.strip()  # an answer may stand behind nothing
+    return {"prompt": prompt if blank else _text(row, "prompt"), "completion": _answer(row, "completion")}
+
+
+def convert_question_answer(row: Row, source: DataSource) -> CanonicalRow:
+    """Two columns of PAIRS, in any case of letters; "context" or "input", "system" and "history" beside them."""
+    if (pair := _find_pair(row)) is None:
+        raise _wrong_columns(row, "question_answer")
+    return _convert_pair(row, source, *pair)
+
+
+def convert_text(row: Row, source: DataSource) -> CanonicalRow:
+    """{"text"}"""
+    _require(row, "text", "text")
+    return {"text": _text(row, "text")}
+
+
+def convert_tokenized(row: Row, source: DataSource) -> CanonicalRow:
+    """{"input_ids"} with "labels", or with masks of what is trained; where "attention_mask" is 0 is cut off."""
+    _require(row, "tokenized", "input_ids")
+    lists = {"input_ids": row["input_ids"]}
+    lists |= {name: row[name] for name in ("labels", "attention_mask", *MASKS) if row.get(name) is not None}
+    for name, values in lists.items():
+        if not isinstance(values, list) or not values or set(map(type, values)) != {int}:
+            raise RowProblem(f"{name} is not a list of whole numbers")
+        if len(values) != len(lists["input_ids"]):
+            raise RowProblem(f"{len(lists['input_ids'])} input_ids, but {len(values)} {name}")
+        if name not in ("input_ids", "labels") and not set(values) <= {0, 1}:
+            raise RowProblem(f"{name} holds more than 0 and 1")
+    ids, labels, masks = lists["input_ids"], lists.get("labels"), [lists[m] for m in MASKS if m in lists]
+    if min(ids) < 0:
+        raise RowProblem(f"input_ids holds {min(ids)}")
+    if masks:
+        labels = [label if all(kept) else IGNORED for label, *kept in zip(labels or ids, *masks, strict=True)]
+    if labels and any(label not in (IGNORED, token) for label, token in zip(labels, ids, strict=True)):
+        raise RowProblem("labels hold more than -100 and the row's own tokens (they are not to be shifted)")
+    if "attention_mask" in lists:
+        seen = lists["attention_mask"]
+        if 1 not in seen:
+            raise RowProblem("attention_mask is 0 everywhere")
+        ids = [token for token, mask in zip(ids, seen, strict=True) if mask]
+        labels = labels and [label for label, mask in zip(labels, seen, strict=True) if mask]
+    return {"input_ids": ids, "labels": labels} if labels else {"input_ids": ids}
+
+
+FORMATS: dict[str, Callable[[Row, DataSource], CanonicalRow]] = {
+    "tokenized": convert_tokenized,
+    "messages": convert_messages,
+    "sharegpt": convert_sharegpt,
+    "prompt_completion": convert_prompt_completion,
+    "alpaca": convert_alpaca,
+    "alpaca_prompt": convert_alpaca_prompt,
+    "question_answer": convert_question_answer,
+    "text": convert_text,
+}
+
+
+# Chats
+
+
+def _convert_chat(row: Row, source: DataSource, format: str) -> CanonicalRow:
+    for name in CHATS:  # the hot path: no look at what stands in the other columns
+        if isinstance(turns := row.get(name), list) and turns and isinstance(turns[0], dict):
+            return _make_chat(turns, name, row, source)
+    found = _find_chat(row) or next((name for name in CHATS if name in row), None)
+    if found is None:
+        raise _wrong_columns(row, format)
+    turns = row[found]
+    return _make_chat(parse_json(turns, found) if isinstance(turns, str) else turns, found, row, source)
+
+
+def _convert_pair(row: Row, source: DataSource, question: str, answer: str) -> CanonicalRow:
+    _answer(row, answer)
+    given = [_optional_text(row, name) for name in (question, "input", "context") if name == question or name in row]
+    history = row.get("history") or []
+    history = parse_json(history, "history") if isinstance(history, str) else history
+    turns: list[Any] = []
+    for pair in [*history, ("\n\n".join(filter(None, given)), row[answer])] if isinstance(history, list) else [None]:
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise RowProblem("history is not a list of pairs of question and answer")
+        turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    if not turns[-2]["content"]:
+        raise RowProblem(f"{question} is empty")
+    return _make_chat(turns, "history", row, source)
+
+
+def _make_chat(turns: Any, name: str, row: Row, source: DataSource) -> CanonicalRow:
+    messages = clean_turns(turns, name, source)
+    if (system := _optional_text(row, "system")) and messages[0]["role"] not in ("system", "developer"):
+        messages.insert(0, {"role": "system", "content": system})
+    roles = {message["role"] for message in messages}
+    if "assistant" not in roles:
+        raise RowProblem(f"has no {'' if 'user' in roles else 'user or '}assistant turn to train")
+    return {"messages": messages, **template_arguments(row, turns)}
+
+
+def _text(row: Row, column: str) -> str:
+    value = row[column]
+    if not isinstance(value, str):
+        raise RowProblem(f"{column} is {kind(value)}, not text")
+    if not value.strip():
+        raise RowProblem(f"{column} is empty")
+    check_encodes(value)
+    return value
+
+
+def _optional_text(row: Row, column: str) -> str:
+    return "" if row.get(column) in (None, "") else _text(row, column) if str(row[column]).strip() else ""
+
+
+def _answer(row: Row, column: str) -> str:
+    if row[column] is None or isinstance(row[column], str) and not row[column].strip():
+        raise EmptyAnswer
+    return _text(row, column)
+
+
+def _list(columns: Iterable[Any]) -> str:
+    return ", ".join(map(short, columns)) or "(none)"
+
+
+def _wrong_columns(row: Row, format: str) -> RowProblem:
+    return RowProblem(f"has the columns {short(_list(row))}; the format is {format}")
+
+
+def _require(row: Row, format: str, *columns: str) -> None:
+    if any(column not in row for column in columns):
+        raise _wrong_columns(row, format)
+
+
+# From the file's columns to the format's
+
+
+def _rename(row: Row, source: DataSource) -> Row:
+    """The row with what `columns` names under our names; a column of the file that has our name gives way."""
+    if not source.columns:
+        return row
+    gone = {*source.columns, *source.columns.values()}
+    renamed = {name: value for name, value in row.items() if name not in gone}
+    return renamed | {ours: row[theirs] for ours, theirs in source.columns.items() if theirs in row}
+
+
+def _fill_template(row: Row, format: str, source: DataSource) -> Row:
+    names = row_template.template_columns(source.template)
+    if not any(name in row for name in names):
+        raise RowProblem(f"has the columns {short(_list(row))}; the template needs {_list(names)}")
+    for name in names:
+        if isinstance(value := row.get(name), list | dict | bytes) or kind(value) == "NaN":
+            raise RowProblem(f"{name} is {kind(value)}, not text")
+    if not row_template.has_trained_text(row, source.template):
+        raise EmptyAnswer
+    apart = format == "prompt_completion" and "assistant" in source.template
+    return row_template.render_row(row, source.template, apart)
+
+
+def _find_chat(row: Row) -> str | None:
+    """The first column that holds the turns of a ShareGPT chat, or their JSON; those of CHATS go before others."""
+    layouts = (("from", "value"), ("role", "value"), ("human", "assistant"), ("user", "assistant"))
+    for name in [*(name for name in CHATS if name in row), *row]:
+        if any(_has_turns(row[name], *keys) for keys in layouts):
+            return name
+    return None
+
+
+def _has_turns(value: Any, *keys: str) -> bool:
+    if isinstance(value, str) and re.match(r"\s*\[\s*\{", value):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return False
+    return isinstance(value, list) and any(isinstance(turn, dict) and turn.keys() >= {*keys} for turn in value)
+
+
+def _find_pair(row: Row) -> tuple[str, str] | None:
+    for question, answer in PAIRS:
+        if question in row and answer in row:
+            return question, answer
+    lower = {name.lower(): name for name in row if isinstance(name, str)}
+    return next(((lower[q], lower[a]) for q, a in PAIRS if q in lower and a in lower), None)
+
+
+SHAPES: dict[str, Callable[[Row], bool]] = {  # the most particular first
+    "tokenized": lambda row: isinstance(row.get("input_ids"), list),
+    "messages": lambda row: any(_has_turns(row.get(name), "role", "content") for name in CHATS),
+    "sharegpt": lambda row: _find_chat(row) is not None,
+    "prompt_completion": lambda row: "prompt" in row and "completion" in row,
+    "alpaca": lambda row: "instruction" in row and "output" in row,
+    "question_answer": lambda row: _find_pair(row) is not None,
+    "text": lambda row: isinstance(row.get("text", 0), str | None),
+}
+COLUMNS: dict[str, set[str]] = {  # what `columns` can name for a format
+    "tokenized": {"input_ids", "labels", "attention_mask", *MASKS},
+    "messages": {"messages"},
+    "sharegpt": {"messages"},
+    "prompt_completion": {"prompt", "completion"},
+    "alpaca": {"instruction", "input", "output"},
+    "question_answer": {name for pair in PAIRS for name in pair},
+    "text": {"text"},
+}
+BESIDE = {"system", "history", "context", "tools", "chat_template_kwargs"}
+
+
+def _count_votes(rows: Sequence[Row], source: DataSource) -> Counter[str]:
+    """Rows of each format; "preference" for those with a rejected answer. Columns that are named go before others."""
+    named = [name for name in SHAPES if COLUMNS[name] & source.columns.keys()] or list(SHAPES)
+    votes: Counter[str] = Counter()
+    renamed = [_rename(row, source) for row in rows]
+    for row in renamed:
+        judged = isinstance(row.get("label"), bool) and ("completion" in row or "messages" in row)
+        if judged or row.keys() >= {"chosen", "rejected"} or row.keys() & {"rejected_response", "kto_tag"}:
+            votes["preference"] += 1
+        elif found := next((name for name in named if SHAPES[name](row)), None):
+            votes[found] += 1
+    if not votes and any("messages" in row for row in renamed):  # none of them a chat: each row's reason says more
+        votes["messages"] = 1
+    return votes
+
+
+def _check_columns(source: DataSource, columns: list[str]) -> None:
+    known = set().union(*COLUMNS.values(), BESIDE)
+    if unknown := [ours for ours in source.columns if ours not in known]:
+        problem = f"dataset.columns.{unknown[0]} names no column that a format has"
+        fix = f"the key is one of {', '.join(sorted(known))}, the value the file's column"
+        raise KitError(problem, "dataset.columns", fix, rule="dataset-columns")
+    if missing := [theirs for theirs in source.columns.values() if theirs not in columns]:
+        problem = f"the data has no column {', '.join(map(repr, missing))}; it has {_list(columns)}"
+        raise KitError(problem, "dataset.columns", "name columns that exist", rule="dataset-columns")
+
+
+def _check_roles(source: DataSource) -> None:
+    for theirs, ours in source.roles.items():
+        if ours not in ROLES.values() and ours != theirs:
+            fix = f"dataset.roles.{theirs}= one of {', '.join(sorted(set(ROLES.values())))}; {theirs} to keep it"
+            raise KitError(f"{ours!r} is no role", "dataset.roles", fix, rule="dataset-format")
+
+
+def _template_format(source: DataSource, columns: list[str]) -> str:
+    if source.columns:
+        problem = "both dataset.columns and dataset.template are given"
+        raise KitError(problem, "dataset.template", "keep one", rule="dataset-template")
+    made = row_template.template_format(source.template)
+    row_template.check_template_columns(source.template, columns)
+    if source.format not in ("auto", made) and (made, source.format) != ("messages", "prompt_completion"):
+        problem = f"the template makes {made}, not {source.format}"
+        raise KitError(problem, "dataset.format", "dataset.format=auto", rule="dataset-format")
+    return source.format if made == "messages" and source.format != "auto" else made
+
+
+def _preference_data(rows: Sequence[Row], source: DataSource) -> KitError:
+    fix = "give rows with one answer each"
+    for ours in ("completion", "messages", "output", "answer"):  # the preferred answers alone can be trained
+        tried = source.model_copy(update={"columns": source.columns | {ours: "chosen"}})
+        try:
+            found = _count_votes(rows, tried).most_common(1)[0][0]
+            convert_row(next(row for row in rows if "chosen" in row), found, tried)
+        except (RowProblem, IndexError, KeyError, StopIteration):
+            continue
+        fix = f"to train the preferred answers alone: dataset.columns.{ours}=chosen"
+        break
+    problem = "these are preferences between answers, for DPO and its kin; here answers are trained"
+    return KitError(problem, "dataset.path", fix, rule="dataset-format")
+
+
+def _unknown_columns(rows: Sequence[Row], columns: list[str]) -> KitError:
+    problem = f"the columns {_list(columns)} are none of the formats {', '.join(SHAPES)}"
+    return KitError(problem, "dataset.columns", _advise(rows, columns), rule="dataset-columns")
+
+
+def _advise(rows: Sequence[Row], columns: list[str]) -> str:
+    """What makes these columns a format: of those that hold text, the two with the longest, or the one."""
+    if chats := [name for name in columns if any(isinstance(row.get(name), list | dict) for row in rows)]:
+        return f"write {short(chats[0])} as a list of objects with role and content, in the column messages"
+    lengths = {name: sum(len(row[name]) for row in rows if isinstance(row.get(name), str)) for name in columns}
+    texts = [name for name in sorted(columns, key=lengths.__getitem__)[-2:] if lengths[name]]
+    ours = ("question", "answer") if len(texts) == 2 else ("text",)
+    if not texts:
+        return "write rows with messages, with prompt and completion, or with text"
+    quoted = [t if re.fullmatch(r"[\w-]+", t) else f"'\"{t}\"'" for t in sorted(texts, key=columns.index)]
+    return " ".join(f"dataset.columns.{name}={theirs}" for name, theirs in zip(ours, quoted, strict=True))

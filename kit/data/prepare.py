@@ -1,0 +1,387 @@
+"""One pass over all rows before a model is loaded: checked, encoded, counted, packed; kept under what they depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from kit.data import load
+from kit.data.encode import EncodedRow, Encoding, LongRow, encode_rows, end_of_turn_id, make_encoding
+from kit.data.masks import resolve_train_on
+from kit.data.templates import run_template
+from kit.data.turns import EmptyAnswer, RowProblem
+from kit.errors import KitError, Problem
+from kit.schema.run_plan import DataSource, RunPlan
+from kit.storage.atomic_folder import output_folder
+from kit.storage.json_files import atomic_write_json, read_json, read_json_or_empty
+from kit.system.paths import kit_cache_folder
+
+LAYOUT = 1  # of a prepared folder; another one is made anew
+REPORT, BAD_ROWS, DIGESTS = "report.json", "bad_rows.jsonl", "digests.json"
+PARALLEL_FROM = 2_000  # fewer rows are not worth the start of processes
+BATCH = 500  # rows that are encoded together
+SHOWN = 3  # bad rows that a message names, of each reason
+LENGTHS = (50, 90, 99, 100)  # percentiles
+TRAINER_KEYS = (
+    *("max_length", "truncation_mode", "packing", "packing_strategy", "eval_packing", "eval_strategy", "seed"),
+    *("assistant_only_loss", "completion_only_loss", "shuffle_dataset", "dataset_text_field"),
+)  # what of the trainer's settings the prepared rows depend on
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """What the trainer is given: datasets with input_ids, labels and, where packed, seq_lengths.
+
+    `test` is `validation` itself where the held-out rows serve for both.
+    """
+
+    train: Any
+    validation: Any
+    test: Any
+    report: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """Everything that turns raw rows into tokens; it goes to each process that does so."""
+
+    tokenizer: Any
+    sources: Sequence[DataSource]
+    encodings: Sequence[Encoding]  # one for each source
+    ends: frozenset[int]  # the ids that end a turn
+
+
+# ---- for the trainer ----
+
+
+def prepare_data(plan: RunPlan, tokenizer: Any) -> Path:
+    """Prepare the plan's rows, unless that has been done; return their folder. KitError with every kind of bad row."""
+    training, held_out = load.open_sources(plan.dataset)
+    key = cache_key(plan, tokenizer, [*training, *([held_out] if held_out else [])])
+    folder = kit_cache_folder() / "data" / key
+    if not (folder / REPORT).is_file():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with output_folder(folder, fsync=False) as staging:
+            build(plan, tokenizer, training, held_out, staging)
+    return folder
+
+
+def open_prepared(folder: Path) -> PreparedData:
+    """The datasets of a prepared folder, mapped from its files."""
+    from datasets import Dataset, concatenate_datasets
+
+    report = read_json(folder / REPORT)
+    parts: dict[str, Any] = {}
+    for name, part in report["splits"].items():
+        files = [Dataset.from_file(str(folder / file)) for file in part["files"]]
+        parts[name] = files[0] if len(files) == 1 else concatenate_datasets(files)
+    validation = parts.get("validation")
+    notes = [*report["notes"], *(n for name, part in report["splits"].items() for n in describe_counts(name, part))]
+    return PreparedData(parts["train"], validation, parts.get("test", validation), report, notes)
+
+
+def describe_counts(name: str, part: dict[str, Any]) -> list[str]:
+    """What became of the rows of one split, where not all are trained on as they are: lines for the banner."""
+    lines = []
+    dropped = sum(part["dropped"].values())
+    if dropped:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in part["dropped"].items())
+        lines.append(f"{name}: {part['kept']:,} kept + {dropped:,} dropped = {part['read']:,} read; dropped: {reasons}")
+    lines += [f"{name}: {count:,} rows: {note}" for note, count in part["notes"].items()]
+    if part["no_end"]:
+        lines.append(f"{name}: {part['no_end']:,} rows have no end token in the loss: the model may not learn to stop")
+    if "packed" in part:
+        lines.append(f"{name}: {part['rows']:,} documents packed into {part['packed']:,} rows")
+    return lines
+
+
+# ---- the key ----
+
+
+def cache_key(plan: RunPlan, tokenizer: Any, sources: Sequence[load.OpenSource]) -> str:
+    """A hash over all that prepared rows depend on: contents, tokenizer, template, options, versions."""
+    parts = {
+        "layout": LAYOUT,
+        "dataset": plan.dataset.model_dump(exclude={"report_samples"}),
+        "formats": [opened.source.format for opened in sources],
+        "trainer": {key: plan.trainer.get(key) for key in TRAINER_KEYS},
+        "date": plan.tokenizer.date,
+        "contents": [file_digest(file) for opened in sources for file in opened.files],
+        "tokenizer": tokenizer_digest(tokenizer),
+        "versions": {p: metadata.version(p) for p in ("transformers", "tokenizers", "trl", "datasets", "finetune-kit")},
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:24]
+
+
+def file_digest(file: Path) -> str:
+    """sha256 of a file, remembered under its path, size and time of change."""
+    status = file.stat()
+    name = f"{file.absolute()} {status.st_size} {status.st_mtime_ns} {status.st_ino}"
+    memory = kit_cache_folder() / "data" / DIGESTS
+    known = read_json_or_empty(memory)
+    if name not in known:
+        with open(file, "rb") as f:
+            digest = hashlib.file_digest(f, "sha256").hexdigest()
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        known = {**dict(list(read_json_or_empty(memory).items())[-1000:]), name: digest}
+        atomic_write_json(memory, known)
+    return str(known[name])
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """A hash over what a tokenizer does: its vocabulary and rules, special tokens, settings and chat template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        backend.no_truncation()
+        backend.no_padding()
+        rules = backend.to_str()
+    else:
+        rules = json.dumps(sorted(tokenizer.get_vocab().items()))
+    settings = [type(tokenizer).__name__, tokenizer.special_tokens_map, tokenizer.chat_template]
+    settings += [getattr(tokenizer, "add_bos_token", None), getattr(tokenizer, "add_eos_token", None)]
+    return hashlib.sha256((rules + json.dumps(settings, sort_keys=True, default=str)).encode()).hexdigest()
+
+
+# ---- the pass ----
+
+
+def build(
+    plan: RunPlan, tokenizer: Any, training: Sequence[load.OpenSource], held_out: Any, folder: Path
+) -> dict[str, Any]:
+    """Prepare every split into `folder` and write its report; KitError for rows that the plan does not let pass."""
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".raw-") as raw:
+        splits = load.read_splits(plan.dataset, training, held_out, Path(raw))
+        parts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
+        if splits.test is splits.validation:
+            del parts["test"]
+        report: dict[str, Any] = {"layout": LAYOUT, "notes": splits.notes, "splits": {}}
+        problems: list[Problem] = []
+        for name, rows in parts.items():
+            if rows is None:
+                continue
+            part = prepare_split(plan, tokenizer, rows, folder, name)
+            problems += refuse_rows(plan, name, part)
+            report["splits"][name] = part
+        if problems:
+            raise KitError(problems)
+    atomic_write_json(folder / REPORT, report)
+    return report
+
+
+def make_preparation(plan: RunPlan, tokenizer: Any, sources: Sequence[DataSource]) -> Preparation:
+    t = plan.trainer
+    assistant_only = bool(t.get("assistant_only_loss"))
+    # With a train_on of the plan's own the tokenizer's template is kept as it is.
+    template = run_template(tokenizer, assistant_only and plan.dataset.train_on is None, plan.tokenizer.date)
+    split = t.get("packing") and t.get("packing_strategy") == "bfd_split"
+    common = make_encoding(
+        tokenizer,
+        template,
+        max_length=t.get("max_length", 1024),
+        truncation_mode=t.get("truncation_mode") or "keep_start",
+        on_long_row="split" if split and plan.dataset.on_long_row == "truncate" else plan.dataset.on_long_row,
+    )
+    encodings = []
+    for source in sources:
+        train_on, answers_only = resolve_train_on(
+            plan.dataset.train_on, assistant_only, t.get("completion_only_loss"), source.format, source.template
+        )
+        encodings.append(replace(common, train_on=train_on, answers_only=answers_only))
+    ends = {tokenizer.eos_token_id, end_of_turn_id(tokenizer, template)} - {None}
+    return Preparation(tokenizer, list(sources), encodings, frozenset(ends))  # type: ignore[arg-type]
+
+
+def prepare_split(plan: RunPlan, tokenizer: Any, raw: load.RawRows, folder: Path, name: str) -> dict[str, Any]:
+    """Encode the rows of one split into Arrow files in `folder`; return their names and all counts."""
+    from datasets import Features, List, Value
+
+    import numpy
+
+    log = folder / f"{name}.log"
+    log.mkdir()
+    work = partial(_prepare_batch, preparation=make_preparation(plan, tokenizer, raw.sources), log=str(log))
+    features = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
+    rows = raw.rows.map(
+        work,
+        batched=True,
+        batch_size=BATCH,
+        with_rank=True,
+        num_proc=process_count(plan.trainer.get("dataset_num_proc"), len(raw)),
+        remove_columns=list(load.COLUMNS),
+        features=features,
+        load_from_cache_file=False,
+        cache_file_name=str(folder / f"{name}.arrow"),
+        new_fingerprint=name,
+        desc=f"{name}: rows to tokens",
+    )
+    part = add_counts(log, folder / f"{name}-{BAD_ROWS}")
+    part["duplicates"] = len(raw) - len(numpy.unique(raw.rows.with_format("numpy")["hash"][:]))
+    packs = plan.trainer.get("packing")
+    if name != "train" and plan.trainer.get("eval_packing") is not None:
+        packs = plan.trainer["eval_packing"]
+    if packs and len(rows):
+        rows = pack(plan, rows, str(folder / f"{name}-packed.arrow"))
+        part["packed"] = len(rows)
+    part["files"] = [Path(file["filename"]).name for file in rows.cache_files]
+    return part
+
+
+def process_count(asked: int | None, rows: int) -> int | None:
+    """Processes that encode rows: as many as asked for, else what the machine has, where there is enough to do."""
+    if asked:
+        return asked
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = min(usable, 32, rows // PARALLEL_FROM)
+    return count if count > 1 else None
+
+
+def pack(plan: RunPlan, rows: Any, file: str) -> Any:
+    """Whole documents packed into rows of max_length by TRL, with `seq_lengths`; the order is as it would be there."""
+    from trl import pack_dataset
+
+    t = plan.trainer
+    if t.get("shuffle_dataset"):
+        rows = rows.shuffle(seed=t["seed"])
+    options = {"cache_file_name": file, "load_from_cache_file": False, "new_fingerprint": Path(file).stem}
+    return pack_dataset(rows, t.get("max_length", 1024), t.get("packing_strategy", "bfd"), options)
+
+
+def _prepare_batch(
+    batch: dict[str, list[Any]], rank: int | None, preparation: Preparation, log: str
+) -> dict[str, list[Any]]:
+    """Encode raw records; what happened to them is appended to a file of this process in `log`."""
+    records = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+    pieces, counts, bad = encode_records(records, preparation)
+    with open(Path(log, f"{rank or 0:04d}.jsonl"), "a", encoding="utf-8") as f:
+        f.write(json.dumps({"counts": counts, "bad": bad}) + "\n")
+    return {"input_ids": [p.input_ids for p in pieces], "labels": [p.labels for p in pieces]}
+
+
+def encode_records(
+    records: Sequence[dict[str, Any]], preparation: Preparation
+) -> tuple[list[EncodedRow], dict[str, Any], list[dict[str, Any]]]:
+    """(pieces to train on, counts, bad rows) of raw records: the one function of files and of streams."""
+    results: list[list[EncodedRow] | RowProblem] = [RowProblem("")] * len(records)
+    by_source: dict[int, list[tuple[int, dict[str, Any]]]] = {}
+    for n, record in enumerate(records):
+        try:
+            row = load.canonical_row(record, preparation.sources)
+            by_source.setdefault(record["source"], []).append((n, row))
+        except RowProblem as problem:
+            results[n] = problem
+    for source, rows in by_source.items():
+        encoded = encode_rows(preparation.tokenizer, [row for _, row in rows], preparation.encodings[source])
+        for (n, _), made in zip(rows, encoded, strict=True):
+            results[n] = made
+    pieces: list[EncodedRow] = []
+    bad: list[dict[str, Any]] = []
+    counts = {"read": len(records), "kept": 0, "tokens": 0, "trained": 0, "no_end": 0}
+    notes: Counter[str] = Counter()
+    lengths: Counter[int] = Counter()
+    per_source: Counter[int] = Counter()
+    for record, made in zip(records, results, strict=True):
+        if isinstance(made, RowProblem):
+            kind = {EmptyAnswer: "empty", LongRow: "long"}.get(type(made), "bad")
+            bad.append({k: record[k] for k in ("file", "number", "offset")} | {"problem": str(made), "kind": kind})
+            continue
+        counts["kept"] += 1
+        per_source[record["source"]] += 1
+        notes.update({note for piece in made for note in piece.notes})
+        for piece in made:
+            pieces.append(piece)
+            counts["tokens"] += len(piece.input_ids)
+            counts["trained"] += piece.trained
+            lengths[len(piece.input_ids)] += 1
+        if "cut" not in made[-1].notes and not preparation.ends.intersection(l for p in made for l in p.labels):
+            counts["no_end"] += 1
+    return pieces, {**counts, "notes": notes, "lengths": lengths, "sources": per_source}, bad
+
+
+# ---- what was counted ----
+
+
+def add_counts(log: Path, bad_rows: Path) -> dict[str, Any]:
+    """Add up what the processes wrote about a split; every bad row goes into `bad_rows`, in the order of the data."""
+    part: dict[str, Any] = {"read": 0, "kept": 0, "tokens": 0, "trained": 0, "no_end": 0}
+    sums: dict[str, Counter[str]] = {name: Counter() for name in ("notes", "lengths", "sources", "dropped", "kinds")}
+    examples: dict[str, list[dict[str, Any]]] = {}
+    with open(bad_rows, "w", encoding="utf-8") as out:
+        for file in sorted(log.glob("*.jsonl")):
+            with open(file, encoding="utf-8") as f:
+                for entry in map(json.loads, f):
+                    counts = entry["counts"]
+                    for name in ("notes", "lengths", "sources"):
+                        sums[name].update(counts.pop(name))
+                    for name, value in counts.items():
+                        part[name] += value
+                    for bad in entry["bad"]:
+                        reason = reason_of(bad)
+                        sums["dropped"][reason] += 1
+                        sums["kinds"][bad["kind"]] += 1
+                        if len(seen := examples.setdefault(reason, [])) < SHOWN:
+                            seen.append(bad)
+                        out.write(json.dumps(bad, ensure_ascii=False) + "\n")
+    shutil.rmtree(log)
+    if not sums["dropped"]:
+        bad_rows.unlink()
+    part["rows"] = sums["lengths"].total()
+    part |= {name: dict(counter.most_common()) for name, counter in sums.items()}
+    return part | {"examples": examples}
+
+
+def reason_of(bad: dict[str, Any]) -> str:
+    """What a bad row has in common with others: its problem without the numbers."""
+    return re.sub(r"\d[\d,]*", "N", bad["problem"])
+
+
+def percentiles(lengths: dict[str, int]) -> dict[int, int]:
+    """Lengths in tokens that 50, 90, 99 and 100 % of the rows do not exceed; from length to how many have it."""
+    total, reached, found = sum(lengths.values()), 0, {}
+    marks = list(LENGTHS)
+    for length, count in sorted((int(n), c) for n, c in lengths.items()):
+        reached += count
+        while marks and reached * 100 >= marks[0] * total:
+            found[marks.pop(0)] = length
+    return found
+
+
+def refuse_rows(plan: RunPlan, name: str, part: dict[str, Any]) -> list[Problem]:
+    """The problems of one split: bad rows where they are refused, or more of them than may be dropped."""
+    d, kinds, read = plan.dataset, part["kinds"], part["read"]
+    allowed = d.max_bad_rows * read if d.max_bad_rows < 1 else d.max_bad_rows
+    problems: list[Problem] = []
+    for kind, refused in (("bad", d.on_bad_row == "refuse"), ("long", d.on_long_row == "refuse")):
+        if not kinds.get(kind) or not (refused or kinds[kind] > allowed):
+            continue
+        key, fix = "dataset.on_bad_row", "mend them, or leave them out: dataset.on_bad_row=drop"
+        if kind == "long":
+            key, fix = "trainer.max_length", "raise trainer.max_length, or dataset.on_long_row=truncate|split|drop"
+        if not refused:
+            fix = f"mend them, or dataset.max_bad_rows={kinds[kind] / read:.2g} (now {d.max_bad_rows:g})"
+        for reason, rows in part["examples"].items():
+            if rows[0]["kind"] == kind:
+                problems.append(Problem(describe_bad_rows(reason, rows, part["dropped"][reason], read, name), key, fix))
+    if not part["kept"] and not problems:
+        reasons = "; ".join(part["dropped"]) or "it holds no rows"
+        problems.append(Problem(f"none of the {read:,} rows of {name} can be trained on: {reasons}", "dataset.path"))
+    return [replace(p, rule="bad-rows") for p in problems]
+
+
+def describe_bad_rows(reason: str, rows: Sequence[dict[str, Any]], count: int, read: int, name: str) -> str:
+    """One reason, how many rows have it, and where the first of them stand."""
+    places = [f"{row['file']} row {row['number']}: {row['problem']}" for row in rows]
+    more = f"\n  and {count - len(rows):,} more" if count > len(rows) else ""
+    share = f"{count:,} of {read:,} rows of {name}"
+    return f"{share} cannot be trained on\n  " + "\n  ".join(places) + more
