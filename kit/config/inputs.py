@@ -102,10 +102,11 @@ def inspect_place(
         row_template.template_columns(source.template)
     if isinstance(path, str) and paths.is_made_by_quickstart(path) and not Path(path).exists() and not here:
         return data_format, []
-    files = find_data_files(path, split, source.name)
+    named = path == source.path  # the configuration and the revision are those of `path`, not of another `eval_path`
+    files = find_data_files(path, split.partition("[")[0], source.name if named else None)
     if files is None:
         assert isinstance(path, str)
-        files = hub_dataset.find_hub_files(source, path, source.revision if path == source.path else None, here)
+        files = hub_dataset.find_hub_files(source, path, source.revision if named else None, here)
     if files is None:
         return data_format, []
     rows = sample_rows(files)

@@ -19,23 +19,18 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from kit.data.tables import read_table
 from kit.errors import KitError, first_line
-from kit.inspection.hub_dataset import (
-    CARD,
-    KEYWORDS,
-    NO_DATA,
-    choose_configuration,
-    read_card,
-    split_files,
-    split_words,
-)
-from kit.storage.json_files import read_json
+from kit.inspection import hub_dataset
+from kit.inspection.hub_dataset import KEYWORDS, split_files, split_words
+from kit.storage.json_files import read_json, read_json_or_empty
 
 SUFFIXES = {  # of a file that holds rows, and the builder of `datasets` for it
     ".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
@@ -43,15 +38,15 @@ SUFFIXES = {  # of a file that holds rows, and the builder of `datasets` for it
 }  # fmt: skip
 PACKINGS = (".gz", ".bz2", ".xz", ".zst", ".lz4")  # each may stand behind a suffix
 NO_ROWS = re.compile(  # what lies beside data in a folder
-    r"(readme|licen[cs]e|notice|changelog|citation|requirements|urls|stats|metadata|package|schema)[^/]*\.(txt|json)"
+    r"(readme|licen[cs]e|notice|changelog|citation|requirements|stats|metadata|package|schema)\.(txt|json)"
     r"|cache-.*\.arrow|__MACOSX|\..*", re.I)  # fmt: skip
 MAX_ROW = 64 << 20  # bytes: a longer row is no text to train on
 CHUNK = 1 << 20  # bytes read at once
-BATCH = 500  # rows of a table that are Python objects at once
 BREAKS_OFF = "the file breaks off after row"  # begins the problem of a last row behind which more was lost
 DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError)  # what reading a damaged file raises
 BLANKS = re.compile(r"[ \t\n\r]*")
 DECODER = json.JSONDecoder()
+OF_A_ROW = {"messages", "conversations", "prompt", "completion", "text", "instruction", "output", "question", "answer"}
 SPLIT_WORDS: set[str] = set().union(*KEYWORDS.values())
 
 
@@ -84,7 +79,6 @@ def find_data_files(path: str | list[str], split: str = "train", config: str | N
     splits = find_splits(path, config)
     if splits is None:
         return None
-    split = re.split(r"[\[+]", split)[0]
     if split not in splits:
         has = ", ".join(splits)
         problem, fix = f"{path} has no split {split}; it has {has}", f"one of {has}, or name the files themselves"
@@ -107,8 +101,7 @@ def find_splits(path: str, config: str | None) -> dict[str, list[Path]] | None:
         place = Path(path).expanduser()
         if place.is_file():
             if split_suffixes(place.name)[0] not in SUFFIXES:
-                known = f"one of {' '.join(SUFFIXES)}, each also with {' '.join(PACKINGS)}"
-                raise refuse_path(f"{place} has a suffix that is not known", f"use {known}; unpack archives")
+                raise refuse_suffix(place)
             return {"train": [place]} | {s: [place] for s in KEYWORDS if split_files([place.name], "", None, s)}
         if place.is_dir():
             return find_splits_of_folder(place, config)
@@ -127,10 +120,10 @@ def find_splits_of_folder(folder: Path, config: str | None) -> dict[str, list[Pa
     """The splits that `datasets` finds: saved by save_to_disk, listed in README.md, or said by the files' names."""
     if (folder / "dataset_dict.json").is_file():
         return {s: find_saved_files(folder / s) for s in read_json(folder / "dataset_dict.json").get("splits", [])}
-    if (folder / "state.json").is_file():
+    if read_json_or_empty(folder / "state.json").get("_data_files"):
         return {"train": find_saved_files(folder)}
-    card = read_card(folder)
-    listed = choose_configuration(card, config)
+    card = hub_dataset.read_card(folder)
+    listed = hub_dataset.choose_configuration(card, config)
     names = list_data_files(folder, everywhere=listed is not None)
     if not names:
         raise refuse_path(f"the folder {folder} holds no data file", f"put {' '.join(SUFFIXES)} in it")
@@ -140,7 +133,9 @@ def find_splits_of_folder(folder: Path, config: str | None) -> dict[str, list[Pa
     found = {s: [folder / n for n in split_files(names, card, config, s)] for s in dict.fromkeys(["train", *splits])}
     found = {s: files for s, files in found.items() if files}
     if not found:
-        raise refuse_path(f"{folder / CARD} lists files that are not there", "mend its configs, or name the files")
+        raise refuse_path(
+            f"{folder / hub_dataset.CARD} lists files that are not there", "mend its configs, or name the files"
+        )
     return found
 
 
@@ -159,8 +154,8 @@ def find_splits_of_glob(pattern: str) -> dict[str, list[Path]]:
 
 def find_saved_files(folder: Path) -> list[Path]:
     """The files of a data set that `save_to_disk` wrote, in their order; KitError where one is missing."""
-    state = read_json(folder / "state.json")
-    files = [folder / f["filename"] for f in state.get("_data_files", [])]
+    listed = read_json(folder / "state.json").get("_data_files") or []
+    files = [folder / str(f.get("filename")) for f in listed if isinstance(f, dict)]
     missing = next((f for f in files if not f.is_file()), None)
     if missing:
         raise refuse_path(f"{folder} is not whole: {missing.name} is missing", "save the data set again")
@@ -172,7 +167,7 @@ def list_data_files(folder: Path, everywhere: bool) -> list[str]:
     is none at the top, and where they are named after a split."""
     found: list[str] = []
     seen: set[str] = set()
-    for place, folders, names in os.walk(folder, followlinks=True):
+    for place, folders, names in os.walk(folder, onerror=raise_error, followlinks=True):
         if (real := os.path.realpath(place)) in seen:  # a link that leads back up
             folders.clear()
             continue
@@ -185,9 +180,13 @@ def list_data_files(folder: Path, everywhere: bool) -> list[str]:
     return sorted(found)
 
 
+def raise_error(error: OSError) -> None:
+    raise error  # a folder that may not be read is no empty one
+
+
 def is_data_file(name: str) -> bool:
     hidden = any(NO_ROWS.fullmatch(part) for part in Path(name).parts)
-    return split_suffixes(name)[0] in SUFFIXES and not hidden and Path(name).name not in NO_DATA
+    return split_suffixes(name)[0] in SUFFIXES and not hidden and Path(name).name not in hub_dataset.NO_DATA
 
 
 def split_suffixes(name: str) -> tuple[str, str]:
@@ -198,6 +197,11 @@ def split_suffixes(name: str) -> tuple[str, str]:
 
 def refuse_path(problem: str, fix: str) -> KitError:
     return KitError(problem, "dataset.path", fix, rule="dataset-files")
+
+
+def refuse_suffix(file: Path) -> KitError:
+    known = f"one of {' '.join(SUFFIXES)}, each also with {' '.join(PACKINGS)}"
+    return refuse_path(f"{file} has a suffix that is not known", f"use {known}; unpack archives")
 
 
 def refuse_file(file: Path, problem: str, fix: str = "check the file") -> KitError:
@@ -221,6 +225,9 @@ def read_rows(files: Sequence[Path]) -> Iterator[RawRow]:
             for raw in open_rows(file):
                 number = raw.number
                 yield raw
+        except ImportError:
+            problem = "this needs pyarrow, which is not installed"
+            raise refuse_file(file, problem, "pip install pyarrow") from None
         except DAMAGE as error:
             if number == 0:
                 raise refuse_file(file, first_line(error)) from None
@@ -249,8 +256,12 @@ def sample_rows(files: Sequence[Path], count: int = 200, max_bytes: int = 1_000_
 
 def open_rows(file: Path) -> Iterator[RawRow]:
     kind, _ = split_suffixes(file.name)
+    if kind not in SUFFIXES:
+        raise refuse_suffix(file)
     if kind in (".parquet", ".arrow"):
-        yield from read_table(file)
+        with open_source(file) as source:
+            for number, (row, problem) in enumerate(read_table(source, kind), 1):
+                yield RawRow(str(file), number, None, row, problem)
         return
     if kind == ".json" and is_json_lines(file):
         kind = ".jsonl"
@@ -264,20 +275,25 @@ def open_bytes(file: Path) -> BinaryIO:
     """Open a file, unpacked as it is read."""
     packing = split_suffixes(file.name)[1]
     if packing in (".zst", ".lz4"):
-        pa = import_pyarrow(file)
+        import pyarrow as pa
+
         packed = pa.CompressedInputStream(pa.OSFile(str(file)), {".zst": "zstd", ".lz4": "lz4"}[packing])
         return io.BufferedReader(packed, CHUNK >> 4)  # what stands in it is lost where the file breaks off
     opens: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
     return opens.get(packing, partial(open, buffering=CHUNK))(file, "rb")
 
 
-def import_pyarrow(file: Path) -> Any:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise refuse_file(file, "this needs pyarrow, which is not installed", "pip install pyarrow") from None
-    return pyarrow
+@contextmanager
+def open_source(file: Path) -> Iterator[Any]:
+    """What a table is read from, with random access: its path, or a file without a name into which it is unpacked."""
+    if not split_suffixes(file.name)[1]:
+        yield str(file)
+        return
+    with tempfile.TemporaryFile() as unpacked:
+        with open_bytes(file) as stream:
+            shutil.copyfileobj(stream, unpacked, CHUNK)
+        unpacked.seek(0)
+        yield unpacked
 
 
 def skip_byte_order_mark(file: Path, stream: Any) -> int:
@@ -309,13 +325,13 @@ def read_json_lines(file: Path, stream: BinaryIO, start: int) -> Iterator[RawRow
         row, problem = None, None
         try:
             text = line.decode()
-            row = json.loads(text)
+            row = json.loads(text) if len(line) <= MAX_ROW else None
         except (ValueError, RecursionError) as error:
             if not line.strip():
                 continue
             row, problem = explain_line(line, error)
         if not isinstance(row, dict):
-            problem = problem or f"not an object: {shorten(text)}"
+            problem = too_long() if len(line) > MAX_ROW else problem or f"not an object: {shorten(text)}"
             row = None
         elif b"\\ud" in line or b"\\uD" in line:
             row, problem = check_escapes(row)
@@ -330,8 +346,6 @@ def explain_line(line: bytes, error: Exception) -> tuple[Any, str | None]:
         except (ValueError, RecursionError) as other:
             error = other
     cut = "" if line.endswith(b"\n") else " (the file may be cut off)"
-    if len(line) > MAX_ROW:
-        return None, too_long()
     if isinstance(error, UnicodeDecodeError):
         return None, f"not UTF-8 at byte {error.start} of the line{cut}"
     if isinstance(error, json.JSONDecodeError):
@@ -493,7 +507,8 @@ class JsonText:
                 if end < len(self.text) or self.ended:
                     return value, self.move(end)
             except json.JSONDecodeError as error:
-                if self.ended:
+                more = error.pos > len(self.text) - 100 or error.msg.startswith("Unterminated string")
+                if self.ended or not more:
                     self.move(error.pos)
                     raise OSError(f"not JSON at byte {self.offset}: {error.msg}") from None
             except (ValueError, RecursionError) as error:
@@ -541,24 +556,27 @@ def check_value(value: Any, piece: str) -> tuple[Any, str | None]:
 def take_object(file: Path, text: JsonText) -> Iterator[tuple[int, Any, str]]:
     """The elements of the one list of rows that an object holds, else the object itself."""
     row: dict[str, Any] = {}
-    start, pieces, rows = text.offset, [], None
+    start, pieces, rows = text.offset, list[str](), None
     text.demand("{")
     while text.peek() == '"':
         key, piece = text.take_value()
-        text.demand(":")
         pieces.append(piece)
+        text.demand(":")
         if text.peek() == "[":
-            values = row[key] = list[Any]()
+            values = list[Any]()
             for offset, value, piece in text.take_list():
-                if rows == key or (not values and is_row(value)):
-                    if rows not in (None, key):
+                if rows != key and not values and is_row(value) and not row.keys() & OF_A_ROW:
+                    if rows is not None:
                         problem = f"it holds several lists of rows: {rows}, {key}"
                         raise refuse_file(file, problem, "write each into a file of its own")
                     rows = key
+                if rows == key:
                     yield offset, value, piece
                 else:
                     values.append(value)
                     pieces.append(piece)
+            if rows != key:
+                row[key] = values
         else:
             row[key], piece = text.take_value()
             pieces.append(piece)
@@ -568,137 +586,20 @@ def take_object(file: Path, text: JsonText) -> Iterator[tuple[int, Any, str]]:
     if rows is None:
         check_columns(file, row)
         yield start, row, "\n".join(pieces)
+    elif beside := sorted(row.keys() & OF_A_ROW):
+        problem = f"is {rows} a list of rows, or part of a row with {beside[0]}?"
+        raise refuse_file(file, problem, "write each row into a line of its own (.jsonl)")
 
 
 def is_row(value: Any) -> bool:
     """Whether an object in a list is a row, not a turn of a chat or a tool, which belong to a row."""
-    return isinstance(value, dict) and not value.keys() & {"role", "from", "function", "speaker", "type"}
+    return isinstance(value, dict) and not value.keys() & {"role", "from", "function", "speaker", "parameters"}
 
 
 def check_columns(file: Path, row: dict[str, Any]) -> None:
     """KitError for an object that holds columns instead of rows, which other tools' to_json writes."""
     lists = [v for v in row.values() if isinstance(v, list) and not any(isinstance(x, dict) for x in v)]
     indexed = [v for v in row.values() if isinstance(v, dict) and v and all(k.isdecimal() for k in v)]
-    if row and "input_ids" not in row and len(row) in (len([v for v in lists if v]), len(indexed)):
+    if row and "input_ids" not in row and len(row) in (sum(map(bool, lists)), len(indexed)):
         problem = "it holds columns, not rows"
         raise refuse_file(file, problem, 'pandas.read_json(FILE).to_json("rows.jsonl", orient="records", lines=True)')
-
-
-# -- tables: Parquet, Arrow
-
-
-def read_table(file: Path) -> Iterator[RawRow]:
-    pa = import_pyarrow(file)
-    number = 0
-    try:
-        with open_table_source(file, pa) as source:
-            schema, batches = open_table(file, source, pa)
-            if len(set(schema.names)) < len(schema.names):
-                raise refuse_file(file, "two columns have one name", "rename one")
-            described = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-            features = described.get("info", {}).get("features") or {}
-            plain = {f.name: make_plain(f.type, features.get(f.name), pa) for f in schema}
-            for batch in batches:
-                for start in range(0, batch.num_rows, BATCH):
-                    for values in list_values(batch.slice(start, BATCH)):
-                        number += 1
-                        row, problem = plain_row(values, plain)
-                        yield RawRow(str(file), number, None, row, problem)
-    except (pa.ArrowException, ValueError) as error:
-        raise OSError(first_line(error)) from None
-
-
-def open_table_source(file: Path, pa: Any) -> Any:
-    """The file's bytes, with random access: what is packed is unpacked into a file without a name."""
-    if not split_suffixes(file.name)[1]:
-        return pa.OSFile(str(file))
-    unpacked = tempfile.TemporaryFile()
-    with open_bytes(file) as stream:
-        shutil.copyfileobj(stream, unpacked, CHUNK)
-    unpacked.seek(0)
-    return pa.PythonFile(unpacked, mode="r")
-
-
-def open_table(file: Path, source: Any, pa: Any) -> tuple[Any, Iterator[Any]]:
-    """(schema, record batches); OSError behind the last where an Arrow stream has no end mark."""
-    if split_suffixes(file.name)[0] == ".parquet":
-        table = pa.parquet.ParquetFile(source, pre_buffer=False, buffer_size=CHUNK)
-        return table.schema_arrow, table.iter_batches(BATCH)
-    head = source.read(6)
-    source.seek(0)
-    if head == b"ARROW1":
-        reader = pa.ipc.open_file(source)
-        return reader.schema, (reader.get_batch(i) for i in range(reader.num_record_batches))
-    stream = pa.ipc.open_stream(source)
-
-    def read_batches() -> Iterator[Any]:
-        yield from stream
-        source.seek(source.size() - 8)
-        if source.read(8) != b"\xff\xff\xff\xff\0\0\0\0":
-            raise OSError("the stream has no end mark")
-
-    return stream.schema, read_batches()
-
-
-def list_values(batch: Any) -> Iterator[dict[str, Any] | str]:
-    """The batch's rows, or one's problem: one text that is not UTF-8 makes pyarrow refuse the batch."""
-    try:
-        yield from batch.to_pylist()
-    except (ValueError, OverflowError) as error:
-        if batch.num_rows == 1:
-            bad = f"not UTF-8 at byte {error.start} of a text" if isinstance(error, UnicodeDecodeError) else ""
-            yield bad or f"not readable: {first_line(error)}"
-        else:
-            for i in range(batch.num_rows):
-                yield from list_values(batch.slice(i, 1))
-
-
-def plain_row(values: Any, plain: dict[str, Any]) -> tuple[dict[str, Any] | None, str | None]:
-    """A row without its null columns, in plain values, or its problem."""
-    if isinstance(values, str):
-        return None, values
-    row: dict[str, Any] = {}
-    for name, value in values.items():
-        if value is not None:
-            try:
-                row[name] = plain[name](value) if plain[name] else value
-            except ValueError as error:
-                return None, f"column {name} {first_line(error)}"
-    return row, None
-
-
-def make_plain(kind: Any, feature: Any, pa: Any) -> Callable[[Any], Any] | None:
-    """The function that makes a plain value of an Arrow one; None where it is one. `feature`: what `datasets` noted.
-
-    Null fields of a struct are left out: Arrow fills in the keys that a row did not have.
-    """
-    types, feature = pa.types, feature if isinstance(feature, dict) else {}
-    if feature.get("_type") == "Json" or getattr(kind, "extension_name", "") == "arrow.json":
-        return parse_json_cell
-    kind = getattr(kind, "storage_type", kind)
-    kind = kind.value_type if types.is_dictionary(kind) else kind
-    if types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind):
-        return refuse_bytes
-    if types.is_temporal(kind) or types.is_decimal(kind):
-        return str
-    if types.is_struct(kind):
-        fields = {f.name: make_plain(f.type, feature.get(f.name), pa) for f in kind}
-        return lambda value: {k: f(v) if (f := fields[k]) else v for k, v in value.items() if v is not None}
-    if types.is_map(kind):
-        item = make_plain(kind.item_type, None, pa) or (lambda value: value)
-        return lambda pairs: {str(k): item(v) for k, v in pairs if v is not None}
-    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
-        element = make_plain(kind.value_type, feature.get("feature"), pa)
-        return element and (lambda values: [None if v is None else element(v) for v in values])
-    return None
-
-
-def parse_json_cell(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"is not JSON: {first_line(error)}") from None
-
-
-def refuse_bytes(value: bytes) -> Any:
-    raise ValueError("holds bytes")

@@ -146,13 +146,21 @@ def test_an_odd_row_arrives_as_written_wherever_it_stands(name: str, place: str,
 
 LONG = "x" * (64 << 20)
 ROWS = {  # name: (what the file holds, {row's number: what its problem says}, the rows that are there)
-    "not utf8.jsonl": (b'{"a": 1}\n{"a": "\xe9"}\n{"a": 2}\n', {2: "not UTF-8 at byte 7 of the line"}, [{"a": 1}, {"a": 2}]),
+    "not utf8.jsonl": (
+        b'{"a": 1}\n{"a": "\xe9"}\n{"a": 2}\n',
+        {2: "not UTF-8 at byte 7 of the line"}, [{"a": 1}, {"a": 2}]),
     "cut off.jsonl": (b'{"a": 1}\n{"a": "tw', {2: r"not JSON: .*column 7 \(the file may be cut off\)"}, [{"a": 1}]),
-    "torn.jsonl": (b'{"a": 1}\n{"a": \n}\n{"a": 2}\n', {2: "not JSON: Expecting value at column 8", 3: "not JSON"}, [{"a": 1}, {"a": 2}]),
-    "no object.jsonl": (b'[1]\n"x"\nnull\n\n{"a": 1}\r\n3\n', {1: r"not an object: \[1\]", 2: "not an", 3: "null", 6: "3"}, [{"a": 1}]),
+    "torn.jsonl": (
+        b'{"a": 1}\n{"a": \n}\n{"a": 2}\n',
+        {2: "not JSON: Expecting value at column 8", 3: "not JSON"}, [{"a": 1}, {"a": 2}]),
+    "no object.jsonl": (
+        b'[1]\n"x"\nnull\n\n{"a": 1}\r\n3\n',
+        {1: r"not an object: \[1\]", 2: "not an", 3: "null", 6: "3"}, [{"a": 1}]),
     "deep.jsonl": (b'{"a":' * 100_000 + b'\n{"a": 1}\n', {1: "not JSON: maximum recursion"}, [{"a": 1}]),
     "digits.jsonl": (b'{"a": ' + b"9" * 5000 + b'}\n{"a": 1}\n', {1: "not JSON: Exceeds the limit"}, [{"a": 1}]),
-    "surrogate.jsonl": (b'{"a": "\\ud83d"}\n{"a": "\\ud83d\\ude00"}\n', {1: r"half a character: \\ud83d"}, [{"a": "😀"}]),
+    "surrogate.jsonl": (
+        b'{"a": "\\ud83d"}\n{"a": "\\ud83d\\ude00"}\n',
+        {1: r"half a character: \\ud83d"}, [{"a": "😀"}]),
     "nul.jsonl": (b'\0\0\0\0\0\n{"a": 1}\n', {1: "not JSON"}, [{"a": 1}]),
     "marks.jsonl": (b'{"a": 1}\n\xef\xbb\xbf{"a": 2}\n', {}, [{"a": 1}, {"a": 2}]),
     "separators.jsonl": ('{"a": "x\u2028y\x85z"}\r\n\r\n \n{"a": 2}'.encode(), {}, [{"a": "x\u2028y\x85z"}, {"a": 2}]),
@@ -169,15 +177,21 @@ ROWS = {  # name: (what the file holds, {row's number: what its problem says}, t
     "blank.jsonl": (b"\n \n", {}, []),
     "empty.csv": (b"a,b\n", {}, []),
     "blank.csv": (b"\n\na,b\n\n1,2\n\n", {}, [{"a": "1", "b": "2"}]),
-    "ragged.csv": (b"a,b\n1\n1,2,3\n1,2\n", {1: "1 cells, line 2; the header has 2", 2: "3 cells, line 3"}, [{"a": "1", "b": "2"}]),
+    "ragged.csv": (
+        b"a,b\n1\n1,2,3\n1,2\n",
+        {1: "1 cells, line 2; the header has 2", 2: "3 cells, line 3"}, [{"a": "1", "b": "2"}]),
     "not utf8.csv": (b"a,b\n1,\xe9\n1,2\n", {1: "not UTF-8 at byte 1"}, [{"a": "1", "b": "2"}]),
     "nul.csv": (b"a,b\n1,x\0\n1,2\n", {1: "a NUL byte"}, [{"a": "1", "b": "2"}]),
     "open quote.csv": (b'a,b\n1,2\n1,"2\n3,4\n', {2: "a quote that is opened and not closed"}, [{"a": "1", "b": "2"}]),
     "quote.csv": (b'a,b\n1,"x"y\n1,2\n', {1: "not CSV, line 2"}, [{"a": "1", "b": "2"}]),
-    "long.csv": (f"a,b\n1,2\n1,{LONG}\n1,2\n", {2: "breaks off after row 1: line 3 is longer than 64 MB"}, [{"a": "1", "b": "2"}]),
-    "not utf8.txt": (b"one\n\xe9\nt\0o\nthree", {2: "not UTF-8 at byte 0", 3: "a NUL byte"}, [{"text": "one"}, {"text": "three"}]),
+    "long.csv": (
+        f"a,b\n1,2\n1,{LONG}\n1,2\n",
+        {2: "breaks off after row 1: line 3 is longer than 64 MB"}, [{"a": "1", "b": "2"}]),
+    "not utf8.txt": (
+        b"one\n\xe9\nt\0o\nthree",
+        {2: "not UTF-8 at byte 0", 3: "a NUL byte"}, [{"text": "one"}, {"text": "three"}]),
     "long.txt": (f"{LONG}x\none\n", {1: "longer than 64 MB"}, [{"text": "one"}]),
-}  # fmt: skip # noqa: E501
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -245,7 +259,7 @@ def test_a_packed_file_that_is_cut_off_never_ends_in_silence(packing: str, tmp_p
 
 
 def test_a_table_that_breaks_in_the_middle_never_ends_in_silence(tmp_path: Path):
-    rows = [{"text": f"{i:050d}"} for i in range(15_000)]
+    rows = [{"text": f"{i:050d}"} for i in range(5000)]
     table = pa.Table.from_pylist(rows)
     whole = tmp_path / "rows.parquet"
     parquet.write_table(table, whole, row_group_size=1000, compression="zstd", use_dictionary=False)
@@ -273,7 +287,8 @@ def test_what_a_table_filled_in_is_taken_out_and_what_is_no_text_becomes_one(tmp
 
     rows = [
         {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "call": {"q": 1, "r": None}}],
-         "when": datetime.datetime(2024, 2, 3, 4, 5), "price": decimal.Decimal("1.50"), "tags": ["a", None], "image": None},
+         "when": datetime.datetime(2024, 2, 3, 4, 5), "price": decimal.Decimal("1.50"),
+         "tags": ["a", None], "image": None},
         {"messages": [{"role": "user", "content": "x", "name": "n"}], "image": b"\x89PNG", "n": float("inf")},
     ]  # fmt: skip
     table = pa.Table.from_pylist(rows)
@@ -333,19 +348,20 @@ configs:
 LAYOUTS = {  # files, and those of each split
     "rows.jsonl ._rows.jsonl .x.jsonl __MACOSX/rows.jsonl config.json README.txt": {"train": "rows.jsonl"},
     "b.jsonl a.jsonl.gz c.ndjson stats.json": {"train": "a.jsonl.gz b.jsonl c.ndjson"},
-    "train.jsonl test.jsonl valid-1.jsonl": {"train": "train.jsonl", "validation": "valid-1.jsonl", "test": "test.jsonl"},
+    "train.jsonl test.jsonl valid-1.jsonl":
+        {"train": "train.jsonl", "validation": "valid-1.jsonl", "test": "test.jsonl"},
     "train/2.jsonl train/1.jsonl dev/1.jsonl": {"train": "train/1.jsonl train/2.jsonl", "validation": "dev/1.jsonl"},
     "train/test_cases.jsonl test/1.jsonl": {"train": "train/test_cases.jsonl", "test": "test/1.jsonl"},
     "train.jsonl notes/old.jsonl test/1.jsonl": {"train": "train.jsonl", "test": "test/1.jsonl"},
     "rows.jsonl more/rows.jsonl": {"train": "rows.jsonl"},
     "x/rows.jsonl y/z/rows.jsonl .git/rows.jsonl": {"train": "x/rows.jsonl y/z/rows.jsonl"},
     "train.jsonl test.csv": {"train": "train.jsonl", "test": "test.csv"},
-    "data/train-00000-of-00002.parquet data/train-00001-of-00002.parquet data/test-00000-of-00001.parquet dataset_infos.json":
+    "data/train-00000-of-00002.parquet data/train-00001-of-00002.parquet data/test-00000-of-00001.parquet x/infos.py":
         {"train": "data/train-00000-of-00002.parquet data/train-00001-of-00002.parquet",
          "test": "data/test-00000-of-00001.parquet"},
     "README.md a/1.jsonl a/2.jsonl b/1.jsonl b/2.jsonl": {"train": "a/1.jsonl a/2.jsonl", "held": "b/1.jsonl"},
     "eval/1.jsonl": {"test": "eval/1.jsonl"},
-}  # fmt: skip # noqa: E501
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -480,3 +496,38 @@ def test_rows_are_given_one_by_one(tmp_path: Path):
     """The rows before a damage are there before it is met."""
     path = write(tmp_path / "rows.json", b"[" + b'{"a": 1},\n' * 300_000 + b"x")
     assert [r.row for r in islice(read_rows([path]), 2)] == [{"a": 1}, {"a": 1}]
+
+
+def problems_of(here: Path, **dataset) -> tuple[str | None, list[tuple[str, str, str]]]:
+    from kit.config.inputs import find_data_format
+    from kit.schema.run_plan import Dataset
+
+    found, problems = find_data_format(Dataset.model_validate(dataset), here=True)
+    return found, [(p.where, p.rule, p.problem.replace(f"{here}/", "")) for p in problems]
+
+
+def test_the_check_looks_at_the_first_rows_of_every_set(tmp_path: Path):
+    chats, texts = tmp_path / "chats.jsonl", tmp_path / "texts.csv"
+    write(chats, json_lines([{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}]))
+    write(texts, "text\nx\n")
+    torn = write(tmp_path / "torn.jsonl", '{"text": "x"}\n{"text": \n{"text": "y"}\n')
+    nowhere = str(tmp_path / "nowhere.jsonl")
+    assert problems_of(tmp_path, path=str(chats)) == ("messages", [])
+    assert problems_of(tmp_path, path=[str(texts), str(tmp_path / "te*.csv")]) == ("text", [])
+    assert problems_of(tmp_path, mix=[{"path": str(chats)}, {"path": str(chats)}]) == ("messages", [])
+    assert problems_of(tmp_path, mix=[{"path": str(chats)}, {"path": str(texts)}]) == (None, [])
+    assert problems_of(tmp_path, mix=[{"path": str(chats)}, {"path": nowhere}, {"path": str(texts), "split": "x"}])[
+        1
+    ] == [
+        ("dataset.mix.1.path", "dataset-files", "there is no data file nowhere.jsonl"),
+        ("dataset.mix.2.split", "dataset-split", "texts.csv has no split x; it has train"),
+    ]
+    assert problems_of(tmp_path, path=str(texts), eval_split="test")[1] == [
+        ("dataset.eval_split", "dataset-split", "texts.csv has no split test; it has train")
+    ]
+    assert problems_of(tmp_path, path=str(texts), eval_path=nowhere)[1][0][0] == "dataset.eval_path"
+    (bad,) = problems_of(tmp_path, path=str(torn))[1]
+    assert bad[:2] == ("dataset.path", "dataset-unreadable") and bad[2].startswith("torn.jsonl, row 2: not JSON")
+    assert problems_of(tmp_path, path=str(torn), on_bad_row="drop") == ("text", [])
+    assert problems_of(tmp_path)[1][0][:2] == ("dataset.path", "dataset-files")
+    assert "both given" in problems_of(tmp_path, path=str(texts), mix=[{"path": str(texts)}])[1][0][2]
