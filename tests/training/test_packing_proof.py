@@ -1,0 +1,108 @@
+"""Packed documents are proven apart on the model that trains: which models pass, what is refused, what is left alone."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig
+
+from kit.errors import KitError
+from kit.training import packing_proof
+from kit.training.packing_proof import PackingProofCallback, prove_packing
+from kit.training.trainer import ModifiedTrainer
+
+torch.set_num_threads(1)
+SIZES = {
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 3, "bos_token_id": 1, "eos_token_id": 2,
+    "head_dim": 8, "initializer_range": 0.1, "sliding_window": 16,
+}  # fmt: skip
+EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+GEMMA = {"query_pre_attn_scalar": 8, "num_hidden_layers": 6}
+GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
+STATE = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 32}
+LINEAR = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8,
+          "linear_value_head_dim": 8, "num_hidden_layers": 4}  # fmt: skip
+
+APART = {
+    "llama": {}, "qwen3": {}, "mistral": {}, "gemma2": GEMMA, "gemma3_text": GEMMA, "gpt2": GPT2, "gpt_neox": {},
+    "mixtral": EXPERTS, "qwen3_moe": EXPERTS, "phi3": {}, "olmo2": {}, "granite": {}, "cohere": {}, "smollm3": {},
+}  # fmt: skip
+EAGER_ONLY = ("gemma2",)
+LEAKING = {  # the mask of the first four is made without positions, the others carry a state along the row
+    "gpt_oss": EXPERTS, "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32}, "bloom": {"n_layer": 2, "n_head": 4},
+    "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 128},
+    "mamba": {"state_size": 8}, "falcon_mamba": {"state_size": 8}, "minimax": EXPERTS, "rwkv": {},
+    "jamba": {**EXPERTS, "mamba_d_state": 8, "attn_layer_period": 2, "attn_layer_offset": 1},
+    "recurrent_gemma": {"lru_width": 32, "num_hidden_layers": 3, "attention_window_size": 16},
+}  # fmt: skip
+REFUSING = {  # transformers refuses packed rows itself where causal-conv1d is not installed
+    "qwen3_next": {**EXPERTS, **LINEAR, "shared_expert_intermediate_size": 16}, "qwen3_5_text": LINEAR,
+    "falcon_h1": {**STATE, "mamba_d_ssm": 64}, "bamba": {**STATE, "attn_layer_indices": [1]},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "granitemoehybrid": {**STATE, **EXPERTS, "layer_types": ["mamba", "attention"], "shared_intermediate_size": 16},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tiny.make_model(tmp_path_factory.mktemp("model") / "base")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("KIT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "packing"
+
+
+def model_of(kind, attention="eager", **changes):
+    torch.manual_seed(0)
+    settings = {k: v for k, v in SIZES.items() if kind not in ("rwkv",) or k != "intermediate_size"}
+    return AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(kind, **{**settings, **changes}), attn_implementation=attention
+    )
+
+
+def trainer_of(base, out, model=None, peft=None, **changes):
+    args = SFTConfig(
+        output_dir=str(out), use_cpu=True, report_to="none", max_length=64, logging_steps=1, save_strategy="no",
+        per_device_train_batch_size=2, max_steps=2, learning_rate=1e-2, disable_tqdm=True, seed=7,
+        gradient_checkpointing=False, **{"packing": True, "bf16": False, **changes},
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(base) if model is None else model
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    rows = tiny.dataset(tiny.text_rows())
+    return ModifiedTrainer(model, args, train_dataset=rows, processing_class=tokenizer, peft_config=peft)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", APART)
+def test_attention_keeps_documents_apart(kind, attention, base, tmp_path):
+    if kind in EAGER_ONLY and attention == "sdpa":
+        with pytest.raises(ValueError, match="does not support"):
+            model_of(kind, attention, **APART[kind])
+        return
+    proof = prove_packing(trainer_of(base, tmp_path, model_of(kind, attention, **APART[kind])))
+    assert proof["difference"] <= proof["allowed"] < 1e-4
+
+
+@pytest.mark.parametrize("kind", LEAKING)
+def test_a_leak_is_refused(kind, base, tmp_path, cache):
+    with pytest.raises(KitError, match="leak into each other.*largest difference") as refused:
+        prove_packing(trainer_of(base, tmp_path, model_of(kind, **LEAKING[kind])))
+    assert refused.value.problems[0].where == "trainer.packing" and not cache.exists()
+    print(refused.value)
+
+
+@pytest.mark.parametrize("kind", REFUSING)
+def test_a_model_that_takes_no_packed_rows_is_refused(kind, base, tmp_path):
+    with pytest.raises(KitError, match="takes no packed documents: .*causal_conv1d"):
+        prove_packing(trainer_of(base, tmp_path, model_of(kind, **REFUSING[kind])))
