@@ -13,6 +13,7 @@ from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig
 
+from kit.config.rules.model import MASKED_BY_ROW, RECURRENT
 from kit.errors import KitError
 from kit.training import packing_proof
 from kit.training.packing_proof import PackingProofCallback, prove_packing
@@ -36,8 +37,11 @@ APART = {
     "mixtral": EXPERTS, "qwen3_moe": EXPERTS, "phi3": {}, "olmo2": {}, "granite": {}, "cohere": {}, "smollm3": {},
 }  # fmt: skip
 EAGER_ONLY = ("gemma2",)
-LEAKING = {  # the mask of the first four is made without positions, the others carry a state along the row
+LEAKING = {  # the rows up to mpt make the mask without positions, those below carry a state along the row
     "gpt_oss": EXPERTS, "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32}, "bloom": {"n_layer": 2, "n_head": 4},
+    "afmoe": {**EXPERTS, "num_dense_layers": 1}, "biogpt": {}, "falcon": {},
+    "granitemoehybrid": {**STATE, **EXPERTS, "layer_types": ["attention"] * 2, "shared_intermediate_size": 16},
+    "xglm": {"d_model": 32, "attention_heads": 4, "num_layers": 2, "ffn_dim": 48},
     "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 128},
     "mamba": {"state_size": 8}, "falcon_mamba": {"state_size": 8}, "minimax": EXPERTS, "rwkv": {},
     "jamba": {**EXPERTS, "mamba_d_state": 8, "attn_layer_period": 2, "attn_layer_offset": 1},
@@ -64,7 +68,8 @@ def cache(tmp_path, monkeypatch):
 
 def model_of(kind, attention="eager", **changes):
     torch.manual_seed(0)
-    settings = {k: v for k, v in SIZES.items() if kind != "rwkv" or k != "intermediate_size"}
+    unknown = {"rwkv": "intermediate_size", "falcon": "head_dim"}.get(kind)
+    settings = {k: v for k, v in SIZES.items() if k != unknown}
     return AutoModelForCausalLM.from_config(
         AutoConfig.for_model(kind, **{**settings, **changes}), attn_implementation=attention
     )
@@ -100,6 +105,13 @@ def test_a_leak_is_refused(kind, base, tmp_path, cache):
         prove_packing(trainer_of(base, tmp_path, model_of(kind, **LEAKING[kind])))
     assert refused.value.problems[0].where == "trainer.packing"
     assert not cache.exists()  # a failure is proven anew each time
+
+
+def test_the_rule_names_what_leaks():
+    """`kit check` warns of each before anything is loaded."""
+    named = {*RECURRENT, *MASKED_BY_ROW}
+    assert {*LEAKING, *REFUSING} <= named
+    assert not named & {*APART} and {*MASKED_BY_ROW} <= {*LEAKING}
 
 
 @pytest.mark.parametrize("kind", REFUSING)
