@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kit.errors import KitError, Problem
-from kit.schema.run_plan import RunPlan, field_class, leaves, load_plan
+from kit.schema.run_plan import Dataset, RunPlan, field_class, leaves, load_plan
 from kit.storage import run_directory
 from kit.system.dependencies import require_training_extras
 
@@ -159,10 +159,17 @@ def plan_summary(plan: RunPlan) -> dict[str, Any]:
         "precision": plan.precision,
         "batch": f"{plan.global_batch_size} rows = {plan.trainer['per_device_train_batch_size']} x "
         f"{plan.trainer['gradient_accumulation_steps']} x {plan.world_size}",
-        "data": Path(plan.dataset.path).name,
+        "data": data_names(plan.dataset),
         "notes": plan.notes,
         "warnings": warning_lines(plan),
     }
+
+
+def data_names(dataset: Dataset) -> str:
+    """The files, folders or Hub ids of a run's data, by their last names."""
+    named = [dataset.path, *(source.path for source in dataset.mix)]
+    paths = [p for path in named for p in (path if isinstance(path, list) else [path]) if p]
+    return ", ".join(Path(p).name for p in paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
 
 
 def warning_lines(plan: RunPlan) -> list[str]:

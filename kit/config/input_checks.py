@@ -22,9 +22,11 @@ def check_values(run: RunInput, report: Report) -> None:
 
 
 def check_paths(run: RunInput, report: Report) -> None:
+    named = [(f"dataset.mix[{n}].path", source.path) for n, source in enumerate(run.dataset.mix)]
     for section, name in PATHS:
-        text = getattr(getattr(run, section), name) if section else getattr(run, name)
         key = f"{section}.{name}" if section else name
+        named.append((key, getattr(getattr(run, section), name) if section else getattr(run, name)))
+    for key, text in [(k, t) for k, value in named for t in (value if isinstance(value, list) else [value])]:
         try:
             exists = Path(text or ".").expanduser().exists()
             if not exists and key == "launch.script":
@@ -44,7 +46,8 @@ def check_counts(launch: Launch, report: Report) -> None:
 def check_splits(dataset: Dataset, report: Report) -> None:
     """Report splits that are named of a local file or folder, which has none."""
     for name, split, default in (("split", dataset.split, "train"), ("eval_split", dataset.eval_split, None)):
-        if split != default and Path(dataset.path).expanduser().exists():
+        path = dataset.path
+        if split != default and isinstance(path, str) and Path(path).expanduser().exists():
             key = f"dataset.{name}"
             text = f"{key}={split}, but {dataset.path} is a file or folder, which has no splits"
             report.problem(key, text, "dataset.eval_path=FILE, or dataset.test_size=0.1", "dataset-split")

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from kit.config import slurm
 from kit.config.added_tokens import train_embeddings, vocabulary_rows
+from kit.config.data_words import is_there, matches_files
 from kit.config.deepspeed.resolve import resolve_deepspeed_json
 from kit.config.inputs import Inputs
 from kit.config.nodes import resolve_nodes
@@ -258,6 +259,15 @@ def make_paths_absolute(tree: dict[str, Any]) -> dict[str, Any]:
         for key in keys:
             if key == "chat_template" and not is_file_name(str(values.get(key))):
                 continue  # a name, whatever lies here under it
-            if values.get(key) and (path := Path(str(values[key])).expanduser()).exists():
-                values[key] = str(path.absolute())
+            if value := values.get(key):
+                values[key] = [absolute_path(v) for v in value] if isinstance(value, list) else absolute_path(value)
+    for source in (tree.get("dataset") or {}).get("mix") or []:
+        if isinstance(source, dict) and (value := source.get("path")):
+            source["path"] = [absolute_path(v) for v in value] if isinstance(value, list) else absolute_path(value)
     return tree
+
+
+def absolute_path(value: Any) -> Any:
+    """The absolute path of what is here, a glob that matches included; anything else as it is."""
+    text = str(value)
+    return str(Path(text).expanduser().absolute()) if is_there(text) or matches_files(text) else value

@@ -111,12 +111,13 @@ def repositories_of_run(
             )
         )
     if dataset:
-        choose = data_file_chooser(dataset.name)
-        named.append(HubRepo("dataset.path", dataset.path, hub_cache.DATASET, dataset.revision, choose))
-        if dataset.eval_path and dataset.eval_path != dataset.path:
-            named.append(
-                HubRepo("dataset.eval_path", dataset.eval_path, hub_cache.DATASET, None, data_file_chooser(None))
-            )
+        for key, source in [("dataset", dataset), *((f"dataset.mix[{n}]", s) for n, s in enumerate(dataset.mix))]:
+            choose = data_file_chooser(source.name)
+            for path in [source.path] if isinstance(source.path, str) else source.path or []:
+                named.append(HubRepo(f"{key}.path", path, hub_cache.DATASET, source.revision, choose))
+        if dataset.eval_path != dataset.path:
+            for path in [dataset.eval_path] if isinstance(dataset.eval_path, str) else dataset.eval_path or []:
+                named.append(HubRepo("dataset.eval_path", path, hub_cache.DATASET, None, data_file_chooser(None)))
     repos = [r for r in named if hub_cache.is_hub_id(r.name)]
     local = [(r.key, r.name) for r in named if r not in repos]
     return repos, [(k, f"{n}, which make quickstart makes" if is_quickstart_path(n) else n) for k, n in local]
