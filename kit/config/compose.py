@@ -256,6 +256,8 @@ def to_composed(cfg: DictConfig, hydra: Any, overrides: list[str], run_file: Pat
     OmegaConf.set_readonly(cfg, False)
     cfg.pop("hydra", None)  # a copy without it would cost as much as all other work here
     tree = to_plain_tree(cfg)
+    if isinstance(data := tree.get("dataset"), dict) and data.get("mix") and data.get("path") == "???":
+        data["path"] = None  # the sets of the mix have theirs
     recipe = run_file.stem if run_file is not None else choices.get("recipe")
     below = read_layers(choices, sources, run_file)
     # The file is lowest: what a recipe or the command line says goes on top.
