@@ -168,8 +168,7 @@ def plan_summary(plan: RunPlan) -> dict[str, Any]:
 def describe_data(plan: RunPlan) -> str:
     """The data sets by name, their format, and which of their tokens are in the loss."""
     d = plan.dataset
-    sets = [(source.path, source.format) for source in d.mix] or [(d.path, d.format)]
-    paths = [([path] if isinstance(path, str) else path or [], form) for path, form in sets]
+    paths = [([s.path] if isinstance(s.path, str) else s.path or [], s.format) for s in d.mix or [d]]
     named = [(Path(p[0]).name + (f" and {len(p) - 1} more" if p[1:] else ""), form) for p, form in paths if p]
     said = ", ".join(name + ("" if form == "auto" else f" ({form})") for name, form in named)
     return said + (f"; loss on {plan.train_on.replace('_', ' ')}" if plan.train_on else "")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any, Literal
 
 from kit.config import slurm
 from kit.config.added_tokens import train_embeddings, vocabulary_rows
+from kit.config.data_words import is_there, matches_files
 from kit.config.deepspeed.resolve import resolve_deepspeed_json
 from kit.config.inputs import Inputs
 from kit.config.nodes import resolve_nodes
@@ -259,17 +259,15 @@ def make_paths_absolute(tree: dict[str, Any]) -> dict[str, Any]:
         for key in [key for key in keys if key in values]:
             if key == "chat_template" and not is_file_name(str(values.get(key))):
                 continue  # a name, whatever lies here under it
-            values[key] = absolute_paths(values.get(key))
+            if value := values.get(key):
+                values[key] = [absolute_path(v) for v in value] if isinstance(value, list) else absolute_path(value)
     for source in (tree.get("dataset") or {}).get("mix") or []:
-        source["path"] = absolute_paths(source["path"])
+        if isinstance(source, dict) and (value := source.get("path")):
+            source["path"] = [absolute_path(v) for v in value] if isinstance(value, list) else absolute_path(value)
     return tree
 
 
-def absolute_paths(value: Any) -> Any:
-    """A path, a glob or a list of them as absolute paths, where something is there; a Hub id or a name as it is."""
-    if isinstance(value, list):
-        return [absolute_paths(item) for item in value]
-    if not value:
-        return value
-    path = Path(str(value)).expanduser()
-    return str(path.absolute()) if path.exists() or (glob.has_magic(str(value)) and glob.glob(str(path))) else value
+def absolute_path(value: Any) -> Any:
+    """The absolute path of what is here, a glob that matches included; anything else as it is."""
+    text = str(value)
+    return str(Path(text).expanduser().absolute()) if is_there(text) or matches_files(text) else value

@@ -18,8 +18,9 @@ from kit.data.formats import CanonicalRow, convert_row, detect_format
 from kit.data.turns import RowProblem
 from kit.errors import KitError, first_line
 from kit.inspection import hub_dataset
-from kit.schema.run_plan import Dataset, DataSource
+from kit.schema.run_plan import Dataset, DataSource, RunPlan
 from kit.storage import hub_cache
+from kit.storage.run_directory import PLAN
 
 SAMPLED_ROWS = 200  # looked at to tell a format
 MAX_STREAMED_ROWS = 10_000  # of a stream, where only some rows are wanted
@@ -260,7 +261,7 @@ def slice_bounds(base: str, part: str, count: int) -> tuple[int, int]:
 def find_rows(source: DataSource, path: str | list[str], split: str, streaming: bool) -> tuple[Any, list[Any], Any]:
     """(function that reads rows from a list of shards, the shards, the files that the rows depend on).
 
-    A snapshot in the Hub cache is read as the files that it is. `datasets` reads streams of the Hub, and its own cache.
+    A snapshot in the Hub cache is read as its files. `datasets` reads streams of the Hub, and its own cache.
     """
     files = find_data_files(path, split, source.name)
     if files is None:

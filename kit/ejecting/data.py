@@ -22,6 +22,7 @@ def held_out_lines(d: Dataset) -> int:
 def data_lines(plan: RunPlan, packed: bool) -> list[str]:
     """Reading, splitting and writing the rows, as kit/data/load.py does."""
     d = plan.dataset
+    assert d.path is not None  # a mix is refused
     other = d.eval_path or d.eval_split
     functions, shape = rename_columns(d)
     lines = load_dataset_lines("rows" if d.test_size and not other else "train", d, d.path, d.split, shape, packed)

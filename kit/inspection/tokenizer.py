@@ -161,14 +161,10 @@ def advise_template(tokens: Collection[str] | None) -> str:
     """What to do about a tokenizer without a chat template, in the words of a fix."""
     names = fitting_templates(tokens) if tokens else []
     if names:
-        fitting = " or ".join(names)
-        return (
-            f"tokenizer.chat_template={names[0]} (its tokens are here; so fit {fitting}), or a FILE.jinja of your own"
-        )
-    return (
-        "tokenizer=chatml adds one with its tokens; or tokenizer.chat_template=NAME (a template of TRL's, e.g. llama3) "
-        "or FILE.jinja"
-    )
+        others = f", as are those of {', '.join(names[1:])}" if names[1:] else ""
+        return f"tokenizer.chat_template={names[0]} (its tokens are in the vocabulary{others}), or FILE.jinja"
+    named = "tokenizer.chat_template=NAME (a template of TRL's, e.g. llama3)"
+    return f"tokenizer=chatml adds one with its tokens; or {named} or FILE.jinja"
 
 
 # ---- the section `tokenizer` of a run ----

@@ -22,6 +22,7 @@ READING = [
     reader_rule("config/compose", "override", "hydra override grammar"),
     reader_rule("config/compose", "group-choice", "hydra, T86"),
     reader_rule("config/compose", "run-file", "T80"),
+    reader_rule("config/data_words", "data-word", "fault 31", "dataset.path"),
     reader_rule("config/compose", "environment-variable", "fault 23"),
     reader_rule("config/sections", "missing", "T79"),
     reader_rule("config/sections", "unknown-key", "T4 T62, fault 20"),
