@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kit.errors import KitError, Problem
-from kit.schema.run_plan import RunPlan, field_class, leaves, load_plan
+from kit.schema.run_plan import DataSource, RunPlan, field_class, leaves, load_plan
 from kit.storage import run_directory
 from kit.system.dependencies import require_training_extras
 
@@ -168,7 +168,8 @@ def plan_summary(plan: RunPlan) -> dict[str, Any]:
 def describe_data(plan: RunPlan) -> str:
     """The data sets by name, their format, and which of their tokens are in the loss."""
     d = plan.dataset
-    paths = [([s.path] if isinstance(s.path, str) else s.path or [], s.format) for s in d.mix or [d]]
+    sources: list[DataSource] = list(d.mix) or [d]
+    paths = [([s.path] if isinstance(s.path, str) else s.path or [], s.format) for s in sources]
     named = [(Path(p[0]).name + (f" and {len(p) - 1} more" if p[1:] else ""), form) for p, form in paths if p]
     said = ", ".join(name + ("" if form == "auto" else f" ({form})") for name, form in named)
     return said + (f"; loss on {plan.train_on.replace('_', ' ')}" if plan.train_on else "")
