@@ -449,11 +449,10 @@ def is_json_lines(file: Path) -> bool:
     """Whether a .json file holds an object to a line: the first or the second line is one, and there are two."""
     with open_bytes(file) as stream:
         skip_byte_order_mark(file, stream)
-        lines = (line for _, _, line in read_lines(stream, 0) if line.strip())
-        first = next(lines, b"").strip()
-        if not first.startswith(b"{"):
-            return False
-        second = next(lines, b"")
+        lines = (line for line in iter(partial(stream.readline, CHUNK), b"") if line.strip())
+        first, second = next(lines, b""), next(lines, b"")
+    if not first.lstrip().startswith(b"{") or not first.endswith(b"\n"):  # longer than CHUNK: a row or a list anyway
+        return False
     for line in (first, second) if second else ():
         try:
             if isinstance(json.loads(line), dict):

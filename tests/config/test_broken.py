@@ -46,6 +46,7 @@ def make_files(folder: Path) -> Path:
     """What the lines name: data, DeepSpeed JSON and models, most of them broken."""
     rows = {
         "texts.jsonl": [{"text": "one"}, {"text": "two"}], "odd.jsonl": [{"question": "q", "answer": "a"}] * 4,
+        "strange.jsonl": [{"a": "q", "b": "a"}] * 4,
         "pairs.jsonl": [{"prompt": "p", "completion": "c"}] * 4, "empty.jsonl": [], "rows.xyz": [{"text": "x"}],
     }  # fmt: skip
     for name, each in rows.items():

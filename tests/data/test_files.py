@@ -308,7 +308,7 @@ def test_text_in_a_table_that_is_not_utf8_is_one_rows_problem(tmp_path: Path):
     parquet.write_table(pa.table({"text": array}), tmp_path / "rows.parquet")
     found = read(tmp_path / "rows.parquet")
     assert [r.row for r in found] == [{"text": "a"}, None, {"text": "b"}]
-    assert found[1].problem == "not UTF-8 at byte 0 of a text"
+    assert "Invalid UTF8 sequence" in found[1].problem
 
 
 def test_what_save_to_disk_writes(tmp_path: Path):
