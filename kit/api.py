@@ -144,7 +144,7 @@ def override_plan(plan: RunPlan, overrides: list[str]) -> RunPlan:
             fix=f"global_batch_size={plan.global_batch_size} derives the accumulation",
         )
     # The name and the base's identity stay: the directory is this run's for good.
-    unchanged = {key: getattr(plan, key) for key in ("run_dir", "hash", "name", "base", "init_from")}
+    unchanged = {key: getattr(plan, key) for key in ("run_dir", "hash", "name", "base", "init_from", "tokenizer")}
     return new.model_copy(update={**unchanged, "composed": {**new.composed, "peft": tree.get("peft")}})
 
 
@@ -159,10 +159,19 @@ def plan_summary(plan: RunPlan) -> dict[str, Any]:
         "precision": plan.precision,
         "batch": f"{plan.global_batch_size} rows = {plan.trainer['per_device_train_batch_size']} x "
         f"{plan.trainer['gradient_accumulation_steps']} x {plan.world_size}",
-        "data": Path(plan.dataset.path).name,
+        "data": describe_data(plan),
         "notes": plan.notes,
         "warnings": warning_lines(plan),
     }
+
+
+def describe_data(plan: RunPlan) -> str:
+    """The data sets by name, their format, and which of their tokens are in the loss."""
+    d = plan.dataset
+    paths = [([s.path] if isinstance(s.path, str) else s.path or [], s.format) for s in d.mix or [d]]
+    named = [(Path(p[0]).name + (f" and {len(p) - 1} more" if p[1:] else ""), form) for p, form in paths if p]
+    said = ", ".join(name + ("" if form == "auto" else f" ({form})") for name, form in named)
+    return said + (f"; loss on {plan.train_on.replace('_', ' ')}" if plan.train_on else "")
 
 
 def warning_lines(plan: RunPlan) -> list[str]:

@@ -14,7 +14,10 @@ EXCLUSIVE_FLAGS = ("-m", "--multirun", "-r", "--run", "-c", "--cfg", "-i", "--in
 def train_verb(argv: list[str]) -> int:
     """`kit train`: our own flags first; any other flag hands the line to Hydra."""
     if argv in (["--help"], ["-h"]):
-        print("usage: kit train [run.yaml] [key=value ...] [--fresh] [--config-dir DIR] [Hydra's own flags]\n")
+        print(
+            "usage: kit train [run.yaml] [DATA ...] [key=value ...] [--fresh] [--config-dir DIR] [Hydra's own flags]\n"
+        )
+        print("  DATA      a file, a folder or a glob: dataset.path; several are one data set")
         print("  --fresh   a new directory although the same run is there, unfinished")
         print("  --follow  with launch=slurm: stay, show the job's log and end as it ends")
         print("  --then merge,eval,generate   with launch=slurm: jobs that start once the one before is done")
@@ -76,7 +79,7 @@ def check_verb(argv: list[str]) -> int:
 
         return check_deepspeed.check_deepspeed(argv)
     parser = verb_parser("check", "Everything that can be known about a run without weights; imports no torch.")
-    parser.add_argument("overrides", nargs="*", metavar="run.yaml | key=value")
+    parser.add_argument("overrides", nargs="*", metavar="run.yaml | DATA | key=value")
     parser.add_argument("--config-dir", "-cd", help="a folder with groups and recipes of your own")
     parser.add_argument("--json", action="store_true", help="the problems, or the plan, as JSON")
     parser.add_argument("--here", action="store_true", help="also ask whether this machine's hardware will do")
@@ -147,7 +150,7 @@ def fetch_verb(argv: list[str]) -> int:
     parser = verb_parser(
         "fetch", "Bring a run's model, tokenizer and data into the Hub cache, where there is a network."
     )
-    parser.add_argument("overrides", nargs="*", metavar="run.yaml | key=value")
+    parser.add_argument("overrides", nargs="*", metavar="run.yaml | DATA | key=value")
     parser.add_argument("--config-dir", "-cd", help="a folder with groups and recipes of your own")
     parser.add_argument("--dry-run", action="store_true", help="only say what would be fetched")
     a = parser.parse_intermixed_args(argv)

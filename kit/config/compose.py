@@ -8,7 +8,7 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from kit.config.data_words import HUB_ID, data_overrides, dataset_overrides, is_data_word, is_run, require_data
 from kit.config.deepspeed.check import load_deepspeed_file
 from kit.config.libyaml import parse_with_libyaml
 from kit.config.provenance import GROUPS, RUN_FILE, Layer, read_deepspeed_file_layer, read_layers
@@ -42,10 +43,11 @@ class Composed:
 
 
 def compose(args: list[str], config_dir: str | None = None) -> Composed:
-    """Compose `[run.yaml] key=value ...` without running anything; KitError for what Hydra itself refuses."""
+    """Compose `[run.yaml] [DATA ...] key=value ...` without running it; KitError for what Hydra itself refuses."""
     register_with_hydra()
-    overrides, run_file = parse_overrides(args)
-    return compose_overrides(overrides, run_file, [Path(config_dir)] if config_dir else [], args)
+    folders = [Path(config_dir)] if config_dir else []
+    overrides, run_file = parse_overrides(args, folders=folders)
+    return compose_overrides(overrides, run_file, folders, args)
 
 
 def compose_overrides(overrides: list[str], run_file: Path | None, folders: list[Path], args: list[str]) -> Composed:
@@ -118,45 +120,71 @@ def register_with_hydra() -> None:
         store.store(group="deepspeed", name=file.stem, node=OmegaConf.create(load_deepspeed_file(file)))
 
 
-def parse_overrides(args: list[str], flags: list[str] | None = None) -> tuple[list[str], Path | None]:
+def parse_overrides(
+    args: list[str], flags: list[str] | None = None, folders: Sequence[Path] = ()
+) -> tuple[list[str], Path | None]:
     """Overrides in Hydra's grammar from what people type, and the run.yaml if one was named.
 
     The composed tree is in struct mode, so `trainer.eval_steps=5` would need a `+`. Every value override becomes `++`:
-    unknown keys are refused by our own schema, all at once and with a suggestion.
+    unknown keys are refused by our own schema, all at once and with a suggestion. `folders`: a user's own groups.
     """
     overrides: list[str] = []
     run_file: Path | None = None
+    data: list[str] = []
     taken = values_of_flags(flags or [])
+    folders = [*folders, *config_folders(flags or [])]
     for arg in args:
         if arg in taken:
             continue
         key, equals, value = arg.partition("=")
-        if not equals and not key.startswith("~"):
-            if key.endswith((".yaml", ".yml")) and run_file is None:
-                run_file = Path(key)
-                continue
-            raise KitError(
-                f"{arg!r} is neither key=value nor a YAML file",
-                where="command line",
-                fix=f"recipe={arg}" if re.fullmatch(r"[\w-]+", arg) else "give key=value",
-                rule="override",
-            )
-        if key == "deepspeed" and value.strip("\"'").endswith(".json"):
+        if is_data_word(arg):
+            data.append(arg)
+        elif not equals and not key.startswith("~"):
+            if not key.endswith((".yaml", ".yml")) or run_file is not None:
+                raise not_an_override(arg)
+            run_file = Path(key)
+        elif key == "dataset" and (chosen := dataset_overrides(value, folders)):
+            overrides += chosen
+        elif key == "deepspeed" and value.strip("\"'").endswith(".json"):
             overrides += ["deepspeed=none", f"++deepspeed.file={value}"]
         elif key[:1] in ("+", "~") or key in GROUPS or any(c in key for c in "@/") or key.split(".")[0] == "hydra":
             overrides.append(arg)
         else:
             overrides.append("++" + arg)
     keys = {o.partition("=")[0].lstrip("+") for o in overrides}
+    if data:
+        overrides += data_overrides(data)
+        refuse_second_dataset(data, args)
+        keys |= {"dataset", "dataset.path"}
     if "deepspeed.file" in keys and "deepspeed" not in keys:
         overrides.insert(0, "deepspeed=none")  # a file of one's own replaces the recipe's choice
     if run_file is not None:
-        overrides = [*store_run_file(run_file, keys), *overrides]
+        overrides = [*store_run_file(run_file, keys, folders), *overrides]
     return overrides, run_file
 
 
-def store_run_file(path: Path, given: set[str]) -> list[str]:
-    """Put a user's run.yaml in place of a recipe; `deepspeed: zero2` in it chooses a group as on the command line."""
+def not_an_override(arg: str) -> KitError:
+    if is_run(arg):
+        return KitError(f"{arg} is a run: its values stand", "command line", f"kit resume {arg}", rule="override")
+    fix = f"dataset={arg}" if HUB_ID.fullmatch(arg) else "give key=value"
+    fix = f"recipe={arg}" if re.fullmatch(r"[\w-]+", arg) else fix
+    return KitError(f"{arg!r} is neither key=value, a YAML file nor data", "command line", fix, rule="override")
+
+
+def refuse_second_dataset(data: list[str], args: list[str]) -> None:
+    """Refuse `my.jsonl` beside `dataset=` or `dataset.path=`: either could be meant."""
+    if other := next((a for a in args if a.partition("=")[0] in ("dataset", "dataset.path") and a not in data), None):
+        fix = "keep one of them"
+        if other.startswith("dataset="):
+            fix += f"; the preset with your file in it: {other} dataset.path={data[0]}"
+        raise KitError(f"both {data[0]} and {other} say which data", "command line", fix, rule="data-word")
+
+
+def store_run_file(path: Path, given: set[str], folders: Sequence[Path] = ()) -> list[str]:
+    """Put a user's run.yaml in place of a recipe; `deepspeed: zero2` in it chooses a group as on the command line.
+
+    So does `dataset: my.jsonl`, or a list of files, which is dataset.path.
+    """
     if "recipe" in given:
         raise KitError(
             f"both {path} and recipe= are given",
@@ -182,6 +210,15 @@ def store_run_file(path: Path, given: set[str]) -> list[str]:
         raise KitError(f"{path} must hold key: value lines", str(path), "trainer:\n  max_steps: 10", rule="run-file")
     content: dict[str, Any] = OmegaConf.to_container(tree)  # type: ignore[assignment]
     choices: list[str] = []
+    files = content.get("dataset")
+    if isinstance(files, str) and dataset_overrides(files, folders):
+        files = [files]
+    if isinstance(files, list) and all(isinstance(f, str) for f in files):
+        content["dataset"] = {"path": files[0] if len(files) == 1 else files}
+        if not given & {"dataset", "dataset.path"}:
+            for file in files:
+                require_data(file, f"dataset in {path}")
+            choices.append("dataset=none")
     for group in GROUPS:
         if isinstance(choice := content.get(group), str):
             del content[group]
@@ -202,6 +239,13 @@ def values_of_flags(args: list[str]) -> set[str]:
     }
 
 
+def config_folders(flags: list[str]) -> list[Path]:
+    """The folders behind Hydra's `--config-dir`."""
+    names = ("--config-dir", "-cd")
+    after = [b for a, b in zip(flags, flags[1:], strict=False) if a in names]
+    return [Path(f) for f in (*after, *(f.partition("=")[2] for f in flags if f.partition("=")[0] in names)) if f]
+
+
 def to_composed(cfg: DictConfig, hydra: Any, overrides: list[str], run_file: Path | None) -> Composed:
     """The plain tree of a composed config, with the origin of every key."""
     runtime = hydra.runtime
@@ -212,6 +256,8 @@ def to_composed(cfg: DictConfig, hydra: Any, overrides: list[str], run_file: Pat
     OmegaConf.set_readonly(cfg, False)
     cfg.pop("hydra", None)  # a copy without it would cost as much as all other work here
     tree = to_plain_tree(cfg)
+    if isinstance(data := tree.get("dataset"), dict) and data.get("mix") and data.get("path") == "???":
+        data["path"] = None  # the sets of the mix have theirs
     recipe = run_file.stem if run_file is not None else choices.get("recipe")
     below = read_layers(choices, sources, run_file)
     # The file is lowest: what a recipe or the command line says goes on top.

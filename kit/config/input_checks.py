@@ -21,17 +21,18 @@ def check_values(run: RunInput, report: Report) -> None:
 
 
 def check_paths(run: RunInput, report: Report) -> None:
+    named = [(f"dataset.mix[{n}].path", source.path) for n, source in enumerate(run.dataset.mix)]
     for section, name in PATHS:
-        value = getattr(getattr(run, section), name) if section else getattr(run, name)
         key = f"{section}.{name}" if section else name
-        for text in value if isinstance(value, list) else [value]:
-            try:
-                exists = Path(text or ".").expanduser().exists()
-                if not exists and key == "launch.script":
-                    report.problem(key, f"there is no file {text}", "check the path", "script")
-            except (OSError, RuntimeError, ValueError) as error:
-                reason = getattr(error, "strerror", None) or str(error)
-                report.problem(key, f"{key} is no path that can be looked at: {reason}", "check it", "path")
+        named.append((key, getattr(getattr(run, section), name) if section else getattr(run, name)))
+    for key, text in [(k, t) for k, value in named for t in (value if isinstance(value, list) else [value])]:
+        try:
+            exists = Path(text or ".").expanduser().exists()
+            if not exists and key == "launch.script":
+                report.problem(key, f"there is no file {text}", "check the path", "script")
+        except (OSError, RuntimeError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            report.problem(key, f"{key} is no path that can be looked at: {reason}", "check it", "path")
 
 
 def check_counts(launch: Launch, report: Report) -> None:

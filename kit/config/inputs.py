@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from kit.config.report import Report
 from kit.config.sections import Sections
 from kit.data import row_template
-from kit.data.files import find_data_files, sample_rows
-from kit.data.formats import detect_format
+from kit.data.files import RawRow, find_data_files, sample_rows
+from kit.data.formats import convert_row, detect_format, is_chat, row_kind
+from kit.data.turns import EmptyAnswer, RowProblem
 from kit.errors import KitError, Problem, with_rule
 from kit.inspection import hub_dataset
 from kit.inspection.model import Base, check_tokenizer_cached, inspect_model
@@ -19,10 +20,24 @@ from kit.system import paths
 
 @dataclass
 class Inputs:
-    """The base model, and the format of the data: None where the data is not on this machine."""
+    """The base model and the data."""
 
     base: Base
-    data_format: str | None
+    data: DataFormats
+
+
+@dataclass
+class DataFormats:
+    """What the rows of a run are, as far as its data is on this machine."""
+
+    formats: dict[str, str] = field(default_factory=dict)  # of each set that is here, by its key
+    kinds: set[str] = field(default_factory=set)  # messages, prompt_completion, text, tokenized
+    chats: bool | None = None  # whether a chat template renders any of them; None where no row is here
+
+    @property
+    def kind(self) -> str | None:
+        """What all sets are; None where they differ or none is here."""
+        return next(iter(self.kinds)) if len(self.kinds) == 1 else None
 
 
 def inspect_inputs(sections: Sections, report: Report, here: bool) -> Inputs:
@@ -31,30 +46,35 @@ def inspect_inputs(sections: Sections, report: Report, here: bool) -> Inputs:
     base, problems = inspect_model(run.model, here)
     report.add(problems, "model.name_or_path")
     report.add(check_tokenizer_cached(run.tokenizer, here))
-    data_format, problems = find_data_format(run.dataset, here)
+    data, problems = inspect_data(run.dataset, here)
     report.add(problems)
     report.notes += base.notes
-    return Inputs(base, data_format)
+    return Inputs(base, data)
 
 
-def find_data_format(dataset: Dataset, here: bool) -> tuple[str | None, list[Problem]]:
-    """Return the data's format, from the first rows of the files; None where sets differ, and for a Hub id that is not
-    in the cache."""
+def inspect_data(dataset: Dataset, here: bool) -> tuple[DataFormats, list[Problem]]:
+    """Return what the first rows of each set are, and what is wrong with them."""
     if bool(dataset.path) == bool(dataset.mix):
         said = "dataset.path and dataset.mix are both given" if dataset.path else "no data set is named"
-        return None, [Problem(said, "dataset.path", "dataset.path=FILE, or sets in dataset.mix", "dataset-files")]
+        return DataFormats(), [
+            Problem(said, "dataset.path", "dataset.path=FILE, or sets in dataset.mix", "dataset-files")
+        ]
     problems: list[Problem] = []
-    formats: dict[str | None, None] = {}
+    data = DataFormats()
     for key, source, path, split in list_places(dataset):
         try:
-            found, bad = inspect_place(key, source, path, split, here, drop=dataset.on_bad_row == "drop")
-            formats[found], problems = None, problems + bad
+            found, rows = inspect_place(source, path, split, here)
+            problems += [] if dataset.on_bad_row == "drop" and any(r.row for r in rows) else list_bad_rows(rows, key)
+            if found:
+                data.formats.setdefault(key, found)
+                data.kinds.add(row_kind(found, source.template))
+            if rows:
+                data.chats = bool(data.chats) or any(is_chat(row.row) for row in rows if row.row)
         except KitError as error:
             ours = {"": key, "dataset.path": key, "dataset.split": split_key(key, dataset)}
             of_key = [Problem(p.problem, ours.get(p.where, p.where), p.fix, p.rule) for p in error.problems]
             problems += with_rule(of_key, "dataset-unreadable")
-    known = [f for f in formats if f]
-    return known[0] if len(known) == 1 else None, problems
+    return data, problems
 
 
 def list_places(dataset: Dataset) -> list[tuple[str, DataSource, str | list[str], str]]:
@@ -72,9 +92,9 @@ def list_places(dataset: Dataset) -> list[tuple[str, DataSource, str | list[str]
 
 
 def inspect_place(
-    key: str, source: DataSource, path: str | list[str], split: str, here: bool, drop: bool
-) -> tuple[str | None, list[Problem]]:
-    """(format, bad rows among the first) of one set; KitError where it cannot be read or makes no format."""
+    source: DataSource, path: str | list[str], split: str, here: bool
+) -> tuple[str | None, list[RawRow]]:
+    """(format, the first rows in the form that training reads) of one set; KitError where it makes no format."""
     data_format: str | None = None if source.format == "auto" else source.format
     if source.template:  # can be read without the data
         written = row_template.template_format(source.template)
@@ -90,16 +110,30 @@ def inspect_place(
     if files is None:
         return data_format, []
     rows = sample_rows(files)
-    bad = [r for r in rows if r.problem]
-    good = [r.row for r in rows if r.row is not None]
-    problems = [
-        Problem(f"{r.file}, row {r.number}: {r.problem}", key, "mend the row, or dataset.on_bad_row=drop",
-                "dataset-unreadable")
-        for r in bad[:3]
-    ]  # fmt: skip
-    if good:
-        data_format = detect_format(good, source)
-    return data_format, [] if drop and good else problems
+    good = [row.row for row in rows if row.row is not None]
+    if not good:
+        return data_format, rows
+    data_format = detect_format(good, source)
+    return data_format, [convert(row, source.model_copy(update={"format": data_format})) for row in rows]
+
+
+def convert(raw: RawRow, source: DataSource) -> RawRow:
+    """The row in the form that training reads, or what is wrong with it; an empty answer is only left out."""
+    if raw.row is None:
+        return raw
+    try:
+        return replace(raw, row=convert_row(raw.row, source.format, source))
+    except EmptyAnswer:
+        return replace(raw, row=None)
+    except RowProblem as problem:
+        return replace(raw, row=None, problem=str(problem))
+
+
+def list_bad_rows(rows: list[RawRow], key: str) -> list[Problem]:
+    """A problem for each of the first bad rows."""
+    fix = "mend the row, or leave such rows out: dataset.on_bad_row=drop"
+    bad = [row for row in rows if row.problem]
+    return [Problem(f"{row.file} row {row.number}: {row.problem}", key, fix, "bad-rows") for row in bad[:3]]
 
 
 def split_key(key: str, dataset: Dataset) -> str:

@@ -158,6 +158,8 @@ class KitSweeper(Sweeper):
         written, _ = compose.parse_overrides(
             [f"{key}={value}" for key, value in given_search_space(base, bool(given)).items()]
         )
+        fixed += [o for o in written if o == "dataset=none"]  # what a search over files stands on
+        written = [o for o in written if o != "dataset=none"]
         sweeps = [*OverridesParser.create(config_loader=loader).parse_overrides(written), *given]
         sources = [Path(s.path) for s in self.config.hydra.runtime.config_sources if s.schema == "file"]
         folders = [s for s in sources if s.resolve() != paths.CONF.resolve()]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import re
 from dataclasses import asdict
+from datetime import date
 from pathlib import Path
+from typing import Any
 
 from kit import __version__
 from kit.config.compose import Composed
@@ -15,8 +17,9 @@ from kit.config.resolve import Resolved, make_paths_absolute, resolve
 from kit.config.rules import table
 from kit.config.rules.context import RuleContext
 from kit.config.sections import Sections, read_sections
+from kit.data.masks import resolve_train_on
 from kit.inspection.model import identify_base
-from kit.schema.run_plan import RunPlan, identity_hash
+from kit.schema.run_plan import Dataset, RunPlan, identity_hash
 from kit.system import hardware
 
 
@@ -38,7 +41,8 @@ def build_plan(composed: Composed, *, here: bool = True, world_size: int | None 
             plan=resolved.tree,
             report=report,
             base=inputs.base,
-            data_format=inputs.data_format,
+            row_kind=inputs.data.kind,
+            chats=inputs.data.chats,
             world_size=resolved.processes.world_size,
             zero_stage=resolved.zero_stage,
             precision=resolved.processes.precision,
@@ -56,8 +60,7 @@ def freeze(
 ) -> RunPlan:
     """Make the plan of what was resolved: absolute paths, the name, the hash of what identifies the run."""
     run, tree, processes = sections.run, resolved.tree, resolved.processes
-    if inputs.data_format:
-        tree["dataset"]["format"] = inputs.data_format
+    freeze_formats(tree["dataset"], inputs)
     make_paths_absolute(tree)
     name = run.name or re.sub(r"[^A-Za-z0-9._-]", "_", composed.recipe or Path(run.model.name_or_path).name)
     digest = identity_hash(tree, processes.global_batch_size)
@@ -70,7 +73,8 @@ def freeze(
         world_size=processes.world_size,
         global_batch_size=processes.global_batch_size,
         precision=processes.precision,
-        **tree,
+        train_on=describe_loss(run.dataset, tree["trainer"], inputs),
+        **{**tree, "tokenizer": freeze_date(tree["tokenizer"], resolved.template_writes_date)},
         tracking=dict(run.tracking),
         prompts=run.prompts,
         base=identify_base(run.model, inputs.base.folder) if here else None,
@@ -80,3 +84,28 @@ def freeze(
         provenance=composed.provenance,
         composed=make_paths_absolute(copy.deepcopy(composed.tree)),
     )
+
+
+def freeze_formats(dataset: dict[str, Any], inputs: Inputs) -> None:
+    """Note the format that was found of each set, in place."""
+    formats = inputs.data.formats
+    if found := formats.get("dataset.path"):
+        dataset["format"] = found
+    for number, source in enumerate(dataset["mix"]):
+        source["format"] = formats.get(f"dataset.mix.{number}.path", source["format"])
+
+
+def describe_loss(dataset: Dataset, trainer: dict[str, Any], inputs: Inputs) -> str | None:
+    """Which tokens are in the loss, in one word for each kind of rows; None where the rows are not here."""
+    if dataset.train_on:
+        return dataset.train_on
+    answers, completion = bool(trainer.get("assistant_only_loss")), trainer.get("completion_only_loss")
+    words = {resolve_train_on(None, answers, completion, kind)[0] for kind in inputs.data.kinds}
+    return ", ".join(sorted(words)) or None
+
+
+def freeze_date(tokenizer: dict[str, Any], writes_date: bool | None) -> dict[str, Any]:
+    """The section with today's date for a chat template that writes it, unless one is given; not part of the hash."""
+    if tokenizer["date"] or writes_date is False:
+        return tokenizer
+    return {**tokenizer, "date": date.today().isoformat()}

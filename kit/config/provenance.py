@@ -38,7 +38,12 @@ def read_layers(choices: dict[str, Any], sources: list[Path], run_file: Path | N
             continue
         seen.append(file)
         pending += [d for d in (read_yaml(file).get("defaults") or []) if isinstance(d, str) and d != "_self_"]
-    return layers + [read_file_layer(file, "") for file in reversed(seen)]
+    for file in reversed(seen):
+        layer = read_file_layer(file, "")
+        if "dataset" in layer and choices.get("dataset") == "none":  # `dataset: my.jsonl`
+            layer["dataset.path"] = layer.pop("dataset")
+        layers.append(layer)
+    return layers
 
 
 def read_yaml(file: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from kit.config import slurm
 from kit.config.added_tokens import train_embeddings, vocabulary_rows
+from kit.config.data_words import is_there, matches_files
 from kit.config.deepspeed.resolve import resolve_deepspeed_json
 from kit.config.inputs import Inputs
 from kit.config.nodes import resolve_nodes
@@ -44,6 +45,7 @@ class Resolved:
     tree: dict[str, Any]  # model, tokenizer, dataset, peft, init_from, quantization, deepspeed, fsdp, trainer, launch
     processes: Processes
     zero_stage: int
+    template_writes_date: bool | None  # None where the tokenizer is not here
 
 
 def resolve(sections: Sections, inputs: Inputs, report: Report, here: bool, world_size: int | None) -> Resolved:
@@ -51,7 +53,10 @@ def resolve(sections: Sections, inputs: Inputs, report: Report, here: bool, worl
     run, base = sections.run, inputs.base
     processes = resolve_processes(sections, report, bool(sections.deepspeed), here, world_size)
     trainer, precision = sections.trainer, processes.precision
-    peft, init_from = resolve_adapter(sections, inputs, report, here)
+    tokens = examine_tokenizer(run.tokenizer, run.model, vocabulary_rows(base), bool(inputs.data.chats))
+    report.add(tokens.problems)
+    report.notes += tokens.notes
+    peft, init_from = resolve_adapter(sections, inputs, tokens.new_tokens, report, here)
     for key, value in sections.tracking.items():
         trainer.setdefault(key, value)
     dtype = load_dtype(run.model.dtype, precision, bool(peft), bool(sections.deepspeed))
@@ -74,7 +79,7 @@ def resolve(sections: Sections, inputs: Inputs, report: Report, here: bool, worl
         "trainer": trainer,
         "launch": processes.launch.model_dump(),
     }
-    return Resolved(tree, processes, stage)
+    return Resolved(tree, processes, stage, tokens.writes_date)
 
 
 def resolve_processes(
@@ -93,15 +98,11 @@ def resolve_processes(
 
 
 def resolve_adapter(
-    sections: Sections, inputs: Inputs, report: Report, here: bool
+    sections: Sections, inputs: Inputs, new_tokens: list[str], report: Report, here: bool
 ) -> tuple[dict[str, Any] | None, InitFrom | None]:
     """Resolve the adapter's settings, which added tokens extend, and the adapter that it starts from."""
     run, base = sections.run, inputs.base
-    chat, assistant_only = inputs.data_format == "messages", sections.trainer.get("assistant_only_loss") is True
-    tokens = examine_tokenizer(run.tokenizer, run.model, vocabulary_rows(base), chat, assistant_only)
-    report.add(tokens.problems)
-    report.notes += tokens.notes
-    peft, problems, notes = train_embeddings(sections.peft, base, tokens.new_tokens)
+    peft, problems, notes = train_embeddings(sections.peft, base, new_tokens)
     report.add(problems)
     report.notes += notes
     if not (sections.init_from and peft):
@@ -255,9 +256,18 @@ def make_paths_absolute(tree: dict[str, Any]) -> dict[str, Any]:
         ("deepspeed", ["file"]),
     ):
         values = tree.get(section) or {}
-        for key in keys:
+        for key in [key for key in keys if key in values]:
             if key == "chat_template" and not is_file_name(str(values.get(key))):
                 continue  # a name, whatever lies here under it
-            if values.get(key) and (path := Path(str(values[key])).expanduser()).exists():
-                values[key] = str(path.absolute())
+            if value := values.get(key):
+                values[key] = [absolute_path(v) for v in value] if isinstance(value, list) else absolute_path(value)
+    for source in (tree.get("dataset") or {}).get("mix") or []:
+        if isinstance(source, dict) and (value := source.get("path")):
+            source["path"] = [absolute_path(v) for v in value] if isinstance(value, list) else absolute_path(value)
     return tree
+
+
+def absolute_path(value: Any) -> Any:
+    """The absolute path of what is here, a glob that matches included; anything else as it is."""
+    text = str(value)
+    return str(Path(text).expanduser().absolute()) if is_there(text) or matches_files(text) else value

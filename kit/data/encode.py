@@ -284,7 +284,9 @@ def fit_length(row: EncodedRow, encoding: Encoding) -> list[EncodedRow]:
         starts = [length - limit if encoding.truncation_mode == "keep_end" else 0]
     note = "split" if encoding.on_long_row == "split" else "cut"
     cut = [(row.input_ids[s : s + limit], row.labels[s : s + limit]) for s in starts]
-    pieces = [EncodedRow(ids, labels, (*row.notes, note)) for ids, labels in cut if labels.count(IGNORED) < len(labels)]
+    pieces = [
+        EncodedRow(ids, labels, (*row.notes, note)) for ids, labels in cut if labels.count(IGNORED) < len(labels)
+    ]
     if not pieces:
         raise LongRow(f"no trained token is left of its {length:,} after cutting to max_length={limit:,}")
     return pieces

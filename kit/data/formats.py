@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from kit.data import row_template
@@ -191,6 +191,20 @@ FORMATS: dict[str, Callable[[Row, DataSource], CanonicalRow]] = {
     "question_answer": convert_question_answer,
     "text": convert_text,
 }
+
+
+def row_kind(format: str, template: Mapping[str, str]) -> str:
+    """What rows of a format are in the end: messages, prompt_completion, text or tokenized."""
+    if template:
+        return "prompt_completion" if format == "prompt_completion" else row_template.template_format(template)
+    if format in ("sharegpt", "alpaca", "question_answer"):
+        return "messages"
+    return "prompt_completion" if format == "alpaca_prompt" else format
+
+
+def is_chat(row: CanonicalRow) -> bool:
+    """Whether a canonical row is rendered by a chat template."""
+    return "messages" in row or isinstance(row.get("prompt"), list)
 
 
 # Chats

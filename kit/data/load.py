@@ -1,10 +1,11 @@
-"""From the dataset section of a plan to its raw rows: read, mixed, split, each with the file and number it stands at."""
+"""From the dataset section of a plan to its raw rows: read, mixed, split, each with where it stands."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,6 +23,7 @@ from kit.storage import hub_cache
 from kit.storage.run_directory import PLAN
 
 SAMPLED_ROWS = 200  # looked at to tell a format
+MAX_STREAMED_ROWS = 10_000  # of a stream, where only some rows are wanted
 BATCH = 1000
 COLUMNS = ("source", "file", "number", "offset", "row", "problem", "hash")
 
@@ -30,32 +32,27 @@ COLUMNS = ("source", "file", "number", "offset", "row", "problem", "hash")
 class RawRows:
     """Rows as they stand in their files: a Dataset (or IterableDataset) with COLUMNS.
 
-    `row` is JSON text, so that each row keeps its own keys and types wherever in a file it stands; `problem` says why a
-    row could not be read. `source` counts `sources`, whose format is resolved; `hash` is the same for equal rows.
+    `row` is JSON text, so that each row keeps its own keys and types wherever in a file it stands; `problem` says why
+    a row could not be read. `source` counts `sources`, whose format is resolved; `hash` is the same for equal rows.
     """
 
     rows: Any
     sources: list[DataSource]
+    folder: Any = None  # a TemporaryDirectory that goes with them
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def with_rows(self, rows: Any) -> RawRows:
-        return RawRows(rows, self.sources)
-
-    def canonical(self) -> Iterator[CanonicalRow]:
-        """The rows in the form that training reads, bad rows left out."""
-        for record in self.rows:
-            try:
-                yield canonical_row(record, self.sources)
-            except RowProblem:
-                continue
+    def __getitem__(self, index: int) -> CanonicalRow:
+        """A row in the form that training reads; RowProblem where it cannot be had."""
+        return canonical_row(self.rows[index], self.sources)
 
 
 @dataclass
 class Splits:
-    """`validation` is evaluated while training, `test` after it. Without a validation part of its own they are the same
-    object; both are None where nothing is held out."""
+    """`validation` is evaluated while training, `test` after it.
+
+    Without a validation part of its own they are the same object; both are None where nothing is held out."""
 
     train: RawRows
     validation: RawRows | None
@@ -83,7 +80,7 @@ class OpenSource:
 
 
 def open_sources(d: Dataset) -> tuple[list[OpenSource], OpenSource | None]:
-    """The training sets of a run, and the held-out one where it is named by itself. KitError where one is not there."""
+    """The training sets of a run, and the held-out one where it is named by itself; KitError where one is missing."""
     training = [open_source(source, key, d.streaming) for source, key in training_sources(d)]
     if not (d.eval_path or d.eval_split):
         return training, None
@@ -148,7 +145,7 @@ def _apart_from(train: RawRows, validation: Any, test: Any, notes: list[str]) ->
             if not len(apart):
                 problem = "every held-out row is also among the training rows"
                 raise KitError(problem, "dataset.test_size", "dataset.eval_path=FILE with rows of its own")
-            part = part.with_rows(part.rows.select(apart))
+            part = replace(part, rows=part.rows.select(apart))
         kept.append(part)
     return kept[0], kept[-1]
 
@@ -264,7 +261,7 @@ def slice_bounds(base: str, part: str, count: int) -> tuple[int, int]:
 def find_rows(source: DataSource, path: str | list[str], split: str, streaming: bool) -> tuple[Any, list[Any], Any]:
     """(function that reads rows from a list of shards, the shards, the files that the rows depend on).
 
-    A snapshot in the Hub cache is read as the files that it is. `datasets` reads the Hub as a stream, and its own cache.
+    A snapshot in the Hub cache is read as its files. `datasets` reads streams of the Hub, and its own cache.
     """
     files = find_data_files(path, split, source.name)
     if files is None:
@@ -291,7 +288,7 @@ def _read_loaded(shards: Sequence[tuple[str, Iterable[dict[str, Any]]]]) -> Iter
 
 
 def find_snapshot_files(source: DataSource, repo: str, split: str, streaming: bool) -> list[Path] | None:
-    """The files of a split of a Hub data set, fetched first where they are not here; None where `datasets` must read it.
+    """The files of a split of a Hub data set, fetched where they are not here; None where `datasets` must read it.
 
     A snapshot is taken where it cannot have been overtaken: offline, and at a commit hash.
     """
@@ -312,7 +309,9 @@ def find_snapshot_files(source: DataSource, repo: str, split: str, streaming: bo
         names = HfApi().list_repo_files(repo, **common)
         card = ""
         if hub_dataset.CARD in names:
-            card = Path(hf_hub_download(repo, hub_dataset.CARD, **common)).read_text(encoding="utf-8", errors="replace")
+            card = Path(hf_hub_download(repo, hub_dataset.CARD, **common)).read_text(
+                encoding="utf-8", errors="replace"
+            )
         wanted = [n for n in hub_dataset.split_files(names, card, source.name, split) if is_data_file(n)]
         if not wanted:
             return None
@@ -359,9 +358,43 @@ def write_records(records: Iterator[dict[str, Any]], folder: Path) -> Path:
 # ---- what evaluation reads ----
 
 
-def load_run_datasets(plan: dict[str, Any], folder: Path) -> tuple[list[CanonicalRow] | Any, Any]:
-    """(train, test) rows of a run's plan in the form that training reads; the second may be None.
+def load_run_datasets(plan: dict[str, Any]) -> tuple[RawRows, RawRows | None]:
+    """(train, test) rows of a run's plan; of a stream its first rows stand for all. KitError where they are gone."""
+    try:
+        d = RunPlan.model_validate(plan).dataset
+    except ValueError as error:
+        raise KitError(f"{PLAN} is not a plan: {first_line(error)}", where=PLAN) from None
+    if d.streaming:
+        d = d.model_copy(update={"streaming": False, "limit": min(d.limit or MAX_STREAMED_ROWS, MAX_STREAMED_ROWS)})
+    folder = tempfile.TemporaryDirectory(prefix="kit-rows-")
+    splits = read_splits(d, *open_sources(d), Path(folder.name))
+    train = replace(splits.train, folder=folder)
+    return train, splits.test and replace(splits.test, folder=folder)
 
-    Of a stream the first rows stand for all.
+
+def load_rows(data: str | Path | Sequence[dict[str, Any]], place: str) -> list[CanonicalRow | RowProblem]:
+    """Rows of a file, or rows given, in the form that training reads; what is wrong with a row in its stead.
+
+    KitError where there are none, where a row cannot be read, or where they are of no known format.
     """
-    raise NotImplementedError
+    if isinstance(data, str | Path):
+        files = find_data_files(str(data))
+        if files is None:
+            raise KitError(f"there is no data file {data}", place, "check the path")
+        raw = list(read_rows(files))
+    else:
+        raw = [RawRow(place, n, None, row, None) for n, row in enumerate(data, 1)]
+    if unread := next((r for r in raw if r.problem), None):
+        raise KitError(f"{unread.file} row {unread.number}: {unread.problem}", place, "mend the row")
+    if not raw:
+        raise KitError("the data hold no rows", place)
+    source = DataSource(path=str(data) if isinstance(data, str | Path) else place)
+    rows = [r.row if isinstance(r.row, dict) else {} for r in raw]
+    source = source.model_copy(update={"format": detect_format(rows[:SAMPLED_ROWS], source)})
+    converted: list[CanonicalRow | RowProblem] = []
+    for row in rows:
+        try:
+            converted.append(convert_row(row, source.format, source))
+        except RowProblem as problem:
+            converted.append(problem)
+    return converted

@@ -1,8 +1,8 @@
-"""Where the assistant's turns stand in a rendered chat: by the template's marks, or derived by rendering its prefixes."""
+"""Where the assistant's turns stand in a rendered chat: by the template's marks, or derived by rendering prefixes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from kit.data.turns import RowProblem
@@ -13,16 +13,15 @@ Render = Callable[[Messages, bool], str]  # (messages, add_generation_prompt) ->
 
 
 def resolve_train_on(
-    train_on: str | None, assistant_only: bool, completion_only: bool | None, form: str, template: Mapping[str, str]
+    train_on: str | None, assistant_only: bool, completion_only: bool | None, row_kind: str
 ) -> tuple[str, bool]:
-    """(which tokens are in the loss, whether of these only the assistant's) for rows of a format.
+    """(which tokens are in the loss, whether of these only the assistant's) for rows of a kind (formats.row_kind).
 
     train_on leads; without it TRL's two settings mean what they mean there.
     """
-    apart = form in ("prompt_completion", "alpaca_prompt") or "completion" in template
     if train_on is not None:
         return train_on, False
-    if apart and completion_only is not False:
+    if row_kind == "prompt_completion" and completion_only is not False:
         return "completion", assistant_only
     return ("assistant_turns" if assistant_only else "everything"), False
 
@@ -50,8 +49,8 @@ def derive_spans(
     """Span of each assistant turn: from behind the generation prompt to the token that ends the turn, included.
 
     Every boundary is verified on the row: what the template writes for the turns before answer n, with the generation
-    prompt, must begin `rendered`; what it writes for answer n must follow there, less a beginning that it leaves out of
-    earlier turns (reasoning), and up to the special token that closes the turn.
+    prompt, must begin `rendered`; what it writes for answer n must follow there, less a beginning that it leaves out
+    of earlier turns (reasoning), and up to the special token that closes the turn.
 
     special: the tokenizer's special tokens. unasked_prompt: templates.Traits. RowProblem where a boundary cannot be
     verified.
@@ -126,7 +125,7 @@ def cut_unasked_prompt(rendered: str, unasked_prompt: str, special: Sequence[str
 
 
 def split_closing(written: str, special: Sequence[str]) -> tuple[str, str]:
-    """(what a turn says, the special token that ends it with the blanks before it); blanks behind the token are cut."""
+    """(what a turn says, the special token that ends it with the blanks before it); blanks behind it are cut."""
     text = written.rstrip()
     token = next((t for t in special if text.endswith(t)), None)
     if token is None:

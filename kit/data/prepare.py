@@ -1,4 +1,4 @@
-"""One pass over all rows before a model is loaded: checked, encoded, counted, packed; kept under what they depend on."""
+"""One pass over all rows before a model is loaded: checked, encoded, counted, packed, and kept."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from typing import Any
 
 from kit.data import load
 from kit.data.encode import EncodedRow, Encoding, LongRow, encode_rows, end_of_turn_id, make_encoding
+from kit.data.formats import row_kind
 from kit.data.masks import resolve_train_on
 from kit.data.templates import run_template
 from kit.data.turns import EmptyAnswer, RowProblem
@@ -32,6 +33,7 @@ REPORT, BAD_ROWS, DIGESTS = "report.json", "bad_rows.jsonl", "digests.json"
 PARALLEL_FROM = 2_000  # fewer rows are not worth the start of processes
 BATCH = 500  # rows that are encoded together
 SHOWN = 3  # bad rows that a message names, of each reason
+PACKAGES = ("transformers", "tokenizers", "trl", "datasets", "finetune-kit")
 LENGTHS = (50, 90, 99, 100)  # percentiles
 TRAINER_KEYS = (
     *("max_length", "truncation_mode", "packing", "packing_strategy", "eval_packing", "eval_strategy", "seed"),
@@ -98,7 +100,9 @@ def describe_counts(name: str, part: dict[str, Any]) -> list[str]:
     dropped = sum(part["dropped"].values())
     if dropped:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in part["dropped"].items())
-        lines.append(f"{name}: {part['kept']:,} kept + {dropped:,} dropped = {part['read']:,} read; dropped: {reasons}")
+        lines.append(
+            f"{name}: {part['kept']:,} kept + {dropped:,} dropped = {part['read']:,} read; dropped: {reasons}"
+        )
     lines += [f"{name}: {count:,} rows: {note}" for note, count in part["notes"].items()]
     if part["no_end"]:
         lines.append(f"{name}: {part['no_end']:,} rows have no end token in the loss: the model may not learn to stop")
@@ -120,7 +124,9 @@ def cache_key(plan: RunPlan, tokenizer: Any, sources: Sequence[load.OpenSource])
         "date": plan.tokenizer.date,
         "contents": [file_digest(file) for opened in sources for file in opened.files],
         "tokenizer": tokenizer_digest(tokenizer),
-        "versions": {p: metadata.version(p) for p in ("transformers", "tokenizers", "trl", "datasets", "finetune-kit")},
+        "versions": {
+            p: metadata.version(p) for p in ("transformers", "tokenizers", "trl", "datasets", "finetune-kit")
+        },
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
@@ -195,19 +201,19 @@ def make_preparation(plan: RunPlan, tokenizer: Any, sources: Sequence[DataSource
     )
     encodings = []
     for source in sources:
+        kind = row_kind(source.format, source.template)
         train_on, answers_only = resolve_train_on(
-            plan.dataset.train_on, assistant_only, t.get("completion_only_loss"), source.format, source.template
+            plan.dataset.train_on, assistant_only, t.get("completion_only_loss"), kind
         )
         encodings.append(replace(common, train_on=train_on, answers_only=answers_only))
     ends = {tokenizer.eos_token_id, end_of_turn_id(tokenizer, template)} - {None}
-    return Preparation(tokenizer, list(sources), encodings, frozenset(ends))  # type: ignore[arg-type]
+    return Preparation(tokenizer, list(sources), encodings, frozenset(ends))
 
 
 def prepare_split(plan: RunPlan, tokenizer: Any, raw: load.RawRows, folder: Path, name: str) -> dict[str, Any]:
     """Encode the rows of one split into Arrow files in `folder`; return their names and all counts."""
-    from datasets import Features, List, Value
-
     import numpy
+    from datasets import Features, List, Value
 
     log = folder / f"{name}.log"
     log.mkdir()
@@ -304,7 +310,7 @@ def encode_records(
             counts["tokens"] += len(piece.input_ids)
             counts["trained"] += piece.trained
             lengths[len(piece.input_ids)] += 1
-        if "cut" not in made[-1].notes and not preparation.ends.intersection(l for p in made for l in p.labels):
+        if "cut" not in made[-1].notes and not preparation.ends.intersection(i for p in made for i in p.labels):
             counts["no_end"] += 1
     return pieces, {**counts, "notes": notes, "lengths": lengths, "sources": per_source}, bad
 
@@ -372,7 +378,9 @@ def refuse_rows(plan: RunPlan, name: str, part: dict[str, Any]) -> list[Problem]
             fix = f"mend them, or dataset.max_bad_rows={kinds[kind] / read:.2g} (now {d.max_bad_rows:g})"
         for reason, rows in part["examples"].items():
             if rows[0]["kind"] == kind:
-                problems.append(Problem(describe_bad_rows(reason, rows, part["dropped"][reason], read, name), key, fix))
+                problems.append(
+                    Problem(describe_bad_rows(reason, rows, part["dropped"][reason], read, name), key, fix)
+                )
     if not part["kept"] and not problems:
         reasons = "; ".join(part["dropped"]) or "it holds no rows"
         problems.append(Problem(f"none of the {read:,} rows of {name} can be trained on: {reasons}", "dataset.path"))

@@ -9,8 +9,8 @@ from datetime import date
 from functools import lru_cache
 from typing import Any
 
-from kit.data.turns import RowProblem
 from kit.data.masks import Messages, Span
+from kit.data.turns import RowProblem
 from kit.errors import KitError, first_line
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -24,7 +24,9 @@ class Traits:
 
     arguments_as_text: bool = False  # the arguments of a tool call must be JSON text: it writes objects as Python does
     empty_content: str | None = ""  # what stands as the content of a message that only calls tools; "absent": no key
-    unasked_prompt: str = ""  # a question as rendered, where the generation prompt follows every chat, asked for or not
+    unasked_prompt: str = (
+        ""  # a question as rendered, where the generation prompt follows every chat, asked for or not
+    )
 
 
 @dataclass(frozen=True)
@@ -105,8 +107,8 @@ def writes_date(template: str) -> bool:
 def run_template(tokenizer: Any, training_twin: bool, day: str | None) -> str | None:
     """The chat template that a run renders with; None where it is the tokenizer's own.
 
-    training_twin: with assistant_only_loss TRL replaces a template that it knows and that has no {% generation %} marks
-    by one of its own; a template that it does not know stays. The date of a template that writes today's is fixed.
+    training_twin: with assistant_only_loss TRL replaces a template that it knows and that has no {% generation %}
+    marks by one of its own; a template that it does not know stays. The date of one that writes today's is fixed.
     """
     own = tokenizer.chat_template
     if not isinstance(own, str):  # none, or several by name: which of them is used depends on the row
@@ -162,7 +164,10 @@ def _form_tool_calls(message: dict[str, Any], traits: Traits) -> dict[str, Any]:
             formed["content"] = traits.empty_content
     if traits.arguments_as_text:
         formed["tool_calls"] = [
-            {**c, "function": {**c["function"], "arguments": json.dumps(c["function"]["arguments"], ensure_ascii=False)}}
+            {
+                **c,
+                "function": {**c["function"], "arguments": json.dumps(c["function"]["arguments"], ensure_ascii=False)},
+            }
             for c in message["tool_calls"]
         ]
     return formed

@@ -9,7 +9,7 @@ from kit.data.files import SUFFIXES, find_data_files, split_suffixes
 from kit.ejecting.text import assignment_lines, call_lines, literal
 from kit.schema.run_plan import Dataset, RunPlan
 
-FORMATS = {"messages": ("messages",), "prompt_completion": ("prompt", "completion"), "text": ("text",)}
+COLUMNS = {"messages": ["messages"], "prompt_completion": ["prompt", "completion"], "text": ["text"]}  # what TRL reads
 
 
 def held_out_lines(d: Dataset) -> int:
@@ -22,6 +22,7 @@ def held_out_lines(d: Dataset) -> int:
 def data_lines(plan: RunPlan, packed: bool) -> list[str]:
     """Reading, splitting and writing the rows, as kit/data/load.py does."""
     d = plan.dataset
+    assert d.path is not None  # a mix is refused
     other = d.eval_path or d.eval_split
     functions, shape = rename_columns(d)
     lines = load_dataset_lines(
@@ -90,7 +91,7 @@ def rename_columns(d: Dataset) -> tuple[list[str], str]:
         return template_function_lines(d, names), f".select_columns({literal(names)})"
     rename = {theirs: ours for ours, theirs in d.columns.items() if theirs != ours}
     if d.format != "auto":
-        targets = {d.columns.get(c, c): c for c in FORMATS[d.format]}
+        targets = {d.columns.get(c, c): c for c in COLUMNS[d.format]}
         rename = {theirs: ours for theirs, ours in targets.items() if theirs != ours}
         return [], f".select_columns({literal(list(targets))})" + (
             f".rename_columns({literal(rename)})" if rename else ""
@@ -100,7 +101,7 @@ def rename_columns(d: Dataset) -> tuple[list[str], str]:
         clash = literal([ours for ours in rename.values() if ours not in rename])
         lines.append(f"    rows = rows.remove_columns([c for c in {clash} if c in rows.column_names])")
         lines.append(f"    rows = rows.rename_columns({literal(rename)})")
-    lines.append(f"    known = {literal([list(c) for c in FORMATS.values()])}")
+    lines.append(f"    known = {literal(list(COLUMNS.values()))}")
     lines.append("    return rows.select_columns(next(c for c in known if set(c) <= set(rows.column_names)))")
     return lines, "choose_columns"
 

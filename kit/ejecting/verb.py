@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from kit.config.data_words import is_data_word
 from kit.config.nodes import starts_over_ssh
 from kit.data import row_template
 from kit.ejecting.script import JSON, SCRIPT, START, TEMPLATE, render_script
@@ -24,7 +25,7 @@ from kit.system import paths
 
 def eject_verb(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="kit eject", description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("words", nargs="*", metavar="RUN | run.yaml | key=value | OUT_DIR")
+    parser.add_argument("words", nargs="*", metavar="RUN | run.yaml | DATA | key=value | OUT_DIR")
     parser.add_argument("--config-dir", "-cd", help="a folder with groups and recipes of your own")
     parser.add_argument("--overwrite", action="store_true", help="write into a folder that is not empty")
     a = parser.parse_intermixed_args(argv)
@@ -38,7 +39,11 @@ def read_plan_and_folder(words: list[str], config_dir: str | None = None) -> tup
     """The plan and the folder to write: from overrides, or from the run directory that the first bare word names."""
     from kit import api
 
-    composed = [w for w in words if "=" in w or w.startswith("~") or w.endswith((".yaml", ".yml"))]
+    composed = [
+        w
+        for w in words
+        if "=" in w or w.startswith("~") or w.endswith((".yaml", ".yml")) or (is_data_word(w) and not Path(w).is_dir())
+    ]
     bare = [w for w in words if w not in composed]
     if composed:
         plan = api.compose(*composed, config_dir=config_dir)
@@ -98,6 +103,14 @@ def refuse_unsupported(plan: RunPlan) -> None:
             problem = "PEFT cannot load an adapter into weights that ZeRO-3 has sharded"
             problems.append(Problem(problem, "peft.init_from", "deepspeed=zero2, or train with the kit"))
     d = plan.dataset
+    if d.mix or isinstance(d.path, list):
+        problems.append(Problem("several data sets", "dataset.mix", "join them in one file, then eject"))
+    elif d.format not in ("auto", "messages", "prompt_completion", "text"):
+        fix = "kit data ... --fix-out clean.jsonl writes rows that TRL reads; eject with that file"
+        problems.append(Problem(f"TRL does not read {d.format} rows", "dataset.format", fix))
+    if d.train_on not in (None, "everything"):
+        fix = "trainer.assistant_only_loss=true, or prompt and completion rows"
+        problems.append(Problem(f"TRL has no setting for train_on={d.train_on}", "dataset.train_on", fix))
     if d.streaming and d.test_size:
         problems.append(Problem("a stream cannot be split", "dataset.test_size", "dataset.eval_path=FILE"))
     if d.streaming and d.format == "auto":

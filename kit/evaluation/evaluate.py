@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kit.data.encode import training_chat_template
-from kit.data.load import load_run_datasets
+from kit.data.encode import Encoding, make_encoding
+from kit.data.load import load_rows, load_run_datasets
+from kit.data.templates import run_template
+from kit.data.turns import RowProblem
 from kit.errors import KitError
 from kit.evaluation.examples import (
     Example,
@@ -19,7 +21,6 @@ from kit.evaluation.examples import (
     encode_few_shot_prompt,
     example_from_row,
     few_shot_messages,
-    read_json_rows,
     sample_rows,
     tokenize_example,
 )
@@ -79,7 +80,8 @@ def evaluate(
         loss=bool({"loss", "perplexity"} & set(metrics)),
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
-        chat_template=_trained_template(models, tokenizer),
+        trained=_encoding(models, tokenizer, as_trained=True),
+        prompted=_encoding(models, tokenizer, as_trained=False),
     )
     few_shot_model, shots = next((n for n in ("base", "model") if n in names), None), None
     if few_shot and few_shot_model and task.exact_match:
@@ -122,11 +124,12 @@ class ScoringTask:
     loss: bool
     max_new_tokens: int
     batch_size: int
-    chat_template: str | None  # the one trained with where it is not the tokenizer's own
+    trained: Encoding  # with the chat template that the run trained with
+    prompted: Encoding  # with the tokenizer's own
 
     def tokenize(self, model: Any, examples: Sequence[Example]) -> list[TokenizedExample]:
         stops = stop_token_ids(model, self.tokenizer)
-        return [tokenize_example(self.tokenizer, example, stops, self.chat_template) for example in examples]
+        return [tokenize_example(self.tokenizer, e, stops, self.trained, self.prompted) for e in examples]
 
 
 def _check_metrics(metrics: Sequence[str], limit: int | None) -> None:
@@ -139,10 +142,12 @@ def _check_metrics(metrics: Sequence[str], limit: int | None) -> None:
         raise KitError(f"limit is {limit}", where="limit", fix="give at least 1")
 
 
-def _trained_template(models: ModelSource, tokenizer: Any) -> str | None:
-    """Return the chat template that the run was trained with, None where it is the tokenizer's own."""
-    trainer = (models.plan or {}).get("trainer") or {}
-    return training_chat_template(tokenizer, bool(trainer.get("assistant_only_loss")))
+def _encoding(models: ModelSource, tokenizer: Any, as_trained: bool) -> Encoding:
+    """The encoding of rows as the run trained on them, or of prompts; with the run's date."""
+    plan = models.plan or {}
+    answers = (plan.get("trainer") or {}).get("assistant_only_loss")
+    twin = as_trained and bool(answers) and (plan.get("dataset") or {}).get("train_on") is None
+    return make_encoding(tokenizer, run_template(tokenizer, twin, (plan.get("tokenizer") or {}).get("date")))
 
 
 def _score(name: str, model: Any, task: ScoringTask, shots: FewShotPrompt | None) -> dict[str, dict[str, Any]]:
@@ -165,14 +170,14 @@ def _score(name: str, model: Any, task: ScoringTask, shots: FewShotPrompt | None
 
 def _load_rows(source: ModelSource, data: Any, train_data: Any) -> tuple[Any, Any, str]:
     """(training rows or None, rows to score, where these come from)."""
-    train = read_json_rows(train_data) if train_data is not None else None
+    train: Any = load_rows(train_data, "train_data") if train_data is not None else None
     if data is not None:
         if train is None and source.plan is not None:
             try:
                 train = load_run_datasets(source.plan)[0]
             except KitError:
                 train = None  # own data can be scored where the run's are gone
-        return train, read_json_rows(data), str(data) if isinstance(data, str | Path) else "rows given"
+        return train, load_rows(data, "data"), str(data) if isinstance(data, str | Path) else "rows given"
     if source.plan is None:
         raise KitError("there are no rows to score", where="data", fix="give --data FILE.jsonl")
     planned, held_out = load_run_datasets(source.plan)
@@ -190,7 +195,7 @@ def _load_examples(rows: Any, limit: int | None) -> tuple[list[Example], dict[st
         if len(examples) == limit:
             break
         try:
-            examples.append(example_from_row(rows[index], index))
+            examples.append(example_from_row(row_at(rows, index), index))
         except KitError as error:
             reasons[error.problems[0].problem] += 1
             first = first or error
@@ -199,6 +204,14 @@ def _load_examples(rows: Any, limit: int | None) -> tuple[list[Example], dict[st
     if len({example.completion is None for example in examples}) > 1:
         raise KitError("some rows have an answer and some are plain text", where="data", fix="score them apart")
     return examples, {reason: f"{count} rows" for reason, count in reasons.items()}
+
+
+def row_at(rows: Any, index: int) -> Any:
+    """A row, or what is wrong with it."""
+    try:
+        return rows[index]
+    except RowProblem as problem:
+        return problem
 
 
 def _answer_messages(example: Example) -> list[dict[str, Any]]:
@@ -242,9 +255,9 @@ def _exact_match(
 
 def _most_frequent(train: Any, examples: Sequence[Example]) -> dict[str, Any]:
     counts: Counter[str] = Counter()
-    for index, row in enumerate(train):
+    for index in range(len(train)):
         try:
-            example = example_from_row(row, index)
+            example = example_from_row(row_at(train, index), index)
         except KitError:
             continue
         if example.completion is not None:

@@ -8,20 +8,14 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from kit.data.encode import (
-    IGNORED,
-    EncodedRow,
-    Messages,
-    check_messages,
-    encode_open_text,
-    encode_prompt,
-    encode_row,
-    template_arguments,
-)
+from kit.data.encode import IGNORED, EncodedRow, Encoding, encode_open_text, encode_prompt, encode_row
+from kit.data.formats import CanonicalRow
+from kit.data.load import load_rows
+from kit.data.masks import Messages
+from kit.data.turns import RowProblem
 from kit.errors import KitError
 from kit.models.sources import ModelSource
 
@@ -34,7 +28,7 @@ class Example:
 
     prompt: str | Messages
     completion: str | Messages | None
-    template: dict[str, Any] = field(default_factory=dict)  # tools and other arguments of the chat template
+    template: dict[str, Any] = field(default_factory=dict)  # the row's tools and chat_template_kwargs
 
     @property
     def question(self) -> str:
@@ -53,7 +47,7 @@ class Example:
 class TokenizedExample(EncodedRow):
     """A row whose labels are the tokens of its answer; generation starts from `prompt_ids`."""
 
-    prompt_ids: list[int]
+    prompt_ids: list[int] = field(default_factory=list)
 
     @property
     def answer_ids(self) -> list[int]:
@@ -72,7 +66,7 @@ class FewShotPrompt:
     def from_rows(cls, rows: Sequence[dict[str, Any]], style: str) -> FewShotPrompt:
         if style not in ("chat", "text"):
             raise KitError(f"the style {style!r} of worked examples is not known", where="style", fix="chat or text")
-        examples = tuple(example_from_row(row, i, "few_shot") for i, row in enumerate(rows))
+        examples = tuple(example_from_row(row, i, "few_shot") for i, row in enumerate(load_rows(rows, "few_shot")))
         if any(example.completion is None for example in examples):
             raise KitError("plain text rows have no answer to show as a worked example", where="few_shot")
         texts = [text for example in examples for text in (example.question, example.answer)]
@@ -92,82 +86,43 @@ def message_text(message: dict[str, Any]) -> str:
     return content or ""
 
 
-def example_from_row(row: dict[str, Any], index: int, where: str = "data") -> Example:
+def example_from_row(row: CanonicalRow | RowProblem, index: int, where: str = "data") -> Example:
     """A row as question and answer: of a chat the last assistant turn is the answer. KitError for any other row."""
     place = f"{where}, row {index + 1}"
-    if not isinstance(row, dict):
-        raise KitError("a row is not a JSON object", where=place)
-    template = template_arguments(row, place)
-    messages = row.get("messages")
-    if messages:
-        check_messages(messages, place)
-        last = max((i for i, m in enumerate(messages) if m.get("role") == "assistant"), default=None)
+    if isinstance(row, RowProblem):
+        raise KitError(f"a row {row}", where=place)
+    template: dict[str, Any] = {key: row[key] for key in ("tools", "chat_template_kwargs") if key in row}
+    if "messages" in row:
+        messages = row["messages"]
+        last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=None)
         if not last:
             raise KitError("a chat has no assistant turn after a question", where=place)
-        return Example(list(messages[:last]), [messages[last]], template)
-    prompt, completion = row.get("prompt"), row.get("completion")
-    if prompt is not None and completion is not None:
-        if isinstance(prompt, str) and isinstance(completion, str):
-            return Example(prompt, completion)
-        check_messages(prompt, place)
-        check_messages(completion, place)
-        return Example(list(prompt), list(completion), template)
-    if isinstance(row.get("text"), str):
+        return Example(messages[:last], [messages[last]], template)
+    if "prompt" in row:
+        return Example(row["prompt"], row["completion"], template)
+    if "text" in row:
         return Example(row["text"], None)
-    raise KitError(
-        f"a row has the columns {', '.join(map(str, row)) or '(none)'}",
-        where=place,
-        fix='give "messages", "prompt" and "completion", or "text"',
-    )
-
-
-def read_json_rows(data: str | Path | Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of a .jsonl file (or a .json list), or the rows given; KitError with the line that is wrong."""
-    if not isinstance(data, str | Path):
-        rows = list(data)
-    else:
-        path = Path(data).expanduser()
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise KitError(f"{path} cannot be read: {error}", where="data") from None
-        if path.suffix == ".json":
-            rows = _parse_json(text, f"{path}")
-            if not isinstance(rows, list):
-                raise KitError(f"{path} does not hold a list", where="data")
-        else:
-            lines = enumerate(text.split("\n"), 1)  # not splitlines(): U+2028 may stand inside a JSON string
-            rows = [_parse_json(line, f"{path}:{n}") for n, line in lines if line.strip()]
-    if not rows:
-        raise KitError("the data hold no rows", where="data")
-    return rows
-
-
-def _parse_json(text: str, place: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise KitError(f"not JSON: {error}", where=place) from None
+    raise KitError("a row of token ids has no question", where=place)
 
 
 def tokenize_example(
-    tokenizer: Any, example: Example, stops: Sequence[int], chat_template: str | None = None
+    tokenizer: Any, example: Example, stops: Sequence[int], trained: Encoding, prompted: Encoding
 ) -> TokenizedExample:
     """Tokenize a row as the training does, and its prompt as generation does; the labels are the answer's tokens.
 
-    `chat_template`: the one trained with where it is not the tokenizer's own; a prompt is always in the tokenizer's.
-    What a template puts behind the end token (a newline) is trained but nobody's answer: it is left out.
+    trained, prompted: encodings with the chat template that the run trained with, and with the tokenizer's own. What a
+    template puts behind the end token (a newline) is trained but nobody's answer: it is left out.
     """
     if example.completion is None:
-        row = encode_row(tokenizer, {"text": example.prompt})
-        return TokenizedExample(row.input_ids, row.labels, row.input_ids[:1])
-    prompt_ids = encode_prompt(tokenizer, example.prompt, chat=False, template=example.template)
-    columns = {"prompt": example.prompt, "completion": example.completion, "chat_template_kwargs": example.template}
-    row = encode_row(tokenizer, columns, chat_template=chat_template)
+        row = encode_row(tokenizer, {"text": example.prompt}, replace(trained, train_on="everything"))
+        return TokenizedExample(row.input_ids, row.labels, prompt_ids=row.input_ids[:1])
+    prompt_ids = encode_prompt(tokenizer, example.prompt, chat=False, row=example.template, encoding=prompted)
+    columns = {"prompt": example.prompt, "completion": example.completion, **example.template}
+    row = encode_row(tokenizer, columns, replace(trained, train_on="completion"))
     end = len(row.labels)
     if not isinstance(example.prompt, str):
         end = next((n for n in range(end, 0, -1) if row.labels[n - 1] in stops), end)
-    return TokenizedExample(row.input_ids[:end], row.labels[:end], prompt_ids)
+    return TokenizedExample(row.input_ids[:end], row.labels[:end], prompt_ids=prompt_ids)
 
 
 def choose_few_shot_style(source: ModelSource, tokenizer: Any) -> str:
@@ -201,7 +156,7 @@ def encode_few_shot_prompt(
     """Token ids of a prompt behind worked examples, as earlier turns or as lines of question and answer."""
     if shots.style == "chat":
         return encode_prompt(
-            tokenizer, few_shot_messages(example, shots), chat=True, system=system, template=example.template
+            tokenizer, few_shot_messages(example, shots), chat=True, system=system, row=example.template
         )
     lines = [f"{shot.question} {shot.answer}" for shot in shots.examples] + [example.question]
     turns = example.prompt if isinstance(example.prompt, list) else []
@@ -210,5 +165,12 @@ def encode_few_shot_prompt(
 
 
 def sample_rows(rows: Any, count: int, seed: int) -> list[dict[str, Any]]:
-    """`count` rows chosen with a fixed seed, all of them where there are fewer."""
-    return [rows[i] for i in random.Random(seed).sample(range(len(rows)), min(count, len(rows)))]
+    """`count` rows chosen with a fixed seed, all where there are fewer; one that cannot be read is left out."""
+    chosen = []
+    for index in random.Random(seed).sample(range(len(rows)), min(count, len(rows))):
+        try:
+            row = rows[index]
+        except RowProblem:
+            continue
+        chosen += [] if isinstance(row, RowProblem) else [row]
+    return chosen

@@ -8,8 +8,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from kit.data.encode import encode_prompt
+from kit.data.encode import encode_prompt, make_encoding
 from kit.data.load import load_run_datasets
+from kit.data.templates import run_template
+from kit.data.turns import RowProblem
 from kit.errors import KitError
 from kit.evaluation.examples import (
     Example,
@@ -64,7 +66,9 @@ def generate(
     names = choose_models(models, which)
     tokenizer = open_source_tokenizer(models)
     chosen, chat = _prompts(models, tokenizer, prompts, raw)
-    encoded = [encode_prompt(tokenizer, p, chat=chat and not raw, system=system) for p in chosen]
+    date = ((models.plan or {}).get("tokenizer") or {}).get("date")
+    encoding = make_encoding(tokenizer, run_template(tokenizer, False, date))
+    encoded = [encode_prompt(tokenizer, p, chat=chat and not raw, system=system, encoding=encoding) for p in chosen]
     shots_for, shots = next((n for n in ("base", "model") if n in names), None), None
     if few_shot and shots_for:
         shots = FewShotPrompt.from_rows(few_shot, style or choose_few_shot_style(models, tokenizer))
@@ -147,7 +151,7 @@ def _prompts(
         train, held_out = load_run_datasets(source.plan)
         rows = held_out if held_out is not None else train
         pairs = [example_from_row(rows[i], i) for i in range(min(DEFAULT_PROMPTS, len(rows)))]
-    except KitError:
+    except (KitError, RowProblem):
         if not given:  # the data may be gone by now; the person's own prompts do not need it
             raise
         return given, template

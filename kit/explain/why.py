@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kit.config import keys
+from kit.config.data_words import is_data_word
 from kit.config.provenance import read_file_layer
 from kit.config.rules.table import RULES
 from kit.errors import DONE, KitError, Problem
@@ -31,7 +32,7 @@ from kit.system import paths
 def why_verb(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="kit why", description=__doc__, allow_abbrev=False)
     parser.add_argument("key", help="trainer.learning_rate, learning_rate, zero_optimization.stage, a section, ...")
-    parser.add_argument("overrides", nargs="*", metavar="RUN | run.yaml | key=value")
+    parser.add_argument("overrides", nargs="*", metavar="RUN | run.yaml | DATA | key=value")
     parser.add_argument("--config-dir", "-cd", help="a folder with groups and recipes of your own")
     parser.add_argument("--json", action="store_true")
     a = parser.parse_intermixed_args(argv)
@@ -67,7 +68,8 @@ def read_run(args: list[str], config_dir: str | None) -> tuple[Any, RunPlan | No
     from kit.config.compose import Composed, compose
     from kit.config.plan import build_plan
 
-    if args and "=" not in args[0] and not args[0].endswith((".yaml", ".yml")):
+    data = bool(args) and is_data_word(args[0]) and (len(args) > 1 or not Path(args[0]).is_dir())
+    if args and not data and "=" not in args[0] and not args[0].endswith((".yaml", ".yml")):
         if len(args) > 1:
             raise KitError(f"{args[0]} is a run: its values stand", args[1], "name the run alone, or overrides alone")
         if (paths.RECIPES / f"{args[0]}.yaml").is_file() and not (Path(args[0]) / run_directory.PLAN).is_file():

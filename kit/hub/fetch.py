@@ -110,16 +110,20 @@ def repositories_of_run(
                 "tokenizer.name_or_path", tokenizer.name_or_path, hub_cache.MODEL, revision, choose_tokenizer_files
             )
         )
+    for number, source in enumerate(dataset.mix if dataset else []):
+        named += _data_repos(f"dataset.mix.{number}.path", source.path, source.name, source.revision)
     if dataset:
-        choose = data_file_chooser(dataset.name)
-        named.append(HubRepo("dataset.path", dataset.path, hub_cache.DATASET, dataset.revision, choose))
+        named += _data_repos("dataset.path", dataset.path, dataset.name, dataset.revision)
         if dataset.eval_path and dataset.eval_path != dataset.path:
-            named.append(
-                HubRepo("dataset.eval_path", dataset.eval_path, hub_cache.DATASET, None, data_file_chooser(None))
-            )
+            named += _data_repos("dataset.eval_path", dataset.eval_path, None, None)
     repos = [r for r in named if hub_cache.is_hub_id(r.name)]
     local = [(r.key, r.name) for r in named if r not in repos]
     return repos, [(k, f"{n}, which make quickstart makes" if is_quickstart_path(n) else n) for k, n in local]
+
+
+def _data_repos(key: str, path: str | list[str] | None, config: str | None, revision: str | None) -> list[HubRepo]:
+    paths = [path] if isinstance(path, str) else path or []
+    return [HubRepo(key, name, hub_cache.DATASET, revision, data_file_chooser(config)) for name in paths]
 
 
 def is_quickstart_path(name: str) -> bool:

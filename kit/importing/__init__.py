@@ -91,11 +91,18 @@ def import_config(*words: str, form: str | None = None, check: bool = True) -> I
     return imported
 
 
+def names_config_file(word: str) -> bool:
+    """Whether a word is a file, and not a whole command line that ends in one."""
+    if re.search(r"\s", word) and not Path(word).exists():
+        return False
+    plain = not re.search(r"[\s=]", word) and Path(word).is_file() and "." in word
+    return word.endswith(SUFFIXES) or (plain and not word.endswith((".py", ".sh")))
+
+
 def read_sources(words: list[str], form: str | None) -> list[Source]:
     if not words:
         raise KitError("nothing is given", "command line", "kit import FILE.yaml, or kit import COMMAND ...")
-    files = all(w.endswith(SUFFIXES) or (not re.search(r"[\s=]", w) and Path(w).is_file() and "." in w and
-                                         not w.endswith((".py", ".sh"))) for w in words)  # fmt: skip
+    files = all(names_config_file(w) for w in words)
     if not files and len(words) == 1 and (words[0].startswith(("/", "./", "~")) or Path(words[0]).exists()):
         files = not words[0].endswith(".py")
     if files:

@@ -6,7 +6,7 @@ from typing import Any
 
 from kit.errors import KitError
 from kit.importing import sharding, trl
-from kit.importing.axolotl_data import import_chat_template, import_datasets
+from kit.importing.axolotl_data import import_chat_template, import_datasets, refuse_other_rows
 from kit.importing.axolotl_keys import (
     CUSTOM_OPTIMIZERS,
     NAMES,
@@ -27,6 +27,7 @@ def import_axolotl(r: Reading) -> None:
                 f"{name}: {r.get(name)} is no supervised fine-tuning run", r.name, "the kit trains SFT alone"
             )
         r.leave_all({name: ("", "")})
+    refuse_other_rows(r)
     import_optimizer(r)
     import_method(r)
     import_attention(r)
@@ -57,8 +58,6 @@ def import_axolotl(r: Reading) -> None:
     write_trainer_defaults(r, changed, "Axolotl")
     if "warmup_steps" not in r.tree and r.get("warmup_ratio") is None:
         r.recipe.notes.append("Axolotl's own warm-up is 3% of the steps and at most 100; the limit is not carried")
-    if r.get("excess_length_strategy") in (None, "drop"):
-        r.recipe.notes.append("Axolotl drops rows longer than sequence_len; here they are cut at trainer.max_length")
 
 
 def import_optimizer(r: Reading) -> None:

@@ -72,6 +72,9 @@ DEEPSPEED = frozenset(
 )
 
 
+OTHER_METHODS = set("dpo orpo kto cpo bco ppo rloo grpo gkd reward prm nash xpo vlm".split())
+
+
 def read_command(words: list[str]) -> list[Source]:
     """The sources behind a command line: its launcher, the files that it names, and its own options."""
     source_name = "the command"
@@ -128,6 +131,10 @@ def read_command(words: list[str]) -> list[Source]:
             format_, words = "axolotl", words[2:] if name == "axolotl" else words[1:]
             break
         elif name.endswith((".py", ".sft")):
+            if other := OTHER_METHODS & set(name.removesuffix(".py").split("_")):
+                raise KitError(
+                    f"{name} ({min(other)}) is no supervised fine-tuning of text", "command line", "the kit trains SFT"
+                )
             format_, words = format_ or "script", words[1:]
             break
         else:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 from kit.errors import KitError
-from kit.importing import prompts, trl
+from kit.importing import trl
+from kit.importing.llamafactory_data import import_datasets, split_list
 from kit.importing.llamafactory_keys import (
     ATTENTION,
     LORA,
@@ -16,13 +14,16 @@ from kit.importing.llamafactory_keys import (
     PREFIXES,
     THEIR_DEFAULTS,
 )
-from kit.importing.read import read_config_file
 from kit.importing.report import Reading
 from kit.importing.training_arguments import import_training_arguments, write_trainer_defaults
 
 
 def import_llamafactory(r: Reading) -> None:
     stage, kind = r.get("stage", default="sft") or "sft", r.get("finetuning_type", default="lora") or "lora"
+    if "model_name_or_path" not in r.tree and {"train_dataset", "model_class"} & set(r.tree):
+        raise KitError(
+            "this is a file of LLaMA-Factory v1, whose keys are others", r.name, "its v0 form: stage: sft, ..."
+        )
     if stage != "sft":
         raise KitError("this is not a supervised fine-tuning run", f"{r.name}: stage: {stage}", "stage: sft")
     if kind not in ("lora", "full"):
@@ -33,7 +34,7 @@ def import_llamafactory(r: Reading) -> None:
     import_method(r, kind)
     import_quantization(r)
     import_tokenizer(r)
-    import_dataset(r)
+    import_datasets(r)
     import_packing(r)
     import_checkpointing(r)
     r.carry_all(NAMES)
@@ -80,11 +81,6 @@ def mark_unused(r: Reading) -> None:
                 r.leave((name,), f"see {switch}", "")
             else:
                 r.mark_default((name,), f"not read: {PREFIXES[prefix]}")
-
-
-def split_list(value: Any) -> list[str]:
-    listed = value if isinstance(value, list) else str(value).split(",")
-    return [str(w).strip() for w in listed if str(w).strip()]
 
 
 def import_method(r: Reading, kind: str) -> None:
@@ -156,112 +152,6 @@ def import_tokenizer(r: Reading) -> None:
         if r.has(name) and not r.skip_null(name):
             added += split_list(r.get(name))
             r.carry((name,), "tokenizer.added_tokens", list(added), note)
-
-
-def import_dataset(r: Reading) -> None:
-    folder = r.get("dataset_dir", default="data")
-    info, place = find_dataset_info(r, folder)
-    if r.has("dataset_dir"):
-        r.mark_default(("dataset_dir",), f"read: {place}" if place else "the paths of the data set say it")
-    named = split_list(r.get("dataset")) if r.get("dataset") else []
-    if r.has("dataset") and named:
-        if folder == "ONLINE":
-            r.carry(("dataset",), "dataset.path", named[0])
-        elif info is not None and isinstance(info.get(named[0]), dict) and place:
-            import_listed_dataset(r, ("dataset",), info[named[0]], place.parent)
-        else:
-            there = f"{place} does not hold it" if place else f"none is in {folder}, nor beside the file"
-            reason = f"{named[0]} is a name in a dataset_info.json, and {there}"
-            r.leave(("dataset",), reason, "dataset.path=FILE, or give dataset_info.json beside the file")
-        if len(named) > 1:
-            if r.entries[("dataset",)].outcome == "carried":
-                r.entries[("dataset",)].note = f"NOT carried: {', '.join(named[1:])}; join the files in one folder"
-                r.recipe.notes.append(f"only {named[0]} is carried: the kit trains on one data set")
-            else:
-                r.recipe.notes.append(f"{len(named)} data sets are named: the kit trains on one, join the files")
-    eval_names = split_list(r.get("eval_dataset")) if r.get("eval_dataset") else []
-    if r.has("eval_dataset") and eval_names:
-        entry = (info or {}).get(eval_names[0])
-        if isinstance(entry, dict) and place and (path := dataset_path(entry, place.parent)):
-            r.carry(("eval_dataset",), "dataset.eval_path", path)
-        else:
-            r.leave(("eval_dataset",), "a name in a dataset_info.json that is not here", "dataset.eval_path=FILE")
-    if r.has("val_size") and not r.skip_null("val_size"):
-        size = r.get("val_size")
-        if size:
-            whole = isinstance(size, float) and size >= 1 and size.is_integer()
-            r.carry(("val_size",), "dataset.test_size", int(size) if whole else size)
-        else:
-            r.mark_default(("val_size",), "nothing is held out, as here")
-    form = r.recipe.values.get("dataset.format")
-    if r.has("train_on_prompt"):
-        if r.get("train_on_prompt") is not True:
-            r.mark_default(("train_on_prompt",), "prompts are not in the loss, as here")
-        elif form == "messages":
-            r.mark_default(("train_on_prompt",), "the loss is on every token of chats, as here")
-        else:
-            r.carry(("train_on_prompt",), "trainer.completion_only_loss", False)
-    if form == "messages" and r.get("train_on_prompt") is not True:
-        r.recipe.default("trainer.assistant_only_loss", True, "LLaMA-Factory trains the answers alone")
-
-
-def find_dataset_info(r: Reading, folder: Any) -> tuple[dict[str, Any] | None, Path | None]:
-    """dataset_info.json: in dataset_dir, from where one stands or beside the file; else in the file's own folder."""
-    if not isinstance(folder, str) or folder == "ONLINE":
-        return None, None
-    beside = next(iter(r.sources.values())).folder
-    for place in (Path(folder), beside / folder, beside):
-        file = place / "dataset_info.json"
-        try:
-            if file.is_file():
-                return read_config_file(file), file
-        except (OSError, ValueError):
-            continue
-    return None, None
-
-
-def dataset_path(info: dict[str, Any], folder: Path) -> str | None:
-    if isinstance(info.get("hf_hub_url"), str):
-        return str(info["hf_hub_url"])
-    return str(folder / str(info["file_name"])) if isinstance(info.get("file_name"), str) else None
-
-
-def import_listed_dataset(r: Reading, prefix: tuple[str, ...], info: dict[str, Any], folder: Path) -> None:
-    """One entry of dataset_info.json."""
-    path = dataset_path(info, folder)
-    if info.get("ranking") or path is None:
-        reason = "holds preferences" if info.get("ranking") else "is neither a file nor a Hub id"
-        r.leave(prefix, f"its entry in dataset_info.json {reason}", "dataset.path=FILE")
-        return
-    r.carry(prefix, "dataset.path", path, f"from {folder / 'dataset_info.json'}")
-    for name, key in (("subset", "dataset.name"), ("split", "dataset.split"), ("num_samples", "dataset.limit")):
-        if info.get(name):
-            r.carry(prefix, key, info[name])
-    columns = info["columns"] if isinstance(info.get("columns"), dict) else {}
-    if info.get("formatting", "alpaca") == "alpaca":
-        query = columns.get("query") if columns else "input"
-        text = (columns.get("prompt", "instruction"), query, columns.get("response", "output"), columns.get("system"))
-        if columns and "response" not in columns:  # plain text
-            r.carry(prefix, "dataset.columns.text", columns.get("prompt", "text"))
-        else:
-            r.carry(prefix, "dataset.template", prompts.chat_template_of(*text))
-            r.carry(prefix, "dataset.format", "prompt_completion")
-    else:
-        column = columns.get("messages") or "conversations"
-        r.carry(prefix, "dataset.format", "messages")
-        if column != "messages":
-            r.carry(prefix, "dataset.columns.messages", column)
-        tags = info["tags"] if isinstance(info.get("tags"), dict) else {}
-        odd = {
-            k: v
-            for k, v in tags.items()
-            if v not in ("role", "content", "from", "value", "user", "assistant", "system")
-        }
-        if odd or not tags:
-            r.recipe.notes.append(
-                f"turns of {path} name their roles {', '.join(map(str, odd.values())) or 'human and gpt'}: the chat "
-                "template must know these, else rename them to user and assistant in the file"
-            )
 
 
 def import_packing(r: Reading) -> None:

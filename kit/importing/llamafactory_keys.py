@@ -5,7 +5,6 @@ from __future__ import annotations
 NAMES = {
     "model_name_or_path": "model.name_or_path",
     "cutoff_len": "trainer.max_length",
-    "max_samples": "dataset.limit",
     "preprocessing_num_workers": "trainer.dataset_num_proc",
     "streaming": "dataset.streaming",
     "enable_liger_kernel": "trainer.use_liger_kernel",
@@ -28,7 +27,6 @@ NOTHING_NEEDED = {
     "ignore_pad_token_for_loss": "padding is never in the loss",
     "data_shared_file_system": "the first rank prepares, the others wait",
     "buffer_size": "datasets shuffles streams its own way",
-    "media_dir": "no media here",
     "infer_backend": "for generation",
     "infer_dtype": "for generation",
     "offload_folder": "for generation",
@@ -44,9 +42,6 @@ NOTHING_NEEDED = {
 SCRIPT = "launch.script=my_train.py"
 GENERATE = ("generation is a verb here", "kit generate RUN")
 NO_COUNTERPART = {
-    "mask_history": ("every assistant turn is trained", "one turn per row in the data"),
-    "mix_strategy": ("the kit trains on one data set", "join the files"),
-    "interleave_probs": ("the kit trains on one data set", "join the files"),
     "tokenized_path": ("rows are tokenized when the run starts", ""),
     "tool_format": ("the tokenizer's template writes tools", ""),
     "default_system": ("the template is the tokenizer's", "dataset.template.system"),

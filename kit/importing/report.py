@@ -95,6 +95,8 @@ class Recipe:
             for part in parts[:-1]:
                 block = block.setdefault(part, {})
             block[parts[-1]] = value
+        if sets := (tree.get("dataset") or {}).get("mix"):  # dataset.mix.0.path, dataset.mix.1.path, ...
+            tree["dataset"]["mix"] = [sets[number] for number in sorted(sets, key=int)]
         return tree
 
 

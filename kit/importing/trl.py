@@ -5,9 +5,21 @@ Upstream: trl scripts/utils.py, trainer/model_config.py, scripts/sft.py (1.16); 
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from kit.errors import KitError
+from kit.importing.data_sets import (
+    carry_place,
+    carry_split,
+    carry_split_and_share,
+    file_or_place,
+    no_place,
+    no_share,
+    refuse_other_method,
+    section_of,
+    split_of_share,
+)
 from kit.importing.report import Reading
 from kit.importing.training_arguments import (
     import_dtype,
@@ -30,6 +42,11 @@ LORA = {
     "use_rslora": "peft.use_rslora",
     "use_dora": "peft.use_dora",
 }
+OTHER_TRAINERS = (  # keys that SFTConfig has not, of DPO, ORPO, KTO, CPO, GRPO, RLOO and reward training
+    "beta", "rpo_alpha", "max_prompt_length", "max_completion_length", "precompute_ref_log_probs", "reference_free",
+    "ref_model_sync_steps", "sync_ref_model", "simpo_gamma", "cpo_alpha", "desirable_weight", "undesirable_weight",
+    "num_generations", "reward_funcs", "reward_weights", "center_rewards_coefficient", "kl_coef", "vllm_mode",
+)  # fmt: skip
 LORA_DEFAULTS = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": None}
 BITS = {
     "bnb_4bit_quant_type": "quantization.bnb_4bit_quant_type",
@@ -42,8 +59,10 @@ def import_trl(r: Reading) -> None:
     """A TRL or transformers argument file, and `trl sft`'s command line."""
     if str(r.get("task_type", default="CAUSAL_LM")) not in ("CAUSAL_LM", "None") or r.get("reward_model_path"):
         raise KitError("this is not a supervised fine-tuning run", r.name, "the kit trains causal language models")
+    refuse_other_trainers(r)
     import_model(r)
     import_dataset(r)
+    import_chat_template(r)
     import_adapter(r)
     import_quantization(r)
     import_training_arguments(r)
@@ -70,20 +89,17 @@ def import_revision(r: Reading, name: str) -> None:
 
 def import_dataset(r: Reading) -> None:
     evaluated = r.get("eval_strategy", default=r.get("evaluation_strategy", default="no"))
-    mixture = r.get("datasets")
-    if isinstance(mixture, list) and mixture and isinstance(mixture[0], dict):
-        for name in ("dataset_name",):
-            if r.has(name):
-                r.leave((name,), "datasets is given, and TRL reads that", "")
-        import_first_of_mixture(r, mixture)
-    elif r.has("dataset_name") and not r.skip_null("dataset_name"):
+    several = import_mixture(r)
+    if not several and r.has("dataset_name") and not r.skip_null("dataset_name"):
         r.carry(("dataset_name",), "dataset.path", r.get("dataset_name"))
     r.carry_all(DATA)
     if r.has("streaming"):
         r.carry(("streaming",), "dataset.streaming", r.get("streaming"))
     if r.has("test_split_size") and not r.skip_null("test_split_size"):
         r.carry(("test_split_size",), "dataset.test_size", r.get("test_split_size"))
-    if r.has("dataset_train_split"):
+    if r.has("dataset_train_split") and several:
+        r.mark_default(("dataset_train_split",), "each set names its split")
+    elif r.has("dataset_train_split"):
         r.carry(("dataset_train_split",), "dataset.split", r.get("dataset_train_split") or "train")
     on = evaluated not in ("no", False, None)
     if r.has("dataset_test_split"):
@@ -91,35 +107,143 @@ def import_dataset(r: Reading) -> None:
             r.mark_default(("dataset_test_split",), "not read: nothing is evaluated")
         elif "dataset.test_size" in r.recipe.values:
             r.mark_default(("dataset_test_split",), "the rows held out serve")
+        elif any(key.startswith("dataset.mix.") for key in r.recipe.values):
+            r.leave(("dataset_test_split",), "NOT carried: a split of several sets", "dataset.test_size=0.05")
         else:
             r.carry(("dataset_test_split",), "dataset.eval_split", r.get("dataset_test_split"))
-    elif on and "dataset.test_size" not in r.recipe.values:
+    elif on and not {"dataset.test_size", "dataset.eval_split", "dataset.mix.0.path"} & set(r.recipe.values):
         r.recipe.default("dataset.eval_split", "test", "TRL evaluates on the split named test")
     text = r.get("dataset_text_field")
     if r.has("dataset_text_field") and not r.skip_null("dataset_text_field"):
         if text == "text":
             r.mark_default(("dataset_text_field",), "the column text is found by itself")
+        elif sets := sorted({k.rpartition(".")[0] for k in r.recipe.values if re.match(r"dataset\.mix\.\d+\.", k)}):
+            for to in sets:
+                r.carry(("dataset_text_field",), f"{to}.columns.text", text)
         else:
             r.carry(("dataset_text_field",), "dataset.columns.text", text)
 
 
-def import_first_of_mixture(r: Reading, mixture: list[Any]) -> None:
-    """The kit trains on one data set; the first is carried, the others are named."""
-    head: tuple[str | int, ...] = ("datasets", 0)
-    place, files = mixture[0].get("path"), mixture[0].get("data_files")
-    if place in ("json", "csv", "parquet", "text") and isinstance(files, str):
-        r.mark_default((*head, "path"), "the suffix of the file says it")
-        r.carry((*head, "data_files"), "dataset.path", files)
-    elif "path" in mixture[0]:
-        r.carry((*head, "path"), "dataset.path", place)
-    r.carry_all({"name": "dataset.name", "split": "dataset.split"}, *head)
-    if r.has(*head, "columns"):
-        r.mark_default((*head, "columns"), "only the columns that training needs are kept")
-    if r.has(*head, "fraction") and len(mixture) == 1:
-        r.mark_default((*head, "fraction"), "a share of one data set is all of it")
-    for number in range(1, len(mixture)):
-        if r.has("datasets", number):
-            r.leave(("datasets", number), "the kit trains on one data set", "join the files in one folder")
+def import_mixture(r: Reading) -> bool:
+    """`datasets` of TRL, `dataset_mixture` and `dataset_mixer` of the alignment handbook; whether one is given."""
+    listed, mixture, mixer = r.get("datasets"), r.get("dataset_mixture"), r.get("dataset_mixer")
+    if isinstance(mixture, dict) and isinstance(mixture.get("datasets"), list):
+        import_handbook_mixture(r, mixture["datasets"])
+    elif isinstance(mixer, dict) and mixer:
+        import_handbook_mixer(r, mixer)
+    elif isinstance(listed, list) and any(isinstance(block, dict) for block in listed):
+        import_trl_mixture(r, listed)
+    else:
+        return False
+    for name in ("dataset_name", "dataset_config"):
+        if r.has(name) and not r.skip_null(name):
+            r.leave((name,), "several data sets are given, and those are read", "")
+    return True
+
+
+def import_trl_mixture(r: Reading, listed: list[Any]) -> None:
+    """Shares are of the rows that come out and no set is taken twice: weights, until the first set is exhausted."""
+    carried = {}
+    for number, block in enumerate(listed):
+        if isinstance(block, dict) and file_or_place(block) is not None:
+            carried[("datasets", number)] = block
+        elif r.has("datasets", number):
+            reason, fix = no_place(block if isinstance(block, dict) else {})
+            r.leave(("datasets", number), f"NOT carried: {reason}", fix)
+    for number, (prefix, block) in enumerate(carried.items()):
+        to = section_of(number, len(carried))
+        carry_place(r, prefix, block, to)
+        carry_split(r, (*prefix, "split"), to)
+        if r.has(*prefix, "columns"):
+            r.mark_default((*prefix, "columns"), "only the columns that training needs are kept")
+        if r.has(*prefix, "fraction") and not r.skip_null(*prefix, "fraction"):
+            if len(carried) == 1:
+                r.mark_default((*prefix, "fraction"), "a share of one data set is all of it")
+            else:
+                r.carry((*prefix, "fraction"), f"{to}.weight", block["fraction"], "drawn at random")
+
+
+def import_handbook_mixture(r: Reading, listed: list[Any]) -> None:
+    carried = {}
+    for number, block in enumerate(listed):
+        prefix = ("dataset_mixture", "datasets", number)
+        if not isinstance(block, dict) or not isinstance(block.get("id"), str):
+            if r.has(*prefix):
+                r.leave(prefix, "NOT carried: it has no id", "dataset.path=FILE")
+        elif split_of_share(str(block.get("split") or "train"), block.get("weight")) is None:
+            r.leave(prefix, *no_share(block.get("weight")))
+        else:
+            carried[prefix] = block
+    for number, (prefix, block) in enumerate(carried.items()):
+        to = section_of(number, len(carried))
+        r.carry((*prefix, "id"), f"{to}.path", block["id"])
+        r.carry_all({"config": f"{to}.name"}, *prefix)
+        carry_split_and_share(r, prefix, to)
+        if r.has(*prefix, "columns"):
+            r.mark_default((*prefix, "columns"), "only the columns that training needs are kept")
+    r.carry_all({"seed": "dataset.seed"}, "dataset_mixture")
+    if r.has("dataset_mixture", "test_split_size") and not r.skip_null("dataset_mixture", "test_split_size"):
+        r.carry(
+            ("dataset_mixture", "test_split_size"), "dataset.test_size", r.get("dataset_mixture", "test_split_size")
+        )
+
+
+def import_handbook_mixer(r: Reading, mixer: dict[Any, Any]) -> None:
+    """The handbook's older form: {id: share}, with the splits of all of them beside it."""
+    splits = r.get("dataset_splits")
+    splits = [str(s) for s in splits] if isinstance(splits, list) else ["train", "test"]
+    train = next((s for s in splits if "train" in s), "train")
+    names = r.get("dataset_configs")
+    names = names if isinstance(names, list) and len(names) == len(mixer) else []
+    carried = []
+    for place, share in mixer.items():
+        if split_of_share(train, share) is None:
+            if r.has("dataset_mixer", place):
+                r.leave(("dataset_mixer", place), *no_share(share))
+        elif r.has("dataset_mixer", place):
+            carried.append(place)
+    for number, place in enumerate(carried):
+        to, path = section_of(number, len(carried)), ("dataset_mixer", place)
+        r.carry(path, f"{to}.path", str(place))
+        if (part := split_of_share(train, mixer[place])) != "train":
+            r.carry(path, f"{to}.split", part)
+        if names:
+            r.carry(("dataset_configs",), f"{to}.name", str(names[list(mixer).index(place)]))
+    if r.has("dataset_splits"):
+        test = [s for s in splits if "test" in s]
+        if test and len(mixer) == 1 and r.get("eval_strategy", default="no") not in ("no", False, None):
+            r.carry(("dataset_splits",), "dataset.eval_split", test[0])
+        elif test and len(mixer) > 1:
+            r.leave(("dataset_splits",), f"NOT carried: {', '.join(test)} of several sets", "dataset.test_size=0.05")
+        else:
+            r.mark_default(("dataset_splits",), "the rows that are trained on are taken")
+
+
+def import_chat_template(r: Reading) -> None:
+    """The handbook's chat_template: Jinja itself, a file, or a name."""
+    if not r.has("chat_template") or r.skip_null("chat_template"):
+        return
+    template = str(r.get("chat_template"))
+    if "{" in template or "\n" in template:
+        fix = "write it to my.jinja; tokenizer.chat_template=my.jinja"
+        r.leave(("chat_template",), "a template is a file here", fix)
+    else:
+        r.carry(("chat_template",), "tokenizer.chat_template", template)
+
+
+def refuse_other_trainers(r: Reading) -> None:
+    """Refuse the keys that only trainers on preferences, rewards and generations have."""
+    for name in OTHER_TRAINERS:
+        if r.get(name) not in (None, False):
+            refuse_other_method(r, f"{name} belongs to another trainer (DPO, ORPO, KTO, GRPO, rewards)", name)
+    if isinstance(r.get("loss_type"), str) and r.get("loss_type") not in ("nll", "dft", "chunked_nll"):
+        refuse_other_method(r, f"loss_type {r.get('loss_type')} is of another trainer", "loss_type")
+    mixture = r.get("dataset_mixture")
+    blocks = mixture.get("datasets") if isinstance(mixture, dict) else r.get("datasets")
+    for block in blocks if isinstance(blocks, list) else []:
+        columns = block.get("columns") if isinstance(block, dict) else None
+        if isinstance(columns, list) and {"chosen", "rejected"} & {str(c) for c in columns}:
+            refuse_other_method(r, "the rows are preferences (chosen, rejected)", "columns")
 
 
 def import_adapter(r: Reading) -> None:

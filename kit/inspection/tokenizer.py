@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.util import find_spec
@@ -21,6 +22,9 @@ TEMPLATES = ("chat_template.jinja", "chat_template.json", "chat_templates")
 ROLES = ("pad_token", "eos_token", "bos_token")
 # Classes without special tokens of their own: what their files do not name does not exist.
 PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
+CONTROL_TOKEN = re.compile(
+    r"<\|[\w.]+\|>|<｜[^｜<>\s]+｜>|<(?:start|end)_of_turn>|\[/?[A-Z_]{3,}\]"
+)  # in chat templates
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,6 @@ class TokenizerFiles:
     special: set[int]
     roles: dict[str, str | None]  # pad_token, eos_token, bos_token; one that is absent here cannot be known
     template: str | None  # None: no chat template
-    several_templates: bool = False
 
     @cached_property
     def size(self) -> int:
@@ -48,6 +51,7 @@ class TokenizerReport:
     new_tokens: list[str] = field(default_factory=list)  # of added_tokens, those that the vocabulary lacks
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    writes_date: bool | None = None  # whether the chat template writes today's date; None where it is not here
 
 
 def read_tokenizer_files(folder: Path) -> TokenizerFiles | None:
@@ -73,13 +77,12 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles | None:
                 tokens[token] = max(tokens.values(), default=-1) + 1
                 special.add(tokens[token])
     given = config.get("chat_template")
-    several = isinstance(given, list) or (folder / "chat_templates").is_dir()
     if isinstance(given, list):
         given = next((t.get("template") for t in given if t.get("name") == "default"), "")
     if given is None and any((folder / name).exists() for name in TEMPLATES):
         file = folder / TEMPLATES[0]
         given = file.read_text(encoding="utf-8") if file.is_file() else ""
-    return TokenizerFiles(folder, tokens, special, roles, given, several)
+    return TokenizerFiles(folder, tokens, special, roles, given)
 
 
 def read_vocabulary(path: Path) -> tuple[dict[str, int], set[int]]:
@@ -142,24 +145,32 @@ def find_chat_template(template: str) -> Path:
     )
 
 
-def marks_answers(template: str) -> bool | None:
-    """Whether assistant_only_loss can find the answers: by the template's own {% generation %} marks, or because TRL
-    has a marked twin of exactly this template. None where TRL is not here to be asked."""
-    if re.search(r"\{%-?\s*generation\s*-?%\}", template):
-        return True
-    folder = trl_templates()
-    if folder is None:
-        return None
-    twins = [f.with_name(f.name.replace("_training.jinja", ".jinja")) for f in folder.glob("*_training.jinja")]
-    return any(f.is_file() and f.read_text(encoding="utf-8") == template for f in twins)
+def fitting_templates(tokens: Collection[str]) -> list[str]:
+    """Names of the chat templates whose control tokens a vocabulary has, the most demanding first, at most three."""
+    fits: list[tuple[int, str]] = []
+    for name, file in named_templates().items():
+        if name.endswith("_training"):
+            continue
+        needed = set(CONTROL_TOKEN.findall(file.read_text(encoding="utf-8")))
+        if needed and needed <= set(tokens):
+            fits.append((-len(needed), name))
+    return [name for _, name in sorted(fits)[:3]]
+
+
+def advise_template(tokens: Collection[str] | None) -> str:
+    """What to do about a tokenizer without a chat template, in the words of a fix."""
+    names = fitting_templates(tokens) if tokens else []
+    if names:
+        others = f", as are those of {', '.join(names[1:])}" if names[1:] else ""
+        return f"tokenizer.chat_template={names[0]} (its tokens are in the vocabulary{others}), or FILE.jinja"
+    named = "tokenizer.chat_template=NAME (a template of TRL's, e.g. llama3)"
+    return f"tokenizer=chatml adds one with its tokens; or {named} or FILE.jinja"
 
 
 # ---- the section `tokenizer` of a run ----
 
 
-def examine_tokenizer(
-    t: Tokenizer, model: Model, rows: int | None, chat: bool, assistant_only_loss: bool
-) -> TokenizerReport:
+def examine_tokenizer(t: Tokenizer, model: Model, rows: int | None, chat: bool) -> TokenizerReport:
     """Look at the tokenizer of a run; problems name dotted keys.
 
     rows: of the base's embedding (config.json's vocab_size), None where that is not known. chat: the data are chats.
@@ -182,12 +193,12 @@ def examine_tokenizer(
             key = "tokenizer.name_or_path" if t.name_or_path else "model.name_or_path"
             text = f"{name} holds no tokenizer"
             report.problems.append(Problem(text, key, "tokenizer.name_or_path=FOLDER or Hub id", "tokenizer-files"))
-    _look_at_template(report, t, chat, assistant_only_loss)
+    _look_at_template(report, t, chat)
     _look_at_tokens(report, t, name, rows)
     return report
 
 
-def _look_at_template(report: TokenizerReport, t: Tokenizer, chat: bool, assistant_only_loss: bool) -> None:
+def _look_at_template(report: TokenizerReport, t: Tokenizer, chat: bool) -> None:
     text = report.files.template if report.files else None
     if t.chat_template:
         try:
@@ -207,32 +218,12 @@ def _look_at_template(report: TokenizerReport, t: Tokenizer, chat: bool, assista
             Problem(
                 f"the data are chats, and the tokenizer in {report.files.folder} has no chat template",
                 "tokenizer.chat_template",
-                "tokenizer=chatml adds one with its tokens; or tokenizer.chat_template=NAME (a template of TRL's, "
-                "e.g. llama3) or FILE.jinja",
+                advise_template(report.files.tokens),
                 "chat-template",
             )
         )
-    if (
-        text
-        and chat
-        and assistant_only_loss
-        and marks_answers(text) is False
-        and not uses_several_templates(report, t)
-    ):
-        report.problems.append(
-            Problem(
-                "assistant_only_loss needs a chat template with {% generation %} marks around the answers; this one "
-                "has none, and TRL has no marked twin of it",
-                "trainer.assistant_only_loss",
-                "tokenizer.chat_template=NAME_training (one of TRL's), or put the marks into a file of your own",
-                "generation-marks",
-            )
-        )
-
-
-def uses_several_templates(report: TokenizerReport, t: Tokenizer) -> bool:
-    """Several templates in one tokenizer: which of them is used is decided per row."""
-    return t.chat_template is None and bool(report.files and report.files.several_templates)
+    if text is not None:
+        report.writes_date = "strftime_now" in text
 
 
 def _look_at_tokens(report: TokenizerReport, t: Tokenizer, name: str, rows: int | None) -> None:

@@ -44,7 +44,9 @@ class Tokenizer(Strict):
     eos_token: str | None = None
     bos_token: str | None = None
     added_tokens: list[str] = Field(default_factory=list)
-    date: str | None = Field(default=None, pattern=r"^\d{4}-\d{2}-\d{2}$")  # what a template that writes today's writes
+    date: str | None = Field(
+        default=None, pattern=r"^\d{4}-\d{2}-\d{2}$"
+    )  # what a template that writes today's writes
 
 
 FormatName = Literal[
@@ -69,7 +71,9 @@ class DataSource(Strict):
     split: str = "train"
     format: FormatName = "auto"
     columns: dict[str, str] = Field(default_factory=dict)  # our column: the file's column
-    template: dict[str, str] = Field(default_factory=dict)  # our column: text with {their columns} in it (row_template)
+    template: dict[str, str] = Field(
+        default_factory=dict
+    )  # our column: text with {their columns} in it (row_template)
     roles: dict[str, str] = Field(default_factory=dict)  # their role: system, user, assistant or tool
     limit: int | None = Field(default=None, ge=1)
 
@@ -81,7 +85,7 @@ class MixedSource(DataSource):
 
 
 class Dataset(DataSource):
-    path: str | list[str] | None = None  # null where `mix` names the sets
+    path: str | list[str] | None = None  # type: ignore[assignment]  # null where `mix` names the sets
     mix: list[MixedSource] = Field(default_factory=list)
     mix_until: Literal["first_exhausted", "all_exhausted"] = "first_exhausted"  # of interleave_datasets, with weights
     eval_path: str | list[str] | None = None
@@ -212,6 +216,7 @@ class RunPlan(Strict):
     fsdp: dict[str, Any] | None
     trainer: dict[str, Any]
     launch: Launch
+    train_on: str | None = None  # which tokens are in the loss, as resolved; null where the rows were not here
     tracking: dict[str, Any]
     prompts: list[str]
     init_from: InitFrom | None = None  # peft.init_from: whose weights the adapter starts with
@@ -273,6 +278,7 @@ EXTENDABLE = {
     "trainer.project",
     "prompts",
     "tracking",
+    "dataset.report_samples",
 }
 MACHINE = {
     "runs_dir",
@@ -320,8 +326,18 @@ def leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
     return values
 
 
+# Keys that came after the first runs: at these values a run has the name that it had without them.
+ADDED_LATER = {
+    "dataset.mix_until": "first_exhausted",
+    "dataset.on_bad_row": "refuse",
+    "dataset.max_bad_rows": 0.01,
+    "dataset.on_long_row": "truncate",
+}
+
+
 def identity_hash(tree: dict[str, Any], global_batch_size: int) -> str:
     """8 hex digits over the identity keys of the resolved tree."""
     identity = {k: v for k, v in leaves(tree).items() if field_class(k) == "identity" and v not in (None, {}, [])}
+    identity = {k: v for k, v in identity.items() if ADDED_LATER.get(k) != v}
     identity["global_batch_size"] = global_batch_size
     return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:8]

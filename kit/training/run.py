@@ -70,6 +70,7 @@ def train(
     from kit.models.initial_adapter import load_initial_adapter
     from kit.models.load import check_added_tokens_train, load_peft_config, restore_adapter_dtype
     from kit.training import console
+    from kit.training.packing_proof import PackingProofCallback
     from kit.training.trainer import ModifiedTrainer
 
     run = plan.run_path
@@ -94,6 +95,7 @@ def train(
     if plan.init_from and not resume:  # a checkpoint knows more than what the run began with
         load_initial_adapter(trainer.model, plan.init_from)
     console.print_banner(plan, trainer, data, time.monotonic() - started)
+    trainer.add_callback(PackingProofCallback(trainer))
 
     checkpoint = str(verified_checkpoint(plan, resume)) if resume else None
     result = trainer.train(resume_from_checkpoint=checkpoint)

@@ -277,11 +277,11 @@ LIBRARIES: dict[str, tuple[Callable[[], Any], Callable[[Callable[[], Any]], None
     "tracker-missing": (lambda: trainer(report_to=["comet_ml"]), raises(RuntimeError, "comet")),
 }  # fmt: skip
 ELSEWHERE = {
-    "the kit's own words and files: no library reads them": """override group-choice run-file missing missing-key type
-        section owned path script count batch peft-none dataset-files dataset-rows dataset-unreadable dataset-columns
-        dataset-format dataset-template dataset-configuration dataset-split held-out environment-variable remote-code
-        hostfile hostfile-unread node-rank
-       quantized-random quantized-init-kwargs tracker-all tracker-online full-learning-rate eval-never""",
+    "the kit's own words and files: no library reads them": """override group-choice run-file data-word missing
+        missing-key type section owned path script count batch peft-none dataset-files dataset-rows dataset-unreadable
+        dataset-columns dataset-format dataset-template dataset-configuration dataset-split held-out
+        environment-variable remote-code hostfile hostfile-unread node-rank quantized-random quantized-init-kwargs
+        tracker-all tracker-online full-learning-rate eval-never""",
     "of the Hub: shown against a server of its own by tests/test_fetch.py": "hub offline model-folder",
     "shown beside the files by tests/test_cli_check.py": "model-files deepspeed-file",
     "shown beside the installed DeepSpeed by tests/config/test_deepspeed_file.py": "auto doubled literal",

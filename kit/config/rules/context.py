@@ -18,7 +18,8 @@ class RuleContext:
     plan: dict[str, Any]  # the resolved tree: model, dataset, peft, quantization, deepspeed, fsdp, trainer, launch
     report: Report
     base: Base
-    data_format: str | None  # messages | prompt_completion | text, None where the data is not here
+    row_kind: str | None  # messages | prompt_completion | text | tokenized, None where sets differ or are not here
+    chats: bool | None  # whether a chat template renders the rows, None where they are not here
     world_size: int
     zero_stage: int
     precision: str

@@ -19,9 +19,13 @@ LEARNED = {
 # MoE families that DeepSpeed's own list of leaf modules covers (runtime/zero/leaf_module_config.py).
 KNOWN_LEAVES = ("mixtral", "qwen2_moe", "qwen3_moe")
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-# Layers that carry a state along the row and take no sequence index: transformers 5.23, models/*/modeling_*.py.
+# Layers that carry a state along the row and take no sequence index, or with their own kernels alone: transformers
+# 5.23, models/*/modeling_*.py, and by trial in tests/training/test_packing_proof.py.
 RECURRENT = ("mamba", "mamba2", "falcon_mamba", "jamba", "rwkv", "recurrent_gemma", "falcon_h1", "lfm2", "lfm2_moe",
-             "nemotron_h", "qwen3_next", "qwen3_5", "qwen3_5_moe", "minimax", "zamba2", "olmo_hybrid")  # fmt: skip
+             "nemotron_h", "qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text", "minimax",
+             "zamba2", "olmo_hybrid", "bamba", "kimi_linear")  # fmt: skip
+# Masks made without positions, so for the whole row; flash attention takes the documents' lengths instead of a mask.
+MASKED_BY_ROW = ("afmoe", "biogpt", "bloom", "falcon", "gpt_oss", "granitemoehybrid", "mpt", "opt", "xglm")
 ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 
 
@@ -129,11 +133,14 @@ def packing_recurrent(run: RuleContext) -> Violations:
     if not (t.get("packing") or t.get("padding_free")):
         return
     if kind in RECURRENT:
-        problem = f"{kind} has layers with a running state, which goes on from one packed document into the next"
+        problem = f"{kind} has layers with a running state, which can go on from one packed document into the next"
+    elif kind in MASKED_BY_ROW and "flash" not in str(run.plan["model"]["attn_implementation"]):
+        problem = f"{kind} makes its attention mask without positions, so packed documents can see each other"
     elif run.plan["model"]["trust_remote_code"]:
-        problem = "the base brings code of its own: whether it keeps packed documents apart is not known"
+        problem = "the base brings code of its own, which may not keep packed documents apart"
     else:
         return
+    problem += ": the run tries it before the first step, and stops where they see each other"
     yield problem, "trainer.packing", "trainer.packing=false trainer.padding_free=false"
 
 

@@ -209,6 +209,9 @@ def stream_split(run: RuleContext) -> Violations:
         )
 
 
+ANSWERS = "trainer.assistant_only_loss"
+
+
 def grouping(run: RuleContext) -> Violations:
     kind = setting(run, "train_sampling_strategy")
     if kind == "random":
@@ -251,19 +254,29 @@ def padding_free(run: RuleContext) -> Violations:
 
 
 def loss_mask(run: RuleContext) -> Violations:
-    t = run.plan["trainer"]
-    if t.get("assistant_only_loss") and run.data_format not in (None, "messages"):
-        yield (
-            f"assistant_only_loss needs chat data, this is {run.data_format}",
-            "trainer.assistant_only_loss",
-            "trainer.assistant_only_loss=false",
-        )
-    if t.get("completion_only_loss") and run.data_format not in (None, "prompt_completion"):
-        yield (
-            f"completion_only_loss needs prompt and completion, this is {run.data_format}",
-            "trainer.completion_only_loss",
-            "trainer.completion_only_loss=null",
-        )
+    """Whether train_on and TRL's two settings say one thing, and one that the rows can have."""
+    t, train_on = run.plan["trainer"], run.plan["dataset"].get("train_on")
+    answers, completion = t.get("assistant_only_loss"), t.get("completion_only_loss")
+    key = "dataset.train_on"
+    if train_on is not None:
+        by_turns = train_on.endswith("_turns") or train_on == "last_turn"
+        if (answers and not by_turns) or (answers is False and by_turns and run.report.chosen(ANSWERS)):
+            yield f"train_on={train_on} and assistant_only_loss={answers} contradict each other", key, "leave one out"
+        if (completion and train_on != "completion") or (completion is False and train_on == "completion"):
+            text = f"train_on={train_on} and completion_only_loss={completion} contradict each other"
+            yield text, key, "leave one out"
+        if by_turns and run.chats is False:
+            yield f"train_on={train_on} needs chats, these rows are {run.row_kind or 'text'}", key, f"{key}=everything"
+        if train_on == "completion" and run.row_kind not in (None, "prompt_completion"):
+            fix = f"{key}=assistant_turns" if run.chats else f"{key}=everything"
+            yield f"train_on=completion needs prompt and completion, these rows are {run.row_kind}", key, fix
+        return
+    if answers and run.chats is False:
+        text = f"assistant_only_loss needs chats, these rows are {run.row_kind or 'text'}"
+        yield text, ANSWERS, f"{ANSWERS}=false"
+    if completion and run.row_kind not in (None, "prompt_completion"):
+        text = f"completion_only_loss needs prompt and completion, these rows are {run.row_kind}"
+        yield text, "trainer.completion_only_loss", "trainer.completion_only_loss=null"
 
 
 def neftune(run: RuleContext) -> Violations:
