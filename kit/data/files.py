@@ -349,7 +349,7 @@ def explain_line(line: bytes, error: Exception) -> tuple[Any, str | None]:
     if isinstance(error, UnicodeDecodeError):
         return None, f"not UTF-8 at byte {error.start} of the line{cut}"
     if isinstance(error, json.JSONDecodeError):
-        return None, f"not JSON: {error.msg} at column {error.pos + 1}{cut}"
+        return None, f"not JSON: {error.msg.removesuffix(' at')} at column {error.pos + 1}{cut}"
     return None, f"not JSON: {first_line(error).partition(';')[0]}{cut}"
 
 
@@ -509,7 +509,8 @@ class JsonText:
                 more = error.pos > len(self.text) - 100 or error.msg.startswith("Unterminated string")
                 if self.ended or not more:
                     self.move(error.pos)
-                    raise OSError(f"not JSON at byte {self.offset}: {error.msg}") from None
+                    reason = error.msg.removesuffix(" starting at")
+                    raise OSError(f"not JSON at byte {self.offset}: {reason}") from None
             except (ValueError, RecursionError) as error:
                 raise OSError(f"not JSON at byte {self.offset}: {first_line(error)}") from None
             if len(self.text) - self.at > MAX_ROW:

@@ -52,6 +52,7 @@ def make_files(folder: Path) -> Path:
     for name, each in rows.items():
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in each))
     (folder / "torn.jsonl").write_text('{"text": "on')
+    (folder / "wide.jsonl").write_bytes('{"text": "one"}\n'.encode("utf-16"))
     (folder / "latin.jsonl").write_bytes('{"text": "café"}\n'.encode("latin-1"))
     (folder / "bool.json").write_text('{"zero_optimization": true}')
     (folder / "empty.json").write_text("{}")
