@@ -349,7 +349,7 @@ def explain_line(line: bytes, error: Exception) -> tuple[Any, str | None]:
     if isinstance(error, UnicodeDecodeError):
         return None, f"not UTF-8 at byte {error.start} of the line{cut}"
     if isinstance(error, json.JSONDecodeError):
-        return None, f"not JSON: {error.msg} at column {error.pos + 1}{cut}"
+        return None, f"not JSON: {error.msg.removesuffix(' at')} at column {error.pos + 1}{cut}"
     return None, f"not JSON: {first_line(error).partition(';')[0]}{cut}"
 
 
@@ -449,11 +449,10 @@ def is_json_lines(file: Path) -> bool:
     """Whether a .json file holds an object to a line: the first or the second line is one, and there are two."""
     with open_bytes(file) as stream:
         skip_byte_order_mark(file, stream)
-        lines = (line for _, _, line in read_lines(stream, 0) if line.strip())
-        first = next(lines, b"").strip()
-        if not first.startswith(b"{"):
-            return False
-        second = next(lines, b"")
+        lines = (line for line in iter(partial(stream.readline, CHUNK), b"") if line.strip())
+        first, second = next(lines, b""), next(lines, b"")
+    if not first.lstrip().startswith(b"{") or not first.endswith(b"\n"):  # longer than CHUNK: a row or a list anyway
+        return False
     for line in (first, second) if second else ():
         try:
             if isinstance(json.loads(line), dict):
@@ -510,7 +509,8 @@ class JsonText:
                 more = error.pos > len(self.text) - 100 or error.msg.startswith("Unterminated string")
                 if self.ended or not more:
                     self.move(error.pos)
-                    raise OSError(f"not JSON at byte {self.offset}: {error.msg}") from None
+                    reason = error.msg.removesuffix(" starting at")
+                    raise OSError(f"not JSON at byte {self.offset}: {reason}") from None
             except (ValueError, RecursionError) as error:
                 raise OSError(f"not JSON at byte {self.offset}: {first_line(error)}") from None
             if len(self.text) - self.at > MAX_ROW:

@@ -62,13 +62,12 @@ def open_arrow(file: Any, pa: Any) -> tuple[Any, Iterator[Any]]:
 def plain_rows(batch: Any, plain: dict[str, Any]) -> Iterator[tuple[dict[str, Any] | None, str | None]]:
     """The rows of a record batch without their null columns, which are the keys that other rows have."""
     try:
+        batch.validate(full=True)  # what is damaged could end the process
         rows = batch.to_pylist()
     except (ValueError, OverflowError) as error:  # one text that is not UTF-8, one date that Python has not
         if batch.num_rows > 1:
             for i in range(batch.num_rows):
                 yield from plain_rows(batch.slice(i, 1), plain)
-        elif isinstance(error, UnicodeDecodeError):
-            yield None, f"not UTF-8 at byte {error.start} of a text"
         else:
             yield None, f"not readable: {first_line(error)}"
         return

@@ -25,11 +25,13 @@ def data_lines(plan: RunPlan, packed: bool) -> list[str]:
     assert d.path is not None  # a mix is refused
     other = d.eval_path or d.eval_split
     functions, shape = rename_columns(d)
-    lines = load_dataset_lines("rows" if d.test_size and not other else "train", d, d.path, d.split, shape, packed)
+    lines = load_dataset_lines(
+        "rows" if d.test_size and not other else "train", d, d.path or "", d.split, shape, packed
+    )
     names = ["train", "validation", "test"][: 1 + held_out_lines(d)]
     if other:
         lines += load_dataset_lines(
-            "validation", d, d.eval_path or d.path, d.split if d.eval_path else str(d.eval_split), shape, packed
+            "validation", d, d.eval_path or d.path or "", d.split if d.eval_path else str(d.eval_split), shape, packed
         )
     elif d.test_size:
         out = d.test_size + (d.validation_size or 0)

@@ -46,11 +46,13 @@ def make_files(folder: Path) -> Path:
     """What the lines name: data, DeepSpeed JSON and models, most of them broken."""
     rows = {
         "texts.jsonl": [{"text": "one"}, {"text": "two"}], "odd.jsonl": [{"question": "q", "answer": "a"}] * 4,
+        "strange.jsonl": [{"a": "q", "b": "a"}] * 4,
         "pairs.jsonl": [{"prompt": "p", "completion": "c"}] * 4, "empty.jsonl": [], "rows.xyz": [{"text": "x"}],
     }  # fmt: skip
     for name, each in rows.items():
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in each))
     (folder / "torn.jsonl").write_text('{"text": "on')
+    (folder / "wide.jsonl").write_bytes('{"text": "one"}\n'.encode("utf-16"))
     (folder / "latin.jsonl").write_bytes('{"text": "café"}\n'.encode("latin-1"))
     (folder / "bool.json").write_text('{"zero_optimization": true}')
     (folder / "empty.json").write_text("{}")
