@@ -20,7 +20,20 @@ HEAVY = (
     "torch transformers trl peft accelerate deepspeed datasets bitsandbytes numpy pandas pyarrow safetensors".split()
 )
 RECIPES = sorted(f.stem for f in (ROOT / "recipes").glob("*.yaml"))
-VERBS = ["train", "check", "resume", "merge", "generate", "eval", "fetch", "convert", "watch", "doctor", "list"]
+VERBS = [
+    "train",
+    "check",
+    "data",
+    "resume",
+    "merge",
+    "generate",
+    "eval",
+    "fetch",
+    "convert",
+    "watch",
+    "doctor",
+    "list",
+]
 VERBS += ["show", "why", "diff", "eject", "import", "launch-node", "compose"]
 
 # Several command lines in one fresh process; the last line it prints: how each ended, and what had been imported then.

@@ -40,14 +40,17 @@ class DataFormats:
         return next(iter(self.kinds)) if len(self.kinds) == 1 else None
 
 
-def inspect_inputs(sections: Sections, report: Report, here: bool) -> Inputs:
-    """Inspect what is on this machine. `here`: the run is about to start on it, so that everything must be."""
+def inspect_inputs(sections: Sections, report: Report, here: bool, bad_rows: bool = True) -> Inputs:
+    """Inspect what is on this machine. `here`: the run is about to start on it, so that everything must be.
+
+    bad_rows: those among the first rows are problems.
+    """
     run = sections.run
     base, problems = inspect_model(run.model, here)
     report.add(problems, "model.name_or_path")
     report.add(check_tokenizer_cached(run.tokenizer, here))
     data, problems = inspect_data(run.dataset, here)
-    report.add(problems)
+    report.add(p for p in problems if bad_rows or p.rule != "bad-rows")
     report.notes += base.notes
     return Inputs(base, data)
 

@@ -323,22 +323,26 @@ def find_snapshot_files(source: DataSource, repo: str, split: str, streaming: bo
 
 def _records(shards: Sequence[Any], read: Any, number: int) -> Iterator[dict[str, Any]]:
     """Each row as a record with COLUMNS; a shard is a file, so that a stream can be read by several processes."""
-    for raw in read(shards):
-        text = "" if raw.row is None else json.dumps(raw.row, ensure_ascii=False, default=str)
-        try:
-            digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-        except UnicodeEncodeError:  # half of a surrogate pair: Arrow takes it only as an escape
-            text = json.dumps(raw.row, default=str)
-            digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-        yield {
-            "source": number,
-            "file": raw.file,
-            "number": raw.number,
-            "offset": -1 if raw.offset is None else raw.offset,
-            "row": text,
-            "problem": raw.problem or "",
-            "hash": int.from_bytes(digest, "little", signed=True),
-        }
+    return (make_record(raw, number) for raw in read(shards))
+
+
+def make_record(raw: RawRow, number: int) -> dict[str, Any]:
+    """A raw row with COLUMNS; `number`: that of its source."""
+    text = "" if raw.row is None else json.dumps(raw.row, ensure_ascii=False, default=str)
+    try:
+        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    except UnicodeEncodeError:  # half of a surrogate pair: Arrow takes it only as an escape
+        text = json.dumps(raw.row, default=str)
+        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return {
+        "source": number,
+        "file": raw.file,
+        "number": raw.number,
+        "offset": -1 if raw.offset is None else raw.offset,
+        "row": text,
+        "problem": raw.problem or "",
+        "hash": int.from_bytes(digest, "little", signed=True),
+    }
 
 
 def write_records(records: Iterator[dict[str, Any]], folder: Path) -> Path:
