@@ -48,7 +48,6 @@ def data(
     from kit.config.compose import compose as compose_tree
     from kit.config.plan import build_plan, read_dataset
     from kit.data import preview
-    from kit.data.load import MAX_STREAMED_ROWS
 
     composed = compose_tree(list(args), config_dir)
     plan = tokenizer = None
@@ -63,10 +62,9 @@ def data(
         tokenizer, missing = open_tokenizer(plan)
         notes += [missing] if missing else []
     if dataset.streaming:
-        limit = min(dataset.limit or MAX_STREAMED_ROWS, MAX_STREAMED_ROWS)
-        dataset = dataset.model_copy(update={"streaming": False, "limit": limit})
+        dataset = preview.first_of_stream(dataset)
         plan = plan and plan.model_copy(update={"dataset": dataset})
-        notes.append(f"of a stream at most {limit:,} rows are looked at")
+        notes.append(f"of a stream at most {dataset.limit:,} rows are looked at")
     if row is not None:
         found, refused = preview.preview_row(dataset, plan if tokenizer else None, tokenizer, row, file)
         return shown | {"row": found, "notes": notes, "problems": [], "refused": refused}
@@ -85,7 +83,7 @@ def data(
 
 
 def open_tokenizer(plan: RunPlan) -> tuple[Any, str]:
-    """(the plan's tokenizer, "") where it is on this machine; (None, why not) where it or the training stack is not."""
+    """(the plan's tokenizer, "") where it is here; (None, why not) where it or the training stack is not."""
     from kit.system.terminal import silence_libraries
 
     try:

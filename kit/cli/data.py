@@ -111,28 +111,24 @@ def describe_split(name: str, part: dict[str, Any], train_on: str | None) -> lis
         lines.append(("", f"{part['in_train']:,} are also among the training rows"))
     if "lengths" not in part or not part["kept"]:
         return lines
-    found, text = part["lengths"], part["text"]
+    found, on = part["lengths"], (train_on or "").replace("_", " ")
     lines += [
-        (
-            "tokens",
-            f"{part['tokens']:,}, {percent(part['trained_share'])} of them trained (loss on {(train_on or '').replace('_', ' ')})",
-        ),
+        ("tokens", f"{part['tokens']:,}, {percent(part['trained_share'])} of them trained (loss on {on})"),
         ("lengths", f"median {found['median']:,}, p90 {found['p90']:,}, p99 {found['p99']:,}, max {found['max']:,}"),
     ]
     lines += [("", f"{count:,} rows: {note}") for note, count in part["notes"].items()]
     if part["no_end"]:
         lines.append(("", f"{part['no_end']:,} rows have no end token in the loss: the model may not learn to stop"))
-    packed = "" if part["packed_pad_share"] is None else f", {percent(part['packed_pad_share'])} packed by best fit"
-    lines.append(("padding", f"{percent(part['pad_share'])} of the batches{packed}"))
-    for width, letters in (("narrow", ""), ("wide", "Chinese, Japanese and the like: ")):
-        if figures := text.get(width):
-            lines.append(
-                (
-                    "text",
-                    f"{letters}{figures['tokens_per_byte']:.3g} tokens per byte, {figures['tokens_per_character']:.3g} "
-                    f"per character (the template's tokens included), {figures['rows']:,} rows",
-                )
-            )
+    padding = f"{percent(part['pad_share'])} of batches of {part['batch_rows']}"
+    if part["packed_pad_share"] is not None:
+        did = "packed, as they are" if "packed" in part else "if packed by best fit"
+        padding += f"; {percent(part['packed_pad_share'])} {did}"
+    lines.append(("padding", padding))
+    for width, letters in (("narrow", ""), ("wide", " with Chinese, Japanese or the like")):
+        if figures := part["text"].get(width):
+            per_byte, per_character = figures["tokens_per_byte"], figures["tokens_per_character"]
+            line = f"{per_byte:.3g} tokens per byte, {per_character:.3g} per character in {figures['rows']:,} rows"
+            lines.append(("text", f"{line}{letters}, the template's tokens included"))
     return lines
 
 
@@ -192,19 +188,19 @@ def legend(console: Console) -> Text:
 
 def paint(console: Console, pieces: list[tuple[str, bool]], limit: int | None) -> Text:
     """The pieces of a rendered row, those in the loss coloured, or between « and » where there are no colours."""
-    painted, left = Text(), limit
+    painted = Text()
+    length = sum(len(text) for text, _ in pieces)
+    left = length if limit is None else limit
     for text, trained in pieces:
-        if left is not None and left <= 0:
-            break
-        part = visible(text if left is None else text[:left])
-        left = None if left is None else left - len(text)
+        part = visible(text[: max(0, left)])
+        left -= len(text)
+        if not part:
+            continue
         if in_colours(console):
             painted.append(part, TRAINED if trained else "")
         else:
             painted.append(f"«{part}»" if trained else part)
-    if left is not None and left < 0 or painted and limit and sum(len(t) for t, _ in pieces) > limit:
-        painted.append(f" ... {sum(len(t) for t, _ in pieces) - limit:,} characters more")
-    return painted
+    return painted if left >= 0 else painted.append(f" ... {-left:,} characters more")
 
 
 def visible(text: str) -> str:

@@ -60,7 +60,7 @@ def build_plan(
 
 
 def read_dataset(composed: Composed) -> Dataset:
-    """The data of a composed run in which no model need be named; KitError with all that is wrong with that section."""
+    """The data of a composed run that need not name a model; KitError with all that is wrong with that section."""
     report = Report(composed.provenance)
     tree = {"model": {"name_or_path": "any"}, "dataset": composed.tree.get("dataset")}
     if run := read_own_sections(tree, report):

@@ -185,9 +185,9 @@ def tokenizer_digest(tokenizer: Any) -> str:
 def build(
     plan: RunPlan, tokenizer: Any, training: Sequence[load.OpenSource], held_out: Any, folder: Path
 ) -> dict[str, Any]:
-    """Prepare every split into `folder` and write its report, where `refused` are rows that the plan does not let pass.
+    """Prepare every split into `folder` and write its report; `refused` there are the problems of rows.
 
-    Of refused rows no tokens are kept.
+    No tokens are kept of data that is refused.
     """
     import numpy
 

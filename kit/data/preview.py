@@ -26,7 +26,11 @@ GROUPED = 50  # batches within which group_by_length sorts: transformers' Length
 def preview_raw(d: Dataset, folder: Path) -> dict[str, Any]:
     """Format, counts and bad rows of data without a model; the bad rows are written into `folder`."""
     training, held_out = load.open_sources(d)
-    shown = {"sources": describe_sources([*training, *([held_out] if held_out else [])]), "splits": {}, "notes": []}
+    shown: dict[str, Any] = {
+        "sources": describe_sources([*training, *([held_out] if held_out else [])]),
+        "splits": {},
+        "notes": [],
+    }
     seen: dict[int, str] = {}
     problems: list[Problem] = []
     for name, opened in (("train", training), ("validation", [held_out] if held_out else [])):
@@ -37,6 +41,12 @@ def preview_raw(d: Dataset, folder: Path) -> dict[str, Any]:
     if d.test_size and not held_out:
         shown["notes"].append("what is held out of them (dataset.test_size) is counted with a model")
     return shown | {"problems": problems}
+
+
+def first_of_stream(d: Dataset) -> Dataset:
+    """The first rows of a stream as a data set of its own."""
+    limit = min(d.limit or load.MAX_STREAMED_ROWS, load.MAX_STREAMED_ROWS)
+    return d.model_copy(update={"streaming": False, "limit": limit})
 
 
 def judge_rows(opened: Sequence[load.OpenSource], bad_rows: Path, name: str, seen: dict[int, str]) -> dict[str, Any]:
@@ -145,6 +155,7 @@ def count_tokens(plan: RunPlan, name: str, part: dict[str, Any]) -> dict[str, An
         **{key: part[key] for key in ("rows", "tokens", "trained", "no_end", "notes", "packed") if key in part},
         "trained_share": share(part["trained"], part["tokens"]),
         "lengths": {key: found.get(at, 0) for key, at in zip(("median", "p90", "p99", "max"), found, strict=False)},
+        "batch_rows": batch,
         "pad_share": pad_share(lengths, batch, plan.trainer["seed"], grouped),
         "packed_pad_share": packed_pad_share(lengths, plan.trainer.get("max_length", 1024), part.get("packed")),
         "text": text,
@@ -220,7 +231,7 @@ def preview_row(
 
 
 def find_record(opened: Sequence[load.OpenSource], number: int, file: str | None) -> tuple[Any, load.OpenSource]:
-    """The record of row `number`, as bad rows are numbered; KitError where it is not there or several files have one."""
+    """The record of row `number`, as bad rows are numbered; KitError where it is not there, or in several files."""
     places = [(one, shard) for one in opened for shard in one.shards]
     names = [str(shard[0] if isinstance(shard, tuple) else shard) for _, shard in places]
     wanted = [
@@ -274,7 +285,7 @@ def bad_file(out: Path) -> Path:
 
 
 def write_clean(d: Dataset, folder: Path, out: Path) -> dict[str, Any]:
-    """The training rows that are kept, as they stand in their files, to `out`, and the bad ones with reasons beside it."""
+    """Write the training rows that are kept, as they stand in their files, and beside them the bad ones."""
     reasons: dict[tuple[str, int], dict[str, Any]] = {}
     for file in folder.glob(f"*-{prepare.BAD_ROWS}"):
         with open(file, encoding="utf-8") as f:
