@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kit.errors import ENVIRONMENT, KitError, Problem
-from kit.schema.run_plan import DataSource, RunPlan, field_class, leaves, load_plan
+from kit.schema.run_plan import Dataset, DataSource, RunPlan, field_class, leaves, load_plan
 from kit.storage import run_directory
 from kit.system.dependencies import require_training_extras
 
@@ -45,20 +45,14 @@ def data(
     `row`, of `file` where there are several: that row alone. `fix_out`: where the rows that are kept are written.
     `refused` says whether the plan lets the bad rows pass. KitError where the data cannot be read at all.
     """
-    from kit.config.compose import compose as compose_tree
-    from kit.config.plan import build_plan, read_dataset
     from kit.data import preview
 
-    composed = compose_tree(list(args), config_dir)
-    plan = tokenizer = None
+    plan, dataset = data_plan(*args, config_dir=config_dir)
+    tokenizer = None
     shown: dict[str, Any] = {"model": None}
     notes: list[str] = []
-    if (composed.tree.get("model") or {}).get("name_or_path") in (None, "???"):
-        dataset = read_dataset(composed)
-    else:
-        plan = build_plan(composed, here=False, bad_rows=False)
-        dataset = plan.dataset
-        shown |= {"model": plan.model.name_or_path, "train_on": plan.train_on}
+    if plan:
+        shown = {"model": plan.model.name_or_path, "train_on": plan.train_on}
         tokenizer, missing = open_tokenizer(plan)
         notes += [missing] if missing else []
     if dataset.streaming:
@@ -82,6 +76,18 @@ def data(
     return shown | found | {"notes": notes + found["notes"], "problems": problems, "refused": bool(problems)}
 
 
+def data_plan(*args: str, config_dir: str | None = None) -> tuple[RunPlan | None, Dataset]:
+    """The plan of a run, whatever its rows are, or None where no model is named; and its data."""
+    from kit.config.compose import compose as compose_tree
+    from kit.config.plan import build_plan, read_dataset
+
+    composed = compose_tree(list(args), config_dir)
+    if (composed.tree.get("model") or {}).get("name_or_path") in (None, "???"):
+        return None, read_dataset(composed)
+    plan = build_plan(composed, here=False, bad_rows=False)
+    return plan, plan.dataset
+
+
 def open_tokenizer(plan: RunPlan) -> tuple[Any, str]:
     """(the plan's tokenizer, "") where it is here; (None, why not) where it or the training stack is not."""
     from kit.system.terminal import silence_libraries
@@ -93,10 +99,13 @@ def open_tokenizer(plan: RunPlan) -> tuple[Any, str]:
         return load_tokenizer(plan), ""
     except KitError as error:
         problem = error.problems[0]
-        if error.code != ENVIRONMENT and problem.where != "tokenizer.name_or_path":
+        name = plan.tokenizer.name_or_path or plan.model.name_or_path
+        if error.code == ENVIRONMENT:
+            return None, f"rows are not rendered: {problem.problem}; {problem.fix}"
+        if problem.where != "tokenizer.name_or_path":
             raise
-        fix = problem.fix or f"kit fetch model.name_or_path={plan.model.name_or_path}"
-        return None, f"rows are not rendered: {problem.problem}; {fix}"
+        fix = "" if Path(name).is_absolute() else f"; kit fetch model.name_or_path={name} brings it"
+        return None, f"rows are not rendered: the tokenizer of {name} is not here{fix}"
 
 
 def train(

@@ -34,6 +34,8 @@ def data_verb(argv: list[str]) -> int:
     parser.add_argument("--overwrite", action="store_true", help="--fix-out may replace what it wrote before")
     parser.add_argument("--json", action="store_true", help="everything as JSON")
     a = parser.parse_intermixed_args(argv)
+    if a.row is not None and a.row < 1:
+        raise KitError(f"there is no row {a.row}", "--row", "rows are counted from 1")
     from kit import api
 
     options = {"row": a.row, "file": a.file, "fix_out": a.fix_out, "overwrite": a.overwrite}
@@ -59,29 +61,29 @@ def data_verb(argv: list[str]) -> int:
 def print_data(shown: dict[str, Any]) -> None:
     console = make_console()
     for source in shown["sources"]:
-        console.print(f"data      {describe_source(source)}")
+        console.print(f"data       {describe_source(source)}")
         for raw in source["raw"]:
             console.print(f"  row {raw['row']}  ", end="")
             console.print(Text(shorten(json.dumps(raw["data"], ensure_ascii=False, default=str), 300)))
     for name, part in shown["splits"].items():
         console.print()
         for label, line in describe_split(name, part, shown.get("train_on")):
-            console.print(Text(f"{label:<10}{line}"))
+            console.print(Text(f"{label:<11}{line}"))
         print_bad_rows(console, part)
-    if epoch := shown.get("epoch"):
-        console.print(f"\nepoch     {epoch['rows']:,} rows in {epoch['steps']:,} steps, {epoch['tokens']:,} tokens, "
+    if (epoch := shown.get("epoch")) and epoch["rows"]:
+        console.print(f"\nepoch      {epoch['rows']:,} rows in {epoch['steps']:,} steps, {epoch['tokens']:,} tokens, "
                       f"{epoch['trained_tokens']:,} of them trained")  # fmt: skip
     for sample in shown.get("samples", ()):
-        console.print(f"\nsample    {here(sample['file'])} row {sample['row']}   {legend(console)}")
+        console.print(f"\nsample     {here(sample['file'])} row {sample['row']}   {legend(console)}")
         console.print(paint(console, sample["pieces"], SHOWN))
     console.print()
     for note in shown["notes"]:
-        console.print(Text(f"note      {note}"))
+        console.print(Text(f"note       {note}"))
     if written := shown.get("fix_out"):
         for key, what in written.items():
-            console.print(Text(f"written   {here(what['file'])}: {what['rows']:,} rows {key}"))
+            console.print(Text(f"written    {here(what['file'])}: {what['rows']:,} rows {key}"))
     if cache := shown.get("cache"):
-        console.print(Text(f"prepared  {cache['folder']}" + ("" if not shown["problems"] else " (the report alone)")))
+        console.print(Text(f"prepared   {cache['folder']}" + ("" if not shown["problems"] else " (the report alone)")))
     if shown["model"] is None:
         console.print("with model=NAME: rendered rows, tokens, lengths, what is cut and trained (kit list model)")
     problems = [Problem(**p) for p in shown["problems"]]
@@ -104,11 +106,11 @@ def describe_source(source: dict[str, Any]) -> str:
 def describe_split(name: str, part: dict[str, Any], train_on: str | None) -> list[tuple[str, str]]:
     """(label, line) of all that was counted of one split."""
     dropped = part["read"] - part["kept"]
-    lines = [(name, f"{part['kept']:,} rows kept + {dropped:,} bad = {part['read']:,} read")]
+    lines = [(name, f"{part['kept']:,} rows kept + {dropped:,} left out = {part['read']:,} read")]
     if part["duplicates"]:
-        lines.append(("", f"{part['duplicates']:,} are exact duplicates of an earlier one"))
+        lines.append(("", f"exact duplicates of an earlier row: {part['duplicates']:,}"))
     if part.get("in_train"):
-        lines.append(("", f"{part['in_train']:,} are also among the training rows"))
+        lines.append(("", f"also among the training rows: {part['in_train']:,}"))
     if "lengths" not in part or not part["kept"]:
         return lines
     found, on = part["lengths"], (train_on or "").replace("_", " ")
@@ -138,11 +140,11 @@ def print_bad_rows(console: Console, part: dict[str, Any]) -> None:
 
     for reason, count in part["dropped"].items():
         rows = [row for row in part["bad"] if reason_of({"problem": row["reason"]}) == reason]
-        console.print(Text(f"bad       {count:,}: {rows[0]['reason'] if rows else reason}"))
+        console.print(Text(f"{rows[0]['kind']:<11}{count:,}: {rows[0]['reason']}"))
         for row in rows:
             offset = "" if row["offset"] is None else f" (byte {row['offset']:,})"
             differs = "" if row["reason"] == rows[0]["reason"] else f": {row['reason']}"
-            console.print(Text(f"          {here(row['file'])} row {row['row']}{offset}{differs}"))
+            console.print(Text(f"           {here(row['file'])} row {row['row']}{offset}{differs}"))
 
 
 # ---- one row ----
@@ -157,17 +159,17 @@ def print_row(row: dict[str, Any], notes: list[str]) -> None:
             console.print(f"\n{title}")
             console.print(Text(visible(json.dumps(row[title], ensure_ascii=False, indent=1, default=str))))
     if "pieces" in row:
-        console.print(f"\nrendered  {legend(console)}")
+        console.print(f"\nrendered   {legend(console)}")
         console.print(paint(console, row["pieces"], None))
         trained = sum(token["trained"] for token in row["tokens"])
-        console.print(f"\ntokens    {len(row['tokens']):,}, {trained:,} of them trained ({row['train_on']})")
+        console.print(f"\ntokens     {len(row['tokens']):,}, {trained:,} of them trained ({row['train_on']})")
         for n, token in enumerate(row["tokens"]):
             mark = "trained" if token["trained"] else ""
             console.print(Text(f"{n:>6} {token['id']:>8}  {json.dumps(token['text'], ensure_ascii=False):<24} {mark}"))
     for note in [*row.get("notes", ()), *notes]:
-        console.print(Text(f"note      {note}"))
+        console.print(Text(f"note       {note}"))
     if row["problem"]:
-        console.print(Text(f"\nbad       {row['problem']}"))
+        console.print(Text(f"\nbad        {row['problem']}"))
 
 
 # ---- text ----

@@ -71,8 +71,8 @@ def inspect_data(dataset: Dataset, here: bool) -> tuple[DataFormats, list[Proble
             if found:
                 data.formats.setdefault(key, found)
                 data.kinds.add(row_kind(found, source.template))
-            if rows:
-                data.chats = bool(data.chats) or any(is_chat(row.row) for row in rows if row.row)
+            if good := [row.row for row in rows if row.row]:
+                data.chats = bool(data.chats) or any(map(is_chat, good))
         except KitError as error:
             ours = {"": key, "dataset.path": key, "dataset.split": split_key(key, dataset)}
             of_key = [Problem(p.problem, ours.get(p.where, p.where), p.fix, p.rule) for p in error.problems]

@@ -215,12 +215,24 @@ def open_source(source: DataSource, key: str, streaming: bool) -> OpenSource:
         raise KitError("a part of a split cannot be streamed", "dataset.split", f"dataset.split={base}")
     try:
         read, shards, files = find_rows(source, source.path, base, streaming)
-        sample = [r.row for r in islice(read(shards), SAMPLED_ROWS) if r.row is not None]
+        first = list(islice(read(shards), SAMPLED_ROWS))
+        sample = [r.row for r in first if r.row is not None]
+        if not sample:
+            raise _refuse_unreadable(first, files)
         form = detect_format(sample, source)
     except KitError as error:
         moved = [replace(p, where=key) if p.where == "dataset.path" else p for p in error.problems]
         raise KitError(moved, code=error.code) from error
     return OpenSource(source.model_copy(update={"format": form}), key, read, shards, files)
+
+
+def _refuse_unreadable(first: Sequence[RawRow], files: Sequence[Path]) -> KitError:
+    named = f"{files[0]} and what follows" if len(files) > 1 else f"{files[0]}" if files else "the data set"
+    problem, fix = f"{named} holds no rows", "give a file with at least one row"
+    if first:
+        problem = f"none of the first {len(first)} rows can be read; {first[0].file} row 1: {first[0].problem}"
+        fix = "check that it is what its name says"
+    return KitError(problem, "dataset.path", fix, rule="dataset-rows")
 
 
 def read_source(opened: OpenSource, folder: Path, number: int, streaming: bool) -> Any:
@@ -276,7 +288,9 @@ def find_rows(source: DataSource, path: str | list[str], split: str, streaming: 
         rows = load_dataset(path, source.name, revision=source.revision, split=split, streaming=streaming)
     except Exception as error:  # datasets raises many kinds; every one of them means unreadable data
         problem = f"{path} cannot be read: {first_line(error.__cause__ or error)}"
-        raise KitError(problem, "dataset.path") from error
+        raise KitError(
+            problem, "dataset.path", "check the id; kit fetch brings it where there is a network"
+        ) from error
     files = [] if streaming else [Path(file["filename"]) for file in rows.cache_files]
     return _read_loaded, [(path, rows)], files
 

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from kit.errors import KitError, Problem
 
+LINE_SECONDS = 10  # between lines of progress, where there is no terminal
+
 
 def print_status(line: str) -> None:
     """A line for the user, on standard error. A terminal that is gone must not cost a run its checkpoint."""
@@ -54,7 +56,7 @@ def show_progress(label: str, unit: str, total: int, count: Callable[[], int]) -
     drawn = sys.stderr.isatty()
 
     def watch() -> None:
-        while not ended.wait(1 if drawn else 10):
+        while not ended.wait(1 if drawn else LINE_SECONDS):
             done = min(count(), total)
             speed = done / (time.monotonic() - started)
             bar = f"[{'#' * (24 * done // max(1, total)):<24}] " if drawn else ""
