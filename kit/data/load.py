@@ -21,6 +21,7 @@ from kit.inspection import hub_dataset
 from kit.schema.run_plan import Dataset, DataSource, RunPlan
 from kit.storage import hub_cache
 from kit.storage.run_directory import PLAN
+from kit.system.terminal import show_progress
 
 SAMPLED_ROWS = 200  # looked at to tell a format
 MAX_STREAMED_ROWS = 10_000  # of a stream, where only some rows are wanted
@@ -89,6 +90,12 @@ def open_sources(d: Dataset) -> tuple[list[OpenSource], OpenSource | None]:
     update |= {"limit": None, "format": d.format if not d.mix else "auto"}
     source = DataSource(**{k: v for k, v in d.model_dump().items() if k in DataSource.model_fields} | update)
     return training, open_source(source, "dataset.eval_path" if d.eval_path else "dataset.eval_split", d.streaming)
+
+
+def open_all(d: Dataset) -> list[OpenSource]:
+    """All sets that a run reads, the held-out one last."""
+    training, held_out = open_sources(d)
+    return [*training, held_out] if held_out else training
 
 
 def training_sources(d: Dataset) -> list[tuple[DataSource, str]]:
@@ -367,9 +374,15 @@ def write_records(records: Iterator[dict[str, Any]], folder: Path) -> Path:
     schema = pyarrow.schema([(name, types.get(name, pyarrow.int64())) for name in COLUMNS])
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "rows.arrow"
-    with pyarrow.OSFile(str(file), "wb") as sink, pyarrow.ipc.new_stream(sink, schema) as writer:
+    batches = 0
+    with (
+        show_progress("reading", "rows", None, lambda: batches * BATCH),
+        pyarrow.OSFile(str(file), "wb") as sink,
+        pyarrow.ipc.new_stream(sink, schema) as writer,
+    ):
         while batch := list(islice(records, BATCH)):
             writer.write_batch(pyarrow.RecordBatch.from_pylist(batch, schema))
+            batches += 1
     return file
 
 

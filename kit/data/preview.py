@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 import json
 import os
 import random
@@ -17,6 +18,7 @@ from kit.data.turns import EmptyAnswer, RowProblem, map_role
 from kit.errors import KitError, Problem
 from kit.schema.run_plan import Dataset, RunPlan
 from kit.storage.json_files import read_json, read_json_or_empty
+from kit.system.terminal import show_progress
 
 RAW_ROWS = 3  # shown as they stand in the file
 SIMULATED = 50_000  # rows that stand for all of a split, where batches and packing are tried out
@@ -26,18 +28,14 @@ GROUPED = 50  # batches within which group_by_length sorts: transformers' Length
 def preview_raw(d: Dataset, folder: Path) -> dict[str, Any]:
     """Format, counts and bad rows of data without a model; the bad rows are written into `folder`."""
     training, held_out = load.open_sources(d)
-    shown: dict[str, Any] = {
-        "sources": describe_sources([*training, *([held_out] if held_out else [])]),
-        "splits": {},
-        "notes": [],
-    }
+    parts = {"train": training} | ({"validation": [held_out]} if held_out else {})
+    shown: dict[str, Any] = {"sources": describe_sources(sum(parts.values(), [])), "splits": {}, "notes": []}
     seen: dict[int, str] = {}
     problems: list[Problem] = []
-    for name, opened in (("train", training), ("validation", [held_out] if held_out else [])):
-        if opened:
-            part = judge_rows(opened, folder / f"{name}-{prepare.BAD_ROWS}", name, seen)
-            problems += prepare.refuse_rows(d, name, part)
-            shown["splits"][name] = count_rows(part)
+    for name, opened in parts.items():
+        part = judge_rows(opened, folder / f"{name}-{prepare.BAD_ROWS}", name, seen)
+        problems += prepare.refuse_rows(d, name, part)
+        shown["splits"][name] = count_rows(part)
     if d.test_size and not held_out:
         shown["notes"].append("what is held out of them (dataset.test_size) is counted with a model")
     return shown | {"problems": problems}
@@ -53,7 +51,8 @@ def judge_rows(opened: Sequence[load.OpenSource], bad_rows: Path, name: str, see
     """Convert each row of one split and count what became of it; `seen`: the split in which a row was met first."""
     tally, sources = prepare.Tally(), [o.source for o in opened]
     duplicates: Counter[str] = Counter()
-    with open(bad_rows, "w", encoding="utf-8") as out:
+    progress = show_progress(name, "rows", None, lambda: tally.figures["read"])
+    with progress, open(bad_rows, "w", encoding="utf-8") as out:
         for record in iterate_records(opened):
             bad = []
             try:
@@ -79,13 +78,13 @@ def iterate_records(opened: Sequence[load.OpenSource]) -> Iterator[dict[str, Any
 
 def preview_tokens(plan: RunPlan, tokenizer: Any, samples: int) -> tuple[dict[str, Any], Path]:
     """The same with a model's tokens, from the rows that a run prepares and finds ready then; and their folder."""
-    training, held_out = load.open_sources(plan.dataset)
     folder = prepare.prepare_or_report(plan, tokenizer)
     report = read_json(folder / prepare.REPORT)
-    shown = {"sources": describe_sources([*training, *([held_out] if held_out else [])]), "notes": report["notes"]}
+    shown = {"sources": describe_sources(load.open_all(plan.dataset)), "notes": report["notes"]}
     shown["splits"] = {n: count_rows(part) | count_tokens(plan, n, part) for n, part in report["splits"].items()}
     stored = read_json_or_empty(folder / prepare.SAMPLES).get("samples", [])
     if len(stored) < samples:
+        training, _ = load.open_sources(plan.dataset)
         first = [r for n in range(len(training)) for r in islice(iterate_records([training[n]]), load.SAMPLED_ROWS)]
         preparation = prepare.make_preparation(plan, tokenizer, [o.source for o in training])
         stored = prepare.sample_rows(first, preparation, samples)
@@ -105,21 +104,19 @@ def describe_sources(opened: Sequence[load.OpenSource]) -> list[dict[str, Any]]:
     for one in opened:
         first = list(islice(one.read(one.shards), load.SAMPLED_ROWS))
         roles: dict[str, str] = {}
-        for turn in (
-            t for raw in first for value in (raw.row or {}).values() if isinstance(value, list) for t in value
-        ):
+        lists = [value for raw in first for value in (raw.row or {}).values() if isinstance(value, list)]
+        for turn in itertools.chain(*lists):
             role = (turn.get("role") or turn.get("from")) if isinstance(turn, dict) else None
             try:
                 roles |= {role: map_role(role, one.source)} if isinstance(role, str) else {}
             except RowProblem:  # said of the row
                 continue
         source = one.source.model_dump(include={"path", "split", "format", "columns", "template"})
-        raw = [
-            {"file": r.file, "row": r.number, "offset": r.offset, "data": r.row} for r in first if r.row is not None
-        ]
+        good = [r for r in first if r.row is not None][:RAW_ROWS]
+        raw = [{"file": r.file, "row": r.number, "offset": r.offset, "data": r.row} for r in good]
         mapped = {theirs: ours for theirs, ours in roles.items() if theirs != ours}
         files = [str(f) for f in one.files]
-        described.append({"key": one.key, **source, "roles": mapped, "files": files, "raw": raw[:RAW_ROWS]})
+        described.append({"key": one.key, **source, "roles": mapped, "files": files, "raw": raw})
     return described
 
 
@@ -190,8 +187,7 @@ def packed_pad_share(lengths: dict[int, int], limit: int | None, packed: int | N
     if packed:
         return share(packed * limit - sum(n * c for n, c in lengths.items()), packed * limit)
     rooms: list[int] = []  # what is left in each row, in order
-    documents = spread_lengths(lengths)
-    for length in reversed(documents):
+    for length in reversed(spread_lengths(lengths)):
         at = bisect.bisect_left(rooms, length)
         room = rooms.pop(at) if at < len(rooms) else limit
         bisect.insort(rooms, room - length)
@@ -205,12 +201,9 @@ def preview_row(
     d: Dataset, plan: RunPlan | None, tokenizer: Any, number: int, file: str | None
 ) -> tuple[dict[str, Any], bool]:
     """One row end to end: raw, canonical, rendered, token by token; and whether the plan refuses it."""
-    training, held_out = load.open_sources(d)
-    opened = [*training, *([held_out] if held_out else [])]
-    record, one = find_record(opened, number, file)
-    shown: dict[str, Any] = {
-        k: v for k, v in name_bad_row(record | {"kind": None}).items() if k in ("file", "row", "offset")
-    }
+    record, one = find_record(load.open_all(d), number, file)
+    place = name_bad_row(record | {"kind": None})
+    shown: dict[str, Any] = {key: place[key] for key in ("file", "row", "offset")}
     shown |= {"format": one.source.format, "problem": None, "raw": json.loads(record["row"] or "null")}
     try:
         shown["canonical"] = load.canonical_row(record, [one.source])
@@ -232,15 +225,15 @@ def preview_row(
 
 def find_record(opened: Sequence[load.OpenSource], number: int, file: str | None) -> tuple[Any, load.OpenSource]:
     """The record of row `number`, as bad rows are numbered; KitError where it is not there, or in several files."""
-    places = [(one, shard) for one in opened for shard in one.shards]
-    names = [str(shard[0] if isinstance(shard, tuple) else shard) for _, shard in places]
-    wanted = [
-        n for n, name in enumerate(names) if file is None or name == file or name.endswith("/" + file.lstrip("./"))
-    ]
+    named: dict[str, tuple[load.OpenSource, Any]] = {}
+    for one in opened:
+        for shard in one.shards:
+            named.setdefault(str(shard[0] if isinstance(shard, tuple) else shard), (one, shard))
+    wanted = [n for n in named if file is None or os.path.abspath(file) == n or f"/{n}".endswith(f"/{file}")]
     if len(wanted) != 1:
         said = f"{file} is none of the files" if not wanted else f"{len(wanted)} files have rows"
-        raise KitError(said, "--row", f"--file with one of {', '.join(map(os.path.relpath, names[:5]))}")
-    one, shard = places[wanted[0]]
+        raise KitError(said, "--row", f"--file with one of {', '.join(map(os.path.relpath, list(named)[:5]))}")
+    one, shard = named[wanted[0]]
     last = 0
     for raw in one.read([shard]):
         if raw.number == number:
@@ -248,7 +241,7 @@ def find_record(opened: Sequence[load.OpenSource], number: int, file: str | None
         last = raw.number
         if last > number:
             raise KitError(f"row {number} of {raw.file} is blank", "--row", f"--row {last}")
-    raise KitError(f"{names[wanted[0]]} has no row {number}", "--row", f"its last is {last}")
+    raise KitError(f"{wanted[0]} has no row {number}", "--row", f"its last is {last}")
 
 
 # ---- the good rows ----
@@ -260,17 +253,12 @@ def check_clean_file(out: Path, d: Dataset, overwrite: bool) -> None:
     if out.suffix not in (".jsonl", ".ndjson"):
         problem, fix = f"{out} is written as JSON lines", "give a name that ends in .jsonl"
     elif d.mix:
-        problem, fix = (
-            "several sets are mixed: their rows do not belong in one file",
-            "name one: kit data FILE --fix-out",
-        )
+        problem, fix = "rows of several sets do not belong in one file", "name one set: kit data FILE --fix-out ..."
     elif d.limit or "[" in d.split:
         problem, fix = "only a part of the rows is looked at", "leave out dataset.limit and the slice of dataset.split"
     elif taken := [p for p in (out, bad_file(out)) if p.exists()]:
         problem = f"{taken[0]} exists"
-        training, held_out = load.open_sources(d)
-        read = [f for one in [*training, *([held_out] if held_out else [])] for f in one.files]
-        if any(os.path.samefile(f, p) for f in read for p in taken):
+        if any(os.path.samefile(f, p) for one in load.open_all(d) for f in one.files for p in taken):
             problem, fix = f"{taken[0]} is read: it is not written over", "choose another name"
         elif not overwrite:
             fix = "choose another name, or --overwrite"

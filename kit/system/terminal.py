@@ -50,17 +50,18 @@ def progress_printer(label: str) -> Callable[[int, int], None] | None:
 
 
 @contextlib.contextmanager
-def show_progress(label: str, unit: str, total: int, count: Callable[[], int]) -> Iterator[None]:
+def show_progress(label: str, unit: str, total: int | None, count: Callable[[], int]) -> Iterator[None]:
     """While the block runs, say on standard error how much is done: a bar on a terminal, elsewhere a line per 10 s."""
     started, ended = time.monotonic(), threading.Event()
     drawn = sys.stderr.isatty()
 
     def watch() -> None:
         while not ended.wait(1 if drawn else LINE_SECONDS):
-            done = min(count(), total)
+            done = count() if total is None else min(count(), total)
             speed = done / (time.monotonic() - started)
-            bar = f"[{'#' * (24 * done // max(1, total)):<24}] " if drawn else ""
-            line = f"{label}: {bar}{done:,} of {total:,} {unit}, {speed:,.0f} {unit}/s"
+            bar = f"[{'#' * (24 * done // max(1, total)):<24}] " if drawn and total is not None else ""
+            of = "" if total is None else f" of {total:,}"
+            line = f"{label}: {bar}{done:,}{of} {unit}, {speed:,.0f} {unit}/s"
             print(f"\r{line}\x1b[K" if drawn else line, end="" if drawn else "\n", file=sys.stderr, flush=True)
 
     thread = threading.Thread(target=watch, daemon=True)
