@@ -140,10 +140,11 @@ def print_bad_rows(console: Console, part: dict[str, Any]) -> None:
 
     for reason, count in part["dropped"].items():
         rows = [row for row in part["bad"] if reason_of({"problem": row["reason"]}) == reason]
-        console.print(Text(f"{rows[0]['kind']:<11}{count:,}: {rows[0]['reason']}"))
+        alike = len({row["reason"] for row in rows}) == 1
+        console.print(Text(f"{rows[0]['kind']:<11}{count:,}: {rows[0]['reason'] if alike else reason}"))
         for row in rows:
             offset = "" if row["offset"] is None else f" (byte {row['offset']:,})"
-            differs = "" if row["reason"] == rows[0]["reason"] else f": {row['reason']}"
+            differs = "" if alike else f": {row['reason']}"
             console.print(Text(f"           {here(row['file'])} row {row['row']}{offset}{differs}"))
 
 

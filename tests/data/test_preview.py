@@ -18,7 +18,7 @@ from kit.cli import verbs as cli
 from kit.data import prepare, preview
 from kit.errors import DONE, REFUSED, KitError
 from kit.storage import run_directory
-from kit.system import terminal
+from kit.system import dependencies, terminal
 from kit.training import run as training_run
 
 NO_ANSWER = {"messages": [{"role": "user", "content": "head"}]}
@@ -208,6 +208,22 @@ def test_a_model_whose_tokenizer_is_not_here(here: Path, capsys: pytest.CaptureF
     write_rows(here / "good.jsonl", tiny.chat_rows(20))
     assert cli.run_verb(["data", "good.jsonl", "model.name_or_path=no/such"]) == DONE
     assert "the tokenizer of no/such is not here; kit fetch" in capsys.readouterr().out
+
+
+def test_the_bare_install_says_what_rendering_needs(here: Path, model: list[str], monkeypatch, capsys):
+    monkeypatch.setattr(dependencies, "is_installed", lambda name: name != "trl")
+    write_rows(here / "good.jsonl", tiny.chat_rows(20))
+    assert cli.run_verb(["data", "good.jsonl", *model]) == DONE
+    said = capsys.readouterr().out
+    assert "20 rows kept + 0 left out" in said and "rows are not rendered: trl is not installed" in said
+
+
+def test_rows_that_are_too_long_are_told_with_their_lengths(here: Path, model: list[str], capsys):
+    write_rows(here / "long.jsonl", [{"text": tiny.sentence(1, n)} for n in (5, 80, 90)])
+    assert cli.run_verb(["data", "long.jsonl", *model, "dataset.on_long_row=refuse"]) == REFUSED
+    said = capsys.readouterr()
+    assert "long       2: it has N tokens, more than max_length=N" in said.out and "has 81 tokens" in said.out
+    assert "dataset.on_long_row=truncate|split|drop" in said.err
 
 
 def test_padding_is_that_of_trl_and_of_batches():
