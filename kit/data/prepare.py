@@ -9,13 +9,15 @@ import re
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from kit import __version__
 from kit.data import load
 from kit.data.encode import EncodedRow, Encoding, LongRow, encode_rows, end_of_turn_id, make_encoding
 from kit.data.formats import row_kind
@@ -31,10 +33,11 @@ from kit.system.paths import kit_cache_folder
 LAYOUT = 1  # of a prepared folder; another one is made anew
 REPORT, BAD_ROWS, DIGESTS = "report.json", "bad_rows.jsonl", "digests.json"
 PARALLEL_FROM = 2_000  # fewer rows are not worth the start of processes
+THREADS = "TOKENIZERS_PARALLELISM"
 BATCH = 500  # rows that are encoded together
 COUNTED = ("notes", "lengths", "sources")  # counts by kind, of those that encode_records makes
 SHOWN = 3  # bad rows that a message names, of each reason
-PACKAGES = ("transformers", "tokenizers", "trl", "datasets", "finetune-kit")
+PACKAGES = ("transformers", "tokenizers", "trl", "datasets")
 LENGTHS = (50, 90, 99, 100)  # percentiles
 TRAINER_KEYS = (
     *("max_length", "truncation_mode", "packing", "packing_strategy", "eval_packing", "eval_strategy", "seed"),
@@ -125,9 +128,7 @@ def cache_key(plan: RunPlan, tokenizer: Any, sources: Sequence[load.OpenSource])
         "date": plan.tokenizer.date,
         "contents": [file_digest(file) for opened in sources for file in opened.files],
         "tokenizer": tokenizer_digest(tokenizer),
-        "versions": {
-            p: metadata.version(p) for p in ("transformers", "tokenizers", "trl", "datasets", "finetune-kit")
-        },
+        "versions": [__version__, *(metadata.version(p) for p in PACKAGES)],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
@@ -218,22 +219,25 @@ def prepare_split(plan: RunPlan, tokenizer: Any, raw: load.RawRows, folder: Path
 
     log = folder / f"{name}.log"
     log.mkdir()
-    work = partial(_prepare_batch, preparation=make_preparation(plan, tokenizer, raw.sources), log=str(log))
+    preparation = make_preparation(plan, tokenizer, raw.sources)
+    work = partial(_prepare_batch, preparation=share_with_processes(preparation), log=str(log))
     tokens = {name: List(Value("int32")) for name in ("input_ids", "labels")}
     features = Features({**tokens, "length": Value("int32")})  # `length` is what group_by_length reads
-    rows = raw.rows.map(
-        work,
-        batched=True,
-        batch_size=BATCH,
-        with_rank=True,
-        num_proc=process_count(plan.trainer.get("dataset_num_proc"), len(raw)),
-        remove_columns=list(load.COLUMNS),
-        features=features,
-        load_from_cache_file=False,
-        cache_file_name=str(folder / f"{name}.arrow"),
-        new_fingerprint=name,
-        desc=f"{name}: rows to tokens",
-    )
+    count = process_count(plan.trainer.get("dataset_num_proc"), len(raw))
+    with one_thread_each(count):
+        rows = raw.rows.map(
+            work,
+            batched=True,
+            batch_size=BATCH,
+            with_rank=True,
+            num_proc=count,
+            remove_columns=list(load.COLUMNS),
+            features=features,
+            load_from_cache_file=False,
+            cache_file_name=str(folder / f"{name}.arrow"),
+            new_fingerprint=name,
+            desc=f"{name}: rows to tokens",
+        )
     part = add_counts(log, folder / f"{name}-{BAD_ROWS}")
     part["duplicates"] = len(raw) - len(numpy.unique(raw.rows.with_format("numpy")["hash"][:]))
     packs = plan.trainer.get("packing")
@@ -255,6 +259,19 @@ def process_count(asked: int | None, rows: int) -> int | None:
     return count if count > 1 else None
 
 
+@contextmanager
+def one_thread_each(processes: int | None) -> Iterator[None]:
+    """While the block runs, processes that are started tokenize with one thread; else each takes every core."""
+    before = os.environ.get(THREADS)
+    if processes and before is None:
+        os.environ[THREADS] = "false"
+    try:
+        yield
+    finally:
+        if processes and before is None:
+            os.environ.pop(THREADS, None)
+
+
 def pack(plan: RunPlan, rows: Any, file: str) -> Any:
     """Whole documents packed into rows of max_length by TRL, with `seq_lengths`; the order is as it would be there.
 
@@ -272,10 +289,22 @@ def pack(plan: RunPlan, rows: Any, file: str) -> Any:
     return pack_dataset(rows, t.get("max_length", 1024), t.get("packing_strategy", "bfd"), options)
 
 
+_shared: list[Preparation] = []  # the last one; a forked process has it too
+
+
+def share_with_processes(preparation: Preparation) -> Preparation | None:
+    """None where processes are forked: they find it in `_shared`, and a vocabulary is not copied for each of them."""
+    import multiprocess  # what datasets starts its processes with
+
+    _shared[:] = [preparation]
+    return None if multiprocess.get_start_method() == "fork" else preparation
+
+
 def _prepare_batch(
-    batch: dict[str, list[Any]], rank: int | None, preparation: Preparation, log: str
+    batch: dict[str, list[Any]], rank: int | None, preparation: Preparation | None, log: str
 ) -> dict[str, list[Any]]:
     """Encode raw records; what happened to them is appended to a file of this process in `log`."""
+    preparation = preparation or _shared[0]
     records = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
     pieces, counts, bad = encode_records(records, preparation)
     with open(Path(log, f"{rank or 0:04d}.jsonl"), "a", encoding="utf-8") as f:
@@ -319,7 +348,7 @@ def encode_records(
             counts["tokens"] += len(piece.input_ids)
             counts["trained"] += piece.trained
             lengths[len(piece.input_ids)] += 1
-        if "cut" not in made[-1].notes and not preparation.ends.intersection(i for p in made for i in p.labels):
+        if "cut" not in made[-1].notes and all(preparation.ends.isdisjoint(p.labels) for p in made):
             counts["no_end"] += 1
     return pieces, {**counts, "notes": notes, "lengths": lengths, "sources": per_source}, bad
 
