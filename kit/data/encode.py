@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from kit.data.masks import Messages, Span, chosen_turns, derive_spans, marked_spans
+from kit.data.masks import Messages, Span, assistant_turns, chosen_turns, derive_spans, join_marks, marked_spans
 from kit.data.templates import (
     ChatTemplate,
     Traits,
@@ -152,16 +152,20 @@ def _render_turns(tokenizer: Any, messages: Messages, template: ChatTemplate, en
     weighted = any("weight" in m for m in messages)
     if template.has_marks:
         text, marks = template.render_with_marks(messages)
+        marks = join_marks(marks)
         if by_turns == "assistant_turns" and not weighted:
-            if not any(end > start for start, end in marks):
+            if not marks:
                 raise RowProblem("the chat template marks no answer in it")
-            return RenderedRow(text, True, trained=marks)
+            if len(marks) != len(assistant_turns(messages)):  # of one turn it may mark several parts
+                check_written([m for m in messages if m["role"] == "assistant"], "".join(text[a:b] for a, b in marks))
+                return RenderedRow(text, True, trained=marks)
         spans = marked_spans(messages, marks)
     else:
         text = template.render(messages)
         check_written(messages, text)
         special, unasked = special_tokens_by_length(tokenizer), template.traits.unasked_prompt
         spans = derive_spans(messages, text, template.render, special, unasked)
+    check_written(messages, text, spans)
     left_out = [spans[n] for n in spans if messages[n].get("weight") == 0]
     if encoding.train_on not in BY_TURNS and not encoding.answers_only:
         return RenderedRow(text, True, left_out=left_out)
@@ -228,7 +232,10 @@ def token_range(tokenizer: Any, text: str, span: Span, ids: list[int], offsets: 
             last = offsets.char_to_token(end)
         if first is None or last is None:
             raise RowProblem("it has a turn without tokens")
-        return first, last + 1
+        behind = last + 1  # a character may be several tokens
+        while (chars := offsets.token_to_chars(behind) if behind < len(ids) else None) and chars[0] <= end < chars[1]:
+            behind += 1
+        return first, behind
     edges = [tokenizer(text[:edge], add_special_tokens=False)["input_ids"] for edge in span]
     if any(ids[: len(edge)] != edge for edge in edges):
         raise RowProblem("the tokens of its turns cannot be told apart with this tokenizer")

@@ -11,6 +11,8 @@ Messages = list[dict[str, Any]]
 Span = tuple[int, int]  # characters of the rendered chat: start, end
 Render = Callable[[Messages, bool], str]  # (messages, add_generation_prompt) -> the rendered chat
 
+STRANGE = "\ue000"  # a character that no answer begins with
+
 
 def resolve_train_on(
     train_on: str | None, assistant_only: bool, completion_only: bool | None, row_kind: str
@@ -44,7 +46,7 @@ def chosen_turns(messages: Messages, train_on: str) -> list[int]:
 
 
 def derive_spans(
-    messages: Messages, rendered: str, render: Render, special: Sequence[str], unasked_prompt: str = ""
+    messages: Messages, rendered: str, render: Render, special: Sequence[str], unasked_prompt: str | None = ""
 ) -> dict[int, Span]:
     """Span of each assistant turn: from behind the generation prompt to the token that ends the turn, included.
 
@@ -55,22 +57,28 @@ def derive_spans(
     special: the tokenizer's special tokens. unasked_prompt: templates.Traits. RowProblem where a boundary cannot be
     verified.
     """
+    if unasked_prompt is None:
+        raise RowProblem("the chat template writes a generation prompt behind every chat")
     spans: dict[int, Span] = {}
     reached = 0
-    rendered = cut_unasked_prompt(rendered, unasked_prompt, special)
+    rendered = rendered.removesuffix(unasked_prompt)
     for n in assistant_turns(messages):
         if n == 0:
             raise RowProblem("it begins with the assistant: where its turn starts cannot be derived from the template")
-        opening = render(messages[:n], True)
-        start = _verified_start(messages[:n], opening, rendered, render)
+        before = messages[:n]
+        opening = render(before, True)
+        start = len(opening) if rendered.startswith(opening) else _start_inside(before, opening, rendered, render)
         if start is None or start < reached:
             raise RowProblem(
                 f"the chat template writes what stands before turn {n + 1} in another way once more turns follow"
             )
         alone = rendered
         if n + 1 < len(messages):
-            alone = cut_unasked_prompt(render(messages[: n + 1], False), unasked_prompt, special)
-        end = _verified_end(alone, start, rendered, opening, special)
+            alone = render(messages[: n + 1], False).removesuffix(unasked_prompt)
+        written = alone[min(start, common_length(alone, opening)) :]
+        end = _verified_end(written, start, rendered, special)
+        if end is None:
+            end = _other_end(written, start, rendered, render(before, False), special)
         if end is None:
             raise RowProblem(f"where turn {n + 1} ends cannot be derived from the chat template")
         spans[n] = (start, end)
@@ -78,50 +86,51 @@ def derive_spans(
     return spans
 
 
-def _verified_start(before: Messages, opening: str, rendered: str, render: Render) -> int | None:
-    if rendered.startswith(opening):
-        return len(opening)
-    # A generation prompt may hold more than a finished turn (an open <think>): the turn starts where they part.
+def _start_inside(before: Messages, opening: str, rendered: str, render: Render) -> int | None:
+    """Where a turn starts whose generation prompt holds more than a finished turn (an open <think>): they part there.
+
+    A turn that happens to begin as the prompt goes on is told from it by a turn that does not.
+    """
     context = render(before, False)
-    if rendered.startswith(context) and opening.startswith(context):
-        common = common_length(opening, rendered)
-        return common if common > len(context) else None
-    return None
+    if not (rendered.startswith(context) and opening.startswith(context)):
+        return None
+    strange = render([*before, {"role": "assistant", "content": STRANGE}], False)
+    start = min(common_length(strange, rendered), common_length(opening, rendered))
+    return start if start > len(context) else None
 
 
-def _verified_end(alone: str, start: int, rendered: str, opening: str, special: Sequence[str]) -> int | None:
-    """Where the turn that starts at `start` ends; alone: the chat up to this turn, as the template writes it."""
-    written = alone[common_length(alone, opening) :]
+def _verified_end(written: str, start: int, rendered: str, special: Sequence[str]) -> int | None:
+    """Where the turn that starts at `start` ends; written: the turn where nothing follows it."""
     body, closing = split_closing(written, special)
+    end = _find_body(body, start, rendered)
+    if end is None or not rendered.startswith(closing, end):
+        return None
+    return end + len(closing) if closing else end - (len(body) - len(body.rstrip())) or None
+
+
+def _find_body(body: str, start: int, rendered: str) -> int | None:
+    """Where the longest end of `body` that stands at `start` ends there."""
     key = rendered[start : start + 1]
-    at = written.find(key)
+    at = body.find(key)
     while 0 <= at < len(body):
         if rendered.startswith(body[at:], start):
-            end = start + len(body) - at
-            if not closing:
-                return end - (len(body) - len(body.rstrip())) or None
-            if rendered.startswith(closing, end):
-                return end + len(closing)
-            # The last turn of a chat may close with another token than the earlier ones (gpt-oss).
-            gap = len(closing) - len(closing.lstrip())
-            other = next((t for t in special if rendered.startswith(closing[:gap] + t, end)), None)
-            return None if other is None else end + gap + len(other)
-        at = written.find(key, at + 1)
+            return start + len(body) - at
+        at = body.find(key, at + 1)
     return None
 
 
-def cut_unasked_prompt(rendered: str, unasked_prompt: str, special: Sequence[str]) -> str:
-    """A rendered chat less the generation prompt that some templates write behind every chat (Meta's of Llama 3).
+def _other_end(written: str, start: int, rendered: str, context: str, special: Sequence[str]) -> int | None:
+    """The same where the last turn of a chat closes with another token than earlier ones (gpt-oss).
 
-    RowProblem where the template does so and the prompt cannot be told from the last turn.
+    context: the chat before the turn, finished: the token that closes it is the only one that may close this turn.
     """
-    if not unasked_prompt:
-        return rendered
-    tail = rendered[len(rendered) - common_length(rendered[::-1], unasked_prompt[::-1]) :]
-    ends = [tail.find(t) + len(t) for t in special if t in tail]
-    if not ends:
-        raise RowProblem("the chat template writes a generation prompt behind every chat")
-    return rendered[: len(rendered) - len(tail) + min(ends)]
+    body, closing = split_closing(written, special)
+    token = split_closing(context, special)[1].lstrip()
+    end = _find_body(body, start, rendered) if closing and token else None
+    if end is None:
+        return None
+    end += len(closing) - len(closing.lstrip())
+    return end + len(token) if rendered.startswith(token, end) else None
 
 
 def split_closing(written: str, special: Sequence[str]) -> tuple[str, str]:
@@ -147,6 +156,17 @@ def common_length(a: str, b: str) -> int:
         else:
             high = middle - 1
     return low
+
+
+def join_marks(marks: Sequence[Span]) -> list[Span]:
+    """The generation marks of a template without empty ones; those that touch are one."""
+    joined: list[Span] = []
+    for start, end in marks:
+        if joined and joined[-1][1] == start:
+            joined[-1] = (joined[-1][0], end)
+        elif end > start:
+            joined.append((start, end))
+    return joined
 
 
 def marked_spans(messages: Messages, marks: Sequence[Span]) -> dict[int, Span]:
