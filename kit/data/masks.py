@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from kit.data.turns import RowProblem
@@ -60,77 +61,106 @@ def derive_spans(
     if unasked_prompt is None:
         raise RowProblem("the chat template writes a generation prompt behind every chat")
     spans: dict[int, Span] = {}
-    reached = 0
+    last: Span = (0, 0)  # the turn before
     rendered = rendered.removesuffix(unasked_prompt)
     for n in assistant_turns(messages):
         if n == 0:
             raise RowProblem("it begins with the assistant: where its turn starts cannot be derived from the template")
         before = messages[:n]
         opening = render(before, True)
-        start = len(opening) if rendered.startswith(opening) else _start_inside(before, opening, rendered, render)
-        if start is None or start < reached:
+        start, opened = _verified_start(before, opening, rendered, render, last)
+        if start < last[1]:
             raise RowProblem(
                 f"the chat template writes what stands before turn {n + 1} in another way once more turns follow"
             )
         alone = rendered
         if n + 1 < len(messages):
             alone = render(messages[: n + 1], False).removesuffix(unasked_prompt)
-        written = alone[min(start, common_length(alone, opening)) :]
-        end = _verified_end(written, start, rendered, special)
-        if end is None:
-            end = _other_end(written, start, rendered, render(before, False), special)
+        written = alone[min(opened, common_length(alone, opening)) :]
+        end = _verified_end(written, start, rendered, partial(render, before, False), special)
         if end is None:
             raise RowProblem(f"where turn {n + 1} ends cannot be derived from the chat template")
-        spans[n] = (start, end)
-        reached = end
+        spans[n] = last = (start, end)
     return spans
 
 
-def _start_inside(before: Messages, opening: str, rendered: str, render: Render) -> int | None:
-    """Where a turn starts whose generation prompt holds more than a finished turn (an open <think>): they part there.
+def _verified_start(before: Messages, opening: str, rendered: str, render: Render, last: Span) -> Span:
+    """(where the turn starts, the same in `opening`); (-1, -1) where it cannot be told.
 
-    A turn that happens to begin as the prompt goes on is told from it by a turn that does not.
+    A generation prompt may hold more than a finished turn does (an open <think>): the turn starts where they part. One
+    that happens to begin as the prompt goes on is told from it by a turn that does not.
     """
+    if rendered.startswith(opening):
+        return len(opening), len(opening)
     context = render(before, False)
-    if not (rendered.startswith(context) and opening.startswith(context)):
-        return None
-    strange = render([*before, {"role": "assistant", "content": STRANGE}], False)
-    start = min(common_length(strange, rendered), common_length(opening, rendered))
-    return start if start > len(context) else None
+    base = len(context) if rendered.startswith(context) else _behind(last, context, rendered)
+    if not opening.startswith(context) or base < 0:
+        return -1, -1
+    prompt = opening[len(context) :]
+    shared = common_length(prompt, rendered[base : base + len(prompt)])
+    if shared < len(prompt):
+        strange = render([*before, {"role": "assistant", "content": STRANGE}], False)
+        shared = min(shared, common_length(context + prompt[:shared], strange) - len(context))
+        if shared <= 0:
+            return -1, -1
+    return base + shared, len(context) + shared
 
 
-def _verified_end(written: str, start: int, rendered: str, special: Sequence[str]) -> int | None:
-    """Where the turn that starts at `start` ends; written: the turn where nothing follows it."""
+def _behind(last: Span, context: str, rendered: str) -> int:
+    """Where `context` ends in `rendered`, by what it writes behind the last turn; -1 where that is not the same.
+
+    For templates that write the turns before the last one in another way than once more follow (Qwen 3.5's reasoning
+    between calls of tools).
+    """
+    turn = rendered[slice(*last)].rsplit("</think>", 1)[-1].lstrip()
+    ends = set()
+    at = context.find(turn) if turn else -1
+    while at >= 0:
+        between = context[at + len(turn) :]
+        if rendered.startswith(between, last[1]):
+            ends.add(last[1] + len(between))
+        at = context.find(turn, at + 1)
+    return ends.pop() if len(ends) == 1 else -1
+
+
+def _verified_end(
+    written: str, start: int, rendered: str, context: Callable[[], str], special: Sequence[str]
+) -> int | None:
+    """Where the turn that starts at `start` ends.
+
+    written: the turn where nothing follows it. context: renders the chat before it, finished. Behind a last turn
+    some templates write one token more (Phi-3), or another than behind earlier turns (gpt-oss): there the one that
+    closes the turn before may stand as well, no other.
+    """
     body, closing = split_closing(written, special)
-    end = _find_body(body, start, rendered)
-    if end is None or not rendered.startswith(closing, end):
-        return None
-    return end + len(closing) if closing else end - (len(body) - len(body.rstrip())) or None
+    if not closing:
+        end = _find_body(body, start, rendered)
+        return None if end is None else end - (len(body) - len(body.rstrip())) or None
+    while closing:
+        end = _find_body(body, start, rendered)
+        if end is not None:
+            if rendered.startswith(closing, end):
+                return end + len(closing)
+            other = closing[: len(closing) - len(closing.lstrip())] + split_closing(context(), special)[1].lstrip()
+            if other.strip() and rendered.startswith(other, end):
+                return end + len(other)
+        body, closing = split_closing(body, special)
+    return None
 
 
 def _find_body(body: str, start: int, rendered: str) -> int | None:
-    """Where the longest end of `body` that stands at `start` ends there."""
+    """Where a turn ends whose text at `start` is `body`, less a part that is left out of earlier turns (reasoning)."""
+    kept = common_length(body, rendered[start : start + len(body)])
+    if kept == len(body):
+        return start + kept
+    start += kept
     key = rendered[start : start + 1]
-    at = body.find(key)
-    while 0 <= at < len(body):
+    at = body.find(key, kept) if key else -1
+    while at >= 0:
         if rendered.startswith(body[at:], start):
             return start + len(body) - at
         at = body.find(key, at + 1)
     return None
-
-
-def _other_end(written: str, start: int, rendered: str, context: str, special: Sequence[str]) -> int | None:
-    """The same where the last turn of a chat closes with another token than earlier ones (gpt-oss).
-
-    context: the chat before the turn, finished: the token that closes it is the only one that may close this turn.
-    """
-    body, closing = split_closing(written, special)
-    token = split_closing(context, special)[1].lstrip()
-    end = _find_body(body, start, rendered) if closing and token else None
-    if end is None:
-        return None
-    end += len(closing) - len(closing.lstrip())
-    return end + len(token) if rendered.startswith(token, end) else None
 
 
 def split_closing(written: str, special: Sequence[str]) -> tuple[str, str]:

@@ -278,7 +278,7 @@ def test_a_chat_without_an_answer_is_refused_where_only_answers_count(model: Any
         prepare(tokenizer, model, tmp_path, [rows["question"]], assistant_only_loss=True)
 
 
-@pytest.mark.parametrize("name", ["qwen3", "llama3_1", "deepseek_r1_distill", "lfm2"])
+@pytest.mark.parametrize("name", ["qwen3", "llama3_1", "deepseek_r1_distill", "lfm2_v2"])
 def test_evaluation_tokenizes_a_chat_as_training_does(name: str) -> None:
     tokenizer = tokenizer_of(name)
     prompted = make_encoding(tokenizer)
