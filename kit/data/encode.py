@@ -138,7 +138,7 @@ def render_row(tokenizer: Any, row: dict[str, Any], encoding: Encoding) -> Rende
         rendered = _render_turns(tokenizer, messages, template, encoding)
     else:
         rendered = RenderedRow(template.render(messages), True)
-    check_written(messages, rendered.text)
+        check_written(messages, rendered.text)
     if completes and "prompt" in row:
         rendered.prompt = template.render(row["prompt"], add_generation_prompt=True)
     if reasoning_is_left_out(messages, rendered.text):
@@ -148,31 +148,32 @@ def render_row(tokenizer: Any, row: dict[str, Any], encoding: Encoding) -> Rende
 
 def _render_turns(tokenizer: Any, messages: Messages, template: ChatTemplate, encoding: Encoding) -> RenderedRow:
     """A chat with the spans of its assistant turns that are in the loss, and of those that must not be."""
-    by_turns = encoding.train_on if encoding.train_on in BY_TURNS else "assistant_turns"
+    by_turns = encoding.train_on in BY_TURNS or encoding.answers_only
     weighted = any("weight" in m for m in messages)
+    turns = chosen_turns(messages, encoding.train_on if encoding.train_on in BY_TURNS else "assistant_turns")
+    if by_turns and not turns:
+        raise RowProblem("none of its turns is trained: every weight is 0" if weighted else "it has no turn to train")
+    if not by_turns:
+        turns = [n for n, m in enumerate(messages) if m.get("weight") == 0]
+        if encoding.train_on == "everything" and not {*turns} <= {*assistant_turns(messages)}:
+            raise RowProblem("a turn that is not the assistant's has weight 0: dataset.train_on=chosen_turns")
     if template.has_marks:
         text, marks = template.render_with_marks(messages)
         marks = join_marks(marks)
-        if by_turns == "assistant_turns" and not weighted:
-            if not marks:
-                raise RowProblem("the chat template marks no answer in it")
-            if len(marks) != len(assistant_turns(messages)):  # of one turn it may mark several parts
-                check_written([m for m in messages if m["role"] == "assistant"], "".join(text[a:b] for a, b in marks))
-                return RenderedRow(text, True, trained=marks)
+        if by_turns and len(turns) == len(assistant_turns(messages)) != len(marks) and marks:
+            # of one turn it may mark several parts
+            check_written([messages[n] for n in turns], "".join(text[a:b] for a, b in marks))
+            return RenderedRow(text, True, trained=marks)
         spans = marked_spans(messages, marks)
     else:
         text = template.render(messages)
         check_written(messages, text)
         special, unasked = special_tokens_by_length(tokenizer), template.traits.unasked_prompt
-        spans = derive_spans(messages, text, template.render, special, unasked)
+        asked = [n for n in turns if messages[n]["role"] == "assistant"]
+        spans = derive_spans(messages, asked, text, template.render, special, unasked)
     check_written(messages, text, spans)
-    left_out = [spans[n] for n in spans if messages[n].get("weight") == 0]
-    if encoding.train_on not in BY_TURNS and not encoding.answers_only:
-        return RenderedRow(text, True, left_out=left_out)
-    chosen = [spans[n] for n in chosen_turns(messages, by_turns)]
-    if not chosen:
-        raise RowProblem("none of its turns is trained: every weight is 0" if weighted else "it has no turn to train")
-    return RenderedRow(text, True, trained=chosen)
+    chosen = [spans[n] for n in turns if n in spans]
+    return RenderedRow(text, True, trained=chosen) if by_turns else RenderedRow(text, True, left_out=chosen)
 
 
 def special_tokens_by_length(tokenizer: Any) -> list[str]:

@@ -47,9 +47,14 @@ def chosen_turns(messages: Messages, train_on: str) -> list[int]:
 
 
 def derive_spans(
-    messages: Messages, rendered: str, render: Render, special: Sequence[str], unasked_prompt: str | None = ""
+    messages: Messages,
+    turns: Sequence[int],
+    rendered: str,
+    render: Render,
+    special: Sequence[str],
+    unasked_prompt: str | None = "",
 ) -> dict[int, Span]:
-    """Span of each assistant turn: from behind the generation prompt to the token that ends the turn, included.
+    """Span of each assistant turn in `turns`: from behind the generation prompt to the token that ends it, included.
 
     Every boundary is verified on the row: what the template writes for the turns before answer n, with the generation
     prompt, must begin `rendered`; what it writes for answer n must follow there, less a beginning that it leaves out
@@ -63,12 +68,12 @@ def derive_spans(
     spans: dict[int, Span] = {}
     last: Span = (0, 0)  # the turn before
     rendered = rendered.removesuffix(unasked_prompt)
-    for n in assistant_turns(messages):
+    for n in turns:
         if n == 0:
             raise RowProblem("it begins with the assistant: where its turn starts cannot be derived from the template")
         before = messages[:n]
         opening = render(before, True)
-        start, opened = _verified_start(before, opening, rendered, render, last)
+        start, opened = _verified_start(messages, n, opening, rendered, render, last)
         if start < last[1]:
             raise RowProblem(
                 f"the chat template writes what stands before turn {n + 1} in another way once more turns follow"
@@ -84,23 +89,25 @@ def derive_spans(
     return spans
 
 
-def _verified_start(before: Messages, opening: str, rendered: str, render: Render, last: Span) -> Span:
-    """(where the turn starts, the same in `opening`); (-1, -1) where it cannot be told.
+def _verified_start(
+    messages: Messages, n: int, opening: str, rendered: str, render: Render, last: Span
+) -> tuple[int, int]:
+    """(where turn n starts, the same in `opening`); (-1, -1) where it cannot be told.
 
     A generation prompt may hold more than a finished turn does (an open <think>): the turn starts where they part. One
     that happens to begin as the prompt goes on is told from it by a turn that does not.
     """
     if rendered.startswith(opening):
         return len(opening), len(opening)
-    context = render(before, False)
+    context = render(messages[:n], False)
     base = len(context) if rendered.startswith(context) else _behind(last, context, rendered)
     if not opening.startswith(context) or base < 0:
         return -1, -1
     prompt = opening[len(context) :]
     shared = common_length(prompt, rendered[base : base + len(prompt)])
     if shared < len(prompt):
-        strange = render([*before, {"role": "assistant", "content": STRANGE}], False)
-        shared = min(shared, common_length(context + prompt[:shared], strange) - len(context))
+        strange = render([*messages[:n], {"role": "assistant", "content": STRANGE}, *messages[n + 1 :]], False)
+        shared = min(shared, common_length(rendered[: base + shared], strange) - base)
         if shared <= 0:
             return -1, -1
     return base + shared, len(context) + shared
@@ -129,37 +136,42 @@ def _verified_end(
     """Where the turn that starts at `start` ends.
 
     written: the turn where nothing follows it. context: renders the chat before it, finished. Behind a last turn
-    some templates write one token more (Phi-3), or another than behind earlier turns (gpt-oss): there the one that
-    closes the turn before may stand as well, no other.
+    some templates write one token more (Phi-3), or another than behind earlier turns (gpt-oss): there one that closes
+    the turn before may stand as well, no other.
     """
     body, closing = split_closing(written, special)
     if not closing:
         end = _find_body(body, start, rendered)
         return None if end is None else end - (len(body) - len(body.rstrip())) or None
-    while closing:
-        end = _find_body(body, start, rendered)
-        if end is not None:
-            if rendered.startswith(closing, end):
-                return end + len(closing)
-            other = closing[: len(closing) - len(closing.lstrip())] + split_closing(context(), special)[1].lstrip()
-            if other.strip() and rendered.startswith(other, end):
-                return end + len(other)
-        body, closing = split_closing(body, special)
+    end = _find_body(body, start, rendered)
+    if end is not None and rendered.startswith(closing, end):
+        return end + len(closing)
+    before, outer = split_closing(context(), special)
+    inner = split_closing(before, special)[1]
+    for token in filter(None, (outer.lstrip(), inner.lstrip())):
+        gap = len(closing) - len(closing.lstrip())
+        if end is not None and rendered.startswith(closing[:gap] + token, end):
+            return end + gap + len(token)
+        if body.endswith(token):
+            said, ending = split_closing(body, special)
+            at = _find_body(said, start, rendered)
+            if at is not None and rendered.startswith(ending, at):
+                return at + len(ending)
     return None
 
 
 def _find_body(body: str, start: int, rendered: str) -> int | None:
     """Where a turn ends whose text at `start` is `body`, less a part that is left out of earlier turns (reasoning)."""
-    kept = common_length(body, rendered[start : start + len(body)])
-    if kept == len(body):
-        return start + kept
-    start += kept
-    key = rendered[start : start + 1]
-    at = body.find(key, kept) if key else -1
-    while at >= 0:
-        if rendered.startswith(body[at:], start):
-            return start + len(body) - at
-        at = body.find(key, at + 1)
+    shared = common_length(body, rendered[start : start + len(body)])
+    if shared == len(body):
+        return start + shared
+    for kept in (shared, 0):
+        key = rendered[start + kept : start + kept + 1]
+        at = body.find(key, kept) if key else -1
+        while at >= 0:
+            if rendered.startswith(body[at:], start + kept):
+                return start + kept + len(body) - at
+            at = body.find(key, at + 1)
     return None
 
 

@@ -27,7 +27,7 @@ from kit.data.turns import RowProblem
 
 EXAMPLES = int(os.environ.get("MASK_EXAMPLES", "12"))  # chats of each template
 CHATML = r"<\|im_start\|>assistant\n", r"<\|im_end\|>"
-INST = r"\[/INST\]", r" ?</s>"
+INST = r"\[/INST\]|\[/TOOL_RESULTS\]", r" ?</s>"
 # (templates, what stands before an assistant's turn, what ends it)
 TURNS = [
     (r"cohere2?", r"<\|CHATBOT_TOKEN\|>(<\|START_RESPONSE\|>)?", r"(<\|END_RESPONSE\|>)?<\|END_OF_TURN_TOKEN\|>"),
@@ -195,8 +195,8 @@ def written_forms(text: str) -> str:
     return "|".join(re.escape(form) for form in sorted(set(forms), key=len, reverse=True))
 
 
-def expected_spans(name: str, row: dict) -> dict[int, tuple[int, int]] | None:
-    """Span of each assistant turn; None where the template does not write such texts as it writes others."""
+def expected_spans(name: str, row: dict, turns: list[int]) -> list[tuple[int, int]] | None:
+    """Spans of the assistant turns given; None where the template does not write such texts as it writes others."""
     blanked, texts = blank_out(row)
     skeleton, real = render(name, blanked), render(name, row)
     pieces = re.split("([\ue100-\ue1ff])", skeleton)
@@ -221,15 +221,14 @@ def expected_spans(name: str, row: dict) -> dict[int, tuple[int, int]] | None:
         if "\ue100" <= c <= "\ue1ff":
             places.setdefault(texts[ord(c) - 0xE100][0], []).append(at)
     header, ending = spans_of_turn(name)
-    spans = {}
-    for n, message in enumerate(row["messages"]):
-        if message["role"] != "assistant":
-            continue
+    spans = []
+    for n in turns:
         if n not in places:
             return None
         first, last = places[n][0], places[n][-1]
         earlier = max((ats[-1] + 1 for turn, ats in places.items() if turn < n), default=0)
-        start = [m.end() for m in re.finditer(header, skeleton[:first]) if m.end() > earlier][-1]
+        start = max((m.end() for m in re.finditer(header, skeleton[:first]) if m.end() > earlier), default=None)
+        assert start is not None, skeleton
         closing = re.compile(ending).search(skeleton, last + 1)
         assert closing
         # A generation prompt that goes on behind the header (an open <think>) is not what the model writes
@@ -241,7 +240,7 @@ def expected_spans(name: str, row: dict) -> dict[int, tuple[int, int]] | None:
         else:
             begin += len(re.match(r"(<[^<>]+>|\s)*", os.path.commonprefix([more, skeleton[start:first]]))[0])
         end = carry(closing.end())
-        spans[n] = (begin, end if closing[0] else begin + len(real[begin:end].rstrip()))
+        spans.append((begin, end if closing[0] else begin + len(real[begin:end].rstrip())))
     return spans
 
 
@@ -272,10 +271,9 @@ def judge(name: str, row: dict, train_on: str, made: Any) -> str:
     text = render(name, row)
     tokenizer = tokenizer_of(name)
     runs = trained_text(tokenizer, piece, text)
-    spans = expected_spans(name, row)
-    if spans is None:
+    wanted = expected_spans(name, row, chosen_turns(row["messages"], train_on))
+    if wanted is None:
         return "unknown"
-    wanted = [spans[n] for n in chosen_turns(row["messages"], train_on)]
     octets = text.encode()
     expected = [(len(text[:a].encode()), len(text[:b].encode())) for a, b in wanted]
     shown = [octets[a:b].decode(errors="replace") for a, b in runs], [text[a:b] for a, b in wanted]
