@@ -1,13 +1,7 @@
-"""Which tokens are trained, against an oracle: each result is exactly right, or the row is refused.
-
-The oracle knows by heart what stands before and behind an assistant's turn in every template (TURNS). It renders the
-chat with one private character in the place of each text, finds the turns there, where nothing can be mistaken, and
-carries their borders over to the chat itself.
-"""
+"""Which tokens are trained, against tests/mask_oracle.py: each result is exactly right, or the row is refused."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections import Counter
@@ -18,48 +12,14 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from mask_oracle import Subject, expected_spans, render
 from test_encode import ENDS, TEMPLATES, make_tokenizer
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from kit.data.encode import IGNORED, EncodedRow, Encoding, encode_rows, make_encoding
 from kit.data.masks import chosen_turns
 from kit.data.turns import RowProblem
 
 EXAMPLES = int(os.environ.get("MASK_EXAMPLES", "12"))  # chats of each template
-CHATML = r"<\|im_start\|>assistant\n", r"<\|im_end\|>"
-INST = r"\[/INST\]|\[/TOOL_RESULTS\]", r" ?</s>"
-# (templates, what stands before an assistant's turn, what ends it)
-TURNS = [
-    (r"cohere2?", r"<\|CHATBOT_TOKEN\|>(<\|START_RESPONSE\|>)?", r"(<\|END_RESPONSE\|>)?<\|END_OF_TURN_TOKEN\|>"),
-    (
-        r"deepseek.*",
-        r"<｜Assistant｜>|<｜tool▁outputs▁end｜>",
-        r"<｜end▁of▁sentence｜>|<｜tool▁call▁end｜>(?=<｜tool▁outputs▁begin｜>)",
-    ),
-    # its generation prompt has no header behind a tool's answer, its next turn has: the model is to write it
-    (
-        r"diffusion_gemma",
-        r"(?<!<tool_response\|>)<\|turn>model\n|<tool_response\|>",
-        r"<turn\|>|<tool_call\|>(<\|tool_response>)?",
-    ),
-    (
-        r"gemma4(_v\d)?",
-        r"<\|turn>model\n|<tool_response\|>",
-        r"<turn\|>|<tool_call\|>(<turn\|>|<\|tool_response>)?",
-    ),
-    (r"gemma3?", r"<start_of_turn>model\n", r"<end_of_turn>"),
-    (r"glm4moe", r"<\|assistant\|>", r"(?=<\|(user|observation|assistant)\|>)|$"),
-    (r"gptoss", r"<\|start\|>assistant", r"<\|end\|>|<\|return\|>|<\|call\|>"),
-    (r"muse.*", r"<\|start\|>assistant", r"<\|eot\|>"),
-    (r"lfm2_2_5.*", CHATML[0], CHATML[1] + r"\n"),  # as its own marks say
-    (r"(lfm|qwen|nemotron|thinking).*", *CHATML),
-    (r"llama3.*|meta", r"<\|start_header_id\|>assistant<\|end_header_id\|>\n\n", r"<\|eot_id\|>|<\|eom_id\|>"),
-    (r"phi3.*", r"<\|assistant\|>\n", r"<\|end\|>(\n<\|endoftext\|>)?"),
-    (r"llama2|mistral.*|moving", *INST),
-    (r"vicuna", r" ASSISTANT:", r"(?= USER:)|$"),
-    (r"zephyr|stripping|shouting", r"<\|assistant\|>\n", r"</s>"),
-    (r"numbered", r"# turn \d+ \(assistant\)\n", r"</s>"),
-]
 LOOP = "{% for m in messages %}"
 PROMPT = "{% if add_generation_prompt %}"
 BY_HAND = {
@@ -129,119 +89,9 @@ def encoding_of(name: str) -> Encoding:
     return make_encoding(tokenizer_of(name))
 
 
-def spans_of_turn(name: str) -> tuple[str, str]:
-    return next((header, end) for names, header, end in TURNS if re.fullmatch(names, name))
-
-
-# ------------------------------------------------------------------------------------------------------- the oracle
-
-
-def blank_out(row: dict) -> tuple[dict, list[tuple[int, str]]]:
-    """The row with a private character for each text, and of each character its turn and the text."""
-    texts: list[tuple[int, str]] = []
-
-    def blank(turn: int, text: str) -> str:
-        if not text.strip():
-            return text
-        lead = re.fullmatch(r"(<think>\n)(.*)(\n</think>\n\n)(.*)", text, re.DOTALL)
-        if lead:
-            return lead[1] + blank(turn, lead[2]) + lead[3] + blank(turn, lead[4])
-        texts.append((turn, text))
-        return chr(0xE100 + len(texts) - 1)
-
-    messages = []
-    for n, message in enumerate(row["messages"]):
-        made = {**message, "content": blank(n, message["content"])}
-        if "reasoning_content" in message:
-            made["reasoning_content"] = blank(n, message["reasoning_content"])
-        if "tool_calls" in message:
-            (call,) = message["tool_calls"]
-            arguments = {"a": blank(n, call["function"]["arguments"]["a"])}
-            made["tool_calls"] = [{**call, "function": {**call["function"], "arguments": arguments}}]
-        messages.append(made)
-    return {**row, "messages": messages}, texts
-
-
-def render(name: str, row: dict, asks: bool = False) -> str:
-    """The chat as transformers writes it; what a template wants of tool calls is found out by the encoding."""
-    traits = encoding_of(name).traits
-    messages = []
-    for message in row["messages"]:
-        made = {k: v for k, v in message.items() if k != "weight"}
-        if "tool_calls" in made:
-            if not made["content"]:
-                made["content"] = traits.empty_content
-            if made["content"] == "absent":
-                del made["content"]
-            if traits.arguments_as_text:
-                (call,) = made["tool_calls"]
-                text = json.dumps(call["function"]["arguments"], ensure_ascii=False)
-                made["tool_calls"] = [{**call, "function": {**call["function"], "arguments": text}}]
-        messages.append(made)
-    tokenizer = tokenizer_of(name)
-    return render_jinja_template(
-        [messages],
-        tools=row.get("tools"),
-        chat_template=tokenizer.chat_template,
-        add_generation_prompt=asks,
-        **tokenizer.special_tokens_map,
-    )[0][0]
-
-
-def written_forms(text: str) -> str:
-    escaped = json.dumps(text, ensure_ascii=False)[1:-1]
-    forms = [text, text.strip(), text.lstrip(), text.rstrip(), text.strip("\n"), text.lstrip("\n"), text.rstrip("\n")]
-    forms += [escaped, text.upper(), text.strip().replace("  ", " ")]
-    return "|".join(re.escape(form) for form in sorted(set(forms), key=len, reverse=True))
-
-
-def expected_spans(name: str, row: dict, turns: list[int]) -> list[tuple[int, int]] | None:
-    """Spans of the assistant turns given; None where the template does not write such texts as it writes others."""
-    blanked, texts = blank_out(row)
-    skeleton, real = render(name, blanked), render(name, row)
-    pieces = re.split("([\ue100-\ue1ff])", skeleton)
-    pattern = "".join(
-        f"(?P<g{i}>{written_forms(texts[ord(piece) - 0xE100][1])})" if i % 2 else re.escape(piece)
-        for i, piece in enumerate(pieces)
-    )
-    match = re.fullmatch(pattern, real, re.DOTALL)
-    if match is None:
-        return None
-    behind, before = [0], [0]  # ends of the private characters: in the skeleton, in the chat
-    for i in range(1, len(pieces), 2):
-        behind.append(sum(map(len, pieces[: i + 1])))
-        before.append(match.end(f"g{i}"))
-
-    def carry(at: int) -> int:
-        k = max(k for k, end in enumerate(behind) if end <= at)
-        return before[k] + at - behind[k]
-
-    places: dict[int, list[int]] = {}
-    for at, c in enumerate(skeleton):
-        if "\ue100" <= c <= "\ue1ff":
-            places.setdefault(texts[ord(c) - 0xE100][0], []).append(at)
-    header, ending = spans_of_turn(name)
-    spans = []
-    for n in turns:
-        if n not in places:
-            return None
-        first, last = places[n][0], places[n][-1]
-        earlier = max((ats[-1] + 1 for turn, ats in places.items() if turn < n), default=0)
-        start = max((m.end() for m in re.finditer(header, skeleton[:first]) if m.end() > earlier), default=None)
-        assert start is not None, skeleton
-        closing = re.compile(ending).search(skeleton, last + 1)
-        assert closing
-        # A generation prompt that goes on behind the header (an open <think>) is not what the model writes
-        asked = render(name, {**blanked, "messages": blanked["messages"][:n]}, True)
-        more = asked[[m.end() for m in re.finditer(header, asked)][-1] :] if re.search(header, asked[earlier:]) else ""
-        begin = carry(start)
-        if real.startswith(more, begin):
-            begin += len(more)
-        else:
-            begin += len(re.match(r"(<[^<>]+>|\s)*", os.path.commonprefix([more, skeleton[start:first]]))[0])
-        end = carry(closing.end())
-        spans.append((begin, end if closing[0] else begin + len(real[begin:end].rstrip())))
-    return spans
+@cache
+def subject_of(name: str) -> Subject:
+    return Subject.named(name, tokenizer_of(name), tokenizer_of(name).chat_template, encoding_of(name).traits)
 
 
 def trained_text(tokenizer: Any, row: EncodedRow, text: str) -> list[tuple[int, int]]:
@@ -268,10 +118,10 @@ def judge(name: str, row: dict, train_on: str, made: Any) -> str:
     if isinstance(made, RowProblem):
         return "refused"
     (piece,) = made
-    text = render(name, row)
-    tokenizer = tokenizer_of(name)
-    runs = trained_text(tokenizer, piece, text)
-    wanted = expected_spans(name, row, chosen_turns(row["messages"], train_on))
+    subject = subject_of(name)
+    text = render(subject, row)
+    runs = trained_text(subject.tokenizer, piece, text)
+    wanted = expected_spans(subject, row, chosen_turns(row["messages"], train_on))
     if wanted is None:
         return "unknown"
     octets = text.encode()
@@ -310,7 +160,7 @@ SHAPES = ["{}", "{}", " {}", "{}\n\n", "\n{}", "{}  \n", "a  {}", "{}é", "🙂{
 
 def texts(name: str) -> st.SearchStrategy[str]:
     """Contents that look like what surrounds them."""
-    header, end = spans_of_turn(name)
+    header, end = subject_of(name).header, subject_of(name).ending
     specials = sorted(t for t in tokenizer_of(name).all_special_tokens if t != "<|pad|>")
     framing = [re.sub(r"\\(.)", r"\1", pattern) for pattern in (header, end) if not re.search(r"[?(|$]", pattern)]
     framing += [f"{f}yes" for f in framing] + [a + b for a in framing for b in framing]
