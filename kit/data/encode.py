@@ -159,12 +159,7 @@ def _render_turns(tokenizer: Any, messages: Messages, template: ChatTemplate, en
             raise RowProblem("a turn that is not the assistant's has weight 0: dataset.train_on=chosen_turns")
     if template.has_marks:
         text, marks = template.render_with_marks(messages)
-        marks = join_marks(marks)
-        if by_turns and len(turns) == len(assistant_turns(messages)) != len(marks) and marks:
-            # of one turn it may mark several parts
-            check_written([messages[n] for n in turns], "".join(text[a:b] for a, b in marks))
-            return RenderedRow(text, True, trained=marks)
-        spans = marked_spans(messages, marks)
+        spans = marked_spans(messages, join_marks(marks))
     else:
         text = template.render(messages)
         check_written(messages, text)

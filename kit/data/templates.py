@@ -27,6 +27,7 @@ class Traits:
     empty_content: str | None = ""  # what stands as the content of a message that only calls tools; "absent": no key
     # the generation prompt, where it follows every chat, asked for or not; None where it cannot be told from a turn
     unasked_prompt: str | None = ""
+    writes_calls: bool = True  # False: it leaves them out without a word
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ class ChatTemplate:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         if any("tool_calls" in m for m in messages):
+            if not self.traits.writes_calls:
+                raise RowProblem("the chat template leaves out the calls of tools")
             messages = [_form_tool_calls(m, self.traits) if "tool_calls" in m else m for m in messages]
         try:
             return render_jinja_template(
@@ -135,16 +138,18 @@ def probe_template(tokenizer: Any, text: str | None) -> Traits:
     question: Messages = [{"role": "user", "content": "q"}]
     answer: Messages = [{"role": "tool", "name": "kit_probe", "tool_call_id": "callabcd1", "content": "r"}]
     calls: Messages = [*question, {"role": "assistant", "content": "", "tool_calls": [call]}, *answer]
-    found = Traits()
+    found, writes = Traits(), []
     for traits in [Traits(as_text, content) for content in ("", None, "absent") for as_text in (False, True)]:
         try:
             written = row_template(tokenizer, {}, text, traits).render(calls)
         except RowProblem:
             continue
+        writes.append(all(word in written for word in ("kit_probe", "kit_k", "kit_v")))
         spoiled = '\\"kit_k' in written or "'kit_k'" in written
-        if all(word in written for word in ("kit_probe", "kit_k", "kit_v")) and not spoiled:
+        if writes[-1] and not spoiled:
             found = traits
             break
+    found = replace(found, writes_calls=any(writes) or not writes)
     with suppress(RowProblem):  # a template may refuse such a chat for reasons of its own
         return replace(found, unasked_prompt=_unasked_prompt(row_template(tokenizer, {}, text, found)))
     return found
@@ -202,8 +207,6 @@ def check_written(messages: Messages, rendered: str, spans: dict[int, Span] | No
         content = message["content"].strip()
         if content and content not in place and not _is_written_otherwise(message, content, place):
             raise RowProblem(f"the chat template leaves out the text of turn {n + 1} ({message['role']})")
-        if "tool_calls" in message and not spans and n and (asked := messages[n - 1]["content"].strip()):
-            place = rendered.partition(asked)[2] or rendered  # the list of tools names it too
         for call in message.get("tool_calls", ()):
             if call["function"]["name"] not in place:
                 raise RowProblem(f"the chat template leaves out the tool call of turn {n + 1}")

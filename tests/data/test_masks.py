@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import copy
+import datetime
+import json
 import os
 import re
 from collections import Counter
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from mask_oracle import Subject, expected_spans, render
+from mask_oracle import Subject, blank_out, expected_spans, render
 from test_encode import ENDS, TEMPLATES, make_tokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
-from kit.data.encode import IGNORED, EncodedRow, Encoding, encode_rows, make_encoding
-from kit.data.masks import chosen_turns
+from kit.data.encode import IGNORED, EncodedRow, Encoding, LongRow, encode_rows, end_of_turn_id, make_encoding
+from kit.data.masks import chosen_turns, join_marks
+from kit.data.templates import freeze_date, run_template, writes_date
 from kit.data.turns import RowProblem
+from kit.errors import KitError
 
 EXAMPLES = int(os.environ.get("MASK_EXAMPLES", "12"))  # chats of each template
 LOOP = "{% for m in messages %}"
@@ -228,3 +236,302 @@ def test_each_mask_is_right_or_refused(name: str) -> None:
 
     check()
     print(name, dict(seen))
+
+
+TURNS = [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "Yes."}]
+MORE = [{"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "I am."}]
+SYSTEM = {"role": "system", "content": "Be brief."}
+CALL = {"type": "function", "id": "callabcd1", "function": {"name": "add", "arguments": {"a": "1"}}}
+USED = [
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "name": "add", "tool_call_id": "callabcd1", "content": "2"},
+]
+SUM = [TURNS[0], *USED, TURNS[1]]
+ORDINARY = {
+    "one": TURNS,
+    "many": TURNS + MORE + TURNS,
+    "user last": TURNS + MORE[:1],
+    "system": [SYSTEM, *TURNS],
+    "system, many": [SYSTEM, *TURNS, *MORE],
+    "tools": SUM,
+    "tools, many": SUM + [MORE[0], *USED, MORE[1]],
+    "reasoning": [{**m, "reasoning_content": "Hm."} if m["role"] == "assistant" else m for m in TURNS + MORE],
+    "thinking": [
+        {**m, "content": f"<think>\nHm.\n</think>\n\n{m['content']}"} if m["role"] == "assistant" else m
+        for m in TURNS + MORE
+    ],
+}
+# All ordinary chats that are refused: (templates, chats, train_on, why)
+REFUSED = [
+    ("cohere|gemma3?", "tools.*", ".*", "Conversation roles must alternate"),
+    ("gemma", "system.*", ".*", "System role not supported"),
+    ("cohere2|lfm2|llama[23]|phi3.*|qwen2_5_vl|meta|vicuna|zephyr|stripping|moving|numbered|thinking", "tools.*", ".*", "leaves out the calls"),
+    # it writes a second call without the header of an assistant's turn
+    ("deepseek.*", "tools, many", "assistant_turns", "in another way once more turns follow"),
+    # the list of tools and the system's text stand in the last question
+    ("mistral_v3", "tools.*", "assistant_turns", "in another way once more turns follow"),
+    ("moving", "system, many", "assistant_turns", "in another way once more turns follow"),
+    ("shouting", ".*", ".*", "leaves out"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_ordinary_chats_are_refused_only_where_the_template_cannot_carry_them(name: str) -> None:
+    for kind, messages in ORDINARY.items():
+        row = {"messages": messages} | ({"tools": [TOOL]} if "tools" in kind else {})
+        for train_on in ("assistant_turns", "last_turn"):
+            (made,) = encode_rows(tokenizer_of(name), [row], replace(encoding_of(name), train_on=train_on))
+            why = [w for n, k, t, w in REFUSED if all(map(re.fullmatch, (n, k, t), (name, kind, train_on)))]
+            if why:
+                assert judge(name, row, train_on, made) == "refused" and why[0] in str(made), (kind, made)
+            else:
+                assert judge(name, row, train_on, made) == "right", (kind, made)
+
+
+TWINS = [n for n in TEXT if f"{n}_training" in TEMPLATES]
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_marks_of_a_training_template_hold_the_answers_and_nothing_else(name: str) -> None:
+    tokenizer = tokenizer_of(name)
+    encoding = make_encoding(tokenizer, TEMPLATES[f"{name}_training"])
+
+    @settings(max_examples=EXAMPLES // 2, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(chats(name))
+    def check(row: dict) -> None:
+        blanked, texts = blank_out(row)
+        for train_on in ("assistant_turns", "last_turn", "chosen_turns"):
+            chosen = chosen_turns(row["messages"], train_on)
+            (made,) = encode_rows(tokenizer, [blanked], replace(encoding, train_on=train_on))
+            if isinstance(made, RowProblem) or not chosen:
+                continue
+            trained = tokenizer.decode([label for label in made[0].labels if label != IGNORED])
+            whole = tokenizer.decode(made[0].input_ids)
+            for k, (turn, _) in enumerate(texts):
+                mark = chr(0xE100 + k)
+                assert trained.count(mark) == (whole.count(mark) if turn in chosen else 0)
+
+    check()
+
+
+# ------------------------------------------------------------------------------------------- tokens, weights, marks
+
+ZEPHYR = "zephyr"
+
+
+def encode_with(tokenizer: Any, messages: list[dict], train_on: str = "assistant_turns", **options: Any) -> Any:
+    return encode_rows(tokenizer, [{"messages": messages}], make_encoding(tokenizer, train_on=train_on, **options))[0]
+
+
+def shown(tokenizer: Any, row: EncodedRow) -> str:
+    """The row as text, what is not trained as dots."""
+    return "".join("·" if label == IGNORED else tokenizer.decode([label]) for label in row.labels).strip("·")
+
+
+def test_a_turn_of_weight_0_is_never_trained() -> None:
+    tokenizer = tokenizer_of(ZEPHYR)
+    messages = [{**m, "weight": weight} for m, weight in zip(TURNS + MORE, (1, 0, 1, 1), strict=True)]
+    for train_on in ("everything", "assistant_turns", "chosen_turns", "last_turn"):
+        (row,) = encode_with(tokenizer, messages, train_on)
+        trained = tokenizer.decode([label for label in row.labels if label != IGNORED])
+        assert "Yes." not in trained and trained.endswith("I am.</s>\n"[: None if train_on == "everything" else -1])
+        assert trained.count("</s>") == (3 if train_on == "everything" else 1)
+    pair = {"prompt": messages[:1], "completion": messages[1:]}
+    (made,) = encode_rows(tokenizer, [pair], make_encoding(tokenizer, train_on="completion"))
+    assert "Yes." not in shown(tokenizer, made[0]) and "I am.</s>" in shown(tokenizer, made[0])
+    for weights, train_on, why in [
+        ((None, 0), "assistant_turns", "every weight is 0"),
+        ((None, None), "chosen_turns", "it has no turn to train"),
+        ((0, 1), "everything", "not the assistant's has weight 0"),
+    ]:
+        turns = [m if w is None else {**m, "weight": w} for m, w in zip(TURNS, weights, strict=True)]
+        assert why in str(encode_with(tokenizer, turns, train_on))
+
+
+def test_the_end_of_a_turn_is_trained_where_it_is_the_pad_token() -> None:
+    tokenizer = make_tokenizer(BY_HAND[ZEPHYR], "<s>", "</s>")
+    tokenizer.pad_token = tokenizer.eos_token
+    (row,) = encode_with(tokenizer, TURNS + MORE)
+    assert row.labels.count(tokenizer.eos_token_id) == 2 and row.input_ids.count(tokenizer.eos_token_id) == 4
+
+
+class Letters(PreTrainedTokenizer):
+    """A tokenizer without offsets: a character is a token."""
+
+    def __init__(self, **options: Any) -> None:
+        self.letters = [chr(n) for n in range(256)]
+        super().__init__(**options)
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.letters)
+
+    def get_vocab(self) -> dict[str, int]:
+        return {c: n for n, c in enumerate(self.letters)} | self.added_tokens_encoder
+
+    def _tokenize(self, text: str, **_: Any) -> list[str]:
+        return list(text)
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return sum(map(ord, token)) % 256
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return chr(index)
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        return "".join(tokens)
+
+
+def test_a_tokenizer_without_offsets_has_the_same_masks() -> None:
+    slow = Letters(eos_token="</s>", bos_token="<s>", pad_token="<pad>")
+    slow.chat_template = BY_HAND[ZEPHYR]
+    assert not slow.is_fast
+    fast = tokenizer_of(ZEPHYR)
+    for messages in (TURNS, [SYSTEM, *TURNS, *MORE], TURNS + MORE[:1]):
+        for train_on in ("assistant_turns", "last_turn"):
+            (ours,), (theirs,) = (encode_with(t, messages, train_on) for t in (slow, fast))
+            assert shown(slow, ours).replace("·", "") == shown(fast, theirs).replace("·", "")
+
+    class Merging(Letters):
+        def _tokenize(self, text: str, **_: Any) -> list[str]:
+            return re.findall("..|.", text, re.DOTALL)  # where a token begins depends on all before it
+
+    merging = Merging(eos_token="</s>", bos_token="<s>", pad_token="<pad>")
+    merging.chat_template = BY_HAND["vicuna"]
+    made = encode_with(merging, [{"role": "user", "content": "abc"}, {"role": "assistant", "content": "def"}])
+    assert "cannot be told apart" in str(made)
+
+
+def make_sentencepiece(template: str, normalizer: Any) -> PreTrainedTokenizerFast:
+    """Words that begin with a blank, letters, and bytes for all else, as SentencePiece has them."""
+    pieces = [f"<0x{n:02X}>" for n in range(256)] + [
+        *"▁abcdefghijklmnopqrstuvwxyzABCDEFGHI.?!:\n",
+        "▁y",
+        "▁ye",
+        "▁yes",
+    ]
+    merges = [("▁", "y"), ("▁y", "e"), ("▁ye", "s")]
+    core = Tokenizer(models.BPE({p: n for n, p in enumerate(pieces)}, merges, byte_fallback=True))
+    core.normalizer = normalizer
+    core.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=False)
+    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    core.add_special_tokens(["<s>", "</s>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", bos_token="<s>", pad_token="</s>")
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.mark.parametrize("template", ["llama2", "vicuna"])
+@pytest.mark.parametrize(
+    "normalizer", [None, normalizers.NFKC(), normalizers.Sequence([normalizers.Strip(), normalizers.NFD()])], ids=str
+)
+def test_characters_without_a_token_of_their_own_move_no_border(template: str, normalizer: Any) -> None:
+    tokenizer = make_sentencepiece(BY_HAND[template], normalizer)
+    end = "</s>" if template == "llama2" else ""
+    for said in ("yes", "yes  no", "🙂", "ﬁ ½ é", "a\u0301 b🙂", "日本"):
+        messages = [{"role": "user", "content": said}, {"role": "assistant", "content": said}]
+        for asked, count in ((messages, 1), (messages * 2, 2), (messages + messages[:1], 1)):
+            (row,) = encode_with(tokenizer, asked)
+            runs = [run for run in "".join("\n" if x == IGNORED else f"{x} " for x in row.labels).split("\n") if run]
+            assert len(runs) == count
+            for run in runs:
+                text = tokenizer.decode([int(n) for n in run.split()])
+                wanted = normalizer.normalize_str(said) if normalizer else said
+                assert text.replace(" ", "") == (wanted + end).replace(" ", ""), (said, text)
+
+
+def test_long_chats_are_cut_and_split_with_their_masks() -> None:
+    tokenizer = tokenizer_of(ZEPHYR)
+    (whole,) = encode_with(tokenizer, TURNS + MORE)
+    size = len(whole.input_ids)
+    for limit in (30, size - 1, size // 2):
+        for mode, piece in (("keep_start", slice(limit)), ("keep_end", slice(size - limit, None))):
+            (row,) = encode_with(tokenizer, TURNS + MORE, max_length=limit, truncation_mode=mode)
+            assert (row.input_ids, row.labels) == (whole.input_ids[piece], whole.labels[piece])
+            assert row.notes == ("cut",)
+        pieces = encode_with(tokenizer, TURNS + MORE, max_length=limit, on_long_row="split")
+        assert sum(p.trained for p in pieces) == whole.trained  # a piece without a trained token is left out
+        assert all(len(p.input_ids) <= limit and p.trained and "split" in p.notes for p in pieces)
+    for how in ("drop", "refuse"):
+        assert isinstance(encode_with(tokenizer, TURNS, max_length=10, on_long_row=how), LongRow)
+    assert "no trained token is left" in str(encode_with(tokenizer, TURNS, max_length=10))
+
+
+MARK, END = "{% generation %}", "{% endgeneration %}"
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        ("{% if m.role == 'user' %}@{{ m.content }}</s>#{% else %}{{ m.content }}</s>{% endif %}", "leaves out the text"),
+        ("{% if m.role == 'assistant' %}@#{% endif %}{{ m.content }}</s>", "marks no answer|marks 0 answers"),
+        ("{% if m.role == 'assistant' %}@{{ m.role }}#{% endif %}{{ m.content }}</s>", "leaves out the text"),
+        ("@{{ m.content }}#</s>", "marks 4 answers of 2|leaves out the text"),
+        ("{% if m.role == 'assistant' %}@{{ m.content[:2] }}#-@{{ m.content[2:] }}</s>#{% else %}{{ m.content }}{% endif %}", "marks 4 answers of 2"),
+    ],
+)  # fmt: skip
+def test_marks_that_do_not_hold_the_answers_are_refused(body: str, why: str) -> None:
+    body = body.replace("@", MARK).replace("#", END)
+    tokenizer = make_tokenizer(LOOP + "{{ m.role }}: " + body + "{% endfor %}", "<s>", "</s>")
+    for train_on in ("assistant_turns", "last_turn"):
+        made = encode_with(tokenizer, TURNS + MORE, train_on)
+        assert isinstance(made, RowProblem) and re.search(why, str(made)), made
+
+
+def test_marks_of_several_parts_of_a_turn_are_one_where_they_touch() -> None:
+    assert join_marks([(0, 0), (3, 5), (5, 9), (9, 9), (11, 12)]) == [(3, 9), (11, 12)]
+
+
+@pytest.mark.parametrize(
+    ("name", "ends"),
+    [("qwen3", ["<|im_end|>"]), ("zephyr", ["</s>"]), ("llama2", ["</s>"]), ("meta", ["<|eot_id|>", "<|end_of_text|>"]),
+     ("gptoss", ["<|return|>"]), ("gemma3", ["<end_of_turn>", "<eos>"]), ("phi3", ["<|end|>", "<|endoftext|>"]), ("vicuna", [])],
+)  # fmt: skip
+def test_the_token_that_ends_a_turn_is_known_where_it_is_not_the_tokenizers_own(name: str, ends: list[str]) -> None:
+    tokenizer = copy.deepcopy(tokenizer_of(name))
+    if name == "meta":  # as a base has it
+        tokenizer.add_special_tokens({"eos_token": "<|end_of_text|>"})
+    if name == "qwen3":
+        tokenizer.add_special_tokens({"eos_token": "<|endoftext|>"})
+    known = {tokenizer.eos_token_id, end_of_turn_id(tokenizer)}
+    (row,) = encode_with(tokenizer, TURNS)
+    assert any(label in known for label in row.labels) == bool(ends)
+    assert tokenizer.decode([i for i in row.labels if i in known]).startswith(ends[0] if ends else "")
+
+
+@pytest.mark.parametrize("name", ["llama3_2", "gptoss", "muse_glimmer"])
+def test_the_date_in_a_template_is_that_of_the_plan(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = tokenizer_of(name)
+
+    def ids(day: str | None) -> list[int]:
+        return encode_with(tokenizer, TURNS, template=run_template(tokenizer, False, day))[0].input_ids
+
+    template = run_template(tokenizer, False, "2025-07-01")
+    assert writes_date(tokenizer.chat_template) and not writes_date(template)
+    found = ids("2025-07-01")
+    assert re.search("2025-07-01|01 Jul 2025", tokenizer.decode(found))
+
+    class Tomorrow(datetime.datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            return cls(2031, 2, 3)
+
+    unfrozen = ids(None)
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Tomorrow)
+    assert ids("2025-07-01") == found != ids("2025-07-02")
+    assert ids(None) != unfrozen  # what would have been trained
+
+
+def test_a_date_that_a_template_computes_is_refused() -> None:
+    with pytest.raises(KitError, match="cannot be fixed"):
+        freeze_date("{{ strftime_now(format) }}", "2025-07-01")
+
+
+def test_the_committed_table_of_real_tokenizers_holds_nothing_wrong() -> None:
+    newest = max((Path(__file__).parents[1] / "benchmarks" / "results").glob("*-mask-table.json"))
+    table = json.loads(newest.read_text())
+    cells = [cell for model in table["models"].values() for chat in model["chats"].values() for cell in chat.values()]
+    assert len(table["models"]) >= 8 and len(cells) > 300
+    assert not [cell for cell in cells if not re.match("verified|refused: |$", cell["result"])]
+    assert not [cell for cell in cells if cell.get("trl") == "differs"]
+    assert {cell["result"] for cell in cells} & {"verified"}
