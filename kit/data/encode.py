@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from kit.data.masks import Messages, Span, assistant_turns, chosen_turns, derive_spans, join_marks, marked_spans
+from kit.data.masks import Messages, Span, assistant_turns, chosen_turns, common_length, derive_spans, marked_spans
 from kit.data.templates import (
     ChatTemplate,
     Traits,
@@ -159,7 +159,7 @@ def _render_turns(tokenizer: Any, messages: Messages, template: ChatTemplate, en
             raise RowProblem("a turn that is not the assistant's has weight 0: dataset.train_on=chosen_turns")
     if template.has_marks:
         text, marks = template.render_with_marks(messages)
-        spans = marked_spans(messages, join_marks(marks))
+        spans = marked_spans(messages, marks)
     else:
         text = template.render(messages)
         check_written(messages, text)
@@ -205,7 +205,7 @@ def _label(tokenizer: Any, row: RenderedRow, ids: list[int], offsets: Any, promp
         first, last = token_range(tokenizer, row.text, span, ids, offsets)
         labels[first:last] = [IGNORED] * (last - first)
     if prompt is not None:
-        common = common_prefix_length(prompt, ids)
+        common = common_length(prompt, ids)
         labels[:common] = [IGNORED] * common
     if labels.count(IGNORED) == len(labels):
         raise RowProblem("it has no trained token")
@@ -251,13 +251,6 @@ def fit_bos(tokenizer: Any, ids: list[int]) -> tuple[list[int], str]:
     if getattr(tokenizer, "add_bos_token", False) and ids[:1] != [bos]:
         return [bos, *ids], "BOS put in front"
     return ids, ""
-
-
-def common_prefix_length(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two rows begin with in common."""
-    if list(b[: len(a)]) == list(a):
-        return len(a)
-    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _check_token_row(tokenizer: Any, row: dict[str, Any]) -> EncodedRow:
@@ -366,4 +359,5 @@ def end_of_turn_id(tokenizer: Any, template: str | None = None) -> int | None:
         return None
     after = tokenizer(text.rsplit(mark, 1)[-1], add_special_tokens=False)["input_ids"]
     special = set(tokenizer.all_special_ids) | set(getattr(tokenizer, "added_tokens_decoder", {}))
-    return after[0] if after and after[0] in special else None
+    first = next((token for token in after if tokenizer.decode([token]).strip()), None)
+    return first if first in special else None

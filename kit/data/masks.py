@@ -186,11 +186,11 @@ def split_closing(written: str, special: Sequence[str]) -> tuple[str, str]:
     return stripped, body[len(stripped) :] + token
 
 
-def common_length(a: str, b: str) -> int:
-    """How many characters two texts begin with in common."""
-    if b.startswith(a):
-        return len(a)
+def common_length(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """How many characters, or tokens, two of them begin with in common."""
     low, high = 0, min(len(a), len(b))
+    if a[:high] == b[:high]:
+        return high
     while low < high:
         middle = (low + high + 1) // 2
         if a[:middle] == b[:middle]:
@@ -200,20 +200,18 @@ def common_length(a: str, b: str) -> int:
     return low
 
 
-def join_marks(marks: Sequence[Span]) -> list[Span]:
-    """The generation marks of a template without empty ones; those that touch are one."""
+def marked_spans(messages: Messages, marks: Sequence[Span]) -> dict[int, Span]:
+    """Spans of the assistant turns from the generation marks of a template; RowProblem where they do not match.
+
+    Of the parts of one turn some templates mark each by itself: those that touch are one, empty ones none.
+    """
     joined: list[Span] = []
     for start, end in marks:
         if joined and joined[-1][1] == start:
             joined[-1] = (joined[-1][0], end)
         elif end > start:
             joined.append((start, end))
-    return joined
-
-
-def marked_spans(messages: Messages, marks: Sequence[Span]) -> dict[int, Span]:
-    """Spans of the assistant turns from the generation marks of a template; RowProblem where they do not match."""
     turns = assistant_turns(messages)
-    if len(marks) != len(turns):
-        raise RowProblem(f"the chat template marks {len(marks)} answers of {len(turns)} assistant turns")
-    return dict(zip(turns, marks, strict=True))
+    if len(joined) != len(turns):
+        raise RowProblem(f"the chat template marks {len(joined)} answers of {len(turns)} assistant turns")
+    return dict(zip(turns, joined, strict=True))

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from kit.data.encode import IGNORED, EncodedRow, Encoding, LongRow, encode_rows, end_of_turn_id, make_encoding
-from kit.data.masks import chosen_turns, join_marks
+from kit.data.masks import chosen_turns, marked_spans
 from kit.data.templates import freeze_date, run_template, writes_date
 from kit.data.turns import RowProblem
 from kit.errors import KitError
@@ -479,7 +479,7 @@ def test_marks_that_do_not_hold_the_answers_are_refused(body: str, why: str) -> 
 
 
 def test_marks_of_several_parts_of_a_turn_are_one_where_they_touch() -> None:
-    assert join_marks([(0, 0), (3, 5), (5, 9), (9, 9), (11, 12)]) == [(3, 9), (11, 12)]
+    assert marked_spans(TURNS + MORE, [(0, 0), (3, 5), (5, 9), (9, 9), (11, 12)]) == {1: (3, 9), 3: (11, 12)}
 
 
 @pytest.mark.parametrize(
