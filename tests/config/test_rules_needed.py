@@ -287,8 +287,7 @@ ELSEWHERE = {
     "shown beside the installed DeepSpeed by tests/config/test_deepspeed_file.py": "auto doubled literal",
     "shown by tests/config/test_architectures.py": "architecture",
     "shown beside the installed classes by tests/config/test_tokenizer.py": """tokenizer-files chat-template
-        chat-template-name generation-marks special-token special-token-missing vocabulary added-tokens
-        token-indices-tied""",
+        chat-template-name special-token special-token-missing vocabulary added-tokens token-indices-tied""",
     "shown by tests/config/test_init_from.py and tests/training/test_warm_start.py": """init-from init-from-files
         init-from-base""",
     "raised by an engine in a launch; compared with the installed DeepSpeed by tests/config/test_zero.py": """mismatch
