@@ -18,13 +18,14 @@ from typing import Any
 
 from kit.data import load
 from kit.data.encode import EncodedRow, Encoding, LongRow, encode_rows, end_of_turn_id, make_encoding
+from kit.data.files import BREAKS_OFF
 from kit.data.formats import row_kind
 from kit.data.masks import resolve_train_on
 from kit.data.templates import run_template
 from kit.data.turns import EmptyAnswer, RowProblem
 from kit.errors import KitError, Problem
 from kit.schema.run_plan import DataSource, RunPlan
-from kit.storage.atomic_folder import output_folder
+from kit.storage.atomic_folder import output_folder, replace_folder
 from kit.storage.json_files import atomic_write_json, read_json, read_json_or_empty
 from kit.system.paths import kit_cache_folder
 
@@ -75,9 +76,18 @@ def prepare_data(plan: RunPlan, tokenizer: Any) -> Path:
     folder = kit_cache_folder() / "data" / key
     if not (folder / REPORT).is_file():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with output_folder(folder, fsync=False) as staging:
+        with output_folder(folder, False, keep_finished) as staging:
             build(plan, tokenizer, training, held_out, staging)
     return folder
+
+
+def keep_finished(staging: Path, folder: Path) -> None:
+    """Put a finished build in its place, unless another process has done so meanwhile: its files may be in use."""
+    try:
+        os.rename(staging, folder)
+    except OSError:
+        if not (folder / REPORT).is_file():
+            replace_folder(staging, folder, fsync=False)
 
 
 def open_prepared(folder: Path) -> PreparedData:
@@ -89,6 +99,8 @@ def open_prepared(folder: Path) -> PreparedData:
     for name, part in report["splits"].items():
         files = [Dataset.from_file(str(folder / file)) for file in part["files"]]
         parts[name] = files[0] if len(files) == 1 else concatenate_datasets(files)
+        if len(parts[name]) != part.get("packed", part["rows"]):  # cut off: Arrow reads such a file without a word
+            raise KitError(f"the prepared data in {folder} are not whole", "dataset.path", f"rm -r {folder}")
     validation = parts.get("validation")
     notes = [*report["notes"], *(n for name, part in report["splits"].items() for n in describe_counts(name, part))]
     return PreparedData(parts["train"], validation, parts.get("test", validation), report, notes)
@@ -300,6 +312,7 @@ def encode_records(
     for record, made in zip(records, results, strict=True):
         if isinstance(made, RowProblem):
             kind = {EmptyAnswer: "empty", LongRow: "long"}.get(type(made), "bad")
+            kind = "lost" if str(made).startswith(BREAKS_OFF) else kind
             bad.append({k: record[k] for k in ("file", "number", "offset")} | {"problem": str(made), "kind": kind})
             continue
         counts["kept"] += 1
@@ -364,14 +377,19 @@ def percentiles(lengths: dict[str, int]) -> dict[int, int]:
 
 
 def refuse_rows(plan: RunPlan, name: str, part: dict[str, Any]) -> list[Problem]:
-    """The problems of one split: bad rows where they are refused, or more of them than may be dropped."""
+    """The problems of one split: bad rows where they are refused, or more of them than may be dropped.
+
+    A row that stands for all that a damaged file lost behind it is refused in any case: how many they are is not known.
+    """
     d, kinds, read = plan.dataset, part["kinds"], part["read"]
     allowed = d.max_bad_rows * read if d.max_bad_rows < 1 else d.max_bad_rows
     problems: list[Problem] = []
-    for kind, refused in (("bad", d.on_bad_row == "refuse"), ("long", d.on_long_row == "refuse")):
+    for kind, refused in (("lost", True), ("bad", d.on_bad_row == "refuse"), ("long", d.on_long_row == "refuse")):
         if not kinds.get(kind) or not (refused or kinds[kind] > allowed):
             continue
         key, fix = "dataset.on_bad_row", "mend them, or leave them out: dataset.on_bad_row=drop"
+        if kind == "lost":
+            key, fix = "dataset.path", "write or fetch the file again"
         if kind == "long":
             key, fix = "trainer.max_length", "raise trainer.max_length, or dataset.on_long_row=truncate|split|drop"
         if not refused:
