@@ -200,12 +200,12 @@ def test_bad_data_and_settings_are_refused(base, yes, tmp_path):
 
     file = tmp_path / "bad.jsonl"
     file.write_text('{"text": "a"}\n{"text": \n')
-    refused("bad.jsonl:2", data=file)
-    refused("cannot be read", data=tmp_path / "none.jsonl")
+    refused("bad.jsonl row 2: not JSON", data=file)
+    refused("there is no data file", data=tmp_path / "none.jsonl")
     refused("no rows", data=[])
     refused("no rows to score", data=None)
-    refused("columns question", data=[{"question": "a", "answer": "b"}])
-    refused("not a JSON object", data=["a"])
+    refused("the columns a, b are none of the formats", data=[{"a": "a", "b": "b"}])
+    refused("no rows", data=["a"])
     refused("no assistant turn", data=[{"messages": [{"role": "user", "content": "x"}]}])
     refused("some are plain text", data=[TEXTS[0], PLAIN[0]])
     refused("metric 'bleu'", metrics=["bleu"])

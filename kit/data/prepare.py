@@ -101,6 +101,8 @@ def open_prepared(folder: Path) -> PreparedData:
         parts[name] = files[0] if len(files) == 1 else concatenate_datasets(files)
         if len(parts[name]) != part.get("packed", part["rows"]):  # cut off: Arrow reads such a file without a word
             raise KitError(f"the prepared data in {folder} are not whole", "dataset.path", f"rm -r {folder}")
+        if report["shuffle_seed"] is not None:
+            parts[name] = parts[name].shuffle(seed=report["shuffle_seed"], keep_in_memory=True)
     validation = parts.get("validation")
     notes = [*report["notes"], *(n for name, part in report["splits"].items() for n in describe_counts(name, part))]
     return PreparedData(parts["train"], validation, parts.get("test", validation), report, notes)
@@ -184,7 +186,8 @@ def build(
         parts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
         if splits.test is splits.validation:
             del parts["test"]
-        report: dict[str, Any] = {"layout": LAYOUT, "notes": splits.notes, "splits": {}}
+        seed = plan.trainer["seed"] if plan.trainer.get("shuffle_dataset") else None
+        report: dict[str, Any] = {"layout": LAYOUT, "notes": splits.notes, "shuffle_seed": seed, "splits": {}}
         problems: list[Problem] = []
         for name, rows in parts.items():
             if rows is None:
@@ -266,12 +269,12 @@ def process_count(asked: int | None, rows: int) -> int | None:
 
 
 def pack(plan: RunPlan, rows: Any, file: str) -> Any:
-    """Whole documents packed into rows of max_length by TRL, with `seq_lengths`; the order is as it would be there."""
+    """Whole documents packed into rows of max_length by TRL, with `seq_lengths`; shuffled before and after, as there."""
     from trl import pack_dataset
 
     t = plan.trainer
     if t.get("shuffle_dataset"):
-        rows = rows.shuffle(seed=t["seed"])
+        rows = rows.shuffle(seed=t["seed"], keep_in_memory=True)
     options = {"cache_file_name": file, "load_from_cache_file": False, "new_fingerprint": Path(file).stem}
     return pack_dataset(rows, t.get("max_length", 1024), t.get("packing_strategy", "bfd"), options)
 
@@ -401,7 +404,8 @@ def refuse_rows(plan: RunPlan, name: str, part: dict[str, Any]) -> list[Problem]
                 )
     if not part["kept"] and not problems:
         reasons = "; ".join(part["dropped"]) or "it holds no rows"
-        problems.append(Problem(f"none of the {read:,} rows of {name} can be trained on: {reasons}", "dataset.path"))
+        text = f"none of the {read:,} rows of {name} can be trained on: {reasons}"
+        problems.append(Problem(text, "dataset.path", "kit data FILE shows its rows and how they are read"))
     return [replace(p, rule="bad-rows") for p in problems]
 
 

@@ -101,7 +101,7 @@ FORMATS = {
                  TURNS + "rest </s>", "assistant_turns", "rest </s>"),
     "alpaca": ({"instruction": "has", "input": "pain", "output": "rest"},
                "<|user|> has pain <|assistant|> rest </s>", "last_turn", "rest </s>"),
-    "alpaca_prompt": ({"instruction": "has pain", "input": "", "output": "rest"}, None, "completion", "rest </s>"),
+    "alpaca_prompt": ({"instruction": "has pain", "input": "", "output": " rest"}, None, "completion", "rest </s>"),
     "prompt_completion": ({"prompt": "has pain", "completion": " rest"}, "has pain rest </s>", None, "rest </s>"),
     "question_answer": ({"question": "has pain", "answer": "rest"}, TURNS + "rest </s>", None, TURNS + "rest </s>"),
     "text": ({"text": "has pain rest"}, "has pain rest </s>", None, "has pain rest </s>"),
@@ -157,13 +157,13 @@ def test_many_bad_rows_are_counted_and_three_named(refusal):
 
 
 def test_kept_and_dropped_are_what_was_read(prepare_of):
-    data = prepare_of("dataset.on_bad_row=drop", "dataset.max_bad_rows=5", data=late([*BAD, BAD[1], chat("a", " ")]))
+    data = prepare_of("dataset.on_bad_row=drop", "dataset.max_bad_rows=5", data=late([*BAD, BAD[1]]))
     part = splits(data)["train"]
-    assert (part["read"], part["kept"], len(data.train)) == (216, 210, 210)
-    assert part["kept"] + sum(part["dropped"].values()) == part["read"] and len(part["dropped"]) == 5
-    assert part["kinds"] == {"bad": 5, "empty": 1}
+    assert (part["read"], part["kept"], len(data.train)) == (215, 210, 210)
+    assert part["kept"] + sum(part["dropped"].values()) == part["read"] and len(part["dropped"]) == 4
+    assert part["kinds"] == {"bad": 5}
     [line] = [note for note in data.notes if "dropped" in note]
-    assert line.startswith("train: 210 kept + 6 dropped = 216 read; dropped: 2 has no assistant turn to train")
+    assert line.startswith("train: 210 kept + 5 dropped = 215 read; dropped: 2 has no assistant turn to train")
 
 
 def test_bad_rows_lie_beside_what_was_kept_in_their_order(plan_of):
@@ -181,12 +181,14 @@ def test_more_than_the_cap_are_refused(refusal):
 
 def test_empty_answers_are_dropped_and_said(prepare_of):
     """Public sets have a few: nothing is in them to learn, and nothing is wrong with the file."""
-    data = prepare_of(data=[*tiny.chat_rows(), chat("has pain", ""), chat("has pain", "  ")])
-    assert splits(data)["train"]["kinds"] == {"empty": 2} and "2 turn N" in "".join(data.notes)
+    rows = [{"question": "has pain", "answer": answer} for answer in ("rest", "", "  ", None)]
+    data = prepare_of(data=rows)
+    assert splits(data)["train"]["kinds"] == {"empty": 3}
+    assert "train: 1 kept + 3 dropped = 4 read; dropped: 3 the answer is empty" in data.notes
 
 
 def test_nothing_left_is_refused(refusal):
-    [problem] = refusal("dataset.on_bad_row=drop", "dataset.max_bad_rows=1.0", "dataset.train_on=chosen_turns",
+    [problem] = refusal("dataset.on_bad_row=drop", "dataset.max_bad_rows=3", "dataset.train_on=chosen_turns",
                         data=[chat("a", "rest")] * 3)  # fmt: skip
     assert "none of the 3 rows of train can be trained on" in problem.problem
 
@@ -200,9 +202,10 @@ def test_what_a_damaged_file_lost_is_refused_where_bad_rows_are_dropped(refusal,
     [problem] = refusal(f"dataset.path={tmp_path / 'cut.jsonl.gz'}", "dataset.on_bad_row=drop")
     assert "the file breaks off after row" in problem.problem and problem.where == "dataset.path"
     assert "drop" not in problem.fix
-    (tmp_path / "short.jsonl.gz").write_bytes(gzip.compress(json.dumps(chat("a", "b")).encode() * 9, mtime=0)[:-4])
-    problems = api.check(f"dataset.path={tmp_path / 'short.jsonl.gz'}", "dataset.on_bad_row=drop")
-    assert any(p.rule in ("bad-rows", "dataset-unreadable") for p in problems)
+    line = json.dumps(chat("a", "b")).encode() + b"\n"
+    (tmp_path / "short.jsonl.gz").write_bytes(gzip.compress(line * 9, mtime=0)[:-4])
+    with pytest.raises(KitError, match="breaks off after row 9"):  # among the first rows the check says so
+        plan_of(f"dataset.path={tmp_path / 'short.jsonl.gz'}", "dataset.on_bad_row=drop")
 
 
 # ---- long rows ----
@@ -396,7 +399,7 @@ def test_two_processes_build_the_same_at_once(plan_of, tmp_path, cache):
 
 
 def test_what_stands_finished_stays(tmp_path):
-    ready, late_one = tmp_path / "ready", tmp_path / "late"
+    ready, late_one = tmp_path / "ready", tmp_path / "ready.staging-1"
     for folder in (ready, late_one):
         folder.mkdir()
         (folder / prepare.REPORT).write_text(folder.name)
@@ -404,7 +407,7 @@ def test_what_stands_finished_stays(tmp_path):
     assert (ready / prepare.REPORT).read_text() == "ready" and late_one.exists()
     (ready / prepare.REPORT).rename(ready / "other")
     prepare.keep_finished(late_one, ready)
-    assert (ready / prepare.REPORT).read_text() == "late"
+    assert (ready / prepare.REPORT).read_text() == "ready.staging-1"
 
 
 def test_a_file_that_was_cut_off_is_not_trained_on(plan_of):
@@ -474,24 +477,27 @@ def test_an_odd_row_is_the_same_wherever_it_stands(place, base, tmp_path):
 # ---- packing ----
 
 
-@pytest.mark.parametrize("strategy", ["bfd", "bfd_split"])
+@pytest.mark.parametrize("strategy", ["bfd", "bfd_split", None])
 @pytest.mark.parametrize("shuffled", [False, True])
 @pytest.mark.parametrize("kind", ["text", "chat"])
-def test_packed_rows_are_those_of_trl(kind, strategy, shuffled, prepare_of, base, tmp_path):
+def test_rows_are_those_of_trl(kind, strategy, shuffled, prepare_of, base, tmp_path):
     """Order, ids, labels and the lengths of the documents."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
     rows = tiny.text_rows(80) if kind == "text" else tiny.chat_rows(80)
-    settings = {"packing": True, "packing_strategy": strategy, "shuffle_dataset": shuffled, "max_length": 12, "seed": 5}
+    settings = {"packing": strategy is not None, "shuffle_dataset": shuffled, "max_length": 12, "seed": 5}
+    settings |= {"packing_strategy": strategy} if strategy else {}
     ours = prepare_of(*(f"trainer.{key}={value}" for key, value in settings.items()), data=rows)
     args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[], padding_free=False, **settings)
     theirs = SFTTrainer(AutoModelForCausalLM.from_pretrained(base), args, train_dataset=tiny.dataset(rows),
                         processing_class=AutoTokenizer.from_pretrained(base)).train_dataset  # fmt: skip
-    assert ours.train["seq_lengths"][:] == theirs["seq_lengths"][:]
     assert ours.train["input_ids"][:] == theirs["input_ids"][:]
     labels = theirs["labels"][:] if "labels" in theirs.column_names else theirs["input_ids"][:]
     assert ours.train["labels"][:] == labels
+    if strategy is None:
+        return
+    assert ours.train["seq_lengths"][:] == theirs["seq_lengths"][:]
     part = splits(ours)["train"]
     assert part["packed"] == len(ours.train) and sum(map(len, ours.train["seq_lengths"])) == part["rows"]
     assert f"documents packed into {part['packed']:,} rows" in "".join(ours.notes)
