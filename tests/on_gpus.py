@@ -8,6 +8,7 @@ sweep    four trials, each on one of the GPUs, two at a time, under launch=local
 nodes    two "nodes" of one machine that see one GPU each, with `--no_ssh` and with torchrun; one is told to stop, both
          go on; losses beside those of one node with two.
 oom      three trials in a warm worker, the second too large: it starts cold, fails, and the third is trained.
+packing  tiny models of many architectures in bf16: what keeps packed documents apart passes, the rest is refused.
 watch    seconds a step with and without what `kit watch` shows of the ranks, in turns.
 
 JSON is written after each case: what was found, and what is wrong with that. Exit code 1 where something is.
@@ -210,6 +211,41 @@ def oom(m: Machine) -> tuple[Found, list[str]]:
     return row, wrong
 
 
+def packing(m: Machine) -> tuple[Found, list[str]]:
+    import torch
+
+    sys.path.insert(0, str(HERE / "training"))
+    import test_packing_proof as cases
+
+    from kit.errors import KitError
+    from kit.training.packing_proof import prove_packing
+
+    found: Found = {}
+    wrong: list[str] = []
+    on_gpu = {} if m.a.cpu else {"use_cpu": False, "bf16": True}
+    models = [(kind, changes, True) for kind, changes in cases.APART.items()]
+    models += [(kind, changes, False) for kind, changes in {**cases.LEAKING, **cases.REFUSING}.items()]
+    for kind, changes, apart in models[:: 6 if m.a.tiny else 1]:
+        for attention in ("sdpa", "eager"):
+            name, folder = f"{kind} {attention}", m.work / "packing"
+            try:
+                model = cases.model_of(kind, attention, **changes)
+                model = model.to(torch.float32 if m.a.cpu else torch.bfloat16)
+                base = folder / "base"
+                if not base.exists():
+                    cases.tiny.make_model(base)
+                found[name] = prove_packing(cases.trainer_of(base, folder / "run", model, **on_gpu))
+                passed = True
+            except KitError as error:
+                found[name], passed = {"refused": str(error.problems[0].problem)[:160]}, False
+            except ValueError as error:  # an attention that the architecture does not have
+                found[name] = {"not run": str(error)[:100]}
+                continue
+            if passed != apart:
+                wrong.append(f"{name} was {'let pass' if passed else 'refused'}")
+    return found, wrong
+
+
 def watch(m: Machine) -> tuple[Found, list[str]]:
     """Two ranks and a line every step, the most that it can cost; blocks of steps with and without it, in one run."""
     folder = m.work / "watch"
@@ -235,7 +271,7 @@ def turns(step_seconds: list[float]) -> Found:
 
 
 CASES: dict[str, Callable[[Machine], tuple[Found, list[str]]]] = {
-    "sweep": sweep, "nodes": nodes, "oom": oom, "watch": watch,
+    "sweep": sweep, "nodes": nodes, "oom": oom, "packing": packing, "watch": watch,
 }  # fmt: skip
 
 

@@ -205,7 +205,7 @@ def test_bad_data_and_settings_are_refused(base, yes, tmp_path):
     refused("no rows", data=[])
     refused("no rows to score", data=None)
     refused("the columns a, b are none of the formats", data=[{"a": "a", "b": "b"}])
-    refused("no rows", data=["a"])
+    refused("data row 1: text, not an object", data=["a"])
     refused("no assistant turn", data=[{"messages": [{"role": "user", "content": "x"}]}])
     refused("some are plain text", data=[TEXTS[0], PLAIN[0]])
     refused("metric 'bleu'", metrics=["bleu"])

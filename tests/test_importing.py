@@ -88,11 +88,12 @@ TABLE: dict[str, tuple[dict, list[str]]] = {
     ),
     "trl_qlora.yaml": (
         {
-            "quantization": "nf4", "quantization.bnb_4bit_use_double_quant": True, "dataset.path": "data/mine.jsonl",
+            "quantization": "nf4", "quantization.bnb_4bit_use_double_quant": True,
+            "dataset.mix": [{"path": "data/mine.jsonl", "split": "train"}, {"path": "data/other.jsonl"}],
             "dataset.test_size": 0.05, "trainer.eval_strategy": "no", "peft.target_modules": "all-linear",
             "trainer.optim": "paged_adamw_8bit", "trainer.max_grad_norm": 0.3,
         },
-        ["datasets[1]", "trust_remote_code", "frobnicate"],
+        ["trust_remote_code", "frobnicate"],
     ),
     "accelerate_zero2.yaml": (
         {
@@ -120,7 +121,7 @@ TABLE: dict[str, tuple[dict, list[str]]] = {
             "dataset.test_size": 0.1, "trainer.warmup_steps": 0.1, "deepspeed.file": "my_zero3.json",
             "trainer.eval_steps": 0.125, "trainer.save_steps": 0.5, "trainer.bf16": "auto",
             "tokenizer.pad_token": "<unk>",
-            "dataset.template.completion": "{output}", "trainer.optim": "adamw_bnb_8bit",
+            "dataset.format": "alpaca_prompt", "dataset.on_long_row": "drop", "trainer.optim": "adamw_bnb_8bit",
             "trainer.average_tokens_across_devices": False, "trainer.save_total_limit": 4,
         },
         ["output_dir", "wandb_project"],
@@ -128,8 +129,8 @@ TABLE: dict[str, tuple[dict, list[str]]] = {
     "axolotl_chat.yaml": (
         {
             "dataset.path": "data/chats.jsonl", "dataset.columns.messages": "conversations",
-            "dataset.format": "messages",
-            "trainer.assistant_only_loss": True, "tokenizer.added_tokens": ["<tool>"], "trainer.warmup_steps": 20,
+            "dataset.format": "sharegpt", "dataset.train_on": "assistant_turns",
+            "tokenizer.added_tokens": ["<tool>"], "trainer.warmup_steps": 20,
             "peft.modules_to_save": ["embed_tokens", "lm_head"], "trainer.use_liger_kernel": True,
             "trainer.gradient_checkpointing": False, "trainer.save_strategy": "epoch",
         },
@@ -145,8 +146,8 @@ TABLE: dict[str, tuple[dict, list[str]]] = {
     ),
     "llamafactory_lora.yaml": (
         {
-            "dataset.path": "notes.json", "dataset.template.user": "{instruction}\n{input}", "peft.r": 16,
-            "dataset.template.assistant": "{output}", "dataset.limit": 1000, "dataset.test_size": 0.1,
+            "dataset.path": "notes.json", "dataset.format": "alpaca", "peft.r": 16,
+            "dataset.train_on": "assistant_turns", "dataset.limit": 1000, "dataset.test_size": 0.1,
             "trainer.max_length": 1024, "trainer.warmup_steps": 0.1, "peft.target_modules": "all-linear",
             "trainer.dataset_num_proc": 4,
         },
@@ -159,7 +160,9 @@ TABLE: dict[str, tuple[dict, list[str]]] = {
             "peft.use_dora": True, "tokenizer.chat_template": "chatml", "trainer.packing": True,
             "tracking": "tensorboard",
             "model.attn_implementation": "flash_attention_2", "trainer.gradient_checkpointing": False,
-            "dataset.columns.messages": "conversations", "trainer.logging_steps": 500, "trainer.fp16": True,
+            "dataset.mix": [{"path": "chats.jsonl", "format": "sharegpt", "columns": {"messages": "conversations"}},
+                            {"path": "notes.json", "format": "alpaca"}],
+            "trainer.logging_steps": 500, "trainer.fp16": True,
         },
         ["swanlab_api_key"],
     ),
@@ -570,7 +573,6 @@ def test_the_command_writes_a_recipe_and_says_what_is_left(here: Path, capsys):
     assert cli.run_verb(["import", "trl_qlora.yaml", "--json", "--from", "trl"]) == DONE
     report = json.loads(capsys.readouterr().out)
     assert {k["key"] for k in report["keys"] if k["outcome"] == "left"} == {
-        "datasets[1]",
         "trust_remote_code",
         "frobnicate",
     }

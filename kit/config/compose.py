@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import json
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -23,7 +24,15 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from kit.config.data_words import HUB_ID, data_overrides, dataset_overrides, is_data_word, is_run, require_data
+from kit.config.data_words import (
+    HUB_ID,
+    data_overrides,
+    dataset_overrides,
+    is_data_word,
+    is_run,
+    is_there,
+    require_data,
+)
 from kit.config.deepspeed.check import load_deepspeed_file
 from kit.config.libyaml import parse_with_libyaml
 from kit.config.provenance import GROUPS, RUN_FILE, Layer, read_deepspeed_file_layer, read_layers
@@ -164,6 +173,10 @@ def parse_overrides(
 
 
 def not_an_override(arg: str) -> KitError:
+    if (
+        (folder := os.path.dirname(arg)) and is_there(folder) and not is_there(arg)
+    ):  # a path into a folder that is here
+        require_data(arg)
     if is_run(arg):
         return KitError(f"{arg} is a run: its values stand", "command line", f"kit resume {arg}", rule="override")
     fix = f"dataset={arg}" if HUB_ID.fullmatch(arg) else "give key=value"
@@ -297,6 +310,10 @@ def hydra_refusal(error: Exception, args: list[str]) -> KitError:
     if variable:
         problem = f"the environment variable {variable[1]} is not set"
         return KitError(problem, fix=f"export {variable[1]}=...", rule="environment-variable")
+    if several := re.search(r"Ambiguous value for argument '\+*([^=']+)=(.*?)' 1\. ", text):
+        problem = f"{several[1]} is given several values: {several[2]}"
+        fix = f"-m tries each in a run of its own; one list is {several[1]}=[{several[2]}]"
+        return KitError(problem, "command line", fix, rule="override")
     culprit = next((a for a in args if a and a in text), "command line")
     if "LexerNoViableAlt" in text or "ParserNoViableAlt" in text:  # the parser's own words tell a user nothing
         text = "the value has a character that Hydra's grammar takes only between quotes"

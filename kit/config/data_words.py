@@ -74,9 +74,13 @@ def require_data(path: str, where: str = "command line") -> None:
     fix = "check the path; it is taken from where you stand"
     try:
         with os.scandir(os.path.expanduser(folder or ("/" if path.startswith("/") else "."))) as found:
-            names = [e.name for e in itertools.islice(found, MOST_NAMES) if e.is_dir() or SUFFIX.search(e.name)]
-        if close := difflib.get_close_matches(name, sorted(names), 3):
-            fix = f"did you mean {', '.join(os.path.join(folder, c) for c in close)}?"
+            names = sorted(e.name for e in itertools.islice(found, MOST_NAMES) if e.is_dir() or SUFFIX.search(e.name))
+        stems = [SUFFIX.sub("", each).lower() for each in names]  # the suffix alone makes no likeness
+        close = difflib.get_close_matches(SUFFIX.sub("", name).lower(), stems, 3)
+        if meant := [os.path.join(folder, each) for stem, each in zip(stems, names, strict=True) if stem in close][:3]:
+            fix = f"did you mean {', '.join(meant)}?"
+        elif there := [os.path.join(folder, each) for each in names if SUFFIX.search(each)][:5]:
+            fix = f"{fix}, where there is {', '.join(there)}"
     except (OSError, ValueError):
         if folder:
             fix = f"there is no folder {folder}; paths are taken from where you stand"

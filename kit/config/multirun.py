@@ -123,7 +123,7 @@ class KitSweeper(Sweeper):
         loader = self.hydra_context.config_loader
         typed = {a.lstrip("+").partition("=")[0] for a in arguments}
         written = compose.parse_overrides(
-            [f"{k}={v}" for k, v in sweeper_params(self.params).items() if k not in typed]
+            [f"{k}={v}" for k, v in sweeper_params(self.params).items() if k not in typed], folders=self.own_folders()
         )[0]
         overrides = OverridesParser.create(config_loader=loader).parse_overrides([*written, *arguments])
         ours = isinstance(self.launcher, KitLauncher)
@@ -156,16 +156,21 @@ class KitSweeper(Sweeper):
         base = compose_sweep_job(loader, self.config, fixed, self.job.run_file)
         given = [o for o in overrides if o.is_sweep_override()]
         written, _ = compose.parse_overrides(
-            [f"{key}={value}" for key, value in given_search_space(base, bool(given)).items()]
+            [f"{key}={value}" for key, value in given_search_space(base, bool(given)).items()],
+            folders=self.own_folders(),
         )
         fixed += [o for o in written if o == "dataset=none"]  # what a search over files stands on
         written = [o for o in written if o != "dataset=none"]
         sweeps = [*OverridesParser.create(config_loader=loader).parse_overrides(written), *given]
-        sources = [Path(s.path) for s in self.config.hydra.runtime.config_sources if s.schema == "file"]
-        folders = [s for s in sources if s.resolve() != paths.CONF.resolve()]
         fixed = [f for f in fixed if not f.lstrip("+").startswith("hydra")]
         space = {str(o.key_or_group): to_dimension(o) for o in sweeps}
-        return Search(base, fixed, space, folders, self.job.run_file)
+        return Search(base, fixed, space, self.own_folders(), self.job.run_file)
+
+    def own_folders(self) -> list[Path]:
+        """The folders with groups of a user's own."""
+        assert self.config is not None
+        sources = [Path(s.path) for s in self.config.hydra.runtime.config_sources if s.schema == "file"]
+        return [s for s in sources if s.resolve() != paths.CONF.resolve()]
 
 
 def sweeper_params(params: Any) -> dict[str, Any]:

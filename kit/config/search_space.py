@@ -96,6 +96,6 @@ def compose_trial(search: Search, values: dict[str, TrialValue], copy: Path | No
     """A trial of a search; `copy` is the snapshot to compose it from, which must be in use."""
     compose.register_with_hydra()
     chosen = [f"{k}={v if isinstance(v, str) else repr(v)}" for k, v in values.items()]
-    overrides = [*search.fixed, *compose.parse_overrides(chosen)[0]]
     own = sorted(copy.glob("own-*"), key=lambda f: int(f.name.partition("-")[2])) if copy else search.folders
+    overrides = [*search.fixed, *compose.parse_overrides(chosen, folders=own)[0]]
     return compose.compose_overrides(overrides, search.run_file, own, overrides)

@@ -44,6 +44,10 @@ OWNED_ELSEWHERE = {  # fields of SFTConfig that another part of the description 
     "pad_token": "tokenizer.pad_token=...",
     "model_init_kwargs.dtype": "model.dtype=...",
 }
+GIVE = {  # what to type for a value that has no default
+    "model.name_or_path": "model=NAME (kit list model), or model.name_or_path=... for any Hub id or folder",
+    "dataset.path": "the file as it is: kit train my.jsonl ...; dataset=NAME (kit list dataset), or dataset.path=...",
+}
 PYDANTIC_TYPES = {  # first word of pydantic's error types
     "int": "a whole number", "float": "a number", "bool": "true or false", "string": "text", "list": "[a,b]",
     "dict": "key: value lines", "model": "key: value lines",
@@ -109,7 +113,7 @@ def read_own_sections(tree: dict[str, Any], report: Report) -> RunInput | None:
     """Validate the kit's own sections with pydantic; None, with missing values ("???") and wrong keys reported."""
     missing = [k for k, v in leaves(tree).items() if v == "???"]
     for key in missing:
-        report.problem(key, f"{key} is not given", f"{key}=...", "missing")
+        report.problem(key, f"{key} is not given", GIVE.get(key, f"{key}=..."), "missing")
     try:
         run = RunInput.model_validate(tree)
         return None if missing else run

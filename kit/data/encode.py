@@ -125,11 +125,10 @@ def render_row(tokenizer: Any, row: dict[str, Any], encoding: Encoding) -> Rende
     if "input_ids" in row:
         return None
     completes = encoding.train_on == "completion"
-    if "text" in row or isinstance(row["prompt" if "prompt" in row else "messages"], str):
-        if encoding.train_on in BY_TURNS or encoding.answers_only:
-            raise RowProblem(f"train_on={encoding.train_on} needs chats, this row is text")
-        if "text" in row:
-            return RenderedRow(append_eos(tokenizer, row["text"]), False)
+    if "text" in row:
+        return RenderedRow(append_eos(tokenizer, row["text"]), False)
+    if isinstance(row.get("prompt"), str):
+        completes = completes or encoding.train_on in BY_TURNS  # in a mix with chats its answer is the completion
         text = row["prompt"] + append_eos(tokenizer, row["completion"])
         return RenderedRow(text, False, prompt=row["prompt"] if completes else None)
     messages = row["prompt"] + row["completion"] if "prompt" in row else row["messages"]

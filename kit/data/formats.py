@@ -227,7 +227,7 @@ def _convert_pair(row: Row, source: DataSource, question: str, answer: str) -> C
     history = row.get("history") or []
     history = parse_json(history, "history") if isinstance(history, str) else history
     turns: list[Any] = []
-    for pair in [*history, ("\n\n".join(filter(None, given)), row[answer])] if isinstance(history, list) else [None]:
+    for pair in [*history, ("\n".join(filter(None, given)), row[answer])] if isinstance(history, list) else [None]:
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise RowProblem("history is not a list of pairs of question and answer")
         turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]

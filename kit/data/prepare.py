@@ -33,6 +33,7 @@ LAYOUT = 1  # of a prepared folder; another one is made anew
 REPORT, BAD_ROWS, DIGESTS = "report.json", "bad_rows.jsonl", "digests.json"
 PARALLEL_FROM = 2_000  # fewer rows are not worth the start of processes
 BATCH = 500  # rows that are encoded together
+COUNTED = ("notes", "lengths", "sources")  # counts by kind, of those that encode_records makes
 SHOWN = 3  # bad rows that a message names, of each reason
 PACKAGES = ("transformers", "tokenizers", "trl", "datasets", "finetune-kit")
 LENGTHS = (50, 90, 99, 100)  # percentiles
@@ -269,13 +270,18 @@ def process_count(asked: int | None, rows: int) -> int | None:
 
 
 def pack(plan: RunPlan, rows: Any, file: str) -> Any:
-    """Whole documents packed into rows of max_length by TRL, with `seq_lengths`; shuffled before and after, as there."""
+    """Whole documents packed into rows of max_length by TRL, with `seq_lengths`; shuffled before and after, as there.
+
+    file: where they are kept; "" for a stream.
+    """
     from trl import pack_dataset
 
     t = plan.trainer
     if t.get("shuffle_dataset"):
-        rows = rows.shuffle(seed=t["seed"], keep_in_memory=True)
-    options = {"cache_file_name": file, "load_from_cache_file": False, "new_fingerprint": Path(file).stem}
+        rows = rows.shuffle(seed=t["seed"], **({"keep_in_memory": True} if file else {}))
+    options: dict[str, Any] = {}
+    if file:
+        options = {"cache_file_name": file, "load_from_cache_file": False, "new_fingerprint": Path(file).stem}
     return pack_dataset(rows, t.get("max_length", 1024), t.get("packing_strategy", "bfd"), options)
 
 
@@ -334,33 +340,47 @@ def encode_records(
 # ---- what was counted ----
 
 
+class Tally:
+    """The sums of what `encode_records` counted about the rows of one split."""
+
+    def __init__(self) -> None:
+        self.figures: Counter[str] = Counter()
+        self.sums: dict[str, Counter[Any]] = {name: Counter() for name in (*COUNTED, "dropped", "kinds")}
+        self.examples: dict[str, list[dict[str, Any]]] = {}
+
+    def add(self, counts: dict[str, Any], bad_rows: Sequence[dict[str, Any]]) -> None:
+        for name, value in counts.items():
+            if name in COUNTED:
+                self.sums[name].update({str(key): count for key, count in value.items()})
+            else:
+                self.figures[name] += value
+        for bad in bad_rows:
+            reason = reason_of(bad)
+            self.sums["dropped"][reason] += 1
+            self.sums["kinds"][bad["kind"]] += 1
+            if len(seen := self.examples.setdefault(reason, [])) < SHOWN:
+                seen.append(bad)
+
+    def part(self) -> dict[str, Any]:
+        """The sums as a split's entry in the report."""
+        figures = {name: self.figures[name] for name in ("read", "kept", "tokens", "trained", "no_end")}
+        sums = {name: dict(counter.most_common()) for name, counter in self.sums.items()}
+        return {**figures, "rows": self.sums["lengths"].total(), **sums, "examples": self.examples}
+
+
 def add_counts(log: Path, bad_rows: Path) -> dict[str, Any]:
     """Add up what the processes wrote about a split; every bad row goes into `bad_rows`, in the order of the data."""
-    part: dict[str, Any] = {"read": 0, "kept": 0, "tokens": 0, "trained": 0, "no_end": 0}
-    sums: dict[str, Counter[str]] = {name: Counter() for name in ("notes", "lengths", "sources", "dropped", "kinds")}
-    examples: dict[str, list[dict[str, Any]]] = {}
+    tally = Tally()
     with open(bad_rows, "w", encoding="utf-8") as out:
         for file in sorted(log.glob("*.jsonl")):
             with open(file, encoding="utf-8") as f:
                 for entry in map(json.loads, f):
-                    counts = entry["counts"]
-                    for name in ("notes", "lengths", "sources"):
-                        sums[name].update(counts.pop(name))
-                    for name, value in counts.items():
-                        part[name] += value
-                    for bad in entry["bad"]:
-                        reason = reason_of(bad)
-                        sums["dropped"][reason] += 1
-                        sums["kinds"][bad["kind"]] += 1
-                        if len(seen := examples.setdefault(reason, [])) < SHOWN:
-                            seen.append(bad)
-                        out.write(json.dumps(bad, ensure_ascii=False) + "\n")
+                    tally.add(entry["counts"], entry["bad"])
+                    out.writelines(json.dumps(bad, ensure_ascii=False) + "\n" for bad in entry["bad"])
     shutil.rmtree(log)
-    if not sums["dropped"]:
+    if not tally.examples:
         bad_rows.unlink()
-    part["rows"] = sums["lengths"].total()
-    part |= {name: dict(counter.most_common()) for name, counter in sums.items()}
-    return part | {"examples": examples}
+    return tally.part()
 
 
 def reason_of(bad: dict[str, Any]) -> str:

@@ -232,17 +232,17 @@ def import_trackers(r: Reading) -> None:
 
 def import_tokens(r: Reading) -> None:
     block_key = "special_tokens"
-    if isinstance(r.get(block_key), dict):
+    for key in [k for k in (block_key, "tokens") if isinstance(r.get(k), dict)]:  # tokens: its older name
         names = ("pad_token", "eos_token", "bos_token")
-        r.carry_all({n: f"tokenizer.{n}" for n in names}, block_key)
+        r.carry_all({n: f"tokenizer.{n}" for n in names}, key)
         r.leave_all(
-            {"unk_token": ("the tokenizer's own stands", "a tokenizer of your own: tokenizer.name_or_path")}, block_key
+            {"unk_token": ("the tokenizer's own stands", "a tokenizer of your own: tokenizer.name_or_path")}, key
         )
-    elif r.has(block_key):
+    if r.has(block_key) and not isinstance(r.get(block_key), dict):
         r.mark_default((block_key,), "empty")
     added: list[Any] = []
     for path in ((block_key, "additional_special_tokens"), ("tokens",)):
-        if r.has(*path) and not r.skip_null(*path):
+        if r.has(*path) and not isinstance(r.get(*path), dict) and not r.skip_null(*path):
             added += r.get(*path) if isinstance(r.get(*path), list) else [r.get(*path)]
             note = "added as special tokens" if path == ("tokens",) else ""
             r.carry(path, "tokenizer.added_tokens", list(added), note)

@@ -25,6 +25,7 @@ from kit.importing.tree import KeyPath
 
 CHATS = ("chat_template", "chat_template.default", "sharegpt", "sharegpt:chat")
 PROMPTS = {"alpaca": "alpaca_prompt", "alpaca:instruct": "alpaca_prompt"}
+OF_CHATS = ("field_messages", "message_property_mappings", "message_field_role", "chat_template", "roles")
 TURN_WEIGHTS = ("weight", "train", "training")  # a turn's own word on whether it is trained
 NO_COUNTERPART = {
     "drop_system_message": ("the system turn stays", "take it out of the data"),
@@ -89,7 +90,7 @@ def row_kind(block: dict[str, Any]) -> str:
         return "pair"
     name = str(kind).removeprefix("axolotl.prompt_strategies.")
     if kind in (None, ""):
-        return "tokenized"
+        return "" if any(block.get(key) for key in OF_CHATS) else "tokenized"
     return (
         "chat" if name in CHATS else "text" if name == "completion" else "pair"
         if name in PROMPTS or name == "alpaca:chat" else ""
@@ -109,8 +110,8 @@ def why_not(block: dict[str, Any]) -> tuple[str, str] | None:
             word in str(kind) for word in ("ultra", "argilla", "intel", "bradley_terry", "orpo", "kto", "stepwise")
         ):
             return f"rows of type {kind} are judged answers, not text to train on", "the preferred answers alone"
-        fix = "dataset.path=FILE with dataset.template.prompt and .completion"
-        return f"rows of type {kind} are not known here", fix
+        fix = "dataset.path=FILE, and dataset.format=... or dataset.template.prompt and .completion"
+        return f"rows of {f'type {kind}' if kind else 'chats without a type'} are not known here", fix
     return None
 
 
@@ -312,7 +313,7 @@ def refuse_other_rows(r: Reading) -> None:
 
 def import_own_format(r: Reading, path: KeyPath, kind: dict[str, Any], to: str) -> None:
     """A prompt of one's own, `format: "{instruction} {input}"`, as the kit's template."""
-    columns = {n: kind.get(f"field_{n}") or n for n in ("instruction", "input", "output", "system")}
+    columns = {n: str(kind.get(f"field_{n}") or n) for n in ("instruction", "input", "output", "system")}
     text = str(kind.get("format") or "{instruction} {input} ")
     head = (
         str(kind.get("system_format") or "{system}").replace("{system}", str(kind["system_prompt"]))

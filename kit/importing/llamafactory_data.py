@@ -11,7 +11,7 @@ from kit.importing.read import read_config_file
 from kit.importing.report import Reading
 
 MEDIA = ("images", "videos", "audios")
-MEDIA_KEYS = ("media_dir", "freeze_vision_tower", "freeze_multi_modal_projector", "image_max_pixels",
+MEDIA_KEYS = ("media_dir", "visual_inputs", "freeze_vision_tower", "freeze_multi_modal_projector", "image_max_pixels",
               "image_min_pixels", "video_max_pixels", "video_fps", "video_maxlen", "audio_sampling_rate")  # fmt: skip
 JUDGED = ("chosen", "rejected", "kto_tag")
 TAGS = {"user_tag": "user", "assistant_tag": "assistant", "system_tag": "system", "observation_tag": "tool",

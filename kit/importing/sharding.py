@@ -55,7 +55,7 @@ def locate_file(r: Reading, path: KeyPath, name: str) -> str | None:
 
 FSDP_KEYS = (
     "activation_checkpointing auto_wrap_policy backward_prefetch cpu_offload cpu_ram_efficient_loading "
-    "forward_prefetch limit_all_gathers min_num_params reshard_after_forward state_dict_type sync_module_states "
+    "forward_prefetch min_num_params reshard_after_forward state_dict_type sync_module_states "
     "transformer_layer_cls_to_wrap use_orig_params version"
 ).split()
 FSDP_OTHER = {"offload_params": "cpu_offload", "fsdp_version": "version", "sharding_strategy": "reshard_after_forward"}
@@ -82,6 +82,8 @@ def import_fsdp_config(r: Reading, *prefix: str | int) -> None:
                 r.carry(path, "fsdp.reshard_after_forward", word)
         elif key in FSDP_KEYS:
             r.carry(path, f"fsdp.{key}", value)
+        elif key == "limit_all_gathers" and value in (True, "true"):
+            r.mark_default(path, "what torch does by itself")
         else:
             r.leave(
                 path, "transformers' fsdp_config has no such key", "keep it for a script of your own: launch.script"

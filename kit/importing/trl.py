@@ -47,9 +47,13 @@ OTHER_TRAINERS = (  # keys that SFTConfig has not, of DPO, ORPO, KTO, CPO, GRPO,
     "ref_model_sync_steps", "sync_ref_model", "simpo_gamma", "cpo_alpha", "desirable_weight", "undesirable_weight",
     "num_generations", "reward_funcs", "reward_weights", "center_rewards_coefficient", "kl_coef", "vllm_mode",
 )  # fmt: skip
+FOUR_BIT, EIGHT_BIT = ("load_in_4bit", "use_4bit_quantization"), ("load_in_8bit", "use_8bit_quantization")
+PEFT_DEFAULTS = {"r": 64, "lora_alpha": 16, "lora_dropout": 0.1, "target_modules": [
+    "q_proj", "k_proj", "v_proj", "o_proj", "down_proj", "up_proj", "gate_proj"]}  # fmt: skip  # its examples/sft
 LORA_DEFAULTS = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": None}
 BITS = {
     "bnb_4bit_quant_type": "quantization.bnb_4bit_quant_type",
+    "use_nested_quant": "quantization.bnb_4bit_use_double_quant",
     "use_bnb_nested_quant": "quantization.bnb_4bit_use_double_quant",
     "bnb_4bit_quant_storage": "quantization.bnb_4bit_quant_storage",
 }
@@ -246,14 +250,15 @@ def refuse_other_trainers(r: Reading) -> None:
             refuse_other_method(r, "the rows are preferences (chosen, rejected)", "columns")
 
 
+def is_on(value: Any) -> bool:
+    return value is True or str(value).lower() in ("true", "1", "yes")
+
+
 def import_adapter(r: Reading) -> None:
-    used = r.get("use_peft", default=False)
-    on = used is True or str(used).lower() in ("true", "1", "yes")
-    if r.has("use_peft"):
-        if on:
-            r.choose_group(("use_peft",), "peft", "lora")
-        else:
-            r.choose_group(("use_peft",), "peft", "none")
+    switch = "use_peft_lora" if "use_peft_lora" in r.tree and "use_peft" not in r.tree else "use_peft"
+    on = is_on(r.get(switch))
+    if r.has(switch):
+        r.choose_group((switch,), "peft", "lora" if on else "none")
     elif not any(k.startswith("lora_") for k in r.tree if isinstance(k, str)) or not on:
         r.recipe.groups.setdefault("peft", "none")
         r.recipe.their_defaults["peft=none"] = "TRL trains every weight where use_peft is not given"
@@ -264,19 +269,25 @@ def import_adapter(r: Reading) -> None:
     if r.has("lora_target_modules") and not r.skip_null("lora_target_modules"):
         named = r.get("lora_target_modules")
         named = named[0] if isinstance(named, list) and len(named) == 1 and named[0] == "all-linear" else named
+        if switch == "use_peft_lora" and isinstance(named, str) and "," in named:
+            named = [name.strip() for name in named.split(",")]
         r.carry(("lora_target_modules",), "peft.target_modules", named)
     if r.has("lora_task_type"):
         if r.get("lora_task_type") in ("CAUSAL_LM", None):
             r.mark_default(("lora_task_type",), "the kit trains causal language models")
         else:
             r.leave(("lora_task_type",), "the kit trains causal language models", "")
-    for name, value in LORA_DEFAULTS.items():
-        r.recipe.default(f"peft.{name}", value, "TRL's default")
+    theirs, who = (LORA_DEFAULTS, "TRL") if switch == "use_peft" else (PEFT_DEFAULTS, "PEFT's example")
+    for name, value in theirs.items():
+        r.recipe.default(f"peft.{name}", value, f"{who}'s default")
 
 
 def import_quantization(r: Reading) -> None:
-    four, eight = (r.get(k) in (True, "true", "True", 1) for k in ("load_in_4bit", "load_in_8bit"))
-    for name, on, group in (("load_in_4bit", four, "nf4"), ("load_in_8bit", eight and not four, "int8")):
+    four, eight = (any(is_on(r.get(k)) for k in names) for names in (FOUR_BIT, EIGHT_BIT))
+    for name, on, group in (
+        *((name, four and is_on(r.get(name)), "nf4") for name in FOUR_BIT),
+        *((name, eight and not four and is_on(r.get(name)), "int8") for name in EIGHT_BIT),
+    ):
         if r.has(name):
             if on:
                 r.choose_group((name,), "quantization", group)

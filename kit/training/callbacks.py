@@ -6,8 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
+from kit.data.streams import StreamCounts
+from kit.schema.run_plan import RunPlan
 from kit.storage import atomic_folder
 from kit.training import signals
 
@@ -50,3 +53,19 @@ class StopOnSignalCallback(TrainerCallback):
         self.end()
         if self.agreement is not None:
             self.agreement.finish()
+
+
+class StreamCallback(TrainerCallback, ExportableState):
+    """Counts the rows of streams as they are read, and stops at refused ones; each checkpoint holds the counts."""
+
+    def __init__(self, plan: RunPlan) -> None:
+        self.counts = StreamCounts(plan)
+
+    def state(self) -> dict[str, Any]:
+        """What trainer_state.json holds; rows are counted anew where a resume reads them again."""
+        return {"args": {}, "attributes": {"read": self.counts.update()}}
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.counts.update()
+        if self.counts.refused and not signals.received_signal():
+            signals.request_stop("bad rows in the stream")

@@ -31,25 +31,24 @@ def load_data(plan: RunPlan, tokenizer: Any, args: Any) -> Any:
 
     The others wait in a gloo group of its own, whose patience is days: NCCL would give up after ddp_timeout (T64).
     """
-    from kit.data import prepare
+    from kit.data import prepare, streams
     from kit.training import checkpoint, signals
 
-    if plan.dataset.streaming:
-        from kit.data.streams import open_streams
-
-        return open_streams(plan, tokenizer, is_reader=args.process_index == 0)
     group = signals.host_side_group(timeout_s=DATA_TIMEOUT)
-    outcome: Path | KitError | None = None
+    outcome: Any = None
     if args.local_process_index == 0:
         try:
-            outcome = prepare.prepare_data(plan, tokenizer)
+            outcome = (streams.check_streams if plan.dataset.streaming else prepare.prepare_data)(plan, tokenizer)
         except KitError as error:
             outcome = error
     outcomes = checkpoint.gather_objects(outcome, group)
     for refused in outcomes:
         if isinstance(refused, KitError):
             raise refused
-    return prepare.open_prepared(outcomes[args.process_index - args.local_process_index])
+    of_this_node = outcomes[args.process_index - args.local_process_index]
+    if plan.dataset.streaming:
+        return streams.open_streams(plan, tokenizer, of_this_node)
+    return prepare.open_prepared(of_this_node)
 
 
 def train(
@@ -70,6 +69,7 @@ def train(
     from kit.models.initial_adapter import load_initial_adapter
     from kit.models.load import check_added_tokens_train, load_peft_config, restore_adapter_dtype
     from kit.training import console
+    from kit.training.callbacks import StreamCallback
     from kit.training.packing_proof import PackingProofCallback
     from kit.training.trainer import ModifiedTrainer
 
@@ -96,9 +96,13 @@ def train(
         load_initial_adapter(trainer.model, plan.init_from)
     console.print_banner(plan, trainer, data, time.monotonic() - started)
     trainer.add_callback(PackingProofCallback(trainer))
+    if plan.dataset.streaming:
+        trainer.add_callback(StreamCallback(plan))
 
     checkpoint = str(verified_checkpoint(plan, resume)) if resume else None
     result = trainer.train(resume_from_checkpoint=checkpoint)
+    if plan.dataset.streaming:
+        data.report["splits"].update(counted_streams(plan))
     if trainer.stopped_by_signal:
         if args.process_index == 0:
             run_directory.set_status(run, "stopped", exit_code=STOPPED, step=trainer.state.global_step)
@@ -110,6 +114,17 @@ def train(
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return DONE
+
+
+def counted_streams(plan: RunPlan) -> dict[str, Any]:
+    """The counts of all streamed rows; KitError where rows were refused, for which the run has stopped and saved."""
+    from kit.data.streams import StreamCounts
+
+    counts = StreamCounts(plan)
+    parts = counts.update()
+    if counts.refused:
+        raise KitError(counts.refused)
+    return parts
 
 
 def start_rank(plan: RunPlan) -> Any:

@@ -112,8 +112,9 @@ REFUSALS = {
     ("a.jsnol.gz",): ("is neither key=value, a YAML file nor data", ""),
     ("aa.jsonl", "model=gpt2"): ("there is no data file aa.jsonl", "did you mean a.jsonl"),
     ("dataset=bb.jsonl",): ("there is no data file bb.jsonl", "did you mean b.jsonl"),
-    ("chats/3.jsonl",): ("there is no data file chats/3.jsonl", "did you mean chats/"),
+    ("chats/3.jsonl",): ("there is no data file chats/3.jsonl", "where there is chats/1.jsonl, chats/2.jsonl"),
     ("nowhere/x.jsonl",): ("there is no data file nowhere/x.jsonl", "there is no folder nowhere"),
+    ("chats/nothing",): ("there is no data file chats/nothing", "where there is chats/1.jsonl"),
     ("zzz*.jsonl",): ("no file matches zzz*.jsonl", "check the path"),
     ("dataset=chats/others",): ("there is no data file chats/others", "A Hub id: dataset.path=chats/others"),
     ("a.jsonl", "dataset=b.jsonl"): ("both a.jsonl and dataset=b.jsonl", "keep one"),
@@ -153,7 +154,7 @@ def test_misspelt_keys_are_still_keys(here: Path):
 def test_without_a_model_the_refusal_names_it(here: Path, capsys: pytest.CaptureFixture[str]):
     assert cli.run_verb(["train", "a.jsonl"]) == REFUSED
     said = capsys.readouterr().err
-    assert "model.name_or_path is not given" in said and "dataset" not in said
+    assert "model.name_or_path is not given" in said and "model=NAME" in said and "dataset" not in said
     for verb in ("check", "fetch", "train"):
         assert cli.run_verb([verb, "gone.jsonl", "model=gpt2"]) == REFUSED
         assert "there is no data file gone.jsonl" in capsys.readouterr().err
@@ -202,7 +203,7 @@ def test_a_sweep_over_files(here: Path, monkeypatch: pytest.MonkeyPatch):
 
         assert run_multirun(["-m", typed, "model=gpt2"], MultirunJob(None, grid, None)) == DONE  # type: ignore[arg-type]
         assert seen == paths
-    with pytest.raises(KitError, match="multirun"):
+    with pytest.raises(KitError, match="dataset.path is given several values"):
         compose(["dataset=a.jsonl,b.jsonl"])
 
 

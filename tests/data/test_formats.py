@@ -187,7 +187,7 @@ GOOD = {  # name: (format, row, canonical row)
         "messages", {"messages": [assistant("I love music")]}, {"messages": [assistant("I love music")]}),
     "alpaca": (
         "alpaca", {"instruction": "Add.", "input": "1, 2", "output": "3", "text": "Below is ... 3"},
-        {"messages": [user("Add.\n\n1, 2"), assistant("3")]},
+        {"messages": [user("Add.\n1, 2"), assistant("3")]},
     ),
     "alpaca without input": (
         "alpaca", {"instruction": "Say hi.", "input": "", "output": "hi"},
@@ -200,7 +200,7 @@ GOOD = {  # name: (format, row, canonical row)
     ),
     "dolly": (
         "question_answer", {"instruction": "Who?", "context": "Ada wrote.", "response": "Ada", "category": "closed_qa"},
-        {"messages": [user("Who?\n\nAda wrote."), assistant("Ada")]},
+        {"messages": [user("Who?\nAda wrote."), assistant("Ada")]},
     ),
     "prompt and completion": (
         "prompt_completion", {"prompt": "Q: {x} A:", "completion": " b "},
@@ -549,7 +549,7 @@ def test_a_format_that_the_rows_have_not_is_refused_with_the_one_they_have(forma
         ({"prompt": "a", "chosen": [user("a"), assistant("good")], "rejected": [user("a"), assistant("bad")]},
          {"messages": [user("a"), assistant("good")]}),
         ({"instruction": "a", "input": "b", "chosen": "good", "rejected": "bad"},
-         {"messages": [user("a\n\nb"), assistant("good")]}),
+         {"messages": [user("a\nb"), assistant("good")]}),
         ({"question": "a", "chosen": "good", "rejected": "bad"}, {"messages": [user("a"), assistant("good")]}),
         ({"conversations": [{"from": "human", "value": "a"}], "chosen": {"from": "gpt", "value": "good"},
           "rejected": {"from": "gpt", "value": "bad"}}, None),

@@ -77,9 +77,9 @@ def model_of(kind, attention="eager", **changes):
 
 def trainer_of(base, out, model=None, peft=None, **changes):
     args = SFTConfig(
-        output_dir=str(out), use_cpu=True, report_to="none", logging_steps=1, save_strategy="no",
+        output_dir=str(out), report_to="none", logging_steps=1, save_strategy="no",
         per_device_train_batch_size=2, max_steps=2, learning_rate=1e-2, disable_tqdm=True, seed=7,
-        gradient_checkpointing=False, **{"packing": True, "max_length": 64, "bf16": False, **changes},
+        gradient_checkpointing=False, **{"packing": True, "max_length": 64, "bf16": False, "use_cpu": True, **changes},
     )  # fmt: skip
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(base) if model is None else model
