@@ -272,6 +272,7 @@ def process_count(asked: int | None, rows: int) -> int | None:
 def pack(plan: RunPlan, rows: Any, file: str) -> Any:
     """Whole documents packed into rows of max_length by TRL, with `seq_lengths`; shuffled before and after, as there.
 
+    bfd_split comes with its documents in pieces already: these are shuffled, where TRL shuffles whole documents.
     file: where they are kept; "" for a stream.
     """
     from trl import pack_dataset
