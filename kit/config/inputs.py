@@ -33,6 +33,7 @@ class DataFormats:
     formats: dict[str, str] = field(default_factory=dict)  # of each set that is here, by its key
     kinds: set[str] = field(default_factory=set)  # messages, prompt_completion, text, tokenized
     chats: bool | None = None  # whether a chat template renders any of them; None where no row is here
+    notes: list[str] = field(default_factory=list)
 
     @property
     def kind(self) -> str | None:
@@ -48,7 +49,7 @@ def inspect_inputs(sections: Sections, report: Report, here: bool) -> Inputs:
     report.add(check_tokenizer_cached(run.tokenizer, here))
     data, problems = inspect_data(run.dataset, here)
     report.add(problems)
-    report.notes += base.notes
+    report.notes += [*base.notes, *dict.fromkeys(data.notes)]
     return Inputs(base, data)
 
 
@@ -69,6 +70,10 @@ def inspect_data(dataset: Dataset, here: bool) -> tuple[DataFormats, list[Proble
             if found:
                 data.formats.setdefault(key, found)
                 data.kinds.add(row_kind(found, source.template))
+            if not rows and isinstance(path, str) and not paths.is_made_by_quickstart(path):
+                data.notes.append(
+                    f"{path} is not on this machine: taken for a Hub data set, its rows are not looked at"
+                )
             if rows:
                 data.chats = bool(data.chats) or any(is_chat(row.row) for row in rows if row.row)
         except KitError as error:

@@ -384,7 +384,9 @@ def load_rows(data: str | Path | Sequence[dict[str, Any]], place: str) -> list[C
         raw = list(read_rows(files))
     else:
         told = [None if isinstance(row, dict) else f"{kind(row)}, not an object" for row in data]
-        raw = [RawRow(place, n, None, row, problem) for n, (row, problem) in enumerate(zip(data, told, strict=True), 1)]
+        raw = [
+            RawRow(place, n, None, row, problem) for n, (row, problem) in enumerate(zip(data, told, strict=True), 1)
+        ]
     if unread := next((r for r in raw if r.problem), None):
         raise KitError(f"{unread.file} row {unread.number}: {unread.problem}", place, "mend the row")
     if not raw:

@@ -47,9 +47,7 @@ def atomic_folder(
 
 
 @contextlib.contextmanager
-def output_folder(
-    target: Path, fsync: bool, move: Callable[[Path, Path], None] | None = None
-) -> Iterator[Path]:
+def output_folder(target: Path, fsync: bool, move: Callable[[Path, Path], None] | None = None) -> Iterator[Path]:
     """Yield the `atomic_folder` of a command's output, after removing those of processes that are gone.
 
     Its name holds the process id: two commands with one target do not meet before the rename. KitError (3) where the

@@ -140,7 +140,13 @@ def test_equal_rows_are_equal_whatever_the_place(splits_of):
 
 @pytest.mark.parametrize(
     ("split", "first", "count"),
-    [("train[:10%]", 0, 10), ("train[10%:30%]", 10, 20), ("train[:7]", 0, 7), ("train[-5:]", 95, 5), ("train", 0, 100)],
+    [
+        ("train[:10%]", 0, 10),
+        ("train[10%:30%]", 10, 20),
+        ("train[:7]", 0, 7),
+        ("train[-5:]", 95, 5),
+        ("train", 0, 100),
+    ],
 )
 def test_slices_of_a_split(splits_of, split, first, count):
     train = splits_of("dataset.columns.text=Doctor", f"dataset.split='{split}'").train

@@ -16,7 +16,7 @@ from test_generate import make_tokenizer
 
 from kit import api
 from kit.config import plan as plan_module
-from kit.data import load, prepare
+from kit.data import prepare
 from kit.data.encode import IGNORED
 from kit.errors import KitError
 from kit.models.load import load_tokenizer
@@ -39,7 +39,9 @@ def plan_of(base: Path, tmp_path: Path):
         stock = [] if "model.name_or_path" in given else [f"model.name_or_path={base}"]
         stock += [] if "trainer.max_length" in given else ["trainer.max_length=64"]
         if not given & {"dataset.path", "dataset.mix"}:
-            stock.append(f"dataset.path={write_rows(tmp_path / 'rows.jsonl', tiny.chat_rows() if data is None else data)}")
+            stock.append(
+                f"dataset.path={write_rows(tmp_path / 'rows.jsonl', tiny.chat_rows() if data is None else data)}"
+            )
         return api.compose(*stock, "trainer.use_cpu=true", *overrides)
 
     return make
@@ -153,7 +155,9 @@ def test_bad_rows_are_refused_with_file_row_and_reason_all_at_once(refusal, tmp_
 
 def test_many_bad_rows_are_counted_and_three_named(refusal):
     [problem] = refusal(data=late([BAD[1]] * 9))
-    assert "9 of 219 rows" in problem.problem and problem.problem.count(" row 21") == 3 and "and 6 more" in str(problem)
+    assert (
+        "9 of 219 rows" in problem.problem and problem.problem.count(" row 21") == 3 and "and 6 more" in str(problem)
+    )
 
 
 def test_kept_and_dropped_are_what_was_read(prepare_of):
@@ -214,7 +218,9 @@ LONG = [chat("has pain", " ".join(W[:30])), chat("has pain", "rest"), chat(" ".j
 
 
 def test_long_rows_are_cut_and_said(prepare_of, base):
-    data = prepare_of("trainer.max_length=10", "dataset.train_on=assistant_turns", "dataset.max_bad_rows=0.5", data=LONG)
+    data = prepare_of(
+        "trainer.max_length=10", "dataset.train_on=assistant_turns", "dataset.max_bad_rows=0.5", data=LONG
+    )
     part = splits(data)["train"]
     assert (part["read"], part["kept"], part["notes"]) == (3, 2, {"cut": 1}) and part["kinds"] == {"long": 1}
     assert [len(ids) for ids in data.train["input_ids"]] == [10, 6]
@@ -607,7 +613,9 @@ def test_the_plan_says_what_is_trained(overrides, rows, train_on, plan_of):
 def test_contradictions_are_refused(overrides, rows, plan_of):
     with pytest.raises(KitError) as refused:
         plan_of(*overrides, data=rows)
-    assert {p.rule for p in refused.value.problems} == {"loss-mask-format"} and all(p.fix for p in refused.value.problems)
+    assert {p.rule for p in refused.value.problems} == {"loss-mask-format"} and all(
+        p.fix for p in refused.value.problems
+    )
 
 
 OLD = {  # names of runs as they were before rows were prepared here: a run goes on under the name that it has
