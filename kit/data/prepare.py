@@ -403,7 +403,7 @@ def percentiles(lengths: dict[str, int]) -> dict[int, int]:
 def refuse_rows(plan: RunPlan, name: str, part: dict[str, Any]) -> list[Problem]:
     """The problems of one split: bad rows where they are refused, or more of them than may be dropped.
 
-    A row that stands for all that a damaged file lost behind it is refused in any case: how many they are is not known.
+    A row that stands for all that a damaged file lost behind it is refused in any case: nobody knows how many.
     """
     d, kinds, read = plan.dataset, part["kinds"], part["read"]
     allowed = d.max_bad_rows * read if d.max_bad_rows < 1 else d.max_bad_rows

@@ -279,7 +279,7 @@ LIBRARIES: dict[str, tuple[Callable[[], Any], Callable[[Callable[[], Any]], None
 ELSEWHERE = {
     "the kit's own words and files: no library reads them": """override group-choice run-file data-word missing
         missing-key type section owned path script count batch peft-none dataset-files dataset-rows dataset-unreadable
-        dataset-columns dataset-format dataset-template dataset-configuration dataset-split held-out
+        dataset-columns dataset-format dataset-template dataset-configuration dataset-split held-out bad-rows
         environment-variable remote-code hostfile hostfile-unread node-rank quantized-random quantized-init-kwargs
         tracker-all tracker-online full-learning-rate eval-never""",
     "of the Hub: shown against a server of its own by tests/test_fetch.py": "hub offline model-folder",
