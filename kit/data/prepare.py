@@ -234,7 +234,8 @@ def prepare_split(plan: RunPlan, tokenizer: Any, raw: load.RawRows, folder: Path
     log = folder / f"{name}.log"
     log.mkdir()
     work = partial(_prepare_batch, preparation=make_preparation(plan, tokenizer, raw.sources), log=str(log))
-    features = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
+    tokens = {name: List(Value("int32")) for name in ("input_ids", "labels")}
+    features = Features({**tokens, "length": Value("int32")})  # `length` is what group_by_length reads
     rows = raw.rows.map(
         work,
         batched=True,
@@ -278,6 +279,7 @@ def pack(plan: RunPlan, rows: Any, file: str) -> Any:
     from trl import pack_dataset
 
     t = plan.trainer
+    rows = rows.select_columns(["input_ids", "labels"])
     if t.get("shuffle_dataset"):
         rows = rows.shuffle(seed=t["seed"], **({"keep_in_memory": True} if file else {}))
     options: dict[str, Any] = {}
@@ -294,7 +296,8 @@ def _prepare_batch(
     pieces, counts, bad = encode_records(records, preparation)
     with open(Path(log, f"{rank or 0:04d}.jsonl"), "a", encoding="utf-8") as f:
         f.write(json.dumps({"counts": counts, "bad": bad}) + "\n")
-    return {"input_ids": [p.input_ids for p in pieces], "labels": [p.labels for p in pieces]}
+    columns = {"input_ids": [p.input_ids for p in pieces], "labels": [p.labels for p in pieces]}
+    return {**columns, "length": [len(p.input_ids) for p in pieces]}
 
 
 def encode_records(

@@ -12,6 +12,7 @@ from typing import Any
 from kit.data.masks import Messages, Span
 from kit.data.turns import RowProblem
 from kit.errors import KitError, first_line
+from kit.inspection.tokenizer import advise_template
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 NOW = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
@@ -76,8 +77,14 @@ def has_generation_marks(template: str) -> bool:
 def row_template(tokenizer: Any, row: dict[str, Any], text: str | None, traits: Traits) -> ChatTemplate:
     """What a row is rendered with; `chat_template_kwargs` overrule its `tools`, as in TRL.
 
-    text: the run's template, None for the tokenizer's own. RowProblem where the tokenizer has none that fits.
+    text: the run's template, None for the tokenizer's own. KitError where the tokenizer has none, RowProblem where it
+    has several and none that fits.
     """
+    if not tokenizer.chat_template and text is None:
+        problem = "the data are chats, and the tokenizer has no chat template"
+        raise KitError(
+            problem, "tokenizer.chat_template", advise_template(tokenizer.get_vocab()), rule="chat-template"
+        )
     own = dict(row.get("chat_template_kwargs") or {})
     tools = own.pop("tools", row.get("tools")) or None
     try:
