@@ -119,12 +119,14 @@ def test_every_format_from_file_to_labels(name, plan_of, base):
     plan = plan_of(*chosen, data=[row] * 3)
     assert plan.dataset.format == name
     data = prepared(plan)
-    assert len(data.train) == 3 and set(data.train.column_names) == {"input_ids", "labels"}
+    assert len(data.train) == 3 and set(data.train.column_names) == {"input_ids", "labels", "length"}
     found = decoded(base, data.train[0])
     assert (text is None or found[0] == text) and found[1] == trained
     part = splits(data)["train"]
     assert (part["read"], part["kept"], part["rows"], part["duplicates"], part["dropped"]) == (3, 3, 3, 2, {})
-    assert part["tokens"] == 3 * len(data.train[0]["input_ids"]) and part["sources"] == {"0": 3}
+    assert part["tokens"] == 3 * len(data.train[0]["input_ids"]) == 3 * data.train[0]["length"] and part[
+        "sources"
+    ] == {"0": 3}
 
 
 def test_roles_that_are_named(prepare_of, base):
@@ -177,10 +179,12 @@ def test_bad_rows_lie_beside_what_was_kept_in_their_order(plan_of):
     assert [b["number"] for b in bad] == [211, 212, 213, 214] and all(b["offset"] > 0 for b in bad)
 
 
-def test_more_than_the_cap_are_refused(refusal):
+def test_more_than_the_cap_are_refused(refusal, prepare_of):
     problems = refusal("dataset.on_bad_row=drop", data=late(BAD))
-    assert len(problems) == 4 and "dataset.max_bad_rows=0.019 (now 0.01)" in problems[0].fix
+    assert len(problems) == 4 and "dataset.max_bad_rows=4 (now 0.01)" in problems[0].fix
     assert len(refusal("dataset.on_bad_row=drop", "dataset.max_bad_rows=3", data=late(BAD))) == 4
+    advised = problems[0].fix.split()[3]
+    assert len(prepare_of("dataset.on_bad_row=drop", advised, data=late(BAD)).train) == 210, "what is advised helps"
 
 
 def test_empty_answers_are_dropped_and_said(prepare_of):

@@ -245,7 +245,11 @@ def test_a_prompt_ends_as_the_tokenizers_own(world):
     [(text, trained)] = world.texts([row], "dataset.train_on=assistant_turns")
     own = world.tokenizer.apply_chat_template(row["messages"][:1], tokenize=False, add_generation_prompt=True)
     common = os.path.commonprefix([own, text])  # the prompt may open a thought that a finished turn does not have
-    assert trained == "an answer<｜end▁of▁sentence｜>" and text == common + trained and own[len(common) :] == "<think>"
+    assert (
+        trained == "an answer<｜end▁of▁sentence｜>"
+        and text == common + trained
+        and own[len(common) :].strip() == "<think>"
+    )
     prompt = encode_prompt(world.tokenizer, row["messages"][:1], chat=True, encoding=make_encoding(world.tokenizer))
     assert world.tokenizer.decode(prompt) == own
     world.use_template(None)
