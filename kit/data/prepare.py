@@ -20,13 +20,14 @@ from typing import Any
 from kit import __version__
 from kit.data import load
 from kit.data.encode import EncodedRow, Encoding, LongRow, encode_rows, end_of_turn_id, make_encoding
+from kit.data.files import BREAKS_OFF
 from kit.data.formats import row_kind
 from kit.data.masks import resolve_train_on
 from kit.data.templates import run_template
 from kit.data.turns import EmptyAnswer, RowProblem
 from kit.errors import KitError, Problem
 from kit.schema.run_plan import DataSource, RunPlan
-from kit.storage.atomic_folder import output_folder
+from kit.storage.atomic_folder import output_folder, replace_folder
 from kit.storage.json_files import atomic_write_json, read_json, read_json_or_empty
 from kit.system.paths import kit_cache_folder
 
@@ -79,9 +80,18 @@ def prepare_data(plan: RunPlan, tokenizer: Any) -> Path:
     folder = kit_cache_folder() / "data" / key
     if not (folder / REPORT).is_file():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with output_folder(folder, fsync=False) as staging:
+        with output_folder(folder, False, keep_finished) as staging:
             build(plan, tokenizer, training, held_out, staging)
     return folder
+
+
+def keep_finished(staging: Path, folder: Path) -> None:
+    """Put a finished build in its place, unless another process has done so meanwhile: its files may be in use."""
+    try:
+        os.rename(staging, folder)
+    except OSError:
+        if not (folder / REPORT).is_file():
+            replace_folder(staging, folder, fsync=False)
 
 
 def open_prepared(folder: Path) -> PreparedData:
@@ -93,6 +103,10 @@ def open_prepared(folder: Path) -> PreparedData:
     for name, part in report["splits"].items():
         files = [Dataset.from_file(str(folder / file)) for file in part["files"]]
         parts[name] = files[0] if len(files) == 1 else concatenate_datasets(files)
+        if len(parts[name]) != part.get("packed", part["rows"]):  # cut off: Arrow reads such a file without a word
+            raise KitError(f"the prepared data in {folder} are not whole", "dataset.path", f"rm -r {folder}")
+        if report["shuffle_seed"] is not None:
+            parts[name] = parts[name].shuffle(seed=report["shuffle_seed"], keep_in_memory=True)
     validation = parts.get("validation")
     notes = [*report["notes"], *(n for name, part in report["splits"].items() for n in describe_counts(name, part))]
     return PreparedData(parts["train"], validation, parts.get("test", validation), report, notes)
@@ -174,7 +188,8 @@ def build(
         parts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
         if splits.test is splits.validation:
             del parts["test"]
-        report: dict[str, Any] = {"layout": LAYOUT, "notes": splits.notes, "splits": {}}
+        seed = plan.trainer["seed"] if plan.trainer.get("shuffle_dataset") else None
+        report: dict[str, Any] = {"layout": LAYOUT, "notes": splits.notes, "shuffle_seed": seed, "splits": {}}
         problems: list[Problem] = []
         for name, rows in parts.items():
             if rows is None:
@@ -273,8 +288,9 @@ def one_thread_each(processes: int | None) -> Iterator[None]:
 
 
 def pack(plan: RunPlan, rows: Any, file: str) -> Any:
-    """Whole documents packed into rows of max_length by TRL, with `seq_lengths`; the order is as it would be there.
+    """Whole documents packed into rows of max_length by TRL, with `seq_lengths`; shuffled before and after, as there.
 
+    bfd_split comes with its documents in pieces already: these are shuffled, where TRL shuffles whole documents.
     file: where they are kept; "" for a stream.
     """
     from trl import pack_dataset
@@ -282,7 +298,7 @@ def pack(plan: RunPlan, rows: Any, file: str) -> Any:
     t = plan.trainer
     rows = rows.select_columns(["input_ids", "labels"])
     if t.get("shuffle_dataset"):
-        rows = rows.shuffle(seed=t["seed"])
+        rows = rows.shuffle(seed=t["seed"], **({"keep_in_memory": True} if file else {}))
     options: dict[str, Any] = {}
     if file:
         options = {"cache_file_name": file, "load_from_cache_file": False, "new_fingerprint": Path(file).stem}
@@ -338,6 +354,7 @@ def encode_records(
     for record, made in zip(records, results, strict=True):
         if isinstance(made, RowProblem):
             kind = {EmptyAnswer: "empty", LongRow: "long"}.get(type(made), "bad")
+            kind = "lost" if str(made).startswith(BREAKS_OFF) else kind
             bad.append({k: record[k] for k in ("file", "number", "offset")} | {"problem": str(made), "kind": kind})
             continue
         counts["kept"] += 1
@@ -416,18 +433,23 @@ def percentiles(lengths: dict[str, int]) -> dict[int, int]:
 
 
 def refuse_rows(plan: RunPlan, name: str, part: dict[str, Any]) -> list[Problem]:
-    """The problems of one split: bad rows where they are refused, or more of them than may be dropped."""
+    """The problems of one split: bad rows where they are refused, or more of them than may be dropped.
+
+    A row that stands for all that a damaged file lost behind it is refused in any case: nobody knows how many.
+    """
     d, kinds, read = plan.dataset, part["kinds"], part["read"]
     allowed = d.max_bad_rows * read if d.max_bad_rows < 1 else d.max_bad_rows
     problems: list[Problem] = []
-    for kind, refused in (("bad", d.on_bad_row == "refuse"), ("long", d.on_long_row == "refuse")):
+    for kind, refused in (("lost", True), ("bad", d.on_bad_row == "refuse"), ("long", d.on_long_row == "refuse")):
         if not kinds.get(kind) or not (refused or kinds[kind] > allowed):
             continue
         key, fix = "dataset.on_bad_row", "mend them, or leave them out: dataset.on_bad_row=drop"
+        if kind == "lost":
+            key, fix = "dataset.path", "write or fetch the file again"
         if kind == "long":
             key, fix = "trainer.max_length", "raise trainer.max_length, or dataset.on_long_row=truncate|split|drop"
         if not refused:
-            fix = f"mend them, or dataset.max_bad_rows={kinds[kind] / read:.2g} (now {d.max_bad_rows:g})"
+            fix = f"mend them, or dataset.max_bad_rows={kinds[kind]} (now {d.max_bad_rows:g})"
         for reason, rows in part["examples"].items():
             if rows[0]["kind"] == kind:
                 problems.append(
@@ -435,7 +457,8 @@ def refuse_rows(plan: RunPlan, name: str, part: dict[str, Any]) -> list[Problem]
                 )
     if not part["kept"] and not problems:
         reasons = "; ".join(part["dropped"]) or "it holds no rows"
-        problems.append(Problem(f"none of the {read:,} rows of {name} can be trained on: {reasons}", "dataset.path"))
+        text = f"none of the {read:,} rows of {name} can be trained on: {reasons}"
+        problems.append(Problem(text, "dataset.path", "kit data FILE shows its rows and how they are read"))
     return [replace(p, rule="bad-rows") for p in problems]
 
 
