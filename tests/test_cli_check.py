@@ -137,13 +137,13 @@ def test_all_problems_come_at_once(run):
 def test_data_that_cannot_train(run, tmp_path):
     empty = write_rows(tmp_path / "empty.jsonl", [])
     assert_refused(run(f"dataset.path={empty}"), "dataset.path", "no rows")
-    other = write_rows(tmp_path / "other.jsonl", [{"question": "a", "answer": "b"}])
-    assert_refused(run(f"dataset.path={other}"), "dataset.columns", "question", "answer")
-    mapped = run(f"dataset.path={other}", "dataset.columns.prompt=question", "dataset.columns.completion=answer")
+    other = write_rows(tmp_path / "other.jsonl", [{"ask": "a", "say": "b"}])
+    assert_refused(run(f"dataset.path={other}"), "dataset.columns", "ask", "say")
+    mapped = run(f"dataset.path={other}", "dataset.columns.prompt=ask", "dataset.columns.completion=say")
     assert mapped == []
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"text": "a"\n')
-    assert_refused(run(f"dataset.path={broken}"), "dataset.path", "line 1")
+    assert_refused(run(f"dataset.path={broken}"), "dataset.path", "broken.jsonl row 1: not JSON")
     binary = tmp_path / "binary.jsonl"
     binary.write_bytes(b"\xff\xfe\x00\x01")
     assert_refused(run(f"dataset.path={binary}"), "dataset.path")

@@ -189,6 +189,8 @@ def test_rows_that_cannot_be_scored_are_counted(yes, base):
     assert result["rows"] == 2 and list(result["skipped"].values()) == ["1 rows"]
     assert result["models"]["model"]["too_long"] == 1
     assert "longer than the model reads" in format_table(result)
+    mixed = evaluate(base, data=[*TEXTS, PLAIN[0]])
+    assert mixed["rows"] == 2 and "the format is text" in "".join(mixed["skipped"])
     text = evaluate(base, data=TEXTS)
     assert "exact_match" not in text["models"]["model"] and "-" in format_table(text)
 
@@ -200,14 +202,13 @@ def test_bad_data_and_settings_are_refused(base, yes, tmp_path):
 
     file = tmp_path / "bad.jsonl"
     file.write_text('{"text": "a"}\n{"text": \n')
-    refused("bad.jsonl:2", data=file)
-    refused("cannot be read", data=tmp_path / "none.jsonl")
+    refused("bad.jsonl row 2: not JSON", data=file)
+    refused("there is no data file", data=tmp_path / "none.jsonl")
     refused("no rows", data=[])
     refused("no rows to score", data=None)
-    refused("columns question", data=[{"question": "a", "answer": "b"}])
-    refused("not a JSON object", data=["a"])
+    refused("the columns a, b are none of the formats", data=[{"a": "a", "b": "b"}])
+    refused("data row 1: text, not an object", data=["a"])
     refused("no assistant turn", data=[{"messages": [{"role": "user", "content": "x"}]}])
-    refused("some are plain text", data=[TEXTS[0], PLAIN[0]])
     refused("metric 'bleu'", metrics=["bleu"])
     refused("limit is 0", limit=0)
     refused("batch_size is 0", batch_size=0)

@@ -8,7 +8,7 @@ from pathlib import Path
 from kit.config.report import Report
 from kit.config.sections import Sections
 from kit.data import row_template
-from kit.data.files import RawRow, find_data_files, sample_rows
+from kit.data.files import BREAKS_OFF, RawRow, find_data_files, sample_rows
 from kit.data.formats import convert_row, detect_format, is_chat, row_kind
 from kit.data.turns import EmptyAnswer, RowProblem
 from kit.errors import KitError, Problem, with_rule
@@ -33,6 +33,7 @@ class DataFormats:
     formats: dict[str, str] = field(default_factory=dict)  # of each set that is here, by its key
     kinds: set[str] = field(default_factory=set)  # messages, prompt_completion, text, tokenized
     chats: bool | None = None  # whether a chat template renders any of them; None where no row is here
+    notes: list[str] = field(default_factory=list)
 
     @property
     def kind(self) -> str | None:
@@ -51,7 +52,7 @@ def inspect_inputs(sections: Sections, report: Report, here: bool, bad_rows: boo
     report.add(check_tokenizer_cached(run.tokenizer, here))
     data, problems = inspect_data(run.dataset, here)
     report.add(p for p in problems if bad_rows or p.rule != "bad-rows")
-    report.notes += base.notes
+    report.notes += [*base.notes, *dict.fromkeys(data.notes)]
     return Inputs(base, data)
 
 
@@ -67,10 +68,15 @@ def inspect_data(dataset: Dataset, here: bool) -> tuple[DataFormats, list[Proble
     for key, source, path, split in list_places(dataset):
         try:
             found, rows = inspect_place(source, path, split, here)
-            problems += [] if dataset.on_bad_row == "drop" and any(r.row for r in rows) else list_bad_rows(rows, key)
+            dropped = dataset.on_bad_row == "drop" and any(r.row for r in rows)
+            problems += list_bad_rows(rows, key, dropped)
             if found:
                 data.formats.setdefault(key, found)
                 data.kinds.add(row_kind(found, source.template))
+            if not rows and isinstance(path, str) and not paths.is_made_by_quickstart(path):
+                data.notes.append(
+                    f"{path} is not on this machine: taken for a Hub data set, its rows are not looked at"
+                )
             if good := [row.row for row in rows if row.row]:
                 data.chats = bool(data.chats) or any(map(is_chat, good))
         except KitError as error:
@@ -132,11 +138,16 @@ def convert(raw: RawRow, source: DataSource) -> RawRow:
         return replace(raw, row=None, problem=str(problem))
 
 
-def list_bad_rows(rows: list[RawRow], key: str) -> list[Problem]:
-    """A problem for each of the first bad rows."""
-    fix = "mend the row, or leave such rows out: dataset.on_bad_row=drop"
-    bad = [row for row in rows if row.problem]
-    return [Problem(f"{row.file} row {row.number}: {row.problem}", key, fix, "bad-rows") for row in bad[:3]]
+def list_bad_rows(rows: list[RawRow], key: str, dropped: bool) -> list[Problem]:
+    """A problem for each of the first bad rows; where these are dropped, for what cannot be."""
+    mend = "mend the row, or leave such rows out: dataset.on_bad_row=drop"
+    problems: list[Problem] = []
+    for row in rows:
+        lost = row.problem and row.problem.startswith(BREAKS_OFF)
+        if row.problem and (lost or not dropped):
+            fix = "write or fetch the file again" if lost else mend
+            problems.append(Problem(f"{row.file} row {row.number}: {row.problem}", key, fix, "bad-rows"))
+    return problems[:3]
 
 
 def split_key(key: str, dataset: Dataset) -> str:

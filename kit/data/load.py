@@ -15,7 +15,7 @@ from typing import Any
 
 from kit.data.files import RawRow, find_data_files, is_data_file, read_rows
 from kit.data.formats import CanonicalRow, convert_row, detect_format
-from kit.data.turns import RowProblem
+from kit.data.turns import RowProblem, kind
 from kit.errors import KitError, first_line
 from kit.inspection import hub_dataset
 from kit.schema.run_plan import Dataset, DataSource, RunPlan
@@ -414,13 +414,16 @@ def load_rows(data: str | Path | Sequence[dict[str, Any]], place: str) -> list[C
             raise KitError(f"there is no data file {data}", place, "check the path")
         raw = list(read_rows(files))
     else:
-        raw = [RawRow(place, n, None, row, None) for n, row in enumerate(data, 1)]
+        told = [None if isinstance(row, dict) else f"{kind(row)}, not an object" for row in data]
+        raw = [
+            RawRow(place, n, None, row, problem) for n, (row, problem) in enumerate(zip(data, told, strict=True), 1)
+        ]
     if unread := next((r for r in raw if r.problem), None):
         raise KitError(f"{unread.file} row {unread.number}: {unread.problem}", place, "mend the row")
     if not raw:
         raise KitError("the data hold no rows", place)
     source = DataSource(path=str(data) if isinstance(data, str | Path) else place)
-    rows = [r.row if isinstance(r.row, dict) else {} for r in raw]
+    rows = [r.row for r in raw if r.row is not None]
     source = source.model_copy(update={"format": detect_format(rows[:SAMPLED_ROWS], source)})
     converted: list[CanonicalRow | RowProblem] = []
     for row in rows:

@@ -9,7 +9,8 @@ import re
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib import metadata
@@ -17,15 +18,17 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from kit import __version__
 from kit.data import load
 from kit.data.encode import IGNORED, EncodedRow, Encoding, LongRow, encode_rows, end_of_turn_id, make_encoding
+from kit.data.files import BREAKS_OFF
 from kit.data.formats import row_kind
 from kit.data.masks import resolve_train_on
 from kit.data.templates import run_template
 from kit.data.turns import EmptyAnswer, RowProblem
 from kit.errors import KitError, Problem
 from kit.schema.run_plan import Dataset, DataSource, RunPlan
-from kit.storage.atomic_folder import output_folder
+from kit.storage.atomic_folder import output_folder, replace_folder
 from kit.storage.json_files import atomic_write_json, read_json, read_json_or_empty
 from kit.system.paths import kit_cache_folder
 from kit.system.terminal import show_progress
@@ -33,10 +36,11 @@ from kit.system.terminal import show_progress
 LAYOUT = 2  # of a prepared folder; another one is made anew
 REPORT, BAD_ROWS, DIGESTS, SAMPLES = "report.json", "bad_rows.jsonl", "digests.json", "samples.json"
 PARALLEL_FROM = 2_000  # fewer rows are not worth the start of processes
+THREADS = "TOKENIZERS_PARALLELISM"
 BATCH = 500  # rows that are encoded together
 COUNTED = ("notes", "lengths", "sources", "text")  # counts by kind, of those that encode_records makes
 SHOWN = 3  # bad rows that a message names, of each reason
-PACKAGES = ("transformers", "tokenizers", "trl", "datasets", "finetune-kit")
+PACKAGES = ("transformers", "tokenizers", "trl", "datasets")
 LENGTHS = (50, 90, 99, 100)  # percentiles
 TRAINER_KEYS = (
     *("max_length", "truncation_mode", "packing", "packing_strategy", "eval_packing", "eval_strategy", "seed"),
@@ -87,10 +91,19 @@ def prepare_or_report(plan: RunPlan, tokenizer: Any) -> Path:
     folder = kit_cache_folder() / "data" / key
     if not (folder / REPORT).is_file():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with output_folder(folder, fsync=False) as staging:
+        with output_folder(folder, False, keep_finished) as staging:
             staging.chmod(0o700)  # what stands in it is the user's data
             build(plan, tokenizer, training, held_out, staging)
     return folder
+
+
+def keep_finished(staging: Path, folder: Path) -> None:
+    """Put a finished build in its place, unless another process has done so meanwhile: its files may be in use."""
+    try:
+        os.rename(staging, folder)
+    except OSError:
+        if not (folder / REPORT).is_file():
+            replace_folder(staging, folder, fsync=False)
 
 
 def open_prepared(folder: Path) -> PreparedData:
@@ -102,6 +115,10 @@ def open_prepared(folder: Path) -> PreparedData:
     for name, part in report["splits"].items():
         files = [Dataset.from_file(str(folder / file)) for file in part["files"]]
         parts[name] = files[0] if len(files) == 1 else concatenate_datasets(files)
+        if len(parts[name]) != part.get("packed", part["rows"]):  # cut off: Arrow reads such a file without a word
+            raise KitError(f"the prepared data in {folder} are not whole", "dataset.path", f"rm -r {folder}")
+        if report["shuffle_seed"] is not None:
+            parts[name] = parts[name].shuffle(seed=report["shuffle_seed"], keep_in_memory=True)
     validation = parts.get("validation")
     notes = [*report["notes"], *(n for name, part in report["splits"].items() for n in describe_counts(name, part))]
     return PreparedData(parts["train"], validation, parts.get("test", validation), report, notes, folder)
@@ -143,9 +160,7 @@ def cache_key(plan: RunPlan, tokenizer: Any, sources: Sequence[load.OpenSource])
         "date": plan.tokenizer.date,
         "contents": [file_digest(file) for opened in sources for file in opened.files],
         "tokenizer": tokenizer_digest(tokenizer),
-        "versions": {
-            p: metadata.version(p) for p in ("transformers", "tokenizers", "trl", "datasets", "finetune-kit")
-        },
+        "versions": [__version__, *(metadata.version(p) for p in PACKAGES)],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
@@ -196,7 +211,8 @@ def build(
         parts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
         if splits.test is splits.validation:
             del parts["test"]
-        report: dict[str, Any] = {"layout": LAYOUT, "notes": splits.notes, "splits": {}}
+        seed = plan.trainer["seed"] if plan.trainer.get("shuffle_dataset") else None
+        report: dict[str, Any] = {"layout": LAYOUT, "notes": splits.notes, "shuffle_seed": seed, "splits": {}}
         hashes = row_hashes(splits.train)
         problems: list[Problem] = []
         for name, rows in parts.items():
@@ -252,16 +268,18 @@ def prepare_split(plan: RunPlan, tokenizer: Any, raw: load.RawRows, folder: Path
 
     log = folder / f"{name}.log"
     log.mkdir()
-    work = partial(_prepare_batch, preparation=make_preparation(plan, tokenizer, raw.sources), log=str(log))
+    preparation = make_preparation(plan, tokenizer, raw.sources)
+    work = partial(_prepare_batch, preparation=share_with_processes(preparation), log=str(log))
     tokens = {name: List(Value("int32")) for name in ("input_ids", "labels")}
     features = Features({**tokens, "length": Value("int32")})  # `length` is what group_by_length reads
-    with show_progress(name, "rows", len(raw), partial(_count_done, log, {})):
+    count = process_count(plan.trainer.get("dataset_num_proc"), len(raw))
+    with one_thread_each(count), show_progress(name, "rows", len(raw), partial(_count_done, log, {})):
         rows = raw.rows.map(
             work,
             batched=True,
             batch_size=BATCH,
             with_rank=True,
-            num_proc=process_count(plan.trainer.get("dataset_num_proc"), len(raw)),
+            num_proc=count,
             remove_columns=list(load.COLUMNS),
             features=features,
             load_from_cache_file=False,
@@ -300,9 +318,23 @@ def process_count(asked: int | None, rows: int) -> int | None:
     return count if count > 1 else None
 
 
-def pack(plan: RunPlan, rows: Any, file: str) -> Any:
-    """Whole documents packed into rows of max_length by TRL, with `seq_lengths`; the order is as it would be there.
+@contextmanager
+def one_thread_each(processes: int | None) -> Iterator[None]:
+    """While the block runs, processes that are started tokenize with one thread; else each takes every core."""
+    before = os.environ.get(THREADS)
+    if processes and before is None:
+        os.environ[THREADS] = "false"
+    try:
+        yield
+    finally:
+        if processes and before is None:
+            os.environ.pop(THREADS, None)
 
+
+def pack(plan: RunPlan, rows: Any, file: str) -> Any:
+    """Whole documents packed into rows of max_length by TRL, with `seq_lengths`; shuffled before and after, as there.
+
+    bfd_split comes with its documents in pieces already: these are shuffled, where TRL shuffles whole documents.
     file: where they are kept; "" for a stream.
     """
     from trl import pack_dataset
@@ -310,17 +342,29 @@ def pack(plan: RunPlan, rows: Any, file: str) -> Any:
     t = plan.trainer
     rows = rows.select_columns(["input_ids", "labels"])
     if t.get("shuffle_dataset"):
-        rows = rows.shuffle(seed=t["seed"])
+        rows = rows.shuffle(seed=t["seed"], **({"keep_in_memory": True} if file else {}))
     options: dict[str, Any] = {}
     if file:
         options = {"cache_file_name": file, "load_from_cache_file": False, "new_fingerprint": Path(file).stem}
     return pack_dataset(rows, t.get("max_length", 1024), t.get("packing_strategy", "bfd"), options)
 
 
+_shared: list[Preparation] = []  # the last one; a forked process has it too
+
+
+def share_with_processes(preparation: Preparation) -> Preparation | None:
+    """None where processes are forked: they find it in `_shared`, and a vocabulary is not copied for each of them."""
+    import multiprocess  # what datasets starts its processes with
+
+    _shared[:] = [preparation]
+    return None if multiprocess.get_start_method() == "fork" else preparation
+
+
 def _prepare_batch(
-    batch: dict[str, list[Any]], rank: int | None, preparation: Preparation, log: str
+    batch: dict[str, list[Any]], rank: int | None, preparation: Preparation | None, log: str
 ) -> dict[str, list[Any]]:
     """Encode raw records; what happened to them is appended to a file of this process in `log`."""
+    preparation = preparation or _shared[0]
     records = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
     pieces, counts, bad = encode_records(records, preparation)
     with open(Path(log, f"{rank or 0:04d}.jsonl"), "a", encoding="utf-8") as f:
@@ -357,6 +401,7 @@ def encode_records(
     for record, made in zip(records, results, strict=True):
         if isinstance(made, RowProblem):
             kind = {EmptyAnswer: "empty", LongRow: "long"}.get(type(made), "bad")
+            kind = "lost" if str(made).startswith(BREAKS_OFF) else kind
             bad.append({k: record[k] for k in ("file", "number", "offset")} | {"problem": str(made), "kind": kind})
             continue
         counts["kept"] += 1
@@ -367,7 +412,7 @@ def encode_records(
             counts["tokens"] += len(piece.input_ids)
             counts["trained"] += piece.trained
             lengths[len(piece.input_ids)] += 1
-        if "cut" not in made[-1].notes and not preparation.ends.intersection(i for p in made for i in p.labels):
+        if "cut" not in made[-1].notes and all(preparation.ends.isdisjoint(p.labels) for p in made):
             counts["no_end"] += 1
     return pieces, {**counts, "notes": notes, "lengths": lengths, "sources": per_source, "text": text}, bad
 
@@ -472,18 +517,23 @@ def percentiles(lengths: dict[str, int]) -> dict[int, int]:
 
 
 def refuse_rows(d: Dataset, name: str, part: dict[str, Any]) -> list[Problem]:
-    """The problems of one split: bad rows where they are refused, or more of them than may be dropped."""
+    """The problems of one split: bad rows where they are refused, or more of them than may be dropped.
+
+    A row that stands for all that a damaged file lost behind it is refused in any case: nobody knows how many.
+    """
     kinds, read = part["kinds"], part["read"]
     allowed = d.max_bad_rows * read if d.max_bad_rows < 1 else d.max_bad_rows
     problems: list[Problem] = []
-    for kind, refused in (("bad", d.on_bad_row == "refuse"), ("long", d.on_long_row == "refuse")):
+    for kind, refused in (("lost", True), ("bad", d.on_bad_row == "refuse"), ("long", d.on_long_row == "refuse")):
         if not kinds.get(kind) or not (refused or kinds[kind] > allowed):
             continue
         key, fix = "dataset.on_bad_row", "mend them, or leave them out: dataset.on_bad_row=drop"
+        if kind == "lost":
+            key, fix = "dataset.path", "write or fetch the file again"
         if kind == "long":
             key, fix = "trainer.max_length", "raise trainer.max_length, or dataset.on_long_row=truncate|split|drop"
         if not refused:
-            fix = f"mend them, or dataset.max_bad_rows={kinds[kind] / read:.2g} (now {d.max_bad_rows:g})"
+            fix = f"mend them, or dataset.max_bad_rows={kinds[kind]} (now {d.max_bad_rows:g})"
         for reason, rows in part["examples"].items():
             if rows[0]["kind"] == kind:
                 problems.append(
@@ -491,7 +541,8 @@ def refuse_rows(d: Dataset, name: str, part: dict[str, Any]) -> list[Problem]:
                 )
     if not part["kept"] and not problems:
         reasons = "; ".join(part["dropped"]) or "it holds no rows"
-        problems.append(Problem(f"none of the {read:,} rows of {name} can be trained on: {reasons}", "dataset.path"))
+        text = f"none of the {read:,} rows of {name} can be trained on: {reasons}"
+        problems.append(Problem(text, "dataset.path", "kit data FILE shows its rows and how they are read"))
     return [replace(p, rule="bad-rows") for p in problems]
 
 

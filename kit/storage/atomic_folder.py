@@ -47,7 +47,7 @@ def atomic_folder(
 
 
 @contextlib.contextmanager
-def output_folder(target: Path, fsync: bool) -> Iterator[Path]:
+def output_folder(target: Path, fsync: bool, move: Callable[[Path, Path], None] | None = None) -> Iterator[Path]:
     """Yield the `atomic_folder` of a command's output, after removing those of processes that are gone.
 
     Its name holds the process id: two commands with one target do not meet before the rename. KitError (3) where the
@@ -59,7 +59,7 @@ def output_folder(target: Path, fsync: bool) -> Iterator[Path]:
                 if _is_stale(old):
                     shutil.rmtree(old, ignore_errors=True)
             name = f"{target.name}{STAGING}{os.getpid()}"
-            staging = stack.enter_context(atomic_folder(target, target.with_name(name), fsync))
+            staging = stack.enter_context(atomic_folder(target, target.with_name(name), fsync, move))
             (staging / OWNER).write_text(socket.gethostname())
         except OSError as error:
             problem = f"{target.parent} cannot be written: {error}"

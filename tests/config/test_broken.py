@@ -23,7 +23,7 @@ ELSEWHERE = {
     "init-from-files": "tests/config/test_init_from.py", "init-from-base": "tests/config/test_init_from.py",
     "vocabulary": "tests/config/test_tokenizer.py", "added-tokens": "tests/config/test_tokenizer.py",
     "token-indices-tied": "tests/config/test_tokenizer.py", "chat-template": "tests/config/test_tokenizer.py",
-    "generation-marks": "tests/config/test_tokenizer.py", "special-token-missing": "tests/config/test_tokenizer.py",
+    "special-token-missing": "tests/config/test_tokenizer.py",
     "missing-key": "tests/config/test_fields.py", "removed-key": "tests/config/test_fields.py",
     "hidden-size": "tests/config/test_zero.py",
 }  # fmt: skip

@@ -284,8 +284,8 @@ def test_valid_lists_warn_of_nothing_but_length(tmp_path: Path, monkeypatch: pyt
 def run(base: Path, chat: Path) -> RuleContext:
     plan = api.compose(f"model.name_or_path={base}", f"dataset.path={chat}", "trainer.use_cpu=true").model_dump()
     return RuleContext(
-        plan, Report({}), Base(bytes=10**6, numbers=10**6), data_format="messages", world_size=1, zero_stage=0,
-        precision="bfloat16", on_this_machine=True,
+        plan, Report({}), Base(bytes=10**6, numbers=10**6), row_kind="messages", chats=True, world_size=1,
+        zero_stage=0, precision="bfloat16", on_this_machine=True,
     )  # fmt: skip
 
 

@@ -279,7 +279,7 @@ LIBRARIES: dict[str, tuple[Callable[[], Any], Callable[[Callable[[], Any]], None
 ELSEWHERE = {
     "the kit's own words and files: no library reads them": """override group-choice run-file data-word missing
         missing-key type section owned path script count batch peft-none dataset-files dataset-rows dataset-unreadable
-        dataset-columns dataset-format dataset-template dataset-configuration dataset-split held-out
+        dataset-columns dataset-format dataset-template dataset-configuration dataset-split held-out bad-rows
         environment-variable remote-code hostfile hostfile-unread node-rank quantized-random quantized-init-kwargs
         tracker-all tracker-online full-learning-rate eval-never""",
     "of the Hub: shown against a server of its own by tests/test_fetch.py": "hub offline model-folder",
@@ -287,8 +287,7 @@ ELSEWHERE = {
     "shown beside the installed DeepSpeed by tests/config/test_deepspeed_file.py": "auto doubled literal",
     "shown by tests/config/test_architectures.py": "architecture",
     "shown beside the installed classes by tests/config/test_tokenizer.py": """tokenizer-files chat-template
-        chat-template-name generation-marks special-token special-token-missing vocabulary added-tokens
-        token-indices-tied""",
+        chat-template-name special-token special-token-missing vocabulary added-tokens token-indices-tied""",
     "shown by tests/config/test_init_from.py and tests/training/test_warm_start.py": """init-from init-from-files
         init-from-base""",
     "raised by an engine in a launch; compared with the installed DeepSpeed by tests/config/test_zero.py": """mismatch

@@ -145,33 +145,42 @@ def test_without_trl_a_name_is_left_open(plan, check, monkeypatch):
     assert check("tokenizer=chatml", "trainer.assistant_only_loss=true") == [], "the kit's own needs no TRL"
 
 
-def test_answers_must_be_marked(check, tmp_path):
-    only_answers = "trainer.assistant_only_loss=true"
-    for marked in ("llama3", "llama3_training", "chatml"):
-        assert check(f"tokenizer.chat_template={marked}", only_answers) == []
+def test_a_template_without_marks_is_no_hindrance(check, plan, tmp_path):
+    """Where the answers stand is derived by rendering; a row in which that cannot be is refused when it is read."""
     (tmp_path / "plain.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
-    unmarked = f"tokenizer.chat_template={tmp_path / 'plain.jinja'}"
-    only(check(unmarked, only_answers), "trainer.assistant_only_loss", "generation")
-    assert check(unmarked) == []
+    for template in ("llama3", "llama3_training", "chatml", str(tmp_path / "plain.jinja")):
+        chosen = (f"tokenizer.chat_template={template}", "trainer.assistant_only_loss=true")
+        assert check(*chosen) == []
+        assert plan(*chosen).train_on == "assistant_turns"
 
 
-def test_marks_are_judged_as_trl_judges_them():
-    """Every template that TRL ships: the torch-free answer is TRL's own."""
-    from types import SimpleNamespace
+def test_templates_that_fit_a_vocabulary():
+    """The most demanding first; a name for training only is none to advise."""
+    llama3 = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    qwen = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
+    assert tokenizer.fitting_templates([*llama3, "word"])[0].startswith("llama3")
+    assert "chatml" in tokenizer.fitting_templates(qwen[:2])
+    fitting = tokenizer.fitting_templates([*llama3, *qwen])
+    assert len(fitting) == 3 and not any(name.endswith("_training") for name in fitting)
+    needs = [set(tokenizer.CONTROL_TOKEN.findall(tokenizer.named_templates()[n].read_text())) for n in fitting]
+    assert [len(tokens) for tokens in needs] == sorted(map(len, needs), reverse=True)
+    assert all(tokens <= {*llama3, *qwen} for tokens in needs)
+    assert tokenizer.fitting_templates(["word"]) == tokenizer.fitting_templates([]) == []
 
-    from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
-    agreed = 0
-    for file in sorted(tokenizer.trl_templates().glob("*.jinja")):
-        text = file.read_text(encoding="utf-8")
-        try:
-            stand_in = SimpleNamespace(chat_template=text, apply_chat_template=lambda *a, **k: "")
-            theirs = has_generation_markers(text) or get_training_chat_template(stand_in) is not None
-        except ValueError:
-            theirs = False
-        assert tokenizer.marks_answers(text) == theirs, file.name
-        agreed += theirs
-    assert agreed > 40
+def test_what_is_advised_without_a_template(check, model):
+    (model / "chat_template.jinja").unlink()
+    assert "tokenizer=chatml" in check()[0].fix and "FILE.jinja" in check()[0].fix
+    content = json.loads((model / "tokenizer.json").read_text())
+    for number, token in enumerate(("<|im_start|>", "<|im_end|>")):
+        entry = {**content["added_tokens"][-1], "id": SIZE + number, "content": token}
+        content["added_tokens"].append(entry)
+    (model / "tokenizer.json").write_text(json.dumps(content))
+    [problem] = check()
+    name = re.match(r"tokenizer\.chat_template=([\w.-]+) \(its tokens are in the vocabulary", problem.fix)[1]
+    assert name in tokenizer.fitting_templates(["<|im_start|>", "<|im_end|>"])
+    assert check(f"tokenizer.chat_template={name}") == [], "what is advised is accepted"
+    assert tokenizer.advise_template(None) == tokenizer.advise_template([])
 
 
 def test_chatml_renders_and_marks_the_answer_with_its_end(model):

@@ -213,7 +213,7 @@ def test_the_data_composes(name: str, here: Path):
     """Every key that is written stands up to kit check, on data that is not here."""
     made = make(CARRIED[name][0])
     Path("made.yaml").write_text(made.text, encoding="utf-8")
-    chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "functions": []}
     for file in ("a.jsonl", "b.jsonl"):
         Path(file).write_text(json.dumps(chat) + "\n", encoding="utf-8")
     more = ["dataset.test_size=0.05"] if "dataset_splits" in CARRIED[name][2] else []  # as the report advises

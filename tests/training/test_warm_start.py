@@ -1,20 +1,17 @@
-"""Another adapter's tensors into a PEFT model: all or none, and never code. And what the first rows teach."""
+"""Another adapter's tensors into a PEFT model: all or none, and never code."""
 
 from __future__ import annotations
 
 import os
 import pickle
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import tiny
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
-from kit.data import masks
 from kit.errors import KitError
 from kit.models.initial_adapter import adapter_parameters, load_initial_adapter
 from kit.schema.run_plan import InitFrom
@@ -123,59 +120,3 @@ def test_a_pickle_is_read_weights_only(base, tmp_path):
     torch.save([1, 2], file)
     with pytest.raises(KitError, match="other things than tensors"):
         load_initial_adapter(ours, of(file))
-
-
-# ---- the first rows ----
-
-
-@pytest.fixture
-def tokenizer(base):
-    return AutoTokenizer.from_pretrained(base)
-
-
-def row(ids: list[int], learned: list[int]) -> dict:
-    return {"input_ids": ids, "labels": [i if i in learned else -100 for i in ids]}
-
-
-def said(caplog, rows: list[dict], tokenizer, max_length: int = 64) -> str:
-    import logging
-
-    logger = logging.getLogger("kit.data.masks")
-    logger.addHandler(caplog.handler)
-    try:
-        masks.check_rows_have_loss(rows, tokenizer, SimpleNamespace(max_length=max_length))
-    finally:
-        logger.removeHandler(caplog.handler)
-    return caplog.text
-
-
-def test_rows_that_teach_nothing_are_refused(tokenizer):
-    with pytest.raises(KitError, match="none of the first 2 rows has a token in the loss"):
-        masks.check_rows_have_loss([row([8, 9], []), row([9], [])], tokenizer, SimpleNamespace(max_length=64))
-
-
-END = 2
-
-
-@pytest.mark.parametrize(
-    ("rows", "limit", "word"),
-    [
-        ([row([8, 9, END], [9, END])], 64, ""),
-        ([row([8, 9], [9]), row([8, 9, END], [END])], 64, ""),
-        ([row([8, 9, END], [9])], 64, "outside its {% generation %} marks"),
-        ([row([8, 9, 10], [9])], 3, "max_length=3"),
-        ([row([8, 9, 10], [9])], 64, "does not write it"),
-    ],
-)
-def test_an_end_token_that_is_never_learned_is_said(caplog, tokenizer, rows, limit, word):
-    text = said(caplog, rows, tokenizer, limit)
-    assert ("may not learn to stop" in text) == bool(word)
-    assert word in text
-
-
-def test_chats_without_a_template_are_refused_before_the_model(tokenizer):
-    masks.require_chat_template(tokenizer, tiny.dataset(tiny.chat_rows(2)))
-    tokenizer.chat_template = None
-    masks.require_chat_template(tokenizer, tiny.dataset(tiny.text_rows(2)))
-    with pytest.raises(KitError, match="no chat template"):
-        masks.require_chat_template(tokenizer, tiny.dataset(tiny.chat_rows(2)))
