@@ -195,7 +195,9 @@ def sft_config_arguments(plan: RunPlan) -> dict[str, Any]:
             "project": plan.name,
         },
         **plan.trainer,
-        # Rows arrive as tokens: TRL prepares nothing, and what it would cut is cut (data/prepare.py).
+        # Rows arrive as tokens with labels: TRL prepares nothing, and would refuse masks of rows that are no chats.
+        "assistant_only_loss": False,
+        "completion_only_loss": None,
         "dataset_kwargs": {**(plan.trainer.get("dataset_kwargs") or {}), "skip_prepare_dataset": True},
         "output_dir": str(plan.run_path / run_directory.CHECKPOINTS),
         "deepspeed": copy.deepcopy(plan.deepspeed),
