@@ -521,6 +521,42 @@ def test_rows_are_those_of_trl(kind, strategy, shuffled, prepare_of, base, tmp_p
     assert f"documents packed into {part['packed']:,} rows" in "".join(ours.notes)
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["trainer.assistant_only_loss=true"],
+        ["trainer.assistant_only_loss=true", "trainer.packing=true"],
+        ["dataset.train_on=last_turn", "tokenizer.pad_token='</s>'"],
+        ["trainer.completion_only_loss=true"],
+        ["trainer.train_sampling_strategy=group_by_length"],
+        [],
+    ],
+    ids=str,
+)
+def test_the_trainer_is_given_these_tokens_and_these_labels(overrides, plan_of, base):
+    """Through SFTTrainer's collator, whatever the plan's settings mean to it: all tokens, and the loss on ours alone."""
+    from transformers import AutoModelForCausalLM
+    from trl import SFTConfig
+
+    from kit.training.run import sft_config_arguments
+    from kit.training.trainer import ModifiedTrainer
+
+    data = tiny.prompt_rows() if "completion" in str(overrides) else tiny.chat_rows()
+    plan = plan_of("trainer.bf16=false", "deepspeed=none", "launch.num_gpus=1", *overrides, data=data)
+    found, part = prepared(plan), None
+    part = splits(found)["train"]
+    trainer = ModifiedTrainer(AutoModelForCausalLM.from_pretrained(base), SFTConfig(**sft_config_arguments(plan)),
+                              train_dataset=found.train, processing_class=load_tokenizer(plan))  # fmt: skip
+    batches = list(trainer.get_train_dataloader())
+    trained = sum(int((batch["labels"] != IGNORED).sum()) for batch in batches)
+    packed = "trainer.packing=true" in overrides
+    assert trained == part["trained"]
+    if packed:
+        assert sum(batch["input_ids"].numel() for batch in batches) == part["tokens"]
+    else:
+        assert sum(int(batch["attention_mask"].sum()) for batch in batches) == part["tokens"]
+
+
 def test_evaluation_is_packed_by_its_own_setting(prepare_of):
     data = prepare_of("trainer.packing=true", "trainer.eval_packing=false", "dataset.test_size=0.25")
     assert "seq_lengths" in data.train.column_names and "seq_lengths" not in data.test.column_names
