@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RESULTS := tests/benchmarks/results
 
-.PHONY: setup quickstart check test-fast test soak bench clean
+.PHONY: setup quickstart check test-fast test soak bench mask-table clean
 
 setup: $(STAMP)
 
@@ -40,6 +40,9 @@ soak: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python tests/benchmarks/cli_latency.py --json $(RESULTS)/$$(date +%F)-cli-latency.json
 	$(BIN)/python tests/benchmarks/merge.py --layers 4 --hidden 1024 --inter 2816 --heads 16 --kv 4 --vocab 32000 --shard-gb 0.1 --out $(RESULTS)/$$(date +%F)-merge-small.json
+
+mask-table: $(STAMP)
+	$(BIN)/python tests/mask_table.py --out $(RESULTS)/$$(date +%F)-mask-table.json
 
 clean:
 	rm -rf $(VENV) .kit-cache build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from kit.errors import KitError, Problem
-from kit.schema.run_plan import DataSource, RunPlan, field_class, leaves, load_plan
+from kit.errors import ENVIRONMENT, KitError, Problem
+from kit.schema.run_plan import Dataset, DataSource, RunPlan, field_class, leaves, load_plan
 from kit.storage import run_directory
 from kit.system.dependencies import require_training_extras
 
@@ -27,6 +29,83 @@ def check(*args: str, config_dir: str | None = None) -> list[Problem]:
     except KitError as error:
         return error.problems
     return []
+
+
+def data(
+    *args: str,
+    config_dir: str | None = None,
+    samples: int = 3,
+    row: int | None = None,
+    file: str | None = None,
+    fix_out: str | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """What `kit data --json` prints of `[DATA ...] key=value ...`; without a model, rows as they stand in their files.
+
+    `row`, of `file` where there are several: that row alone. `fix_out`: where the rows that are kept are written.
+    `refused` says whether the plan lets the bad rows pass. KitError where the data cannot be read at all.
+    """
+    from kit.data import preview
+
+    plan, dataset = data_plan(*args, config_dir=config_dir)
+    tokenizer = None
+    shown: dict[str, Any] = {"model": None}
+    notes: list[str] = []
+    if plan:
+        shown = {"model": plan.model.name_or_path, "train_on": plan.train_on}
+        tokenizer, missing = open_tokenizer(plan)
+        notes += [missing] if missing else []
+    if dataset.streaming:
+        dataset = preview.first_of_stream(dataset)
+        plan = plan and plan.model_copy(update={"dataset": dataset})
+        notes.append(f"of a stream at most {dataset.limit:,} rows are looked at")
+    if row is not None:
+        found, refused = preview.preview_row(dataset, plan if tokenizer else None, tokenizer, row, file)
+        return shown | {"row": found, "notes": notes, "problems": [], "refused": refused}
+    if fix_out:
+        preview.check_clean_file(Path(fix_out), dataset, overwrite)
+    with tempfile.TemporaryDirectory(prefix="kit-data-") as temporary:
+        folder = Path(temporary)
+        if plan and tokenizer:
+            found, folder = preview.preview_tokens(plan, tokenizer, samples)
+        else:
+            found = preview.preview_raw(dataset, folder)
+        if fix_out:
+            found["fix_out"] = preview.write_clean(dataset, folder, Path(fix_out))
+    problems = [asdict(p) for p in found["problems"]]
+    return shown | found | {"notes": notes + found["notes"], "problems": problems, "refused": bool(problems)}
+
+
+def data_plan(*args: str, config_dir: str | None = None) -> tuple[RunPlan | None, Dataset]:
+    """The plan of a run, whatever its rows are, or None where no model is named; and its data."""
+    from kit.config.compose import compose as compose_tree
+    from kit.config.plan import build_plan, read_dataset
+
+    composed = compose_tree(list(args), config_dir)
+    if (composed.tree.get("model") or {}).get("name_or_path") in (None, "???"):
+        return None, read_dataset(composed)
+    plan = build_plan(composed, here=False, bad_rows=False)
+    return plan, plan.dataset
+
+
+def open_tokenizer(plan: RunPlan) -> tuple[Any, str]:
+    """(the plan's tokenizer, "") where it is here; (None, why not) where it or the training stack is not."""
+    from kit.system.terminal import silence_libraries
+
+    try:
+        silence_libraries()
+        from kit.models.load import load_tokenizer
+
+        return load_tokenizer(plan), ""
+    except KitError as error:
+        problem = error.problems[0]
+        name = plan.tokenizer.name_or_path or plan.model.name_or_path
+        if error.code == ENVIRONMENT:
+            return None, f"rows are not rendered: {problem.problem}; {problem.fix}"
+        if problem.where != "tokenizer.name_or_path":
+            raise
+        fix = "" if Path(name).is_absolute() else f"; kit fetch model.name_or_path={name} brings it"
+        return None, f"rows are not rendered: the tokenizer of {name} is not here{fix}"
 
 
 def train(

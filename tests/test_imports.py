@@ -20,7 +20,20 @@ HEAVY = (
     "torch transformers trl peft accelerate deepspeed datasets bitsandbytes numpy pandas pyarrow safetensors".split()
 )
 RECIPES = sorted(f.stem for f in (ROOT / "recipes").glob("*.yaml"))
-VERBS = ["train", "check", "resume", "merge", "generate", "eval", "fetch", "convert", "watch", "doctor", "list"]
+VERBS = [
+    "train",
+    "check",
+    "data",
+    "resume",
+    "merge",
+    "generate",
+    "eval",
+    "fetch",
+    "convert",
+    "watch",
+    "doctor",
+    "list",
+]
 VERBS += ["show", "why", "diff", "eject", "import", "launch-node", "compose"]
 
 # Several command lines in one fresh process; the last line it prints: how each ended, and what had been imported then.
@@ -88,6 +101,9 @@ SINGLE = {
         ["check", "--deepspeed", str(ROOT / "ds_configs" / "zero3.json"), "model=llama3_1_8b"],
         DONE,
     ),
+    "data": (["data", "dataset=letters"], DONE),
+    "data --json": (["data", "dataset=letters", "--json"], DONE),
+    "data --row": (["data", "dataset=letters", "--row", "3", "--file", "letters_train.jsonl"], DONE),
     "train refused": (["train", "recipe=quickstart", "trainer.lerning_rate=1"], REFUSED),
     "train -m refused": (["train", "-m", "recipe=quickstart", "trainer.lerning_rate=1,2"], REFUSED),
     "search refused": (["train", "-m", "hparams_search=optuna", "recipe=quickstart", "peft.q=1,2"], REFUSED),

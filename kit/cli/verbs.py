@@ -16,6 +16,7 @@ usage: kit VERB ...
 
   train     [run.yaml] [key=value ...]   compose, check, launch, train, save the adapter
   check     [run.yaml] [key=value ...]   everything that can be known without weights, all problems at once
+  data      [DATA ...] [key=value ...]   every row read and judged, with a model also what it will see of them
   resume    RUN [key=value ...]          continue from the newest complete checkpoint
   launch-node PLAN --node-rank N         the ranks of one node of several, where no ssh starts them
   merge     RUN | ADAPTER --base MODEL   fold the adapter into the base, verified
@@ -40,6 +41,7 @@ usage: kit VERB ...
 VERBS = {  # module and function, which takes the words after the verb and returns the exit code
     "train": "kit.cli.train:train_verb",
     "check": "kit.cli.train:check_verb",
+    "data": "kit.cli.data:data_verb",
     "resume": "kit.cli.train:resume_verb",
     "merge": "kit.cli.models:merge_verb",
     "generate": "kit.cli.models:generate_verb",

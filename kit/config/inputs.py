@@ -41,14 +41,17 @@ class DataFormats:
         return next(iter(self.kinds)) if len(self.kinds) == 1 else None
 
 
-def inspect_inputs(sections: Sections, report: Report, here: bool) -> Inputs:
-    """Inspect what is on this machine. `here`: the run is about to start on it, so that everything must be."""
+def inspect_inputs(sections: Sections, report: Report, here: bool, bad_rows: bool = True) -> Inputs:
+    """Inspect what is on this machine. `here`: the run is about to start on it, so that everything must be.
+
+    bad_rows: those among the first rows are problems.
+    """
     run = sections.run
     base, problems = inspect_model(run.model, here)
     report.add(problems, "model.name_or_path")
     report.add(check_tokenizer_cached(run.tokenizer, here))
     data, problems = inspect_data(run.dataset, here)
-    report.add(problems)
+    report.add(p for p in problems if bad_rows or p.rule != "bad-rows")
     report.notes += [*base.notes, *dict.fromkeys(data.notes)]
     return Inputs(base, data)
 
@@ -74,8 +77,8 @@ def inspect_data(dataset: Dataset, here: bool) -> tuple[DataFormats, list[Proble
                 data.notes.append(
                     f"{path} is not on this machine: taken for a Hub data set, its rows are not looked at"
                 )
-            if rows:
-                data.chats = bool(data.chats) or any(is_chat(row.row) for row in rows if row.row)
+            if good := [row.row for row in rows if row.row]:
+                data.chats = bool(data.chats) or any(map(is_chat, good))
         except KitError as error:
             ours = {"": key, "dataset.path": key, "dataset.split": split_key(key, dataset)}
             of_key = [Problem(p.problem, ours.get(p.where, p.where), p.fix, p.rule) for p in error.problems]

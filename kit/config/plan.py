@@ -11,27 +11,31 @@ from typing import Any
 
 from kit import __version__
 from kit.config.compose import Composed
-from kit.config.inputs import Inputs, inspect_inputs
+from kit.config.input_checks import check_values
+from kit.config.inputs import Inputs, inspect_data, inspect_inputs
 from kit.config.report import Report, unique
 from kit.config.resolve import Resolved, make_paths_absolute, resolve
 from kit.config.rules import table
 from kit.config.rules.context import RuleContext
-from kit.config.sections import Sections, read_sections
+from kit.config.sections import Sections, read_own_sections, read_sections
 from kit.data.masks import resolve_train_on
 from kit.inspection.model import identify_base
 from kit.schema.run_plan import Dataset, RunPlan, identity_hash
 from kit.system import hardware
 
 
-def build_plan(composed: Composed, *, here: bool = True, world_size: int | None = None) -> RunPlan:
+def build_plan(
+    composed: Composed, *, here: bool = True, world_size: int | None = None, bad_rows: bool = True
+) -> RunPlan:
     """Build the frozen plan of a composed run; KitError with every problem there is.
 
     `here`: the run is about to start on this machine, so its hardware must do; else it is planned for elsewhere.
     `world_size`: processes already started (the worker door under a launcher); None: `launch.num_gpus` decides.
+    `bad_rows`: those among the first rows are problems.
     """
     report = Report(composed.provenance)
     sections = read_sections(composed.tree, report)
-    inputs = inspect_inputs(sections, report, here)
+    inputs = inspect_inputs(sections, report, here, bad_rows)
     resolved = resolve(sections, inputs, report, here, world_size)
     # A batch job finds its files here and its GPUs elsewhere: kit/launchers/node.py looks at the node's.
     batch_job = resolved.processes.launch.slurm is not None
@@ -53,6 +57,19 @@ def build_plan(composed: Composed, *, here: bool = True, world_size: int | None 
     )
     report.refuse()
     return freeze(composed, sections, inputs, resolved, report, here)
+
+
+def read_dataset(composed: Composed) -> Dataset:
+    """The data of a composed run that need not name a model; KitError with all that is wrong with that section."""
+    report = Report(composed.provenance)
+    tree = {"model": {"name_or_path": "any"}, "dataset": composed.tree.get("dataset")}
+    if run := read_own_sections(tree, report):
+        check_values(run, report)
+        if bool(run.dataset.path) == bool(run.dataset.mix):
+            report.add(inspect_data(run.dataset, here=False)[1])
+    report.refuse()
+    assert run is not None
+    return Dataset.model_validate(make_paths_absolute({"dataset": run.dataset.model_dump()})["dataset"])
 
 
 def freeze(

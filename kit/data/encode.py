@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from kit.data.masks import Messages, Span, chosen_turns, derive_spans, marked_spans
+from kit.data.masks import Messages, Span, assistant_turns, chosen_turns, common_length, derive_spans, marked_spans
 from kit.data.templates import (
     ChatTemplate,
     Traits,
@@ -137,7 +137,7 @@ def render_row(tokenizer: Any, row: dict[str, Any], encoding: Encoding) -> Rende
         rendered = _render_turns(tokenizer, messages, template, encoding)
     else:
         rendered = RenderedRow(template.render(messages), True)
-    check_written(messages, rendered.text)
+        check_written(messages, rendered.text)
     if completes and "prompt" in row:
         rendered.prompt = template.render(row["prompt"], add_generation_prompt=True)
     if reasoning_is_left_out(messages, rendered.text):
@@ -147,27 +147,27 @@ def render_row(tokenizer: Any, row: dict[str, Any], encoding: Encoding) -> Rende
 
 def _render_turns(tokenizer: Any, messages: Messages, template: ChatTemplate, encoding: Encoding) -> RenderedRow:
     """A chat with the spans of its assistant turns that are in the loss, and of those that must not be."""
-    by_turns = encoding.train_on if encoding.train_on in BY_TURNS else "assistant_turns"
+    by_turns = encoding.train_on in BY_TURNS or encoding.answers_only
     weighted = any("weight" in m for m in messages)
+    turns = chosen_turns(messages, encoding.train_on if encoding.train_on in BY_TURNS else "assistant_turns")
+    if by_turns and not turns:
+        raise RowProblem("none of its turns is trained: every weight is 0" if weighted else "it has no turn to train")
+    if not by_turns:
+        turns = [n for n, m in enumerate(messages) if m.get("weight") == 0]
+        if encoding.train_on == "everything" and not {*turns} <= {*assistant_turns(messages)}:
+            raise RowProblem("a turn that is not the assistant's has weight 0: dataset.train_on=chosen_turns")
     if template.has_marks:
         text, marks = template.render_with_marks(messages)
-        if by_turns == "assistant_turns" and not weighted:
-            if not any(end > start for start, end in marks):
-                raise RowProblem("the chat template marks no answer in it")
-            return RenderedRow(text, True, trained=marks)
         spans = marked_spans(messages, marks)
     else:
         text = template.render(messages)
         check_written(messages, text)
         special, unasked = special_tokens_by_length(tokenizer), template.traits.unasked_prompt
-        spans = derive_spans(messages, text, template.render, special, unasked)
-    left_out = [spans[n] for n in spans if messages[n].get("weight") == 0]
-    if encoding.train_on not in BY_TURNS and not encoding.answers_only:
-        return RenderedRow(text, True, left_out=left_out)
-    chosen = [spans[n] for n in chosen_turns(messages, by_turns)]
-    if not chosen:
-        raise RowProblem("none of its turns is trained: every weight is 0" if weighted else "it has no turn to train")
-    return RenderedRow(text, True, trained=chosen)
+        asked = [n for n in turns if messages[n]["role"] == "assistant"]
+        spans = derive_spans(messages, asked, text, template.render, special, unasked)
+    check_written(messages, text, spans)
+    chosen = [spans[n] for n in turns if n in spans]
+    return RenderedRow(text, True, trained=chosen) if by_turns else RenderedRow(text, True, left_out=chosen)
 
 
 def special_tokens_by_length(tokenizer: Any) -> list[str]:
@@ -204,7 +204,7 @@ def _label(tokenizer: Any, row: RenderedRow, ids: list[int], offsets: Any, promp
         first, last = token_range(tokenizer, row.text, span, ids, offsets)
         labels[first:last] = [IGNORED] * (last - first)
     if prompt is not None:
-        common = common_prefix_length(prompt, ids)
+        common = common_length(prompt, ids)
         labels[:common] = [IGNORED] * common
     if labels.count(IGNORED) == len(labels):
         raise RowProblem("it has no trained token")
@@ -227,7 +227,10 @@ def token_range(tokenizer: Any, text: str, span: Span, ids: list[int], offsets: 
             last = offsets.char_to_token(end)
         if first is None or last is None:
             raise RowProblem("it has a turn without tokens")
-        return first, last + 1
+        behind = last + 1  # a character may be several tokens
+        while (chars := offsets.token_to_chars(behind) if behind < len(ids) else None) and chars[0] <= end < chars[1]:
+            behind += 1
+        return first, behind
     edges = [tokenizer(text[:edge], add_special_tokens=False)["input_ids"] for edge in span]
     if any(ids[: len(edge)] != edge for edge in edges):
         raise RowProblem("the tokens of its turns cannot be told apart with this tokenizer")
@@ -247,13 +250,6 @@ def fit_bos(tokenizer: Any, ids: list[int]) -> tuple[list[int], str]:
     if getattr(tokenizer, "add_bos_token", False) and ids[:1] != [bos]:
         return [bos, *ids], "BOS put in front"
     return ids, ""
-
-
-def common_prefix_length(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two rows begin with in common."""
-    if list(b[: len(a)]) == list(a):
-        return len(a)
-    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _check_token_row(tokenizer: Any, row: dict[str, Any]) -> EncodedRow:
@@ -362,4 +358,5 @@ def end_of_turn_id(tokenizer: Any, template: str | None = None) -> int | None:
         return None
     after = tokenizer(text.rsplit(mark, 1)[-1], add_special_tokens=False)["input_ids"]
     special = set(tokenizer.all_special_ids) | set(getattr(tokenizer, "added_tokens_decoder", {}))
-    return after[0] if after and after[0] in special else None
+    first = next((token for token in after if tokenizer.decode([token]).strip()), None)
+    return first if first in special else None

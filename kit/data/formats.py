@@ -36,6 +36,7 @@ PAIRS = (
     *(("input", "output"), ("question", "response"), ("query", "answer"), ("prompt", "answer")),
     *(("problem", "solution"), ("user", "assistant"), ("human", "assistant")),
 )
+PREFERENCES = ({"chosen", "rejected"}, {"chosen_messages", "rejected_messages"})
 MASKS = ("assistant_masks", "completion_mask")
 IGNORED = -100
 # The prompts of github.com/tatsu-lab/stanford_alpaca (train.py): the answer stands right behind the colon
@@ -358,7 +359,7 @@ def _count_votes(rows: Sequence[Row], source: DataSource) -> Counter[str]:
     renamed = [_rename(row, source) for row in rows]
     for row in renamed:
         judged = isinstance(row.get("label"), bool) and ("completion" in row or "messages" in row)
-        if judged or row.keys() >= {"chosen", "rejected"} or row.keys() & {"rejected_response", "kto_tag"}:
+        if judged or any(row.keys() >= pair for pair in PREFERENCES) or row.keys() & {"rejected_response", "kto_tag"}:
             votes["preference"] += 1
         elif found := next((name for name in named if SHAPES[name](row)), None):
             votes[found] += 1

@@ -21,6 +21,7 @@ from kit.inspection import hub_dataset
 from kit.schema.run_plan import Dataset, DataSource, RunPlan
 from kit.storage import hub_cache
 from kit.storage.run_directory import PLAN
+from kit.system.terminal import show_progress
 
 SAMPLED_ROWS = 200  # looked at to tell a format
 MAX_STREAMED_ROWS = 10_000  # of a stream, where only some rows are wanted
@@ -89,6 +90,12 @@ def open_sources(d: Dataset) -> tuple[list[OpenSource], OpenSource | None]:
     update |= {"limit": None, "format": d.format if not d.mix else "auto"}
     source = DataSource(**{k: v for k, v in d.model_dump().items() if k in DataSource.model_fields} | update)
     return training, open_source(source, "dataset.eval_path" if d.eval_path else "dataset.eval_split", d.streaming)
+
+
+def open_all(d: Dataset) -> list[OpenSource]:
+    """All sets that a run reads, the held-out one last."""
+    training, held_out = open_sources(d)
+    return [*training, held_out] if held_out else training
 
 
 def training_sources(d: Dataset) -> list[tuple[DataSource, str]]:
@@ -215,12 +222,24 @@ def open_source(source: DataSource, key: str, streaming: bool) -> OpenSource:
         raise KitError("a part of a split cannot be streamed", "dataset.split", f"dataset.split={base}")
     try:
         read, shards, files = find_rows(source, source.path, base, streaming)
-        sample = [r.row for r in islice(read(shards), SAMPLED_ROWS) if r.row is not None]
+        first = list(islice(read(shards), SAMPLED_ROWS))
+        sample = [r.row for r in first if r.row is not None]
+        if not sample:
+            raise _refuse_unreadable(first, files)
         form = detect_format(sample, source)
     except KitError as error:
         moved = [replace(p, where=key) if p.where == "dataset.path" else p for p in error.problems]
         raise KitError(moved, code=error.code) from error
     return OpenSource(source.model_copy(update={"format": form}), key, read, shards, files)
+
+
+def _refuse_unreadable(first: Sequence[RawRow], files: Sequence[Path]) -> KitError:
+    named = f"{files[0]} and what follows" if len(files) > 1 else f"{files[0]}" if files else "the data set"
+    problem, fix = f"{named} holds no rows", "give a file with at least one row"
+    if first:
+        problem = f"none of the first {len(first)} rows can be read; {first[0].file} row 1: {first[0].problem}"
+        fix = "check that it is what its name says"
+    return KitError(problem, "dataset.path", fix, rule="dataset-rows")
 
 
 def read_source(opened: OpenSource, folder: Path, number: int, streaming: bool) -> Any:
@@ -276,7 +295,9 @@ def find_rows(source: DataSource, path: str | list[str], split: str, streaming: 
         rows = load_dataset(path, source.name, revision=source.revision, split=split, streaming=streaming)
     except Exception as error:  # datasets raises many kinds; every one of them means unreadable data
         problem = f"{path} cannot be read: {first_line(error.__cause__ or error)}"
-        raise KitError(problem, "dataset.path") from error
+        raise KitError(
+            problem, "dataset.path", "check the id; kit fetch brings it where there is a network"
+        ) from error
     files = [] if streaming else [Path(file["filename"]) for file in rows.cache_files]
     return _read_loaded, [(path, rows)], files
 
@@ -323,22 +344,26 @@ def find_snapshot_files(source: DataSource, repo: str, split: str, streaming: bo
 
 def _records(shards: Sequence[Any], read: Any, number: int) -> Iterator[dict[str, Any]]:
     """Each row as a record with COLUMNS; a shard is a file, so that a stream can be read by several processes."""
-    for raw in read(shards):
-        text = "" if raw.row is None else json.dumps(raw.row, ensure_ascii=False, default=str)
-        try:
-            digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-        except UnicodeEncodeError:  # half of a surrogate pair: Arrow takes it only as an escape
-            text = json.dumps(raw.row, default=str)
-            digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-        yield {
-            "source": number,
-            "file": raw.file,
-            "number": raw.number,
-            "offset": -1 if raw.offset is None else raw.offset,
-            "row": text,
-            "problem": raw.problem or "",
-            "hash": int.from_bytes(digest, "little", signed=True),
-        }
+    return (make_record(raw, number) for raw in read(shards))
+
+
+def make_record(raw: RawRow, number: int) -> dict[str, Any]:
+    """A raw row with COLUMNS; `number`: that of its source."""
+    text = "" if raw.row is None else json.dumps(raw.row, ensure_ascii=False, default=str)
+    try:
+        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    except UnicodeEncodeError:  # half of a surrogate pair: Arrow takes it only as an escape
+        text = json.dumps(raw.row, default=str)
+        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return {
+        "source": number,
+        "file": raw.file,
+        "number": raw.number,
+        "offset": -1 if raw.offset is None else raw.offset,
+        "row": text,
+        "problem": raw.problem or "",
+        "hash": int.from_bytes(digest, "little", signed=True),
+    }
 
 
 def write_records(records: Iterator[dict[str, Any]], folder: Path) -> Path:
@@ -349,9 +374,15 @@ def write_records(records: Iterator[dict[str, Any]], folder: Path) -> Path:
     schema = pyarrow.schema([(name, types.get(name, pyarrow.int64())) for name in COLUMNS])
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "rows.arrow"
-    with pyarrow.OSFile(str(file), "wb") as sink, pyarrow.ipc.new_stream(sink, schema) as writer:
+    batches = 0
+    with (
+        show_progress("reading", "rows", None, lambda: batches * BATCH),
+        pyarrow.OSFile(str(file), "wb") as sink,
+        pyarrow.ipc.new_stream(sink, schema) as writer,
+    ):
         while batch := list(islice(records, BATCH)):
             writer.write_batch(pyarrow.RecordBatch.from_pylist(batch, schema))
+            batches += 1
     return file
 
 

@@ -9,33 +9,38 @@ import re
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib import metadata
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from kit import __version__
 from kit.data import load
-from kit.data.encode import EncodedRow, Encoding, LongRow, encode_rows, end_of_turn_id, make_encoding
+from kit.data.encode import IGNORED, EncodedRow, Encoding, LongRow, encode_rows, end_of_turn_id, make_encoding
 from kit.data.files import BREAKS_OFF
 from kit.data.formats import row_kind
 from kit.data.masks import resolve_train_on
 from kit.data.templates import run_template
 from kit.data.turns import EmptyAnswer, RowProblem
 from kit.errors import KitError, Problem
-from kit.schema.run_plan import DataSource, RunPlan
+from kit.schema.run_plan import Dataset, DataSource, RunPlan
 from kit.storage.atomic_folder import output_folder, replace_folder
 from kit.storage.json_files import atomic_write_json, read_json, read_json_or_empty
 from kit.system.paths import kit_cache_folder
+from kit.system.terminal import show_progress
 
-LAYOUT = 1  # of a prepared folder; another one is made anew
-REPORT, BAD_ROWS, DIGESTS = "report.json", "bad_rows.jsonl", "digests.json"
+LAYOUT = 2  # of a prepared folder; another one is made anew
+REPORT, BAD_ROWS, DIGESTS, SAMPLES = "report.json", "bad_rows.jsonl", "digests.json", "samples.json"
 PARALLEL_FROM = 2_000  # fewer rows are not worth the start of processes
+THREADS = "TOKENIZERS_PARALLELISM"
 BATCH = 500  # rows that are encoded together
-COUNTED = ("notes", "lengths", "sources")  # counts by kind, of those that encode_records makes
+COUNTED = ("notes", "lengths", "sources", "text")  # counts by kind, of those that encode_records makes
 SHOWN = 3  # bad rows that a message names, of each reason
-PACKAGES = ("transformers", "tokenizers", "trl", "datasets", "finetune-kit")
+PACKAGES = ("transformers", "tokenizers", "trl", "datasets")
 LENGTHS = (50, 90, 99, 100)  # percentiles
 TRAINER_KEYS = (
     *("max_length", "truncation_mode", "packing", "packing_strategy", "eval_packing", "eval_strategy", "seed"),
@@ -55,6 +60,7 @@ class PreparedData:
     test: Any
     report: dict[str, Any]
     notes: list[str] = field(default_factory=list)
+    folder: Path | None = None  # in the cache; None for streams
 
 
 @dataclass(frozen=True)
@@ -72,12 +78,21 @@ class Preparation:
 
 def prepare_data(plan: RunPlan, tokenizer: Any) -> Path:
     """Prepare the plan's rows, unless that has been done; return their folder. KitError with every kind of bad row."""
+    folder = prepare_or_report(plan, tokenizer)
+    if refused := read_json(folder / REPORT)["refused"]:
+        raise KitError([Problem(**p) for p in refused])
+    return folder
+
+
+def prepare_or_report(plan: RunPlan, tokenizer: Any) -> Path:
+    """The same, but of rows that are refused the folder holds the report, the bad ones and the samples alone."""
     training, held_out = load.open_sources(plan.dataset)
     key = cache_key(plan, tokenizer, [*training, *([held_out] if held_out else [])])
     folder = kit_cache_folder() / "data" / key
     if not (folder / REPORT).is_file():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with output_folder(folder, False, keep_finished) as staging:
+            staging.chmod(0o700)  # what stands in it is the user's data
             build(plan, tokenizer, training, held_out, staging)
     return folder
 
@@ -106,7 +121,13 @@ def open_prepared(folder: Path) -> PreparedData:
             parts[name] = parts[name].shuffle(seed=report["shuffle_seed"], keep_in_memory=True)
     validation = parts.get("validation")
     notes = [*report["notes"], *(n for name, part in report["splits"].items() for n in describe_counts(name, part))]
-    return PreparedData(parts["train"], validation, parts.get("test", validation), report, notes)
+    return PreparedData(parts["train"], validation, parts.get("test", validation), report, notes, folder)
+
+
+def split_counts(report: dict[str, Any]) -> dict[str, Any]:
+    """What became of the rows of each split, as data.json and metrics.json hold it: kept + dropped = read."""
+    keys = ("read", "kept", "dropped", "rows", "packed", "tokens", "trained", "duplicates")
+    return {name: {k: part[k] for k in keys if k in part} for name, part in report["splits"].items()}
 
 
 def describe_counts(name: str, part: dict[str, Any]) -> list[str]:
@@ -139,9 +160,7 @@ def cache_key(plan: RunPlan, tokenizer: Any, sources: Sequence[load.OpenSource])
         "date": plan.tokenizer.date,
         "contents": [file_digest(file) for opened in sources for file in opened.files],
         "tokenizer": tokenizer_digest(tokenizer),
-        "versions": {
-            p: metadata.version(p) for p in ("transformers", "tokenizers", "trl", "datasets", "finetune-kit")
-        },
+        "versions": [__version__, *(metadata.version(p) for p in PACKAGES)],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
@@ -181,7 +200,12 @@ def tokenizer_digest(tokenizer: Any) -> str:
 def build(
     plan: RunPlan, tokenizer: Any, training: Sequence[load.OpenSource], held_out: Any, folder: Path
 ) -> dict[str, Any]:
-    """Prepare every split into `folder` and write its report; KitError for rows that the plan does not let pass."""
+    """Prepare every split into `folder` and write its report; `refused` there are the problems of rows.
+
+    No tokens are kept of data that is refused.
+    """
+    import numpy
+
     with tempfile.TemporaryDirectory(dir=folder, prefix=".raw-") as raw:
         splits = load.read_splits(plan.dataset, training, held_out, Path(raw))
         parts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
@@ -189,17 +213,28 @@ def build(
             del parts["test"]
         seed = plan.trainer["seed"] if plan.trainer.get("shuffle_dataset") else None
         report: dict[str, Any] = {"layout": LAYOUT, "notes": splits.notes, "shuffle_seed": seed, "splits": {}}
+        hashes = row_hashes(splits.train)
         problems: list[Problem] = []
         for name, rows in parts.items():
             if rows is None:
                 continue
             part = prepare_split(plan, tokenizer, rows, folder, name)
-            problems += refuse_rows(plan, name, part)
+            if name != "train":
+                part["in_train"] = int(numpy.isin(row_hashes(rows), hashes).sum())
+            problems += refuse_rows(plan.dataset, name, part)
             report["splits"][name] = part
-        if problems:
-            raise KitError(problems)
-    atomic_write_json(folder / REPORT, report)
+        if count := plan.dataset.report_samples:
+            shown = sample_rows(splits.train.rows, make_preparation(plan, tokenizer, splits.train.sources), count)
+            atomic_write_json(folder / SAMPLES, {"samples": shown})
+    if problems:
+        for file in folder.glob("*.arrow"):
+            file.unlink()
+    atomic_write_json(folder / REPORT, report | {"refused": [asdict(p) for p in problems]})
     return report
+
+
+def row_hashes(raw: load.RawRows) -> Any:
+    return raw.rows.with_format("numpy")["hash"][:]
 
 
 def make_preparation(plan: RunPlan, tokenizer: Any, sources: Sequence[DataSource]) -> Preparation:
@@ -233,24 +268,26 @@ def prepare_split(plan: RunPlan, tokenizer: Any, raw: load.RawRows, folder: Path
 
     log = folder / f"{name}.log"
     log.mkdir()
-    work = partial(_prepare_batch, preparation=make_preparation(plan, tokenizer, raw.sources), log=str(log))
+    preparation = make_preparation(plan, tokenizer, raw.sources)
+    work = partial(_prepare_batch, preparation=share_with_processes(preparation), log=str(log))
     tokens = {name: List(Value("int32")) for name in ("input_ids", "labels")}
     features = Features({**tokens, "length": Value("int32")})  # `length` is what group_by_length reads
-    rows = raw.rows.map(
-        work,
-        batched=True,
-        batch_size=BATCH,
-        with_rank=True,
-        num_proc=process_count(plan.trainer.get("dataset_num_proc"), len(raw)),
-        remove_columns=list(load.COLUMNS),
-        features=features,
-        load_from_cache_file=False,
-        cache_file_name=str(folder / f"{name}.arrow"),
-        new_fingerprint=name,
-        desc=f"{name}: rows to tokens",
-    )
+    count = process_count(plan.trainer.get("dataset_num_proc"), len(raw))
+    with one_thread_each(count), show_progress(name, "rows", len(raw), partial(_count_done, log, {})):
+        rows = raw.rows.map(
+            work,
+            batched=True,
+            batch_size=BATCH,
+            with_rank=True,
+            num_proc=count,
+            remove_columns=list(load.COLUMNS),
+            features=features,
+            load_from_cache_file=False,
+            cache_file_name=str(folder / f"{name}.arrow"),
+            new_fingerprint=name,
+        )
     part = add_counts(log, folder / f"{name}-{BAD_ROWS}")
-    part["duplicates"] = len(raw) - len(numpy.unique(raw.rows.with_format("numpy")["hash"][:]))
+    part["duplicates"] = len(raw) - len(numpy.unique(row_hashes(raw)))
     packs = plan.trainer.get("packing")
     if name != "train" and plan.trainer.get("eval_packing") is not None:
         packs = plan.trainer["eval_packing"]
@@ -261,6 +298,17 @@ def prepare_split(plan: RunPlan, tokenizer: Any, raw: load.RawRows, folder: Path
     return part
 
 
+def _count_done(log: Path, read: dict[Path, tuple[int, int]]) -> int:
+    """Rows that the processes have written down so far; `read`: of each file how far it was read, and its entries."""
+    for file in log.glob("*.jsonl"):
+        place, entries = read.get(file, (0, 0))
+        with open(file, "rb") as f:
+            f.seek(place)
+            new = f.read()
+        read[file] = place + len(new), entries + new.count(b"\n")
+    return BATCH * sum(entries for _, entries in read.values())
+
+
 def process_count(asked: int | None, rows: int) -> int | None:
     """Processes that encode rows: as many as asked for, else what the machine has, where there is enough to do."""
     if asked:
@@ -268,6 +316,19 @@ def process_count(asked: int | None, rows: int) -> int | None:
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     count = min(usable, 32, rows // PARALLEL_FROM)
     return count if count > 1 else None
+
+
+@contextmanager
+def one_thread_each(processes: int | None) -> Iterator[None]:
+    """While the block runs, processes that are started tokenize with one thread; else each takes every core."""
+    before = os.environ.get(THREADS)
+    if processes and before is None:
+        os.environ[THREADS] = "false"
+    try:
+        yield
+    finally:
+        if processes and before is None:
+            os.environ.pop(THREADS, None)
 
 
 def pack(plan: RunPlan, rows: Any, file: str) -> Any:
@@ -288,10 +349,22 @@ def pack(plan: RunPlan, rows: Any, file: str) -> Any:
     return pack_dataset(rows, t.get("max_length", 1024), t.get("packing_strategy", "bfd"), options)
 
 
+_shared: list[Preparation] = []  # the last one; a forked process has it too
+
+
+def share_with_processes(preparation: Preparation) -> Preparation | None:
+    """None where processes are forked: they find it in `_shared`, and a vocabulary is not copied for each of them."""
+    import multiprocess  # what datasets starts its processes with
+
+    _shared[:] = [preparation]
+    return None if multiprocess.get_start_method() == "fork" else preparation
+
+
 def _prepare_batch(
-    batch: dict[str, list[Any]], rank: int | None, preparation: Preparation, log: str
+    batch: dict[str, list[Any]], rank: int | None, preparation: Preparation | None, log: str
 ) -> dict[str, list[Any]]:
     """Encode raw records; what happened to them is appended to a file of this process in `log`."""
+    preparation = preparation or _shared[0]
     records = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
     pieces, counts, bad = encode_records(records, preparation)
     with open(Path(log, f"{rank or 0:04d}.jsonl"), "a", encoding="utf-8") as f:
@@ -312,10 +385,13 @@ def encode_records(
             by_source.setdefault(record["source"], []).append((n, row))
         except RowProblem as problem:
             results[n] = problem
+    text: Counter[str] = Counter()
     for source, rows in by_source.items():
         encoded = encode_rows(preparation.tokenizer, [row for _, row in rows], preparation.encodings[source])
-        for (n, _), made in zip(rows, encoded, strict=True):
+        for (n, row), made in zip(rows, encoded, strict=True):
             results[n] = made
+            if not isinstance(made, RowProblem) and "cut" not in made[-1].notes:
+                text.update(measure_text(row, sum(len(piece.input_ids) for piece in made)))
     pieces: list[EncodedRow] = []
     bad: list[dict[str, Any]] = []
     counts = {"read": len(records), "kept": 0, "tokens": 0, "trained": 0, "no_end": 0}
@@ -336,9 +412,46 @@ def encode_records(
             counts["tokens"] += len(piece.input_ids)
             counts["trained"] += piece.trained
             lengths[len(piece.input_ids)] += 1
-        if "cut" not in made[-1].notes and not preparation.ends.intersection(i for p in made for i in p.labels):
+        if "cut" not in made[-1].notes and all(preparation.ends.isdisjoint(p.labels) for p in made):
             counts["no_end"] += 1
-    return pieces, {**counts, "notes": notes, "lengths": lengths, "sources": per_source}, bad
+    return pieces, {**counts, "notes": notes, "lengths": lengths, "sources": per_source, "text": text}, bad
+
+
+def measure_text(row: dict[str, Any], tokens: int) -> dict[str, int]:
+    """Bytes, characters and tokens of a row; "wide" where a character has two bytes or more on average, as Chinese."""
+    parts = [row[key] for key in ("text", "messages", "prompt", "completion") if key in row]
+    turns = [turn for part in parts for turn in ([part] if isinstance(part, str) else part)]
+    text = "".join(t if isinstance(t, str) else t["content"] + t.get("reasoning_content", "") for t in turns)
+    size = len(text.encode())
+    width = "wide" if size >= 2 * len(text) else "narrow"
+    figures = {"rows": 1, "bytes": size, "characters": len(text), "tokens": tokens}
+    return {f"{width}_{what}": figure for what, figure in figures.items()} if text else {}
+
+
+def sample_rows(rows: Sequence[dict[str, Any]], preparation: Preparation, count: int) -> list[dict[str, Any]]:
+    """At most `count` good rows among raw records, spread over them: where each stands, and its text in pieces."""
+    found: list[dict[str, Any]] = []
+    step = max(1, len(rows) // max(1, count))
+    for record in (rows[n] for start in range(min(step, 20)) for n in range(start, len(rows), step)):
+        if len(found) >= count:
+            break
+        pieces, _, _ = encode_records([record], preparation)
+        if pieces:
+            shown = text_pieces(preparation.tokenizer, pieces[0])
+            found.append({"file": record["file"], "row": record["number"], "pieces": shown})
+    return found
+
+
+def text_pieces(tokenizer: Any, row: EncodedRow) -> list[tuple[str, bool]]:
+    """The text of a row as the model sees it, special tokens written out, in pieces that are in the loss or not."""
+    pieces: list[tuple[str, bool]] = []
+    before = ""
+    for trained, group in groupby(range(len(row.labels)), lambda n: row.labels[n] != IGNORED):
+        *_, last = group  # decoded from the beginning: a word by itself may lose the blank before it
+        text = tokenizer.decode(row.input_ids[: last + 1], clean_up_tokenization_spaces=False)
+        pieces.append((text[len(before) :], trained))
+        before = text
+    return pieces
 
 
 # ---- what was counted ----
@@ -403,12 +516,12 @@ def percentiles(lengths: dict[str, int]) -> dict[int, int]:
     return found
 
 
-def refuse_rows(plan: RunPlan, name: str, part: dict[str, Any]) -> list[Problem]:
+def refuse_rows(d: Dataset, name: str, part: dict[str, Any]) -> list[Problem]:
     """The problems of one split: bad rows where they are refused, or more of them than may be dropped.
 
     A row that stands for all that a damaged file lost behind it is refused in any case: nobody knows how many.
     """
-    d, kinds, read = plan.dataset, part["kinds"], part["read"]
+    kinds, read = part["kinds"], part["read"]
     allowed = d.max_bad_rows * read if d.max_bad_rows < 1 else d.max_bad_rows
     problems: list[Problem] = []
     for kind, refused in (("lost", True), ("bad", d.on_bad_row == "refuse"), ("long", d.on_long_row == "refuse")):

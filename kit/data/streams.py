@@ -31,7 +31,7 @@ def check_streams(plan: RunPlan, tokenizer: Any) -> dict[str, Any]:
             _, counts, bad = prepare.encode_records(batch, preparation)
             tally.add(counts, bad)
         report["splits"][name] = tally.part() | {"streamed": True}
-        problems += prepare.refuse_rows(plan, name, report["splits"][name])
+        problems += prepare.refuse_rows(plan.dataset, name, report["splits"][name])
     if problems:
         raise KitError(problems)
     return report
@@ -87,7 +87,7 @@ class StreamWork:
         entry: dict[str, Any] = {"split": self.name, "counts": counts, "bad": bad}
         part = self.tally.part()
         if bad and (part["read"] >= CHECKED_ROWS or self.plan.dataset.on_bad_row == "refuse"):
-            entry["refused"] = [p.__dict__ for p in prepare.refuse_rows(self.plan, self.name, part)]
+            entry["refused"] = [p.__dict__ for p in prepare.refuse_rows(self.plan.dataset, self.name, part)]
         Path(self.log).mkdir(parents=True, exist_ok=True)
         with open(Path(self.log, f"{os.getpid()}.jsonl"), "a", encoding="utf-8") as f:
             f.write(json.dumps(entry) + "\n")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import lru_cache
 from typing import Any
 
-from kit.data.masks import Messages, Span
+from kit.data.masks import Messages, Span, common_length
 from kit.data.turns import RowProblem
 from kit.errors import KitError, first_line
 from kit.inspection.tokenizer import advise_template
@@ -25,9 +26,9 @@ class Traits:
 
     arguments_as_text: bool = False  # the arguments of a tool call must be JSON text: it writes objects as Python does
     empty_content: str | None = ""  # what stands as the content of a message that only calls tools; "absent": no key
-    unasked_prompt: str = (
-        ""  # a question as rendered, where the generation prompt follows every chat, asked for or not
-    )
+    # the generation prompt, where it follows every chat, asked for or not; None where it cannot be told from a turn
+    unasked_prompt: str | None = ""
+    writes_calls: bool = True  # False: it leaves them out without a word
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ class ChatTemplate:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         if any("tool_calls" in m for m in messages):
+            if not self.traits.writes_calls:
+                raise RowProblem("the chat template leaves out the calls of tools")
             messages = [_form_tool_calls(m, self.traits) if "tool_calls" in m else m for m in messages]
         try:
             return render_jinja_template(
@@ -142,24 +145,39 @@ def probe_template(tokenizer: Any, text: str | None) -> Traits:
     question: Messages = [{"role": "user", "content": "q"}]
     answer: Messages = [{"role": "tool", "name": "kit_probe", "tool_call_id": "callabcd1", "content": "r"}]
     calls: Messages = [*question, {"role": "assistant", "content": "", "tool_calls": [call]}, *answer]
-    found = Traits()
+    found, writes = Traits(), []
     for traits in [Traits(as_text, content) for content in ("", None, "absent") for as_text in (False, True)]:
         try:
             written = row_template(tokenizer, {}, text, traits).render(calls)
         except RowProblem:
             continue
+        writes.append(all(word in written for word in ("kit_probe", "kit_k", "kit_v")))
         spoiled = '\\"kit_k' in written or "'kit_k'" in written
-        if all(word in written for word in ("kit_probe", "kit_k", "kit_v")) and not spoiled:
+        if writes[-1] and not spoiled:
             found = traits
             break
-    try:
-        template = row_template(tokenizer, {}, text, found)
-        finished = [*question, {"role": "assistant", "content": "a"}]
-        if template.render(finished) == template.render(finished, add_generation_prompt=True):
-            return replace(found, unasked_prompt=template.render(question))
-    except RowProblem:  # a template may refuse such a chat for reasons of its own
-        pass
+    found = replace(found, writes_calls=any(writes) or not writes)
+    with suppress(RowProblem):  # a template may refuse such a chat for reasons of its own
+        return replace(found, unasked_prompt=_unasked_prompt(row_template(tokenizer, {}, text, found)))
     return found
+
+
+def _unasked_prompt(template: ChatTemplate) -> str | None:
+    """Traits.unasked_prompt: what the renderings of a question and of its answer both end with, less a turn's end."""
+    asked: Messages = [{"role": "user", "content": "kit_q"}]
+    answered: Messages = [*asked, {"role": "assistant", "content": "kit_a"}]
+    finished = template.render(answered)
+    if finished != template.render(answered, add_generation_prompt=True):
+        return ""
+    question = template.render(asked)
+    ending = question[len(question) - common_length(question[::-1], finished[::-1]) :]
+    if not ending.strip():
+        return ""
+    header = question.partition("kit_q")[0]
+    between = template.render([*answered, {"role": "user", "content": "kit_r"}])
+    between = between.partition("kit_a")[2].partition("kit_r")[0]  # the answer's end and the header of a question
+    closing = between[: len(between) - common_length(between[::-1], header[::-1])]
+    return ending.removeprefix(closing) if ending.startswith(closing) else None
 
 
 def _form_tool_calls(message: dict[str, Any], traits: Traits) -> dict[str, Any]:
@@ -180,14 +198,24 @@ def _form_tool_calls(message: dict[str, Any], traits: Traits) -> dict[str, Any]:
     return formed
 
 
-def check_written(messages: Messages, rendered: str) -> None:
-    """RowProblem where a turn's text or a tool's name is not in the rendered chat: the template left it out."""
+def check_written(messages: Messages, rendered: str, spans: dict[int, Span] | None = None) -> None:
+    """RowProblem where a turn's text or a tool's name is not in the rendered chat: the template left it out.
+
+    spans: of the assistant turns, where they are known; then their text must be inside, that of others between them.
+    """
+    starts = sorted(spans.values()) if spans else []
+    reached = 0
     for n, message in enumerate(messages):
+        place = rendered
+        if spans and n in spans:
+            place, reached = rendered[slice(*spans[n])], spans[n][1]
+        elif spans and message["role"] not in ("system", "developer"):  # some templates write these into a later turn
+            place = rendered[reached : next((start for start, _ in starts if start >= reached), None)]
         content = message["content"].strip()
-        if content and content not in rendered and not _is_written_otherwise(message, content, rendered):
+        if content and content not in place and not _is_written_otherwise(message, content, place):
             raise RowProblem(f"the chat template leaves out the text of turn {n + 1} ({message['role']})")
         for call in message.get("tool_calls", ()):
-            if call["function"]["name"] not in rendered:
+            if call["function"]["name"] not in place:
                 raise RowProblem(f"the chat template leaves out the tool call of turn {n + 1}")
 
 
@@ -199,12 +227,15 @@ def _is_written_otherwise(message: dict[str, Any], content: str, rendered: str) 
 
 def reasoning_is_left_out(messages: Messages, rendered: str) -> bool:
     """Whether the template drops the reasoning of a turn (many do so for all but the last)."""
+    reached = 0
     for message in messages:
         if message["role"] != "assistant":
             continue
         thought = message.get("reasoning_content")
         if thought is None and THINKING in message["content"]:
             thought = message["content"].rsplit(THINKING, 1)[0].split("<think>")[-1]
-        if thought and thought.strip() not in rendered:
-            return True
+        if thought and thought.strip():
+            reached = rendered.find(thought.strip(), reached) + len(thought.strip())
+            if reached < len(thought.strip()):
+                return True
     return False

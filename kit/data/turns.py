@@ -24,6 +24,7 @@ ROLES = {
     "system": "system",
     "developer": "developer",
 }
+WEIGHTS = ("weight", "loss_weight", "train", "training")
 REASONING = ("reasoning_content", "reasoning", "thinking")
 MEDIA = ("images", "videos", "audios")
 TEXT_PARTS = ("text", "input_text", "output_text", None)  # None: {"text": ...} and nothing else
@@ -112,7 +113,9 @@ def _clean_turn(turn: Row, role: str) -> Row:
 def _join_parts(parts: list[Any]) -> str:
     texts = []
     for part in parts:
-        text = part.get("text") if isinstance(part, dict) and part.get("type") in TEXT_PARTS else part
+        text = part
+        if isinstance(part, dict) and part.get("type") in TEXT_PARTS:
+            text = part.get("text", part.get("value", part))  # "value": LLaMA-Factory's newer files
         if not isinstance(text, str):
             what = part.get("type", part.keys()) if isinstance(part, dict) else kind(part)
             raise RowProblem(f"a part of its content is {short(what)}; only text is trained")
@@ -138,7 +141,7 @@ def _read_extras(turn: Row, role: str) -> Row:
                 raise RowProblem(f"{name} is {kind(text)}, not text")
             check_encodes(text)
             extra[name] = text
-    weight = next((turn[name] for name in ("weight", "train", "training") if turn.get(name) is not None), None)
+    weight = next((turn[name] for name in WEIGHTS if turn.get(name) is not None), None)
     if weight is not None:
         if not isinstance(weight, bool | int | float) or weight not in (0, 1):
             raise RowProblem("its weight is neither 0 nor 1")

@@ -19,7 +19,7 @@ from kit.storage.json_files import atomic_write_json, atomic_write_text, read_js
 from kit.system.terminal import print_status
 
 PLAN, DS_CONFIG, LAUNCH, STATUS = "plan.json", "ds_config.json", "launch.json", "status.json"
-METRICS, METRICS_LOG, SAMPLES = "metrics.json", "metrics.jsonl", "samples.json"
+METRICS, METRICS_LOG, SAMPLES, DATA = "metrics.json", "metrics.jsonl", "samples.json", "data.json"
 ADAPTER, MODEL, CHECKPOINTS, LOGS = "adapter", "model", "checkpoints", "logs"
 LOCK, RANK_LOCK = ".lock", ".lock.rank0"  # of the command that started a run, and of its rank 0
 LOCK_PROBE_SECONDS = 0.3  # for as long a lock may only be looked at (`in_use`)

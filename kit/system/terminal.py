@@ -6,10 +6,14 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from kit.errors import KitError, Problem
+
+LINE_SECONDS = 10  # between lines of progress, where there is no terminal
 
 
 def print_status(line: str) -> None:
@@ -43,6 +47,32 @@ def progress_printer(label: str) -> Callable[[int, int], None] | None:
         print(f"\r{label} {100 * done // max(total, 1):3d} %", end=end, file=sys.stderr, flush=True)
 
     return show
+
+
+@contextlib.contextmanager
+def show_progress(label: str, unit: str, total: int | None, count: Callable[[], int]) -> Iterator[None]:
+    """While the block runs, say on standard error how much is done: a bar on a terminal, elsewhere a line per 10 s."""
+    started, ended = time.monotonic(), threading.Event()
+    drawn = sys.stderr.isatty()
+
+    def watch() -> None:
+        while not ended.wait(1 if drawn else LINE_SECONDS):
+            done = count() if total is None else min(count(), total)
+            speed = done / (time.monotonic() - started)
+            bar = f"[{'#' * (24 * done // max(1, total)):<24}] " if drawn and total is not None else ""
+            of = "" if total is None else f" of {total:,}"
+            line = f"{label}: {bar}{done:,}{of} {unit}, {speed:,.0f} {unit}/s"
+            print(f"\r{line}\x1b[K" if drawn else line, end="" if drawn else "\n", file=sys.stderr, flush=True)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        if drawn and time.monotonic() - started > 1:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def silence_libraries() -> None:

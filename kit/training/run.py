@@ -76,6 +76,8 @@ def train(
     run = plan.run_path
     args = start_rank(plan)
     tokenizer, data, model = load(plan, args)
+    if args.process_index == 0:
+        link_data(plan, data)
     progress = console.ProgressCallback(run, plan)
     trainer = ModifiedTrainer(
         model=model,
@@ -116,6 +118,18 @@ def train(
     return DONE
 
 
+def link_data(plan: RunPlan, data: Any) -> None:
+    """Leave in the run directory which prepared rows it is trained on, and what became of those that were read."""
+    from kit.data import prepare
+
+    folder = data.folder
+    if folder is None:  # a stream's counts are known at its end
+        return
+    samples = folder / prepare.SAMPLES if plan.dataset.report_samples else None
+    where = {"key": folder.name, "folder": str(folder), "samples": samples and str(samples)}
+    atomic_write_json(plan.run_path / run_directory.DATA, where | {"splits": prepare.split_counts(data.report)})
+
+
 def counted_streams(plan: RunPlan) -> dict[str, Any]:
     """The counts of all streamed rows; KitError where rows were refused, for which the run has stopped and saved."""
     from kit.data.streams import StreamCounts
@@ -154,6 +168,7 @@ def save_and_evaluate(plan: RunPlan, trainer: Any, data: Any, trained: dict[str,
 
     trained: the figures of `trainer.train()`. started: when this rank began, by time.monotonic().
     """
+    from kit.data import prepare
     from kit.training import console, tracking
 
     run = plan.run_path
@@ -163,6 +178,7 @@ def save_and_evaluate(plan: RunPlan, trainer: Any, data: Any, trained: dict[str,
     tracking.reopen_mlflow(plan)
     held_out = trainer.evaluate(None if data.test is data.validation else data.test) if data.test is not None else {}
     metrics = console.final_metrics(plan, trainer, trained, held_out, save_seconds, time.monotonic() - started)
+    metrics["data"] = prepare.split_counts(data.report)
     if trainer.args.process_index == 0:
         atomic_write_json(run / run_directory.METRICS, metrics)
         run_directory.set_status(run, "done", exit_code=DONE, step=trainer.state.global_step)

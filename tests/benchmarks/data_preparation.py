@@ -179,6 +179,7 @@ def main() -> None:
     a.data = str(work / "chats.jsonl")
     make_chats(Path(a.data), a.rows, a.words)
     os.environ["KIT_CACHE"] = str(work / "cache")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false" if a.processes > 1 else "true"  # else each process takes every core
     runs: dict[str, list[dict[str, Any]]] = {}
     settings = {k: v for k, v in vars(a).items() if k not in ("one", "json", "data", "tokenizer")}
     settings["file_mb"] = round(Path(a.data).stat().st_size / 1e6, 1)
