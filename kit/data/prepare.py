@@ -135,9 +135,9 @@ def describe_counts(name: str, part: dict[str, Any]) -> list[str]:
     lines = []
     dropped = sum(part["dropped"].values())
     if dropped:
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in part["dropped"].items())
+        reasons = "; ".join(f"{reason} ({count:,})" for reason, count in part["dropped"].items())
         lines.append(
-            f"{name}: {part['kept']:,} kept + {dropped:,} dropped = {part['read']:,} read; dropped: {reasons}"
+            f"{name}: {part['kept']:,} kept + {dropped:,} dropped = {part['read']:,} read: {reasons}"
         )
     lines += [f"{name}: {count:,} rows: {note}" for note, count in part["notes"].items()]
     if part["no_end"]:

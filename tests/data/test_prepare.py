@@ -169,7 +169,7 @@ def test_kept_and_dropped_are_what_was_read(prepare_of):
     assert part["kept"] + sum(part["dropped"].values()) == part["read"] and len(part["dropped"]) == 4
     assert part["kinds"] == {"bad": 5}
     [line] = [note for note in data.notes if "dropped" in note]
-    assert line.startswith("train: 210 kept + 5 dropped = 215 read; dropped: 2 has no assistant turn to train")
+    assert line.startswith("train: 210 kept + 5 dropped = 215 read: has no assistant turn to train (2); ")
 
 
 def test_bad_rows_lie_beside_what_was_kept_in_their_order(plan_of):
@@ -192,7 +192,7 @@ def test_empty_answers_are_dropped_and_said(prepare_of):
     rows = [{"question": "has pain", "answer": answer} for answer in ("rest", "", "  ", None)]
     data = prepare_of(data=rows)
     assert splits(data)["train"]["kinds"] == {"empty": 3}
-    assert "train: 1 kept + 3 dropped = 4 read; dropped: 3 the answer is empty" in data.notes
+    assert "train: 1 kept + 3 dropped = 4 read: the answer is empty (3)" in data.notes
 
 
 def test_nothing_left_is_refused(refusal):
