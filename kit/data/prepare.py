@@ -135,10 +135,8 @@ def describe_counts(name: str, part: dict[str, Any]) -> list[str]:
     lines = []
     dropped = sum(part["dropped"].values())
     if dropped:
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in part["dropped"].items())
-        lines.append(
-            f"{name}: {part['kept']:,} kept + {dropped:,} dropped = {part['read']:,} read; dropped: {reasons}"
-        )
+        reasons = "; ".join(f"{reason} ({count:,})" for reason, count in part["dropped"].items())
+        lines.append(f"{name}: {part['kept']:,} kept + {dropped:,} dropped = {part['read']:,} read: {reasons}")
     lines += [f"{name}: {count:,} rows: {note}" for note, count in part["notes"].items()]
     if part["no_end"]:
         lines.append(f"{name}: {part['no_end']:,} rows have no end token in the loss: the model may not learn to stop")

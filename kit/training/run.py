@@ -199,6 +199,9 @@ def sft_config_arguments(plan: RunPlan) -> dict[str, Any]:
         "assistant_only_loss": False,
         "completion_only_loss": None,
         "dataset_kwargs": {**(plan.trainer.get("dataset_kwargs") or {}), "skip_prepare_dataset": True},
+        # The labels say what is in the loss: with these SFTTrainer would look for chats and refuse tokens.
+        "assistant_only_loss": False,
+        "completion_only_loss": None,
         "output_dir": str(plan.run_path / run_directory.CHECKPOINTS),
         "deepspeed": copy.deepcopy(plan.deepspeed),
         # Upstream annotates a string for its command line; True is what it works with.

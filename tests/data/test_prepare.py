@@ -169,7 +169,7 @@ def test_kept_and_dropped_are_what_was_read(prepare_of):
     assert part["kept"] + sum(part["dropped"].values()) == part["read"] and len(part["dropped"]) == 4
     assert part["kinds"] == {"bad": 5}
     [line] = [note for note in data.notes if "dropped" in note]
-    assert line.startswith("train: 210 kept + 5 dropped = 215 read; dropped: 2 has no assistant turn to train")
+    assert line.startswith("train: 210 kept + 5 dropped = 215 read: has no assistant turn to train (2); ")
 
 
 def test_bad_rows_lie_beside_what_was_kept_in_their_order(plan_of):
@@ -192,7 +192,7 @@ def test_empty_answers_are_dropped_and_said(prepare_of):
     rows = [{"question": "has pain", "answer": answer} for answer in ("rest", "", "  ", None)]
     data = prepare_of(data=rows)
     assert splits(data)["train"]["kinds"] == {"empty": 3}
-    assert "train: 1 kept + 3 dropped = 4 read; dropped: 3 the answer is empty" in data.notes
+    assert "train: 1 kept + 3 dropped = 4 read: the answer is empty (3)" in data.notes
 
 
 def test_nothing_left_is_refused(refusal):
@@ -519,6 +519,42 @@ def test_rows_are_those_of_trl(kind, strategy, shuffled, prepare_of, base, tmp_p
     part = splits(ours)["train"]
     assert part["packed"] == len(ours.train) and sum(map(len, ours.train["seq_lengths"])) == part["rows"]
     assert f"documents packed into {part['packed']:,} rows" in "".join(ours.notes)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["trainer.assistant_only_loss=true"],
+        ["trainer.assistant_only_loss=true", "trainer.packing=true"],
+        ["dataset.train_on=last_turn", "tokenizer.pad_token='</s>'"],
+        ["trainer.completion_only_loss=true"],
+        ["trainer.train_sampling_strategy=group_by_length"],
+        [],
+    ],
+    ids=str,
+)
+def test_the_trainer_is_given_these_tokens_and_these_labels(overrides, plan_of, base):
+    """Through SFTTrainer's collator, whatever the plan's settings mean to it: all tokens, and the loss on ours alone."""
+    from transformers import AutoModelForCausalLM
+    from trl import SFTConfig
+
+    from kit.training.run import sft_config_arguments
+    from kit.training.trainer import ModifiedTrainer
+
+    data = tiny.prompt_rows() if "completion" in str(overrides) else tiny.chat_rows()
+    plan = plan_of("trainer.bf16=false", "deepspeed=none", "launch.num_gpus=1", *overrides, data=data)
+    found, part = prepared(plan), None
+    part = splits(found)["train"]
+    trainer = ModifiedTrainer(AutoModelForCausalLM.from_pretrained(base), SFTConfig(**sft_config_arguments(plan)),
+                              train_dataset=found.train, processing_class=load_tokenizer(plan))  # fmt: skip
+    batches = list(trainer.get_train_dataloader())
+    trained = sum(int((batch["labels"] != IGNORED).sum()) for batch in batches)
+    packed = "trainer.packing=true" in overrides
+    assert trained == part["trained"]
+    if packed:
+        assert sum(batch["input_ids"].numel() for batch in batches) == part["tokens"]
+    else:
+        assert sum(int(batch["attention_mask"].sum()) for batch in batches) == part["tokens"]
 
 
 def test_evaluation_is_packed_by_its_own_setting(prepare_of):
