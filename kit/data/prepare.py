@@ -126,7 +126,7 @@ def open_prepared(folder: Path) -> PreparedData:
 
 def split_counts(report: dict[str, Any]) -> dict[str, Any]:
     """What became of the rows of each split, as data.json and metrics.json hold it: kept + dropped = read."""
-    keys = ("read", "kept", "dropped", "rows", "packed", "tokens", "trained", "duplicates")
+    keys = ("read", "kept", "dropped", "sources", "rows", "packed", "tokens", "trained", "duplicates")
     return {name: {k: part[k] for k in keys if k in part} for name, part in report["splits"].items()}
 
 

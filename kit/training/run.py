@@ -195,11 +195,8 @@ def sft_config_arguments(plan: RunPlan) -> dict[str, Any]:
             "project": plan.name,
         },
         **plan.trainer,
-        # Rows arrive as tokens with labels: TRL prepares nothing, and would refuse masks of rows that are no chats.
-        "assistant_only_loss": False,
-        "completion_only_loss": None,
         "dataset_kwargs": {**(plan.trainer.get("dataset_kwargs") or {}), "skip_prepare_dataset": True},
-        # The labels say what is in the loss: with these SFTTrainer would look for chats and refuse tokens.
+        # TRL prepares nothing. The labels say what is in the loss: with these SFTTrainer would look for chats and refuse tokens.
         "assistant_only_loss": False,
         "completion_only_loss": None,
         "output_dir": str(plan.run_path / run_directory.CHECKPOINTS),
