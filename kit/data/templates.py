@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import lru_cache
+from itertools import product
 from typing import Any
 
 from kit.data.masks import Messages, Span, common_length
@@ -145,10 +146,13 @@ def probe_template(tokenizer: Any, text: str | None) -> Traits:
     question: Messages = [{"role": "user", "content": "q"}]
     answer: Messages = [{"role": "tool", "name": "kit_probe", "tool_call_id": "callabcd1", "content": "r"}]
     calls: Messages = [*question, {"role": "assistant", "content": "", "tool_calls": [call]}, *answer]
+    schema = {"type": "object", "properties": {}}
+    tool = {"type": "function", "function": {"name": "kit_probe", "description": "d", "parameters": schema}}
     found, writes = Traits(), []
-    for traits in [Traits(as_text, content) for content in ("", None, "absent") for as_text in (False, True)]:
+    for content, as_text, tools in product(("", None, "absent"), (False, True), (None, [tool])):
+        traits = Traits(as_text, content)
         try:
-            written = row_template(tokenizer, {}, text, traits).render(calls)
+            written = row_template(tokenizer, {"tools": tools}, text, traits).render(calls)
         except RowProblem:
             continue
         writes.append(all(word in written for word in ("kit_probe", "kit_k", "kit_v")))

@@ -130,7 +130,8 @@ def judge(name: str, row: dict, train_on: str, made: Any) -> str:
     text = render(subject, row)
     runs = trained_text(subject.tokenizer, piece, text)
     wanted = expected_spans(subject, row, chosen_turns(row["messages"], train_on))
-    if wanted is None:
+    if wanted is None:  # an open <think> in an answer's text is more than text to some templates
+        assert name == "stripping" or any("<think>" in m["content"] for m in row["messages"])
         return "unknown"
     octets = text.encode()
     expected = [(len(text[:a].encode()), len(text[:b].encode())) for a, b in wanted]
@@ -455,6 +456,19 @@ def test_long_chats_are_cut_and_split_with_their_masks() -> None:
     for how in ("drop", "refuse"):
         assert isinstance(encode_with(tokenizer, TURNS, max_length=10, on_long_row=how), LongRow)
     assert "no trained token is left" in str(encode_with(tokenizer, TURNS, max_length=10))
+
+
+def test_a_call_that_is_written_only_beside_its_tools_is_known_to_be_written() -> None:
+    body = (
+        LOOP
+        + "{{ m.role }}: {% if tools %}{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}{% endif %}"
+    )
+    tokenizer = make_tokenizer(
+        body + "{{ m.content }}</s>{% endfor %}" + PROMPT + "assistant: {% endif %}", "<s>", "</s>"
+    )
+    encoding = make_encoding(tokenizer, train_on="assistant_turns")
+    made = encode_rows(tokenizer, [{"messages": SUM, "tools": [TOOL]}, {"messages": SUM}], encoding)
+    assert '"arguments"' in shown(tokenizer, made[0][0]) and "leaves out the tool call" in str(made[1])
 
 
 MARK, END = "{% generation %}", "{% endgeneration %}"
