@@ -45,7 +45,9 @@ def open_streams(plan: RunPlan, tokenizer: Any, report: dict[str, Any]) -> prepa
     parts = {}
     for name, raw in _read(plan).items():
         preparation = prepare.make_preparation(plan, tokenizer, raw.sources)
-        work = StreamWork(name, preparation, str(log_folder(plan)), plan)
+        # With fewer shards than processes accelerate has each of them read everything: one of them counts.
+        counts = raw.rows.num_shards >= plan.world_size or int(os.environ.get("RANK", "0")) == 0
+        work = StreamWork(name, preparation, plan, log_folder(plan) if counts else None)
         rows = raw.rows.map(
             work, batched=True, batch_size=prepare.BATCH, remove_columns=list(load.COLUMNS), features=features
         )
@@ -76,22 +78,28 @@ class StreamWork:
     stops with a checkpoint.
     """
 
-    def __init__(self, name: str, preparation: prepare.Preparation, log: str, plan: RunPlan) -> None:
-        self.name, self.preparation, self.log, self.plan = name, preparation, log, plan
+    def __init__(self, name: str, preparation: prepare.Preparation, plan: RunPlan, log: Path | None) -> None:
+        self.name, self.preparation, self.plan, self.log = name, preparation, plan, log
         self.tally = prepare.Tally()
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         records = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
         pieces, counts, bad = prepare.encode_records(records, self.preparation)
+        if self.log is not None:
+            self.write_down(counts, bad)
+        return {"input_ids": [p.input_ids for p in pieces], "labels": [p.labels for p in pieces]}
+
+    def write_down(self, counts: dict[str, Any], bad: list[dict[str, Any]]) -> None:
+        """Append an entry to the log of this process, with a refusal where the plan does not let these rows pass."""
+        assert self.log is not None
         self.tally.add(counts, bad)
         entry: dict[str, Any] = {"split": self.name, "counts": counts, "bad": bad}
         part = self.tally.part()
         if bad and (part["read"] >= CHECKED_ROWS or self.plan.dataset.on_bad_row == "refuse"):
             entry["refused"] = [p.__dict__ for p in prepare.refuse_rows(self.plan.dataset, self.name, part)]
-        Path(self.log).mkdir(parents=True, exist_ok=True)
-        with open(Path(self.log, f"{os.getpid()}.jsonl"), "a", encoding="utf-8") as f:
+        self.log.mkdir(parents=True, exist_ok=True)
+        with open(self.log / f"{os.getpid()}.jsonl", "a", encoding="utf-8") as f:
             f.write(json.dumps(entry) + "\n")
-        return {"input_ids": [p.input_ids for p in pieces], "labels": [p.labels for p in pieces]}
 
 
 class StreamCounts:
