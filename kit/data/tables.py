@@ -13,14 +13,14 @@ END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 def read_table(source: Any, kind: str) -> Iterator[tuple[dict[str, Any] | None, str | None]]:
-    """(row, None) or (None, problem) of each row of `source`, a path or an open file with random access.
+    """(row, None) or (None, problem) of each row of `source`, an open file with random access.
 
     `kind` is .parquet or .arrow. OSError where the file is damaged; ImportError without pyarrow.
     """
     import pyarrow as pa
 
     try:
-        with pa.OSFile(source) if isinstance(source, str) else pa.PythonFile(source, mode="r") as file:
+        with pa.PythonFile(source, mode="r") as file:
             schema, batches = open_parquet(file) if kind == ".parquet" else open_arrow(file, pa)
             if len(set(schema.names)) < len(schema.names):
                 raise OSError("two of its columns have one name")

@@ -20,9 +20,9 @@ import pyarrow.parquet as parquet
 import pytest
 
 from kit.data import files
-from kit.data.files import find_data_files, list_splits, read_rows, sample_rows
+from kit.data.files import read_rows, sample_rows
 from kit.errors import KitError
-from kit.inspection import hub_dataset
+from kit.inspection.data_files import find_data_files, list_splits
 
 CHATS = [
     {"messages": [{"role": "user", "content": "hé"}, {"role": "assistant", "content": "a\u2028b\r\nc", "weight": 0}]},
@@ -474,6 +474,7 @@ def test_nothing_heavy_is_imported(tmp_path: Path):
     code = f"""
 import sys
 from kit.data.files import *
+from kit.inspection.data_files import find_data_files
 assert len(sample_rows(find_data_files({str(path)!r}))) == 1
 heavy = {{"torch", "transformers", "trl", "datasets", "pyarrow", "numpy"}} & set(sys.modules)
 assert not heavy, heavy
@@ -486,10 +487,6 @@ else:
     raise SystemExit("read without pyarrow")
 """
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_the_table_of_suffixes_is_one():
-    assert set(files.SUFFIXES) == hub_dataset.READABLE and set(files.PACKINGS) == hub_dataset.PACKED - {".zip"}
 
 
 def test_rows_are_given_one_by_one(tmp_path: Path):
