@@ -45,7 +45,7 @@ class RawRow:
 
     file: str  # path as found
     number: int  # 1-based: line of JSON lines and text, record otherwise (a CSV's header is none)
-    offset: int | None  # byte at which the row begins, unpacked; None for tables and CSV
+    offset: int | None  # byte at which the row begins, unpacked; None for tables, CSV and lists within an object
     row: dict[str, Any] | None
     problem: str | None  # in words: "not JSON: Expecting ',' delimiter at column 17"
 
@@ -306,10 +306,6 @@ class JsonText:
         self.move(self.at + found)
         return found
 
-    def demand(self, expected: str) -> None:
-        if not self.take(expected):
-            raise OSError(f"not JSON at byte {self.offset}: {expected!r} is missing")
-
     def take_value(self) -> tuple[Any, str]:
         """The next value and its text; OSError saying where and why there is none."""
         self.peek()
@@ -322,19 +318,20 @@ class JsonText:
                 if self.ended or len(self.text) - self.at > MAX_ROW:
                     self.move(getattr(error, "pos", self.at))
                     reason = getattr(error, "msg", first_line(error)).removesuffix(" starting at")
-                    long = "" if self.ended else f", or {TOO_LONG}"
+                    long = "" if self.ended else f", or {TOO_LONG} (write each row into a line of a .jsonl)"
                     raise OSError(f"not JSON at byte {self.offset}{long}: {reason}") from None
             self.read_more()
 
     def take_list(self) -> Iterator[tuple[int, Any, str]]:
         """(byte offset, value, text) of each element of the list that begins here."""
-        self.demand("[")
+        self.take("[")
         while self.peek() != "]":
             offset = self.offset
             yield offset, *self.take_value()
             if not self.take(","):
                 break
-        self.demand("]")
+        if not self.take("]"):
+            raise OSError(f"not JSON at byte {self.offset}: ']' is missing")
 
 
 def read_json_text(file: Path, stream: BinaryIO, start: int) -> Iterator[RawRow]:
@@ -351,42 +348,22 @@ def read_json_text(file: Path, stream: BinaryIO, start: int) -> Iterator[RawRow]
             raise OSError(f"something stands behind the list, at byte {text.offset}")
 
 
-def take_object(file: Path, text: JsonText) -> Iterator[tuple[int, Any, str]]:
+def take_object(file: Path, text: JsonText) -> Iterator[tuple[int | None, Any, str]]:
     """The elements of the one list of rows that an object holds, else the object itself."""
-    row: dict[str, Any] = {}
-    start, pieces, rows = text.offset, list[str](), None
-    text.demand("{")
-    while text.peek() == '"':
-        key, piece = text.take_value()
-        pieces.append(piece)
-        text.demand(":")
-        if text.peek() != "[":
-            row[key], piece = text.take_value()
-            pieces.append(piece)
-        else:
-            values = list[Any]()
-            for offset, value, piece in text.take_list():
-                if rows != key and not values and is_row(value) and not row.keys() & OF_A_ROW:
-                    if rows is not None:
-                        problem = f"it holds several lists of rows: {rows}, {key}"
-                        raise refuse_file(file, problem, "write each into a file of its own")
-                    rows = key
-                if rows == key:
-                    yield offset, value, piece
-                else:
-                    values.append(value)
-                    pieces.append(piece)
-            if rows != key:
-                row[key] = values
-        if not text.take(","):
-            break
-    text.demand("}")
-    if rows is None:
-        check_columns(file, row)
-        yield start, row, "\n".join(pieces)
-    elif beside := sorted(row.keys() & OF_A_ROW):
-        problem = f"is {rows} a list of rows, or part of a row with {beside[0]}?"
-        raise refuse_file(file, problem, "write each row into a line of its own (.jsonl)")
+    offset = text.offset
+    value, piece = text.take_value()
+    if not isinstance(value, dict):
+        raise OSError(f"not JSON at byte {offset} that holds rows: {piece:.40}")
+    held = {k: v for k, v in value.items() if isinstance(v, list) and v and is_row(v[0])}
+    if not held or (value.keys() - held.keys()) & OF_A_ROW:
+        check_columns(file, value)
+        yield offset, value, piece
+    elif len(held) > 1:
+        problem = f"it holds several lists of rows: {', '.join(held)}"
+        raise refuse_file(file, problem, "write each into a file of its own")
+    else:
+        for row in next(iter(held.values())):
+            yield None, row, json.dumps(row, ensure_ascii=False)
 
 
 def is_row(value: Any) -> bool:

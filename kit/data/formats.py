@@ -10,6 +10,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from kit.data import row_template
@@ -17,7 +18,7 @@ from kit.data.turns import (
     ROLES,
     EmptyAnswer,
     RowProblem,
-    check_encodes,
+    check_text,
     clean_turns,
     kind,
     parse_json,
@@ -51,6 +52,16 @@ ALPACA_WITH_INPUT = (
 )
 
 
+@dataclass(frozen=True)
+class Format:
+    """A way to write rows."""
+
+    convert: Callable[[Row, DataSource], CanonicalRow | None]  # None where the row has not the format's columns
+    fits: Callable[[Row], bool]  # by its columns, and the kinds of their values
+    columns: set[str]  # that `dataset.columns` can name
+    kind: str  # what rows are in the end: messages, prompt_completion, text or tokenized
+
+
 def convert_row(row: Row, format: str, source: DataSource) -> CanonicalRow:
     """Convert a raw row, which is not changed, to a canonical one. RowProblem for everything that is wrong with it.
 
@@ -62,7 +73,10 @@ def convert_row(row: Row, format: str, source: DataSource) -> CanonicalRow:
         row = _fill_template(row, format, source)
     elif source.columns:
         row = _rename(row, source)
-    return FORMATS[format](row, source)
+    converted = FORMATS[format].convert(row, source)
+    if converted is None:
+        raise RowProblem(f"has the columns {short(_list(row))}; the format is {format}")
+    return converted
 
 
 def detect_format(rows: Sequence[Row], source: DataSource) -> str:
@@ -73,49 +87,57 @@ def detect_format(rows: Sequence[Row], source: DataSource) -> str:
     """
     rows = [row for row in rows if isinstance(row, dict)]
     if not rows:
-        raise KitError(
-            "the data holds no rows", "dataset.path", "give a file with at least one row", rule="dataset-rows"
-        )
+        fix = "give a file with at least one row"
+        raise KitError("the data holds no rows", "dataset.path", fix, rule="dataset-rows")
     columns = list(dict.fromkeys(str(name) for row in rows for name in row))
     _check_roles(source)
     if source.template:
         return _template_format(source, columns)
     _check_columns(source, columns)
+    asked = None if source.format == "auto" else source.format
+    if asked and any(FORMATS[asked].fits(_rename(row, source)) for row in rows):
+        return asked
     votes = _count_votes(rows, source)
-    if source.format == "auto":
-        if votes and (found := votes.most_common(1)[0][0]) != "preference":
-            return found
-        raise _preference_data(rows, source) if votes else _unknown_columns(rows, columns)
-    shape = SHAPES[source.format.replace("alpaca_prompt", "alpaca")]
-    if not any(shape(_rename(row, source)) for row in rows):
-        fix = f"dataset.format={max(votes, key=votes.__getitem__)}" if votes else _advise(rows, columns)
-        problem = f"the rows are not of the format {source.format}; they have the columns {_list(columns)}"
+    found = votes.most_common(1)[0][0] if votes else None
+    if found == "preference":
+        raise _preference_data(rows, source)
+    if asked:
+        fix = f"dataset.format={found}" if found else _advise(rows, columns)
+        problem = f"the rows are not of the format {asked}; they have the columns {_list(columns)}"
         raise KitError(problem, "dataset.format", fix, rule="dataset-format")
-    return source.format
+    if found is None:
+        problem = f"the columns {_list(columns)} are none of the formats {', '.join(FORMATS)}"
+        raise KitError(problem, "dataset.columns", _advise(rows, columns), rule="dataset-columns")
+    return found
 
 
 # The formats: one function each
 
 
-def convert_messages(row: Row, source: DataSource) -> CanonicalRow:
-    """{"messages": [{"role", "content"}]} of OpenAI, also under the other names of CHATS; "tools" or "functions"."""
-    return _convert_chat(row, source, "messages")
+def convert_chat(row: Row, source: DataSource) -> CanonicalRow | None:
+    """[{"role", "content"}] of OpenAI, [{"from", "value"}] of ShareGPT, or [{"human", "assistant"}], under any column;
+    "system", "tools" or "functions", and "chat_template_kwargs" beside it."""
+    for name in CHATS:  # the hot path: no look at what stands in the other columns
+        if isinstance(turns := row.get(name), list) and turns and isinstance(turns[0], dict):
+            return _make_chat(turns, name, row, source)
+    found = _find_chat(row) or next((name for name in CHATS if name in row), None)
+    return None if found is None else _make_chat(parse_json(row[found], found), found, row, source)
 
 
-def convert_sharegpt(row: Row, source: DataSource) -> CanonicalRow:
-    """[{"from", "value"}], or [{"human", "assistant"}], under any column; "system" and "tools" beside them."""
-    return _convert_chat(row, source, "sharegpt")
-
-
-def convert_alpaca(row: Row, source: DataSource) -> CanonicalRow:
+def convert_alpaca(row: Row, source: DataSource) -> CanonicalRow | None:
     """{"instruction", "input", "output"} with "system" and "history", a list of pairs."""
-    _require(row, "alpaca", "instruction", "output")
     return _convert_pair(row, source, "instruction", "output")
 
 
-def convert_alpaca_prompt(row: Row, source: DataSource) -> CanonicalRow:
+def convert_question_answer(row: Row, source: DataSource) -> CanonicalRow | None:
+    """Two columns of PAIRS, in any case of letters; "context" or "input", "system" and "history" beside them."""
+    return _convert_pair(row, source, *(_find_pair(row) or PAIRS[0]))
+
+
+def convert_alpaca_prompt(row: Row, source: DataSource) -> CanonicalRow | None:
     """The same as prompt and completion in Stanford's words."""
-    _require(row, "alpaca_prompt", "instruction", "output")
+    if not row.keys() >= {"instruction", "output"}:
+        return None
     if filled := [name for name in ("system", "history") if row.get(name)]:
         raise RowProblem(f"the prompts of Alpaca have no place for {filled[0]}")
     answer, instruction, given = _answer(row, "output"), _text(row, "instruction"), _optional_text(row, "input")
@@ -123,39 +145,32 @@ def convert_alpaca_prompt(row: Row, source: DataSource) -> CanonicalRow:
     return {"prompt": prompt, "completion": answer}
 
 
-def convert_prompt_completion(row: Row, source: DataSource) -> CanonicalRow:
+def convert_prompt_completion(row: Row, source: DataSource) -> CanonicalRow | None:
     """{"prompt", "completion"}, both text or both chats."""
-    _require(row, "prompt_completion", "prompt", "completion")
+    if not row.keys() >= {"prompt", "completion"}:
+        return None
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
-        turns = [*prompt, *completion]
         messages = clean_turns(prompt, "prompt", source)
         answer = clean_turns(completion, "completion", source)
         if all(turn["role"] != "assistant" for turn in answer):
             raise RowProblem("the completion has no assistant turn to train")
-        return {"prompt": messages, "completion": answer, **template_arguments(row, turns)}
+        return {"prompt": messages, "completion": answer, **template_arguments(row, [*prompt, *completion])}
     if isinstance(prompt, list) or isinstance(completion, list):
         raise RowProblem(f"prompt is {kind(prompt)} and completion is {kind(completion)}: both text or both chats")
     blank = isinstance(prompt, str) and not prompt.strip()  # an answer may stand behind nothing
     return {"prompt": prompt if blank else _text(row, "prompt"), "completion": _answer(row, "completion")}
 
 
-def convert_question_answer(row: Row, source: DataSource) -> CanonicalRow:
-    """Two columns of PAIRS, in any case of letters; "context" or "input", "system" and "history" beside them."""
-    if (pair := _find_pair(row)) is None:
-        raise _wrong_columns(row, "question_answer")
-    return _convert_pair(row, source, *pair)
-
-
-def convert_text(row: Row, source: DataSource) -> CanonicalRow:
+def convert_text(row: Row, source: DataSource) -> CanonicalRow | None:
     """{"text"}"""
-    _require(row, "text", "text")
-    return {"text": _text(row, "text")}
+    return {"text": _text(row, "text")} if "text" in row else None
 
 
-def convert_tokenized(row: Row, source: DataSource) -> CanonicalRow:
+def convert_tokenized(row: Row, source: DataSource) -> CanonicalRow | None:
     """{"input_ids"} with "labels", or with masks of what is trained; where "attention_mask" is 0 is cut off."""
-    _require(row, "tokenized", "input_ids")
+    if "input_ids" not in row:
+        return None
     lists = {"input_ids": row["input_ids"]}
     lists |= {name: row[name] for name in ("labels", "attention_mask", *MASKS) if row.get(name) is not None}
     for name, values in lists.items():
@@ -181,25 +196,54 @@ def convert_tokenized(row: Row, source: DataSource) -> CanonicalRow:
     return {"input_ids": ids, "labels": labels} if labels else {"input_ids": ids}
 
 
-FORMATS: dict[str, Callable[[Row, DataSource], CanonicalRow]] = {
-    "tokenized": convert_tokenized,
-    "messages": convert_messages,
-    "sharegpt": convert_sharegpt,
-    "prompt_completion": convert_prompt_completion,
-    "alpaca": convert_alpaca,
-    "alpaca_prompt": convert_alpaca_prompt,
-    "question_answer": convert_question_answer,
-    "text": convert_text,
+FORMATS = {  # the most particular first
+    "tokenized": Format(
+        convert_tokenized,
+        lambda row: isinstance(row.get("input_ids"), list),
+        {"input_ids", "labels", "attention_mask", *MASKS},
+        "tokenized",
+    ),
+    "messages": Format(
+        convert_chat,
+        lambda row: any(_has_turns(row.get(name), "role", "content") for name in CHATS),
+        {"messages"},
+        "messages",
+    ),
+    "sharegpt": Format(convert_chat, lambda row: _find_chat(row) is not None, {"messages"}, "messages"),
+    "prompt_completion": Format(
+        convert_prompt_completion,
+        lambda row: row.keys() >= {"prompt", "completion"},
+        {"prompt", "completion"},
+        "prompt_completion",
+    ),
+    "alpaca": Format(
+        convert_alpaca,
+        lambda row: row.keys() >= {"instruction", "output"},
+        {"instruction", "input", "output"},
+        "messages",
+    ),
+    "alpaca_prompt": Format(
+        convert_alpaca_prompt,
+        lambda row: row.keys() >= {"instruction", "output"},
+        {"instruction", "input", "output"},
+        "prompt_completion",
+    ),
+    "question_answer": Format(
+        convert_question_answer,
+        lambda row: _find_pair(row) is not None,
+        {name for pair in PAIRS for name in pair},
+        "messages",
+    ),
+    "text": Format(convert_text, lambda row: isinstance(row.get("text", 0), str | None), {"text"}, "text"),
 }
+BESIDE = {"system", "history", "context", "tools", "chat_template_kwargs"}  # what `columns` can name for any
 
 
 def row_kind(format: str, template: Mapping[str, str]) -> str:
     """What rows of a format are in the end: messages, prompt_completion, text or tokenized."""
-    if template:
-        return "prompt_completion" if format == "prompt_completion" else row_template.template_format(template)
-    if format in ("sharegpt", "alpaca", "question_answer"):
-        return "messages"
-    return "prompt_completion" if format == "alpaca_prompt" else format
+    if template and format != "prompt_completion":
+        return row_template.template_format(template)
+    return FORMATS[format].kind
 
 
 def is_chat(row: CanonicalRow) -> bool:
@@ -210,28 +254,41 @@ def is_chat(row: CanonicalRow) -> bool:
 # Chats
 
 
-def _convert_chat(row: Row, source: DataSource, format: str) -> CanonicalRow:
-    for name in CHATS:  # the hot path: no look at what stands in the other columns
-        if isinstance(turns := row.get(name), list) and turns and isinstance(turns[0], dict):
-            return _make_chat(turns, name, row, source)
-    found = _find_chat(row) or next((name for name in CHATS if name in row), None)
-    if found is None:
-        raise _wrong_columns(row, format)
-    turns = row[found]
-    return _make_chat(parse_json(turns, found) if isinstance(turns, str) else turns, found, row, source)
+def _find_chat(row: Row) -> str | None:
+    """The first column that holds the turns of a ShareGPT chat, or their JSON; those of CHATS go before others."""
+    layouts = (("from", "value"), ("role", "value"), ("human", "assistant"), ("user", "assistant"))
+    for name in [*(name for name in CHATS if name in row), *row]:
+        if any(_has_turns(row[name], *keys) for keys in layouts):
+            return name
+    return None
 
 
-def _convert_pair(row: Row, source: DataSource, question: str, answer: str) -> CanonicalRow:
-    _answer(row, answer)
-    given = [_optional_text(row, name) for name in (question, "input", "context") if name == question or name in row]
-    history = row.get("history") or []
-    history = parse_json(history, "history") if isinstance(history, str) else history
-    turns: list[Any] = []
-    for pair in [*history, ("\n".join(filter(None, given)), row[answer])] if isinstance(history, list) else [None]:
+def _has_turns(value: Any, *keys: str) -> bool:
+    if isinstance(value, str) and re.match(r"\s*\[\s*\{", value):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return False
+    return isinstance(value, list) and any(isinstance(turn, dict) and turn.keys() >= {*keys} for turn in value)
+
+
+def _find_pair(row: Row) -> tuple[str, str] | None:
+    lower = {name.lower(): name for name in row if isinstance(name, str)} | {name: name for name in row}
+    return next(((lower[q], lower[a]) for q, a in PAIRS if q in lower and a in lower), None)
+
+
+def _convert_pair(row: Row, source: DataSource, question: str, answer: str) -> CanonicalRow | None:
+    if question not in row or answer not in row:
+        return None
+    answered = _answer(row, answer)
+    asked = "\n".join(filter(None, (_optional_text(row, name) for name in {question: 0, "input": 0, "context": 0})))
+    history = parse_json(row.get("history"), "history") or []
+    turns = []
+    for pair in [*history, (asked, answered)] if isinstance(history, list) else [None]:
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise RowProblem("history is not a list of pairs of question and answer")
         turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    if not turns[-2]["content"]:
+    if not asked:
         raise RowProblem(f"{question} is empty")
     return _make_chat(turns, "history", row, source)
 
@@ -246,37 +303,28 @@ def _make_chat(turns: Any, name: str, row: Row, source: DataSource) -> Canonical
     return {"messages": messages, **template_arguments(row, turns)}
 
 
+# Texts
+
+
 def _text(row: Row, column: str) -> str:
-    value = row[column]
-    if not isinstance(value, str):
-        raise RowProblem(f"{column} is {kind(value)}, not text")
-    if not value.strip():
+    if not (text := check_text(row[column], column)).strip():
         raise RowProblem(f"{column} is empty")
-    check_encodes(value)
-    return value
+    return text
 
 
 def _optional_text(row: Row, column: str) -> str:
-    return "" if row.get(column) in (None, "") else _text(row, column) if str(row[column]).strip() else ""
+    value = row.get(column)
+    return "" if value is None or not str(value).strip() else check_text(value, column)
 
 
 def _answer(row: Row, column: str) -> str:
-    if row[column] is None or isinstance(row[column], str) and not row[column].strip():
+    if row[column] is None or not check_text(row[column], column).strip():
         raise EmptyAnswer
-    return _text(row, column)
+    return str(row[column])
 
 
 def _list(columns: Iterable[Any]) -> str:
     return ", ".join(map(short, columns)) or "(none)"
-
-
-def _wrong_columns(row: Row, format: str) -> RowProblem:
-    return RowProblem(f"has the columns {short(_list(row))}; the format is {format}")
-
-
-def _require(row: Row, format: str, *columns: str) -> None:
-    if any(column not in row for column in columns):
-        raise _wrong_columns(row, format)
 
 
 # From the file's columns to the format's
@@ -304,63 +352,16 @@ def _fill_template(row: Row, format: str, source: DataSource) -> Row:
     return row_template.render_row(row, source.template, apart)
 
 
-def _find_chat(row: Row) -> str | None:
-    """The first column that holds the turns of a ShareGPT chat, or their JSON; those of CHATS go before others."""
-    layouts = (("from", "value"), ("role", "value"), ("human", "assistant"), ("user", "assistant"))
-    for name in [*(name for name in CHATS if name in row), *row]:
-        if any(_has_turns(row[name], *keys) for keys in layouts):
-            return name
-    return None
-
-
-def _has_turns(value: Any, *keys: str) -> bool:
-    if isinstance(value, str) and re.match(r"\s*\[\s*\{", value):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            return False
-    return isinstance(value, list) and any(isinstance(turn, dict) and turn.keys() >= {*keys} for turn in value)
-
-
-def _find_pair(row: Row) -> tuple[str, str] | None:
-    for question, answer in PAIRS:
-        if question in row and answer in row:
-            return question, answer
-    lower = {name.lower(): name for name in row if isinstance(name, str)}
-    return next(((lower[q], lower[a]) for q, a in PAIRS if q in lower and a in lower), None)
-
-
-SHAPES: dict[str, Callable[[Row], bool]] = {  # the most particular first
-    "tokenized": lambda row: isinstance(row.get("input_ids"), list),
-    "messages": lambda row: any(_has_turns(row.get(name), "role", "content") for name in CHATS),
-    "sharegpt": lambda row: _find_chat(row) is not None,
-    "prompt_completion": lambda row: "prompt" in row and "completion" in row,
-    "alpaca": lambda row: "instruction" in row and "output" in row,
-    "question_answer": lambda row: _find_pair(row) is not None,
-    "text": lambda row: isinstance(row.get("text", 0), str | None),
-}
-COLUMNS: dict[str, set[str]] = {  # what `columns` can name for a format
-    "tokenized": {"input_ids", "labels", "attention_mask", *MASKS},
-    "messages": {"messages"},
-    "sharegpt": {"messages"},
-    "prompt_completion": {"prompt", "completion"},
-    "alpaca": {"instruction", "input", "output"},
-    "question_answer": {name for pair in PAIRS for name in pair},
-    "text": {"text"},
-}
-BESIDE = {"system", "history", "context", "tools", "chat_template_kwargs"}
-
-
 def _count_votes(rows: Sequence[Row], source: DataSource) -> Counter[str]:
     """Rows of each format; "preference" for those with a rejected answer. Columns that are named go before others."""
-    named = [name for name in SHAPES if COLUMNS[name] & source.columns.keys()] or list(SHAPES)
+    named = [name for name in FORMATS if FORMATS[name].columns & source.columns.keys()] or list(FORMATS)
     votes: Counter[str] = Counter()
     renamed = [_rename(row, source) for row in rows]
     for row in renamed:
         judged = isinstance(row.get("label"), bool) and ("completion" in row or "messages" in row)
         if judged or row.keys() >= {"chosen", "rejected"} or row.keys() & {"rejected_response", "kto_tag"}:
             votes["preference"] += 1
-        elif found := next((name for name in named if SHAPES[name](row)), None):
+        elif found := next((name for name in named if FORMATS[name].fits(row)), None):
             votes[found] += 1
     if not votes and any("messages" in row for row in renamed):  # none of them a chat: each row's reason says more
         votes["messages"] = 1
@@ -368,7 +369,7 @@ def _count_votes(rows: Sequence[Row], source: DataSource) -> Counter[str]:
 
 
 def _check_columns(source: DataSource, columns: list[str]) -> None:
-    known = set().union(*COLUMNS.values(), BESIDE)
+    known = BESIDE.union(*(format.columns for format in FORMATS.values()))
     if unknown := [ours for ours in source.columns if ours not in known]:
         problem = f"dataset.columns.{unknown[0]} names no column that a format has"
         fix = f"the key is one of {', '.join(sorted(known))}, the value the file's column"
@@ -410,11 +411,6 @@ def _preference_data(rows: Sequence[Row], source: DataSource) -> KitError:
         break
     problem = "these are preferences between answers, for DPO and its kin; here answers are trained"
     return KitError(problem, "dataset.path", fix, rule="dataset-format")
-
-
-def _unknown_columns(rows: Sequence[Row], columns: list[str]) -> KitError:
-    problem = f"the columns {_list(columns)} are none of the formats {', '.join(SHAPES)}"
-    return KitError(problem, "dataset.columns", _advise(rows, columns), rule="dataset-columns")
 
 
 def _advise(rows: Sequence[Row], columns: list[str]) -> str:

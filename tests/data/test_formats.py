@@ -607,7 +607,7 @@ def same(a, b) -> bool:
     return repr(a) == repr(b)  # NaN is not NaN
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(rows_, st.sampled_from(sorted(FORMATS)), st.booleans())
 def test_any_row_is_converted_or_told(row, format_, renamed):
     told = source(columns={"messages": "turns", "text": "value"} if renamed else {}, roles={"tool": "human"})
@@ -624,7 +624,7 @@ def test_any_row_is_converted_or_told(row, format_, renamed):
     assert same(row, before)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(rows_, max_size=4), st.sampled_from(["auto", *FORMATS]))
 def test_any_rows_have_a_format_or_are_refused(rows, format_):
     try:
