@@ -13,7 +13,6 @@ import io
 import json
 import lzma
 import os
-import re
 import shutil
 import tempfile
 import zlib
@@ -28,14 +27,13 @@ from kit.data.tables import read_table
 from kit.errors import KitError, first_line
 from kit.inspection.data_files import refuse_suffix
 from kit.inspection.hub_dataset import has_data_suffix, split_suffixes
+from kit.storage.json_text import JsonText
 
 MAX_ROW = 64 << 20  # bytes: a longer row is no text to train on
 TOO_LONG = f"longer than {MAX_ROW >> 20} MB"
 CHUNK = 1 << 20  # bytes read at once
 BREAKS_OFF = "the file breaks off after row"  # begins the problem of a last row behind which more was lost
 DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError)  # what reading a damaged file raises
-BLANKS = re.compile(r"[ \t\n\r]*")
-DECODER = json.JSONDecoder()
 OF_A_ROW = {"messages", "conversations", "prompt", "completion", "text", "instruction", "output", "question", "answer"}
 
 
@@ -263,9 +261,6 @@ def check_header(file: Path, header: list[str], delimiter: str) -> None:
         raise refuse_file(file, problem, "the first row names the columns, each once; pandas: index=False")
 
 
-# -- JSON that is not lines
-
-
 def is_json_lines(file: Path) -> bool:
     """Whether a .json file holds an object to a line: the first or the second line is one, and there are two."""
     with open_bytes(file) as stream:
@@ -275,68 +270,9 @@ def is_json_lines(file: Path) -> bool:
     return len(head) == 2 and head[0].lstrip()[:1] == b"{" and any(parse_line(line)[0] is not None for line in head)
 
 
-class JsonText:
-    """JSON read from front to back: `at` is the next character's place in `text`, `offset` its byte in the file."""
-
-    def __init__(self, stream: BinaryIO, start: int) -> None:
-        self.stream = io.TextIOWrapper(stream, "utf-8", "surrogateescape", newline="")
-        self.text, self.at, self.offset, self.ended = "", 0, start, False
-
-    def read_more(self) -> None:
-        more = self.stream.read(max(CHUNK, len(self.text) - self.at))
-        self.text, self.at, self.ended = self.text[self.at :] + more, 0, not more
-
-    def move(self, end: int) -> str:
-        piece = self.text[self.at : end]
-        self.offset += len(piece.encode("utf-8", "surrogateescape"))
-        self.at = end
-        return piece
-
-    def peek(self) -> str:
-        """The next character that is no blank; "" at the end."""
-        while True:
-            self.move(BLANKS.match(self.text, self.at).end())  # type: ignore[union-attr]
-            if self.at < len(self.text) or self.ended:
-                return self.text[self.at : self.at + 1]
-            self.read_more()
-
-    def take(self, expected: str) -> bool:
-        """Go behind the next character if it is the expected one."""
-        found = self.peek() == expected
-        self.move(self.at + found)
-        return found
-
-    def take_value(self) -> tuple[Any, str]:
-        """The next value and its text; OSError saying where and why there is none."""
-        self.peek()
-        while True:
-            try:
-                value, end = DECODER.raw_decode(self.text, self.at)
-                if end < len(self.text) or self.ended:
-                    return value, self.move(end)
-            except (ValueError, RecursionError) as error:
-                if self.ended or len(self.text) - self.at > MAX_ROW:
-                    self.move(getattr(error, "pos", self.at))
-                    reason = getattr(error, "msg", first_line(error)).removesuffix(" starting at")
-                    long = "" if self.ended else f", or {TOO_LONG} (write each row into a line of a .jsonl)"
-                    raise OSError(f"not JSON at byte {self.offset}{long}: {reason}") from None
-            self.read_more()
-
-    def take_list(self) -> Iterator[tuple[int, Any, str]]:
-        """(byte offset, value, text) of each element of the list that begins here."""
-        self.take("[")
-        while self.peek() != "]":
-            offset = self.offset
-            yield offset, *self.take_value()
-            if not self.take(","):
-                break
-        if not self.take("]"):
-            raise OSError(f"not JSON at byte {self.offset}: ']' is missing")
-
-
 def read_json_text(file: Path, stream: BinaryIO, start: int) -> Iterator[RawRow]:
     """A list of rows, an object that holds one, or objects one behind the other, each of them a row."""
-    text = JsonText(stream, start)
+    text = JsonText(stream, start, MAX_ROW)
     number = 0
     while first := text.peek():
         for offset, value, piece in text.take_list() if first == "[" else take_object(file, text):

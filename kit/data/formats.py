@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kit.data import row_template
 from kit.data.turns import (
     ROLES,
     EmptyAnswer,
@@ -26,6 +25,7 @@ from kit.data.turns import (
     template_arguments,
 )
 from kit.errors import KitError
+from kit.inspection import row_template
 from kit.schema.run_plan import DataSource
 
 CanonicalRow = dict[str, Any]
@@ -124,6 +124,10 @@ def convert_chat(row: Row, source: DataSource) -> CanonicalRow | None:
     return None if found is None else _make_chat(parse_json(row[found], found), found, row, source)
 
 
+def _fits_alpaca(row: Row) -> bool:
+    return row.keys() >= {"instruction", "output"}
+
+
 def convert_alpaca(row: Row, source: DataSource) -> CanonicalRow | None:
     """{"instruction", "input", "output"} with "system" and "history", a list of pairs."""
     return _convert_pair(row, source, "instruction", "output")
@@ -136,7 +140,7 @@ def convert_question_answer(row: Row, source: DataSource) -> CanonicalRow | None
 
 def convert_alpaca_prompt(row: Row, source: DataSource) -> CanonicalRow | None:
     """The same as prompt and completion in Stanford's words."""
-    if not row.keys() >= {"instruction", "output"}:
+    if not _fits_alpaca(row):
         return None
     if filled := [name for name in ("system", "history") if row.get(name)]:
         raise RowProblem(f"the prompts of Alpaca have no place for {filled[0]}")
@@ -169,73 +173,53 @@ def convert_text(row: Row, source: DataSource) -> CanonicalRow | None:
 
 def convert_tokenized(row: Row, source: DataSource) -> CanonicalRow | None:
     """{"input_ids"} with "labels", or with masks of what is trained; where "attention_mask" is 0 is cut off."""
-    if "input_ids" not in row:
+    lists = {
+        name: row[name] for name in ("input_ids", "labels", "attention_mask", *MASKS) if row.get(name) is not None
+    }
+    if "input_ids" not in lists:
         return None
-    lists = {"input_ids": row["input_ids"]}
-    lists |= {name: row[name] for name in ("labels", "attention_mask", *MASKS) if row.get(name) is not None}
+    ids = lists["input_ids"]
     for name, values in lists.items():
         if not isinstance(values, list) or not values or set(map(type, values)) != {int}:
             raise RowProblem(f"{name} is not a list of whole numbers")
-        if len(values) != len(lists["input_ids"]):
-            raise RowProblem(f"{len(lists['input_ids'])} input_ids, but {len(values)} {name}")
+        if len(values) != len(ids):
+            raise RowProblem(f"{len(ids)} input_ids, but {len(values)} {name}")
         if name not in ("input_ids", "labels") and not set(values) <= {0, 1}:
             raise RowProblem(f"{name} holds more than 0 and 1")
-    ids, labels, masks = lists["input_ids"], lists.get("labels"), [lists[m] for m in MASKS if m in lists]
     if min(ids) < 0:
         raise RowProblem(f"input_ids holds {min(ids)}")
-    if masks:
-        labels = [label if all(kept) else IGNORED for label, *kept in zip(labels or ids, *masks, strict=True)]
-    if labels and any(label not in (IGNORED, token) for label, token in zip(labels, ids, strict=True)):
+    labels = lists.get("labels", ids)
+    for mask in (lists[name] for name in MASKS if name in lists):
+        labels = [label if kept else IGNORED for label, kept in zip(labels, mask, strict=True)]
+    if any(label not in (IGNORED, token) for label, token in zip(labels, ids, strict=True)):
         raise RowProblem("labels hold more than -100 and the row's own tokens (they are not to be shifted)")
-    if "attention_mask" in lists:
-        seen = lists["attention_mask"]
-        if 1 not in seen:
-            raise RowProblem("attention_mask is 0 everywhere")
-        ids = [token for token, mask in zip(ids, seen, strict=True) if mask]
-        labels = labels and [label for label, mask in zip(labels, seen, strict=True) if mask]
-    return {"input_ids": ids, "labels": labels} if labels else {"input_ids": ids}
+    seen = lists.get("attention_mask") or [1] * len(ids)
+    if 1 not in seen:
+        raise RowProblem("attention_mask is 0 everywhere")
+    found = {"input_ids": [token for token, mask in zip(ids, seen, strict=True) if mask]}
+    if labels is not ids:
+        found["labels"] = [label for label, mask in zip(labels, seen, strict=True) if mask]
+    return found
 
 
 FORMATS = {  # the most particular first
     "tokenized": Format(
-        convert_tokenized,
-        lambda row: isinstance(row.get("input_ids"), list),
-        {"input_ids", "labels", "attention_mask", *MASKS},
-        "tokenized",
-    ),
+        convert_tokenized, lambda row: isinstance(row.get("input_ids"), list),
+        {"input_ids", "labels", "attention_mask", *MASKS}, "tokenized"),
     "messages": Format(
-        convert_chat,
-        lambda row: any(_has_turns(row.get(name), "role", "content") for name in CHATS),
-        {"messages"},
-        "messages",
-    ),
+        convert_chat, lambda row: any(_has_turns(row.get(name), "role", "content") for name in CHATS),
+        {"messages"}, "messages"),
     "sharegpt": Format(convert_chat, lambda row: _find_chat(row) is not None, {"messages"}, "messages"),
     "prompt_completion": Format(
-        convert_prompt_completion,
-        lambda row: row.keys() >= {"prompt", "completion"},
-        {"prompt", "completion"},
-        "prompt_completion",
-    ),
-    "alpaca": Format(
-        convert_alpaca,
-        lambda row: row.keys() >= {"instruction", "output"},
-        {"instruction", "input", "output"},
-        "messages",
-    ),
+        convert_prompt_completion, lambda row: row.keys() >= {"prompt", "completion"},
+        {"prompt", "completion"}, "prompt_completion"),
+    "alpaca": Format(convert_alpaca, _fits_alpaca, {"instruction", "input", "output"}, "messages"),
     "alpaca_prompt": Format(
-        convert_alpaca_prompt,
-        lambda row: row.keys() >= {"instruction", "output"},
-        {"instruction", "input", "output"},
-        "prompt_completion",
-    ),
+        convert_alpaca_prompt, _fits_alpaca, {"instruction", "input", "output"}, "prompt_completion"),
     "question_answer": Format(
-        convert_question_answer,
-        lambda row: _find_pair(row) is not None,
-        {name for pair in PAIRS for name in pair},
-        "messages",
-    ),
+        convert_question_answer, lambda row: _find_pair(row) is not None, set().union(*PAIRS), "messages"),
     "text": Format(convert_text, lambda row: isinstance(row.get("text", 0), str | None), {"text"}, "text"),
-}
+}  # fmt: skip
 BESIDE = {"system", "history", "context", "tools", "chat_template_kwargs"}  # what `columns` can name for any
 
 
@@ -281,7 +265,8 @@ def _convert_pair(row: Row, source: DataSource, question: str, answer: str) -> C
     if question not in row or answer not in row:
         return None
     answered = _answer(row, answer)
-    asked = "\n".join(filter(None, (_optional_text(row, name) for name in {question: 0, "input": 0, "context": 0})))
+    names = dict.fromkeys((question, "input", "context"))
+    asked = "\n".join(filter(None, (_optional_text(row, name) for name in names)))
     history = parse_json(row.get("history"), "history") or []
     turns = []
     for pair in [*history, (asked, answered)] if isinstance(history, list) else [None]:

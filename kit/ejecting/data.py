@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kit.data import row_template
 from kit.ejecting.text import assignment_lines, call_lines, literal
+from kit.inspection import row_template
 from kit.inspection.data_files import find_data_files
 from kit.inspection.hub_dataset import SUFFIXES, has_data_suffix, split_suffixes
 from kit.schema.run_plan import Dataset, RunPlan

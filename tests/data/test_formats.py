@@ -18,10 +18,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kit.data import row_template
 from kit.data.formats import FORMATS, convert_row, detect_format
 from kit.data.turns import EmptyAnswer, RowProblem, map_role
 from kit.errors import KitError
+from kit.inspection import row_template
 from kit.schema.run_plan import DataSource
 
 

@@ -6,9 +6,9 @@ import pytest
 from conftest import write_rows
 
 from kit import api
-from kit.data import row_template
 from kit.data.load import load_datasets
 from kit.errors import KitError
+from kit.inspection import row_template
 
 DOCTOR = "Description: {Description} Patient: {Patient} Doctor: {Doctor}"
 

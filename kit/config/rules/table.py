@@ -57,7 +57,7 @@ READING = [
     reader_rule("data/files", "dataset-unreadable", "fault 31", "dataset.path", "dataset.eval_path"),
     reader_rule("data/formats", "dataset-columns", "fault 30", "dataset.columns", "dataset.path"),
     reader_rule("data/formats", "dataset-format", "fault 30", "dataset.format", "dataset.columns"),
-    reader_rule("data/row_template", "dataset-template", "fault 30", "dataset.template", "dataset.columns"),
+    reader_rule("inspection/row_template", "dataset-template", "fault 30", "dataset.template", "dataset.columns"),
     reader_rule("data/prepare", "bad-rows", "faults 25 to 29, T63", "dataset.on_bad_row", "dataset.max_bad_rows",
                 "dataset.on_long_row"),
     reader_rule("inspection/hub_dataset", "dataset-configuration", "datasets", "dataset.name"),
