@@ -6,16 +6,18 @@ A canonical row is {"messages": [...]}, {"prompt", "completion"} (both text or b
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from kit.data.turns import (
     ROLES,
     EmptyAnswer,
+    Row,
     RowProblem,
     check_text,
     clean_turns,
@@ -29,14 +31,13 @@ from kit.inspection import row_template
 from kit.schema.run_plan import DataSource
 
 CanonicalRow = dict[str, Any]
-Row = dict[str, Any]
-
 CHATS = ("messages", "conversations", "conversation", "dialog", "dialogue", "chat", "chats", "turns")
 PAIRS = (
     *(("question", "answer"), ("query", "response"), ("instruction", "response"), ("prompt", "response")),
     *(("input", "output"), ("question", "response"), ("query", "answer"), ("prompt", "answer")),
     *(("problem", "solution"), ("user", "assistant"), ("human", "assistant")),
 )
+SHAREGPT = ({"from", "value"}, {"role", "value"}, {"human", "assistant"}, {"user", "assistant"})  # keys of a turn
 MASKS = ("assistant_masks", "completion_mask")
 IGNORED = -100
 # The prompts of github.com/tatsu-lab/stanford_alpaca (train.py): the answer stands right behind the colon
@@ -90,10 +91,9 @@ def detect_format(rows: Sequence[Row], source: DataSource) -> str:
         fix = "give a file with at least one row"
         raise KitError("the data holds no rows", "dataset.path", fix, rule="dataset-rows")
     columns = list(dict.fromkeys(str(name) for row in rows for name in row))
-    _check_roles(source)
+    _check_source(source, columns)
     if source.template:
         return _template_format(source, columns)
-    _check_columns(source, columns)
     asked = None if source.format == "auto" else source.format
     if asked and any(FORMATS[asked].fits(_rename(row, source)) for row in rows):
         return asked
@@ -124,18 +124,31 @@ def convert_chat(row: Row, source: DataSource) -> CanonicalRow | None:
     return None if found is None else _make_chat(parse_json(row[found], found), found, row, source)
 
 
-def _fits_alpaca(row: Row) -> bool:
-    return row.keys() >= {"instruction", "output"}
-
-
-def convert_alpaca(row: Row, source: DataSource) -> CanonicalRow | None:
-    """{"instruction", "input", "output"} with "system" and "history", a list of pairs."""
-    return _convert_pair(row, source, "instruction", "output")
+def convert_pair(row: Row, source: DataSource, question: str, answer: str) -> CanonicalRow | None:
+    """Two columns of text as a chat; "input" or "context" belong to the question, "history" is a list of pairs."""
+    if question not in row or answer not in row:
+        return None
+    answered = _answer(row, answer)
+    names = dict.fromkeys((question, "input", "context"))
+    asked = "\n".join(filter(None, (_optional_text(row, name) for name in names)))
+    history = parse_json(row.get("history"), "history") or []
+    turns = []
+    for pair in [*history, (asked, answered)] if isinstance(history, list) else [None]:
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise RowProblem("history is not a list of pairs of question and answer")
+        turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    if not asked:
+        raise RowProblem(f"{question} is empty")
+    return _make_chat(turns, "history", row, source)
 
 
 def convert_question_answer(row: Row, source: DataSource) -> CanonicalRow | None:
-    """Two columns of PAIRS, in any case of letters; "context" or "input", "system" and "history" beside them."""
-    return _convert_pair(row, source, *(_find_pair(row) or PAIRS[0]))
+    """Two columns of PAIRS, in any case of letters."""
+    return convert_pair(row, source, *(_find_pair(row) or PAIRS[0]))
+
+
+def _fits_alpaca(row: Row) -> bool:
+    return row.keys() >= {"instruction", "output"}
 
 
 def convert_alpaca_prompt(row: Row, source: DataSource) -> CanonicalRow | None:
@@ -173,9 +186,8 @@ def convert_text(row: Row, source: DataSource) -> CanonicalRow | None:
 
 def convert_tokenized(row: Row, source: DataSource) -> CanonicalRow | None:
     """{"input_ids"} with "labels", or with masks of what is trained; where "attention_mask" is 0 is cut off."""
-    lists = {
-        name: row[name] for name in ("input_ids", "labels", "attention_mask", *MASKS) if row.get(name) is not None
-    }
+    names = ("input_ids", "labels", "attention_mask", *MASKS)
+    lists = {name: row[name] for name in names if row.get(name) is not None}
     if "input_ids" not in lists:
         return None
     ids = lists["input_ids"]
@@ -207,13 +219,15 @@ FORMATS = {  # the most particular first
         convert_tokenized, lambda row: isinstance(row.get("input_ids"), list),
         {"input_ids", "labels", "attention_mask", *MASKS}, "tokenized"),
     "messages": Format(
-        convert_chat, lambda row: any(_has_turns(row.get(name), "role", "content") for name in CHATS),
+        convert_chat, lambda row: any(_has_turns(row.get(name), {"role", "content"}) for name in CHATS),
         {"messages"}, "messages"),
     "sharegpt": Format(convert_chat, lambda row: _find_chat(row) is not None, {"messages"}, "messages"),
     "prompt_completion": Format(
         convert_prompt_completion, lambda row: row.keys() >= {"prompt", "completion"},
         {"prompt", "completion"}, "prompt_completion"),
-    "alpaca": Format(convert_alpaca, _fits_alpaca, {"instruction", "input", "output"}, "messages"),
+    "alpaca": Format(
+        partial(convert_pair, question="instruction", answer="output"), _fits_alpaca,
+        {"instruction", "input", "output"}, "messages"),
     "alpaca_prompt": Format(
         convert_alpaca_prompt, _fits_alpaca, {"instruction", "input", "output"}, "prompt_completion"),
     "question_answer": Format(
@@ -240,42 +254,23 @@ def is_chat(row: CanonicalRow) -> bool:
 
 def _find_chat(row: Row) -> str | None:
     """The first column that holds the turns of a ShareGPT chat, or their JSON; those of CHATS go before others."""
-    layouts = (("from", "value"), ("role", "value"), ("human", "assistant"), ("user", "assistant"))
-    for name in [*(name for name in CHATS if name in row), *row]:
-        if any(_has_turns(row[name], *keys) for keys in layouts):
-            return name
-    return None
+    names = [*(name for name in CHATS if name in row), *row]
+    return next((name for name in names if _has_turns(row[name], *SHAREGPT)), None)
 
 
-def _has_turns(value: Any, *keys: str) -> bool:
+def _has_turns(value: Any, *layouts: set[str]) -> bool:
     if isinstance(value, str) and re.match(r"\s*\[\s*\{", value):
         try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
+            value = parse_json(value, "")
+        except RowProblem:
             return False
-    return isinstance(value, list) and any(isinstance(turn, dict) and turn.keys() >= {*keys} for turn in value)
+    turns = [turn.keys() for turn in value if isinstance(turn, dict)] if isinstance(value, list) else []
+    return any(keys >= layout for keys in turns for layout in layouts)
 
 
 def _find_pair(row: Row) -> tuple[str, str] | None:
     lower = {name.lower(): name for name in row if isinstance(name, str)} | {name: name for name in row}
     return next(((lower[q], lower[a]) for q, a in PAIRS if q in lower and a in lower), None)
-
-
-def _convert_pair(row: Row, source: DataSource, question: str, answer: str) -> CanonicalRow | None:
-    if question not in row or answer not in row:
-        return None
-    answered = _answer(row, answer)
-    names = dict.fromkeys((question, "input", "context"))
-    asked = "\n".join(filter(None, (_optional_text(row, name) for name in names)))
-    history = parse_json(row.get("history"), "history") or []
-    turns = []
-    for pair in [*history, (asked, answered)] if isinstance(history, list) else [None]:
-        if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise RowProblem("history is not a list of pairs of question and answer")
-        turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    if not asked:
-        raise RowProblem(f"{question} is empty")
-    return _make_chat(turns, "history", row, source)
 
 
 def _make_chat(turns: Any, name: str, row: Row, source: DataSource) -> CanonicalRow:
@@ -353,7 +348,15 @@ def _count_votes(rows: Sequence[Row], source: DataSource) -> Counter[str]:
     return votes
 
 
-def _check_columns(source: DataSource, columns: list[str]) -> None:
+def _check_source(source: DataSource, columns: list[str]) -> None:
+    """KitError where roles or columns are named that there are not."""
+    if wrong := [(theirs, ours) for theirs, ours in source.roles.items() if ours not in (*ROLES.values(), theirs)]:
+        theirs, ours = wrong[0]
+        fix = f"dataset.roles.{theirs}= one of {', '.join(sorted(set(ROLES.values())))}; {theirs} to keep it"
+        raise KitError(f"{ours!r} is no role", "dataset.roles", fix, rule="dataset-format")
+    if source.columns and source.template:
+        problem = "both dataset.columns and dataset.template are given"
+        raise KitError(problem, "dataset.template", "keep one", rule="dataset-template")
     known = BESIDE.union(*(format.columns for format in FORMATS.values()))
     if unknown := [ours for ours in source.columns if ours not in known]:
         problem = f"dataset.columns.{unknown[0]} names no column that a format has"
@@ -364,36 +367,26 @@ def _check_columns(source: DataSource, columns: list[str]) -> None:
         raise KitError(problem, "dataset.columns", "name columns that exist", rule="dataset-columns")
 
 
-def _check_roles(source: DataSource) -> None:
-    for theirs, ours in source.roles.items():
-        if ours not in ROLES.values() and ours != theirs:
-            fix = f"dataset.roles.{theirs}= one of {', '.join(sorted(set(ROLES.values())))}; {theirs} to keep it"
-            raise KitError(f"{ours!r} is no role", "dataset.roles", fix, rule="dataset-format")
-
-
 def _template_format(source: DataSource, columns: list[str]) -> str:
-    if source.columns:
-        problem = "both dataset.columns and dataset.template are given"
-        raise KitError(problem, "dataset.template", "keep one", rule="dataset-template")
     made = row_template.template_format(source.template)
     row_template.check_template_columns(source.template, columns)
-    if source.format not in ("auto", made) and (made, source.format) != ("messages", "prompt_completion"):
-        problem = f"the template makes {made}, not {source.format}"
-        raise KitError(problem, "dataset.format", "dataset.format=auto", rule="dataset-format")
-    return source.format if made == "messages" and source.format != "auto" else made
+    if source.format in ("auto", made):
+        return made
+    if (made, source.format) == ("messages", "prompt_completion"):  # the last turn apart from the others
+        return source.format
+    problem = f"the template makes {made}, not {source.format}"
+    raise KitError(problem, "dataset.format", "dataset.format=auto", rule="dataset-format")
 
 
 def _preference_data(rows: Sequence[Row], source: DataSource) -> KitError:
     fix = "give rows with one answer each"
     for ours in ("completion", "messages", "output", "answer"):  # the preferred answers alone can be trained
         tried = source.model_copy(update={"columns": source.columns | {ours: "chosen"}})
-        try:
+        with suppress(RowProblem, IndexError, KeyError, StopIteration):  # not of such rows
             found = _count_votes(rows, tried).most_common(1)[0][0]
             convert_row(next(row for row in rows if "chosen" in row), found, tried)
-        except (RowProblem, IndexError, KeyError, StopIteration):
-            continue
-        fix = f"to train the preferred answers alone: dataset.columns.{ours}=chosen"
-        break
+            fix = f"to train the preferred answers alone: dataset.columns.{ours}=chosen"
+            break
     problem = "these are preferences between answers, for DPO and its kin; here answers are trained"
     return KitError(problem, "dataset.path", fix, rule="dataset-format")
 

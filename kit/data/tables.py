@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
+from kit.data.turns import parse_json
 from kit.errors import first_line
 
 BATCH = 500  # rows that are Python objects at once
@@ -73,14 +75,14 @@ def plain_rows(batch: Any, plain: dict[str, Any]) -> Iterator[tuple[dict[str, An
         return
     for values in rows:
         row: dict[str, Any] = {}
-        problem = None
-        for name, value in values.items():
-            if value is not None:
-                try:
+        try:
+            for name, value in values.items():
+                if value is not None:
                     row[name] = plain[name](value) if plain[name] else value
-                except (ValueError, RecursionError) as error:
-                    problem = f"column {name} {first_line(error)}"
-        yield (None, problem) if problem else (row, None)
+        except (ValueError, RecursionError) as error:
+            yield None, f"column {name} {first_line(error)}"
+        else:
+            yield row, None
 
 
 def make_plain(kind: Any, feature: Any, types: Any) -> Callable[[Any], Any] | None:
@@ -90,7 +92,7 @@ def make_plain(kind: Any, feature: Any, types: Any) -> Callable[[Any], Any] | No
     """
     feature = feature if isinstance(feature, dict) else {}
     if feature.get("_type") == "Json" or getattr(kind, "extension_name", "") == "arrow.json":
-        return parse_json
+        return partial(parse_json, what="its text")
     kind = getattr(kind, "storage_type", kind)
     kind = kind.value_type if types.is_dictionary(kind) else kind
     if types.is_struct(kind):  # a field that is null is a key that the row did not have
@@ -105,13 +107,6 @@ def make_plain(kind: Any, feature: Any, types: Any) -> Callable[[Any], Any] | No
     if types.is_temporal(kind) or types.is_decimal(kind):
         return str
     return refuse_bytes if "binary" in str(kind) else None
-
-
-def parse_json(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"is not JSON: {first_line(error)}") from None
 
 
 def refuse_bytes(value: bytes) -> Any:

@@ -46,10 +46,9 @@ class EmptyAnswer(RowProblem):
 
 def map_role(role: str, source: DataSource) -> str:
     """system, developer, user, assistant, tool, CALL or what `roles` says; RowProblem for a role that nobody knows."""
-    named = source.roles.get(role) or ROLES.get(role)
-    if named is None:
-        lower = role.strip().lower()
-        named = next((ours for theirs, ours in source.roles.items() if theirs.lower() == lower), ROLES.get(lower))
+    lower = role.strip().lower()
+    told = {theirs.lower(): ours for theirs, ours in source.roles.items()}
+    named = source.roles.get(role) or ROLES.get(role) or told.get(lower) or ROLES.get(lower)
     if named is None:
         raise RowProblem(f"the role {short(role)!r} is not known: dataset.roles.{short(role)}=user")
     return named
