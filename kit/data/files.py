@@ -159,10 +159,9 @@ def read_lines(stream: BinaryIO, offset: int) -> Iterator[tuple[int, int, bytes]
 
 
 def read_json_lines(file: Path, stream: BinaryIO, start: int) -> Iterator[RawRow]:
-    name = str(file)
     for number, offset, line in read_lines(stream, start):
         if not line.isspace():
-            yield RawRow(name, number, offset, *parse_line(line))
+            yield RawRow(str(file), number, offset, *parse_line(line))
 
 
 def parse_line(line: bytes) -> tuple[dict[str, Any] | None, str | None]:

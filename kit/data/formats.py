@@ -70,10 +70,7 @@ def convert_row(row: Row, format: str, source: DataSource) -> CanonicalRow:
     """
     if not isinstance(row, dict):
         raise RowProblem(f"is {kind(row)}, not an object")
-    if source.template:
-        row = _fill_template(row, format, source)
-    elif source.columns:
-        row = _rename(row, source)
+    row = _fill_template(row, format, source) if source.template else _rename(row, source)
     converted = FORMATS[format].convert(row, source)
     if converted is None:
         raise RowProblem(f"has the columns {short(_list(row))}; the format is {format}")
@@ -88,8 +85,7 @@ def detect_format(rows: Sequence[Row], source: DataSource) -> str:
     """
     rows = [row for row in rows if isinstance(row, dict)]
     if not rows:
-        fix = "give a file with at least one row"
-        raise KitError("the data holds no rows", "dataset.path", fix, rule="dataset-rows")
+        raise KitError("the data holds no rows", "dataset.path", "give a file with rows", rule="dataset-rows")
     columns = list(dict.fromkeys(str(name) for row in rows for name in row))
     _check_source(source, columns)
     if source.template:
@@ -101,14 +97,13 @@ def detect_format(rows: Sequence[Row], source: DataSource) -> str:
     found = votes.most_common(1)[0][0] if votes else None
     if found == "preference":
         raise _preference_data(rows, source)
+    if found and not asked:
+        return found
+    key, what = "columns", f"of none of the formats {', '.join(FORMATS)}"
     if asked:
-        fix = f"dataset.format={found}" if found else _advise(rows, columns)
-        problem = f"the rows are not of the format {asked}; they have the columns {_list(columns)}"
-        raise KitError(problem, "dataset.format", fix, rule="dataset-format")
-    if found is None:
-        problem = f"the columns {_list(columns)} are none of the formats {', '.join(FORMATS)}"
-        raise KitError(problem, "dataset.columns", _advise(rows, columns), rule="dataset-columns")
-    return found
+        key, what = "format", f"not of the format {asked}"
+    fix = f"dataset.format={found}" if found else _advise(rows, columns)
+    raise KitError(f"the columns {_list(columns)} are {what}", f"dataset.{key}", fix, rule=f"dataset-{key}")
 
 
 # The formats: one function each
@@ -169,14 +164,14 @@ def convert_prompt_completion(row: Row, source: DataSource) -> CanonicalRow | No
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
         messages = clean_turns(prompt, "prompt", source)
-        answer = clean_turns(completion, "completion", source)
-        if all(turn["role"] != "assistant" for turn in answer):
+        answers = clean_turns(completion, "completion", source)
+        if all(turn["role"] != "assistant" for turn in answers):
             raise RowProblem("the completion has no assistant turn to train")
-        return {"prompt": messages, "completion": answer, **template_arguments(row, [*prompt, *completion])}
+        return {"prompt": messages, "completion": answers, **template_arguments(row, [*prompt, *completion])}
     if isinstance(prompt, list) or isinstance(completion, list):
         raise RowProblem(f"prompt is {kind(prompt)} and completion is {kind(completion)}: both text or both chats")
-    blank = isinstance(prompt, str) and not prompt.strip()  # an answer may stand behind nothing
-    return {"prompt": prompt if blank else _text(row, "prompt"), "completion": _answer(row, "completion")}
+    answer = _answer(row, "completion")  # may stand behind nothing
+    return {"prompt": check_text(prompt, "prompt"), "completion": answer}
 
 
 def convert_text(row: Row, source: DataSource) -> CanonicalRow | None:
@@ -249,7 +244,7 @@ def is_chat(row: CanonicalRow) -> bool:
     return "messages" in row or isinstance(row.get("prompt"), list)
 
 
-# Chats
+# What they share
 
 
 def _find_chat(row: Row) -> str | None:
@@ -281,9 +276,6 @@ def _make_chat(turns: Any, name: str, row: Row, source: DataSource) -> Canonical
     if "assistant" not in roles:
         raise RowProblem(f"has no {'' if 'user' in roles else 'user or '}assistant turn to train")
     return {"messages": messages, **template_arguments(row, turns)}
-
-
-# Texts
 
 
 def _text(row: Row, column: str) -> str:

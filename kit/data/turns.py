@@ -115,7 +115,7 @@ def _part_text(part: Any) -> str:
 def _read_extras(turn: Row, role: str) -> Row:
     """What a turn has beside role and content; other keys (ids, times, ...) are not for the model."""
     extra: Row = {}
-    calls = turn.get("tool_calls") or ([turn["function_call"]] if turn.get("function_call") else None)
+    calls = turn.get("tool_calls") or turn.get("function_call")
     if calls and role != "assistant":
         raise RowProblem(f"({role}) calls a tool, which only an assistant does")
     if calls and (calls := _read_calls(calls)):
@@ -183,9 +183,6 @@ def _read_tools(tools: Any) -> list[Row]:
             raise RowProblem("a tool has no name")
         read.append(tool)
     return _check_json(read, "tools")
-
-
-# Of values
 
 
 def kind(value: Any) -> str:
