@@ -127,14 +127,14 @@ def test_a_byte_order_mark_is_no_text(name: str, tmp_path: Path):
 @pytest.mark.parametrize("place", ["first", "middle", "after 10 MB"])
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.jsonl.zst"])
 def test_an_odd_row_arrives_as_written_wherever_it_stands(name: str, place: str, tmp_path: Path):
-    plain = {"messages": [{"role": "user", "content": "x" * 200}, {"role": "assistant", "content": "yes"}]}
+    plain = {"messages": [{"role": "user", "content": "x" * 2500}, {"role": "assistant", "content": "yes"}]}
     odd = {
         "messages": [{"role": "user", "content": [{"type": "text", "text": "x"}], "name": None}],
         "tools": [{"type": "function", "function": {"name": "f", "parameters": {"a": {"type": "int"}}}}],
         "n": 1.0, "big": 2**70,
     }  # fmt: skip
-    at = {"first": 0, "middle": 20_000, "after 10 MB": 40_000}[place]
-    rows = [odd if i == at else plain for i in range(41_000)]
+    at = {"first": 0, "middle": 2_000, "after 10 MB": 4_050}[place]
+    rows = [odd if i == at else plain for i in range(4_100)]
     data = json_lines(rows) if name != "rows.json" else json.dumps(rows, ensure_ascii=False).encode()
     assert len(data) > 10_000_000
     path = write(tmp_path / name, PACK[Path(name).suffix](data) if name.endswith(".zst") else data)
