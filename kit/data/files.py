@@ -218,8 +218,7 @@ def read_csv(file: Path, stream: BinaryIO, start: int, delimiter: str = ",") -> 
         header = next((cells for cells in reader if cells), [])
     except csv.Error as error:
         raise refuse_file(file, f"its header is not CSV: {error}") from None
-    if header:
-        check_header(file, header, delimiter)
+    check_header(file, header, delimiter)
     number = 0
     while True:
         try:
@@ -257,7 +256,8 @@ def check_header(file: Path, header: list[str], delimiter: str) -> None:
     twice = next((name for name in header if header.count(name) > 1), None)
     if unnamed or twice:
         problem = f"column {unnamed} of its header has no name" if unnamed else f"its header names {twice!r} twice"
-        raise refuse_file(file, problem, "the first row names the columns, each once; pandas: index=False")
+        fix = "the first row names the columns, each once" + ("; pandas: index=False" if unnamed else "")
+        raise refuse_file(file, problem, fix)
 
 
 def is_json_lines(file: Path) -> bool:

@@ -32,7 +32,7 @@ def read_table(source: Any, kind: str) -> Iterator[tuple[dict[str, Any] | None, 
             for batch in batches:
                 for start in range(0, batch.num_rows, BATCH):
                     yield from plain_rows(batch.slice(start, BATCH), plain)
-    except (pa.ArrowException, ValueError) as error:
+    except (pa.ArrowException, ValueError, OverflowError, MemoryError) as error:  # sizes that a damage made up
         raise OSError(first_line(error)) from None
 
 
