@@ -1,9 +1,11 @@
 """Campaigns that are too long for the suite; `make soak`. A small instance of each is in the suite.
 
-    python tests/soak.py [--only fuzz|honour|kill|resume|slurm] [--n N] [--seed S] --out FILE
+    python tests/soak.py [--only fuzz|honour|data|kill|resume|slurm] [--n N] [--seed S] --out FILE
 
 fuzz    N spoiled command lines and files through the checks: a plan or a list of problems, never another exception.
 honour  N valid runs with one key changed (tests/mutate.py): refused by name, or found in what the libraries are given.
+data    N spoiled rows of all formats, from a file to tokens: each is encoded or counted with a reason, alone as among
+        others.
 kill    N runs that save every 2 steps, each killed (SIGKILL, the whole tree) at a random moment: what is found then is
         nothing or a complete checkpoint, and `kit resume` goes on from it.
 resume  one run killed N times and resumed until it is done: losses and adapter are those of a run left alone.
@@ -28,13 +30,14 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-COUNTS = {"fuzz": 2000, "honour": 10_000, "kill": 20, "resume": 5, "slurm": 10}
+COUNTS = {"fuzz": 2000, "honour": 10_000, "data": 50_000, "kill": 20, "resume": 5, "slurm": 10}
 LIMIT = 20  # seconds that the checks of one spoiled command line may take
 
 # ------------------------------------------------------------------------------------------------------------ fuzz
@@ -299,6 +302,129 @@ def honour(n: int, seed: int, out: Callable[[str], None] = print) -> dict[str, A
                     out(f"{verdict}: {key}={value!r}")
     seconds = time.monotonic() - begun
     return {"mutations": n, "seed": seed, "seconds": round(seconds, 1), "counts": dict(counts), "crashes": crashes}
+
+
+# ------------------------------------------------------------------------------------------------------------ data
+
+OPTIONS = [  # of the data set, in turn
+    {},
+    {"roles": {"tool": "user", "critic": "assistant"}},
+    {"columns": {"system": "input"}},
+]
+TRAIN_ON = {  # and of the loss
+    "messages": ["everything", "assistant_turns", "last_turn", "chosen_turns"],
+    "prompt_completion": ["completion", "everything"],
+}
+ODD: list[Any] = [
+    None, True, 0, -1, 1.5, 2**70, math.nan, "", " ", "x", "the pain in head", "half \ud83d of it", "a\0b", "</s>",
+    "<|assistant|> ", "[]", "{}", "[{}]", '[{"role": "user", "content": "a"}]', '{"name": "f"}', "{{ x }}", "\u2028",
+    "user", "assistant", "system", "tool", "critic", "gpt", "function_call", [], {}, [None], [[]], [{}], [1, 2, -100],
+    [0, 1, 1], {"role": "assistant", "content": "yes"}, {"from": "gpt", "value": "no"}, [["a", "b"]], "a" * 5000,
+]  # fmt: skip
+NAMES = [
+    "messages", "conversations", "role", "from", "content", "value", "tool_calls", "function_call", "function", "name",
+    "arguments", "weight", "train_detail", "reasoning", "tools", "chat_template_kwargs", "images", "system", "history",
+    "prompt", "completion", "text", "instruction", "input", "output", "question", "answer", "input_ids", "labels",
+    "attention_mask", "completion_mask", "chosen", "rejected", "id", "",
+]  # fmt: skip
+
+
+def spoiled_row(rng: random.Random, good: Any) -> Any:
+    """A good row with none to four things in it changed, added or taken out."""
+    row = json.loads(json.dumps(good))
+    for _ in range(rng.choice([0, 1, 1, 2, 4])):
+        places = list(inner_places(row))
+        holder, key = rng.choice(places) if places else (row, None)
+        odd = json.loads(json.dumps(rng.choice(ODD)))
+        what = rng.randrange(5)
+        if what == 0 and isinstance(holder, dict):
+            holder[rng.choice(NAMES)] = odd
+        elif what == 1 and isinstance(holder, list):
+            holder.insert(rng.randrange(len(holder) + 1), odd)
+        elif what == 2 and key is not None:
+            del holder[key]
+        elif what == 3 and isinstance(holder, dict) and key is not None:
+            holder[rng.choice(NAMES)] = holder.pop(key)
+        elif key is not None:
+            holder[key] = odd
+    return rng.choice(ODD) if rng.random() < 0.01 else row
+
+
+def inner_places(value: Any):
+    """(holder, key or index) of everything inside a row."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in list(items):
+        yield value, key
+        yield from inner_places(inner)
+
+
+def spoiled_line(rng: random.Random, good: Any) -> bytes:
+    line = bytearray(json.dumps(spoiled_row(rng, good), ensure_ascii=rng.random() < 0.3).encode(errors="replace"))
+    if rng.random() < 0.02:
+        at = rng.randrange(len(line))
+        line[at : at + rng.randrange(4)] = rng.choice([junk for junk in JUNK if junk != b"\n"])
+    return bytes(line) or b"0"
+
+
+def data(n: int, seed: int, out: Callable[[str], None] = print) -> dict[str, Any]:
+    """Counts of rows that were encoded, refused with a reason, lost, or ended in another exception; the reasons."""
+    import tiny
+    from data.test_formats import GOOD
+
+    from kit.data import load, prepare
+    from kit.data.encode import make_encoding
+    from kit.data.files import read_rows
+    from kit.data.formats import FORMATS, row_kind
+    from kit.schema.run_plan import DataSource
+
+    counts: Counter[str] = Counter(encoded=0, refused=0, lost=0, crashed=0)
+    reasons: Counter[str] = Counter()
+    crashes: dict[str, dict[str, Any]] = {}
+    begun = time.monotonic()
+    of = {f: [row for name, row, _ in GOOD.values() if name == f.replace("alpaca_prompt", "alpaca")] for f in FORMATS}
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = tiny.make_tokenizer(folder)
+        encoding = make_encoding(tokenizer, max_length=64)
+        file = Path(folder, "rows.jsonl")
+        batch = min(prepare.BATCH, -(-n // len(FORMATS)))
+        for turn, first in enumerate(range(0, n, batch)):
+            rng = random.Random(f"{seed} {first}")
+            form = list(FORMATS)[turn % len(FORMATS)]
+            source = DataSource(path=str(file), format=form, **rng.choice(OPTIONS))
+            train_on = rng.choice(TRAIN_ON.get(row_kind(form, {}), ["everything"]))
+            long = rng.choice(["truncate", "split", "drop"])
+            own = replace(encoding, train_on=train_on, on_long_row=long)
+            preparation = prepare.Preparation(tokenizer, [source], [own], frozenset({tokenizer.eos_token_id}))
+            size = min(batch, n - first)
+            lines = [spoiled_line(rng, rng.choice(of[form])) for _ in range(size)]
+            file.write_bytes(b"\n".join(lines) + b"\n")
+            alone = []
+            for number, record in enumerate(load._records([file], read_rows, 0)):
+                try:
+                    pieces, counted, bad = prepare.encode_records([record], preparation)
+                    alone += pieces
+                    kept = counted["kept"] == 1 and pieces and all(p.trained for p in pieces) and not bad
+                    refused = counted["kept"] == 0 and not pieces and [b["number"] for b in bad] == [number + 1]
+                    verdict = "encoded" if kept else "refused" if refused and bad[0]["problem"] else "lost"
+                    reasons.update(prepare.reason_of(b) for b in bad)
+                except Exception:
+                    verdict = "crashed"
+                counts[verdict] += 1
+                if verdict in ("lost", "crashed"):
+                    what = traceback.format_exc().strip() if verdict == "crashed" else f"lost as {form}"
+                    if what.splitlines()[-1] not in crashes:
+                        out(f"{verdict}: {what.splitlines()[-1]}")
+                    entry = {"format": form, "row": lines[number][:2000].decode(errors="replace"), "traceback": what}
+                    crashes.setdefault(what.splitlines()[-1], entry)
+            records = list(load._records([file], read_rows, 0))
+            counts["lost"] += abs(size - len(records))
+            if not counts["crashed"] and prepare.encode_records(records, preparation)[0] != alone:
+                counts["lost"] += 1
+                out(f"the rows from {first} are others among each other than alone")
+    counts["failures"] = counts["lost"]
+    seconds = round(time.monotonic() - begun, 1)
+    summed = dict(reasons.most_common(40))
+    return {"rows": n, "seed": seed, "seconds": seconds, "counts": dict(counts), "reasons": summed, "crashes": crashes}
 
 
 # ------------------------------------------------------------------------------------------------- kill and resume
@@ -590,7 +716,7 @@ def main() -> None:
     from benchmarks.cli_latency import machine
 
     result: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "machine": machine()}
-    campaigns = {"fuzz": fuzz, "honour": honour, "kill": kill, "resume": resume, "slurm": slurm}
+    campaigns = {"fuzz": fuzz, "honour": honour, "data": data, "kill": kill, "resume": resume, "slurm": slurm}
     failed = 0
     for name in a.only or COUNTS:
         result[name] = campaigns[name](a.n or COUNTS[name], a.seed)

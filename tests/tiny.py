@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|> "
@@ -23,13 +24,11 @@ def sentence(number: int, words: int) -> str:
     return " ".join(WORDS[(number * 7 + i * (number % 5 + 1)) % len(WORDS)] for i in range(words))
 
 
-def make_model(folder: str | Path, tied: bool = False, seed: int = 0, **config) -> Path:
-    """Write a float32 Llama (hidden 32, 2 layers) with its tokenizer into `folder`."""
-    import torch
+def make_tokenizer(folder: str | Path) -> Any:
+    """Write and return a tokenizer of WORDS that renders chats."""
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
-    folder = Path(folder)
     vocabulary = {word: i for i, word in enumerate([*SPECIAL, *WORDS])}
     raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -38,6 +37,16 @@ def make_model(folder: str | Path, tied: bool = False, seed: int = 0, **config) 
     )
     tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL[4:]})
     tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def make_model(folder: str | Path, tied: bool = False, seed: int = 0, **config) -> Path:
+    """Write a float32 Llama (hidden 32, 2 layers) with its tokenizer into `folder`."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = Path(folder)
     settings = {
         "vocab_size": 64,
         "hidden_size": 32,
@@ -55,7 +64,7 @@ def make_model(folder: str | Path, tied: bool = False, seed: int = 0, **config) 
     torch.manual_seed(seed)
     model = LlamaForCausalLM(LlamaConfig(**{**settings, **config}))
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    make_tokenizer(folder)
     return folder
 
 

@@ -12,10 +12,11 @@ from pathlib import Path
 
 from kit.config.provenance import GROUPS
 from kit.errors import KitError
+from kit.inspection.hub_dataset import PACKINGS, SUFFIXES
 from kit.schema.run_plan import RunInput
 from kit.system import paths
 
-SUFFIX = re.compile(r"\.(json|jsonl|ndjson|csv|tsv|parquet|arrow|txt)(\.(gz|bz2|xz|zst|lz4))?$", re.IGNORECASE)
+SUFFIX = re.compile(rf"({'|'.join(SUFFIXES)})({'|'.join(PACKINGS)})?$".replace(".", r"\."), re.IGNORECASE)
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 PLAIN = re.compile(r"[A-Za-z_./][A-Za-z0-9_./-]*\.[A-Za-z]+")  # what Hydra's grammar takes as text without quotes
 QUOTED = re.compile(r"""\s*("(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')\s*""", re.DOTALL)

@@ -6,18 +6,20 @@ A canonical row is {"messages": [...]}, {"prompt", "completion"} (both text or b
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from kit.data import row_template
 from kit.data.turns import (
     ROLES,
     EmptyAnswer,
+    Row,
     RowProblem,
-    check_encodes,
+    check_text,
     clean_turns,
     kind,
     parse_json,
@@ -25,11 +27,10 @@ from kit.data.turns import (
     template_arguments,
 )
 from kit.errors import KitError
+from kit.inspection import row_template
 from kit.schema.run_plan import DataSource
 
 CanonicalRow = dict[str, Any]
-Row = dict[str, Any]
-
 CHATS = ("messages", "conversations", "conversation", "dialog", "dialogue", "chat", "chats", "turns")
 PAIRS = (
     *(("question", "answer"), ("query", "response"), ("instruction", "response"), ("prompt", "response")),
@@ -37,6 +38,7 @@ PAIRS = (
     *(("problem", "solution"), ("user", "assistant"), ("human", "assistant")),
 )
 PREFERENCES = ({"chosen", "rejected"}, {"chosen_messages", "rejected_messages"})
+SHAREGPT = ({"from", "value"}, {"role", "value"}, {"human", "assistant"}, {"user", "assistant"})  # keys of a turn
 MASKS = ("assistant_masks", "completion_mask")
 IGNORED = -100
 # The prompts of github.com/tatsu-lab/stanford_alpaca (train.py): the answer stands right behind the colon
@@ -52,6 +54,16 @@ ALPACA_WITH_INPUT = (
 )
 
 
+@dataclass(frozen=True)
+class Format:
+    """A way to write rows."""
+
+    convert: Callable[[Row, DataSource], CanonicalRow | None]  # None where the row has not the format's columns
+    fits: Callable[[Row], bool]  # by its columns, and the kinds of their values
+    columns: set[str]  # that `dataset.columns` can name
+    kind: str  # what rows are in the end: messages, prompt_completion, text or tokenized
+
+
 def convert_row(row: Row, format: str, source: DataSource) -> CanonicalRow:
     """Convert a raw row, which is not changed, to a canonical one. RowProblem for everything that is wrong with it.
 
@@ -59,11 +71,11 @@ def convert_row(row: Row, format: str, source: DataSource) -> CanonicalRow:
     """
     if not isinstance(row, dict):
         raise RowProblem(f"is {kind(row)}, not an object")
-    if source.template:
-        row = _fill_template(row, format, source)
-    elif source.columns:
-        row = _rename(row, source)
-    return FORMATS[format](row, source)
+    row = _fill_template(row, format, source) if source.template else _rename(row, source)
+    converted = FORMATS[format].convert(row, source)
+    if converted is None:
+        raise RowProblem(f"has the columns {short(_list(row))}; the format is {format}")
+    return converted
 
 
 def detect_format(rows: Sequence[Row], source: DataSource) -> str:
@@ -74,49 +86,71 @@ def detect_format(rows: Sequence[Row], source: DataSource) -> str:
     """
     rows = [row for row in rows if isinstance(row, dict)]
     if not rows:
-        raise KitError(
-            "the data holds no rows", "dataset.path", "give a file with at least one row", rule="dataset-rows"
-        )
+        raise KitError("the data holds no rows", "dataset.path", "give a file with rows", rule="dataset-rows")
     columns = list(dict.fromkeys(str(name) for row in rows for name in row))
-    _check_roles(source)
+    _check_source(source, columns)
     if source.template:
         return _template_format(source, columns)
-    _check_columns(source, columns)
+    asked = None if source.format == "auto" else source.format
+    if asked and any(FORMATS[asked].fits(_rename(row, source)) for row in rows):
+        return asked
     votes = _count_votes(rows, source)
-    if source.format == "auto":
-        if votes and (found := votes.most_common(1)[0][0]) != "preference":
-            return found
-        raise _preference_data(rows, source) if votes else _unknown_columns(rows, columns)
-    shape = SHAPES[source.format.replace("alpaca_prompt", "alpaca")]
-    if not any(shape(_rename(row, source)) for row in rows):
-        fix = f"dataset.format={max(votes, key=votes.__getitem__)}" if votes else _advise(rows, columns)
-        problem = f"the rows are not of the format {source.format}; they have the columns {_list(columns)}"
-        raise KitError(problem, "dataset.format", fix, rule="dataset-format")
-    return source.format
+    found = votes.most_common(1)[0][0] if votes else None
+    if found == "preference":
+        raise _preference_data(rows, source)
+    if found and not asked:
+        return found
+    key, what = "columns", f"of none of the formats {', '.join(FORMATS)}"
+    if asked:
+        key, what = "format", f"not of the format {asked}"
+    fix = f"dataset.format={found}" if found else _advise(rows, columns)
+    raise KitError(f"the columns {_list(columns)} are {what}", f"dataset.{key}", fix, rule=f"dataset-{key}")
 
 
 # The formats: one function each
 
 
-def convert_messages(row: Row, source: DataSource) -> CanonicalRow:
-    """{"messages": [{"role", "content"}]} of OpenAI, also under the other names of CHATS; "tools" or "functions"."""
-    return _convert_chat(row, source, "messages")
+def convert_chat(row: Row, source: DataSource) -> CanonicalRow | None:
+    """[{"role", "content"}] of OpenAI, [{"from", "value"}] of ShareGPT, or [{"human", "assistant"}], under any column;
+    "system", "tools" or "functions", and "chat_template_kwargs" beside it."""
+    for name in CHATS:  # the hot path: no look at what stands in the other columns
+        if isinstance(turns := row.get(name), list) and turns and isinstance(turns[0], dict):
+            return _make_chat(turns, name, row, source)
+    found = _find_chat(row) or next((name for name in CHATS if name in row), None)
+    return None if found is None else _make_chat(parse_json(row[found], found), found, row, source)
 
 
-def convert_sharegpt(row: Row, source: DataSource) -> CanonicalRow:
-    """[{"from", "value"}], or [{"human", "assistant"}], under any column; "system" and "tools" beside them."""
-    return _convert_chat(row, source, "sharegpt")
+def convert_pair(row: Row, source: DataSource, question: str, answer: str) -> CanonicalRow | None:
+    """Two columns of text as a chat; "input" or "context" belong to the question, "history" is a list of pairs."""
+    if question not in row or answer not in row:
+        return None
+    answered = _answer(row, answer)
+    names = dict.fromkeys((question, "input", "context"))
+    asked = "\n".join(filter(None, (_optional_text(row, name) for name in names)))
+    history = parse_json(row.get("history"), "history") or []
+    turns = []
+    for pair in [*history, (asked, answered)] if isinstance(history, list) else [None]:
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise RowProblem("history is not a list of pairs of question and answer")
+        turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    if not asked:
+        raise RowProblem(f"{question} is empty")
+    return _make_chat(turns, "history", row, source)
 
 
-def convert_alpaca(row: Row, source: DataSource) -> CanonicalRow:
-    """{"instruction", "input", "output"} with "system" and "history", a list of pairs."""
-    _require(row, "alpaca", "instruction", "output")
-    return _convert_pair(row, source, "instruction", "output")
+def convert_question_answer(row: Row, source: DataSource) -> CanonicalRow | None:
+    """Two columns of PAIRS, in any case of letters."""
+    return convert_pair(row, source, *(_find_pair(row) or PAIRS[0]))
 
 
-def convert_alpaca_prompt(row: Row, source: DataSource) -> CanonicalRow:
+def _fits_alpaca(row: Row) -> bool:
+    return row.keys() >= {"instruction", "output"}
+
+
+def convert_alpaca_prompt(row: Row, source: DataSource) -> CanonicalRow | None:
     """The same as prompt and completion in Stanford's words."""
-    _require(row, "alpaca_prompt", "instruction", "output")
+    if not _fits_alpaca(row):
+        return None
     if filled := [name for name in ("system", "history") if row.get(name)]:
         raise RowProblem(f"the prompts of Alpaca have no place for {filled[0]}")
     answer, instruction, given = _answer(row, "output"), _text(row, "instruction"), _optional_text(row, "input")
@@ -124,83 +158,86 @@ def convert_alpaca_prompt(row: Row, source: DataSource) -> CanonicalRow:
     return {"prompt": prompt, "completion": answer}
 
 
-def convert_prompt_completion(row: Row, source: DataSource) -> CanonicalRow:
+def convert_prompt_completion(row: Row, source: DataSource) -> CanonicalRow | None:
     """{"prompt", "completion"}, both text or both chats."""
-    _require(row, "prompt_completion", "prompt", "completion")
+    if not row.keys() >= {"prompt", "completion"}:
+        return None
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
-        turns = [*prompt, *completion]
         messages = clean_turns(prompt, "prompt", source)
-        answer = clean_turns(completion, "completion", source)
-        if all(turn["role"] != "assistant" for turn in answer):
+        answers = clean_turns(completion, "completion", source)
+        if all(turn["role"] != "assistant" for turn in answers):
             raise RowProblem("the completion has no assistant turn to train")
-        return {"prompt": messages, "completion": answer, **template_arguments(row, turns)}
+        return {"prompt": messages, "completion": answers, **template_arguments(row, [*prompt, *completion])}
     if isinstance(prompt, list) or isinstance(completion, list):
         raise RowProblem(f"prompt is {kind(prompt)} and completion is {kind(completion)}: both text or both chats")
-    blank = isinstance(prompt, str) and not prompt.strip()  # an answer may stand behind nothing
-    return {"prompt": prompt if blank else _text(row, "prompt"), "completion": _answer(row, "completion")}
+    answer = _answer(row, "completion")  # may stand behind nothing
+    return {"prompt": check_text(prompt, "prompt"), "completion": answer}
 
 
-def convert_question_answer(row: Row, source: DataSource) -> CanonicalRow:
-    """Two columns of PAIRS, in any case of letters; "context" or "input", "system" and "history" beside them."""
-    if (pair := _find_pair(row)) is None:
-        raise _wrong_columns(row, "question_answer")
-    return _convert_pair(row, source, *pair)
-
-
-def convert_text(row: Row, source: DataSource) -> CanonicalRow:
+def convert_text(row: Row, source: DataSource) -> CanonicalRow | None:
     """{"text"}"""
-    _require(row, "text", "text")
-    return {"text": _text(row, "text")}
+    return {"text": _text(row, "text")} if "text" in row else None
 
 
-def convert_tokenized(row: Row, source: DataSource) -> CanonicalRow:
+def convert_tokenized(row: Row, source: DataSource) -> CanonicalRow | None:
     """{"input_ids"} with "labels", or with masks of what is trained; where "attention_mask" is 0 is cut off."""
-    _require(row, "tokenized", "input_ids")
-    lists = {"input_ids": row["input_ids"]}
-    lists |= {name: row[name] for name in ("labels", "attention_mask", *MASKS) if row.get(name) is not None}
+    names = ("input_ids", "labels", "attention_mask", *MASKS)
+    lists = {name: row[name] for name in names if row.get(name) is not None}
+    if "input_ids" not in lists:
+        return None
+    ids = lists["input_ids"]
     for name, values in lists.items():
         if not isinstance(values, list) or not values or set(map(type, values)) != {int}:
             raise RowProblem(f"{name} is not a list of whole numbers")
-        if len(values) != len(lists["input_ids"]):
-            raise RowProblem(f"{len(lists['input_ids'])} input_ids, but {len(values)} {name}")
+        if len(values) != len(ids):
+            raise RowProblem(f"{len(ids)} input_ids, but {len(values)} {name}")
         if name not in ("input_ids", "labels") and not set(values) <= {0, 1}:
             raise RowProblem(f"{name} holds more than 0 and 1")
-    ids, labels, masks = lists["input_ids"], lists.get("labels"), [lists[m] for m in MASKS if m in lists]
     if min(ids) < 0:
         raise RowProblem(f"input_ids holds {min(ids)}")
-    if masks:
-        labels = [label if all(kept) else IGNORED for label, *kept in zip(labels or ids, *masks, strict=True)]
-    if labels and any(label not in (IGNORED, token) for label, token in zip(labels, ids, strict=True)):
+    labels = lists.get("labels", ids)
+    for mask in (lists[name] for name in MASKS if name in lists):
+        labels = [label if kept else IGNORED for label, kept in zip(labels, mask, strict=True)]
+    if any(label not in (IGNORED, token) for label, token in zip(labels, ids, strict=True)):
         raise RowProblem("labels hold more than -100 and the row's own tokens (they are not to be shifted)")
-    if "attention_mask" in lists:
-        seen = lists["attention_mask"]
-        if 1 not in seen:
-            raise RowProblem("attention_mask is 0 everywhere")
-        ids = [token for token, mask in zip(ids, seen, strict=True) if mask]
-        labels = labels and [label for label, mask in zip(labels, seen, strict=True) if mask]
-    return {"input_ids": ids, "labels": labels} if labels else {"input_ids": ids}
+    seen = lists.get("attention_mask") or [1] * len(ids)
+    if 1 not in seen:
+        raise RowProblem("attention_mask is 0 everywhere")
+    found = {"input_ids": [token for token, mask in zip(ids, seen, strict=True) if mask]}
+    if labels is not ids:
+        found["labels"] = [label for label, mask in zip(labels, seen, strict=True) if mask]
+    return found
 
 
-FORMATS: dict[str, Callable[[Row, DataSource], CanonicalRow]] = {
-    "tokenized": convert_tokenized,
-    "messages": convert_messages,
-    "sharegpt": convert_sharegpt,
-    "prompt_completion": convert_prompt_completion,
-    "alpaca": convert_alpaca,
-    "alpaca_prompt": convert_alpaca_prompt,
-    "question_answer": convert_question_answer,
-    "text": convert_text,
-}
+FORMATS = {  # the most particular first
+    "tokenized": Format(
+        convert_tokenized, lambda row: isinstance(row.get("input_ids"), list),
+        {"input_ids", "labels", "attention_mask", *MASKS}, "tokenized"),
+    "messages": Format(
+        convert_chat, lambda row: any(_has_turns(row.get(name), {"role", "content"}) for name in CHATS),
+        {"messages"}, "messages"),
+    "sharegpt": Format(convert_chat, lambda row: _find_chat(row) is not None, {"messages"}, "messages"),
+    "prompt_completion": Format(
+        convert_prompt_completion, lambda row: row.keys() >= {"prompt", "completion"},
+        {"prompt", "completion"}, "prompt_completion"),
+    "alpaca": Format(
+        partial(convert_pair, question="instruction", answer="output"), _fits_alpaca,
+        {"instruction", "input", "output"}, "messages"),
+    "alpaca_prompt": Format(
+        convert_alpaca_prompt, _fits_alpaca, {"instruction", "input", "output"}, "prompt_completion"),
+    "question_answer": Format(
+        convert_question_answer, lambda row: _find_pair(row) is not None, set().union(*PAIRS), "messages"),
+    "text": Format(convert_text, lambda row: isinstance(row.get("text", 0), str | None), {"text"}, "text"),
+}  # fmt: skip
+BESIDE = {"system", "history", "context", "tools", "chat_template_kwargs"}  # what `columns` can name for any
 
 
 def row_kind(format: str, template: Mapping[str, str]) -> str:
     """What rows of a format are in the end: messages, prompt_completion, text or tokenized."""
-    if template:
-        return "prompt_completion" if format == "prompt_completion" else row_template.template_format(template)
-    if format in ("sharegpt", "alpaca", "question_answer"):
-        return "messages"
-    return "prompt_completion" if format == "alpaca_prompt" else format
+    if template and format != "prompt_completion":
+        return row_template.template_format(template)
+    return FORMATS[format].kind
 
 
 def is_chat(row: CanonicalRow) -> bool:
@@ -208,33 +245,28 @@ def is_chat(row: CanonicalRow) -> bool:
     return "messages" in row or isinstance(row.get("prompt"), list)
 
 
-# Chats
+# What they share
 
 
-def _convert_chat(row: Row, source: DataSource, format: str) -> CanonicalRow:
-    for name in CHATS:  # the hot path: no look at what stands in the other columns
-        if isinstance(turns := row.get(name), list) and turns and isinstance(turns[0], dict):
-            return _make_chat(turns, name, row, source)
-    found = _find_chat(row) or next((name for name in CHATS if name in row), None)
-    if found is None:
-        raise _wrong_columns(row, format)
-    turns = row[found]
-    return _make_chat(parse_json(turns, found) if isinstance(turns, str) else turns, found, row, source)
+def _find_chat(row: Row) -> str | None:
+    """The first column that holds the turns of a ShareGPT chat, or their JSON; those of CHATS go before others."""
+    names = [*(name for name in CHATS if name in row), *row]
+    return next((name for name in names if _has_turns(row[name], *SHAREGPT)), None)
 
 
-def _convert_pair(row: Row, source: DataSource, question: str, answer: str) -> CanonicalRow:
-    _answer(row, answer)
-    given = [_optional_text(row, name) for name in (question, "input", "context") if name == question or name in row]
-    history = row.get("history") or []
-    history = parse_json(history, "history") if isinstance(history, str) else history
-    turns: list[Any] = []
-    for pair in [*history, ("\n".join(filter(None, given)), row[answer])] if isinstance(history, list) else [None]:
-        if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise RowProblem("history is not a list of pairs of question and answer")
-        turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    if not turns[-2]["content"]:
-        raise RowProblem(f"{question} is empty")
-    return _make_chat(turns, "history", row, source)
+def _has_turns(value: Any, *layouts: set[str]) -> bool:
+    if isinstance(value, str) and re.match(r"\s*\[\s*\{", value):
+        try:
+            value = parse_json(value, "")
+        except RowProblem:
+            return False
+    turns = [turn.keys() for turn in value if isinstance(turn, dict)] if isinstance(value, list) else []
+    return any(keys >= layout for keys in turns for layout in layouts)
+
+
+def _find_pair(row: Row) -> tuple[str, str] | None:
+    lower = {name.lower(): name for name in row if isinstance(name, str)} | {name: name for name in row}
+    return next(((lower[q], lower[a]) for q, a in PAIRS if q in lower and a in lower), None)
 
 
 def _make_chat(turns: Any, name: str, row: Row, source: DataSource) -> CanonicalRow:
@@ -248,36 +280,24 @@ def _make_chat(turns: Any, name: str, row: Row, source: DataSource) -> Canonical
 
 
 def _text(row: Row, column: str) -> str:
-    value = row[column]
-    if not isinstance(value, str):
-        raise RowProblem(f"{column} is {kind(value)}, not text")
-    if not value.strip():
+    if not (text := check_text(row[column], column)).strip():
         raise RowProblem(f"{column} is empty")
-    check_encodes(value)
-    return value
+    return text
 
 
 def _optional_text(row: Row, column: str) -> str:
-    return "" if row.get(column) in (None, "") else _text(row, column) if str(row[column]).strip() else ""
+    value = row.get(column)
+    return "" if value is None or not str(value).strip() else check_text(value, column)
 
 
 def _answer(row: Row, column: str) -> str:
-    if row[column] is None or isinstance(row[column], str) and not row[column].strip():
+    if row[column] is None or not check_text(row[column], column).strip():
         raise EmptyAnswer
-    return _text(row, column)
+    return str(row[column])
 
 
 def _list(columns: Iterable[Any]) -> str:
     return ", ".join(map(short, columns)) or "(none)"
-
-
-def _wrong_columns(row: Row, format: str) -> RowProblem:
-    return RowProblem(f"has the columns {short(_list(row))}; the format is {format}")
-
-
-def _require(row: Row, format: str, *columns: str) -> None:
-    if any(column not in row for column in columns):
-        raise _wrong_columns(row, format)
 
 
 # From the file's columns to the format's
@@ -305,71 +325,32 @@ def _fill_template(row: Row, format: str, source: DataSource) -> Row:
     return row_template.render_row(row, source.template, apart)
 
 
-def _find_chat(row: Row) -> str | None:
-    """The first column that holds the turns of a ShareGPT chat, or their JSON; those of CHATS go before others."""
-    layouts = (("from", "value"), ("role", "value"), ("human", "assistant"), ("user", "assistant"))
-    for name in [*(name for name in CHATS if name in row), *row]:
-        if any(_has_turns(row[name], *keys) for keys in layouts):
-            return name
-    return None
-
-
-def _has_turns(value: Any, *keys: str) -> bool:
-    if isinstance(value, str) and re.match(r"\s*\[\s*\{", value):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            return False
-    return isinstance(value, list) and any(isinstance(turn, dict) and turn.keys() >= {*keys} for turn in value)
-
-
-def _find_pair(row: Row) -> tuple[str, str] | None:
-    for question, answer in PAIRS:
-        if question in row and answer in row:
-            return question, answer
-    lower = {name.lower(): name for name in row if isinstance(name, str)}
-    return next(((lower[q], lower[a]) for q, a in PAIRS if q in lower and a in lower), None)
-
-
-SHAPES: dict[str, Callable[[Row], bool]] = {  # the most particular first
-    "tokenized": lambda row: isinstance(row.get("input_ids"), list),
-    "messages": lambda row: any(_has_turns(row.get(name), "role", "content") for name in CHATS),
-    "sharegpt": lambda row: _find_chat(row) is not None,
-    "prompt_completion": lambda row: "prompt" in row and "completion" in row,
-    "alpaca": lambda row: "instruction" in row and "output" in row,
-    "question_answer": lambda row: _find_pair(row) is not None,
-    "text": lambda row: isinstance(row.get("text", 0), str | None),
-}
-COLUMNS: dict[str, set[str]] = {  # what `columns` can name for a format
-    "tokenized": {"input_ids", "labels", "attention_mask", *MASKS},
-    "messages": {"messages"},
-    "sharegpt": {"messages"},
-    "prompt_completion": {"prompt", "completion"},
-    "alpaca": {"instruction", "input", "output"},
-    "question_answer": {name for pair in PAIRS for name in pair},
-    "text": {"text"},
-}
-BESIDE = {"system", "history", "context", "tools", "chat_template_kwargs"}
-
-
 def _count_votes(rows: Sequence[Row], source: DataSource) -> Counter[str]:
     """Rows of each format; "preference" for those with a rejected answer. Columns that are named go before others."""
-    named = [name for name in SHAPES if COLUMNS[name] & source.columns.keys()] or list(SHAPES)
+    named = [name for name in FORMATS if FORMATS[name].columns & source.columns.keys()] or list(FORMATS)
     votes: Counter[str] = Counter()
     renamed = [_rename(row, source) for row in rows]
     for row in renamed:
         judged = isinstance(row.get("label"), bool) and ("completion" in row or "messages" in row)
         if judged or any(row.keys() >= pair for pair in PREFERENCES) or row.keys() & {"rejected_response", "kto_tag"}:
             votes["preference"] += 1
-        elif found := next((name for name in named if SHAPES[name](row)), None):
+        elif found := next((name for name in named if FORMATS[name].fits(row)), None):
             votes[found] += 1
     if not votes and any("messages" in row for row in renamed):  # none of them a chat: each row's reason says more
         votes["messages"] = 1
     return votes
 
 
-def _check_columns(source: DataSource, columns: list[str]) -> None:
-    known = set().union(*COLUMNS.values(), BESIDE)
+def _check_source(source: DataSource, columns: list[str]) -> None:
+    """KitError where roles or columns are named that there are not."""
+    if wrong := [(theirs, ours) for theirs, ours in source.roles.items() if ours not in (*ROLES.values(), theirs)]:
+        theirs, ours = wrong[0]
+        fix = f"dataset.roles.{theirs}= one of {', '.join(sorted(set(ROLES.values())))}; {theirs} to keep it"
+        raise KitError(f"{ours!r} is no role", "dataset.roles", fix, rule="dataset-format")
+    if source.columns and source.template:
+        problem = "both dataset.columns and dataset.template are given"
+        raise KitError(problem, "dataset.template", "keep one", rule="dataset-template")
+    known = BESIDE.union(*(format.columns for format in FORMATS.values()))
     if unknown := [ours for ours in source.columns if ours not in known]:
         problem = f"dataset.columns.{unknown[0]} names no column that a format has"
         fix = f"the key is one of {', '.join(sorted(known))}, the value the file's column"
@@ -379,43 +360,28 @@ def _check_columns(source: DataSource, columns: list[str]) -> None:
         raise KitError(problem, "dataset.columns", "name columns that exist", rule="dataset-columns")
 
 
-def _check_roles(source: DataSource) -> None:
-    for theirs, ours in source.roles.items():
-        if ours not in ROLES.values() and ours != theirs:
-            fix = f"dataset.roles.{theirs}= one of {', '.join(sorted(set(ROLES.values())))}; {theirs} to keep it"
-            raise KitError(f"{ours!r} is no role", "dataset.roles", fix, rule="dataset-format")
-
-
 def _template_format(source: DataSource, columns: list[str]) -> str:
-    if source.columns:
-        problem = "both dataset.columns and dataset.template are given"
-        raise KitError(problem, "dataset.template", "keep one", rule="dataset-template")
     made = row_template.template_format(source.template)
     row_template.check_template_columns(source.template, columns)
-    if source.format not in ("auto", made) and (made, source.format) != ("messages", "prompt_completion"):
-        problem = f"the template makes {made}, not {source.format}"
-        raise KitError(problem, "dataset.format", "dataset.format=auto", rule="dataset-format")
-    return source.format if made == "messages" and source.format != "auto" else made
+    if source.format in ("auto", made):
+        return made
+    if (made, source.format) == ("messages", "prompt_completion"):  # the last turn apart from the others
+        return source.format
+    problem = f"the template makes {made}, not {source.format}"
+    raise KitError(problem, "dataset.format", "dataset.format=auto", rule="dataset-format")
 
 
 def _preference_data(rows: Sequence[Row], source: DataSource) -> KitError:
     fix = "give rows with one answer each"
     for ours in ("completion", "messages", "output", "answer"):  # the preferred answers alone can be trained
         tried = source.model_copy(update={"columns": source.columns | {ours: "chosen"}})
-        try:
+        with suppress(RowProblem, IndexError, KeyError, StopIteration):  # not of such rows
             found = _count_votes(rows, tried).most_common(1)[0][0]
             convert_row(next(row for row in rows if "chosen" in row), found, tried)
-        except (RowProblem, IndexError, KeyError, StopIteration):
-            continue
-        fix = f"to train the preferred answers alone: dataset.columns.{ours}=chosen"
-        break
+            fix = f"to train the preferred answers alone: dataset.columns.{ours}=chosen"
+            break
     problem = "these are preferences between answers, for DPO and its kin; here answers are trained"
     return KitError(problem, "dataset.path", fix, rule="dataset-format")
-
-
-def _unknown_columns(rows: Sequence[Row], columns: list[str]) -> KitError:
-    problem = f"the columns {_list(columns)} are none of the formats {', '.join(SHAPES)}"
-    return KitError(problem, "dataset.columns", _advise(rows, columns), rule="dataset-columns")
 
 
 def _advise(rows: Sequence[Row], columns: list[str]) -> str:

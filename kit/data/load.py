@@ -13,11 +13,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from kit.data.files import RawRow, find_data_files, is_data_file, read_rows
+from kit.data.files import RawRow, read_rows
 from kit.data.formats import CanonicalRow, convert_row, detect_format
 from kit.data.turns import RowProblem, kind
 from kit.errors import KitError, first_line
 from kit.inspection import hub_dataset
+from kit.inspection.data_files import find_data_files
 from kit.schema.run_plan import Dataset, DataSource, RunPlan
 from kit.storage import hub_cache
 from kit.storage.run_directory import PLAN
@@ -333,7 +334,7 @@ def find_snapshot_files(source: DataSource, repo: str, split: str, streaming: bo
             card = Path(hf_hub_download(repo, hub_dataset.CARD, **common)).read_text(
                 encoding="utf-8", errors="replace"
             )
-        wanted = [n for n in hub_dataset.split_files(names, card, source.name, split) if is_data_file(n)]
+        wanted = [n for n in hub_dataset.split_files(names, card, source.name, split) if hub_dataset.is_data_file(n)]
         if not wanted:
             return None
         folder = Path(snapshot_download(repo, allow_patterns=[*wanted, hub_dataset.CARD], **common))

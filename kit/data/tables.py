@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
+from kit.data.turns import parse_json
 from kit.errors import first_line
 
 BATCH = 500  # rows that are Python objects at once
@@ -13,14 +15,14 @@ END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 def read_table(source: Any, kind: str) -> Iterator[tuple[dict[str, Any] | None, str | None]]:
-    """(row, None) or (None, problem) of each row of `source`, a path or an open file with random access.
+    """(row, None) or (None, problem) of each row of `source`, an open file with random access.
 
     `kind` is .parquet or .arrow. OSError where the file is damaged; ImportError without pyarrow.
     """
     import pyarrow as pa
 
     try:
-        with pa.OSFile(source) if isinstance(source, str) else pa.PythonFile(source, mode="r") as file:
+        with pa.PythonFile(source, mode="r") as file:
             schema, batches = open_parquet(file) if kind == ".parquet" else open_arrow(file, pa)
             if len(set(schema.names)) < len(schema.names):
                 raise OSError("two of its columns have one name")
@@ -30,7 +32,7 @@ def read_table(source: Any, kind: str) -> Iterator[tuple[dict[str, Any] | None, 
             for batch in batches:
                 for start in range(0, batch.num_rows, BATCH):
                     yield from plain_rows(batch.slice(start, BATCH), plain)
-    except (pa.ArrowException, ValueError) as error:
+    except (pa.ArrowException, ValueError, OverflowError, MemoryError) as error:  # sizes that a damage made up
         raise OSError(first_line(error)) from None
 
 
@@ -73,14 +75,14 @@ def plain_rows(batch: Any, plain: dict[str, Any]) -> Iterator[tuple[dict[str, An
         return
     for values in rows:
         row: dict[str, Any] = {}
-        problem = None
-        for name, value in values.items():
-            if value is not None:
-                try:
+        try:
+            for name, value in values.items():
+                if value is not None:
                     row[name] = plain[name](value) if plain[name] else value
-                except (ValueError, RecursionError) as error:
-                    problem = f"column {name} {first_line(error)}"
-        yield (None, problem) if problem else (row, None)
+        except (ValueError, RecursionError) as error:
+            yield None, f"column {name} {first_line(error)}"
+        else:
+            yield row, None
 
 
 def make_plain(kind: Any, feature: Any, types: Any) -> Callable[[Any], Any] | None:
@@ -90,7 +92,7 @@ def make_plain(kind: Any, feature: Any, types: Any) -> Callable[[Any], Any] | No
     """
     feature = feature if isinstance(feature, dict) else {}
     if feature.get("_type") == "Json" or getattr(kind, "extension_name", "") == "arrow.json":
-        return parse_json
+        return partial(parse_json, what="its text")
     kind = getattr(kind, "storage_type", kind)
     kind = kind.value_type if types.is_dictionary(kind) else kind
     if types.is_struct(kind):  # a field that is null is a key that the row did not have
@@ -105,13 +107,6 @@ def make_plain(kind: Any, feature: Any, types: Any) -> Callable[[Any], Any] | No
     if types.is_temporal(kind) or types.is_decimal(kind):
         return str
     return refuse_bytes if "binary" in str(kind) else None
-
-
-def parse_json(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"is not JSON: {first_line(error)}") from None
 
 
 def refuse_bytes(value: bytes) -> Any:

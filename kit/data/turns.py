@@ -47,10 +47,9 @@ class EmptyAnswer(RowProblem):
 
 def map_role(role: str, source: DataSource) -> str:
     """system, developer, user, assistant, tool, CALL or what `roles` says; RowProblem for a role that nobody knows."""
-    named = source.roles.get(role) or ROLES.get(role)
-    if named is None:
-        lower = role.strip().lower()
-        named = next((ours for theirs, ours in source.roles.items() if theirs.lower() == lower), ROLES.get(lower))
+    lower = role.strip().lower()
+    told = {theirs.lower(): ours for theirs, ours in source.roles.items()}
+    named = source.roles.get(role) or ROLES.get(role) or told.get(lower) or ROLES.get(lower)
     if named is None:
         raise RowProblem(f"the role {short(role)!r} is not known: dataset.roles.{short(role)}=user")
     return named
@@ -67,8 +66,8 @@ def clean_turns(turns: Any, name: str, source: DataSource) -> list[Row]:
             if not isinstance(turn, dict):
                 raise RowProblem(f"is {kind(turn)}, not an object")
             if "assistant" in turn and (asking := "human" if "human" in turn else "user") in turn:
-                messages.append(_clean_turn({"role": "user", "content": turn[asking]}, "user"))
-                messages.append(_clean_turn({"role": "assistant", "content": turn["assistant"]}, "assistant"))
+                messages.append(_clean_turn({"content": turn[asking]}, "user"))
+                messages.append(_clean_turn({"content": turn["assistant"]}, "assistant"))
                 continue
             role = turn.get("role") or turn.get("from")
             if not isinstance(role, str):
@@ -91,56 +90,43 @@ def _clean_turn(turn: Row, role: str) -> Row:
     if content is None:
         content = turn.get("value")
     if isinstance(content, list):
-        content = _join_parts(content)
+        content = "".join(map(_part_text, content))
     extra = _read_extras(turn, role) if len(turn) > 2 or content is None else {}
     if role == CALL:
         extra["tool_calls"] = _read_calls(content)
         role, content = "assistant", ""
-    if content is None and extra.keys() & {"tool_calls", "reasoning_content"}:
+    speaks_otherwise = "tool_calls" in extra or "reasoning_content" in extra
+    if content is None:
+        if not speaks_otherwise:
+            raise RowProblem("has no content")
         content = ""
-    if not isinstance(content, str):
-        raise RowProblem("has no content" if content is None else f"content is {kind(content)}, not text")
-    if (
-        role in ("user", "assistant")
-        and not extra.keys() & {"tool_calls", "reasoning_content"}
-        and not content.strip()
-    ):
+    if not check_text(content, "content").strip() and role in ("user", "assistant") and not speaks_otherwise:
         raise RowProblem(f"({role}) is empty")
-    check_encodes(content)
     return {"role": role, "content": content, **extra}
 
 
-def _join_parts(parts: list[Any]) -> str:
-    texts = []
-    for part in parts:
-        text = part
-        if isinstance(part, dict) and part.get("type") in TEXT_PARTS:
-            text = part.get("text", part.get("value", part))  # "value": LLaMA-Factory's newer files
-        if not isinstance(text, str):
-            what = part.get("type", part.keys()) if isinstance(part, dict) else kind(part)
-            raise RowProblem(f"a part of its content is {short(what)}; only text is trained")
-        texts.append(text)
-    return "".join(texts)
+def _part_text(part: Any) -> str:
+    text = part
+    if isinstance(part, dict) and part.get("type") in TEXT_PARTS:
+        text = part.get("text", part.get("value", part))  # "value": LLaMA-Factory's newer files
+    if not isinstance(text, str):
+        what = part.get("type", part.keys()) if isinstance(part, dict) else kind(part)
+        raise RowProblem(f"a part of its content is {short(what)}; only text is trained")
+    return text
 
 
 def _read_extras(turn: Row, role: str) -> Row:
     """What a turn has beside role and content; other keys (ids, times, ...) are not for the model."""
     extra: Row = {}
-    calls = turn.get("tool_calls") or ([turn["function_call"]] if turn.get("function_call") else None)
-    if calls:
-        if role != "assistant":
-            raise RowProblem(f"({role}) calls a tool, which only an assistant does")
-        if calls := _read_calls(calls):
-            extra["tool_calls"] = calls
-    reasoning = next((turn[name] for name in REASONING if turn.get(name)), None)
-    texts = {"reasoning_content": reasoning if role == "assistant" else None}
-    texts |= {name: turn.get(name) for name in ("name", "tool_call_id")}
-    for name, text in texts.items():
-        if text not in (None, ""):
-            if not isinstance(text, str):
-                raise RowProblem(f"{name} is {kind(text)}, not text")
-            check_encodes(text)
-            extra[name] = text
+    calls = turn.get("tool_calls") or turn.get("function_call")
+    if calls and role != "assistant":
+        raise RowProblem(f"({role}) calls a tool, which only an assistant does")
+    if calls and (calls := _read_calls(calls)):
+        extra["tool_calls"] = calls
+    texts = {"name": turn.get("name"), "tool_call_id": turn.get("tool_call_id")}
+    if role == "assistant":
+        texts["reasoning_content"] = next((turn[name] for name in REASONING if turn.get(name)), None)
+    extra |= {name: check_text(text, name) for name, text in texts.items() if text not in (None, "")}
     weight = next((turn[name] for name in WEIGHTS if turn.get(name) is not None), None)
     if weight is not None:
         if not isinstance(weight, bool | int | float) or weight not in (0, 1):
@@ -152,48 +138,39 @@ def _read_extras(turn: Row, role: str) -> Row:
 
 
 def _read_calls(calls: Any) -> list[Row]:
-    calls = parse_json(calls, "a tool call") if isinstance(calls, str) else calls
+    calls = parse_json(calls, "a tool call")
     read = []
     for call in calls if isinstance(calls, list) else [calls]:
-        call = parse_json(call, "a tool call") if isinstance(call, str) else call
+        call = parse_json(call, "a tool call")
         inner = call.get("function") if isinstance(call, dict) else None
         function = inner if isinstance(inner, dict) else call
         if not isinstance(function, dict) or not isinstance(name := function.get("name"), str) or not name:
             raise RowProblem("a tool call has no name")
-        arguments = function.get("arguments", function.get("parameters"))
-        if isinstance(arguments, str) and arguments.strip():
-            arguments = parse_json(arguments, f"arguments of {short(name)}")
-        arguments = {} if arguments is None or arguments == "" else arguments
+        what = f"arguments of {short(name)}"
+        arguments = parse_json(function.get("arguments", function.get("parameters")), what)
+        arguments = {} if arguments is None else arguments
         if not isinstance(arguments, dict):
-            raise RowProblem(f"arguments of {short(name)} is {kind(arguments)}, not an object")
+            raise RowProblem(f"{what} is {kind(arguments)}, not an object")
         known = {"id": call["id"]} if isinstance(call.get("id"), str) and call["id"] else {}
         read.append({"type": "function", **known, "function": {"name": name, "arguments": arguments}})
-    _check_json(read, "a tool call")
-    return read
+    return _check_json(read, "a tool call")
 
 
 def template_arguments(row: Row, turns: Iterable[Any]) -> Row:
     """The row's `tools` (some sets have them on a turn) and `chat_template_kwargs`, where it has any."""
-    for name in MEDIA:
-        if row.get(name):
-            raise RowProblem(f"has {name}; only text is trained")
+    if media := next((name for name in MEDIA if row.get(name)), None):
+        raise RowProblem(f"has {media}; only text is trained")
     found: Row = {}
     tools = row.get("tools") or row.get("functions")
     tools = tools or next((t["tools"] for t in turns if isinstance(t, dict) and t.get("tools")), None)
-    tools = parse_json(tools, "tools") if isinstance(tools, str) else tools
-    if tools:
+    if tools := parse_json(tools, "tools"):
         found["tools"] = _read_tools(tools)
-    arguments = row.get("chat_template_kwargs")
-    arguments = (
-        parse_json(arguments, "chat_template_kwargs") if isinstance(arguments, str) and arguments else arguments
-    )
-    if arguments:
+    if arguments := parse_json(row.get("chat_template_kwargs"), "chat_template_kwargs"):
         if not isinstance(arguments, dict):
             raise RowProblem(f"chat_template_kwargs is {kind(arguments)}, not an object")
         if reserved := RESERVED & arguments.keys():
             raise RowProblem(f"chat_template_kwargs cannot set {min(reserved)}")
-        _check_json(arguments, "chat_template_kwargs")
-        found["chat_template_kwargs"] = arguments
+        found["chat_template_kwargs"] = _check_json(arguments, "chat_template_kwargs")
     return found
 
 
@@ -202,17 +179,13 @@ def _read_tools(tools: Any) -> list[Row]:
         raise RowProblem(f"tools is {kind(tools)}, not a list")
     read = []
     for tool in tools:
-        tool = parse_json(tool, "a tool") if isinstance(tool, str) else tool
-        if isinstance(tool, dict) and not isinstance(tool.get("function"), dict):
-            tool = {
-                "type": "function",
-                "function": {key: tool[key] for key in tool if key not in ("type", "function")},
-            }
+        tool = parse_json(tool, "a tool")
+        if isinstance(tool, dict) and not isinstance(tool.get("function"), dict):  # bare
+            tool = {"type": "function", "function": {k: v for k, v in tool.items() if k not in ("type", "function")}}
         if not isinstance(tool, dict) or not isinstance(tool["function"].get("name"), str):
             raise RowProblem("a tool has no name")
         read.append(tool)
-    _check_json(read, "tools")
-    return read
+    return _check_json(read, "tools")
 
 
 def kind(value: Any) -> str:
@@ -229,22 +202,28 @@ def short(value: Any) -> str:
     return text if len(text) <= 60 else text[:59] + "…"
 
 
-def check_encodes(text: str) -> None:
+def check_text(value: Any, name: str) -> str:
+    """The value, which is text that a tokenizer takes; RowProblem for any other."""
+    if not isinstance(value, str):
+        raise RowProblem(f"{name} is {kind(value)}, not text")
     try:
-        text.encode()
+        value.encode()
     except UnicodeEncodeError:
         raise RowProblem("has half a character (a lone surrogate)") from None
+    return value
 
 
-def parse_json(text: str, what: str) -> Any:
+def parse_json(value: Any, what: str) -> Any:
+    """What text says as JSON, None where it is blank; what is no text as it is."""
     try:
-        return json.loads(text) if text.strip() else None
+        return (json.loads(value) if value.strip() else None) if isinstance(value, str) else value
     except (ValueError, RecursionError):
         raise RowProblem(f"{what} is not JSON") from None
 
 
-def _check_json(value: Any, what: str) -> None:
+def _check_json(value: Any, what: str) -> Any:
     try:
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except (TypeError, ValueError, RecursionError):
         raise RowProblem(f"{what} holds what JSON has not: NaN, half a character, a date") from None
+    return value

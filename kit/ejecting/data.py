@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kit.data import row_template
-from kit.data.files import SUFFIXES, find_data_files, split_suffixes
 from kit.ejecting.text import assignment_lines, call_lines, literal
+from kit.inspection import row_template
+from kit.inspection.data_files import find_data_files
+from kit.inspection.hub_dataset import SUFFIXES, has_data_suffix, split_suffixes
 from kit.schema.run_plan import Dataset, RunPlan
 
 COLUMNS = {"messages": ["messages"], "prompt_completion": ["prompt", "completion"], "text": ["text"]}  # what TRL reads
@@ -60,7 +61,7 @@ def load_dataset_lines(
 ) -> list[str]:
     """`name = load_dataset(...)`, of files, a folder or a Hub id, with the columns that training needs."""
     place = Path(path) if isinstance(path, str) else None
-    missing = place is not None and not place.exists() and split_suffixes(place.name)[0] in SUFFIXES
+    missing = place is not None and not place.exists() and has_data_suffix(place.name)
     found = [place] if place is not None and missing else find_data_files(path, split, d.name)
     if found:
         files = [str(f) for f in found]

@@ -12,9 +12,9 @@ from typing import Any
 
 from kit.config.data_words import is_data_word
 from kit.config.nodes import starts_over_ssh
-from kit.data import row_template
 from kit.ejecting.script import JSON, SCRIPT, START, TEMPLATE, render_script
 from kit.errors import DONE, KitError, Problem
+from kit.inspection import row_template
 from kit.inspection.tokenizer import find_chat_template
 from kit.launchers.command import rank_environment
 from kit.schema.run_plan import RunPlan, load_plan

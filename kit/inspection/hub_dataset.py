@@ -18,8 +18,14 @@ from kit.schema.run_plan import DataSource
 from kit.storage import hub_cache
 
 CARD = "README.md"
-READABLE = {".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".txt"}  # rows, each also packed:
-PACKED = {".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip"}
+SUFFIXES = {  # of a file that holds rows, and the builder of `datasets` for it
+    ".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
+    ".arrow": "arrow", ".txt": "text",
+}  # fmt: skip
+PACKINGS = (".gz", ".bz2", ".xz", ".zst", ".lz4")  # each may stand behind a suffix
+NO_ROWS = re.compile(  # what lies beside data in a folder
+    r"(readme|licen[cs]e|notice|changelog|citation|requirements|stats|metadata|package|schema)\.(txt|json)"
+    r"|cache-.*\.arrow|__MACOSX|\..*", re.I)  # fmt: skip
 NO_DATA = {"config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 KEYWORDS = {
     "train": {"train", "training"},
@@ -28,12 +34,20 @@ KEYWORDS = {
 }
 
 
+def split_suffixes(name: str) -> tuple[str, str]:
+    """The suffix that says the kind, and that of the packing or "": (".jsonl", ".gz")."""
+    path = Path(name.lower())
+    return (Path(path.stem).suffix, path.suffix) if path.suffix in PACKINGS else (path.suffix, "")
+
+
+def has_data_suffix(name: str) -> bool:
+    return split_suffixes(name)[0] in SUFFIXES
+
+
 def is_data_file(name: str) -> bool:
-    """Whether a repository's file holds rows; scripts never do: nothing in a data set is run."""
+    """Whether a file, named below its folder or repository, holds rows; scripts never do: none is run."""
     path = Path(name)
-    suffix = Path(path.stem).suffix if path.suffix.lower() in PACKED else path.suffix
-    packed = path.suffix.lower() == ".zip"
-    return path.name not in NO_DATA and path.name[:1] != "." and (packed or suffix.lower() in READABLE)
+    return has_data_suffix(name) and path.name not in NO_DATA and not any(map(NO_ROWS.fullmatch, path.parts))
 
 
 def list_configurations(card: str) -> dict[str, dict[str, Any]]:
@@ -64,7 +78,7 @@ def choose_configuration(card: str, name: str | None) -> dict[str, Any] | None:
 
 def configuration_files(names: list[str], card: str, config: str | None) -> list[str]:
     """The repository's files (`names`) that hold the rows of a configuration, of all its splits."""
-    data = [n for n in names if is_data_file(n)]
+    data = [n for n in names if is_data_file(n) or n.lower().endswith(".zip")]
     entry = choose_configuration(card, config)
     return data if entry is None else [n for n in data if matches_any(n, glob_patterns(entry, None))]
 

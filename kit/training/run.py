@@ -196,7 +196,7 @@ def sft_config_arguments(plan: RunPlan) -> dict[str, Any]:
         },
         **plan.trainer,
         "dataset_kwargs": {**(plan.trainer.get("dataset_kwargs") or {}), "skip_prepare_dataset": True},
-        # TRL prepares nothing. The labels say what is in the loss: with these SFTTrainer would look for chats and refuse tokens.
+        # The labels say what is in the loss: with these SFTTrainer would look for chats and refuse tokens.
         "assistant_only_loss": False,
         "completion_only_loss": None,
         "output_dir": str(plan.run_path / run_directory.CHECKPOINTS),

@@ -18,10 +18,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kit.data import row_template
 from kit.data.formats import FORMATS, convert_row, detect_format
 from kit.data.turns import EmptyAnswer, RowProblem, map_role
 from kit.errors import KitError
+from kit.inspection import row_template
 from kit.schema.run_plan import DataSource
 
 
@@ -214,6 +214,8 @@ GOOD = {  # name: (format, row, canonical row)
         {"prompt": [user("a")], "completion": [assistant("b")], "tools": TOOLS,
          "chat_template_kwargs": {"enable_thinking": True}},
     ),
+    "input and output": (
+        "question_answer", {"input": "a", "output": "b"}, {"messages": [user("a"), assistant("b")]}),
     "question and answer of a spreadsheet": (
         "question_answer", {"No": "1", "Question": "a", "Answer": "b"}, {"messages": [user("a"), assistant("b")]}),
     "text": ("text", {"text": " a\n", "meta": {"pile": "x"}}, {"text": " a\n"}),
@@ -607,7 +609,7 @@ def same(a, b) -> bool:
     return repr(a) == repr(b)  # NaN is not NaN
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=60, deadline=None)  # `soak.py --only data` has many
 @given(rows_, st.sampled_from(sorted(FORMATS)), st.booleans())
 def test_any_row_is_converted_or_told(row, format_, renamed):
     told = source(columns={"messages": "turns", "text": "value"} if renamed else {}, roles={"tool": "human"})
@@ -624,7 +626,7 @@ def test_any_row_is_converted_or_told(row, format_, renamed):
     assert same(row, before)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(rows_, max_size=4), st.sampled_from(["auto", *FORMATS]))
 def test_any_rows_have_a_format_or_are_refused(rows, format_):
     try:

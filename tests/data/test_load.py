@@ -9,10 +9,11 @@ import pytest
 from conftest import write_rows
 
 from kit import api
-from kit.data import load, row_template
+from kit.data import load
 from kit.data.load import open_sources, read_splits
 from kit.data.turns import EmptyAnswer
 from kit.errors import KitError
+from kit.inspection import row_template
 
 DOCTOR = "Description: {Description} Patient: {Patient} Doctor: {Doctor}"
 

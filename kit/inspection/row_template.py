@@ -16,35 +16,24 @@ FORMAT_KEYS = {  # the keys of a template, what must be there, and the format of
     "messages": ({*TURNS}, {"user", "assistant"}),
 }
 TRAINED = ("text", "completion", "assistant")  # a row with nothing here has nothing to learn
-KEY = "dataset.template"
 
 
 def template_format(template: Mapping[str, str]) -> str:
     """text, prompt_completion or messages; KitError for any other set of keys."""
-    keys = set(template)
     for name, (known, needed) in FORMAT_KEYS.items():
-        if needed <= keys <= known:
+        if needed <= template.keys() <= known:
             return name
-    raise KitError(
-        f"a template of {', '.join(sorted(keys))} makes no row",
-        KEY,
-        "give text, or prompt and completion, or user and assistant (and system)",
-        rule="dataset-template",
-    )
+    fix = "give text, or prompt and completion, or user and assistant (and system)"
+    raise refuse_template(f"a template of {', '.join(sorted(template))} makes no row", fix)
 
 
 def template_columns(template: Mapping[str, str]) -> list[str]:
     """The data set's columns that a template names, in order, each once; KitError where it is not well formed."""
-    columns: dict[str, None] = {}
-    for key, text in template.items():
-        for _, name in template_parts(key, text):
-            if name is not None:
-                columns[name] = None
+    parts = [part for key, text in template.items() for part in template_parts(key, text)]
+    columns = list(dict.fromkeys(name for _, name in parts if name is not None))
     if not columns:
-        raise KitError(
-            "the template names no column", KEY, "write column names in braces: {Question}", rule="dataset-template"
-        )
-    return list(columns)
+        raise refuse_template("the template names no column", "write column names in braces: {Question}")
+    return columns
 
 
 @cache
@@ -53,29 +42,21 @@ def template_parts(key: str, text: str) -> tuple[tuple[str, str | None], ...]:
     try:
         pieces = list(Formatter().parse(text))
     except ValueError as error:
-        raise KitError(
-            f"{key}: {error}",
-            f"{KEY}.{key}",
-            "double a brace that is meant as text: {{ and }}",
-            rule="dataset-template",
-        ) from None
-    for _, name, spec, conversion in pieces:
-        if name is not None and (spec or conversion or not name):
-            problem = f"{key}: only {{column}} can stand in braces"
-            raise KitError(problem, f"{KEY}.{key}", "name a column", rule="dataset-template")
+        raise refuse_template(f"{key}: {error}", "double a brace that is meant as text: {{ and }}", key) from None
+    if any(name is not None and (spec or conversion or not name) for _, name, spec, conversion in pieces):
+        raise refuse_template(f"{key}: only {{column}} can stand in braces", "name a column", key)
     return tuple((before, name) for before, name, _, _ in pieces)
 
 
 def check_template_columns(template: Mapping[str, str], columns: list[str]) -> None:
     """KitError listing the columns that the template names and the data set lacks."""
-    missing = [name for name in template_columns(template) if name not in columns]
-    if missing:
-        raise KitError(
-            f"the template names {', '.join(map(repr, missing))}; the data has {', '.join(columns)}",
-            KEY,
-            "name columns that exist",
-            rule="dataset-template",
-        )
+    if missing := [name for name in template_columns(template) if name not in columns]:
+        problem = f"the template names {', '.join(map(repr, missing))}; the data has {', '.join(columns)}"
+        raise refuse_template(problem, "name columns that exist")
+
+
+def refuse_template(problem: str, fix: str, key: str = "") -> KitError:
+    return KitError(problem, "dataset.template" + (f".{key}" if key else ""), fix, rule="dataset-template")
 
 
 def render_row(row: Mapping[str, Any], template: Mapping[str, str], apart: bool = False) -> dict[str, Any]:
@@ -85,11 +66,9 @@ def render_row(row: Mapping[str, Any], template: Mapping[str, str], apart: bool 
     apart: the assistant's turn as `completion` behind the others as `prompt`, so that the loss can leave out the
     prompt whatever the chat template marks.
     """
-    filled: dict[str | None, str] = {name: str(value) for name, value in row.items() if value is not None}
+    filled: dict[str | None, Any] = {name: value for name, value in row.items() if value is not None} | {None: ""}
     texts = {
-        key: "".join(
-            before + ("" if name is None else filled.get(name, "")) for before, name in template_parts(key, text)
-        )
+        key: "".join(f"{before}{filled.get(name, '')}" for before, name in template_parts(key, text))
         for key, text in template.items()
     }
     if template_format(template) != "messages":
