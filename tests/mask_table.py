@@ -36,7 +36,7 @@ from transformers.utils import logging  # noqa: E402
 from kit.data.encode import BY_TURNS, IGNORED, EncodedRow, Encoding, encode_rows, make_encoding  # noqa: E402
 from kit.data.masks import chosen_turns  # noqa: E402
 from kit.data.templates import run_template  # noqa: E402
-from kit.data.turns import RowProblem  # noqa: E402
+from kit.rows.turns import RowProblem  # noqa: E402
 
 RELEASE = "3.7.2"
 MODELS = ["llama2", "llama3", "llama3_1", "llama3_2", "gemma3", "qwen2_5", "qwen3", "deepseek_v3", "gptoss"]

@@ -373,8 +373,8 @@ def data(n: int, seed: int, out: Callable[[str], None] = print) -> dict[str, Any
 
     from kit.data import load, prepare
     from kit.data.encode import make_encoding
-    from kit.data.files import read_rows
-    from kit.data.formats import FORMATS, row_kind
+    from kit.rows.files import read_rows
+    from kit.rows.formats import FORMATS, row_kind
     from kit.schema.run_plan import DataSource
 
     counts: Counter[str] = Counter(encoded=0, refused=0, lost=0, crashed=0)

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from kit.config.report import Report
 from kit.config.sections import Sections
-from kit.data.files import BREAKS_OFF, RawRow, sample_rows
-from kit.data.formats import convert_row, detect_format, is_chat, row_kind
-from kit.data.turns import EmptyAnswer, RowProblem
 from kit.errors import KitError, Problem, with_rule
 from kit.inspection import hub_dataset, row_template
 from kit.inspection.data_files import find_data_files
 from kit.inspection.model import Base, check_tokenizer_cached, inspect_model
+from kit.rows.files import BREAKS_OFF, RawRow, sample_rows
+from kit.rows.formats import convert_row, detect_format, is_chat, row_kind
+from kit.rows.turns import EmptyAnswer, RowProblem
 from kit.schema.run_plan import Dataset, DataSource
 from kit.system import paths
 

@@ -18,8 +18,8 @@ from kit.config.resolve import Resolved, make_paths_absolute, resolve
 from kit.config.rules import table
 from kit.config.rules.context import RuleContext
 from kit.config.sections import Sections, read_own_sections, read_sections
-from kit.data.masks import resolve_train_on
 from kit.inspection.model import identify_base
+from kit.rows.formats import resolve_train_on
 from kit.schema.run_plan import Dataset, RunPlan, identity_hash
 from kit.system import hardware
 

@@ -15,8 +15,8 @@ from kit.data.templates import (
     reasoning_is_left_out,
     row_template,
 )
-from kit.data.turns import RowProblem
 from kit.errors import KitError
+from kit.rows.turns import RowProblem
 
 IGNORED = -100  # a label that is not in the loss
 BY_TURNS = ("assistant_turns", "last_turn", "chosen_turns")

@@ -13,12 +13,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from kit.data.files import RawRow, read_rows
-from kit.data.formats import CanonicalRow, convert_row, detect_format
-from kit.data.turns import RowProblem, kind
 from kit.errors import KitError, first_line
 from kit.inspection import hub_dataset
 from kit.inspection.data_files import find_data_files
+from kit.rows.files import RawRow, read_rows
+from kit.rows.formats import CanonicalRow, convert_row, detect_format
+from kit.rows.turns import RowProblem, kind
 from kit.schema.run_plan import Dataset, DataSource, RunPlan
 from kit.storage import hub_cache
 from kit.storage.run_directory import PLAN

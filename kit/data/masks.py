@@ -6,27 +6,13 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from kit.data.turns import RowProblem
+from kit.rows.turns import RowProblem
 
 Messages = list[dict[str, Any]]
 Span = tuple[int, int]  # characters of the rendered chat: start, end
 Render = Callable[[Messages, bool], str]  # (messages, add_generation_prompt) -> the rendered chat
 
 STRANGE = "\ue000"  # a character that no answer begins with
-
-
-def resolve_train_on(
-    train_on: str | None, assistant_only: bool, completion_only: bool | None, row_kind: str
-) -> tuple[str, bool]:
-    """(which tokens are in the loss, whether of these only the assistant's) for rows of a kind (formats.row_kind).
-
-    train_on leads; without it TRL's two settings mean what they mean there.
-    """
-    if train_on is not None:
-        return train_on, False
-    if row_kind == "prompt_completion" and completion_only is not False:
-        return "completion", assistant_only
-    return ("assistant_turns" if assistant_only else "everything"), False
 
 
 def assistant_turns(messages: Messages) -> list[int]:

@@ -21,12 +21,11 @@ from typing import Any
 from kit import __version__
 from kit.data import load
 from kit.data.encode import IGNORED, EncodedRow, Encoding, LongRow, encode_rows, end_of_turn_id, make_encoding
-from kit.data.files import BREAKS_OFF
-from kit.data.formats import row_kind
-from kit.data.masks import resolve_train_on
 from kit.data.templates import run_template
-from kit.data.turns import EmptyAnswer, RowProblem
 from kit.errors import KitError, Problem
+from kit.rows.files import BREAKS_OFF
+from kit.rows.formats import resolve_train_on, row_kind
+from kit.rows.turns import EmptyAnswer, RowProblem
 from kit.schema.run_plan import Dataset, DataSource, RunPlan
 from kit.storage.atomic_folder import output_folder, replace_folder
 from kit.storage.json_files import atomic_write_json, read_json, read_json_or_empty

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from kit.data import load, prepare
-from kit.data.turns import EmptyAnswer, RowProblem, map_role
 from kit.errors import KitError, Problem
+from kit.rows.turns import EmptyAnswer, RowProblem, map_role
 from kit.schema.run_plan import Dataset, RunPlan
 from kit.storage.json_files import read_json, read_json_or_empty
 from kit.system.terminal import show_progress

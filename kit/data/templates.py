@@ -12,9 +12,9 @@ from itertools import product
 from typing import Any
 
 from kit.data.masks import Messages, Span, common_length
-from kit.data.turns import RowProblem
 from kit.errors import KitError, first_line
 from kit.inspection.tokenizer import advise_template
+from kit.rows.turns import RowProblem
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 NOW = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")

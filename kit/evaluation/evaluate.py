@@ -11,7 +11,6 @@ from typing import Any
 from kit.data.encode import Encoding, make_encoding
 from kit.data.load import load_rows, load_run_datasets
 from kit.data.templates import run_template
-from kit.data.turns import RowProblem
 from kit.errors import KitError
 from kit.evaluation.examples import (
     Example,
@@ -29,6 +28,7 @@ from kit.evaluation.loss import answer_loss
 from kit.evaluation.sampling import generate_answers, stop_token_ids
 from kit.models.inference import run_each_model
 from kit.models.sources import ModelSource, choose_models, locate_models, open_source_tokenizer, output_path
+from kit.rows.turns import RowProblem
 from kit.storage.json_files import atomic_write_json
 
 METRICS = ("exact_match", "loss", "perplexity")

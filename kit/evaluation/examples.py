@@ -12,12 +12,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kit.data.encode import IGNORED, EncodedRow, Encoding, encode_open_text, encode_prompt, encode_row
-from kit.data.formats import CanonicalRow
 from kit.data.load import load_rows
 from kit.data.masks import Messages
-from kit.data.turns import RowProblem
 from kit.errors import KitError
 from kit.models.sources import ModelSource
+from kit.rows.formats import CanonicalRow
+from kit.rows.turns import RowProblem
 
 SEPARATORS = ("\n", "\n\n", "\n\n###\n\n")  # between worked examples: the first that no example holds
 

@@ -18,11 +18,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
 from kit.data.encode import IGNORED, EncodedRow, Encoding, encode_prompt, encode_row, encode_rows, make_encoding
-from kit.data.masks import resolve_train_on
 from kit.data.templates import run_template
-from kit.data.turns import RowProblem
 from kit.errors import KitError
 from kit.evaluation.examples import example_from_row, tokenize_example
+from kit.rows.formats import resolve_train_on
+from kit.rows.turns import RowProblem
 
 TEMPLATES = {f.stem: f.read_text() for f in sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))}
 SPECIAL = r"<\|?/?[A-Za-z_0-9]+\|?>|<｜[^｜<>]+｜>|\[/?[A-Z_]+\]"

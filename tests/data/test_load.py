@@ -11,9 +11,9 @@ from conftest import write_rows
 from kit import api
 from kit.data import load
 from kit.data.load import open_sources, read_splits
-from kit.data.turns import EmptyAnswer
 from kit.errors import KitError
 from kit.inspection import row_template
+from kit.rows.turns import EmptyAnswer
 
 DOCTOR = "Description: {Description} Patient: {Patient} Doctor: {Doctor}"
 

@@ -24,8 +24,8 @@ from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 from kit.data.encode import IGNORED, EncodedRow, Encoding, LongRow, encode_rows, end_of_turn_id, make_encoding
 from kit.data.masks import chosen_turns, marked_spans
 from kit.data.templates import freeze_date, run_template, writes_date
-from kit.data.turns import RowProblem
 from kit.errors import KitError
+from kit.rows.turns import RowProblem
 
 EXAMPLES = int(os.environ.get("MASK_EXAMPLES", "12"))  # chats of each template
 LOOP = "{% for m in messages %}"

@@ -20,9 +20,9 @@ import pyarrow.parquet as parquet
 import pytest
 
 from kit.data import files
-from kit.data.files import read_rows, sample_rows
 from kit.errors import KitError
 from kit.inspection.data_files import find_data_files, list_splits
+from kit.rows.files import read_rows, sample_rows
 
 CHATS = [
     {"messages": [{"role": "user", "content": "hé"}, {"role": "assistant", "content": "a\u2028b\r\nc", "weight": 0}]},
@@ -473,7 +473,7 @@ def test_nothing_heavy_is_imported(tmp_path: Path):
     path = write(tmp_path / "rows.jsonl", '{"text": "x"}\n')
     code = f"""
 import sys
-from kit.data.files import *
+from kit.rows.files import *
 from kit.inspection.data_files import find_data_files
 assert len(sample_rows(find_data_files({str(path)!r}))) == 1
 heavy = {{"torch", "transformers", "trl", "datasets", "pyarrow", "numpy"}} & set(sys.modules)

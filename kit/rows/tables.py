@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from kit.data.turns import parse_json
 from kit.errors import first_line
+from kit.rows.turns import parse_json
 
 BATCH = 500  # rows that are Python objects at once
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"

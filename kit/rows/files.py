@@ -23,10 +23,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from kit.data.tables import read_table
 from kit.errors import KitError, first_line
 from kit.inspection.data_files import refuse_suffix
 from kit.inspection.hub_dataset import has_data_suffix, split_suffixes
+from kit.rows.tables import read_table
 from kit.storage.json_text import JsonText
 
 MAX_ROW = 64 << 20  # bytes: a longer row is no text to train on

@@ -18,10 +18,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kit.data.formats import FORMATS, convert_row, detect_format
-from kit.data.turns import EmptyAnswer, RowProblem, map_role
 from kit.errors import KitError
 from kit.inspection import row_template
+from kit.rows.formats import FORMATS, convert_row, detect_format
+from kit.rows.turns import EmptyAnswer, RowProblem, map_role
 from kit.schema.run_plan import DataSource
 
 
@@ -660,5 +660,5 @@ def test_a_plain_chat_takes_microseconds():
 
 def test_formats_need_the_standard_library_alone():
     heavy = "torch transformers trl datasets numpy pyarrow"
-    code = f"import kit.data.formats, sys; assert not set({heavy.split()!r}) & set(sys.modules)"
+    code = f"import kit.rows.formats, sys; assert not set({heavy.split()!r}) & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

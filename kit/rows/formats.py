@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from kit.data.turns import (
+from kit.errors import KitError
+from kit.inspection import row_template
+from kit.rows.turns import (
     ROLES,
     EmptyAnswer,
     Row,
@@ -26,8 +28,6 @@ from kit.data.turns import (
     short,
     template_arguments,
 )
-from kit.errors import KitError
-from kit.inspection import row_template
 from kit.schema.run_plan import DataSource
 
 CanonicalRow = dict[str, Any]
@@ -238,6 +238,20 @@ def row_kind(format: str, template: Mapping[str, str]) -> str:
     if template and format != "prompt_completion":
         return row_template.template_format(template)
     return FORMATS[format].kind
+
+
+def resolve_train_on(
+    train_on: str | None, assistant_only: bool, completion_only: bool | None, row_kind: str
+) -> tuple[str, bool]:
+    """(which tokens are in the loss, whether of these only the assistant's) for rows of a kind (formats.row_kind).
+
+    train_on leads; without it TRL's two settings mean what they mean there.
+    """
+    if train_on is not None:
+        return train_on, False
+    if row_kind == "prompt_completion" and completion_only is not False:
+        return "completion", assistant_only
+    return ("assistant_turns" if assistant_only else "everything"), False
 
 
 def is_chat(row: CanonicalRow) -> bool:
