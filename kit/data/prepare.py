@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -34,6 +35,7 @@ from kit.system.terminal import show_progress
 
 LAYOUT = 2  # of a prepared folder; another one is made anew
 REPORT, BAD_ROWS, DIGESTS, SAMPLES = "report.json", "bad_rows.jsonl", "digests.json", "samples.json"
+KEPT_DAYS = 30
 PARALLEL_FROM = 2_000  # fewer rows are not worth the start of processes
 THREADS = "TOKENIZERS_PARALLELISM"
 BATCH = 500  # rows that are encoded together
@@ -90,10 +92,19 @@ def prepare_or_report(plan: RunPlan, tokenizer: Any) -> Path:
     folder = kit_cache_folder() / "data" / key
     if not (folder / REPORT).is_file():
         folder.parent.mkdir(parents=True, exist_ok=True)
+        remove_unused(folder.parent)
         with output_folder(folder, False, keep_finished) as staging:
             staging.chmod(0o700)  # what stands in it is the user's data
             build(plan, tokenizer, training, held_out, staging)
+    os.utime(folder / REPORT)
     return folder
+
+
+def remove_unused(cache: Path) -> None:
+    """Remove prepared folders that no run has asked for in KEPT_DAYS; files in use stay readable until they are closed."""
+    for report in cache.glob(f"*/{REPORT}"):
+        if time.time() - report.stat().st_mtime > KEPT_DAYS * 86400:
+            shutil.rmtree(report.parent, ignore_errors=True)
 
 
 def keep_finished(staging: Path, folder: Path) -> None:
