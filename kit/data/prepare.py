@@ -101,7 +101,7 @@ def prepare_or_report(plan: RunPlan, tokenizer: Any) -> Path:
 
 
 def remove_unused(cache: Path) -> None:
-    """Remove prepared folders that no run has asked for in KEPT_DAYS; files in use stay readable until they are closed."""
+    """Remove prepared folders that no run has asked for in KEPT_DAYS; files that are open stay readable."""
     for report in cache.glob(f"*/{REPORT}"):
         if time.time() - report.stat().st_mtime > KEPT_DAYS * 86400:
             shutil.rmtree(report.parent, ignore_errors=True)

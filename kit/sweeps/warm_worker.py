@@ -112,11 +112,19 @@ def restored_environment() -> Iterator[None]:
         os.environ.update(variables)
 
 
+def data_settings(plan: Any) -> Any:
+    """What of a plan the prepared rows depend on."""
+    from kit.data.prepare import TRAINER_KEYS
+
+    return plan.dataset, plan.tokenizer, [plan.trainer.get(key) for key in TRAINER_KEYS]
+
+
 class WarmState:
     """What one trial leaves to the next: the data and the base as it was loaded."""
 
     def __init__(self) -> None:
         self.data: Any = None
+        self.data_settings: Any = None
         self.model: Any = None
         self.model_before: Any = None
         self.sums: list[Any] = []
@@ -130,11 +138,14 @@ class WarmState:
         from kit.training import run
 
         if self.model is not None:
+            if data_settings(plan) != self.data_settings:  # another seed where rows are shuffled
+                self.data, self.data_settings = run.load_data(plan, load_tokenizer(plan), args), data_settings(plan)
             if torch.cuda.is_available() and not args.use_cpu:
                 torch.cuda.reset_peak_memory_stats()
             return load_tokenizer(plan), self.data, self.model
         state = random_states()
         tokenizer, self.data, self.model = run.load_inputs(plan, args)
+        self.data_settings = data_settings(plan)
         self.draws_random = any(not torch.equal(a, b) for a, b in zip(state, random_states(), strict=True))
         if not plan.quantization:  # that is on its device already; the trainer would move this one
             self.model.to(args.device)

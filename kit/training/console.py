@@ -163,6 +163,7 @@ def final_metrics(
         "tokens": tokens,
         "tokens_per_second": round(tokens / runtime, 1) if tokens and runtime == runtime else None,
         "peak_memory_gb": round(torch.cuda.max_memory_allocated() / 2**30, 3) if cuda else None,
+        "packing": getattr(trainer, "packing_proof", None),  # how far packed documents were from themselves alone
         "save_seconds": round(saved, 3),
         "checkpoint_seconds": [round(s, 3) for s in trainer.checkpoint_seconds],
         "total_seconds": round(seconds, 3),
