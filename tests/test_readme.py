@@ -24,6 +24,7 @@ ELSEWHERE = {
     "make test-fast": "this suite",
     "make soak": "run by hand; its JSON is in benchmarks/results",
     "make bench": "run by hand; its JSON is in benchmarks/results",
+    "make mask-table": "run by hand, it needs npm; tests/data/test_masks.py reads its JSON",
 }
 
 

@@ -192,9 +192,9 @@ def main() -> None:
                     made = measure(argv, work / "log")
                     runs.setdefault(case, []).append(made)
                     print(case, made, flush=True)
-            result["cases"] = {case: summary(made) for case, made in runs.items()}
-            if a.json:
-                a.json.write_text(json.dumps(result, indent=1, default=str) + "\n")
+                    result["cases"] = {name: summary(those) for name, those in runs.items()}
+                    if a.json:
+                        a.json.write_text(json.dumps(result, indent=1, default=str) + "\n")
     finally:
         shutil.rmtree(work, ignore_errors=True)
     print_table(result["cases"])
