@@ -369,7 +369,7 @@ def spoiled_line(rng: random.Random, good: Any) -> bytes:
 def data(n: int, seed: int, out: Callable[[str], None] = print) -> dict[str, Any]:
     """Counts of rows that were encoded, refused with a reason, lost, or ended in another exception; the reasons."""
     import tiny
-    from data.test_formats import GOOD
+    from rows.test_formats import GOOD
 
     from kit.data import load, prepare
     from kit.data.encode import make_encoding

@@ -206,7 +206,7 @@ def test_bad_data_and_settings_are_refused(base, yes, tmp_path):
     refused("there is no data file", data=tmp_path / "none.jsonl")
     refused("no rows", data=[])
     refused("no rows to score", data=None)
-    refused("the columns a, b are none of the formats", data=[{"a": "a", "b": "b"}])
+    refused("the columns a, b are of none of the formats", data=[{"a": "a", "b": "b"}])
     refused("data row 1: text, not an object", data=["a"])
     refused("no assistant turn", data=[{"messages": [{"role": "user", "content": "x"}]}])
     refused("metric 'bleu'", metrics=["bleu"])

@@ -37,7 +37,6 @@ LAYOUT = 2  # of a prepared folder; another one is made anew
 REPORT, BAD_ROWS, DIGESTS, SAMPLES = "report.json", "bad_rows.jsonl", "digests.json", "samples.json"
 KEPT_DAYS = 30
 PARALLEL_FROM = 2_000  # fewer rows are not worth the start of processes
-THREADS = "TOKENIZERS_PARALLELISM"
 BATCH = 500  # rows that are encoded together
 COUNTED = ("notes", "lengths", "sources", "text")  # counts by kind, of those that encode_records makes
 SHOWN = 3  # bad rows that a message names, of each reason
@@ -281,7 +280,7 @@ def prepare_split(plan: RunPlan, tokenizer: Any, raw: load.RawRows, folder: Path
     tokens = {name: List(Value("int32")) for name in ("input_ids", "labels")}
     features = Features({**tokens, "length": Value("int32")})  # `length` is what group_by_length reads
     count = process_count(plan.trainer.get("dataset_num_proc"), len(raw))
-    with one_thread_each(count), show_progress(name, "rows", len(raw), partial(_count_done, log, {})):
+    with same_environment(), show_progress(name, "rows", len(raw), partial(_count_done, log, {})):
         rows = raw.rows.map(
             work,
             batched=True,
@@ -327,16 +326,16 @@ def process_count(asked: int | None, rows: int) -> int | None:
 
 
 @contextmanager
-def one_thread_each(processes: int | None) -> Iterator[None]:
-    """While the block runs, processes that are started tokenize with one thread; else each takes every core."""
-    before = os.environ.get(THREADS)
-    if processes and before is None:
-        os.environ[THREADS] = "false"
+def same_environment() -> Iterator[None]:
+    """Keep os.environ the object that it was: datasets puts a copy in its place where it starts processes."""
+    environ, before = os.environ, dict(os.environ)
     try:
         yield
     finally:
-        if processes and before is None:
-            os.environ.pop(THREADS, None)
+        os.environ = environ  # noqa: B003 - whoever holds it would see no later change
+        for name in environ.keys() - before.keys():
+            del environ[name]
+        environ.update(before)
 
 
 def pack(plan: RunPlan, rows: Any, file: str) -> Any:

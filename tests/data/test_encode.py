@@ -229,8 +229,8 @@ def test_text_is_encoded_as_sft_trainer_encodes_it(closing: str, model: Any, tmp
         (pairs[:1], {"completion_only_loss": True, "max_length": 9}),
     ]:
         assert compare(tokenizer, model, tmp_path, {str(n): row for n, row in enumerate(rows)}, **settings) == {}
-    with pytest.raises(KitError, match="needs chats"):
-        encode_row(tokenizer, texts[0], encoding_of(tokenizer, texts[0], assistant_only_loss=True))
+    whole = encode_row(tokenizer, texts[0], encoding_of(tokenizer, texts[0], assistant_only_loss=True))
+    assert whole.trained == len(whole.input_ids)  # beside chats in a mix; alone the check refuses it
     with pytest.raises(ValueError, match="not conversational"):
         prepare(tokenizer, model, tmp_path, texts, assistant_only_loss=True)
 
