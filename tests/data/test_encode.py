@@ -19,7 +19,6 @@ from trl import SFTConfig, SFTTrainer
 
 from kit.data.encode import IGNORED, EncodedRow, Encoding, encode_prompt, encode_row, encode_rows, make_encoding
 from kit.data.templates import run_template
-from kit.errors import KitError
 from kit.evaluation.examples import example_from_row, tokenize_example
 from kit.rows.formats import resolve_train_on
 from kit.rows.turns import RowProblem

@@ -19,9 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 
-from kit.rows import files
 from kit.errors import KitError
 from kit.inspection.data_files import find_data_files, list_splits
+from kit.rows import files
 from kit.rows.files import read_rows, sample_rows
 
 CHATS = [
