@@ -647,10 +647,7 @@ FOLLOWED = {
     "Trainer.save_model": (Trainer.save_model, "save_model, _write_model: who writes under which engine"),
     "Trainer._save": (Trainer._save, "_write_model: which files go with a model"),
     "Trainer._finalize_training": (Trainer._finalize_training, "_finalize_training: best model, deletion at limit 1"),
-    "SFTTrainer._prepare_dataset": (
-        SFTTrainer._prepare_dataset,
-        "_prepare_dataset; kit/sweeps/warm_pool.py: of what it reads in args only the seed may be in TRAINER",
-    ),
+    "SFTTrainer._prepare_dataset": (SFTTrainer._prepare_dataset, "kit/data: encode.py, prepare.pack: what it does"),
     "Trainer._run_epoch": (Trainer._run_epoch, "_run_epoch, StopOnSignalCallback: when the loop looks at control"),
     "Trainer._maybe_log_save_evaluate": (
         Trainer._maybe_log_save_evaluate,
