@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kit.errors import KitError, first_line
-from kit.inspection import hub_dataset
+from kit.inspection import hub_dataset, row_template
 from kit.inspection.data_files import find_data_files
 from kit.rows.files import RawRow, read_rows
 from kit.rows.formats import CanonicalRow, convert_row, detect_format
@@ -103,7 +103,7 @@ def training_sources(d: Dataset) -> list[tuple[DataSource, str]]:
     """Each training set and the dotted key that names it."""
     if d.mix:
         return [(source, f"dataset.mix.{n}.path") for n, source in enumerate(d.mix)]
-    return [(d, "dataset.path")]
+    return [(d.model_copy(update={"limit": None}), "dataset.path")]  # its limit is of the part that is trained on
 
 
 def read_splits(d: Dataset, training: Sequence[OpenSource], held_out: OpenSource | None, folder: Path) -> Splits:
@@ -122,15 +122,15 @@ def read_splits(d: Dataset, training: Sequence[OpenSource], held_out: OpenSource
         split = [split_rows(d, rows) for rows in train]
         train = [part[0] for part in split]
         held = [part[1:] for part in split]
-    mixed = RawRows(take(mix_rows(d, train), d.limit), sources)
+    mixed = RawRows(take_answered(mix_rows(d, train), d.limit, sources), sources)
     validation = test = None
     if held:
-        validation = test = RawRows(take(concatenate([v for v, _ in held]), d.eval_limit), sources)
+        validation = test = RawRows(take_answered(concatenate([v for v, _ in held]), d.eval_limit, sources), sources)
         if d.validation_size is not None:
-            test = RawRows(take(concatenate([t for _, t in held]), d.eval_limit), sources)
+            test = RawRows(take_answered(concatenate([t for _, t in held]), d.eval_limit, sources), sources)
     elif held_out is not None:
         rows = read_source(held_out, folder / "eval", 0, d.streaming)
-        validation = test = RawRows(take(rows, d.eval_limit), [held_out.source])
+        validation = test = RawRows(take_answered(rows, d.eval_limit, [held_out.source]), [held_out.source])
     if not d.streaming:
         for key, part in (("dataset.path", mixed), ("dataset.eval_path", validation), ("dataset.test_size", test)):
             if part is not None and len(part) == 0:
@@ -204,6 +204,18 @@ def concatenate(parts: list[Any]) -> Any:
     from datasets import concatenate_datasets
 
     return parts[0] if len(parts) == 1 else concatenate_datasets(parts)
+
+
+def take_answered(rows: Any, limit: int | None, sources: Sequence[DataSource]) -> Any:
+    """The first rows up to a limit, which does not count those whose template would write an empty answer."""
+    if limit is not None and any(source.template for source in sources):
+        rows = rows.filter(partial(_is_answered, sources=sources))
+    return take(rows, limit)
+
+
+def _is_answered(record: dict[str, Any], sources: Sequence[DataSource]) -> bool:
+    template = sources[record["source"]].template
+    return not (template and record["row"]) or row_template.has_trained_text(json.loads(record["row"]), template)
 
 
 def take(rows: Any, limit: int | None) -> Any:

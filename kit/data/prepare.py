@@ -541,7 +541,7 @@ def refuse_rows(d: Dataset, name: str, part: dict[str, Any]) -> list[Problem]:
             key, fix = "trainer.max_length", "raise trainer.max_length, or dataset.on_long_row=truncate|split|drop"
         if not refused:
             mend = "raise trainer.max_length" if kind == "long" else "mend them"
-            fix = f"{mend}, or let them go: dataset.max_bad_rows={kinds[kind]} (now {d.max_bad_rows:g})"
+            fix = f"{mend}, or dataset.max_bad_rows={kinds[kind]} (now {d.max_bad_rows:g})"
         for reason, rows in part["examples"].items():
             if rows[0]["kind"] == kind:
                 problems.append(
