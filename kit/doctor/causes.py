@@ -61,7 +61,7 @@ CAUSES = (
         "disk_full",
         # torch.save does not say it: its archive is shorter than what it wrote.
         r"No space left on device|\[Errno 28\]|Disk quota exceeded|\[Errno 122\]|inline_container.* unexpected pos"
-        r"|PytorchStreamWriter failed writing",
+        r"|PytorchStreamWriter failed writing|basic_ios::clear: iostream error",
         "the disk, or the quota, is full",
         "free space below the run directory, or set save_total_limit; then kit resume",
     ),
