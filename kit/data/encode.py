@@ -78,10 +78,11 @@ def encode_rows(
     With train_on "everything" and "completion" the ids and labels are those that SFTTrainer prepares;
     tests/data/test_encode.py compares them on every chat template that TRL ships.
     """
+    special = special_tokens_by_length(tokenizer)  # once: with thousands of added tokens it takes milliseconds
     rendered: list[RenderedRow | RowProblem | None] = []
     for row in rows:
         try:
-            rendered.append(render_row(tokenizer, row, encoding))
+            rendered.append(render_row(tokenizer, row, encoding, special))
         except RowProblem as problem:
             rendered.append(problem)
     texts = [r for r in rendered if isinstance(r, RenderedRow)]
@@ -120,8 +121,11 @@ def encode_row(tokenizer: Any, row: dict[str, Any], encoding: Encoding) -> Encod
     return made[0]
 
 
-def render_row(tokenizer: Any, row: dict[str, Any], encoding: Encoding) -> RenderedRow | None:
-    """A row as text, with what of it is in the loss; None for a row of token ids. RowProblem where it cannot be."""
+def render_row(tokenizer: Any, row: dict[str, Any], encoding: Encoding, special: Sequence[str]) -> RenderedRow | None:
+    """A row as text, with what of it is in the loss; None for a row of token ids. RowProblem where it cannot be.
+
+    special: what special_tokens_by_length returns.
+    """
     if "input_ids" in row:
         return None
     completes = encoding.train_on == "completion"
@@ -134,7 +138,7 @@ def render_row(tokenizer: Any, row: dict[str, Any], encoding: Encoding) -> Rende
     messages = row["prompt"] + row["completion"] if "prompt" in row else row["messages"]
     template = row_template(tokenizer, row, encoding.template, encoding.traits)
     if encoding.train_on in BY_TURNS or encoding.answers_only or any(m.get("weight") == 0 for m in messages):
-        rendered = _render_turns(tokenizer, messages, template, encoding)
+        rendered = _render_turns(messages, template, encoding, special)
     else:
         rendered = RenderedRow(template.render(messages), True)
         check_written(messages, rendered.text)
@@ -145,7 +149,9 @@ def render_row(tokenizer: Any, row: dict[str, Any], encoding: Encoding) -> Rende
     return rendered
 
 
-def _render_turns(tokenizer: Any, messages: Messages, template: ChatTemplate, encoding: Encoding) -> RenderedRow:
+def _render_turns(
+    messages: Messages, template: ChatTemplate, encoding: Encoding, special: Sequence[str]
+) -> RenderedRow:
     """A chat with the spans of its assistant turns that are in the loss, and of those that must not be."""
     by_turns = encoding.train_on in BY_TURNS or encoding.answers_only
     weighted = any("weight" in m for m in messages)
@@ -162,9 +168,8 @@ def _render_turns(tokenizer: Any, messages: Messages, template: ChatTemplate, en
     else:
         text = template.render(messages)
         check_written(messages, text)
-        special, unasked = special_tokens_by_length(tokenizer), template.traits.unasked_prompt
         asked = [n for n in turns if messages[n]["role"] == "assistant"]
-        spans = derive_spans(messages, asked, text, template.render, special, unasked)
+        spans = derive_spans(messages, asked, text, template.render, special, template.traits.unasked_prompt)
     check_written(messages, text, spans)
     chosen = [spans[n] for n in turns if n in spans]
     return RenderedRow(text, True, trained=chosen) if by_turns else RenderedRow(text, True, left_out=chosen)

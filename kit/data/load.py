@@ -61,6 +61,13 @@ class Splits:
     test: RawRows | None
     notes: list[str]
 
+    def by_name(self) -> dict[str, RawRows]:
+        """The parts that there are, each once."""
+        parts = {"train": self.train, "validation": self.validation}
+        if self.test is not self.validation:
+            parts["test"] = self.test
+        return {name: rows for name, rows in parts.items() if rows is not None}
+
 
 def canonical_row(record: dict[str, Any], sources: Sequence[DataSource]) -> CanonicalRow:
     """One raw row in the form that training reads; RowProblem where it cannot be had."""
@@ -330,9 +337,7 @@ def find_snapshot_files(source: DataSource, repo: str, split: str, streaming: bo
     if hub_cache.is_offline() or pinned:
         folder = hub_dataset.find_dataset_snapshot(repo, source.name, source.revision)
         if folder:
-            names = hub_cache.cached_file_list(folder) or []
-            card = hub_dataset.read_card(folder)
-            return [folder / name for name in hub_dataset.split_files(names, card, source.name, split)] or None
+            return hub_dataset.snapshot_split_files(folder, source.name, split) or None
     if hub_cache.is_offline() or streaming:
         return None
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
@@ -343,9 +348,7 @@ def find_snapshot_files(source: DataSource, repo: str, split: str, streaming: bo
         names = HfApi().list_repo_files(repo, **common)
         card = ""
         if hub_dataset.CARD in names:
-            card = Path(hf_hub_download(repo, hub_dataset.CARD, **common)).read_text(
-                encoding="utf-8", errors="replace"
-            )
+            card = hub_dataset.read_card(Path(hf_hub_download(repo, hub_dataset.CARD, **common)).parent)
         wanted = [n for n in hub_dataset.split_files(names, card, source.name, split) if hub_dataset.is_data_file(n)]
         if not wanted:
             return None

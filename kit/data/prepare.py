@@ -215,16 +215,11 @@ def build(
 
     with tempfile.TemporaryDirectory(dir=folder, prefix=".raw-") as raw:
         splits = load.read_splits(plan.dataset, training, held_out, Path(raw))
-        parts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
-        if splits.test is splits.validation:
-            del parts["test"]
         seed = plan.trainer["seed"] if plan.trainer.get("shuffle_dataset") else None
         report: dict[str, Any] = {"layout": LAYOUT, "notes": splits.notes, "shuffle_seed": seed, "splits": {}}
         hashes = row_hashes(splits.train)
         problems: list[Problem] = []
-        for name, rows in parts.items():
-            if rows is None:
-                continue
+        for name, rows in splits.by_name().items():
             part = prepare_split(plan, tokenizer, rows, folder, name)
             if name != "train":
                 part["in_train"] = int(numpy.isin(row_hashes(rows), hashes).sum())
@@ -295,10 +290,7 @@ def prepare_split(plan: RunPlan, tokenizer: Any, raw: load.RawRows, folder: Path
         )
     part = add_counts(log, folder / f"{name}-{BAD_ROWS}")
     part["duplicates"] = len(raw) - len(numpy.unique(row_hashes(raw)))
-    packs = plan.trainer.get("packing")
-    if name != "train" and plan.trainer.get("eval_packing") is not None:
-        packs = plan.trainer["eval_packing"]
-    if packs and len(rows):
+    if is_packed(plan, name) and len(rows):
         rows = pack(plan, rows, str(folder / f"{name}-packed.arrow"))
         part["packed"] = len(rows)
     part["files"] = [Path(file["filename"]).name for file in rows.cache_files]
@@ -338,6 +330,12 @@ def same_environment() -> Iterator[None]:
         environ.update(before)
 
 
+def is_packed(plan: RunPlan, name: str) -> bool:
+    """Whether the rows of a split are packed: eval_packing speaks of what is held out, where it says anything."""
+    of_eval = plan.trainer.get("eval_packing")
+    return bool(plan.trainer.get("packing") if name == "train" or of_eval is None else of_eval)
+
+
 def pack(plan: RunPlan, rows: Any, file: str) -> Any:
     """Whole documents packed into rows of max_length by TRL, with `seq_lengths`; shuffled before and after, as there.
 
@@ -372,12 +370,16 @@ def _prepare_batch(
 ) -> dict[str, list[Any]]:
     """Encode raw records; what happened to them is appended to a file of this process in `log`."""
     preparation = preparation or _shared[0]
-    records = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-    pieces, counts, bad = encode_records(records, preparation)
+    pieces, counts, bad = encode_records(batch_records(batch), preparation)
     with open(Path(log, f"{rank or 0:04d}.jsonl"), "a", encoding="utf-8") as f:
         f.write(json.dumps({"counts": counts, "bad": bad}) + "\n")
     columns = {"input_ids": [p.input_ids for p in pieces], "labels": [p.labels for p in pieces]}
     return {**columns, "length": [len(p.input_ids) for p in pieces]}
+
+
+def batch_records(batch: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    """The records of a batch that `map` gives as columns."""
+    return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
 
 
 def encode_records(

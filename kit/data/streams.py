@@ -51,20 +51,14 @@ def open_streams(plan: RunPlan, tokenizer: Any, report: dict[str, Any]) -> prepa
         rows = raw.rows.map(
             work, batched=True, batch_size=prepare.BATCH, remove_columns=list(load.COLUMNS), features=features
         )
-        t = plan.trainer
-        packs = t.get("packing") if name == "train" or t.get("eval_packing") is None else t["eval_packing"]
-        parts[name] = prepare.pack(plan, rows, "") if packs else rows
+        parts[name] = prepare.pack(plan, rows, "") if prepare.is_packed(plan, name) else rows
     validation = parts.get("validation")
     notes = [note for name, part in report["splits"].items() for note in prepare.describe_counts(name, part)]
     return prepare.PreparedData(parts["train"], validation, parts.get("test", validation), report, notes)
 
 
 def _read(plan: RunPlan) -> dict[str, load.RawRows]:
-    splits = load.read_splits(plan.dataset, *load.open_sources(plan.dataset), Path())
-    parts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
-    if splits.test is splits.validation:
-        del parts["test"]
-    return {name: rows for name, rows in parts.items() if rows is not None}
+    return load.read_splits(plan.dataset, *load.open_sources(plan.dataset), Path()).by_name()
 
 
 def log_folder(plan: RunPlan) -> Path:
@@ -83,8 +77,7 @@ class StreamWork:
         self.tally = prepare.Tally()
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        records = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        pieces, counts, bad = prepare.encode_records(records, self.preparation)
+        pieces, counts, bad = prepare.encode_records(prepare.batch_records(batch), self.preparation)
         if self.log is not None:
             self.write_down(counts, bad)
         return {"input_ids": [p.input_ids for p in pieces], "labels": [p.labels for p in pieces]}

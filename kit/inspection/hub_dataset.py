@@ -139,6 +139,12 @@ def find_dataset_snapshot(repo: str, config: str | None, revision: str | None) -
     return folder if files and all((folder / n).is_file() for n in files) else None
 
 
+def snapshot_split_files(folder: Path, config: str | None, split: str) -> list[Path]:
+    """The files of a split in a cached snapshot; empty where their names do not say it."""
+    names = hub_cache.cached_file_list(folder) or []
+    return [folder / name for name in split_files(names, read_card(folder), config, split)]
+
+
 def read_card(folder: Path) -> str:
     file = folder / CARD
     return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
@@ -167,5 +173,5 @@ def find_hub_files(d: DataSource, repo: str, revision: str | None, here: bool) -
             problem = f"the data set {repo} is not, or not whole, in {cache}, and HF_HUB_OFFLINE is set"
             raise KitError(problem, key, hub_cache.fetch_command("dataset.path", repo, revision), rule="offline")
         return None
-    names = split_files(hub_cache.cached_file_list(folder) or [], read_card(folder), config, d.split)
-    return [folder / n for n in names if not n.lower().endswith(".zip")] or None
+    files = snapshot_split_files(folder, config, d.split)
+    return [file for file in files if file.suffix.lower() != ".zip"] or None
