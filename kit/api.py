@@ -45,7 +45,7 @@ def data(
     `row`, of `file` where there are several: that row alone. `fix_out`: where the rows that are kept are written.
     `refused` says whether the plan lets the bad rows pass. KitError where the data cannot be read at all.
     """
-    from kit.data import preview
+    from kit.data import load, preview
 
     plan, dataset = data_plan(*args, config_dir=config_dir)
     tokenizer = None
@@ -56,7 +56,7 @@ def data(
         tokenizer, missing = open_tokenizer(plan)
         notes += [missing] if missing else []
     if dataset.streaming:
-        dataset = preview.first_of_stream(dataset)
+        dataset = load.first_of_stream(dataset)
         plan = plan and plan.model_copy(update={"dataset": dataset})
         notes.append(f"of a stream at most {dataset.limit:,} rows are looked at")
     if row is not None:

@@ -110,7 +110,9 @@ def training_sources(d: Dataset) -> list[tuple[DataSource, str]]:
     """Each training set and the dotted key that names it."""
     if d.mix:
         return [(source, f"dataset.mix.{n}.path") for n, source in enumerate(d.mix)]
-    return [(d.model_copy(update={"limit": None}), "dataset.path")]  # its limit is of the part that is trained on
+    # The limit is of what is trained on: reading may stop there only where nothing is parted or left out before.
+    parted = d.test_size and not (d.eval_path or d.eval_split)
+    return [(d.model_copy(update={"limit": None}) if parted or d.template else d, "dataset.path")]
 
 
 def read_splits(d: Dataset, training: Sequence[OpenSource], held_out: OpenSource | None, folder: Path) -> Splits:
@@ -411,12 +413,17 @@ def load_run_datasets(plan: dict[str, Any]) -> tuple[RawRows, RawRows | None]:
         d = RunPlan.model_validate(plan).dataset
     except ValueError as error:
         raise KitError(f"{PLAN} is not a plan: {first_line(error)}", where=PLAN) from None
-    if d.streaming:
-        d = d.model_copy(update={"streaming": False, "limit": min(d.limit or MAX_STREAMED_ROWS, MAX_STREAMED_ROWS)})
+    d = first_of_stream(d) if d.streaming else d
     folder = tempfile.TemporaryDirectory(prefix="kit-rows-")
     splits = read_splits(d, *open_sources(d), Path(folder.name))
     train = replace(splits.train, folder=folder)
     return train, splits.test and replace(splits.test, folder=folder)
+
+
+def first_of_stream(d: Dataset) -> Dataset:
+    """The first rows of a stream as a data set of its own."""
+    limit = min(d.limit or MAX_STREAMED_ROWS, MAX_STREAMED_ROWS)
+    return d.model_copy(update={"streaming": False, "limit": limit})
 
 
 def load_rows(data: str | Path | Sequence[dict[str, Any]], place: str) -> list[CanonicalRow | RowProblem]:

@@ -377,6 +377,13 @@ def _prepare_batch(
     return {**columns, "length": [len(p.input_ids) for p in pieces]}
 
 
+def describe_bad_row(record: dict[str, Any], problem: RowProblem) -> dict[str, Any]:
+    """Where a record stands, what is wrong with it and its kind, of which `refuse_rows` speaks."""
+    kind = {EmptyAnswer: "empty", LongRow: "long"}.get(type(problem), "bad")
+    kind = "lost" if str(problem).startswith(BREAKS_OFF) else kind
+    return {k: record[k] for k in ("file", "number", "offset")} | {"problem": str(problem), "kind": kind}
+
+
 def batch_records(batch: dict[str, list[Any]]) -> list[dict[str, Any]]:
     """The records of a batch that `map` gives as columns."""
     return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
@@ -409,9 +416,7 @@ def encode_records(
     per_source: Counter[int] = Counter()
     for record, made in zip(records, results, strict=True):
         if isinstance(made, RowProblem):
-            kind = {EmptyAnswer: "empty", LongRow: "long"}.get(type(made), "bad")
-            kind = "lost" if str(made).startswith(BREAKS_OFF) else kind
-            bad.append({k: record[k] for k in ("file", "number", "offset")} | {"problem": str(made), "kind": kind})
+            bad.append(describe_bad_row(record, made))
             continue
         counts["kept"] += 1
         per_source[record["source"]] += 1

@@ -41,12 +41,6 @@ def preview_raw(d: Dataset, folder: Path) -> dict[str, Any]:
     return shown | {"problems": problems}
 
 
-def first_of_stream(d: Dataset) -> Dataset:
-    """The first rows of a stream as a data set of its own."""
-    limit = min(d.limit or load.MAX_STREAMED_ROWS, load.MAX_STREAMED_ROWS)
-    return d.model_copy(update={"streaming": False, "limit": limit})
-
-
 def judge_rows(opened: Sequence[load.OpenSource], bad_rows: Path, name: str, seen: dict[int, str]) -> dict[str, Any]:
     """Convert each row of one split and count what became of it; `seen`: the split in which a row was met first."""
     tally, sources = prepare.Tally(), [o.source for o in opened]
@@ -58,8 +52,7 @@ def judge_rows(opened: Sequence[load.OpenSource], bad_rows: Path, name: str, see
             try:
                 load.canonical_row(record, sources)
             except RowProblem as problem:
-                kind = "empty" if isinstance(problem, EmptyAnswer) else "bad"
-                bad = [{k: record[k] for k in ("file", "number", "offset")} | {"problem": str(problem), "kind": kind}]
+                bad = [prepare.describe_bad_row(record, problem)]
                 out.write(json.dumps(bad[0], ensure_ascii=False) + "\n")
             tally.add({"read": 1, "kept": 1 - len(bad)}, bad)
             if not record["problem"]:

@@ -264,3 +264,19 @@ def test_a_slice_that_is_none(splits_of):
 
 def test_render_is_a_plain_function():
     assert row_template.render_row({"a": 1, "b": None}, {"text": "{{{a}}} {b}."}) == {"text": "{1} ."}
+
+
+@pytest.mark.parametrize(
+    "chosen, stops",
+    {
+        (): True,
+        ("dataset.streaming=true", "trainer.max_steps=1"): True,
+        ("dataset.test_size=0.1",): False,
+        ("dataset.test_size=0.1", "dataset.eval_split=train"): True,
+        (f"dataset.template.text='{DOCTOR}'", "dataset.columns={}"): False,
+    }.items(),
+)
+def test_reading_stops_at_the_limit_where_nothing_is_parted_before(chosen, stops, plan_of):
+    named = () if "template" in "".join(chosen) else ("dataset.columns.text=Doctor",)
+    (opened,), _ = open_sources(plan_of("dataset.limit=5", *named, *chosen).dataset)
+    assert opened.source.limit == (5 if stops else None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import random
 import stat
@@ -262,3 +263,11 @@ def test_progress_away_from_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: 
         time.sleep(0.2)
     line = capsys.readouterr().err.splitlines()[0]
     assert line.startswith("train: 12,000 of 20,000 rows, ") and line.endswith(" rows/s")
+
+
+def test_a_file_that_breaks_off_is_refused_whatever_is_dropped(here, capsys):
+    """Without a model too: nobody knows how many rows are lost."""
+    packed = gzip.compress(b"".join(json.dumps(row).encode() + b"\n" for row in tiny.chat_rows(4000)))
+    (here / "torn.jsonl.gz").write_bytes(packed[: len(packed) // 2])
+    assert cli.run_verb(["data", "torn.jsonl.gz", "dataset.on_bad_row=drop"]) == REFUSED
+    assert "breaks off after row" in "".join(capsys.readouterr())
