@@ -11,28 +11,27 @@ from typing import Any
 import yaml
 
 from kit.errors import KitError, Problem
-from kit.importing import accelerate, axolotl, llamafactory, trl
-from kit.importing.command import read_command
-from kit.importing.read import SUFFIXES, detect_format, read_config_file
-from kit.importing.report import Entry, Reading, Recipe, Source
-from kit.importing.tree import value_on_one_line
+from kit.foreign.read import READ_HERE, SUFFIXES, detect_format, read_config_file
+from kit.foreign.report import NOT_KNOWN, Entry, Reading, Recipe, Source
+from kit.foreign.translate import READERS, RUN_FORMATS
+from kit.foreign.tree import value_on_one_line
+from kit.importing.command import read_command, refuse_unset
 from kit.storage.json_files import atomic_write_text
 
-READERS = {
-    "accelerate": accelerate.import_accelerate,
-    "launcher": accelerate.import_launcher,
-    "environment": accelerate.import_environment,
-    "axolotl": axolotl.import_axolotl,
-    "llamafactory": llamafactory.import_llamafactory,
-    "trl": trl.import_trl,
-}
-FORMAT_NAMES = ("trl", "accelerate", "axolotl", "llamafactory")
-RUN_FORMATS = ("trl", "axolotl", "llamafactory")  # each describes a whole run; one of them at a time
 READ_ORDER = (
     *(name for name in READERS if name not in RUN_FORMATS),
     "deepspeed",
     *RUN_FORMATS,
 )  # the run's own words stand last
+
+
+DECISIVE = re.compile(
+    r"lora|adapter|peft|quant|\b\w*bits?\b|freeze|unfreeze|prefix_tuning|p_tuning|distill|teacher|reward", re.I
+)
+ADAPTER = re.compile(r"\b(q|qa|hqq_|ada)?(lora|dora)\b", re.I)
+NAMES_ONLY = re.compile(r"name|dir|path|folder|file|project|tag|output|group$", re.I)
+OFF = ("null", "false", "0", "none", "no", "[]", "{}", "")
+MOST_UNKNOWN = 3  # keys that no tool knows stand in many files
 
 
 @dataclass
@@ -76,6 +75,8 @@ def import_config(*words: str, form: str | None = None, check: bool = True) -> I
             continue
         READERS[name](reading)
         entries += reading.finish()
+    refuse_unset(entries, sources)
+    refuse_strangers(entries, sources)
     reconcile_sources(recipe)
     tree = recipe_tree(recipe)
     text = recipe_text(tree, recipe, entries, sources)
@@ -86,24 +87,58 @@ def import_config(*words: str, form: str | None = None, check: bool = True) -> I
         recipe.notes.append(
             "no model and no data are named here: add model=... and dataset=..., or the tool's own file"
         )
+    imported.problems = decisive_losses(entries)
     if check:
-        imported.problems = check_recipe(imported.text, recipe, bool(given))
+        imported.problems += check_recipe(imported.text, recipe, bool(given))
     return imported
+
+
+def refuse_strangers(entries: list[Entry], sources: list[Source]) -> None:
+    """Refuse a run of which most keys are nobody's here: what little is known says nothing of it."""
+    runs = {s.name: s.format for s in sources if s.format in RUN_FORMATS}
+    own = [e for e in entries if e.source in runs and not e.note.startswith("given again")]
+    unknown = [e.key for e in own if e.note.startswith(NOT_KNOWN)]
+    if len(unknown) > MOST_UNKNOWN and len(unknown) > len(own) / 2:
+        listed = ", ".join(unknown[:8]) + ", ..." * (len(unknown) > 8)
+        raise KitError(
+            f"{len(unknown)} of {len(own)} keys are of another tool or a script's own: {listed}",
+            own[-1].source,
+            f"kit import reads {READ_HERE}; name what the run needs in a recipe: kit show recipe=quickstart",
+        )
+
+
+def decisive_losses(entries: list[Entry]) -> list[Problem]:
+    """Name the unknown keys that seem to decide what is trained: exit code 0 is not for a run without them."""
+    return [
+        Problem(f"{e.key} = {e.value} is not carried, and it may decide what is trained", e.source, e.fix)
+        for e in entries
+        if e.note.startswith(NOT_KNOWN)
+        and e.value not in OFF
+        and not NAMES_ONLY.search(e.key)
+        and (DECISIVE.search(e.key) or ADAPTER.search(e.value))
+    ]
 
 
 def names_config_file(word: str) -> bool:
     """Whether a word is a file, and not a whole command line that ends in one."""
-    if re.search(r"\s", word) and not Path(word).exists():
+    if re.search(r"\s", word) and not is_there(word):
         return False
-    plain = not re.search(r"[\s=]", word) and Path(word).is_file() and "." in word
+    plain = not re.search(r"[\s=]", word) and is_there(word) and Path(word).is_file() and "." in word
     return word.endswith(SUFFIXES) or (plain and not word.endswith((".py", ".sh")))
+
+
+def is_there(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except (OSError, ValueError):  # a command line in one word is too long for a name
+        return False
 
 
 def read_sources(words: list[str], form: str | None) -> list[Source]:
     if not words:
         raise KitError("nothing is given", "command line", "kit import FILE.yaml, or kit import COMMAND ...")
     files = all(names_config_file(w) for w in words)
-    if not files and len(words) == 1 and (words[0].startswith(("/", "./", "~")) or Path(words[0]).exists()):
+    if not files and len(words) == 1 and (words[0].startswith(("/", "./", "~")) or is_there(words[0])):
         files = not words[0].endswith(".py")
     if files:
         sources = []

@@ -2,37 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from pathlib import Path
 from typing import Any
 
-from kit.errors import KitError
-from kit.importing.read import SUFFIXES, detect_format, read_config_file
-from kit.importing.report import Source
-
-NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?$")
-
-
-def parse_scalar(word: str) -> Any:
-    """A word of a command line as a value: numbers, true, false, none and JSON; the rest is text."""
-    if word.lower() in ("true", "false"):
-        return word.lower() == "true"
-    if word.lower() in ("none", "null"):
-        return None
-    if NUMBER.match(word):
-        return int(word) if re.fullmatch(r"[-+]?\d+", word) else float(word.replace("_", ""))
-    if word[:1] in "{[":
-        try:
-            return json.loads(word)
-        except ValueError:
-            return word
-    return word
-
-
-def is_option(word: str) -> bool:
-    return word.startswith("-") and len(word) > 1 and not NUMBER.match(word)
+from kit.errors import KitError, Problem
+from kit.foreign import other_runs
+from kit.foreign.read import SUFFIXES, detect_format, is_option, parse_scalar, read_config_file
+from kit.foreign.report import Entry, Source
+from kit.foreign.scripts import NAMES
 
 
 def parse_options(words: list[str], flags: frozenset[str] = frozenset()) -> tuple[dict[str, Any], list[str]]:
@@ -72,7 +51,44 @@ DEEPSPEED = frozenset(
 )
 
 
-OTHER_METHODS = set("dpo orpo kto cpo bco ppo rloo grpo gkd reward prm nash xpo vlm".split())
+TRL_SCRIPTS = ("sft.py", "run_sft.py", "trl.scripts.sft", "trl.commands.cli")
+LLAMAFACTORY_SCRIPTS = ("train_bash.py", "train_sft.py", "llamafactory.cli", "llamafactory.launcher")
+IN_FRONT = ("env", "nohup", "time", "srun", "exec", "sudo", "numactl")
+SHELL = re.compile(
+    r"\$[A-Za-z_{(@*\d]|`|<[\w$ ./:-]+>|\{[A-Za-z_]\w*\}"
+)  # what a shell or a person would have filled in
+PRINT_DASHES = "\u2010\u2011\u2012\u2013\u2014\u2212"
+
+
+def split_command(text: str) -> list[str]:
+    """The words of a command line that stands in one, over several lines or not."""
+    text = re.sub(r"\\[ \t]*(\r?\n|$)", " ", text.strip()).rstrip("\\ ")
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise KitError(f"the command cannot be split into words: {error}", "command line", "quote it") from None
+
+
+def refuse_words(words: list[str]) -> None:
+    """Refuse what printing and shortening have made of a command."""
+    for word in words:
+        if word.startswith(tuple(PRINT_DASHES)):
+            plain = "--" + word.lstrip(PRINT_DASHES + "-")
+            raise KitError(f"{word!r} begins with a dash of print, not with --", "command line", f"type {plain}")
+        if re.fullmatch(r"\{[A-Za-z]\w*", word):  # {number of gpus}
+            raise KitError(f"{word} ... stands for a value", "command line", "put the value in")
+        if word in ("...", "\u2026", "[...]"):
+            raise KitError(f"the command is not whole: {word}", "command line", "the command as it is run")
+
+
+def refuse_unset(entries: list[Entry], sources: list[Source]) -> None:
+    """Refuse options that hold a variable of the shell, or a place to fill in, in place of a value."""
+    typed = {s.name for s in sources if s.typed}
+    unset = [e for e in entries if e.source in typed and e.outcome == "carried" and SHELL.search(e.value)]
+    unset = [e for e in unset if not all(key.startswith("tokenizer.") for key in e.to)]  # <pad>
+    if unset:
+        fix = "put its value in, or give the command without quotes around it, so that your shell does"
+        raise KitError([Problem(f"{e.key} is {e.value}, which stands for a value", e.source, fix) for e in unset])
 
 
 def read_command(words: list[str]) -> list[Source]:
@@ -81,11 +97,10 @@ def read_command(words: list[str]) -> list[Source]:
     sources: list[Source] = []
     environment: dict[str, Any] = {}
     if len(words) == 1 and re.search(r"\s", words[0]):
-        try:
-            words = shlex.split(words[0].replace("\\\n", " "))
-        except ValueError as error:
-            raise KitError(f"the command cannot be split into words: {error}", "command line", "quote it") from None
-    format_ = ""
+        words = split_command(words[0])
+    refuse_words(words)
+    format_ = script = ""
+    module = False  # whether the next word names a module
     while words:
         name = Path(words[0]).name
         if re.match(r"[A-Za-z_]\w*=", words[0]) and not format_:
@@ -95,23 +110,26 @@ def read_command(words: list[str]) -> list[Source]:
         elif re.fullmatch(r"python[\d.]*", name):
             words = words[1:]
             while words and words[0] in ("-u", "-m"):
-                words = words[1:]
+                module, words = words[0] == "-m", words[1:]
         elif name in ("uv", "poetry", "pipenv") and words[1:2] == ["run"]:
             words = words[2:]
-        elif name in ("env", "nohup", "time", "srun"):
+        elif name in IN_FRONT:
             words = words[1:]
+            while words and is_option(words[0]):
+                words = words[1:] if "=" in words[0] or not words[0].startswith("--") else words[2:]
         elif name == "accelerate" and words[1:2] == ["launch"] or name == "accelerate.commands.launch":
             given, words = parse_launcher_options(words[2:] if name == "accelerate" else words[1:])
+            module = bool({given.pop("m", None), given.pop("module", None)} - {None})
             if file := given.pop("config_file", None):
-                sources.append(
-                    Source(str(file), "accelerate", read_config_file(Path(str(file))), Path(str(file)).parent)
-                )
+                sources.append(read_source(str(file), "accelerate"))
             if given:
-                sources.append(Source("accelerate launch", "accelerate", options_as_accelerate_config(given)))
+                tree = options_as_accelerate_config(given)
+                sources.append(Source("accelerate launch", "accelerate", tree, typed=True))
         elif name in LAUNCHERS:
             given, words = parse_launcher_options(words[1:])
+            module = bool({given.pop("m", None), given.pop("module", None)} - {None})
             if given:
-                sources.append(Source(name, "launcher", given))
+                sources.append(Source(name, "launcher", given, typed=True))
         elif name == "trl":
             if words[1:2] != ["sft"]:
                 method = words[1] if len(words) > 1 else ""
@@ -130,43 +148,66 @@ def read_command(words: list[str]) -> list[Source]:
                 raise KitError(f"axolotl {' '.join(words[1:2])} does not train", "command line", "axolotl train FILE")
             format_, words = "axolotl", words[2:] if name == "axolotl" else words[1:]
             break
-        elif name.endswith((".py", ".sft")):
-            if other := OTHER_METHODS & set(name.removesuffix(".py").split("_")):
-                raise KitError(
-                    f"{name} ({min(other)}) is no supervised fine-tuning of text", "command line", "the kit trains SFT"
-                )
-            format_, words = format_ or "script", words[1:]
+        elif name.endswith((".py", ".sft")) or (module and re.fullmatch(r"\w+(\.\w+)*", words[0])):
+            if other := other_runs.describe_script(words[0]):
+                raise KitError(other, "command line", "the kit trains SFT of text")
+            format_, script, words = "script", words[0], words[1:]
             break
         else:
             break
     if environment:
-        sources.append(Source("the environment", "environment", environment))
+        sources.append(Source("the environment", "environment", environment, typed=True))
     given, plain = parse_options(words)
     files = [w for w in plain if w.endswith(SUFFIXES)]
     for word in plain:
         key, equals, value = word.partition("=")
         if word in files:
             continue
+        if SHELL.search(word):
+            raise KitError(f"{word} stands for words that are not here", "command line",
+                           "put them in, or give the command without quotes, so that your shell does")  # fmt: skip
         if not equals or not re.fullmatch(r"[\w.]+", key):
             raise KitError(f"{word!r} is neither a file nor part of a command that is known", "command line",
                            "kit import FILE.yaml, or the whole command that starts the training")  # fmt: skip
         given[key] = parse_scalar(value)
-    if format_ in ("", "script", "trl") and (config := given.pop("config", None)):
-        files.append(str(config))
+    if format_ in ("", "script", "trl") and isinstance(given.get("config"), str):
+        files.append(str(given.pop("config")))
     if format_ in ("", "script"):
-        format_ = detect_format(given) or ("trl" if files or not given else "")
-        if not format_:
-            raise KitError("the command has no option of TRL, Axolotl or LLaMA-Factory", "command line",
-                           "kit import FILE.yaml, or the command of one of them")  # fmt: skip
+        format_ = format_of_options(given, script, bool(files))
+    own = script if format_ == "trl" and Path(script).name not in TRL_SCRIPTS else ""
     for file in files:
-        tree = read_config_file(Path(file))
-        sources.append(Source(file, detect_format(tree) or format_, tree, Path(file).parent))
+        source = read_source(file, "")
+        source.format, source.script = detect_format(source.tree) or format_, own
+        sources.append(source)
     kinds = {s.format for s in sources} & {"trl", "axolotl", "llamafactory"}
     if given:
-        sources.append(Source(source_name, next(iter(kinds)) if len(kinds) == 1 else format_, given))
+        kind = next(iter(kinds)) if len(kinds) == 1 else format_
+        sources.append(Source(source_name, kind, given, script=own, typed=True))
     if not sources:
         raise KitError("the command names no file and no option", "command line", "kit import FILE.yaml")
     return sources
+
+
+def read_source(file: str, format_: str) -> Source:
+    if SHELL.search(file):
+        fix = "name the file, or give the command without quotes around it, so that your shell does"
+        raise KitError(f"{file} stands for a file", "command line", fix)
+    return Source(file, format_, read_config_file(Path(file)), Path(file).parent)
+
+
+def format_of_options(given: dict[str, Any], script: str, files: bool) -> str:
+    """Whose options these are. A script's own --base_model or --template do not make it Axolotl or LLaMA-Factory."""
+    detected = detect_format(given)
+    detected = detected if detected in ("trl", "axolotl", "llamafactory") else None  # a file's, not options'
+    if script and detected in ("axolotl", "llamafactory"):
+        theirs = Path(script).name in LLAMAFACTORY_SCRIPTS or {"stage", "finetuning_type"} & set(given)
+        detected = "llamafactory" if theirs else "trl"
+    elif script and detected is None and {word for names in NAMES.values() for word in names.split()} & set(given):
+        detected = "trl"
+    if not detected and not (files or not given):
+        raise KitError("the command has no option of TRL, Axolotl or LLaMA-Factory", "command line",
+                       "kit import FILE.yaml, or the command of one of them")  # fmt: skip
+    return detected or "trl"
 
 
 def parse_launcher_options(words: list[str]) -> tuple[dict[str, Any], list[str]]:
@@ -179,8 +220,6 @@ def parse_launcher_options(words: list[str]) -> tuple[dict[str, Any], list[str]]
             given[name], words = parse_scalar(value) if equals else True, words[1:]
         else:
             given[name], words = parse_scalar(words[1]), words[2:]
-    for flag in ("m", "module"):  # how the script is named, not what it does
-        given.pop(flag, None)
     return given, words
 
 

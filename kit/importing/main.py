@@ -7,7 +7,8 @@ import sys
 from typing import Any
 
 from kit.errors import DONE, REFUSED, KitError
-from kit.importing import FORMAT_NAMES, Imported, import_config, save_recipe
+from kit.foreign.translate import FORMAT_NAMES
+from kit.importing import Imported, import_config, save_recipe
 from kit.system.terminal import print_problems
 
 USAGE = """\

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from kit.errors import KitError
-from kit.importing import trl
-from kit.importing.llamafactory_data import import_datasets, split_list
-from kit.importing.llamafactory_keys import (
+from kit.foreign import trl
+from kit.foreign.llamafactory_data import import_datasets, split_list
+from kit.foreign.llamafactory_keys import (
     ATTENTION,
     LORA,
     NAMES,
@@ -14,28 +14,27 @@ from kit.importing.llamafactory_keys import (
     PREFIXES,
     THEIR_DEFAULTS,
 )
-from kit.importing.report import Reading
-from kit.importing.training_arguments import import_training_arguments, write_trainer_defaults
+from kit.foreign.report import Reading
+from kit.foreign.training_arguments import import_training_arguments, write_trainer_defaults
 
 
 def import_llamafactory(r: Reading) -> None:
     stage, kind = r.get("stage", default="sft") or "sft", r.get("finetuning_type", default="lora") or "lora"
-    if "model_name_or_path" not in r.tree and {"train_dataset", "model_class"} & set(r.tree):
-        raise KitError(
-            "this is a file of LLaMA-Factory v1, whose keys are others", r.name, "its v0 form: stage: sft, ..."
-        )
-    if stage != "sft":
-        raise KitError("this is not a supervised fine-tuning run", f"{r.name}: stage: {stage}", "stage: sft")
+    if stage not in ("sft", "pt"):
+        raise KitError("this is not a supervised fine-tuning run", f"{r.name}: stage: {stage}", "stage: sft, or pt")
     if kind not in ("lora", "full"):
         raise KitError(f"finetuning_type: {kind} is not known here", r.name, "finetuning_type: lora, or full")
-    if r.get("do_train") is False:
-        raise KitError("this file does not train", f"{r.name}: do_train", "do_train: true")
-    r.mark_defaults({"stage": "the kit trains SFT alone"})
+    trl.refuse_no_training(r)
+    r.mark_defaults({"stage": "every token of plain text is trained" if stage == "pt" else "the kit trains SFT alone"})
     import_method(r, kind)
     import_quantization(r)
     import_tokenizer(r)
     import_datasets(r)
     import_packing(r)
+    if stage == "pt":
+        r.recipe.default("trainer.packing", True, "LLaMA-Factory packs the rows of stage pt")
+        if r.recipe.values.get("trainer.packing"):
+            r.recipe.default("dataset.on_long_row", "split", "LLaMA-Factory packs all words of a text")
     import_checkpointing(r)
     r.carry_all(NAMES)
     trl.import_revision(r, "model_revision")

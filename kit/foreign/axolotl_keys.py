@@ -43,6 +43,10 @@ CUSTOM_OPTIMIZERS = (
     "q_galore_adamw8bit flash_adamw flash_adam flash_sgd flash_sgdw flash_lion"
 ).split()
 NOTHING_NEEDED = {
+    "debug": "kit data shows the rows as they are trained",
+    "gptq_groupsize": "no GPTQ base here",
+    "gptq_model_v1": "no GPTQ base here",
+    "tokenizer_legacy": "the tokenizer's own setting",
     "model_type": "found from the model's config.json",
     "type_of_model": "found from the model's config.json",
     "tokenizer_type": "found from the tokenizer's files",
@@ -151,8 +155,20 @@ NO_COUNTERPART = {
     "added_tokens_overrides": ("tokens are added, not renamed", "tokenizer.added_tokens=[...]"),
     "eot_tokens": ("the end of a turn is the template's", "tokenizer.eos_token=..."),
     "pretraining_dataset": ("streams of plain text", "dataset.path=... dataset.streaming=true"),
+    "quantize_moe_experts": ("experts are quantized as the other layers are, or not", ""),
+    "tokenizer_use_mistral_common": ("transformers' own tokenizer is read", ""),
     "batch_flattening": ("padding-free batches", "trainer.padding_free=true"),
 }  # fmt: skip
+TRAINING_ARGUMENTS = set(  # those of transformers' that it takes under their own names
+    "accelerator_config activation_offloading adam_beta1 adam_beta2 adam_epsilon auto_find_batch_size bf16 "
+    "dataloader_drop_last dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor dataset_num_proc "
+    "ddp_broadcast_buffers ddp_bucket_cap_mb ddp_find_unused_parameters ddp_timeout eval_steps eval_strategy fp16 "
+    "gradient_accumulation_steps gradient_checkpointing gradient_checkpointing_kwargs greater_is_better learning_rate "
+    "load_best_model_at_end logging_steps lr_scheduler_kwargs max_grad_norm max_steps metric_for_best_model "
+    "neftune_noise_alpha optim_args optim_target_modules pad_to_multiple_of remove_unused_columns save_only_model "
+    "save_steps save_strategy save_total_limit seed tf32 torch_compile torch_compile_backend torch_compile_mode "
+    "torch_empty_cache_steps trackio_space_id warmup_steps weight_decay".split()
+)
 NOT_SFT = ("rl", "reward_model", "process_reward_model")
 THEIR_DEFAULTS = {
     "per_device_train_batch_size": 1, "learning_rate": None, "lr_scheduler_type": "cosine", "num_train_epochs": 1.0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import yaml
 
 from kit.errors import KitError
-from kit.importing.tree import MAX_KEYS
+from kit.foreign import other_runs
+from kit.foreign.tree import MAX_KEYS
+from kit.schema.run_plan import RunInput
 
 MOST_BYTES = 4_000_000  # bytes
 SUFFIXES = (".yaml", ".yml", ".json")
@@ -125,12 +128,18 @@ KEYS_OF_FORMAT = {  # keys that only one format has
 DECISIVE_KEYS = {"accelerate": ("compute_environment", "distributed_type"), "axolotl": ("base_model",),
           "llamafactory": ("stage", "finetuning_type", "cutoff_len"),
           "deepspeed": ("zero_optimization",)}  # fmt: skip
+TOOLS = {"trl": "TRL", "axolotl": "Axolotl", "llamafactory": "LLaMA-Factory", "accelerate": "accelerate",
+         "deepspeed": "DeepSpeed", "launcher": "the launcher"}  # fmt: skip
+READ_HERE = "TRL and transformers, accelerate, DeepSpeed, Axolotl and LLaMA-Factory"
 KIT_SECTIONS = ("defaults", "trainer", "peft", "dataset", "model", "launch", "runs_dir")
 
 
 def detect_format(tree: dict[Any, Any]) -> str | None:
     """Which tool's keys these are; None where they are nobody's. KitError for the kit's own form."""
-    if sum(name in tree and isinstance(tree[name], dict | list) for name in KIT_SECTIONS) >= 2:
+    if tool := other_runs.describe_tool(tree):
+        raise KitError(f"these are the keys of {tool}", "", f"kit import reads files of {READ_HERE}")
+    own = sum(name in tree and isinstance(tree[name], dict | list) for name in KIT_SECTIONS) >= 2
+    if own and set(tree) <= {*RunInput.model_fields, "defaults", "hydra", "hparams_search"}:
         raise KitError("this is the kit's own form already", "", "kit check FILE.yaml")
     for name, keys in DECISIVE_KEYS.items():
         if any(key in tree for key in keys):
@@ -138,3 +147,26 @@ def detect_format(tree: dict[Any, Any]) -> str | None:
     score = {name: sum(key in tree for key in keys.split()) for name, keys in KEYS_OF_FORMAT.items()}
     best = max(score, key=lambda name: score[name])
     return best if score[best] else None
+
+
+NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?$")
+
+
+def parse_scalar(word: str) -> Any:
+    """A word of a command line as a value: numbers, true, false, none and JSON; the rest is text."""
+    if word.lower() in ("true", "false"):
+        return word.lower() == "true"
+    if word.lower() in ("none", "null"):
+        return None
+    if NUMBER.match(word):
+        return int(word) if re.fullmatch(r"[-+]?\d+", word) else float(word.replace("_", ""))
+    if word[:1] in "{[":
+        try:
+            return json.loads(word)
+        except ValueError:
+            return word
+    return word
+
+
+def is_option(word: str) -> bool:
+    return word.startswith("-") and len(word) > 1 and not NUMBER.match(word)

@@ -15,10 +15,6 @@ SECRET_NAME = re.compile(
     r"|^(token|use_auth_token|key)$|(^|_)private_key$|_secret(_|$)",
     re.IGNORECASE,
 )
-# What is read from somebody's file is suspected of more than what stands in one's own environment.
-SECRET_VALUE = re.compile(
-    rf"{secrets.SECRET_VALUE.pattern}|\b(hf|api_org|sk|ghp|gho|glpat|xox[abp])[_-][A-Za-z0-9_-]{{16,}}|://[^/\s@]+:[^/\s@]+@"
-)
 MAX_KEYS = 20_000  # a config of a run has hundreds; aliases of aliases make millions of a short file
 MAX_DEPTH = 40
 
@@ -80,7 +76,7 @@ def is_secret_value(path: KeyPath, value: Any) -> bool:
         return False
     texts = value if isinstance(value, list) else [value]
     named = bool(path) and isinstance(path[-1], str) and SECRET_NAME.search(path[-1]) is not None
-    return named or any(isinstance(text, str) and SECRET_VALUE.search(text) is not None for text in texts)
+    return named or any(isinstance(text, str) and secrets.SECRET_VALUE.search(text) is not None for text in texts)
 
 
 def secret_fix_for(path: KeyPath) -> str:
@@ -93,5 +89,5 @@ def secret_fix_for(path: KeyPath) -> str:
 def value_on_one_line(value: Any) -> str:
     """A value on one line, short, with secrets inside it blotted out."""
     text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-    text = SECRET_VALUE.sub("(a secret)", " ".join(text.split()))
+    text = secrets.SECRET_VALUE.sub("(a secret)", " ".join(text.split()))
     return text if len(text) <= 70 else text[:67] + "..."

@@ -9,7 +9,8 @@ import re
 from typing import Any
 
 from kit.errors import KitError
-from kit.importing.data_sets import (
+from kit.foreign import other_runs, scripts
+from kit.foreign.data_sets import (
     carry_place,
     carry_split,
     carry_split_and_share,
@@ -20,8 +21,9 @@ from kit.importing.data_sets import (
     section_of,
     split_of_share,
 )
-from kit.importing.report import Reading
-from kit.importing.training_arguments import (
+from kit.foreign.report import Reading
+from kit.foreign.scripts import is_on
+from kit.foreign.training_arguments import (
     import_dtype,
     import_training_arguments,
     refuse_remote_code,
@@ -47,30 +49,42 @@ OTHER_TRAINERS = (  # keys that SFTConfig has not, of DPO, ORPO, KTO, CPO, GRPO,
     "ref_model_sync_steps", "sync_ref_model", "simpo_gamma", "cpo_alpha", "desirable_weight", "undesirable_weight",
     "num_generations", "reward_funcs", "reward_weights", "center_rewards_coefficient", "kl_coef", "vllm_mode",
 )  # fmt: skip
-FOUR_BIT, EIGHT_BIT = ("load_in_4bit", "use_4bit_quantization"), ("load_in_8bit", "use_8bit_quantization")
-PEFT_DEFAULTS = {"r": 64, "lora_alpha": 16, "lora_dropout": 0.1, "target_modules": [
+FOUR_BIT = ("load_in_4bit", "use_4bit_quantization", "load_4bit", "use_int4", "use_4bit", *scripts.QUANTIZED_LORA)
+EIGHT_BIT = ("load_in_8bit", "use_8bit_quantization", "load_8bit", "use_int8", "use_8bit")
+PEFT_DEFAULTS: dict[str, Any] = {"r": 64, "lora_alpha": 16, "lora_dropout": 0.1, "target_modules": [
     "q_proj", "k_proj", "v_proj", "o_proj", "down_proj", "up_proj", "gate_proj"]}  # fmt: skip  # its examples/sft
-LORA_DEFAULTS = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": None}
+LORA_DEFAULTS: dict[str, Any] = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": None}
 BITS = {
     "bnb_4bit_quant_type": "quantization.bnb_4bit_quant_type",
     "use_nested_quant": "quantization.bnb_4bit_use_double_quant",
     "use_bnb_nested_quant": "quantization.bnb_4bit_use_double_quant",
     "bnb_4bit_quant_storage": "quantization.bnb_4bit_quant_storage",
+    "bnb_4bit_quant_storage_dtype": "quantization.bnb_4bit_quant_storage",
 }
 
 
 def import_trl(r: Reading) -> None:
-    """A TRL or transformers argument file, and `trl sft`'s command line."""
-    if str(r.get("task_type", default="CAUSAL_LM")) not in ("CAUSAL_LM", "None") or r.get("reward_model_path"):
-        raise KitError("this is not a supervised fine-tuning run", r.name, "the kit trains causal language models")
+    """A TRL or transformers argument file, `trl sft`'s command line, and those of scripts of people's own."""
+    task = str(r.get("task_type", default="CAUSAL_LM")).lower()
+    if task not in ("causal_lm", "none", "sft", "pretrain", "pretraining", "pt"):
+        raise KitError(
+            "this is not a supervised fine-tuning run", f"{r.name}: task_type: {task}", "the kit trains SFT"
+        )
+    if r.has("task_type") and task.startswith("p"):
+        r.carry(("task_type",), "dataset.format", "text", "every token of plain text is trained")
+    r.mark_defaults({"task_type": "the kit trains causal language models"})
     refuse_other_trainers(r)
+    refuse_no_training(r)
+    adapter = import_adapter(r)
+    four_bit = import_quantization(r)
+    scripts.import_own_words(r, adapter, four_bit)
     import_model(r)
     import_dataset(r)
     import_chat_template(r)
-    import_adapter(r)
-    import_quantization(r)
     import_training_arguments(r)
-    write_trainer_defaults(r)
+    write_trainer_defaults(r, who="transformers" if r.script else "TRL")
+    if r.script:
+        r.recipe.notes.append(f"{r.script} is a script of its own: only its options are read here, not its code")
 
 
 def import_model(r: Reading) -> None:
@@ -80,7 +94,8 @@ def import_model(r: Reading) -> None:
         if r.has(name) and not r.skip_null(name):
             import_dtype(r, (name,), r.get(name))
     refuse_remote_code(r)
-    r.recipe.default("model.dtype", "float32", "TRL loads float32 where no dtype is given")
+    if not r.script:
+        r.recipe.default("model.dtype", "float32", "TRL loads float32 where no dtype is given")
 
 
 def import_revision(r: Reading, name: str) -> None:
@@ -201,7 +216,7 @@ def import_handbook_mixer(r: Reading, mixer: dict[Any, Any]) -> None:
     names = names if isinstance(names, list) and len(names) == len(mixer) else []
     carried = []
     for place, share in mixer.items():
-        if split_of_share(train, share) is None:
+        if split_of_share(train, share) is None and not is_count(share):
             if r.has("dataset_mixer", place):
                 r.leave(("dataset_mixer", place), *no_share(share))
         elif r.has("dataset_mixer", place):
@@ -209,7 +224,9 @@ def import_handbook_mixer(r: Reading, mixer: dict[Any, Any]) -> None:
     for number, place in enumerate(carried):
         to, path = section_of(number, len(carried)), ("dataset_mixer", place)
         r.carry(path, f"{to}.path", str(place))
-        if (part := split_of_share(train, mixer[place])) != "train":
+        if is_count(mixer[place]):
+            r.carry(path, f"{to}.limit", mixer[place], "so many rows, the first ones")
+        if (part := train if is_count(mixer[place]) else split_of_share(train, mixer[place])) != "train":
             r.carry(path, f"{to}.split", part)
         if names:
             r.carry(("dataset_configs",), f"{to}.name", str(names[list(mixer).index(place)]))
@@ -221,6 +238,11 @@ def import_handbook_mixer(r: Reading, mixer: dict[Any, Any]) -> None:
             r.leave(("dataset_splits",), f"NOT carried: {', '.join(test)} of several sets", "dataset.test_size=0.05")
         else:
             r.mark_default(("dataset_splits",), "the rows that are trained on are taken")
+
+
+def is_count(share: Any) -> bool:
+    """Tell whether a share is a number of rows, as open-instruct has it."""
+    return isinstance(share, int) and not isinstance(share, bool) and share > 1
 
 
 def import_chat_template(r: Reading) -> None:
@@ -242,6 +264,11 @@ def refuse_other_trainers(r: Reading) -> None:
             refuse_other_method(r, f"{name} belongs to another trainer (DPO, ORPO, KTO, GRPO, rewards)", name)
     if isinstance(r.get("loss_type"), str) and r.get("loss_type") not in ("nll", "dft", "chunked_nll"):
         refuse_other_method(r, f"loss_type {r.get('loss_type')} is of another trainer", "loss_type")
+    if other := other_runs.describe_keys(r.tree):
+        refuse_other_method(r, *other)
+    for name in ("model_name_or_path", *scripts.NAMES["model.name_or_path"].split()):
+        if what := other_runs.describe_model(r.get(name)):
+            refuse_other_method(r, what, name)
     mixture = r.get("dataset_mixture")
     blocks = mixture.get("datasets") if isinstance(mixture, dict) else r.get("datasets")
     for block in blocks if isinstance(blocks, list) else []:
@@ -250,51 +277,84 @@ def refuse_other_trainers(r: Reading) -> None:
             refuse_other_method(r, "the rows are preferences (chosen, rejected)", "columns")
 
 
-def is_on(value: Any) -> bool:
-    return value is True or str(value).lower() in ("true", "1", "yes")
+def refuse_no_training(r: Reading) -> None:
+    """Refuse a run that only evaluates or writes."""
+    predicts = is_on(r.get("do_predict")) and not is_on(r.get("do_train"))
+    if predicts or ("do_train" in r.tree and not is_on(r.get("do_train"))):
+        raise KitError("this run does not train", f"{r.name}: do_train", "kit eval RUN, or do_train: true")
 
 
-def import_adapter(r: Reading) -> None:
-    switch = "use_peft_lora" if "use_peft_lora" in r.tree and "use_peft" not in r.tree else "use_peft"
-    on = is_on(r.get(switch))
-    if r.has(switch):
-        r.choose_group((switch,), "peft", "lora" if on else "none")
-    elif not any(k.startswith("lora_") for k in r.tree if isinstance(k, str)) or not on:
-        r.recipe.groups.setdefault("peft", "none")
+def import_adapter(r: Reading) -> bool:
+    """Choose LoRA or none, carry its settings, and tell whether an adapter is trained."""
+    own = scripts.adapter_switches(r)
+    switches = ["use_peft", *own] if "use_peft" in r.tree or not own else own
+    known = bool(r.script) or "lora_rank" in r.tree or "lora_dim" in r.tree  # TRL's own name is lora_r
+    rank_alone = known and "use_peft" not in r.tree and not own and scripts.trains_adapter(r)
+    on = rank_alone or any(is_on(r.get(name)) for name in switches)
+    for name in switches:
+        if r.has(name):
+            r.choose_group((name,), "peft", "lora" if on else "none")
+    if rank_alone:
+        r.recipe.notes.append(f"{r.script or r.name} gives a LoRA rank and no switch: an adapter is trained")
+    elif "peft" not in r.recipe.groups:
+        r.recipe.groups["peft"] = "none"
         r.recipe.their_defaults["peft=none"] = "TRL trains every weight where use_peft is not given"
     if not on:
         r.mark_defaults(dict.fromkeys([*LORA, "lora_target_modules", "lora_task_type"], "not read: use_peft is off"))
-        return
+        return False
     r.carry_all(LORA)
     if r.has("lora_target_modules") and not r.skip_null("lora_target_modules"):
         named = r.get("lora_target_modules")
-        named = named[0] if isinstance(named, list) and len(named) == 1 and named[0] == "all-linear" else named
-        if switch == "use_peft_lora" and isinstance(named, str) and "," in named:
-            named = [name.strip() for name in named.split(",")]
+        named = "all-linear" if named in (["all-linear"], ["all"], "all") else named
+        if isinstance(named, str) and "," in named and (own or r.script):  # a list there, by the script itself
+            named = scripts.list_of_modules(named)
         r.carry(("lora_target_modules",), "peft.target_modules", named)
     if r.has("lora_task_type"):
         if r.get("lora_task_type") in ("CAUSAL_LM", None):
             r.mark_default(("lora_task_type",), "the kit trains causal language models")
         else:
             r.leave(("lora_task_type",), "the kit trains causal language models", "")
-    theirs, who = (LORA_DEFAULTS, "TRL") if switch == "use_peft" else (PEFT_DEFAULTS, "PEFT's example")
+    if switches == ["use_peft"] and not rank_alone:
+        theirs, who = LORA_DEFAULTS, "TRL"
+    elif own == ["use_peft_lora"]:
+        theirs, who = PEFT_DEFAULTS, "PEFT's example"
+    else:
+        theirs, who = {}, ""
+        r.recipe.notes.append("what the script's LoRA is where no option says it is in its code: the kit's own stands")
+    given = {"r": "lora_rank", "target_modules": "lora_target"}  # read with the script's own words, later
     for name, value in theirs.items():
-        r.recipe.default(f"peft.{name}", value, f"{who}'s default")
+        if given.get(name) not in r.tree:
+            r.recipe.default(f"peft.{name}", value, f"{who}'s default")
+    return True
 
 
-def import_quantization(r: Reading) -> None:
+def import_quantization(r: Reading) -> bool:
+    """Choose the quantization of the base; tell whether it is 4 bits."""
+    bits = scripts.bits_of(r)
     four, eight = (any(is_on(r.get(k)) for k in names) for names in (FOUR_BIT, EIGHT_BIT))
+    four, eight = four or bits == "4", eight or bits == "8"
+    for name in scripts.BITS:
+        if r.has(name) and not r.skip_null(name):
+            if bits in ("4", "8"):
+                r.choose_group((name,), "quantization", "nf4" if four else "int8")
+            elif bits in ("16", "32", "none", "false"):
+                r.mark_default((name,), "not quantized, as here")
     for name, on, group in (
         *((name, four and is_on(r.get(name)), "nf4") for name in FOUR_BIT),
         *((name, eight and not four and is_on(r.get(name)), "int8") for name in EIGHT_BIT),
     ):
-        if r.has(name):
+        if name in scripts.QUANTIZED_LORA and (name,) in r.entries:
+            if on:  # the switch of the adapter too
+                r.choose_group((name,), "quantization", group)
+        elif r.has(name):
             if on:
                 r.choose_group((name,), "quantization", group)
             else:
                 r.mark_default((name,), "off, as here" if not r.get(name) else "load_in_4bit is read first")
     if not four:
         r.mark_defaults(dict.fromkeys(BITS, "not read: load_in_4bit is off"))
-        return
+        return False
     r.carry_all(BITS)
-    r.recipe.default("quantization.bnb_4bit_use_double_quant", False, "TRL's default")
+    if "double_quant" not in r.tree and "use_double_quant" not in r.tree:
+        r.recipe.default("quantization.bnb_4bit_use_double_quant", False, "TRL's default")
+    return True

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from kit.errors import KitError
-from kit.importing.data_sets import other_roles, refuse_other_method, section_of
-from kit.importing.read import read_config_file
-from kit.importing.report import Reading
+from kit.foreign.data_sets import other_roles, refuse_other_method, section_of
+from kit.foreign.read import read_config_file
+from kit.foreign.report import Reading
 
 MEDIA = ("images", "videos", "audios")
 MEDIA_KEYS = ("media_dir", "visual_inputs", "freeze_vision_tower", "freeze_multi_modal_projector", "image_max_pixels",
@@ -32,12 +32,13 @@ def import_datasets(r: Reading) -> None:
         r.mark_default(("dataset_dir",), f"read: {place}" if place else "the paths of the data set say it")
     named = split_list(r.get("dataset")) if r.get("dataset") else []
     entries = {name: find_entry(name, folder, info) for name in named}
+    pretraining = r.get("stage") == "pt"
     refuse_other_rows(r, entries)
     reasons = {name: why_not(name, entry, folder, place) for name, entry in entries.items()}
     carried = [name for name in entries if not reasons[name]]
     if r.has("dataset") and named:
         for number, name in enumerate(carried):
-            import_entry(r, entries[name] or {}, place, section_of(number, len(carried)))
+            import_entry(r, entries[name] or {}, place, section_of(number, len(carried)), pretraining)
         lost = [f"NOT carried: {reason}" for reason in reasons.values() if reason]
         if not carried:
             fix = "dataset.path=FILE, or give dataset_info.json beside the file"
@@ -48,7 +49,7 @@ def import_datasets(r: Reading) -> None:
     import_limit(r, [entries[name] or {} for name in carried])
     import_mixing(r, named, carried)
     import_held_out(r, info, place)
-    import_loss(r, [is_text(entries[name] or {}) for name in carried])
+    import_loss(r, [is_text(entries[name] or {}, pretraining) for name in carried])
 
 
 def find_dataset_info(r: Reading, folder: Any) -> tuple[dict[str, Any] | None, Path | None]:
@@ -77,8 +78,10 @@ def columns_of(entry: dict[str, Any]) -> dict[str, Any]:
     return entry["columns"] if isinstance(entry.get("columns"), dict) else {}
 
 
-def is_text(entry: dict[str, Any]) -> bool:
-    """Plain text, which is an alpaca set without a response."""
+def is_text(entry: dict[str, Any], pretraining: bool = False) -> bool:
+    """Tell whether rows are plain text: an alpaca set without a response, and any that stage pt reads."""
+    if pretraining:
+        return True
     columns = columns_of(entry)
     return entry.get("formatting", "alpaca") == "alpaca" and bool(columns) and "response" not in columns
 
@@ -116,7 +119,7 @@ def dataset_path(entry: dict[str, Any], place: Path | None) -> str | None:
     return str(folder / str(entry["file_name"])) if isinstance(entry.get("file_name"), str) else None
 
 
-def import_entry(r: Reading, entry: dict[str, Any], place: Path | None, to: str) -> None:
+def import_entry(r: Reading, entry: dict[str, Any], place: Path | None, to: str, pretraining: bool) -> None:
     """One entry of dataset_info.json."""
     path = ("dataset",)
     r.carry(path, f"{to}.path", dataset_path(entry, place))
@@ -126,9 +129,9 @@ def import_entry(r: Reading, entry: dict[str, Any], place: Path | None, to: str)
     if entry.get("folder"):
         r.recipe.notes.append(f"NOT carried: the folder {entry['folder']} of {dataset_path(entry, place)}")
     columns = columns_of(entry)
-    if is_text(entry):
+    if is_text(entry, pretraining):
         r.carry(path, f"{to}.format", "text")
-        ours = {"text": columns.get("prompt", "text")}
+        ours = {"text": columns.get("prompt", "instruction" if pretraining else "text")}
     elif entry.get("formatting", "alpaca") == "alpaca":
         r.carry(path, f"{to}.format", "alpaca", "an empty line between instruction and input, there a line break")
         theirs = {"instruction": "prompt", "input": "query", "output": "response", "system": "system",

@@ -9,8 +9,8 @@ import re
 from typing import Any
 
 from kit.errors import KitError
-from kit.importing import sharding
-from kit.importing.report import Reading
+from kit.foreign import sharding
+from kit.foreign.report import Reading
 
 SEVERAL_MACHINES = "several machines are started by a batch system"
 NOTHING_NEEDED = {

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from kit.config.sections import OWNED_ELSEWHERE
-from kit.importing import sharding
-from kit.importing.report import Reading, read_group_file, same_value
+from kit.foreign import sharding
+from kit.foreign.report import Reading, read_group_file, same_value
 from kit.schema import fields
 
 OBSOLETE = {  # keys of older releases that need nothing any more
@@ -57,8 +56,8 @@ def refuse_remote_code(r: Reading, name: str = "trust_remote_code") -> None:
             r.mark_default((name,), "off, as here")
 
 
-def import_training_arguments(r: Reading, skip: tuple[str, ...] = ()) -> None:
-    """Every field of SFTConfig and TrainingArguments, older names included."""
+def import_training_arguments(r: Reading, skip: tuple[str, ...] = (), only: set[str] | None = None) -> None:
+    """Carry the fields of SFTConfig and TrainingArguments, older names included; `only`: those that the tool reads."""
     import_strategies(r)
     r.mark_defaults(OBSOLETE)
     r.leave_all(NO_COUNTERPART)
@@ -83,12 +82,18 @@ def import_training_arguments(r: Reading, skip: tuple[str, ...] = ()) -> None:
     refuse_remote_code(r)
     names = set(fields.field_names("SFTConfig"))
     for name in [
-        n for n in r.tree if isinstance(n, str) and n in names and n not in OWNED_ELSEWHERE and n not in skip
+        n for n in r.tree if isinstance(n, str) and n in names and n not in fields.OWNED_ELSEWHERE and n not in skip
     ]:
         if not r.has(name):
             continue
         value = r.get(name)
-        if value is None and fields.field_default("SFTConfig", name) is not None:
+        if only is not None and name not in only:
+            r.leave(
+                (name,),
+                f"{r.format} has no such key and passes it over",
+                f"trainer.{name}=... here, where it is meant",
+            )
+        elif value is None and fields.field_default("SFTConfig", name) is not None:
             r.mark_default((name,), "null: nothing is set")
         elif name in ("do_eval", "do_train"):
             r.mark_default((name,), "eval_strategy says it")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from kit.errors import KitError
-from kit.importing import sharding, trl
-from kit.importing.axolotl_data import import_chat_template, import_datasets, refuse_other_rows
-from kit.importing.axolotl_keys import (
+from kit.foreign import sharding, trl
+from kit.foreign.axolotl_data import import_chat_template, import_datasets, refuse_other_rows
+from kit.foreign.axolotl_keys import (
     CUSTOM_OPTIMIZERS,
     NAMES,
     NO_COUNTERPART,
@@ -15,9 +15,10 @@ from kit.importing.axolotl_keys import (
     NOTHING_NEEDED,
     PEFT,
     THEIR_DEFAULTS,
+    TRAINING_ARGUMENTS,
 )
-from kit.importing.report import Reading
-from kit.importing.training_arguments import import_training_arguments, write_trainer_defaults
+from kit.foreign.report import Reading
+from kit.foreign.training_arguments import import_training_arguments, write_trainer_defaults
 
 
 def import_axolotl(r: Reading) -> None:
@@ -44,8 +45,9 @@ def import_axolotl(r: Reading) -> None:
     trl.import_revision(r, "model_revision")
     r.mark_defaults(NOTHING_NEEDED)
     r.leave_all(NO_COUNTERPART)
+    import_fsdp_version(r)
     import_liger(r)
-    import_training_arguments(r)
+    import_training_arguments(r, only=TRAINING_ARGUMENTS)
     changed = dict(THEIR_DEFAULTS)
     if "trainer.per_device_train_batch_size" in r.recipe.values:
         changed["per_device_eval_batch_size"] = r.recipe.values["trainer.per_device_train_batch_size"]
@@ -259,6 +261,15 @@ def import_tokens(r: Reading) -> None:
             )
     elif r.has("chat_template_jinja"):
         r.mark_default(("chat_template_jinja",), "empty")
+
+
+def import_fsdp_version(r: Reading) -> None:
+    """The version at the top, which an FSDP run reads like that in fsdp_config."""
+    if r.has("fsdp_version") and not r.skip_null("fsdp_version"):
+        if r.get("fsdp") or r.get("fsdp_config"):
+            r.carry(("fsdp_version",), "fsdp.version", r.get("fsdp_version"))
+        else:
+            r.mark_default(("fsdp_version",), "not read: no fsdp_config")
 
 
 def import_liger(r: Reading) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from kit.importing import prompts
-from kit.importing.data_sets import (
+from kit.foreign import prompts
+from kit.foreign.data_sets import (
     COPY_IT,
     KNOWN_ROLES,
     REMOTE,
@@ -20,8 +20,8 @@ from kit.importing.data_sets import (
     refuse_other_method,
     section_of,
 )
-from kit.importing.report import Reading
-from kit.importing.tree import KeyPath
+from kit.foreign.report import Reading
+from kit.foreign.tree import KeyPath
 
 CHATS = ("chat_template", "chat_template.default", "sharegpt", "sharegpt:chat")
 PROMPTS = {"alpaca": "alpaca_prompt", "alpaca:instruct": "alpaca_prompt"}

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from kit.errors import KitError
-from kit.importing.report import Reading
-from kit.importing.tree import KeyPath
+from kit.foreign.report import Reading
+from kit.foreign.tree import KeyPath
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "tool_call")
 KNOWN_ROLES = {  # theirs that mean ours without a word

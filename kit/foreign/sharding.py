@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kit.importing.report import Reading
-from kit.importing.tree import KeyPath
+from kit.foreign.report import Reading
+from kit.foreign.tree import KeyPath
 
 
 def import_sharding(r: Reading) -> None:
@@ -58,7 +58,12 @@ FSDP_KEYS = (
     "forward_prefetch min_num_params reshard_after_forward state_dict_type sync_module_states "
     "transformer_layer_cls_to_wrap use_orig_params version"
 ).split()
-FSDP_OTHER = {"offload_params": "cpu_offload", "fsdp_version": "version", "sharding_strategy": "reshard_after_forward"}
+FSDP_OTHER = {
+    "offload_params": "cpu_offload",
+    "backward_prefetch_policy": "backward_prefetch",
+    "fsdp_version": "version",
+    "sharding_strategy": "reshard_after_forward",
+}
 STRATEGIES = ["full_shard", "shard_grad_op", "no_shard", "hybrid_shard", "hybrid_shard_zero2"]
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import yaml
 
-from kit.importing.tree import (
+from kit.foreign.tree import (
     KeyPath,
     dotted_key,
     is_secret_value,
@@ -24,6 +24,7 @@ from kit.importing.tree import (
 from kit.schema import fields
 from kit.system import paths
 
+NOT_KNOWN = "not a key of"
 BOOLEAN_WORDS = {"true": True, "yes": True, "y": True, "t": True, "false": False, "no": False, "n": False, "f": False}
 
 
@@ -48,6 +49,8 @@ class Source:
     format: str
     tree: dict[Any, Any]
     folder: Path = Path()
+    typed: bool = False  # words of a command line, not of a file
+    script: str = ""  # the script or module whose options these are, where it is none of TRL's
 
 
 class Recipe:
@@ -118,6 +121,7 @@ class Reading:
                     self.extra.append(old)
                 self.tree[name], self.sources[name] = value, source
         self.name = sources[-1].name
+        self.script = next((s.script for s in sources if s.script), "")
         self.leaves = list(iterate_leaves(self.tree, self.name))
         for path, value in self.leaves:
             if is_secret_value(path, value):
@@ -207,7 +211,7 @@ class Reading:
         """What is left over is named as unknown; every entry, in the order of the sources."""
         for path, _ in self.leaves:
             if not any(path[:n] in self.entries for n in range(len(path) + 1)):
-                reason = f"not a key of {self.format} that is known here"
+                reason = f"{NOT_KNOWN} {self.format} that is known here"
                 self.leave(path, reason, "check its name, or set what it means by hand")
         order = {path: n for n, (path, _) in enumerate(self.leaves)}
 

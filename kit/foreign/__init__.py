@@ -1,0 +1,1 @@
+"""Reads the keys of other tools: TRL and transformers, accelerate, Axolotl and LLaMA-Factory."""
