@@ -41,7 +41,11 @@ OUTPUT_EMBEDDINGS = ("lm_head", "embed_out", "output_layer")
 EMBEDDING_NAMES = (*INPUT_EMBEDDINGS, *OUTPUT_EMBEDDINGS)
 EMBEDDING = "model.embed_tokens"
 EMBEDDINGS = {"gpt2": "transformer.wte", "opt": "model.decoder.embed_tokens"}  # else EMBEDDING
-FUSED_EXPERTS = ("mixtral", "qwen3_moe")  # one 3-D parameter for all experts of a layer: no module to target
+# One 3-D parameter for all experts of a layer. LoRA reaches it by the names that the matrices had before (PEFT's
+# transformers_weight_conversion), and the router, which is no linear layer, by its own; other methods reach neither.
+FUSED_EXPERTS = {"mixtral": ("w1", "w2", "w3"), "qwen3_moe": ("gate_proj", "up_proj", "down_proj")}
+ROUTER = "model.layers.*.mlp.gate"
+EXPERT_PARAMETERS = ("experts.gate_up_proj", "experts.down_proj", "gate.weight")  # of FUSED_EXPERTS, in a layer's mlp
 MOST_LAYERS = 1000  # a larger count is no model's, and a list of names for it no help
 
 TRAINS = "this kit trains causal language models on text"
@@ -62,6 +66,35 @@ def module_names(config: dict[str, Any]) -> list[str] | None:
     return [EMBEDDINGS.get(model_type, EMBEDDING), *inside, "lm_head"]
 
 
+def all_module_names(config: dict[str, Any]) -> list[str] | None:
+    """List the names of every module: norms, activations, routers and the blocks that hold them too."""
+    layers, listed = config.get("num_hidden_layers", config.get("n_layer")), module_names(config)
+    if listed is None or not isinstance(layers, int):
+        return None
+    names = architecture_table()["modules"][config["model_type"]]
+    return [name.replace("*", str(layer)) for name in names for layer in range(layers if "*" in name else 1)]
+
+
+def layer_shapes(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """{last name of a layer's matrix: (out_features, in_features)} of the text part; {} where that is not known."""
+    hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
+    listed = str(config.get("model_type")) in LINEARS
+    if not (listed and isinstance(hidden, int) and isinstance(heads, int) and heads):
+        return {}
+    inside = config.get("intermediate_size") or config.get("ffn_dim") or 4 * hidden
+    head = config.get("head_dim") or hidden // heads
+    query, keys = heads * head, (config.get("num_key_value_heads") or heads) * head
+    if not all(isinstance(n, int) and n > 0 for n in (inside, query, keys)):
+        return {}
+    shapes = {
+        "q_proj": (query, hidden), "k_proj": (keys, hidden), "v_proj": (keys, hidden), "o_proj": (hidden, query),
+        "dense": (hidden, query), "out_proj": (hidden, query), "qkv_proj": (query + 2 * keys, hidden),
+        "gate_proj": (inside, hidden), "up_proj": (inside, hidden), "down_proj": (hidden, inside),
+        "gate_up_proj": (2 * inside, hidden), "fc1": (inside, hidden), "fc2": (hidden, inside),
+    }  # fmt: skip
+    return {name: shapes[name] for name in {n.rpartition(".")[2] for n in LINEARS[config["model_type"]]} & set(shapes)}
+
+
 @functools.cache
 def architecture_table() -> dict[str, Any]:
     return json.loads(TABLE.read_text(encoding="utf-8"))
@@ -70,6 +103,14 @@ def architecture_table() -> dict[str, Any]:
 def model_kind(model_type: str) -> str | None:
     """`causal`, `multimodal`, `encoder_decoder` or `encoder`; None where transformers has no such language model."""
     return next((k for k, names in architecture_table()["kinds"].items() if model_type in names), None)
+
+
+def decoder_layer_classes(text: dict[str, Any]) -> list[str]:
+    """List the classes of the decoder layers that ZeRO-3 can gather whole; [] where that is not known.
+
+    text: the config of the language model. A repository's own code has classes of its own.
+    """
+    return [] if text.get("auto_map") else architecture_table()["decoder_layers"].get(str(text.get("model_type")), [])
 
 
 def refuse_name(name: str) -> list[Problem]:

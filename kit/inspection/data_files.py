@@ -24,6 +24,13 @@ from kit.inspection.hub_dataset import (
 )
 from kit.storage.json_files import read_json, read_json_or_empty
 
+# What people call folders of data: `data/chats` that is not there is a path mistyped and no Hub id.
+FOLDER_NAMES = set(
+    "data dataset datasets my_data mydata train training test val valid validation eval raw processed input inputs "
+    "output outputs file files corpus corpora chats jsonl json csv parquet tmp temp home mnt opt srv var scratch work "
+    "workspace content kaggle root users media volumes shared storage downloads desktop documents examples samples "
+    "assets resources src project local".split()
+)
 SPLIT_WORDS: set[str] = set().union(*KEYWORDS.values())
 
 
@@ -72,7 +79,10 @@ def find_splits(path: str, config: str | None) -> dict[str, list[Path]] | None:
             return find_splits_of_glob(str(place))
         parent, named = Path(path).parent, has_data_suffix(path)
         if re.fullmatch(r"\w[\w.-]*/[\w.-]+", path) and not named and not parent.exists():
-            return None
+            if parent.name.lower() not in FOLDER_NAMES:
+                return None
+            looked = f"there is no data file or folder {path}: looked for in {Path.cwd()}, where there is no {parent}"
+            raise refuse_path(looked, "check the path; it is taken from where you stand. A Hub id is OWNER/NAME")
     except (OSError, RuntimeError, ValueError) as error:  # no home, a name that is too long, a folder that is closed
         raise refuse_path(f"{path} cannot be looked at: {first_line(error)}", "check the path") from None
     here = f" (no Hub id either: the folder {parent} is here)" if path.count("/") == 1 and parent.is_dir() else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 import warnings
 from typing import Any
 
@@ -90,7 +91,7 @@ def must_save_embeddings(model: Any, adapter: str = "default") -> bool:
 
     True where the embeddings carry an adapter or where the vocabulary differs from the base's; unknown base: False.
     Embeddings in modules_to_save are in the file as they are: PEFT's rule would write each of them three times.
-    (T33, T39; peft/utils/save_and_load.py, get_peft_model_state_dict)
+    (peft/utils/save_and_load.py, get_peft_model_state_dict)
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import ModulesToSaveWrapper
@@ -111,3 +112,29 @@ def must_save_embeddings(model: Any, adapter: str = "default") -> bool:
         return False
     before = type(model.config).from_pretrained(base).get_text_config().vocab_size
     return before != model.config.get_text_config().vocab_size
+
+
+def leave_casts_to_autocast(model: Any) -> None:
+    """Let autocast alone choose the dtype in which plain LoRA computes, in place of a cast there and back.
+
+    PEFT makes the input of an adapter float32, as its weights are, and autocast makes that bfloat16 again at once: no
+    bit changes, and each linear layer keeps its input a second time. Dropout and the variants (DoRA and others)
+    compute on the input before a matmul does, in the dtype that they find: they keep the cast.
+    """
+    import torch
+    from peft.tuners.lora.layer import Linear
+
+    # Quantized layers and other methods have classes of their own, some of them derived from this one.
+    plain: list[Any] = [layer for layer in model.modules() if type(layer) is Linear and not layer.lora_variant]
+    for layer in plain:
+        if all(isinstance(dropout, torch.nn.Identity) for dropout in layer.lora_dropout.values()):
+            layer._cast_input_dtype = types.MethodType(cast_outside_autocast, layer)
+
+
+def cast_outside_autocast(layer: Any, x: Any, dtype: Any) -> Any:
+    """What PEFT does to the input of `layer`, but under autocast, which casts it where it is multiplied."""
+    import torch
+
+    if x is not None and torch.is_autocast_enabled(x.device.type):
+        return x
+    return type(layer)._cast_input_dtype(layer, x, dtype)

@@ -10,8 +10,11 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging
 
 from kit.errors import KitError, first_line
+from kit.inspection.attention import ATTENTION, EAGER
 from kit.inspection.tokenizer import find_chat_template
+from kit.models import attention
 from kit.models.open import embedding_row_count, open_base
+from kit.schema.dotted import value_at
 from kit.schema.run_plan import RunPlan
 
 logger = logging.get_logger(__name__)
@@ -27,7 +30,8 @@ def load_tokenizer(plan: RunPlan) -> Any:
             name, revision=revision, trust_remote_code=plan.model.trust_remote_code
         )
     except (OSError, ValueError) as error:
-        raise KitError(f"{name} has no tokenizer: {first_line(error)}", "tokenizer.name_or_path") from error
+        fix = "tokenizer.name_or_path=FOLDER or Hub id, of a tokenizer with the same vocabulary"
+        raise KitError(f"{name} has no tokenizer: {first_line(error)}", "tokenizer.name_or_path", fix) from error
     keep_bos_setting(tokenizer, name, revision)
     if t.added_tokens:
         tokenizer.add_tokens([AddedToken(a, special=True, normalized=False) for a in t.added_tokens], True)
@@ -62,8 +66,8 @@ def keep_bos_setting(tokenizer: Any, name: str, revision: str | None) -> None:
 def load_model(plan: RunPlan, tokenizer: Any) -> Any:
     """The base model, its embeddings grown where tokens were added.
 
-    Under ZeRO-3 its weights arrive sharded, provided that SFTConfig was built before (T19). A quantized base is loaded
-    whole by every rank, tensor by tensor onto its own device, and sharded later (T41): without a device_map
+    Under ZeRO-3 its weights arrive sharded, provided that SFTConfig was built before. A quantized base is loaded
+    whole by every rank, tensor by tensor onto its own device, and sharded later (peft#2016): without a device_map
     transformers takes the current GPU, which SFTConfig has set to this rank's.
     """
     m = plan.model
@@ -82,9 +86,11 @@ def load_model(plan: RunPlan, tokenizer: Any) -> Any:
                 **kwargs,
             )
     except (OSError, ValueError) as error:
-        raise KitError(f"{m.name_or_path} cannot be loaded: {first_line(error)}", "model.name_or_path") from error
+        fix = "check the folder, or fetch it again: kit fetch; kit doctor looks at the machine"
+        raise KitError(f"{m.name_or_path} cannot be loaded: {first_line(error)}", "model.name_or_path", fix) from error
     if plan.zero_stage == 3 and not plan.quantization and not hasattr(next(model.parameters()), "ds_id"):
-        raise KitError("ZeRO-3 is chosen, but the weights were not sharded while loading", "deepspeed", code=4)
+        problem = "ZeRO-3 is chosen, but the weights were not sharded while loading"
+        raise KitError(problem, "deepspeed", "deepspeed=zero2, or a transformers that kit doctor names", code=4)
     fit_embeddings(model, tokenizer, added=bool(plan.tokenizer.added_tokens))
     return model
 
@@ -92,8 +98,10 @@ def load_model(plan: RunPlan, tokenizer: Any) -> Any:
 def base_load_arguments(plan: RunPlan) -> dict[str, Any]:
     """How the base is loaded: `trainer.model_init_kwargs`, dtype and attention."""
     kwargs = {**(plan.trainer.get("model_init_kwargs") or {}), "dtype": getattr(torch, plan.model.dtype)}
-    if plan.model.attn_implementation:
+    if plan.model.attn_implementation not in (None, "auto"):
         kwargs["attn_implementation"] = plan.model.attn_implementation
+    if kwargs.get("attn_implementation") in (ATTENTION, EAGER):
+        attention.register()
     return kwargs
 
 
@@ -144,14 +152,40 @@ def load_peft_config(plan: RunPlan) -> Any:
     try:
         return PEFT_TYPE_TO_CONFIG_MAPPING[kind](**values)
     except (TypeError, ValueError) as error:
-        raise KitError(f"PEFT refuses the adapter: {first_line(error)}", "peft") from error
+        fix = "change or leave out the setting that it names: kit why peft"
+        raise KitError(f"PEFT refuses the adapter: {first_line(error)}", "peft", fix) from error
+
+
+def prepare_leaf_modules(model: Any, plan: RunPlan) -> None:
+    """Make the modules that ZeRO-3 gathers whole fit to train an adapter; KitError where none of them is in the model.
+
+    DeepSpeed reduces the gradients of a leaf module in its full backward hook, which PyTorch calls before the module's
+    backward where no input requires a gradient: with a frozen embedding and without checkpointing the first layer
+    would reduce zeros, and be freed before its backward (DeepSpeed#5008, stage3.py).
+    """
+    if plan.zero_stage != 3:
+        return
+    classes = value_at(plan.deepspeed, "zero_optimization.leaf_module.classes") or []
+    found = {
+        name for m in model.modules() for name in (type(m).__name__, f"{type(m).__module__}.{type(m).__qualname__}")
+    }
+    if classes and not found & set(classes):  # DeepSpeed says so in its log, and gathers each module by itself
+        key = "deepspeed.zero_optimization.leaf_module.classes"
+        layers = sorted(
+            {type(m[0]).__name__ for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m)}
+        )
+        fix = f"{key}=[{','.join(layers)}], the classes that the model repeats; or leave it out"
+        raise KitError(f"no module of the model is one of {classes}", key, fix)
+    if plan.peft is not None:
+        model.get_base_model().enable_input_require_grads()
 
 
 def restore_adapter_dtype(model: Any, plan: RunPlan) -> None:
     """Give the adapter of a quantized base float32 back where the run does not compute in bfloat16.
 
-    TRL makes it bfloat16 whatever the precision (T47): plain optimizers would lose small updates, fp16's gradient
-    scaling expects float32, and ZeRO-3 gathers one dtype only (T28). DeepSpeed makes fp16 adapters itself.
+    TRL makes it bfloat16 whatever the precision (peft#2889): plain optimizers would lose small updates, fp16's
+    gradient scaling expects float32, ZeRO-3 gathers one dtype only (DeepSpeed#8072). DeepSpeed makes fp16 adapters
+    itself.
     """
     if plan.quantization and (plan.precision == "float32" or (plan.precision == "float16" and not plan.deepspeed)):
         for parameter in model.parameters():

@@ -29,10 +29,10 @@ def open_base(
         dtype: of the weights, before they are quantized.
         quantization: the plan's section, None for weights as they are stored.
         device: "cpu", "cuda" or "auto" (over the GPUs, then host memory); None leaves the model where transformers
-            loads it: on the CPU, a quantized one on the process's current GPU if there is one (T41).
+            loads it: on the CPU, a quantized one on the process's current GPU if there is one (peft#2016).
         model_class: AutoModelForCausalLM unless given.
         keep_deepspeed: keep the DeepSpeed setting of this process, as training needs it: under ZeRO-3 the weights
-            arrive sharded (T19). Else it is forgotten, since every weight would arrive with shape (0,).
+            arrive sharded. Else it is forgotten, since every weight would arrive with shape (0,).
         settings: what from_pretrained takes besides (revision, trust_remote_code, attn_implementation, ...).
 
     Raises KitError where the files lack a tensor of the model, which transformers would fill with random numbers.
@@ -79,7 +79,7 @@ def architecture_class(config: Any) -> Any:
 
 
 def embedding_row_count(model: Any) -> int:
-    """Rows of the input embedding, also where ZeRO-3 left an empty placeholder (T21)."""
+    """Rows of the input embedding, also where ZeRO-3 left an empty placeholder."""
     weight = model.get_input_embeddings().weight
     return int(getattr(weight, "ds_shape", weight.shape)[0])
 

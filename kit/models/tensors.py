@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 def full_shape(tensor: Tensor) -> tuple[int, ...]:
-    """The shape of a tensor, also where ZeRO-3 left an empty placeholder (T21)."""
+    """The shape of a tensor, also where ZeRO-3 left an empty placeholder."""
     return tuple(getattr(tensor, "ds_shape", tensor.shape))
 
 

@@ -82,6 +82,20 @@ RENAMED: dict[str, dict[str, str]] = {
         "precision": "fp16 or bf16",
     },
 }
+RENAMED_IN = {"trainer": RENAMED["SFTConfig"], "peft": RENAMED["peft"], "quantization": RENAMED["BitsAndBytesConfig"]}
+OWNED_ELSEWHERE = {  # fields of SFTConfig that another part of the description holds
+    "output_dir": "the run directory holds everything: runs_dir=FOLDER, name=NAME",
+    "deepspeed": "deepspeed=zero2, or deepspeed=/path/my.json",
+    "fsdp": "use the group fsdp",
+    "fsdp_config": "use the group fsdp",
+    "hub_token": "secrets come from the environment: export HF_TOKEN=...",
+    "push_to_hub_token": "secrets come from the environment: export HF_TOKEN=...",
+    "resume_from_checkpoint": "kit resume RUN",
+    "chat_template_path": "tokenizer.chat_template=NAME or FILE.jinja, with tokenizer.added_tokens=[...]",
+    "eos_token": "tokenizer.eos_token=...",
+    "pad_token": "tokenizer.pad_token=...",
+    "model_init_kwargs.dtype": "model.dtype=...",
+}
 WORDS = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "text", "list": "a list",
          "dict": "a mapping", "none": "null"}  # fmt: skip
 BOUNDS = {"ge": (">=", operator.ge), "gt": (">", operator.gt), "le": ("<=", operator.le), "lt": ("<", operator.lt)}
@@ -89,9 +103,23 @@ BOOLS = {"true", "false", "yes", "no", "on", "off"}
 
 
 @cache
+def _generated() -> dict[str, Any]:
+    return json.loads(Path(__file__).with_suffix(".json").read_text())
+
+
 def field_tables() -> dict[str, dict[str, dict[str, Any]]]:
     """{table: {field: {kinds, default, choices, patterns, items, table, class, ge, ...}}}, read on first use."""
-    return json.loads(Path(__file__).with_suffix(".json").read_text())["tables"]
+    return _generated()["tables"]
+
+
+def optimizers() -> dict[str, dict[str, Any]]:
+    """{trainer.optim: {package, pip, options}}: what must be installed for it, and what optim_args may hold."""
+    return _generated()["optimizers"]
+
+
+def router_logits_types() -> list[str]:
+    """Model types that can return their router's logits."""
+    return _generated()["router_logits"]
 
 
 def field_names(table: str) -> list[str]:
@@ -148,13 +176,50 @@ def unknown_field(table: str, key: str, where: str) -> Problem:
     if key in renamed:
         own = f"{where}." if where and renamed[key] in given else ""
         return Problem(f"unknown key {path}", path, f"use {own}{renamed[key]}", "renamed-key")
+    if table.startswith("deepspeed") and (place := place_of_key(key)):
+        return Problem(f"unknown key {path}", path, describe_place(place, key, path), "unknown-key")
     folded = {name.lower(): name for name in given}
     close = [folded[c] for c in difflib.get_close_matches(key.lower().replace("-", "_"), folded, 3, 0.6)]
     if close:
         fix = "did you mean " + " or ".join(f"{where}.{c}" if where else c for c in close) + "?"
+    elif table == "deepspeed":
+        fix = "remove it: DeepSpeed passes over it without a word"
     else:
         fix = f"remove it; the keys are {', '.join(given)}" if len(given) <= 20 else "remove it"
     return Problem(f"unknown key {path}", path, fix, "unknown-key")
+
+
+@cache
+def deepspeed_places() -> dict[str, list[tuple[str, str]]]:
+    """Map each key of a DeepSpeed JSON to its blocks: (dotted name, "" for the top level; table), outer ones first."""
+    places: dict[str, list[tuple[str, str]]] = {}
+    pending = [("", "deepspeed")]
+    for block, table in pending:
+        for name, entry in field_tables()[table].items():
+            if "instead" not in entry:
+                places.setdefault(name, []).append((block, table))
+            if inner := entry.get("table"):
+                pending.append((f"{block}.{name}".lstrip("."), inner))
+    return places
+
+
+def place_of_key(key: str) -> tuple[str, str] | None:
+    """Return the one block of a DeepSpeed JSON that has a key, (its dotted name, its table); ZeRO's goes first."""
+    places = deepspeed_places().get(key, [])
+    zero = [p for p in places if p[0] == "zero_optimization"]
+    return (zero or places)[0] if zero or len(places) == 1 else None
+
+
+def describe_place(place: tuple[str, str], key: str, path: str) -> str:
+    """Say where a key of a DeepSpeed JSON belongs that stands at `path`."""
+    if path.endswith(f"bf16.{key}") and place[0] == "fp16":
+        return "remove it: it scales the loss of fp16, and bfloat16 needs no loss scaling"
+    root = "deepspeed." if path.startswith("deepspeed.") else ""
+    return (
+        f"it belongs in {place[0]}: {root}{place[0]}.{key}"
+        if place[0]
+        else f"it belongs at the top level: {root}{key}"
+    )
 
 
 def _replaced(entry: dict[str, Any], path: str) -> Problem:
@@ -172,7 +237,7 @@ def _kind(value: Any) -> str:
     return "dict" if isinstance(value, Mapping) else type(value).__name__
 
 
-def _accepts(entry: dict[str, Any], value: Any) -> bool:
+def accepts(entry: dict[str, Any], value: Any) -> bool:
     kind, wanted = _kind(value), entry["kinds"]
     if kind in wanted or (kind == "none" and entry.get("default", "") is None):
         return True
@@ -182,7 +247,7 @@ def _accepts(entry: dict[str, Any], value: Any) -> bool:
 
 
 def _check_value(entry: dict[str, Any], value: Any, path: str) -> list[Problem]:
-    if not _accepts(entry, value):
+    if not accepts(entry, value):
         return [Problem(f"{path} must be {_wanted(entry)}, not {value!r}", path, _kind_fix(entry, value), "kind")]
     if isinstance(value, float) and not math.isfinite(value):
         return [Problem(f"{path} is {value}", path, "give a finite number", "range")]
@@ -230,6 +295,8 @@ def _wanted(entry: dict[str, Any]) -> str:
 def _kind_fix(entry: dict[str, Any], value: Any) -> str:
     """What to write instead of a value of the wrong kind."""
     wanted = entry["kinds"]
+    if value == "auto" and "alias" in entry:
+        return f'name it {entry["alias"]}: under this name nobody fills "auto"'
     if isinstance(value, str) and value == "auto":
         return 'no library fills "auto" here: give a value or leave the key out'
     if isinstance(value, str) and {"int", "float"} & set(wanted):
@@ -245,10 +312,15 @@ def _kind_fix(entry: dict[str, Any], value: Any) -> str:
     if isinstance(value, int) and not isinstance(value, bool) and wanted == ["bool"] and value in (0, 1):
         return f"write {'true' if value else 'false'}"
     if isinstance(value, float) and "int" in wanted:
-        return f"round it: {round(value)}" if math.isfinite(value) else "give a finite number"
+        return f"round it: {round_up_from_zero(value)}" if math.isfinite(value) else "give a finite number"
     if "list" in wanted and isinstance(value, str):
         return f"write a list: [{value}]"
     return f"give {_wanted(entry)}"
+
+
+def round_up_from_zero(value: float) -> int:
+    """Round a number; one above 0 never becomes 0, which switches off what it sizes (fp16.min_loss_scale: 0.5)."""
+    return max(1, round(value)) if value > 0 else round(value)
 
 
 def _cast_value(entry: dict[str, Any], value: Any) -> Any:

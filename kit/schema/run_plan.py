@@ -29,7 +29,7 @@ class Model(Strict):
     name_or_path: str
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    attn_implementation: str | None = None  # null: transformers' own choice
+    attn_implementation: str | None = "auto"  # auto: kit/inspection/attention.py; null: transformers' own choice
     trust_remote_code: bool = False
     random_init: bool = False  # weights drawn from trainer.seed instead of loaded: config.json is all that is needed
     pad_token: str | None = None  # a token of this base to pad with, where its tokenizer names none
@@ -193,6 +193,27 @@ class RunInput(Strict):
     runs_dir: str = "runs"
     global_batch_size: int | None = Field(default=None, ge=1)
     prompts: list[str] = Field(default_factory=list)
+    rehearsal: bool | Literal["auto"] = "auto"
+
+
+class MemoryOption(Strict):
+    """One way to use a device's memory, with its forecast peak in bytes and the time of a step against the fastest."""
+
+    activation_checkpointing: bool
+    activation_checkpointing_kwargs: dict[str, Any] = Field(default_factory=dict)
+    per_device_train_batch_size: int
+    gradient_accumulation_steps: int
+    bytes: int
+    cost: float
+
+
+class MemoryChoice(Strict):
+    """The options of a run on its device, each needing less than the one before; the trainer has the chosen one."""
+
+    device: str
+    device_bytes: int
+    options: list[MemoryOption]
+    chosen: int = 0
 
 
 class RunPlan(Strict):
@@ -219,8 +240,10 @@ class RunPlan(Strict):
     train_on: str | None = None  # which tokens are in the loss, as resolved; null where the rows were not here
     tracking: dict[str, Any]
     prompts: list[str]
+    rehearsal: bool | None = None  # null: decided where the number of steps is known
     init_from: InitFrom | None = None  # peft.init_from: whose weights the adapter starts with
     base: dict[str, Any] | None = None  # config_sha256 and fingerprint of the base weights, where they are here
+    memory: MemoryChoice | None = None  # null: the user's own values, or not yet chosen (the GPUs are elsewhere)
     notes: list[str] = Field(default_factory=list)
     warnings: list[dict[str, str]] = Field(default_factory=list)  # problem, where, fix and rule of each
     overrides: list[str] = Field(default_factory=list)
@@ -284,8 +307,10 @@ MACHINE = {
     "runs_dir",
     "init_from.path",
     "launch",
+    "rehearsal",
     "hparams_search",
     "model.attn_implementation",
+    "trainer.use_liger_kernel",  # the same layers by other kernels, to rounding; `auto` asks what is installed here
     "quantization.bnb_4bit_quant_storage",  # the same bits under another dtype
     "trainer.use_cpu",
     "trainer.per_device_train_batch_size",
@@ -293,6 +318,7 @@ MACHINE = {
     "trainer.gradient_accumulation_steps",
     "trainer.gradient_checkpointing",
     "trainer.activation_checkpointing",
+    "trainer.activation_checkpointing_kwargs",
     "trainer.dataset_num_proc",
     "trainer.ddp_timeout",
     "deepspeed.zero_optimization",
