@@ -76,7 +76,7 @@ def launch_command(plan: RunPlan, plan_path: Path, resume: str | None = None) ->
             env |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
             env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         if not plan.trainer["use_cpu"] and len(hardware.list_gpus()) > 1:
-            # A plain process that sees several GPUs is wrapped in DataParallel, which the trainer refuses (T66).
+            # A plain process that sees several GPUs is wrapped in DataParallel, which the trainer refuses.
             env["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     return argv, env
 
@@ -106,7 +106,7 @@ def write_node_hostfile(plan: RunPlan) -> Launch:
 
 
 def visible_devices_variable(plan: RunPlan) -> dict[str, str]:
-    """The devices that a batch system gave to this node: DeepSpeed counts from 0, the worker puts them right (T69)."""
+    """The devices that a batch system gave to this node: DeepSpeed counts from 0, the worker puts them right."""
     visible = [v.strip() for v in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if v.strip()]
     if plan.trainer["use_cpu"] or not visible:
         return {}
@@ -114,7 +114,7 @@ def visible_devices_variable(plan: RunPlan) -> dict[str, str]:
 
 
 def device_options(launch: Launch) -> list[str]:
-    """The deepspeed command forgets CUDA_VISIBLE_DEVICES beside --num_gpus (T69): the devices are named instead."""
+    """The deepspeed command forgets CUDA_VISIBLE_DEVICES beside --num_gpus: the devices are named instead."""
     if launch.include or launch.exclude:
         return device_filter_options(launch)
     visible = [v.strip() for v in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if v.strip()]

@@ -108,7 +108,7 @@ def launch_node_command(plan: RunPlan) -> str:
 
 
 def check_node_count(plan: RunPlan, env: Mapping[str, str]) -> None:
-    """KitError where the batch system has other nodes than the plan: each would train alone, into one place (T68)."""
+    """KitError where the batch system has other nodes than the plan: each would train alone, into one place."""
     allocated, planned = first_integer(env, "NNODES", "SLURM_STEP_NUM_NODES"), int(plan.launch.num_nodes)
     if allocated is not None and planned != allocated:
         raise KitError(

@@ -1,7 +1,7 @@
 """DeepSpeed's operators are compiled before the ranks start: with progress, a limit, and an eye on dead locks.
 
 torch's builder leaves a file `lock` beside the operator it builds; a killed build leaves it for ever, and every later
-run waits for it without a word (trap T73).
+run waits for it without a word.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 
 import psutil
@@ -23,6 +22,7 @@ import psutil
 from kit.errors import ENVIRONMENT, KitError
 from kit.schema.run_plan import RunPlan
 from kit.system import paths
+from kit.system.dependencies import installed_version
 
 
 def extensions_dir() -> Path:
@@ -38,7 +38,8 @@ def extensions_dir() -> Path:
         cpu = "".join(line for line in cpu.splitlines() if line.startswith(("model name", "flags")))
     except OSError:
         cpu = platform.processor()
-    fingerprint = [cpu, sys.prefix, platform.python_version(), *(package_version(p) for p in ("torch", "deepspeed"))]
+    packages = [installed_version(package) or "none" for package in ("torch", "deepspeed")]
+    fingerprint = [cpu, sys.prefix, platform.python_version(), *packages]
     return paths.kit_cache_folder() / "ops" / hashlib.sha256("|".join(fingerprint).encode()).hexdigest()[:12]
 
 
@@ -54,13 +55,6 @@ def installation_stamp() -> str:
 
 def is_built(stamp: Path) -> bool:
     return stamp.exists() and stamp.read_text() == installation_stamp()
-
-
-def package_version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "none"
 
 
 def required_ops(plan: RunPlan) -> list[str]:
@@ -121,7 +115,8 @@ def wait_for_build_lock(
             return
         except OSError:
             if time.monotonic() > deadline:
-                raise KitError(f"another process has been building in {folder} all along", code=ENVIRONMENT) from None
+                problem = f"another process has been building in {folder} all along"
+                raise KitError(problem, str(folder), "kit doctor names it: end it", code=ENVIRONMENT) from None
             if not announced:
                 say("another run is compiling DeepSpeed's operators: waiting for it")
                 announced = True

@@ -48,7 +48,7 @@ def remove_rank_files(run: Path, own_ranks: range | None = None, name: str = "")
     """Remove what an earlier start left in logs/: pids, errors, notes; on one node of several only its own."""
     logs, numbers = run / run_directory.LOGS, "*" if own_ranks is None else None
     for number in [numbers] if numbers else list(map(str, own_ranks or ())):
-        for pattern in (f"rank{number}.pid", f"rank{number}.error.json"):
+        for pattern in (f"rank{number}.pid", f"rank{number}.error.json", f"rank{number}.oom.json"):
             for file in logs.glob(pattern):
                 file.unlink(missing_ok=True)
     if not name:
@@ -108,6 +108,11 @@ class PeerFailures:
         ):
             self.deadline = time.monotonic() + PEER_GRACE_SECONDS
         return self.deadline is not None and time.monotonic() > self.deadline
+
+
+def out_of_memory(run: Path) -> bool:
+    """Whether a rank of this start met an "out of memory" in the trial step (kit/training/rehearsal.py)."""
+    return any((run / run_directory.LOGS).glob("rank*.oom.json"))
 
 
 def error_files(run: Path) -> list[Path]:

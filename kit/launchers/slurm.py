@@ -1,7 +1,7 @@
 """SLURM: write a script that anyone can read, submit it, follow it.
 
 One task per node starts that node's ranks (node.py): DeepSpeed's own slurm launcher sets no ranks, so that each task
-would train alone (T68). Inside an allocation (salloc) the same task is started at once.
+would train alone. Inside an allocation (salloc) the same task is started at once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from kit.errors import DONE, ENVIRONMENT, FAILED, STOPPED, KitError, Problem
 from kit.launchers.ranks import read_rank_errors
 from kit.launchers.slurm_client import FINAL_STATES, current_job_id, follow_job, job_state, submit_script
 from kit.launchers.slurm_script import RESUME_OPTIONS, check_plain_path, srun_command, train_script, verb_script
-from kit.launchers.supervise import StopRequests, exit_code_of_run
+from kit.launchers.supervise import StopRequests, describe_stop, exit_code_of_run
 from kit.schema.run_plan import RunPlan, load_plan
 from kit.storage import run_directory
 from kit.storage.json_files import atomic_write_json, atomic_write_text, read_json_or_empty
@@ -229,11 +229,11 @@ def record_job(run: Path, verb: str, job: str, script: Path) -> str:
 
 def exit_code_of_job(run: Path, job: str, state: str, code: int) -> int:
     """The exit code of a run that was followed; KitError with what its ranks wrote down."""
-    run_state = run_directory.read_status(run).get("state")
-    if run_state == "done":
+    status = run_directory.read_status(run)
+    if status.get("state") == "done":
         return DONE
-    if run_state == "stopped":
-        print_status(f"stopped with a complete checkpoint: kit resume {run_directory.path_from_here(run)}")
+    if status.get("state") == "stopped":
+        print_status(describe_stop(run, status))
         return STOPPED
     problems, exit_code = read_rank_errors(run)
     log = str(run / run_directory.LOGS / f"slurm-{job}.out")

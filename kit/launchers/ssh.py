@@ -1,6 +1,6 @@
 """Nodes that the deepspeed command reaches with ssh: what it needs there, and the environment that must come along.
 
-DeepSpeed hands on PYTHON*, MLFLOW* and NCCL*, and what a file `.deepspeed_env` names (trap T70). The kit writes such a
+DeepSpeed hands on PYTHON*, MLFLOW* and NCCL*, and what a file `.deepspeed_env` names. The kit writes such a
 file into the run directory and points DS_ENV_FILE to it. Names and values that look like secrets never enter it: it
 would be a file, and DeepSpeed puts its lines on a command line that everybody on the node can read.
 """
@@ -18,6 +18,7 @@ from pathlib import Path
 
 from kit.config.nodes import read_hosts
 from kit.errors import ENVIRONMENT, KitError, Problem
+from kit.launchers.environment import classify
 from kit.schema.run_plan import RunPlan
 from kit.storage import run_directory
 from kit.storage.json_files import atomic_write_text
@@ -44,7 +45,7 @@ def write_remote_environment(plan: RunPlan, rank_env: Mapping[str, str], say: Ca
     inherited = {
         name: value
         for name, value in os.environ.items()
-        if name.startswith(PASSED_PREFIXES) and name not in NEVER_PASSED
+        if name.startswith(PASSED_PREFIXES) and name not in NEVER_PASSED and classify(name) != "cleared"
     }
     user_env = user_environment_lines()
     sent: dict[str, str] = {}

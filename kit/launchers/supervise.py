@@ -1,6 +1,6 @@
 """Start the ranks of a plan, stay with them, and leave nothing behind.
 
-A single-node `deepspeed` command has no signal handlers of its own: ending it leaves its ranks running (trap T71). So
+A single-node `deepspeed` command has no signal handlers of its own: ending it leaves its ranks running. So
 the ranks are signalled directly, by the process ids that they write down, and whatever still lives at last is killed.
 
 Where each node starts its own ranks, each has a process like this one: it ends its own ranks only, learns from files
@@ -21,12 +21,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from kit.config import memory_choice
 from kit.config.nodes import starts_over_ssh
 from kit.errors import DONE, STOPPED, KitError, Problem
-from kit.launchers import node, ops, ranks, ssh
+from kit.inspection import adapter
+from kit.launchers import environment, node, ops, ranks, ssh
 from kit.launchers.command import launch_command, rank_environment
-from kit.schema.run_plan import RunPlan
-from kit.storage import manifest, run_directory
+from kit.schema.run_plan import RunPlan, load_plan
+from kit.storage import checkpoints, manifest, run_directory
 from kit.storage.json_files import atomic_write_json
 from kit.system import hardware
 from kit.system.terminal import print_status
@@ -63,42 +65,85 @@ def launch(plan: RunPlan, resume: str | None = None) -> int:
             )
             if stop.requests:
                 return 128 + signal.SIGINT
-            ranks.remove_rank_files(run, own_ranks, name)
-            argv, env = launch_command(plan, run / run_directory.PLAN, resume)
-            if by_ssh:
-                env |= ssh.write_remote_environment(plan, env, print_status)
-            record = {"argv": argv, "env": env, "cwd": os.getcwd(), "resume": resume}
-            record_file = run / run_directory.LAUNCH if first else run / run_directory.LOGS / f"launch{name}.json"
-            atomic_write_json(record_file, record)
-            if first:
-                run_directory.set_status(run, "running")
-            kills_before, deaths = hardware.cgroup_oom_kills() or 0, ranks.RankDeathTimes(run, own_ranks)
-            peers = ranks.PeerFailures(run, own_ranks) if own_ranks is not None or by_ssh else None
-            # SLURM signals all processes of a step: SIGUSR1 is for us and for the ranks, and would end a launcher.
-            process = subprocess.Popen(
-                argv, env={**os.environ, **env}, stdin=subprocess.DEVNULL, start_new_session=True,
-                preexec_fn=lambda: signal.signal(signal.SIGUSR1, signal.SIG_IGN),
-            )  # fmt: skip
-            try:
-                wait_for_launcher(process, run, stop, plan.launch.grace_seconds, deaths, peers, by_ssh)
-            finally:
-                if by_ssh and process.poll() is None:
-                    ssh.request_remote_stop(run, "now")
-                    with contextlib.suppress(subprocess.TimeoutExpired):
-                        process.wait(10)
-                kill_all(process, run, own_ranks)
-                if by_ssh and process.returncode:  # whatever still lives on the nodes
-                    ssh.request_remote_stop(run, "now")
-                # For `kit doctor RUN`: the launchers' own exit codes do not tell which rank went first, or why.
-                killed = (hardware.cgroup_oom_kills() or 0) - kills_before
-                end = {
-                    "returncode": process.returncode,
-                    "oom_kills": killed,
-                    "deaths": deaths.times,
-                    "asked": stop.requests,
-                }
-                atomic_write_json(record_file, {**record, "ended": end})
-    return exit_code_of_run(run, process.returncode, name, status_before)
+            while True:
+                returncode = run_ranks(plan, resume, stop, name, own_ranks)
+                smaller = None if resume or stop.requests else next_memory_option(plan, first)
+                if smaller is None:
+                    break
+                plan = smaller
+    return exit_code_of_run(run, returncode, name, status_before)
+
+
+def run_ranks(plan: RunPlan, resume: str | None, stop: StopRequests, name: str, own_ranks: range | None) -> int | None:
+    """Start the ranks of this machine and stay until none is left; the launcher's exit code."""
+    run, by_ssh = plan.run_path, starts_over_ssh(plan.launch)
+    ranks.remove_rank_files(run, own_ranks, name)
+    argv, env = launch_command(plan, run / run_directory.PLAN, resume)
+    if by_ssh:
+        env |= ssh.write_remote_environment(plan, env, print_status)
+    launcher_env = dict(os.environ)
+    cleared = environment.clear_environment(launcher_env, env)
+    if plan.launch.launcher == "local":
+        cleared |= environment.clear_ranks(launcher_env, env)
+    for line in environment.describe_environment(plan, cleared, {}):
+        print_status(line)
+    record = {"argv": argv, "env": env, "cleared": cleared, "cwd": os.getcwd(), "resume": resume}
+    record_file = run / run_directory.LOGS / f"launch{name}.json" if name else run / run_directory.LAUNCH
+    atomic_write_json(record_file, record)
+    if not name:
+        run_directory.set_status(run, "running")
+    kills_before, deaths = hardware.cgroup_oom_kills() or 0, ranks.RankDeathTimes(run, own_ranks)
+    peers = ranks.PeerFailures(run, own_ranks) if own_ranks is not None or by_ssh else None
+    # SLURM signals all processes of a step: SIGUSR1 is for us and for the ranks, and would end a launcher.
+    process = subprocess.Popen(
+        argv, env={**launcher_env, **env}, stdin=subprocess.DEVNULL, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGUSR1, signal.SIG_IGN),
+    )  # fmt: skip
+    try:
+        wait_for_launcher(process, run, stop, plan.launch.grace_seconds, deaths, peers, by_ssh)
+    finally:
+        if by_ssh and process.poll() is None:
+            ssh.request_remote_stop(run, "now")
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(10)
+        kill_all(process, run, own_ranks)
+        if by_ssh and process.returncode:  # whatever still lives on the nodes
+            ssh.request_remote_stop(run, "now")
+        # For `kit doctor RUN`: the launchers' own exit codes do not tell which rank went first, or why.
+        killed = (hardware.cgroup_oom_kills() or 0) - kills_before
+        end = {
+            "returncode": process.returncode,
+            "oom_kills": killed,
+            "deaths": deaths.times,
+            "asked": stop.requests,
+        }
+        atomic_write_json(record_file, {**record, "ended": end})
+    return process.returncode
+
+
+def next_memory_option(plan: RunPlan, first: bool) -> RunPlan | None:
+    """Return the plan with the next option for its memory, where a rank ran out of it in the trial step; else None.
+
+    Node 0 writes it, the others wait for it: the run directory is theirs together.
+    """
+    run = plan.run_path
+    if not ranks.out_of_memory(run):
+        return None
+    written = load_plan(run)
+    if first:
+        smaller = memory_choice.take_next_option(written)
+        if smaller is None:
+            return None
+        assert smaller.memory
+        run_directory.write_plan(smaller.model_copy(update={"run_dir": str(run)}))
+        print_status(f"out of memory in the trial step; next: {memory_choice.describe_choice(smaller.memory)}")
+    else:
+        chosen, deadline = written.memory and written.memory.chosen, time.monotonic() + STATUS_WAIT_SECONDS
+        while (smaller := load_plan(run)).memory is None or smaller.memory.chosen == chosen:
+            if time.monotonic() > deadline:
+                return None
+            time.sleep(0.5)
+    return smaller.model_copy(update={"run_dir": str(run), "launch": plan.launch})
 
 
 def newest_checkpoint_name(run: Path) -> str | None:
@@ -193,8 +238,7 @@ def exit_code_of_run(
     if state.get("state") == "done":
         return DONE
     if state.get("state") == "stopped":
-        resume = f"kit resume {run_directory.path_from_here(run)}"
-        print_status(f"stopped at step {state.get('step')} with a complete checkpoint: {resume}")
+        print_status(describe_stop(run, state))
         return STOPPED
     problems, code = ranks.read_rank_errors(run)
     if not problems:
@@ -206,6 +250,17 @@ def exit_code_of_run(
     report = {"code": code, "problems": [vars(p) for p in problems]}  # for the other nodes
     atomic_write_json(run / run_directory.LOGS / f"{ranks.node_file_name(name)}.error.json", report)
     raise KitError(problems, code=code)
+
+
+def describe_stop(run: Path, state: dict[str, Any]) -> str:
+    """What a run that was stopped by a signal leaves, and how it goes on."""
+    step, folder = state.get("step"), run_directory.path_from_here(run)
+    saved = run / run_directory.CHECKPOINTS / f"checkpoint-{step}"
+    if (saved / manifest.NAME).is_file() and manifest.what_it_resumes(saved) == "weights":
+        left = "its checkpoint holds weights alone (trainer.save_only_model), for a new run to begin with"
+        weights = checkpoints.weights_override(run_directory.path_from_here(saved), (saved / adapter.CONFIG).is_file())
+        return f"stopped at step {step}; {left}: kit train ... {weights}"
+    return f"stopped at step {step} with a complete checkpoint: kit resume {folder}"
 
 
 def final_status(run: Path, returncode: int | None, status_before: dict[str, Any] | None) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from kit.errors import ENVIRONMENT, KitError
+from kit.storage.disk import FREE_SOME, describe_os_error, format_size, free_bytes
 
 # Names of unfinished work, all beside the folder that they belong to. None matches "checkpoint-*".
 STAGING, REPLACED, TRASH = ".staging-", ".replaced-", ".trash-"
@@ -62,14 +63,15 @@ def output_folder(target: Path, fsync: bool, move: Callable[[Path, Path], None] 
             staging = stack.enter_context(atomic_folder(target, target.with_name(name), fsync, move))
             (staging / OWNER).write_text(socket.gethostname())
         except OSError as error:
-            problem = f"{target.parent} cannot be written: {error}"
-            raise KitError(problem, where=str(target), code=ENVIRONMENT) from error
+            problem, where, fix = describe_os_error(error, target)
+            raise KitError(f"{target.parent} cannot be written: {problem}", where, fix, code=ENVIRONMENT) from error
         try:
             yield staging
             (staging / OWNER).unlink(missing_ok=True)
             stack.close()
         except OSError as error:
-            raise KitError(f"{target} could not be written: {error}", code=ENVIRONMENT) from error
+            problem, where, fix = describe_os_error(error, error.filename or target)
+            raise KitError(f"{target} could not be written: {problem}", where, fix, code=ENVIRONMENT) from error
 
 
 def _is_stale(staging: Path) -> bool:
@@ -171,9 +173,7 @@ def check_output_folder(target: Path, sources: list[Path], overwrite: bool, repo
 
 def check_free_space(need: int, target: Path) -> None:
     """Refuse with exit code 3 where the disk cannot hold `need` bytes."""
-    parent = next(p for p in target.parents if p.exists())
-    free = shutil.disk_usage(parent).free
+    parent, free = free_bytes(target.parent)
     if need > free:
-        raise KitError(
-            f"{parent} has {free / 1e9:.1f} GB free, {target.name} needs {need / 1e9:.1f}", code=ENVIRONMENT
-        )
+        problem = f"the disk of {parent} has {format_size(free)} free, and {target} needs {format_size(need)}"
+        raise KitError(problem, str(parent), FREE_SOME, code=ENVIRONMENT)

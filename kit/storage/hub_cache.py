@@ -38,6 +38,19 @@ def is_offline() -> bool:
     return (os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or "").upper() in TRUE_WORDS
 
 
+def hub_home(env: Mapping[str, str] = os.environ) -> str:
+    """The folder that holds huggingface_hub's cache and token."""
+    return env.get("HF_HOME") or os.path.join(
+        env.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "huggingface"
+    )
+
+
+def has_token(env: Mapping[str, str] = os.environ) -> bool:
+    """Whether huggingface_hub would find a token; it is not read."""
+    file = Path(os.path.expanduser(env.get("HF_TOKEN_PATH") or os.path.join(hub_home(env), "token")))
+    return bool(env.get("HF_TOKEN") or env.get("HUGGING_FACE_HUB_TOKEN")) or file.is_file()
+
+
 def is_hub_id(name: str) -> bool:
     """Whether a name can be a repository's and is no path on this disk."""
     return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", name)) and not Path(name).exists()
@@ -45,10 +58,7 @@ def is_hub_id(name: str) -> bool:
 
 def hub_cache_folder(env: Mapping[str, str] = os.environ) -> Path:
     """The folder that huggingface_hub would use."""
-    home = env.get("HF_HOME") or os.path.join(
-        env.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "huggingface"
-    )
-    return Path(os.path.expanduser(env.get("HF_HUB_CACHE") or os.path.join(home, "hub")))
+    return Path(os.path.expanduser(env.get("HF_HUB_CACHE") or os.path.join(hub_home(env), "hub")))
 
 
 def cached_repo_folder(repo: str, kind: str) -> Path:

@@ -34,9 +34,11 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise KitError(f"{path} cannot be read: {error}") from None
+        raise KitError(
+            f"{path} cannot be read: {error}", str(path), "check the path, or write the file again"
+        ) from None
     if not isinstance(value, dict):
-        raise KitError(f"{path} does not hold a JSON object")
+        raise KitError(f"{path} does not hold a JSON object", str(path), 'the file begins with "{"')
     return value
 
 

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from kit.errors import FAILED, KitError
 from kit.storage.atomic_folder import fsync_path
@@ -62,11 +62,13 @@ def write_manifest(
     base: dict | None = None,
     tensors: int = 0,
     parameters: int = 0,
+    resumes: Literal["training", "weights"] | None = None,
     files: dict[str, dict] | None = None,
 ) -> dict:
     """Hash, flush and list everything in `folder`, then write its manifest last.
 
-    kind: "adapter", "model" or "checkpoint". files: the hashes, where the ranks made and flushed them already.
+    kind: "adapter", "model" or "checkpoint". resumes: what can go on from a checkpoint, the training or a new run that
+    begins with its weights. files: the hashes, where the ranks made and flushed them already.
     """
     folder = Path(folder)
     if files is None:
@@ -80,6 +82,7 @@ def write_manifest(
         "base": base,
         "tensors": tensors,
         "parameters": parameters,
+        **({"resumes": resumes} if resumes else {}),
         "files": dict(sorted(files.items())),
     }
     with open(folder / NAME, "w", encoding="utf-8") as f:
@@ -113,6 +116,12 @@ def read_manifest(folder: str | Path) -> dict:
     if manifest is None:
         raise KitError(reason, where=str(folder), fix="use another checkpoint or save it again", code=FAILED)
     return manifest
+
+
+def what_it_resumes(checkpoint: Path) -> str:
+    """ "training", or "weights" where a checkpoint has no optimizer; older ones do not say it."""
+    has_optimizer = any(any(checkpoint.glob(pattern)) for pattern in ("optimizer*", "global_step*"))
+    return str(read_manifest(checkpoint).get("resumes", "training" if has_optimizer else "weights"))
 
 
 def verify_folder(folder: str | Path) -> list[str]:

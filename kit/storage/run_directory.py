@@ -20,6 +20,7 @@ from kit.system.terminal import print_status
 
 PLAN, DS_CONFIG, LAUNCH, STATUS = "plan.json", "ds_config.json", "launch.json", "status.json"
 METRICS, METRICS_LOG, SAMPLES, DATA = "metrics.json", "metrics.jsonl", "samples.json", "data.json"
+FINGERPRINTS = "fingerprints.json"  # what the run is trained on: kit/training/fingerprints.py
 ADAPTER, MODEL, CHECKPOINTS, LOGS = "adapter", "model", "checkpoints", "logs"
 LOCK, RANK_LOCK = ".lock", ".lock.rank0"  # of the command that started a run, and of its rank 0
 LOCK_PROBE_SECONDS = 0.3  # for as long a lock may only be looked at (`in_use`)
@@ -81,11 +82,17 @@ def write_plan(plan: RunPlan) -> None:
     """plan.json, the plain ds_config.json, and Hydra's record of the command line."""
     run = plan.run_path
     atomic_write_text(run / PLAN, plan.to_json())
+    update_fingerprints(run, plan=plan.model_dump())  # a copy: an edit of plan.json is noticed at a resume
     if plan.deepspeed:
         atomic_write_json(run / DS_CONFIG, plan.deepspeed)
     (run / ".hydra").mkdir(exist_ok=True)
     atomic_write_json(run / ".hydra" / "overrides.json", plan.overrides)
     atomic_write_json(run / ".hydra" / "config.json", plan.composed)
+
+
+def update_fingerprints(run: Path, **parts: Any) -> None:
+    """Write what a run is trained on; a part that is not named stays as it is."""
+    atomic_write_json(run / FINGERPRINTS, {**read_json_or_empty(run / FINGERPRINTS), **parts})
 
 
 def set_status(run: Path, state: str, **facts: Any) -> None:

@@ -71,13 +71,7 @@ def read_model_config(folder: Path) -> dict:
 def read_header(file: Path) -> list[TensorEntry]:
     """The tensors of one safetensors file in file order; KitError where the file is damaged."""
     try:
-        size = file.stat().st_size
-        with open(file, "rb") as f:
-            prefix = f.read(8)
-            (length,) = struct.unpack("<Q", prefix) if len(prefix) == 8 else (size + 1,)
-            if length > size - 8:
-                raise ValueError("the header is longer than the file")
-            header = json.loads(f.read(length))
+        size, length, header = _parse_header(file)
         tensors = [
             TensorEntry(
                 name,
@@ -99,6 +93,25 @@ def read_header(file: Path) -> list[TensorEntry]:
             fix="fetch the file again",
         )
     return tensors
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """The words that stand beside the tensors of a safetensors file; KitError where the file is damaged."""
+    try:
+        return dict(_parse_header(file)[2].get("__metadata__") or {})
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise KitError(f"{file} is damaged: {error}", fix="fetch the file again") from None
+
+
+def _parse_header(file: Path) -> tuple[int, int, Any]:
+    """(bytes of the file, bytes of its header, the header)."""
+    size = file.stat().st_size
+    with open(file, "rb") as f:
+        prefix = f.read(8)
+        (length,) = struct.unpack("<Q", prefix) if len(prefix) == 8 else (size + 1,)
+        if length > size - 8:
+            raise ValueError("the header is longer than the file")
+        return size, length, json.loads(f.read(length))
 
 
 def encode_header(tensors: list[tuple[str, str, tuple[int, ...], int]]) -> bytes:

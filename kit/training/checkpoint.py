@@ -20,6 +20,7 @@ from kit.inspection.adapter import WEIGHTS
 from kit.models.adapters import must_save_embeddings
 from kit.models.tensors import full_shape, is_finite, named_tensors
 from kit.storage import manifest
+from kit.storage.checkpoints import WHOLE_OPTIMIZER
 from kit.storage.safetensors_header import TensorEntry as StoredTensor
 from kit.storage.safetensors_header import read_header, read_tensors
 
@@ -48,7 +49,9 @@ def raise_on_all_ranks(error: KitError | None, group: Any) -> None:
         if error:
             raise error
         if message:
-            raise KitError(f"rank {rank} failed: {message}", code=FAILED)
+            raise KitError(
+                f"rank {rank} failed: {message}", fix=f"see logs/rank{rank}.log; kit doctor RUN", code=FAILED
+            )
 
 
 def hash_on_all_ranks(folder: Path, group: Any, writer: bool, each_node: bool = False) -> dict[str, dict]:
@@ -74,7 +77,8 @@ def hash_on_all_ranks(folder: Path, group: Any, writer: bool, each_node: bool = 
     merged: dict[str, dict] = {}
     for rank, part in enumerate(gather_objects(hashes, group)):
         if isinstance(part, str):
-            raise KitError(f"rank {rank} cannot read back what was saved: {part}", where=str(folder), code=FAILED)
+            problem = f"rank {rank} cannot read back what was saved: {part}"
+            raise KitError(problem, str(folder), "runs_dir on a disk that every node sees; df -h", code=FAILED)
         merged.update(part)
     return merged
 
@@ -141,7 +145,7 @@ def _chunks(parameters: list[Any]) -> Iterable[list[Any]]:
 def keep_trainable_dtypes(model: nn.Module) -> Iterator[None]:
     """Trainable parameters keep their dtype while the block loads an adapter into them.
 
-    PEFT makes a loaded adapter float32; that of a quantized base trains in bfloat16 (T47), and would go on otherwise.
+    PEFT makes a loaded adapter float32; that of a quantized base trains in bfloat16 (peft#2889), and would change.
     """
     before = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
     yield
@@ -209,7 +213,8 @@ def check_saved_adapter(saved: str | Path | dict[str, Tensor], expected: Shapes,
         try:
             saved = load_file(path)
         except Exception as error:  # safetensors raises its own type for damage and OSError for absence
-            raise KitError(f"{path} cannot be read back: {error}", where=where, code=FAILED) from error
+            fix = "the disk returned other bytes than were written: df -h, dmesg; kit resume RUN from an earlier save"
+            raise KitError(f"{path} cannot be read back: {error}", where, fix, code=FAILED) from error
     problems = [f"{key} is missing" for key in expected.keys() - saved.keys()]
     problems += [f"{key} should not be there" for key in saved.keys() - expected.keys()]
     if not expected:
@@ -259,5 +264,6 @@ def check_saved_model(folder: Path, state_dict: dict[str, Tensor], ignored: Iter
 
 
 def saved_tensor_headers(folder: Path) -> list[StoredTensor]:
-    """The headers of every adapter or model file directly in a save, for the manifest's counts."""
-    return [t for file in sorted(folder.rglob("*.safetensors")) for t in read_header(file)]
+    """The headers of every adapter or model file in a save, for the manifest's counts."""
+    files = sorted(f for f in folder.rglob("*.safetensors") if f.name != WHOLE_OPTIMIZER)
+    return [tensor for file in files for tensor in read_header(file)]

@@ -14,8 +14,13 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, TrainerCallback
 
+from kit.config.memory_choice import describe_choice
+from kit.models.attention import describe_attention
+from kit.models.kernels import describe_kernels
 from kit.schema.run_plan import RunPlan
+from kit.schema.steps import describe_steps, steps_per_epoch
 from kit.storage import run_directory
+from kit.training.packing_proof import unwrap_base
 
 
 def quiet_libraries() -> None:
@@ -118,6 +123,9 @@ def print_banner(plan: RunPlan, trainer: Any, data: Any, seconds: float) -> None
     total, trained = sum(n for n, _ in parameters), sum(n for n, t in parameters if t)
     device = "CPU" if trainer.args.use_cpu else torch.cuda.get_device_name()
     engine = f"DeepSpeed ZeRO-{plan.zero_stage}" if plan.deepspeed else ("FSDP" if plan.fsdp else "no sharding")
+    config = unwrap_base(trainer).config
+    attention = str(config._attn_implementation)
+    computed_in = getattr(torch, plan.model.dtype if plan.precision == "float32" else plan.precision)
     held_out = f"{count_rows(data.test)} held out"
     if data.test is not data.validation:
         held_out = f"{count_rows(data.validation)} for validation, {count_rows(data.test)} for the test at the end"
@@ -126,13 +134,28 @@ def print_banner(plan: RunPlan, trainer: Any, data: Any, seconds: float) -> None
         f"machine   {plan.world_size} x {device}, {plan.precision}, {engine}",
         f"model     {plan.model.name_or_path}: {total:,} parameters, {trained:,} trained "
         f"({100 * trained / total:.2f} %)",
+        f"attention {describe_attention(attention, trainer.args.device, computed_in)}",
+        f"kernels   {describe_kernels(trainer.args, config, plan.precision)}",
         f"data      {count_rows(data.train)} rows, {held_out}",
-        *(f"          {note}" for note in data.notes),
+        *(f"          {note}" for note in [*data.notes, *(n for n in plan.notes if n.startswith("packing: "))]),
         f"batch     {plan.global_batch_size} rows per step = {trainer.args.per_device_train_batch_size} rows x "
         f"{trainer.args.gradient_accumulation_steps} accumulation x {plan.world_size} processes",
+        *([f"memory    {describe_choice(plan.memory)}"] if plan.memory else []),
+        f"steps     {describe_run_steps(plan, data)}",
         f"ready     after {seconds:.1f} s",
     ]
     print("\n".join(lines), flush=True)
+
+
+def describe_run_steps(plan: RunPlan, data: Any) -> str:
+    """The steps of the run, with the rows of a step where an epoch has fewer than were asked for."""
+    if not hasattr(data.train, "__len__"):
+        return f"{plan.trainer['max_steps']:,} steps"
+    rows, trainer = len(data.train), plan.trainer
+    text = describe_steps(rows, {"num_train_epochs": 3, **trainer}, plan.world_size)
+    if rows < plan.global_batch_size and steps_per_epoch(rows, trainer, plan.world_size) == 1:
+        text += f"; each takes {rows:,} rows, all that there are"
+    return text
 
 
 def count_rows(rows: Any) -> str:

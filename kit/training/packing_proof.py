@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-import random
 from contextlib import suppress
 from importlib import metadata
 from typing import Any
@@ -22,6 +21,7 @@ from kit.errors import FAILED, KitError
 from kit.storage.json_files import atomic_write_json, read_json_or_empty
 from kit.system import paths
 from kit.training.checkpoint import gather_objects
+from kit.training.keep_state import keep_state
 
 LENGTHS = (23, 41, 9, 30)  # together more than a chunk of linear attention (64), each within any model's positions
 # Times what padding changes: log-probabilities by 3 to 40 roundings of the working precision, relative to how far they
@@ -51,8 +51,7 @@ def prove_packing(trainer: Any) -> dict[str, float] | None:
     """
     if not trainer.padding_free:
         return None
-    base = trainer.accelerator.unwrap_model(trainer.model)
-    base = base.get_base_model() if hasattr(base, "peft_config") else base
+    base = unwrap_base(trainer)
     setting = describe_setting(trainer, base)
     name = hashlib.sha256(json.dumps(setting, sort_keys=True).encode()).hexdigest()[:16]
     file = paths.kit_cache_folder() / "packing" / f"{name}.json"
@@ -70,6 +69,12 @@ def prove_packing(trainer: Any) -> dict[str, float] | None:
             file.parent.mkdir(parents=True, exist_ok=True)
             atomic_write_json(file, {"proof": proof, "setting": setting})
     return proof
+
+
+def unwrap_base(trainer: Any) -> Any:
+    """The base model that a trainer trains, without an engine's and PEFT's wrapping."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    return model.get_base_model() if hasattr(model, "peft_config") else model
 
 
 def describe_setting(trainer: Any, base: Any) -> dict[str, Any]:
@@ -90,10 +95,8 @@ def describe_setting(trainer: Any, base: Any) -> dict[str, Any]:
 
 def compare_until_apart(trainer: Any, base: Any) -> dict[str, float]:
     """The first try in which packed documents are as they are alone, else the last; the worst of all ranks."""
-    modes = [(module, module.training) for module in trainer.model.modules()]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in trainer.model.buffers()]
-    python, arrays, allowed = random.getstate(), np.random.get_state(), 0.0
-    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []), torch.no_grad():
+    allowed = 0.0
+    with keep_state(trainer.model), torch.no_grad():
         trainer.model.eval()
         for seed in range(TRIES):
             figures = gather_objects(compare_documents(trainer, base, seed), trainer.ranks)
@@ -101,12 +104,6 @@ def compare_until_apart(trainer: Any, base: Any) -> dict[str, float]:
             allowed = max(allowed, MARGIN * rounding)
             if difference <= allowed:
                 break
-    random.setstate(python)
-    np.random.set_state(arrays)
-    for module, mode in modes:
-        module.training = mode
-    for buffer, before in buffers:
-        buffer.copy_(before)
     return {"difference": difference, "allowed": allowed}
 
 
@@ -126,7 +123,9 @@ def compare_documents(trainer: Any, base: Any, seed: int) -> tuple[float, float]
     single = [torch.tensor([d]) for d in documents]
     alone = torch.cat([log_probabilities(trainer, {"input_ids": d, "labels": d})[0] for d in single])
     if not alone.isfinite().all():
-        raise KitError("the base's own log-probabilities are not finite", where="model.name_or_path", code=FAILED)
+        fix = "model.dtype=float32 trainer.bf16=false shows whether the precision does it; else another base"
+        problem = "the base's own log-probabilities are not finite"
+        raise KitError(problem, "model.name_or_path", fix, code=FAILED)
     ends = np.cumsum(LENGTHS) - 1  # where a packed row predicts the next document, which is in no loss
     moved = packed[np.delete(np.arange(ends[-1]), ends[:-1])] - alone
     dtypes = {PRECISIONS[trainer.accelerator.mixed_precision], *(p.dtype for p in base.parameters())}
@@ -137,10 +136,15 @@ def compare_documents(trainer: Any, base: Any, seed: int) -> tuple[float, float]
 
 def draw_documents(tokenizer: Any, config: Any, seed: int) -> list[list[int]]:
     """Documents of LENGTHS, of ids that stand for text: the same on all ranks, whose forward passes may be one."""
+    ids = text_ids(tokenizer, config)
+    return [np.random.default_rng(seed + n).choice(ids, n).tolist() for n in LENGTHS]
+
+
+def text_ids(tokenizer: Any, config: Any) -> Any:
+    """The token ids that stand for text, as an array: without special tokens, images and the like."""
     named = vars(config) | vars(config.get_text_config())  # images and the like have ids too
     marks = [v for k, v in named.items() if k.endswith(("_token_id", "_token_index")) and isinstance(v, int)]
-    ids = np.setdiff1d(np.arange(config.get_text_config().vocab_size), marks + tokenizer.all_special_ids)
-    return [np.random.default_rng(seed + n).choice(ids, n).tolist() for n in LENGTHS]
+    return np.setdiff1d(np.arange(config.get_text_config().vocab_size), marks + tokenizer.all_special_ids)
 
 
 def log_probabilities(trainer: Any, batch: dict[str, Any]) -> torch.Tensor:

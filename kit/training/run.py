@@ -13,6 +13,7 @@ from kit.errors import DONE, STOPPED, KitError
 from kit.schema.run_plan import RunPlan
 from kit.storage import manifest, run_directory
 from kit.storage.json_files import atomic_write_json
+from kit.system.terminal import print_status
 
 DATA_TIMEOUT = 7 * 24 * 3600  # seconds that ranks wait for the one that prepares the data
 
@@ -29,16 +30,25 @@ def load_inputs(plan: RunPlan, args: Any) -> tuple[Any, Any, Any]:
 def load_data(plan: RunPlan, tokenizer: Any, args: Any) -> Any:
     """The plan's rows as tokens, prepared by one rank of each node; KitError on every rank where rows are bad.
 
-    The others wait in a gloo group of its own, whose patience is days: NCCL would give up after ddp_timeout (T64).
+    A resumed run is refused here, before a weight is loaded, where it would go on with other data.
+    The others wait in a gloo group of its own, whose patience is days: NCCL would give up after ddp_timeout.
     """
     from kit.data import prepare, streams
-    from kit.training import checkpoint, signals
+    from kit.training import checkpoint, fingerprints, signals
 
     group = signals.host_side_group(timeout_s=DATA_TIMEOUT)
     outcome: Any = None
     if args.local_process_index == 0:
         try:
             outcome = (streams.check_streams if plan.dataset.streaming else prepare.prepare_data)(plan, tokenizer)
+            if args.resume_from_checkpoint:
+                report = outcome if plan.dataset.streaming else prepare.read_report(outcome)
+                resumed = Path(args.resume_from_checkpoint)
+                notes = fingerprints.compare_inputs(
+                    plan, resumed, lambda: tokenizer, fingerprints.started_with(plan), report
+                )
+                for note in notes if args.process_index == 0 else ():
+                    print_status(note)
         except KitError as error:
             outcome = error
     outcomes = checkpoint.gather_objects(outcome, group)
@@ -67,17 +77,20 @@ def train(
     import torch
 
     from kit.models.initial_adapter import load_initial_adapter
-    from kit.models.load import check_added_tokens_train, load_peft_config, restore_adapter_dtype
-    from kit.training import console
-    from kit.training.callbacks import StreamCallback
+    from kit.models.load import check_added_tokens_train, load_peft_config, prepare_leaf_modules, restore_adapter_dtype
+    from kit.training import console, fingerprints, rehearsal
+    from kit.training.callbacks import FingerprintCallback, StreamCallback
     from kit.training.packing_proof import PackingProofCallback
     from kit.training.trainer import ModifiedTrainer
 
     run = plan.run_path
     args = start_rank(plan)
+    checkpoint = verified_checkpoint(plan, resume) if resume else None
+    args.resume_from_checkpoint = checkpoint and str(checkpoint)
     tokenizer, data, model = load(plan, args)
     if args.process_index == 0:
         link_data(plan, data)
+        fingerprints.record_inputs(plan, tokenizer, data)
     progress = console.ProgressCallback(run, plan)
     trainer = ModifiedTrainer(
         model=model,
@@ -92,17 +105,19 @@ def train(
     )
     progress.trainer = trainer
     restore_adapter_dtype(trainer.model, plan)
+    prepare_leaf_modules(trainer.model, plan)
     trainer.remove_callback(console.upstream_printer())
     check_added_tokens_train(trainer.model, plan)
     if plan.init_from and not resume:  # a checkpoint knows more than what the run began with
         load_initial_adapter(trainer.model, plan.init_from)
     console.print_banner(plan, trainer, data, time.monotonic() - started)
+    rehearsal.prepare_rehearsal(trainer, plan)
     trainer.add_callback(PackingProofCallback(trainer))
     if plan.dataset.streaming:
         trainer.add_callback(StreamCallback(plan))
+    trainer.add_callback(FingerprintCallback(trainer, plan, checkpoint))
 
-    checkpoint = str(verified_checkpoint(plan, resume)) if resume else None
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if plan.dataset.streaming:
         data.report["splits"].update(counted_streams(plan))
     if trainer.stopped_by_signal:
@@ -145,7 +160,7 @@ def start_rank(plan: RunPlan) -> Any:
     """Join the other ranks, seed, and return the trainer's SFTConfig. Collective.
 
     SFTConfig comes before the model and is kept alive: zero.Init looks for the live DeepSpeed config that it holds
-    (T19).
+    (transformers modeling_utils.py).
     """
     from transformers import set_seed
     from trl import SFTConfig
@@ -159,7 +174,7 @@ def start_rank(plan: RunPlan) -> Any:
     check_ranks_agree(plan)
     if args.process_index == 0:
         run_directory.set_status(plan.run_path, "running", pid=os.getpid())
-    set_seed(args.seed)  # PEFT initialises the adapter before the Trainer seeds (T84)
+    set_seed(args.seed)  # PEFT initialises the adapter before the Trainer seeds
     return args
 
 
@@ -210,7 +225,7 @@ def sft_config_arguments(plan: RunPlan) -> dict[str, Any]:
 
 
 def start_process_group(plan: RunPlan) -> None:
-    """On CPU DeepSpeed must know the world before zero.Init computes batch sizes with it (T81)."""
+    """On CPU DeepSpeed must know the world before zero.Init computes batch sizes with it."""
     if plan.deepspeed and plan.trainer["use_cpu"]:
         import deepspeed
         import torch.distributed as dist
@@ -240,19 +255,27 @@ def check_ranks_agree(plan: RunPlan) -> None:
 
     if not (dist.is_available() and dist.is_initialized()):
         return
-    hashes: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(hashes, plan.hash)
+    plans: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(plans, (plan.hash, plan.memory and plan.memory.options[plan.memory.chosen].model_dump()))
+    hashes = [digest for digest, _ in plans]
     if len(set(hashes)) > 1:
+        raise KitError(f"the ranks hold different plans: {', '.join(hashes)}", fix="start all ranks with one plan")
+    if any(option != plans[0][1] for _, option in plans):
         raise KitError(
-            f"the ranks hold different plans: {', '.join(map(str, hashes))}", fix="start all ranks with one plan"
+            "the ranks' GPUs differ, and so does what fits: the nodes chose different batches or checkpointing",
+            "trainer.activation_checkpointing, trainer.per_device_train_batch_size",
+            "give both: trainer.activation_checkpointing=true trainer.per_device_train_batch_size=N",
         )
 
 
 def verified_checkpoint(plan: RunPlan, resume: str) -> Path:
     """The checkpoint to go on from: a name below checkpoints/, checked against its manifest."""
+    from kit.training import fingerprints
+
     folder = plan.run_path / run_directory.CHECKPOINTS / resume
     if damage := manifest.verify_folder(folder):
         raise KitError(
             f"{folder} is not a complete checkpoint: {damage[0]}", fix="kit resume takes the newest complete one"
         )
+    fingerprints.compare_checkpoint(plan, folder)
     return folder

@@ -27,7 +27,7 @@ def config_before_training(model: Any, revision: str | None = None) -> dict[str,
 def restore_config(folder: Path, before: dict[str, dict], tokenizer: Any, keep_pad: bool = False) -> None:
     """Undo in a saved model's JSON what training set for its own sake. Rewrites config.json, generation_config.json.
 
-    Trainer sets use_cache (T92) and copies the tokenizer's special ids into both configs, TRL sets the padding id and
+    Trainer sets use_cache and copies the tokenizer's special ids into both configs, TRL sets the padding id and
     the router keys. An end token that the base did not know was given by the run's tokenizer and stays.
     keep_pad: the run named a padding token itself.
     """

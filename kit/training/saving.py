@@ -42,7 +42,7 @@ def atomic_save(
             files = checkpoint.hash_on_all_ranks(staging, group, writer, args.save_on_each_node)
             if writer:
                 try:
-                    write_manifest(staging, kind, files, step=step, world_size=args.world_size, provenance=provenance)
+                    write_manifest(staging, kind, files, step=step, args=args, provenance=provenance)
                     stack.close()  # flushed and renamed, before any rank goes on
                 except (KitError, OSError) as problem:
                     error = save_error(problem, final, step)
@@ -61,16 +61,16 @@ def move_save(staging: Path, final: Path) -> None:
         manifest.move_save_into(staging, final)
 
 
-def write_manifest(
-    staging: Path, kind: str, files: dict[str, dict], step: int, world_size: int, provenance: dict
-) -> None:
-    """List what was written, with the step, the plan and the base that it belongs to."""
+def write_manifest(staging: Path, kind: str, files: dict[str, dict], step: int, args: Any, provenance: dict) -> None:
+    """List what was written, with the step, the plan and the base that it belongs to, and what can go on from it."""
     stored = checkpoint.saved_tensor_headers(staging)
+    resumes: Any = ("weights" if args.save_only_model else "training") if kind == "checkpoint" else None
     manifest.write_manifest(
         staging,
         kind=kind,
         step=step,
-        world_size=world_size,
+        world_size=args.world_size,
+        resumes=resumes,
         plan=provenance.get("plan"),
         base=provenance.get("base"),
         tensors=len(stored),

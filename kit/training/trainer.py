@@ -10,24 +10,26 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, set_seed
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, has_length
 from transformers.utils import logging
 from trl import SFTTrainer
 
 from kit.errors import FAILED, REFUSED, KitError
-from kit.storage import atomic_folder, manifest
-from kit.training import bad_batches, checkpoint, saved_config, signals
-from kit.training.callbacks import StopOnSignalCallback
+from kit.models import adapters, checkpointing, kernels
+from kit.storage import atomic_folder, checkpoints, manifest
+from kit.training import bad_batches, checkpoint, saved_config, signals, whole_optimizer
+from kit.training.callbacks import StopOnSignalCallback, StreamPosition
+from kit.training.packing_proof import unwrap_base
 from kit.training.rank_timing import RankTimer
 from kit.training.saving import atomic_save, rotate_checkpoints, save_error
 
@@ -60,14 +62,25 @@ class ModifiedTrainer(SFTTrainer):
         )
         self.provenance = provenance or {}
         self.saved_step: int | None = None
+        self.saved_by = 0  # the processes that saved what is resumed from
         self.staging: Path | None = None  # the folder that a checkpoint is being built in
+        self.before_first_step: Callable[[], None] | None = None  # called by `train()` where all is prepared for it
         self.checkpoint_seconds: list[float] = []  # how long each checkpoint held up training
         super().__init__(model, args, *rest, **kwargs)
+        if (self.args.activation_checkpointing_kwargs or {}).get(checkpointing.SELECTIVE):
+            checkpointing.enable_selective(self.model)
+        kernels.undo_liger(unwrap_base(self), self.args.use_liger_kernel)
+        if self.args.use_liger_kernel:
+            self.args.liger_kernel_config = kernels.liger_kernel_config(self.args)
+        adapters.leave_casts_to_autocast(self.model)
         self.args.logging_nan_inf_filter = False  # it hides what `log` looks for, at the price of a sync per step
         self.ranks = signals.host_side_group(self.args.ddp_timeout)
         self.rank_timer = RankTimer(self.ranks, self.args.device.type == "cuda", bool(self.args.torch_compile))
         self.stop_callback = StopOnSignalCallback(self.ranks, self._begin, self.rank_timer.detach)
         self.add_callback(self.stop_callback)
+        self.stream_position = None if has_length(self.train_dataset) else StreamPosition()
+        if self.stream_position is not None:
+            self.add_callback(self.stream_position)
 
     # ---- stopping ----
 
@@ -106,17 +119,61 @@ class ModifiedTrainer(SFTTrainer):
                     )
         checkpoint.raise_on_all_ranks(error, self.ranks)
         chosen = checkpoint.gather_objects(chosen, self.ranks)[0]
-        if chosen is not True and (Path(chosen) / manifest.NAME).is_file() and self.is_deepspeed_enabled:
-            saved = manifest.read_manifest(chosen)["world_size"]
-            if saved != self.args.world_size:
-                raise KitError(
-                    f"{chosen} was saved by {saved} processes and this run has {self.args.world_size}: "
-                    "ZeRO's optimizer state is cut by the number of processes",
-                    where=str(chosen),
-                    fix=f"resume with {saved} processes, or start a new run from the adapter in it",
-                    code=REFUSED,
-                )
-        return chosen if chosen is True else os.fspath(chosen)
+        self.saved_by = self.args.world_size
+        if chosen is True:
+            return True
+        if (Path(chosen) / manifest.NAME).is_file():
+            self.saved_by = manifest.read_manifest(chosen)["world_size"]
+            self._check_processes(Path(chosen))
+        return os.fspath(chosen)
+
+    def _check_processes(self, folder: Path) -> None:
+        """Refuse a checkpoint that this number of processes cannot go on from; say what another one changes."""
+        loader, adapter = self.args.accelerator_config, isinstance(self.model, PeftModel)
+        problems = checkpoints.refuse_resume(
+            folder,
+            self.saved_by,
+            self.args.world_size,
+            trainer={**vars(self.args), "accelerator_config": loader.to_dict()},
+            streaming=not has_length(self.train_dataset),
+            deepspeed=self._deepspeed_json(),
+            adapter=adapter,
+            start_anew=checkpoints.weights_override(folder, adapter),
+        )
+        if problems:
+            raise KitError(problems, code=REFUSED)
+        if self.saved_by != self.args.world_size and self.args.should_save:
+            logger.warning(
+                f"{folder.name} was saved by {checkpoints.count(self.saved_by)} and goes on with "
+                f"{self.args.world_size}: the same rows in each step, the same optimizer state; dropout draws anew"
+            )
+
+    def _deepspeed_json(self) -> dict[str, Any] | None:
+        return self.accelerator.state.deepspeed_plugin.deepspeed_config if self.is_deepspeed_enabled else None
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        file = None
+        if resume_from_checkpoint and self.is_deepspeed_enabled:
+            # DeepSpeed's own files are for the same processes and layout alone: else they are not offered to it.
+            file, layout = checkpoints.whole_optimizer_of(Path(resume_from_checkpoint))
+            if self.saved_by == self.args.world_size and layout == checkpoints.zero_layout(self._deepspeed_json()):
+                file = None
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None if file else resume_from_checkpoint)
+        if file:
+            whole_optimizer.load_whole_optimizer(self.model, self.model_wrapped, file)
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)  # the schedule: no optimizer under DeepSpeed
+            self._load_scaler(resume_from_checkpoint)
+        if self.before_first_step is not None:
+            # The engine is there; the clock that train_runtime is counted by, callbacks and trackers have not begun.
+            self.before_first_step()
+        return prepared
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is None or self.saved_by == self.args.world_size:
+            super()._load_rng_state(checkpoint)
+            return
+        # Upstream would give the first ranks the states of others and leave the rest; these differ, and repeat.
+        set_seed(self.args.seed + self.state.global_step * self.args.world_size + self.args.process_index)
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
         with checkpoint.keep_trainable_dtypes(self.model):
@@ -125,6 +182,15 @@ class ModifiedTrainer(SFTTrainer):
     def _load_best_model(self) -> None:
         with checkpoint.keep_trainable_dtypes(self.model):
             super()._load_best_model()
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        position = super()._init_training_state(*args, **kwargs)
+        if self.stream_position is None:
+            return position
+        if self.state.global_step:
+            self.stream_position.restore(self.state)
+        batches = self.stream_position.steps * self.args.gradient_accumulation_steps
+        return self.stream_position.passes, 0 if self.args.ignore_data_skip else batches
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # Upstream looks whether the run is over only after a step, so resuming a finished run would add one.
@@ -252,7 +318,17 @@ class ModifiedTrainer(SFTTrainer):
             best = os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
             if best == final or os.path.exists(best):
                 self.state.best_model_checkpoint = best
-        with self._saving(Path(final), "checkpoint") as staging:
+        self.write_checkpoint(Path(final))
+        self.saved_step = step
+        if self.args.should_save:
+            rotate_checkpoints(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
+        self.checkpoint_seconds.append(time.monotonic() - started)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(final)
+
+    def write_checkpoint(self, final: Path) -> None:
+        """Write a complete checkpoint to `final`; nothing but the files and `state.stateful_callbacks`. Collective."""
+        with self._saving(final, "checkpoint") as staging:
             self.staging = staging
             try:
                 self.save_model(str(staging), _internal_call=True)
@@ -260,16 +336,29 @@ class ModifiedTrainer(SFTTrainer):
                 self.staging = None
             if not self.args.save_only_model:
                 self._save_optimizer_and_scheduler(str(staging))
+                self._save_whole_optimizer(staging)
                 self._save_scaler(str(staging))
                 self._save_rng_state(str(staging))
             if self.args.should_save:
                 self._save_state(staging)
-        self.saved_step = step
-        if self.args.should_save:
-            rotate_checkpoints(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
-        self.checkpoint_seconds.append(time.monotonic() - started)
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(final)
+
+    def _save_whole_optimizer(self, folder: Path) -> None:
+        deepspeed = self._deepspeed_json()
+        if deepspeed is None or checkpoints.why_not_whole(deepspeed, isinstance(self.model, PeftModel)):
+            return
+        error, reason, file = None, "", folder / checkpoints.WHOLE_OPTIMIZER
+        layout = checkpoints.zero_layout(deepspeed)
+        try:
+            reason = whole_optimizer.save_whole_optimizer(
+                self.model, self.model_wrapped, file, layout, self.args.should_save
+            )
+        except (OSError, SafetensorError) as problem:
+            error = save_error(problem, folder, self.state.global_step)
+        checkpoint.raise_on_all_ranks(error, self.ranks)
+        if reason and self.args.should_save:
+            logger.warning_once(
+                f"checkpoints can be resumed by {checkpoints.count(self.args.world_size)} alone: {reason}"
+            )
 
     def _save_state(self, folder: Path) -> None:
         for part in [*self.callback_handler.callbacks, self.control]:

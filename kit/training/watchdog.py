@@ -18,7 +18,7 @@ SAVE_SECONDS = 120.0  # how long ranks whose launcher has died may take to save
 
 
 def watch_launcher() -> None:
-    """Treat a dead launcher as a stop signal: ending the `deepspeed` command leaves its ranks running (T71)."""
+    """Treat a dead launcher as a stop signal: ending the `deepspeed` command leaves its ranks running."""
     me = psutil.Process()
     parent = me.parent()
     if parent is None or "RANK" not in os.environ:
