@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -146,9 +147,11 @@ def train(
 
 def resume(run: str, *overrides: str) -> int:
     """Continue from the newest complete checkpoint; `overrides` may change extendable and machine keys only."""
+    from kit.launchers.environment import numeric_environment
     from kit.launchers.supervise import launch
-    from kit.storage import manifest
+    from kit.storage import checkpoints, manifest
     from kit.system.terminal import print_status
+    from kit.training import fingerprints
 
     path = run_directory.find_run(run)
     plan = load_plan(path).model_copy(update={"run_dir": str(path)})
@@ -170,15 +173,26 @@ def resume(run: str, *overrides: str) -> int:
         raise KitError(
             f"{path} has no complete checkpoint", str(path / run_directory.CHECKPOINTS), "kit train ... --fresh"
         )
-    plan = override_plan(plan, list(overrides))
-    saved_on = manifest.read_manifest(newest.path).get("world_size")
-    if plan.deepspeed and saved_on != plan.world_size:
-        raise KitError(
-            f"{newest.path.name} was saved by {saved_on} processes, {plan.world_size} would read it: ZeRO's optimizer "
-            "state is split by process",
-            where="launch.num_gpus",
-            fix=f"launch.num_gpus={saved_on}",
-        )
+    fingerprints.compare_plan(path)
+    fingerprints.compare_checkpoint(plan, newest.path)
+    fingerprints.compare_inputs(plan, newest.path, lambda: open_tokenizer(plan)[0], numeric_environment())
+    start_anew = checkpoints.start_from_weights(
+        newest.path, plan.overrides, list(overrides), plan.global_batch_size, bool(plan.peft)
+    )
+    begun, plan = plan, override_plan(plan, list(overrides), start_anew)
+    refused = checkpoints.refuse_resume(
+        newest.path,
+        manifest.read_manifest(newest.path)["world_size"],
+        plan.world_size,
+        trainer=plan.trainer,
+        streaming=plan.dataset.streaming,
+        deepspeed=plan.deepspeed,
+        adapter=bool(plan.peft),
+        start_anew=start_anew,
+        before=begun.deepspeed,
+    )
+    if refused:
+        raise KitError(refused)
     run_directory.write_plan(plan)
     print_status(f"resuming from {newest.path.name}")
     if plan.launch.slurm:  # the job looks for the newest checkpoint itself
@@ -188,22 +202,42 @@ def resume(run: str, *overrides: str) -> int:
     return launch(plan, resume=newest.path.name)
 
 
-def override_plan(plan: RunPlan, overrides: list[str]) -> RunPlan:
-    """The plan with extendable and machine keys changed, from the tree that it froze; edited YAML plays no part."""
+def override_plan(plan: RunPlan, overrides: list[str], start_anew: str = "") -> RunPlan:
+    """The plan with extendable and machine keys changed, from the tree that it froze; edited YAML plays no part.
+
+    Where processes or their rows change and no accumulation is given, it is derived: the global batch stays.
+    start_anew: the command for a new run from the checkpoint's weights, for refusals.
+    """
     if not overrides:
         return plan
+    from kit.config import memory_choice
     from kit.config.compose import Composed, apply_overrides
     from kit.config.plan import build_plan
 
-    tree = apply_overrides(plan.composed, overrides)
-    before, after = leaves(plan.composed), leaves(tree)
+    # A launcher by its group's name, as a run's command line and its refusals have it.
+    overrides = [re.sub(r"^launch=(auto|deepspeed|local|torchrun)$", r"launch.launcher=\1", o) for o in overrides]
+    begun = plan.composed
+    if (packing := (begun.get("trainer") or {}).get("packing")) == "auto":  # decided: the data may be gone or longer
+        begun = {**begun, "trainer": {**begun["trainer"], "packing": plan.trainer["packing"]}}
+    tree = apply_overrides(begun, overrides)
+    before, after = leaves(begun), leaves(tree)
     touched = sorted(k for k in before.keys() | after.keys() if before.get(k) != after.get(k))
     provenance = {**plan.provenance, **{k: f"command line (resume): {k}" for k in touched}}
+    typed = {override.lstrip("+").partition("=")[0] for override in overrides}
+    if "trainer.gradient_accumulation_steps" not in typed and any(map(_divides_the_batch, touched)):
+        # A step's rows are the run's; how they are divided is this resume's, whatever was typed for the first start.
+        provenance.pop("trainer.gradient_accumulation_steps", None)
+        if "global_batch_size" not in typed:
+            tree["global_batch_size"], provenance["global_batch_size"] = plan.global_batch_size, "plan.json"
     # The adapter that the run once started from may be gone: the checkpoint stands in its place.
     peft = {k: v for k, v in (tree.get("peft") or {}).items() if not k.startswith("init_from")}
     composed = Composed({**tree, "peft": peft}, [*plan.overrides, *overrides], provenance, plan.recipe)
-    new = build_plan(composed, here=True)
-    refused = [k for k in touched if field_class(k) == "identity"]
+    try:
+        new = build_plan(composed, here=True)
+    except KitError as error:
+        problems = [_with_ways_on(p, plan, start_anew) if p.rule == "batch" else p for p in error.problems]
+        raise KitError(problems, code=error.code) from None
+    refused = [k for k in touched if field_class(k) == "identity" and k != "global_batch_size"]
     if refused:
         raise KitError(
             [
@@ -219,16 +253,42 @@ def override_plan(plan: RunPlan, overrides: list[str]) -> RunPlan:
         raise KitError(
             f"the global batch would change from {plan.global_batch_size} to {new.global_batch_size} rows: "
             "another run",
-            where="trainer.per_device_train_batch_size, trainer.gradient_accumulation_steps, launch.num_gpus",
-            fix=f"global_batch_size={plan.global_batch_size} derives the accumulation",
+            where="global_batch_size, trainer.gradient_accumulation_steps",
+            fix="leave both out: the accumulation is derived",
         )
     # The name and the base's identity stay: the directory is this run's for good.
     unchanged = {key: getattr(plan, key) for key in ("run_dir", "hash", "name", "base", "init_from", "tokenizer")}
-    return new.model_copy(update={**unchanged, "composed": {**new.composed, "peft": tree.get("peft")}})
+    if plan.memory and not typed.intersection(memory_choice.KEYS) and new.world_size == plan.world_size:
+        # What the first start found to fit, its trial included: nothing is chosen anew.
+        new = memory_choice.with_option(new, plan.memory)
+    if "model.attn_implementation" not in typed:  # another rule since then, or another machine, changes no numbers
+        of_model = {"attn_implementation": plan.model.attn_implementation}
+        unchanged["model"] = new.model.model_copy(update=of_model)
+    kept = {"peft": tree.get("peft")}
+    if packing == "auto":
+        kept["trainer"] = {**new.composed["trainer"], "packing": packing}
+    return new.model_copy(update={**unchanged, "composed": {**new.composed, **kept}})
+
+
+def _with_ways_on(problem: Problem, plan: RunPlan, start_anew: str) -> Problem:
+    """A batch that does not divide, with what a resume can do: its global batch is the run's."""
+    if problem.fix.startswith("trainer."):
+        fix, start_anew = problem.fix, f"{start_anew} {problem.fix}" if start_anew else ""
+    else:
+        fix = f"a number of processes that divides {plan.global_batch_size} rows"
+        start_anew = start_anew.replace(f"global_batch_size={plan.global_batch_size}", problem.fix)
+    return replace(problem, fix=f"{fix}; or a new run from its weights: {start_anew}" if start_anew else fix)
+
+
+def _divides_the_batch(key: str) -> bool:
+    """Whether a key is about how many processes share a step's rows, or how many rows each takes at once."""
+    return key.startswith("launch.") or key in ("trainer.per_device_train_batch_size", "global_batch_size")
 
 
 def plan_summary(plan: RunPlan) -> dict[str, Any]:
     """The figures of a plan that `kit check` prints."""
+    from kit.config import memory_choice
+
     return {
         "run": run_directory.path_from_here(plan.run_dir),
         "model": plan.model.name_or_path,
@@ -238,6 +298,7 @@ def plan_summary(plan: RunPlan) -> dict[str, Any]:
         "precision": plan.precision,
         "batch": f"{plan.global_batch_size} rows = {plan.trainer['per_device_train_batch_size']} x "
         f"{plan.trainer['gradient_accumulation_steps']} x {plan.world_size}",
+        **({"memory": memory_choice.describe_choice(plan.memory)} if plan.memory else {}),
         "data": describe_data(plan),
         "notes": plan.notes,
         "warnings": warning_lines(plan),

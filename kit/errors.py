@@ -7,6 +7,11 @@ from dataclasses import asdict, dataclass, replace
 
 DONE, REFUSED, ENVIRONMENT, FAILED, STOPPED = 0, 2, 3, 4, 75  # exit codes; 75 = EX_TEMPFAIL, "requeue me"
 
+LESS_MEMORY = (  # what to do about an "out of memory"
+    "lower trainer.per_device_train_batch_size or trainer.max_length, set trainer.gradient_checkpointing=true, or "
+    "take the next of deepspeed=zero2, zero3, zero3_offload"
+)
+
 
 def first_line(error: BaseException | str) -> str:
     """The first line of an error's message, its type's name where it has none."""

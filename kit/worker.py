@@ -24,7 +24,7 @@ import traceback
 from pathlib import Path
 from typing import Any, TextIO
 
-from kit.errors import DONE, ENVIRONMENT, FAILED, KitError, Problem
+from kit.errors import DONE, ENVIRONMENT, FAILED, LESS_MEMORY, KitError, Problem
 
 
 def main(argv: list[str] | None = None, **hooks: Any) -> None:
@@ -57,11 +57,18 @@ def main(argv: list[str] | None = None, **hooks: Any) -> None:
             lock.__enter__()
         run = plan.run_path
         log = prepare_process(plan, rank)
+        plan = choose_memory_here(plan, rank)
         if rank == 0:
             sys.stdout, sys.stderr = Tee(sys.stdout, log), Tee(sys.stderr, log)
         else:  # the console is rank 0's; libraries that write to the descriptors are caught too
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
+        if rank == 0:
+            print_environment(plan)
+        if not hooks and not plan.launch.script:
+            from kit.training.unused_packages import skip_unused_packages
+
+            skip_unused_packages(plan)
         code = train_in_this_process(plan, resume, **hooks)
         del store
     except Exception as error:
@@ -71,6 +78,17 @@ def main(argv: list[str] | None = None, **hooks: Any) -> None:
         sys.stderr.flush()
     # Interpreter shutdown joins threads of libraries that may wait for ranks which are gone.
     os._exit(code)
+
+
+def choose_memory_here(plan: Any, rank: int) -> Any:
+    """Return the plan with its memory chosen for this node's GPUs, where it was made elsewhere; rank 0 writes it."""
+    from kit.config.memory_choice import choose_on_the_node
+    from kit.storage import run_directory
+
+    chosen = choose_on_the_node(plan)
+    if chosen is not plan and rank == 0:
+        run_directory.write_plan(chosen)
+    return chosen
 
 
 def train_in_this_process(plan: Any, resume: str | None, **hooks: Any) -> int:
@@ -92,7 +110,7 @@ def report_failure(run: Path | None, rank: int, error: Exception) -> int:
 
 
 def split_argv(argv: list[str]) -> tuple[list[str], str | None]:
-    """The words that are ours; `--local_rank`, which the deepspeed command adds, is accepted and dropped (T67)."""
+    """The words that are ours; `--local_rank`, which the deepspeed command adds, is accepted and dropped."""
     words: list[str] = []
     resume = None
     rest = iter(argv)
@@ -135,7 +153,7 @@ def set_rank_variables() -> None:
 
 
 def refuse_bare_srun() -> None:
-    """Refuse several SLURM tasks without ranks: each would train alone (T68)."""
+    """Refuse several SLURM tasks without ranks: each would train alone."""
     if (
         int(os.environ.get("SLURM_NTASKS", "1")) > 1
         and "WORLD_SIZE" not in os.environ
@@ -191,22 +209,28 @@ def plan_path_of_reply(answer: str) -> str:
 
 def prepare_process(plan: Any, rank: int) -> TextIO:
     """Environment, process id and the rank's open log, before torch is imported."""
+    from kit.launchers import environment
     from kit.launchers.command import rank_environment
+    from kit.storage.json_files import atomic_write_json
 
     if devices := os.environ.pop("KIT_VISIBLE_DEVICES", None):
         os.environ["CUDA_VISIBLE_DEVICES"] = devices
     rank_env = rank_environment(plan)
+    cleared = environment.clear_environment(os.environ, rank_env)
     several = plan.launch.num_nodes not in (1, "auto") or plan.launch.hostfile
     if several:  # the operators of a node that no `kit` has prepared
         from kit.launchers import ops
 
         ops.build_missing_ops(ops.required_ops(plan), plan.launch.build_seconds, lambda line: None, rank_env)
+    record = environment.record_environment(os.environ, cleared)  # before the kit's own are added
     for key, value in rank_env.items():
         if key == "PATH" or key not in os.environ:
             os.environ[key] = value
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of kernels that nobody asked for
     logs = plan.run_path / "logs"
     logs.mkdir(parents=True, exist_ok=True)
+    if rank == 0:
+        atomic_write_json(plan.run_path / environment.FILE, record)
     (logs / f"rank{rank}.pid").write_text(f"{os.getpid()} {socket.gethostname()}" if several else str(os.getpid()))
     if several:
         from kit.training import watchdog
@@ -214,7 +238,20 @@ def prepare_process(plan: Any, rank: int) -> TextIO:
         watchdog.watch_stop_file(plan.run_path)
     log = open(logs / f"rank{rank}.log", "a", buffering=1, encoding="utf-8", errors="replace")
     log.write(f"--- plan {plan.hash} rank {rank} {time.strftime('%Y-%m-%dT%H:%M:%S%z')}\n")
+    if rank:  # rank 0 says it on the console
+        log.writelines(f"{line}\n" for line in environment.describe_environment(plan, cleared, {}))
     return log
+
+
+def print_environment(plan: Any) -> None:
+    """Say what this rank cleared from its environment, and what it found there that changes numbers."""
+    from kit.launchers import environment
+    from kit.storage.json_files import read_json_or_empty
+
+    record = read_json_or_empty(plan.run_path / environment.FILE)
+    lines = environment.describe_environment(plan, record.get("cleared", {}), record.get("numeric_environment", {}))
+    if lines:
+        print("\n".join(f"{'' if n else 'variables':<10}{line}" for n, line in enumerate(lines)), flush=True)
 
 
 class Tee:
@@ -268,10 +305,7 @@ def rank_log(run: Path | None, rank: int) -> str:
 
 def advice_for(error: BaseException) -> str:
     if "out of memory" in str(error).lower():
-        return (
-            "lower trainer.per_device_train_batch_size or trainer.max_length, set trainer.gradient_checkpointing=true,"
-            " or take the next of deepspeed=zero2, zero3, zero3_offload"
-        )
+        return LESS_MEMORY
     return "the log holds the traceback"
 
 

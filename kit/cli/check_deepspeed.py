@@ -12,7 +12,8 @@ from kit.config.deepspeed.against_run import add_mismatches, describe_autos, fil
 from kit.config.deepspeed.check import parse_deepspeed_json, read_deepspeed_text
 from kit.config.deepspeed.findings import REFUSE, FileFinding, find_faults, to_problem
 from kit.config.deepspeed.fixes import apply_fixes
-from kit.errors import DONE, REFUSED, KitError
+from kit.config.flags import parse_words
+from kit.errors import DONE, REFUSED, KitError, Problem
 from kit.storage.json_files import atomic_write_text
 from kit.system.terminal import print_problems
 
@@ -32,7 +33,13 @@ def check_deepspeed(argv: list[str]) -> int:
     )
     parser.add_argument("--overwrite", action="store_true", help="OUT may be there already")
     parser.add_argument("--json", action="store_true", help="everything as JSON")
-    a = parser.parse_intermixed_args(argv)
+    try:
+        a = parse_words(parser, argv)
+    except KitError as error:  # another tool's command line, whose --deepspeed is the JSON of its run
+        words = [w for word in argv for w in word.split("=", 1)]
+        file = words[words.index("--deepspeed") + 1 :][:1] or ["FILE.json"]
+        text, fix = "--deepspeed of kit check reads a JSON by itself", f"for a run: deepspeed.file={file[0]}"
+        raise KitError([*error.problems, Problem(text, "command line", fix, "override")]) from None
     if a.fix and "=" in a.fix and not a.fix.endswith(".json"):
         a.overrides, a.fix = [*a.overrides, a.fix], ""  # `--fix recipe=...`
     try:
@@ -111,8 +118,12 @@ def print_answer(answer: dict[str, Any], fixing: bool) -> None:
         if findings:
             print(f"left       {len(findings)}: what follows has no single answer")
     sys.stdout.flush()
-    print_problems([to_problem(f, file) for f in findings], refused=any(f.severity == REFUSE for f in findings))
-    if not findings and not fixing:
+    wrong = [f for f in findings if f.severity == REFUSE]
+    print_problems([to_problem(f, file) for f in wrong], refused=True)
+    if wrong and len(wrong) < len(findings):
+        print(file=sys.stderr)
+    print_problems([to_problem(f, file) for f in findings if f.severity != REFUSE], refused=False)
+    if not wrong and not fixing:
         print("valid")
     mendable = sum(bool(f.edits) for f in findings)
     if mendable and not fixing:

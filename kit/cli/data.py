@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from kit.config.flags import parse_words
 from kit.errors import DONE, REFUSED, KitError, Problem
 from kit.system.terminal import print_problems, verb_parser
 
@@ -33,7 +34,7 @@ def data_verb(argv: list[str]) -> int:
     )
     parser.add_argument("--overwrite", action="store_true", help="--fix-out may replace what it wrote before")
     parser.add_argument("--json", action="store_true", help="everything as JSON")
-    a = parser.parse_intermixed_args(argv)
+    a = parse_words(parser, argv)
     if a.row is not None and a.row < 1:
         raise KitError(f"there is no row {a.row}", "--row", "rows are counted from 1")
     from kit import api

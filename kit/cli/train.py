@@ -5,9 +5,14 @@ from __future__ import annotations
 import json
 import sys
 
+from kit.config.flags import parse_words, refuse_unknown_flags
 from kit.errors import DONE, REFUSED, KitError
 from kit.system.terminal import print_problems, verb_parser
 
+TAKING = ("--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp",
+          "--info", "-i", "--experimental-rerun")  # fmt: skip
+HYDRA_FLAGS = (*TAKING, "--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m",
+               "--shell-completion", "-sc")  # fmt: skip
 EXCLUSIVE_FLAGS = ("-m", "--multirun", "-r", "--run", "-c", "--cfg", "-i", "--info")
 
 
@@ -28,6 +33,7 @@ def train_verb(argv: list[str]) -> int:
     fresh, follow, then, argv = split_train_flags(argv)
     from kit import api
 
+    refuse_unknown_flags(argv, HYDRA_FLAGS, "train", TAKING)
     if not any(a.startswith("-") for a in argv):
         return api.train(*argv, fresh=fresh, follow=follow, then=then)
     alone = [a for a in argv if a.partition("=")[0] in EXCLUSIVE_FLAGS]
@@ -86,7 +92,7 @@ def check_verb(argv: list[str]) -> int:
     parser.add_argument("--rules", action="store_true", help="every rule, a line to each")
     parser.add_argument("--explain", metavar="RULE", help="what a rule is about, and where the knowledge comes from")
     parser.add_argument("--deepspeed", metavar="FILE", help="a DeepSpeed JSON by itself: its faults, autos and --fix")
-    a = parser.parse_intermixed_args(argv)
+    a = parse_words(parser, argv)
     if a.rules or a.explain:
         from kit.config.rules import explain
 
@@ -140,7 +146,7 @@ def resume_verb(argv: list[str]) -> int:
     parser = verb_parser("resume", "Continue a run from its newest complete checkpoint.")
     parser.add_argument("run")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="extendable and machine keys")
-    a = parser.parse_intermixed_args(argv)
+    a = parse_words(parser, argv)
     from kit import api
 
     return api.resume(a.run, *a.overrides)
@@ -153,7 +159,7 @@ def fetch_verb(argv: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="run.yaml | DATA | key=value")
     parser.add_argument("--config-dir", "-cd", help="a folder with groups and recipes of your own")
     parser.add_argument("--dry-run", action="store_true", help="only say what would be fetched")
-    a = parser.parse_intermixed_args(argv)
+    a = parse_words(parser, argv)
     from kit.hub.fetch import fetch as fetch_run
 
     return fetch_run(*a.overrides, config_dir=a.config_dir, dry_run=a.dry_run)

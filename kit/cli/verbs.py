@@ -110,8 +110,9 @@ def run_verb(argv: list[str]) -> int:
         return 130
     except OSError as error:
         if not isinstance(error, BrokenPipeError):
-            where = str(error.filename or "")
-            print_problems([Problem(f"the system refused: {error.strerror or error}", where)], refused=False)
+            from kit.storage.disk import describe_os_error
+
+            print_problems([Problem(*describe_os_error(error))], refused=False)
             return ENVIRONMENT
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED

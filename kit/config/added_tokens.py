@@ -2,8 +2,9 @@
 
 Why whole matrices and not PEFT's trainable_token_indices, which would keep the adapter small: the loss of TRL 1.16
 reads lm_head.weight itself, so rows that PEFT lays over lm_head would be left out of it; under ZeRO-3 PEFT gathers
-them on CUDA only (T37); and a file with rows beyond the base's own vocabulary can neither be merged nor served.
-modules_to_save works in one process, DDP and every ZeRO stage (T36), and the merge replaces both matrices.
+them on CUDA only (peft tuners/trainable_tokens/layer.py); and a file with rows beyond the base's own vocabulary can
+neither be merged nor served. modules_to_save works in one process, DDP and every ZeRO stage, and the merge replaces
+both matrices.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""Hydra in, a plain tree out. Beside it only multirun.py and search_space.py see Hydra (traps T75-T80, T86)."""
+"""Hydra in, a plain tree out. Beside it only multirun.py and search_space.py see Hydra."""
 
 from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import json
 import logging
 import os
@@ -124,8 +125,13 @@ def register_with_hydra() -> None:
     """Make ds_configs/*.json the group `deepspeed`, and `${kit.dir:...}` known."""
     OmegaConf.register_new_resolver("kit.dir", paths.resolve_kit_dir, replace=True)
     logging.getLogger("hydra").setLevel(logging.ERROR)
+    register_deepspeed_group(paths.DS_CONFIGS)
+
+
+@functools.lru_cache(maxsize=1)  # Hydra's store holds the files of one folder: the last
+def register_deepspeed_group(folder: Path) -> None:
     store = ConfigStore.instance()
-    for file in sorted(paths.DS_CONFIGS.glob("*.json")):
+    for file in sorted(folder.glob("*.json")):
         store.store(group="deepspeed", name=file.stem, node=OmegaConf.create(load_deepspeed_file(file)))
 
 
@@ -150,7 +156,7 @@ def parse_overrides(
             data.append(arg)
         elif not equals and not key.startswith("~"):
             if not key.endswith((".yaml", ".yml")) or run_file is not None:
-                raise not_an_override(arg)
+                raise not_an_override(arg, next(iter(args[args.index(arg) + 1 :]), ""))
             run_file = Path(key)
         elif key == "dataset" and (chosen := dataset_overrides(value, folders)):
             overrides += chosen
@@ -172,7 +178,8 @@ def parse_overrides(
     return overrides, run_file
 
 
-def not_an_override(arg: str) -> KitError:
+def not_an_override(arg: str, after: str = "") -> KitError:
+    """Say what is meant by a word that is none of the kit's; `after`: the next one, its value in `key value`."""
     if (
         (folder := os.path.dirname(arg)) and is_there(folder) and not is_there(arg)
     ):  # a path into a folder that is here
@@ -180,7 +187,12 @@ def not_an_override(arg: str) -> KitError:
     if is_run(arg):
         return KitError(f"{arg} is a run: its values stand", "command line", f"kit resume {arg}", rule="override")
     fix = f"dataset={arg}" if HUB_ID.fullmatch(arg) else "give key=value"
-    fix = f"recipe={arg}" if re.fullmatch(r"[\w-]+", arg) else fix
+    if re.fullmatch(r"[\w.-]+", arg):
+        from kit.config.pointers import suggest_words
+
+        recipes = difflib.get_close_matches(arg, group_options("recipe"), 1)
+        value = "VALUE" if "=" in after or not after or after.startswith("-") else after
+        fix = f"recipe={recipes[0]}" if recipes else suggest_words(arg, value) or fix
     return KitError(f"{arg!r} is neither key=value, a YAML file nor data", "command line", fix, rule="override")
 
 
@@ -222,6 +234,10 @@ def store_run_file(path: Path, given: set[str], folders: Sequence[Path] = ()) ->
     if not isinstance(tree, DictConfig):
         raise KitError(f"{path} must hold key: value lines", str(path), "trainer:\n  max_steps: 10", rule="run-file")
     content: dict[str, Any] = OmegaConf.to_container(tree)  # type: ignore[assignment]
+    if not any(isinstance(content.get(name), dict) for name in (*GROUPS, "launch")):
+        from kit.config.pointers import refuse_foreign_file  # the tables of other tools, which other runs need not
+
+        refuse_foreign_file(path, content)
     choices: list[str] = []
     files = content.get("dataset")
     if isinstance(files, str) and dataset_overrides(files, folders):
@@ -286,7 +302,7 @@ def to_composed(cfg: DictConfig, hydra: Any, overrides: list[str], run_file: Pat
 
 
 def to_plain_tree(cfg: DictConfig) -> dict[str, Any]:
-    """Interpolations resolved, only JSON types left (T79); what is missing stays "???" for the schema to name."""
+    """Interpolations resolved, only JSON types left; what is missing stays "???" for the schema to name."""
     tree = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
     return json.loads(json.dumps(tree))
 
@@ -299,7 +315,10 @@ def hydra_refusal(error: Exception, args: list[str]) -> KitError:
         group, name = choice.groups()
         names = group_options(group)
         close = difflib.get_close_matches(name, names, 1)
-        fix = f"did you mean {group}={close[0]}? " if close else ""
+        from kit.config.pointers import suggest_choice
+
+        fix = f"{meant}; " if (meant := suggest_choice(group, name)) else ""
+        fix = fix or (f"did you mean {group}={close[0]}? " if close else "")
         return KitError(
             f"there is no {group} named {name!r}",
             f"command line: {group}={name}",
@@ -333,8 +352,11 @@ def hydra_type_error(error: Exception, args: list[str]) -> KitError:
         odd = value == "null" or not re.fullmatch(r"[A-Za-z][\w./-]*", value.strip("\"'"))
         if equals and group in GROUPS and odd:
             names = ", ".join(group_options(group))
+            from kit.config.pointers import suggest_choice
+
             problem = f"{group}={value} names no choice of {group}"
-            return KitError(problem, f"command line: {arg}", f"known: {names}", rule="group-choice")
+            fix = f"{meant}; " if (meant := suggest_choice(group, value)) else ""
+            return KitError(problem, f"command line: {arg}", f"{fix}known: {names}", rule="group-choice")
     if isinstance(error, RecursionError):
         problem = "a value is nested too deeply"
         return KitError(problem, "command line", "leave out the inner brackets", rule="override")

@@ -11,10 +11,11 @@ from kit.errors import KitError, Problem, with_rule
 from kit.inspection import hub_dataset, row_template
 from kit.inspection.data_files import find_data_files
 from kit.inspection.model import Base, check_tokenizer_cached, inspect_model
-from kit.rows.files import BREAKS_OFF, RawRow, sample_rows
-from kit.rows.formats import convert_row, detect_format, is_chat, row_kind
+from kit.rows.files import BREAKS_OFF, RawRow, is_whole, sample_rows
+from kit.rows.formats import CanonicalRow, convert_row, detect_format, is_chat, row_kind
 from kit.rows.turns import EmptyAnswer, RowProblem
 from kit.schema.run_plan import Dataset, DataSource
+from kit.storage import hub_cache
 from kit.system import paths
 
 
@@ -26,6 +27,17 @@ class Inputs:
     data: DataFormats
 
 
+@dataclass(frozen=True)
+class Sample:
+    """The first rows of one data set that is on this machine."""
+
+    source: DataSource
+    split: str  # as the run names it: "train[:10%]"
+    files: list[Path]
+    raw: list[RawRow]  # as they were read
+    rows: list[CanonicalRow]  # those of them that can be trained on, in the form that training reads
+
+
 @dataclass
 class DataFormats:
     """What the rows of a run are, as far as its data is on this machine."""
@@ -33,6 +45,8 @@ class DataFormats:
     formats: dict[str, str] = field(default_factory=dict)  # of each set that is here, by its key
     kinds: set[str] = field(default_factory=set)  # messages, prompt_completion, text, tokenized
     chats: bool | None = None  # whether a chat template renders any of them; None where no row is here
+    few_rows: int | None = None  # of dataset.path, where its one file was read to its end
+    samples: dict[str, Sample] = field(default_factory=dict)  # of each set that is here, by its key
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -67,18 +81,24 @@ def inspect_data(dataset: Dataset, here: bool) -> tuple[DataFormats, list[Proble
     data = DataFormats()
     for key, source, path, split in list_places(dataset):
         try:
-            found, rows = inspect_place(source, path, split, here)
+            found, rows, sample = inspect_place(source, path, split, here)
             dropped = dataset.on_bad_row == "drop" and any(r.row for r in rows)
             problems += list_bad_rows(rows, key, dropped)
+            one_file = isinstance(path, str) and Path(path).is_file()
+            if key == "dataset.path" and one_file and sample and is_whole(sample.files, sample.raw):
+                data.few_rows = len(rows)
             if found:
                 data.formats.setdefault(key, found)
                 data.kinds.add(row_kind(found, source.template))
             if not rows and isinstance(path, str) and not paths.is_made_by_quickstart(path):
-                data.notes.append(
-                    f"{path} is not on this machine: taken for a Hub data set, its rows are not looked at"
-                )
-            if good := [row.row for row in rows if row.row]:
-                data.chats = bool(data.chats) or any(map(is_chat, good))
+                note = f"{path} is not on this machine: taken for a Hub data set, its rows are not looked at"
+                if hub_cache.is_offline():
+                    note += f"; {hub_cache.fetch_command('dataset.path', path)}"
+                data.notes.append(note)
+            if sample and split == source.split:
+                data.samples[key] = sample
+            if sample:
+                data.chats = bool(data.chats) or any(map(is_chat, sample.rows))
         except KitError as error:
             ours = {"": key, "dataset.path": key, "dataset.split": split_key(key, dataset)}
             of_key = [Problem(p.problem, ours.get(p.where, p.where), p.fix, p.rule) for p in error.problems]
@@ -102,28 +122,33 @@ def list_places(dataset: Dataset) -> list[tuple[str, DataSource, str | list[str]
 
 def inspect_place(
     source: DataSource, path: str | list[str], split: str, here: bool
-) -> tuple[str | None, list[RawRow]]:
-    """(format, the first rows in the form that training reads) of one set; KitError where it makes no format."""
+) -> tuple[str | None, list[RawRow], Sample | None]:
+    """(format, the first rows in the form that training reads, the good ones as a sample) of one set.
+
+    KitError where it makes no format; no sample where no row is here, or none is good.
+    """
     data_format: str | None = None if source.format == "auto" else source.format
     if source.template:  # can be read without the data
         written = row_template.template_format(source.template)
         data_format = written if data_format is None or written != "messages" else data_format
         row_template.template_columns(source.template)
     if isinstance(path, str) and paths.is_made_by_quickstart(path) and not Path(path).exists() and not here:
-        return data_format, []
+        return data_format, [], None
     named = path == source.path  # the configuration and the revision are those of `path`, not of another `eval_path`
     files = find_data_files(path, split.partition("[")[0], source.name if named else None)
     if files is None:
         assert isinstance(path, str)
         files = hub_dataset.find_hub_files(source, path, source.revision if named else None, here)
     if files is None:
-        return data_format, []
-    rows = sample_rows(files)
-    good = [row.row for row in rows if row.row is not None]
+        return data_format, [], None
+    raw = sample_rows(files)
+    good = [row.row for row in raw if row.row is not None]
     if not good:
-        return data_format, rows
+        return data_format, raw, None
     data_format = detect_format(good, source)
-    return data_format, [convert(row, source.model_copy(update={"format": data_format})) for row in rows]
+    rows = [convert(row, source.model_copy(update={"format": data_format})) for row in raw]
+    converted = [row.row for row in rows if row.row]
+    return data_format, rows, Sample(source, split, list(files), raw, converted) if converted else None
 
 
 def convert(raw: RawRow, source: DataSource) -> RawRow:

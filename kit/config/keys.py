@@ -9,7 +9,6 @@ from typing import Any
 
 from pydantic_core import PydanticUndefined
 
-from kit.config.sections import OWNED_ELSEWHERE
 from kit.errors import KitError
 from kit.schema import fields
 from kit.schema.run_plan import RunInput, Strict, leaves
@@ -77,17 +76,20 @@ def find_keys(typed: str, tree: Mapping[str, Any], peft_type: str = "LORA") -> l
     if any(not entries[k].get("table") and isinstance(entries[k].get("default"), dict | None) for k in parents):
         return [key]  # a table that is open: a chat template's columns, a pattern by layers
     matches = [k for k in entries if k.endswith(f".{key}")]
-    matches.sort(
-        key=lambda k: (k.removeprefix("trainer.") in OWNED_ELSEWHERE, SECTIONS.index(k.split(".")[0]), k.count("."))
-    )
+    matches.sort(key=lambda k: (is_owned(k), SECTIONS.index(k.split(".")[0]), k.count(".")))
     matches = [
         k for k in [renamed_to("trainer", key), renamed_to("peft", key)] if k in entries and k not in matches
     ] + matches
     if matches:
         return matches
-    if owned := [k for k in OWNED_ELSEWHERE if key in (k, f"trainer.{k}")]:
+    if owned := [k for k in fields.OWNED_ELSEWHERE if key in (k, f"trainer.{k}")]:
         return [f"trainer.{owned[0]}"]
     raise unknown_key_error(key, entries, peft_type)
+
+
+def is_owned(key: str) -> bool:
+    """Tell whether a field of SFTConfig is set by another section."""
+    return key.removeprefix("trainer.") in fields.OWNED_ELSEWHERE
 
 
 def renamed_to(section: str, name: str) -> str:

@@ -13,13 +13,17 @@ from kit import __version__
 from kit.config.compose import Composed
 from kit.config.input_checks import check_values
 from kit.config.inputs import Inputs, inspect_data, inspect_inputs
+from kit.config.memory_choice import choose_for_plan
 from kit.config.report import Report, unique
 from kit.config.resolve import Resolved, make_paths_absolute, resolve
 from kit.config.rules import table
 from kit.config.rules.context import RuleContext
+from kit.config.rules.trainer import note_steps
 from kit.config.sections import Sections, read_own_sections, read_sections
 from kit.inspection.model import identify_base
+from kit.inspection.trainable import count_trained, describe_trained
 from kit.rows.formats import resolve_train_on
+from kit.schema.dotted import value_at
 from kit.schema.run_plan import Dataset, RunPlan, identity_hash
 from kit.system import hardware
 
@@ -40,23 +44,27 @@ def build_plan(
     # A batch job finds its files here and its GPUs elsewhere: kit/launchers/node.py looks at the node's.
     batch_job = resolved.processes.launch.slurm is not None
     on_this_machine = here and (not batch_job or world_size is not None)
-    table.apply_rules(
-        RuleContext(
-            plan=resolved.tree,
-            report=report,
-            base=inputs.base,
-            row_kind=inputs.data.kind,
-            chats=inputs.data.chats,
-            world_size=resolved.processes.world_size,
-            zero_stage=resolved.zero_stage,
-            precision=resolved.processes.precision,
-            on_cpu=resolved.processes.on_cpu,
-            gpus=hardware.list_gpus() if on_this_machine or not batch_job else (),
-            on_this_machine=on_this_machine,
-        )
+    context = RuleContext(
+        plan=resolved.tree,
+        report=report,
+        base=inputs.base,
+        row_kind=inputs.data.kind,
+        chats=inputs.data.chats,
+        world_size=resolved.processes.world_size,
+        zero_stage=resolved.zero_stage,
+        precision=resolved.processes.precision,
+        on_cpu=resolved.processes.on_cpu,
+        gpus=hardware.list_gpus() if on_this_machine or not batch_job else (),
+        on_this_machine=on_this_machine,
+        few_rows=inputs.data.few_rows,
     )
+    table.apply_rules(context)
     report.refuse()
-    return freeze(composed, sections, inputs, resolved, report, here)
+    if not sections.run.tokenizer.added_tokens and (trained := count_trained(inputs.base.text, resolved.tree["peft"])):
+        report.note(f"trains {describe_trained(trained)}")
+    note_steps(context)
+    plan = freeze(composed, sections, inputs, resolved, report, here)
+    return plan if batch_job and world_size is None else choose_for_plan(plan, lambda: inputs.base.text)
 
 
 def read_dataset(composed: Composed) -> Dataset:
@@ -80,7 +88,7 @@ def freeze(
     freeze_formats(tree["dataset"], inputs)
     make_paths_absolute(tree)
     name = run.name or re.sub(r"[^A-Za-z0-9._-]", "_", composed.recipe or Path(run.model.name_or_path).name)
-    digest = identity_hash(tree, processes.global_batch_size)
+    digest = identity_hash(without_auto_packing(composed.tree, tree), processes.global_batch_size)
     return RunPlan(
         kit_version=__version__,
         name=name,
@@ -94,6 +102,7 @@ def freeze(
         **{**tree, "tokenizer": freeze_date(tree["tokenizer"], resolved.template_writes_date)},
         tracking=dict(run.tracking),
         prompts=run.prompts,
+        rehearsal=None if run.rehearsal == "auto" else run.rehearsal,
         base=identify_base(run.model, inputs.base.folder) if here else None,
         notes=report.notes,
         warnings=[asdict(w) for w in unique(report.warnings)],
@@ -101,6 +110,14 @@ def freeze(
         provenance=composed.provenance,
         composed=make_paths_absolute(copy.deepcopy(composed.tree)),
     )
+
+
+def without_auto_packing(composed: dict[str, Any], resolved: dict[str, Any]) -> dict[str, Any]:
+    """The resolved tree without trainer.packing where nobody set it and it is off: the name of a run of before."""
+    trainer = resolved["trainer"]
+    if value_at(composed, "trainer.packing") != "auto" or trainer.get("packing"):
+        return resolved
+    return {**resolved, "trainer": {key: value for key, value in trainer.items() if key != "packing"}}
 
 
 def freeze_formats(dataset: dict[str, Any], inputs: Inputs) -> None:

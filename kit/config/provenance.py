@@ -51,8 +51,11 @@ def read_yaml(file: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def read_file_layer(file: Path, prefix: str) -> Layer:
-    """Read (`folder/file:line`, value as written) by dotted key, for every leaf of a YAML or JSON file."""
+def read_file_layer(file: Path, prefix: str, blocks: bool = False) -> Layer:
+    """Read (`folder/file:line`, value as written) by dotted key, for every leaf of a YAML or JSON file.
+
+    `blocks`: also where each block begins, as `key.`, for what is said of a block that has no place here.
+    """
     text = file.read_text(encoding="utf-8")
     label = f"{file.parent.name}/{file.name}" if paths.ROOT in file.resolve().parents else str(file)
     layer: Layer = {}
@@ -60,6 +63,8 @@ def read_file_layer(file: Path, prefix: str) -> Layer:
     def walk(node: yaml.Node | None, key: str) -> None:
         if isinstance(node, yaml.MappingNode) and node.value:
             for name, value in node.value:
+                if blocks and isinstance(value, yaml.MappingNode):
+                    layer[f"{key}.{name.value}."] = (f"{label}:{name.start_mark.line + 1}", "")
                 if not (key == "" and name.value in ("defaults", "hydra")):
                     walk(value, f"{key}.{name.value}" if key else str(name.value))
         elif node is not None and key:
@@ -74,6 +79,6 @@ def read_deepspeed_file_layer(deepspeed: Any) -> Layer:
     """Read where `deepspeed.file` sets its keys; nothing where it cannot be read, which sections.py reports."""
     file = deepspeed.get("file") if isinstance(deepspeed, dict) else None
     try:
-        return read_file_layer(Path(file).expanduser(), "deepspeed") if isinstance(file, str) else {}
+        return read_file_layer(Path(file).expanduser(), "deepspeed", blocks=True) if isinstance(file, str) else {}
     except (OSError, ValueError, RuntimeError, yaml.YAMLError):  # RuntimeError: ~nobody, and nested too deeply
         return {}

@@ -22,10 +22,13 @@ class Report:
         """Say where a dotted key was set; a key inside a set value is set where that value is."""
         parts = re.sub(r"\[\d+\]", "", key).split(".")
         for end in range(len(parts), 0, -1):
-            if place := self.provenance.get(".".join(parts[:end])):
+            name = ".".join(parts[:end])
+            if place := self.provenance.get(name):
                 return place if place.startswith("command line") else f"{key} in {place}"
-        inside = [place for k, place in self.provenance.items() if k.startswith(key + ".")]
-        return f"{key} in {inside[0].rsplit(':', 1)[0]}" if inside and ":" in inside[0] else key
+            inside = [place for k, place in self.provenance.items() if k.startswith(f"{name}.")]
+            if inside and end == len(parts):  # a block that is no value itself: where its first key is
+                return inside[0] if inside[0].startswith("command line") else f"{key} in {inside[0]}"
+        return key
 
     def chosen(self, key: str) -> bool:
         """Tell whether a recipe, a file or the command line set a key; what the kit's own groups hold are defaults."""

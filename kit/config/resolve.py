@@ -8,15 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from kit.config import slurm
+from kit.config import memory_choice, slurm
 from kit.config.added_tokens import train_embeddings, vocabulary_rows
 from kit.config.data_words import is_there, matches_files
 from kit.config.deepspeed.resolve import resolve_deepspeed_json
 from kit.config.inputs import Inputs
+from kit.config.memory_choice import AUTO_ROWS
 from kit.config.nodes import resolve_nodes
+from kit.config.packing import resolve_packing
 from kit.config.report import Report
 from kit.config.sections import QUANTIZATION_AUTO, Sections
 from kit.errors import KitError
+from kit.inspection.architectures import decoder_layer_classes
+from kit.inspection.attention import choose_attention
+from kit.inspection.liger import why_not_liger
 from kit.inspection.model import Base
 from kit.inspection.tokenizer import examine_tokenizer, is_file_name
 from kit.schema.dotted import value_at
@@ -24,6 +29,8 @@ from kit.schema.run_plan import InitFrom, Launch
 from kit.system import hardware
 
 Precision = Literal["float32", "bfloat16", "float16"]
+# Settings of the trainer that an optimizer or a scheduler in the DeepSpeed JSON takes the place of.
+TYPED_BESIDE_DEEPSPEED = ("optim", "lr_scheduler_type", "lr_scheduler_kwargs", "learning_rate")
 PRECISIONS: dict[str, Precision] = {"bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -62,13 +69,23 @@ def resolve(sections: Sections, inputs: Inputs, report: Report, here: bool, worl
     dtype = load_dtype(run.model.dtype, precision, bool(peft), bool(sections.deepspeed))
     deepspeed = sections.deepspeed
     if deepspeed:
-        chosen = ["optim"] * report.chosen("trainer.optim")
+        chosen = [key for key in TYPED_BESIDE_DEEPSPEED if report.chosen(f"trainer.{key}")]
         deepspeed = resolve_deepspeed(deepspeed, trainer, processes, base, report, here, chosen)
+        if schedule := value_at(deepspeed, "scheduler.type"):
+            report.note(f"the learning rate follows the DeepSpeed JSON's {schedule}, not trainer.lr_scheduler_type")
+    if trainer.get("packing") == "auto":
+        batch, samples = processes.global_batch_size, inputs.data.samples
+        trainer["packing"] = resolve_packing(run, samples, base, trainer, peft, deepspeed, batch, report)
+    attention = run.model.attn_implementation
+    if attention == "auto":
+        attention = choose_attention(base.text, trainer, deepspeed)
+    if trainer.get("use_liger_kernel") == "auto":
+        trainer["use_liger_kernel"] = not why_not_liger(base.text, trainer, precision, processes.on_cpu)
     stage = value_at(deepspeed, "zero_optimization.stage")
     stage = int(stage) if isinstance(stage, int) else 0  # a stage of another kind is refused already
     fsdp = dict(run.fsdp) or None
     tree: dict[str, Any] = {
-        "model": run.model.model_copy(update={"dtype": dtype}).model_dump(),
+        "model": run.model.model_copy(update={"dtype": dtype, "attn_implementation": attention}).model_dump(),
         "tokenizer": run.tokenizer.model_dump(),
         "dataset": run.dataset.model_dump(),
         "peft": peft,
@@ -94,6 +111,7 @@ def resolve_processes(
     assert isinstance(launch.num_gpus, int) and isinstance(launch.num_nodes, int)
     world_size = world_size or launch.num_gpus * launch.num_nodes
     global_batch_size = resolve_batch(trainer, sections.run.global_batch_size, world_size, report)
+    memory_choice.settle_without_choice(trainer, global_batch_size // world_size, report)
     return Processes(launch, on_cpu, precision, world_size, global_batch_size)
 
 
@@ -179,7 +197,7 @@ def load_dtype(asked: str, precision: str, peft: bool, deepspeed: bool) -> Any:
 
 
 def resolve_quantization(quantization: dict[str, Any] | None, precision: str, sharded: bool) -> Any:
-    """The dtypes that are "auto". `sharded`: ranks gather the weights, which must then be of one float dtype (T42)."""
+    """The dtypes that are "auto". `sharded`: ranks gather the weights, which must then be of one float dtype."""
     if not quantization:
         return quantization
     values = (precision, precision if sharded else "uint8")
@@ -193,6 +211,8 @@ def resolve_batch(trainer: dict[str, Any], global_batch_size: int | None, world_
     A global_batch_size sets the accumulation steps in place.
     """
     micro, steps = trainer.get("per_device_train_batch_size", 8), trainer.get("gradient_accumulation_steps", 1)
+    if micro == "auto":
+        micro = resolve_auto_rows(trainer, global_batch_size, world_size, report)
     if not all(isinstance(n, int) and n > 0 for n in (micro, steps)):
         return 1  # the field tables have refused it already
     if global_batch_size is None:
@@ -207,11 +227,28 @@ def resolve_batch(trainer: dict[str, Any], global_batch_size: int | None, world_
         fits = [m for m in range(1, min(micro, 4096) + 1) if global_batch_size % (m * world_size) == 0]
         rounded = math.ceil(global_batch_size / (micro * world_size)) * micro * world_size
         fix = f"trainer.per_device_train_batch_size={fits[-1]}" if fits else f"{key}={rounded}"
-        text = f"{key}={global_batch_size} does not divide by {micro} rows x {world_size} processes"
+        text = f"{key}={global_batch_size} does not divide by {micro} row{'s' * (micro != 1)} x {world_size} processes"
         report.problem(key, text, fix, "batch")
     else:
         trainer["gradient_accumulation_steps"] = global_batch_size // (micro * world_size)
     return global_batch_size
+
+
+def resolve_auto_rows(trainer: dict[str, Any], global_batch_size: int | None, world_size: int, report: Report) -> int:
+    """Return the rows of a micro-step from which the batch of a run with per_device_train_batch_size=auto follows.
+
+    They stay "auto" where the accumulation is free too: then the memory decides (kit/config/memory_choice.py). Given
+    accumulation steps divide a given global batch, and make another one of them out of TRL's rows.
+    """
+    steps = trainer.get("gradient_accumulation_steps", 1)
+    if not (isinstance(steps, int) and steps > 0) or not report.chosen("trainer.gradient_accumulation_steps"):
+        return AUTO_ROWS if global_batch_size is None else 1
+    if global_batch_size is None or global_batch_size % (steps * world_size):
+        rows = AUTO_ROWS
+    else:
+        rows = global_batch_size // (steps * world_size)
+    trainer["per_device_train_batch_size"] = rows
+    return rows
 
 
 def resolve_deepspeed(
@@ -228,12 +265,13 @@ def resolve_deepspeed(
     For another machine the width of a model that is not here may stay unknown: it is said, not guessed.
     """
     try:
-        return resolve_deepspeed_json(
+        filled = resolve_deepspeed_json(
             deepspeed,
             trainer=trainer,
             world_size=processes.world_size,
             hidden_size=base.hidden_size,
             precision=processes.precision,
+            decoder_layers=decoder_layer_classes(base.text),
             chosen=chosen,
         )
     except KitError as error:
@@ -244,10 +282,14 @@ def resolve_deepspeed(
         else:
             report.add(error.problems)
         return deepspeed
+    key = "zero_optimization.leaf_module.classes"
+    if value_at(deepspeed, key) is None and (classes := value_at(filled, key)):
+        report.note(f"ZeRO-3 gathers {' and '.join(classes)} whole; deepspeed.{key}=[] gathers each module by itself")
+    return filled
 
 
 def make_paths_absolute(tree: dict[str, Any]) -> dict[str, Any]:
-    """Make local paths absolute, in place, and return the tree: workers start elsewhere, a resume may too (T80)."""
+    """Make local paths absolute, in place, and return the tree: workers start elsewhere, a resume may too."""
     for section, keys in (
         ("model", ["name_or_path"]),
         ("tokenizer", ["name_or_path", "chat_template"]),

@@ -14,36 +14,27 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from kit.config.deepspeed.check import check_deepspeed_json, load_deepspeed_file
+from kit.config.deepspeed.check import check_deepspeed_json, is_comment, load_deepspeed_file, use_aliases
 from kit.config.init_from import InitialAdapter, take_init_from
 from kit.config.input_checks import check_values
 from kit.config.report import Report
 from kit.errors import KitError, Problem, with_rule
 from kit.schema import fields
 from kit.schema.dotted import value_at
+from kit.schema.fields import OWNED_ELSEWHERE
 from kit.schema.run_plan import RunInput, Strict, leaves
 
 # Keys whose "auto" is filled by kit/config/resolve.py.
-TRAINER_AUTO = ("bf16", "fp16", "use_cpu")
+TRAINER_AUTO = (
+    "bf16", "fp16", "use_cpu", "packing", "activation_checkpointing", "per_device_train_batch_size",
+    "use_liger_kernel",
+)  # fmt: skip
 QUANTIZATION_AUTO = ("bnb_4bit_compute_dtype", "bnb_4bit_quant_storage")
 FSDP_KEYS = (  # what transformers' _process_fsdp_args reads, with or without "fsdp_" before it
     "version", "cpu_offload", "auto_wrap_policy", "min_num_params", "transformer_layer_cls_to_wrap",
     "cpu_ram_efficient_loading", "state_dict_type", "activation_checkpointing", "reshard_after_forward",
     "forward_prefetch", "backward_prefetch", "use_orig_params", "sync_module_states",
 )  # fmt: skip
-OWNED_ELSEWHERE = {  # fields of SFTConfig that another part of the description holds
-    "output_dir": "the run directory holds everything: runs_dir=FOLDER, name=NAME",
-    "deepspeed": "deepspeed=zero2, or deepspeed=/path/my.json",
-    "fsdp": "use the group fsdp",
-    "fsdp_config": "use the group fsdp",
-    "hub_token": "secrets come from the environment: export HF_TOKEN=...",
-    "push_to_hub_token": "secrets come from the environment: export HF_TOKEN=...",
-    "resume_from_checkpoint": "kit resume RUN",
-    "chat_template_path": "tokenizer.chat_template=NAME or FILE.jinja, with tokenizer.added_tokens=[...]",
-    "eos_token": "tokenizer.eos_token=...",
-    "pad_token": "tokenizer.pad_token=...",
-    "model_init_kwargs.dtype": "model.dtype=...",
-}
 GIVE = {  # what to type for a value that has no default
     "model.name_or_path": "model=NAME (kit list model), or model.name_or_path=... for any Hub id or folder",
     "dataset.path": "the file as it is: kit train my.jsonl ...; dataset=NAME (kit list dataset), or dataset.path=...",
@@ -130,10 +121,9 @@ def report_invalid(error: ValidationError, tree: dict[str, Any], report: Report)
         if value_at(tree, e["loc"]) == "???":
             continue
         if e["type"] == "extra_forbidden":
-            close = difflib.get_close_matches(str(e["loc"][-1]), known_keys(e["loc"][:-1]), 1)
-            parent = key.rpartition(".")[0]
-            fix = f"did you mean {parent + '.' if parent else ''}{close[0]}?" if close else "remove it"
-            report.problem(key, f"there is no key {key}", fix, "unknown-key")
+            report.problem(
+                key, f"there is no key {key}", suggest_key(key, e["loc"], e["input"], report), "unknown-key"
+            )
         else:
             value = f": {e['input']!r}" if not isinstance(e["input"], dict) else ""
             text = f"{key}: {e['msg'][0].lower()}{e['msg'][1:]}{value}"
@@ -142,13 +132,36 @@ def report_invalid(error: ValidationError, tree: dict[str, Any], report: Report)
         report.problem(key, text, suggest_type_fix(key, errors), "type")
 
 
+def suggest_key(key: str, loc: tuple[Any, ...], value: Any, report: Report) -> str:
+    """Say what is meant by a key that none of the kit's own sections has."""
+    known, parent = known_keys(loc[:-1]), key.rpartition(".")[0]
+    close = {n: difflib.get_close_matches(str(loc[-1]), known, 1, n) for n in (0.85, 0.6)}
+    near = {
+        n: f"did you mean {parent + '.' if parent else ''}{names[0]}?" if names else "" for n, names in close.items()
+    }
+    if meant := suggest_elsewhere(key, value, report, near[0.85]) or near[0.6]:
+        return meant
+    if parent:
+        return f"remove it; the keys of {parent} are {', '.join(known)}"
+    return "remove it, or give it in its section: trainer.KEY=VALUE, peft.KEY=VALUE, ...; kit show RECIPE has examples"
+
+
+def suggest_elsewhere(key: str, value: Any, report: Report, near: str = "") -> str:
+    """Say which key of which section is meant by one that stands in the wrong place or has another tool's name."""
+    from kit.config.pointers import suggest_override  # the tables of other tools, which a run without faults needs not
+
+    place = report.provenance.get(key, "")
+    _, equals, typed = place.removeprefix("command line: ").partition("=")
+    return suggest_override(key, value, typed if equals else None, not place.startswith("command line"), near)
+
+
 def is_type_name(part: str) -> bool:
     """Tell whether a part of pydantic's location names one of several accepted types, and not a key."""
     return part.startswith(("function-", "literal", "constrained-")) or part in ("str", "int", "float", "bool")
 
 
 def suggest_type_fix(key: str, errors: list[Any]) -> str:
-    """Suggest a value in place of one of the wrong type; "" where that needs more than a few words."""
+    """Suggest a value in place of one of the wrong type."""
     value, error_type = errors[0]["input"], errors[0]["type"]
     if len(errors) == 1:  # the key takes one type alone: the value as that
         if error_type == "list_type" and isinstance(value, str) and '"' not in value:
@@ -160,7 +173,7 @@ def suggest_type_fix(key: str, errors: list[Any]) -> str:
     if error_type == "string_pattern_mismatch" and key in ("launch.include", "launch.exclude"):
         return f"{key}=\"'host1@host2:0,2'\": hosts, each with its slots or without"
     accepted = " or ".join(dict.fromkeys(words for e in errors if (words := accepted_values(e))))
-    return accepted and f"give {accepted}"
+    return f"give {accepted}" if accepted else f"give another value: kit why {key} says what it is"
 
 
 def accepted_values(error: Any) -> str:
@@ -218,7 +231,20 @@ def read_library_section(
             report.problem("peft.peft_type", f"there is no PEFT method {table!r}", fix, "peft-type")
             return None
         table = table.upper()
+        values = drop_lora_defaults({**values, "peft_type": table}, report)
     return read_fields(values, table, section, report, allow_auto)
+
+
+def drop_lora_defaults(values: dict[str, Any], report: Report) -> dict[str, Any]:
+    """Leave out what the group peft=lora gives LoRA where another method is trained: that one's own defaults stand."""
+    kind = values["peft_type"]
+    if kind in ("LORA", "ADALORA"):
+        return values
+    kept = {"peft_type", "task_type"} | ({"target_modules"} & fields.field_tables()[kind].keys())
+    dropped = [key for key in values if key not in kept and not report.chosen(f"peft.{key}")]
+    if dropped:
+        report.note(f"{', '.join(dropped)} of peft=lora are LoRA's: {kind}'s own defaults stand")
+    return {key: value for key, value in values.items() if key not in dropped}
 
 
 def read_fields(
@@ -229,11 +255,28 @@ def read_fields(
     The rules compute with what is left.
     """
     problems = fields.check_fields(table, values, section, allow_auto)
-    report.add(problems)
+    report.add(replace(p, fix=suggest_field(p, section, values, report)) for p in problems)
     wrong = {
         re.split(r"[.\[]", p.where.removeprefix(section + "."))[0] for p in problems if p.rule in ("kind", "range")
     }
     return fields.cast_fields(table, {key: value for key, value in values.items() if key not in wrong})
+
+
+def suggest_field(problem: Problem, section: str, values: dict[str, Any], report: Report) -> str:
+    """Say what to write for an unknown field: the key of another section, or the one that `problem` names."""
+    name = problem.where.removeprefix(section + ".")
+    if problem.rule not in ("unknown-key", "renamed-key") or name not in values:
+        return problem.fix
+    if section == "peft" and name in fields.field_tables()["LORA"]:
+        kind = str(values.get("peft_type"))
+        return f"remove it: {kind} has no such setting; it has {', '.join(k for k in fields.field_names(kind))}"
+    alike = problem.rule == "unknown-key" and likeness(name, problem.fix) > 0.85
+    return suggest_elsewhere(problem.where, values[name], report, problem.fix if alike else "") or problem.fix
+
+
+def likeness(name: str, fix: str) -> float:
+    """Measure how like a name is to the first key that a fix names."""
+    return difflib.SequenceMatcher(None, name, re.split(r"[ ?]", fix.partition(".")[2])[0]).ratio()
 
 
 def read_trainer_section(values: Any, report: Report, section: str = "trainer") -> dict[str, Any]:
@@ -264,7 +307,7 @@ def read_deepspeed_section(values: Any, report: Report) -> dict[str, Any] | None
             report.problems += with_rule(problems, "deepspeed-file")
             return None
     report.add(check_deepspeed_json(values))
-    return values
+    return {key: value for key, value in use_aliases(values).items() if not is_comment(key)}
 
 
 def merge_trees(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

@@ -204,4 +204,5 @@ def _bytes(tensor: TensorEntry) -> bytes:
 def first_ten(problems: list[Problem]) -> list[Problem]:
     """The first ten: one wrong number in params.json makes hundreds."""
     more = len(problems) - 10
-    return problems if more <= 0 else [*problems[:10], Problem(f"and {more} more of this kind")]
+    rest = Problem(f"and {more} more of this kind", fix="mend the first: the others follow from it")
+    return problems if more <= 0 else [*problems[:10], rest]

@@ -114,7 +114,8 @@ def write_tokenizer(vocabulary: Vocabulary, folder: Path, scaled_rope: bool, max
     else:
         wrong = [text for text in PROBE_TEXTS if tokenizer.decode(tokenizer.encode(text)[1:]) != text]
     if wrong:
-        raise KitError(f"{vocabulary.path} cannot be converted: {wrong[0]!r} is encoded differently", "DIR")
+        problem = f"{vocabulary.path} cannot be converted: {wrong[0]!r} is encoded differently"
+        raise KitError(problem, "DIR", "take the tokenizer of the model's Hub repository: tokenizer.name_or_path=...")
     tokenizer.save_pretrained(folder)
 
 

@@ -117,7 +117,7 @@ def encode_row(tokenizer: Any, row: dict[str, Any], encoding: Encoding) -> Encod
     """Encode one row; KitError where it cannot be. A row that would be split is one piece here."""
     made = encode_rows(tokenizer, [row], encoding)[0]
     if isinstance(made, RowProblem):
-        raise KitError(str(made), where="row")
+        raise KitError(str(made), "row", "mend the row, or leave it out")
     return made[0]
 
 
@@ -329,7 +329,7 @@ def encode_prompt(
         template = row_template(tokenizer, row or {}, settings.template, settings.traits)
         text = template.render(turns, add_generation_prompt=True)
     except RowProblem as problem:
-        raise KitError(str(problem), where="prompts") from None
+        raise KitError(str(problem), "prompts", "write the prompt as the template takes it") from None
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
@@ -344,7 +344,7 @@ def encode_open_text(tokenizer: Any, text: str) -> list[int]:
         start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else eos
         ids = [start] if start is not None else []
     if not ids:
-        raise KitError("a prompt is empty", where="prompts")
+        raise KitError("a prompt is empty", "prompts", "leave the empty line out")
     return ids
 
 

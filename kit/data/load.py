@@ -187,7 +187,7 @@ def split_rows(d: Dataset, rows: Any) -> tuple[Any, Any, Any]:
         rest = parts["test"].train_test_split(test_size=share, seed=d.seed, load_from_cache_file=False)
     except ValueError as error:  # a share of too few rows
         problem = f"{len(rows)} rows cannot be split: {first_line(error)}"
-        raise KitError(problem, "dataset.test_size") from error
+        raise KitError(problem, "dataset.test_size", "a smaller dataset.test_size, or more rows") from error
     return parts["train"], rest["train"], rest["test"]
 
 
@@ -412,7 +412,7 @@ def load_run_datasets(plan: dict[str, Any]) -> tuple[RawRows, RawRows | None]:
     try:
         d = RunPlan.model_validate(plan).dataset
     except ValueError as error:
-        raise KitError(f"{PLAN} is not a plan: {first_line(error)}", where=PLAN) from None
+        raise KitError(f"{PLAN} is not a plan: {first_line(error)}", PLAN, "compose it again: kit check") from None
     d = first_of_stream(d) if d.streaming else d
     folder = tempfile.TemporaryDirectory(prefix="kit-rows-")
     splits = read_splits(d, *open_sources(d), Path(folder.name))
@@ -444,7 +444,7 @@ def load_rows(data: str | Path | Sequence[dict[str, Any]], place: str) -> list[C
     if unread := next((r for r in raw if r.problem), None):
         raise KitError(f"{unread.file} row {unread.number}: {unread.problem}", place, "mend the row")
     if not raw:
-        raise KitError("the data hold no rows", place)
+        raise KitError("the data hold no rows", place, "give a file with rows")
     source = DataSource(path=str(data) if isinstance(data, str | Path) else place)
     rows = [r.row for r in raw if r.row is not None]
     source = source.model_copy(update={"format": detect_format(rows[:SAMPLED_ROWS], source)})

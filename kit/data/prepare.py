@@ -25,16 +25,17 @@ from kit.data.encode import IGNORED, EncodedRow, Encoding, LongRow, encode_rows,
 from kit.data.templates import run_template
 from kit.errors import KitError, Problem
 from kit.rows.files import BREAKS_OFF
-from kit.rows.formats import resolve_train_on, row_kind
+from kit.rows.formats import resolve_train_on, row_kind, row_turns, turn_text
 from kit.rows.turns import EmptyAnswer, RowProblem
 from kit.schema.run_plan import Dataset, DataSource, RunPlan
 from kit.storage.atomic_folder import output_folder, replace_folder
-from kit.storage.json_files import atomic_write_json, read_json, read_json_or_empty
+from kit.storage.digests import file_digests
+from kit.storage.json_files import atomic_write_json, read_json
 from kit.system.paths import kit_cache_folder
 from kit.system.terminal import show_progress
 
-LAYOUT = 2  # of a prepared folder; another one is made anew
-REPORT, BAD_ROWS, DIGESTS, SAMPLES = "report.json", "bad_rows.jsonl", "digests.json", "samples.json"
+LAYOUT = 3  # of a prepared folder; another one is made anew
+REPORT, BAD_ROWS, SAMPLES = "report.json", "bad_rows.jsonl", "samples.json"
 KEPT_DAYS = 30
 PARALLEL_FROM = 2_000  # fewer rows are not worth the start of processes
 BATCH = 500  # rows that are encoded together
@@ -79,7 +80,7 @@ class Preparation:
 def prepare_data(plan: RunPlan, tokenizer: Any) -> Path:
     """Prepare the plan's rows, unless that has been done; return their folder. KitError with every kind of bad row."""
     folder = prepare_or_report(plan, tokenizer)
-    if refused := read_json(folder / REPORT)["refused"]:
+    if refused := read_report(folder)["refused"]:
         raise KitError([Problem(**p) for p in refused])
     return folder
 
@@ -119,7 +120,7 @@ def open_prepared(folder: Path) -> PreparedData:
     """The datasets of a prepared folder, mapped from its files."""
     from datasets import Dataset, concatenate_datasets
 
-    report = read_json(folder / REPORT)
+    report = read_report(folder)
     parts: dict[str, Any] = {}
     for name, part in report["splits"].items():
         files = [Dataset.from_file(str(folder / file)) for file in part["files"]]
@@ -131,6 +132,11 @@ def open_prepared(folder: Path) -> PreparedData:
     validation = parts.get("validation")
     notes = [*report["notes"], *(n for name, part in report["splits"].items() for n in describe_counts(name, part))]
     return PreparedData(parts["train"], validation, parts.get("test", validation), report, notes, folder)
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """What is known of the rows of a prepared folder."""
+    return read_json(folder / REPORT)
 
 
 def split_counts(report: dict[str, Any]) -> dict[str, Any]:
@@ -165,26 +171,11 @@ def cache_key(plan: RunPlan, tokenizer: Any, sources: Sequence[load.OpenSource])
         "formats": [opened.source.format for opened in sources],
         "trainer": {key: plan.trainer.get(key) for key in TRAINER_KEYS},
         "date": plan.tokenizer.date,
-        "contents": [file_digest(file) for opened in sources for file in opened.files],
+        "contents": file_digests([file for opened in sources for file in opened.files]),
         "tokenizer": tokenizer_digest(tokenizer),
         "versions": [__version__, *(metadata.version(p) for p in PACKAGES)],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:24]
-
-
-def file_digest(file: Path) -> str:
-    """sha256 of a file, remembered under its path, size and time of change."""
-    status = file.stat()
-    name = f"{file.absolute()} {status.st_size} {status.st_mtime_ns} {status.st_ino}"
-    memory = kit_cache_folder() / "data" / DIGESTS
-    known = read_json_or_empty(memory)
-    if name not in known:
-        with open(file, "rb") as f:
-            digest = hashlib.file_digest(f, "sha256").hexdigest()
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        known = {**dict(list(read_json_or_empty(memory).items())[-1000:]), name: digest}
-        atomic_write_json(memory, known)
-    return str(known[name])
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
@@ -294,7 +285,20 @@ def prepare_split(plan: RunPlan, tokenizer: Any, raw: load.RawRows, folder: Path
         rows = pack(plan, rows, str(folder / f"{name}-packed.arrow"))
         part["packed"] = len(rows)
     part["files"] = [Path(file["filename"]).name for file in rows.cache_files]
+    part["sha256"] = token_digest(rows)
     return part
+
+
+def token_digest(rows: Any) -> str:
+    """A hash over the tokens of a split and where its rows end, whatever made them."""
+    digest = hashlib.sha256()
+    if len(rows):
+        columns = sorted({"input_ids", "labels", "seq_lengths"} & set(rows.column_names))
+        for table in rows.select_columns(columns).with_format("arrow").iter(batch_size=10_000):
+            for column in map(table.column, columns):
+                digest.update(column.combine_chunks().value_lengths().to_numpy(zero_copy_only=False).tobytes())
+                digest.update(column.combine_chunks().flatten().to_numpy(zero_copy_only=False).tobytes())
+    return digest.hexdigest()
 
 
 def _count_done(log: Path, read: dict[Path, tuple[int, int]]) -> int:
@@ -433,9 +437,7 @@ def encode_records(
 
 def measure_text(row: dict[str, Any], tokens: int) -> dict[str, int]:
     """Bytes, characters and tokens of a row; "wide" where a character has two bytes or more on average, as Chinese."""
-    parts = [row[key] for key in ("text", "messages", "prompt", "completion") if key in row]
-    turns = [turn for part in parts for turn in ([part] if isinstance(part, str) else part)]
-    text = "".join(t if isinstance(t, str) else t["content"] + t.get("reasoning_content", "") for t in turns)
+    text = "".join(map(turn_text, row_turns(row)))
     size = len(text.encode())
     width = "wide" if size >= 2 * len(text) else "narrow"
     figures = {"rows": 1, "bytes": size, "characters": len(text), "tokens": tokens}

@@ -17,7 +17,7 @@ from kit.data import load, prepare
 from kit.errors import KitError, Problem
 from kit.rows.turns import EmptyAnswer, RowProblem, map_role
 from kit.schema.run_plan import Dataset, RunPlan
-from kit.storage.json_files import read_json, read_json_or_empty
+from kit.storage.json_files import read_json_or_empty
 from kit.system.terminal import show_progress
 
 RAW_ROWS = 3  # shown as they stand in the file
@@ -72,7 +72,7 @@ def iterate_records(opened: Sequence[load.OpenSource]) -> Iterator[dict[str, Any
 def preview_tokens(plan: RunPlan, tokenizer: Any, samples: int) -> tuple[dict[str, Any], Path]:
     """The same with a model's tokens, from the rows that a run prepares and finds ready then; and their folder."""
     folder = prepare.prepare_or_report(plan, tokenizer)
-    report = read_json(folder / prepare.REPORT)
+    report = prepare.read_report(folder)
     shown = {"sources": describe_sources(load.open_all(plan.dataset)), "notes": report["notes"]}
     shown["splits"] = {n: count_rows(part) | count_tokens(plan, n, part) for n, part in report["splits"].items()}
     stored = read_json_or_empty(folder / prepare.SAMPLES).get("samples", [])

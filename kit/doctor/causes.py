@@ -150,7 +150,7 @@ CAUSES = (
     Cause(
         "lora_dtype",
         r"output tensor must have the same type as input tensor",
-        "ZeRO-3 gathers parameters of two precisions: the adapter is float32, the base bfloat16 (T28)",
+        "ZeRO-3 gathers parameters of two precisions: the adapter is float32, the base bfloat16 (DeepSpeed#8072)",
         "train through kit.worker, which keeps them equal; in a script of your own"
         " get_peft_model(..., autocast_adapter_dtype=False)",
     ),
@@ -158,19 +158,19 @@ CAUSES = (
         "recompute",
         r"CheckpointError|Recomputed values for the following tensors have different metadata"
         r"|different number of tensors was saved",
-        "activation checkpointing recomputed other shapes than it saved, as with ZeRO-3 and frozen weights (T29)",
+        "activation checkpointing recomputed other shapes than it saved: ZeRO-3 and frozen weights (DeepSpeed#8130)",
         "trainer.gradient_checkpointing_kwargs={{use_reentrant: true}}, or trainer.gradient_checkpointing=false",
     ),
     Cause(
         "no_grad",
         r"element 0 of tensors does not require grad",
-        "nothing that the loss depends on is trained: checkpointing without gradients at the input (T30)",
+        "the loss depends on nothing trained: checkpointing without gradients at the input (transformers#42489)",
         "model.enable_input_require_grads(), which kit.worker does; or use_reentrant: false",
     ),
     Cause(
         "batch_arithmetic",
         r"Check batch related parameters.*?(?P<a>\d+) != (?P<b>\d+) \* (?P<c>\d+) \* (?P<d>\d+)",
-        "DeepSpeed counts another number of processes or rows than the plan: {a} is not {b} x {c} x {d} (T81)",
+        "DeepSpeed counts another number of processes or rows than the plan: {a} is not {b} x {c} x {d}",
         "compose again where it runs, and give global_batch_size instead of train_batch_size; on CPU DeepSpeed must"
         " know its ranks before the model loads",
     ),

@@ -160,10 +160,11 @@ def build_ops(names: list[str], seconds: float) -> None:
     from kit.doctor.findings import find_program
     from kit.launchers import ops
     from kit.system import hardware
+    from kit.system.dependencies import installed_version
 
     if wrong := [name for name in names if name not in OPERATORS]:
         raise KitError(f"there is no operator {', '.join(wrong)}", "--build-ops", f"of {', '.join(OPERATORS)}")
-    if ops.package_version("deepspeed") == "none":
+    if installed_version("deepspeed") is None:
         raise KitError("deepspeed is not installed", "--build-ops", "pip install deepspeed", code=ENVIRONMENT)
     cpu = not hardware.list_gpus()
     if not names:

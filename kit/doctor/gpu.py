@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from kit.doctor.findings import BAD, OK, WARN, Finding, find_program, run_program
-from kit.doctor.versions import release_numbers
+from kit.system.dependencies import release_numbers
 
 NVIDIA_SMI_QUERY = "index,name,memory.total,memory.used,compute_cap,driver_version"
 # cuDriverGetVersion needs no initialised device. A process of its own: a sick driver can hang whoever asks it.
@@ -120,7 +120,7 @@ def check_visible_devices(count: int, env: Mapping[str, str]) -> list[Finding]:
 
 
 def check_nvcc(torch_cuda: str | None, root: Path, env: Mapping[str, str]) -> list[Finding]:
-    """nvcc compiles DeepSpeed's operators on a GPU machine, and must be of torch's own CUDA (T74)."""
+    """nvcc compiles DeepSpeed's operators on a GPU machine, and must be of torch's own CUDA."""
     home = env.get("CUDA_HOME") or env.get("CUDA_PATH")
     places = [Path(home) / "bin" / "nvcc"] if home else []
     on_path = find_program("nvcc", env)

@@ -1,4 +1,4 @@
-"""Locks of operator builds: whose they are, how old, and which of them nobody will ever release (T73)."""
+"""Locks of operator builds: whose they are, how old, and which of them nobody will ever release."""
 
 from __future__ import annotations
 

@@ -266,7 +266,7 @@ def diagnose_hang(rank: Rank, ranks: list[Rank], facts: dict[str, Any]) -> Diagn
     fixes = [
         "its last lines show what it did: a slow save, evaluation or tokenising (raise trainer.ddp_timeout), or a step"
         " that only some ranks take (a callback with `if rank == 0:` around a collective)",
-        "mixture-of-experts under ZeRO-3: the expert block must be a leaf module (T27)",
+        "mixture-of-experts under ZeRO-3: the expert block must be a leaf module",
         "TORCH_NCCL_TRACE_BUFFER_SIZE=2000 and TORCH_NCCL_DUMP_ON_TIMEOUT=1 record every collective",
     ]
     return Diagnosis(

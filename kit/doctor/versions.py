@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kit.doctor.findings import BAD, OK, WARN, Finding
+from kit.system.dependencies import installed_version, release_numbers
 
 TESTED_VERSIONS = Path(__file__).with_name("tested.json")
 VersionOf = Callable[[str], str | None]
@@ -18,20 +19,6 @@ VersionOf = Callable[[str], str | None]
 
 def load_tested_versions() -> dict[str, Any]:
     return json.loads(TESTED_VERSIONS.read_text(encoding="utf-8"))
-
-
-def installed_version(package: str) -> str | None:
-    """The version of an installed package, by its metadata alone."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def release_numbers(version: str) -> tuple[int, ...]:
-    """The release part of a version: 2.13.0+cu130 -> (2, 13, 0)."""
-    match = re.match(r"\d+(\.\d+)*", version)
-    return tuple(int(part) for part in match[0].split(".")) if match else ()
 
 
 def is_in_range(version: str, ranges: str) -> bool:

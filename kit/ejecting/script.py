@@ -9,7 +9,9 @@ from typing import Any
 from kit.ejecting.data import data_lines, held_out_lines
 from kit.ejecting.text import WIDTH, assignment_lines, call_lines, keyword_arguments, literal
 from kit.errors import KitError
+from kit.inspection.attention import ATTENTION, EAGER
 from kit.schema import fields, trackers
+from kit.schema.dotted import value_at
 from kit.schema.run_plan import RunPlan
 from kit.storage import run_directory
 
@@ -62,6 +64,10 @@ def script_lines(plan: RunPlan, packed: bool) -> list[str]:
     if plan.quantization and (plan.precision == "float32" or (plan.precision == "float16" and not ds)):
         body += ["for parameter in trainer.model.parameters():  # TRL makes the adapter of a quantized base bfloat16"]
         body += ["    if parameter.requires_grad:", "        parameter.data = parameter.data.float()"]
+    if not full and value_at(ds, "zero_optimization.stage") == 3:
+        body.append(
+            "trainer.model.enable_input_require_grads()  # DeepSpeed frees a leaf module without such an input"
+        )
     body.append("trainer.train()")
     if full:
         body.append("trainer.model.config.use_cache = use_cache  # off for training only")
@@ -98,6 +104,12 @@ def training_argument_lines(plan: RunPlan) -> list[str]:
     """SFTConfig's arguments: what differs from its defaults, and what the kit's worker adds."""
     values = changed_fields("SFTConfig", {k: v for k, v in plan.trainer.items() if k != "model_init_kwargs"})
     values["logging_nan_inf_filter"] = False
+    if value_at(plan.composed, "trainer.use_liger_kernel") == "auto":  # the same layers by other kernels
+        values.pop("use_liger_kernel", None)
+    for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
+        # The kit's own policy, and the same numbers without it; TRL's does not reach the base below an adapter.
+        if value_at(values, (name, "selective")):
+            values[name] = {k: v for k, v in values[name].items() if k != "selective"}
     more: dict[str, Any] = {"output_dir": run_directory.CHECKPOINTS}
     if trackers.tracker_names(plan.trainer.get("report_to")):
         more |= {k: v for k, v in {"run_name": plan.run_path.name, "project": plan.name}.items() if k not in values}
@@ -144,7 +156,8 @@ def tokenizer_lines(plan: RunPlan) -> list[str]:
 def model_lines(plan: RunPlan, packed: bool) -> list[str]:
     m, quantization = plan.model, plan.quantization
     common = {"revision": m.revision, "trust_remote_code": m.trust_remote_code or None}
-    kwargs = {**(plan.trainer.get("model_init_kwargs") or {}), "attn_implementation": m.attn_implementation}
+    attention = None if m.attn_implementation in (ATTENTION, EAGER, "auto") else m.attn_implementation  # the kit's own
+    kwargs = {**(plan.trainer.get("model_init_kwargs") or {}), "attn_implementation": attention}
     given = [f"dtype=torch.{m.dtype}", *assignment_lines(kwargs)]
     lines = []
     if m.random_init:

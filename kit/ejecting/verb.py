@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kit.config.data_words import is_data_word
+from kit.config.flags import parse_words
 from kit.config.nodes import starts_over_ssh
 from kit.ejecting.script import JSON, SCRIPT, START, TEMPLATE, render_script
 from kit.errors import DONE, KitError, Problem
@@ -28,7 +29,7 @@ def eject_verb(argv: list[str]) -> int:
     parser.add_argument("words", nargs="*", metavar="RUN | run.yaml | DATA | key=value | OUT_DIR")
     parser.add_argument("--config-dir", "-cd", help="a folder with groups and recipes of your own")
     parser.add_argument("--overwrite", action="store_true", help="write into a folder that is not empty")
-    a = parser.parse_intermixed_args(argv)
+    a = parse_words(parser, argv)
     plan, out = read_plan_and_folder(a.words, a.config_dir)
     for line in write_ejected(plan, out, a.overwrite):
         print(line)

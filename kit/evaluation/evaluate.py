@@ -86,7 +86,8 @@ def evaluate(
     few_shot_model, shots = next((n for n in ("base", "model") if n in names), None), None
     if few_shot and few_shot_model and task.exact_match:
         if train is None:
-            raise KitError("worked examples come from training rows, and there are none", where="few_shot")
+            problem = "worked examples come from training rows, and there are none"
+            raise KitError(problem, "few_shot", "--few-shot 0, or a run whose training rows are here")
         shots = FewShotPrompt.from_rows(
             sample_rows(train, few_shot, seed), style or choose_few_shot_style(models, tokenizer)
         )
@@ -200,7 +201,7 @@ def _load_examples(rows: Any, limit: int | None) -> tuple[list[Example], dict[st
             reasons[error.problems[0].problem] += 1
             first = first or error
     if not examples:
-        raise first or KitError("the data hold no rows", where="data")
+        raise first or KitError("the data hold no rows", "data", "give a file with rows")
     if len({example.completion is None for example in examples}) > 1:
         raise KitError("some rows have an answer and some are plain text", where="data", fix="score them apart")
     return examples, {reason: f"{count} rows" for reason, count in reasons.items()}

@@ -68,7 +68,8 @@ class FewShotPrompt:
             raise KitError(f"the style {style!r} of worked examples is not known", where="style", fix="chat or text")
         examples = tuple(example_from_row(row, i, "few_shot") for i, row in enumerate(load_rows(rows, "few_shot")))
         if any(example.completion is None for example in examples):
-            raise KitError("plain text rows have no answer to show as a worked example", where="few_shot")
+            problem = "plain text rows have no answer to show as a worked example"
+            raise KitError(problem, "few_shot", "rows with prompt and completion, or chats; or --few-shot 0")
         texts = [text for example in examples for text in (example.question, example.answer)]
         separator = next((s for s in SEPARATORS if not any(s in t for t in texts)), SEPARATORS[-1])
         return cls(examples, style, separator)
@@ -90,19 +91,19 @@ def example_from_row(row: CanonicalRow | RowProblem, index: int, where: str = "d
     """A row as question and answer: of a chat the last assistant turn is the answer. KitError for any other row."""
     place = f"{where}, row {index + 1}"
     if isinstance(row, RowProblem):
-        raise KitError(f"a row {row}", where=place)
+        raise KitError(f"a row {row}", place, "mend the row, or leave it out")
     template: dict[str, Any] = {key: row[key] for key in ("tools", "chat_template_kwargs") if key in row}
     if "messages" in row:
         messages = row["messages"]
         last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=None)
         if not last:
-            raise KitError("a chat has no assistant turn after a question", where=place)
+            raise KitError("a chat has no assistant turn after a question", place, "leave the chat out")
         return Example(messages[:last], [messages[last]], template)
     if "prompt" in row:
         return Example(row["prompt"], row["completion"], template)
     if "text" in row:
         return Example(row["text"], None)
-    raise KitError("a row of token ids has no question", where=place)
+    raise KitError("a row of token ids has no question", place, "rows with prompt and completion, or chats")
 
 
 def tokenize_example(

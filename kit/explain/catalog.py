@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import re
 import sys
 from pathlib import Path
+
+import yaml
 
 from kit.errors import DONE, KitError
 from kit.system import paths
@@ -14,12 +17,13 @@ RECIPE = "recipe"
 
 
 def list_verb(argv: list[str]) -> int:
-    parser = verb_parser("list", "Recipes, or the choices of a group, each with its first line.")
+    parser = verb_parser("list", "Recipes: model and method, data, engine, hardware, memory; or a group's choices.")
     parser.add_argument("group", nargs="?", default=RECIPE)
     group = parser.parse_args(argv).group
     print(describe_group(group), end="")
     if group == RECIPE:  # not among the names that a script reads
-        print(f"\nkit list GROUP: {', '.join(g for g in list_groups() if g != RECIPE)}", file=sys.stderr)
+        print("\nEach with model and method, data, engine, hardware, memory of each GPU.", file=sys.stderr)
+        print(f"kit list GROUP: {', '.join(g for g in list_groups() if g != RECIPE)}", file=sys.stderr)
     return DONE
 
 
@@ -51,16 +55,42 @@ def first_comment(file: Path) -> str:
 
 
 def describe_group(group: str = RECIPE) -> str:
-    """List the choices of a group with their first comments, one to a line."""
+    """List the choices of a group, one to a line: recipes in columns, the others with their first comments."""
     known = list_groups()
     if group not in known:
         close = difflib.get_close_matches(group, known, 1)
         fix = f"did you mean kit list {close[0]}? " if close else ""
         raise KitError(f"there is no group {group!r}", "command line", f"{fix}one of {', '.join(known)}")
     files = choice_files(group)
-    width = max(len(f.stem) for f in files) + 2
-    lines = [f"{f.stem:<{width}}{first_comment(f)}".rstrip() for f in files]
+    rows = [describe_recipe(f) if group == RECIPE else [f.stem, first_comment(f)] for f in files]
+    widths = [max(len(row[n]) for row in rows) + 2 for n in range(len(rows[0]))]
+    lines = ["".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join(lines) + "\n"
+
+
+def describe_recipe(file: Path) -> list[str]:
+    """Say of a recipe: name, model and method, data, engine, hardware, and the memory of each GPU."""
+    choices = recipe_choices(file)
+    model = choices.get("model", "a model of your own")
+    dora = (yaml.safe_load(file.read_text(encoding="utf-8")).get("peft") or {}).get("use_dora")
+    method = "dora" if dora else "full" if choices.get("peft") == "none" else choices.get("peft", "lora")
+    bits = {"nf4": "4-bit ", "int8": "8-bit "}.get(choices.get("quantization", "none"), "")
+    engine = next((choices[g] for g in ("deepspeed", "fsdp") if choices.get(g, "none") != "none"), "one process")
+    comment = " ".join(line.lstrip("# ") for line in file.read_text(encoding="utf-8").splitlines() if line[:1] == "#")
+    hardware = re.search(r"Hardware: (.*?)\. Expected: ((?:under )?[\d.]+ GB(?: on each(?: of \d+)?)?)", comment)
+    place, memory = hardware.groups() if hardware else ("", "")
+    return [file.stem, f"{model}, {bits}{method}", choices.get("dataset", ""), engine, place, memory]
+
+
+def recipe_choices(file: Path) -> dict[str, str]:
+    """Read which choice of each group a recipe takes, with those of a recipe that it stands on."""
+    choices: dict[str, str] = {}
+    for entry in yaml.safe_load(file.read_text(encoding="utf-8")).get("defaults", []):
+        if isinstance(entry, str) and (below := file.with_name(f"{entry}.yaml")).is_file():
+            choices = recipe_choices(below) | choices
+        elif isinstance(entry, dict):
+            choices |= {str(k).removeprefix("override").strip(" /"): str(v) for k, v in entry.items()}
+    return choices
 
 
 def find_choice(name: str) -> tuple[str, Path]:

@@ -18,8 +18,8 @@ from kit.storage import run_directory
 
 # In the order in which they are printed; the DeepSpeed JSON is the resolved one. `tracking` is in `trainer` by then.
 SECTIONS = (
-    """run model tokenizer dataset peft init_from quantization deepspeed fsdp trainer launch prompts base""".split()
-)
+    "run model tokenizer dataset peft init_from quantization deepspeed fsdp trainer launch prompts rehearsal base"
+).split()
 RUN_CLASSES = {
     "precision": "identity",
     "global_batch_size": "identity",

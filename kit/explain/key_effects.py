@@ -9,7 +9,6 @@ from typing import Any
 
 from kit.config import keys
 from kit.config.deepspeed.filled_keys import FILLED_KEYS
-from kit.config.sections import OWNED_ELSEWHERE
 from kit.schema import fields
 from kit.schema.dotted import value_at
 from kit.schema.run_plan import RunPlan
@@ -22,10 +21,16 @@ RESOLUTIONS = {
     "trainer.bf16": "auto: what the hardware is fast at; true but for GPUs without bfloat16 and most CPUs",
     "trainer.fp16": "auto: true only on GPUs that have no bfloat16",
     "trainer.use_cpu": "auto: true where there is no GPU and no number of GPUs is asked for",
+    "trainer.activation_checkpointing": "auto: off where a forecast fits the GPU, else as little as fits; else on",
+    "trainer.activation_checkpointing_kwargs": "of trainer.activation_checkpointing=auto",
+    "trainer.per_device_train_batch_size": "auto: as many of a process's rows (8 without global_batch_size) as fit",
     "trainer.gradient_accumulation_steps": "global_batch_size / (per_device_train_batch_size x processes)",
+    "trainer.packing": "auto: on where documents are short against max_length and packed rows make 100 steps an epoch",
+    "trainer.use_liger_kernel": "auto: true on GPUs, in 16 bits, where liger-kernel is installed and fits",
     "launch.launcher": "auto: a plain process for one, the deepspeed command with a DeepSpeed config, else torchrun",
     "launch.num_gpus": "auto: one process per GPU that is there, one on a CPU",
     "model.dtype": "auto: the precision; float32 for full fine-tuning in float16 without DeepSpeed",
+    "model.attn_implementation": "auto: sdpa_varlen, or eager_varlen for packed rows, where the architecture takes it",
     "dataset.format": "auto: what the columns or the template of the data make",
     "quantization.bnb_4bit_compute_dtype": "auto: the precision",
     "quantization.bnb_4bit_quant_storage": "auto: the precision under ZeRO-3 and FSDP, else uint8",
@@ -33,6 +38,7 @@ RESOLUTIONS = {
     "peft.ensure_weight_tying": "tokenizer.added_tokens, and the base ties its embeddings",
     "precision": "trainer.bf16 and trainer.fp16",
     "launch.num_nodes": "auto: the hosts of the hostfile, else 1",
+    "rehearsal": "auto: the worker decides, where it trains on GPUs for 200 steps or more",
     "world_size": "launch.num_nodes x launch.num_gpus",
     "global_batch_size": "rows per process x accumulation x processes",
     "name": "the recipe's name, else the model's",
@@ -43,7 +49,7 @@ EFFECTS = {
     "model.name_or_path": "AutoModelForCausalLM.from_pretrained({})",
     "model.revision": "AutoModelForCausalLM.from_pretrained(revision={})",
     "model.dtype": "AutoModelForCausalLM.from_pretrained(dtype={})",
-    "model.attn_implementation": "AutoModelForCausalLM.from_pretrained(attn_implementation={})",
+    "model.attn_implementation": "AutoModelForCausalLM.from_pretrained(attn_implementation={}); null: its own choice",
     "model.trust_remote_code": "from_pretrained(trust_remote_code={})",
     "model.random_init": "AutoModelForCausalLM.from_config instead of from_pretrained: {}",
     "model.pad_token": "tokenizer.pad_token, where tokenizer.pad_token is not given: {}",
@@ -64,6 +70,7 @@ EFFECTS = {
     "global_batch_size": "trainer.gradient_accumulation_steps is derived from it",
     "runs_dir": "the run directory is made in {}",
     "name": "the run directory is called {}-HASH",
+    "rehearsal": "the longest batch, a save, a reload and an evaluation are tried before the first step: {}",
     "prompts": "kit generate asks them; training does not see them",
     "peft.init_from": "the adapter's weights are copied from {} before the first step",
     "peft.init_from_pickle": "whether adapter_model.bin may be read, weights-only: {}",
@@ -159,7 +166,7 @@ def describe_deepspeed_effect(key: str, plan: RunPlan | None, tree: dict[str, An
 
 def describe_field(key: str, entry: dict[str, Any], peft_type: str) -> str:
     """Kind, range, choices and default of the library's field."""
-    owner = OWNED_ELSEWHERE.get(key.removeprefix("trainer.")) if key.startswith("trainer.") else None
+    owner = fields.OWNED_ELSEWHERE.get(key.removeprefix("trainer.")) if key.startswith("trainer.") else None
     if not entry.get("kinds"):
         return owner or ""
     words = [fields.WORDS.get(k, k) for k in entry["kinds"]]

@@ -11,6 +11,7 @@ from typing import Any
 
 from kit.config import keys
 from kit.config.data_words import is_data_word
+from kit.config.flags import parse_words
 from kit.config.provenance import read_file_layer
 from kit.config.rules.table import RULES
 from kit.errors import DONE, KitError, Problem
@@ -35,7 +36,7 @@ def why_verb(argv: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="RUN | run.yaml | DATA | key=value")
     parser.add_argument("--config-dir", "-cd", help="a folder with groups and recipes of your own")
     parser.add_argument("--json", action="store_true")
-    a = parser.parse_intermixed_args(argv)
+    a = parse_words(parser, argv)
     explanation = explain_key(a.key, *a.overrides, config_dir=a.config_dir)
     print(json.dumps(explanation, indent=1, ensure_ascii=False) if a.json else format_explanation(explanation))
     return DONE

@@ -23,6 +23,7 @@ from kit.hub.repository import (
 )
 from kit.schema.run_plan import Dataset, Model, Tokenizer
 from kit.storage import hub_cache
+from kit.storage.disk import format_size
 from kit.storage.json_files import atomic_write_text
 from kit.system import dependencies, paths
 
@@ -217,15 +218,6 @@ def print_repo(repo: HubRepo) -> None:
     print_line(line + (f", {format_size(there)} of it here" if there else "") + (", gated" if repo.gated else ""))
     for name in sorted(repo.missing):
         print_line(f"          {name} {format_size(repo.sizes[name])}")
-
-
-def format_size(number: float) -> str:
-    """Bytes in decimal units, as the Hub's pages give them."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.3g} {unit}" if number < 100 else f"{number:.0f} {unit}"
-        number /= 1000
-    return f"{number:,.3g} TB" if number < 1000 else f"{number:,.0f} TB"
 
 
 def print_line(line: str) -> None:

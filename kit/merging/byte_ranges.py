@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from kit.errors import FAILED, KitError
+from kit.storage.disk import FULL, describe_os_error, format_size
 
 NO_SHORTCUT = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF}
 
@@ -16,8 +17,10 @@ def reserve(fd: int, size: int) -> None:
     try:
         os.posix_fallocate(fd, 0, size)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise KitError(f"no room for {size / 1e9:.1f} GB: {os.strerror(error.errno)}", code=FAILED) from None
+        if error.errno in FULL:
+            file = os.path.realpath(f"/proc/self/fd/{fd}")
+            problem, where, fix = describe_os_error(error, file)
+            raise KitError(f"{problem}, {format_size(size)} needed", where, fix, code=FAILED) from None
         os.ftruncate(fd, size)
 
 

@@ -19,6 +19,8 @@ from kit.merging.plan import plan_merge
 from kit.merging.stream import map_in_threads, torch_dtype
 from kit.storage.safetensors_header import TensorEntry, read_model_config, read_tensors
 
+AGAIN = "merge again into another folder: --out FOLDER"
+
 BAND = 64  # rows of each module that are computed again
 EDGE = 4096  # bytes of each untouched tensor that are compared at its start, middle and end
 # A value may be the neighbour of the expected one where another order of float32 sums moved it across a rounding
@@ -74,7 +76,7 @@ def check_tensors(out: Path, plan: MergePlan, stored: dict[str, TensorEntry]) ->
             if name not in merged:
                 name = names.stored.get(names.tied.get(parameter, ""), name)
             if name not in merged:
-                raise KitError(f"{parameter} is not in the merged model", where=str(out), code=FAILED)
+                raise KitError(f"{parameter} is not in the merged model", str(out), AGAIN, code=FAILED)
             start = stored.get(name) or stored.get(names.stored.get(names.tied.get(parameter, ""), ""))
             with torch.no_grad():  # a thread's own setting
                 band, expected = _expected_rows(plan, weights, parameter, start)
@@ -84,7 +86,7 @@ def check_tensors(out: Path, plan: MergePlan, stored: dict[str, TensorEntry]) ->
         compared = map_in_threads(compare, _changed_parameters(plan))
     named = {name for name, _, _ in compared}
     if lost := sorted(stored.keys() - merged.keys()):
-        raise KitError(f"{lost[0]} is not in the merged model", where=str(out), code=FAILED)
+        raise KitError(f"{lost[0]} is not in the merged model", str(out), AGAIN, code=FAILED)
     untouched = [n for n in stored if n not in named and n not in names.tied]
     for name in untouched:
         _require_same_edges(stored[name], merged[name])
@@ -121,7 +123,7 @@ def _expected_rows(plan: MergePlan, weights: Any, parameter: str, start: TensorE
     parts = adapter.lora.get(module, {})
     source = adapter.full.get(parameter, start)
     if source is None:
-        raise KitError(f"{parameter} starts from nothing", code=FAILED)
+        raise KitError(f"the base has no {parameter}", "--base", "name the base of the adapter", code=FAILED)
     rows = source.shape[0]
     dora = "lora_magnitude_vector" in parts
     kind = "embedding" if "lora_embedding_A" in parts else names.kind(module)
@@ -255,4 +257,5 @@ def _require_same_edges(base: TensorEntry, merged: TensorEntry) -> None:
         want, have = _read_rows(base, rows), _read_rows(merged, rows)
         same = bool((want.to(torch_dtype(merged.dtype)).to(have.dtype) == have).all())
     if not same:
-        raise KitError(f"{merged.name} is not the base's, though no adapter names it", str(merged.file), code=FAILED)
+        problem = f"{merged.name} is not the base's, though no adapter names it"
+        raise KitError(problem, str(merged.file), AGAIN, code=FAILED)

@@ -26,12 +26,14 @@ from typing import Any, BinaryIO
 from kit.errors import KitError, first_line
 from kit.inspection.data_files import refuse_suffix
 from kit.inspection.hub_dataset import has_data_suffix, split_suffixes
-from kit.rows.tables import read_table
+from kit.rows.tables import count_table_rows, read_table
 from kit.storage.json_text import JsonText
 
 MAX_ROW = 64 << 20  # bytes: a longer row is no text to train on
 TOO_LONG = f"longer than {MAX_ROW >> 20} MB"
 CHUNK = 1 << 20  # bytes read at once
+SAMPLE, SAMPLE_BYTES = 200, 1_000_000  # rows and bytes that a look at a data set reads at most
+UNPACKED = 8 << 20  # bytes by which the ratio of a packed file is told
 BREAKS_OFF = "the file breaks off after row"  # begins the problem of a last row behind which more was lost
 DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError)  # what reading a damaged file raises
 OF_A_ROW = {"messages", "conversations", "prompt", "completion", "text", "instruction", "output", "question", "answer"}
@@ -71,7 +73,7 @@ def read_rows(files: Sequence[Path]) -> Iterator[RawRow]:
             yield RawRow(str(file), number + 1, None, None, f"{BREAKS_OFF} {number}: {first_line(error)}")
 
 
-def sample_rows(files: Sequence[Path], count: int = 200, max_bytes: int = 1_000_000) -> list[RawRow]:
+def sample_rows(files: Sequence[Path], count: int = SAMPLE, max_bytes: int = SAMPLE_BYTES) -> list[RawRow]:
     """The first rows of the first file that has any, and the first row of up to 20 further ones: fast whatever the
     files' size. KitError where none has a row."""
     rows: list[RawRow] = []
@@ -88,6 +90,54 @@ def sample_rows(files: Sequence[Path], count: int = 200, max_bytes: int = 1_000_
         return rows
     name = str(files[0]) if len(files) == 1 else f"{files[0]} and the {len(files) - 1} files after it"
     raise KitError(f"{name}: no rows", "dataset.path", "give a file with at least one row", rule="dataset-rows")
+
+
+def is_whole(files: Sequence[Path], sample: Sequence[RawRow]) -> bool:
+    """Whether the rows that sample_rows read are surely all of one file."""
+    read = sum(len(str(raw.row)) for raw in sample)
+    return len(files) == 1 and len(sample) < SAMPLE and read < SAMPLE_BYTES // 2
+
+
+def estimate_rows(files: Sequence[Path], sample: Sequence[RawRow]) -> float:
+    """Estimate the rows of files without reading them: what the footers of tables say, else size by size of a row.
+
+    sample: what sample_rows read of them. KitError and OSError as in reading; ImportError without pyarrow.
+    """
+    if is_whole(files, sample):
+        return len(sample)
+    first = [raw for raw in sample if raw.file == sample[0].file]
+    rows, size = 0.0, 0.0
+    for file in files:
+        kind, packing = split_suffixes(file.name)
+        if kind not in (".parquet", ".arrow"):
+            size += unpacked_size(file, packing)
+        elif os.path.getsize(file):
+            with open_table(file) as source:
+                rows += count_table_rows(source, kind)
+    return rows + (size / bytes_of_row(first) if size else 0)
+
+
+def bytes_of_row(rows: Sequence[RawRow]) -> float:
+    """How many bytes a row takes in its file, on average of the first ones, `rows`."""
+    first, last = rows[0], rows[-1]
+    if first.offset is not None and last.offset is not None:
+        return (last.offset - first.offset) / (len(rows) - 1) if len(rows) > 1 else len(str(first.row))
+    kind, packing = split_suffixes(Path(first.file).name)
+    if kind == ".json":  # the one list in an object, which no reader takes in parts
+        return unpacked_size(Path(first.file), packing) / sum(1 for _ in read_rows([Path(first.file)]))
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(raw.row.values() for raw in rows if raw.row)
+    return len(text.getvalue().encode(errors="surrogateescape")) / len(rows)
+
+
+def unpacked_size(file: Path, packing: str) -> float:
+    """Bytes of a file when it is unpacked: by how much its first bytes grow, where there are more of them."""
+    size = os.path.getsize(file)
+    if not packing:
+        return size
+    with open(file, "rb") as source, unpack(packing, source) as stream:
+        read = len(stream.read(UNPACKED))
+        return read if read < UNPACKED else size * read / source.tell()
 
 
 def open_rows(file: Path) -> Iterator[RawRow]:
@@ -114,13 +164,18 @@ def refuse_file(file: Path, problem: str, fix: str = "check the file") -> KitErr
 def open_bytes(file: Path) -> BinaryIO:
     """Open a file, unpacked as it is read."""
     packing = split_suffixes(file.name)[1]
+    return unpack(packing, str(file)) if packing else open(file, "rb", buffering=CHUNK)
+
+
+def unpack(packing: str, source: Any) -> BinaryIO:
+    """Open a packed file, by its path or as it was opened, so that what is read of it is unpacked."""
     if packing in (".zst", ".lz4"):
         import pyarrow as pa
 
-        packed = pa.CompressedInputStream(pa.OSFile(str(file)), {".zst": "zstd", ".lz4": "lz4"}[packing])
+        packed = pa.CompressedInputStream(source, {".zst": "zstd", ".lz4": "lz4"}[packing])
         return io.BufferedReader(packed, CHUNK >> 4)  # what stands in it is lost where the file breaks off
     opens: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-    return opens.get(packing, partial(open, buffering=CHUNK))(file, "rb")
+    return opens[packing](source, "rb")
 
 
 def open_table(file: Path) -> BinaryIO:

@@ -254,6 +254,17 @@ def resolve_train_on(
     return ("assistant_turns" if assistant_only else "everything"), False
 
 
+def row_turns(row: CanonicalRow) -> list[str | dict[str, Any]]:
+    """The texts and turns of a canonical row, in order."""
+    parts = [row[key] for key in ("text", "messages", "prompt", "completion") if key in row]
+    return [turn for part in parts for turn in ([part] if isinstance(part, str) else part)]
+
+
+def turn_text(turn: str | dict[str, Any]) -> str:
+    """What a text, or a turn of a chat, says."""
+    return turn if isinstance(turn, str) else str(turn["content"]) + str(turn.get("reasoning_content", ""))
+
+
 def is_chat(row: CanonicalRow) -> bool:
     """Whether a canonical row is rendered by a chat template."""
     return "messages" in row or isinstance(row.get("prompt"), list)

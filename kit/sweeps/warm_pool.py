@@ -25,6 +25,7 @@ WORKER_MODULE = "kit.sweeps.warm_worker"
 # Made anew with every trial: where it writes, who it is, how it came to be.
 PLAN_KEYS_MADE_ANEW = set(
     "run_dir hash name recipe notes warnings overrides provenance composed prompts launch init_from global_batch_size"
+    " memory rehearsal"
     .split()
 )  # fmt: skip
 TRAINER_KEYS_MADE_ANEW = set(

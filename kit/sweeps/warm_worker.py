@@ -90,6 +90,7 @@ def train_trial(path: Path, state: WarmState) -> int:
     for stream in (sys.stdout, sys.stderr):
         stream.log = log  # type: ignore[union-attr]
     try:
+        worker.print_environment(plan)
         code = worker.train_in_this_process(plan, resume, load=state.load)
     except Exception as error:
         code = worker.report_failure(run, 0, error)

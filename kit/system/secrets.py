@@ -12,7 +12,8 @@ SECRET_NAME = re.compile(
 )
 # A password in a URL, and values that look like the tokens of known services, whatever their name.
 SECRET_VALUE = re.compile(
-    r"://[^/\s:@]*:[^/\s@]+@|\b(hf|api_org|gh[a-z]|github_pat)_\w{16,}|\b(sk|glpat|xox[a-z])-[\w-]{16,}|\bAKIA[A-Z0-9]{16}"
+    r"://[^/\s:@]*:[^/\s@]+@|\b(hf|api_org|gh[a-z])_[A-Za-z0-9]{16,}\b|\bgithub_pat_\w{16,}"
+    r"|\b(sk|glpat|xox[a-z])-(\w{1,9}-)*[A-Za-z0-9_]{16,}|\bAKIA[A-Z0-9]{16}"
 )
 
 

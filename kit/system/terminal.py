@@ -30,7 +30,7 @@ def read_prompts(name: str) -> list[str]:
     try:
         text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise KitError(f"{name} cannot be read: {error}", "--prompts") from None
+        raise KitError(f"{name} cannot be read: {error}", "--prompts", "a text file, one prompt per line") from None
     prompts = [line for line in text.splitlines() if line.strip()]
     if not prompts:
         raise KitError(f"{name} holds no prompts", "--prompts", "one prompt per line")

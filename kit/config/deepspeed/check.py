@@ -80,6 +80,8 @@ def check_deepspeed_json(ds: Mapping[str, Any], where: str = "deepspeed") -> lis
         key = f"{where}.zero_optimization"
         fix = f"{key}.stage=2 (or 0, 1, 3)"
         problems.append(Problem(f"{key} is missing: accelerate refuses that", key, fix, "zero-block"))
+    for key in [k for k in rest if is_comment(k)]:
+        del rest[key]
     problems += fields.check_fields("deepspeed", rest, where)
     for block, table in typed_params(rest).items():
         reported = {p.where for p in problems}
@@ -100,6 +102,25 @@ def check_deepspeed_json(ds: Mapping[str, Any], where: str = "deepspeed") -> lis
     return problems + [Problem(text, f"{where}.{key}", fix, "deepspeed") for key, text, fix in _conflicts(usable)]
 
 
+def is_comment(key: Any) -> bool:
+    """Tell whether a key at the top level is a remark: JSON has no comments, and DeepSpeed reads no such key."""
+    return bool(re.match(r"_|//|#|\$schema$|(doc|desc|description|notes?|comments?)\d*$", str(key), re.IGNORECASE))
+
+
+def use_aliases(values: Any, table: str = "deepspeed") -> Any:
+    """Name each key as transformers reads it; DeepSpeed also takes its own field names, without `stage3_`."""
+    if not isinstance(values, Mapping):
+        return values
+    known = fields.field_tables()[table]
+    named = {}
+    for key, value in values.items():
+        entry = known.get(key, {})
+        alias = entry.get("alias", key)
+        inner = use_aliases(value, entry["table"]) if "table" in entry else value
+        named[key if alias in values else alias] = inner
+    return named
+
+
 def typed_params(ds: Mapping[str, Any]) -> dict[str, str]:
     """{dotted block: table} of the params of an optimizer and a scheduler whose type has a table of its own."""
     blocks = {}
@@ -113,10 +134,12 @@ def typed_params(ds: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _unfilled(table: str | None, values: Mapping[str, Any], where: str, typed: Mapping[str, str]) -> Iterator[Problem]:
-    """Every "auto" that is text to DeepSpeed's reader: nobody fills it, and no kind tells (T3)."""
+    """Every "auto" that is text to DeepSpeed's reader: nobody fills it, and no kind tells."""
     known = fields.field_tables()[table] if table else {}
     for key, value in values.items():
         path, entry = f"{where}.{key}", known.get(key, {})
+        if "instead" in entry:  # said already
+            continue
         if isinstance(value, Mapping):
             inner = next((t for block, t in typed.items() if path.endswith(f".{block}")), entry.get("table"))
             yield from _unfilled(inner, value, path, typed)
@@ -167,6 +190,9 @@ def _offload_conflicts(zero: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
 
 def _zero_conflicts(ds: dict[str, Any], zero: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     stage, z = zero.get("stage", 0), "zero_optimization"
+    for name, entry in fields.field_tables()["deepspeed.zero_optimization"].items():
+        if (alias := entry.get("alias")) and name in zero and zero.get(alias, zero[name]) != zero[name]:
+            yield f"{z}.{name}", f"{name} and {alias} are one setting with two values", "keep one of them"
     if zero.get("compute_grad_norm") is False and stage not in (1, 2):
         yield f"{z}.compute_grad_norm", "compute_grad_norm=false needs stage 1 or 2", "compute_grad_norm=true"
     if zero.get("compute_grad_norm") is False and ds.get("gradient_clipping", "auto") not in (0, "auto"):
@@ -182,6 +208,11 @@ def _precision_conflicts(ds: dict[str, Any], zero: dict[str, Any]) -> Iterator[t
         block = dict(ds.get(what) or {})
         if block.get(f"{what}_master_weights_and_grads") and zero.get("stage", 0) == 0:
             yield f"{what}.{what}_master_weights_and_grads", "it needs ZeRO 1, 2 or 3", "zero_optimization.stage=1"
+    if value_at(ds, "fp16.enabled") in (True, "auto") and not value_at(ds, "fp16.loss_scale"):
+        for name in ("loss_scale_window", "min_loss_scale"):
+            number = value_at(ds, f"fp16.{name}")
+            if isinstance(number, int) and number <= 0:
+                yield f"fp16.{name}", f"{name} must be above 0 while the loss scale is dynamic", f"fp16.{name}=1"
     if value_at(ds, "bf16.bf16_optimizer_states") and not value_at(ds, "bf16.bf16_master_weights_and_grads"):
         yield "bf16.bf16_optimizer_states", "it needs bf16_master_weights_and_grads", "set both"
     if value_at(ds, "fp16.enabled") is True and value_at(ds, "bf16.enabled") is True:

@@ -22,10 +22,10 @@ from kit.schema.dotted import value_at
 REFUSE, WARN = "refuse", "warn"
 NEVER_ADDED = {  # the trainer fills these where they are, and nobody adds them
     "train_micro_batch_size_per_gpu": "DeepSpeed then wants train_batch_size, or stops",
-    "gradient_accumulation_steps": "accelerate puts 1 there, whatever the trainer accumulates (T6)",
-    "gradient_clipping": "DeepSpeed then clips at {clipping}, whatever max_grad_norm says (T7)",
-    "fp16.enabled": "fp16=True of the trainer would not reach DeepSpeed (T7)",
-    "bf16.enabled": "bf16=True of the trainer, TRL's default, would not reach DeepSpeed (T7)",
+    "gradient_accumulation_steps": "accelerate puts 1 there, whatever the trainer accumulates",
+    "gradient_clipping": "DeepSpeed then clips at {clipping}, whatever max_grad_norm says",
+    "fp16.enabled": "fp16=True of the trainer would not reach DeepSpeed",
+    "bf16.enabled": "bf16=True of the trainer, TRL's default, would not reach DeepSpeed",
 }
 SCHEDULED = ("warmup_max_lr", "warmup_num_steps", "total_num_steps")
 PLAIN_ADAM = {"lr", "betas", "eps", "weight_decay", "torch_adam", "adam_w_mode", "bias_correction", "fused"}
@@ -57,7 +57,8 @@ def find_faults(text: str, name: str = "the file") -> list[FileFinding]:
     renamed = {(*e.path[:-1], e.value) for f in findings for e in f.edits if e.what == "rename"}
     own = list(_optimizer(tree))
     removed = {f.path for f in own if f.rule == "optimizer"}  # what is inside needs no word of its own
-    reported = {f.path for f in findings}
+    moved = {e.path for f in findings for e in f.edits if e.what == "add"}  # they are there, in another block
+    reported = {f.path for f in findings} | moved
     for finding in [*own, *_missing(tree), *_literals(tree)]:
         if (
             finding.path not in reported
@@ -101,7 +102,9 @@ def _checked(tree: dict[str, Any]) -> Iterator[FileFinding]:
                 if key in TRAINER_SETTINGS and edits and value not in (None, "auto")
                 else ""
             )
-            yield FileFinding(problem.rule or "kind", REFUSE, path, 0, message, fix, edits, keep)
+            # DeepSpeed starts without the block; accelerate does not, as the check of a run says.
+            severity = WARN if path == ("zero_optimization",) and path[0] not in tree else REFUSE
+            yield FileFinding(problem.rule or "kind", severity, path, 0, message, fix, edits, keep)
         seen.add((path, problem.rule))
 
 
@@ -125,16 +128,26 @@ def _add_auto(tree: dict[str, Any], key: str) -> Edit | None:
     return None if holder is not None else Edit("replace" if block in tree else "add", (block,), {last: "auto"})
 
 
+def said_otherwise(tree: dict[str, Any], key: str) -> bool:
+    """Tell whether the other precision is switched on, so that this one is off and need not stand in the file."""
+    other = {"fp16.enabled": "bf16.enabled", "bf16.enabled": "fp16.enabled"}.get(key, "")
+    return bool(other) and value_at(tree, other) is True
+
+
 def _missing(tree: dict[str, Any]) -> Iterator[FileFinding]:
     """Keys that the trainer would fill, had they been there."""
     clipping = fields.field_default("deepspeed", "gradient_clipping")
     for key, reason in NEVER_ADDED.items():
         edit = _add_auto(tree, key)
-        if value_at(tree, key) is None and edit:
+        if value_at(tree, key) is None and edit and not said_otherwise(tree, key):
+            starts = key != "train_micro_batch_size_per_gpu" or tree.get("train_batch_size") is not None
+            if starts and key == "train_micro_batch_size_per_gpu":
+                reason = "DeepSpeed then divides train_batch_size, whatever the trainer's batches are"
             problem = f"{key} is missing: {reason.format(clipping=clipping)}"
             outer, _, last = key.rpartition(".")
             text = f'"{outer}": {{"{last}": "auto"}}' if outer else f'"{last}": "auto"'
-            yield FileFinding("missing", REFUSE, tuple(key.split(".")), 0, problem, f"add {text}", (edit,))
+            severity = WARN if starts else REFUSE
+            yield FileFinding("missing", severity, tuple(key.split(".")), 0, problem, f"add {text}", (edit,))
     kind, params = value_at(tree, "scheduler.type"), value_at(tree, "scheduler.params")
     table = fields.field_tables().get(f"deepspeed.scheduler.{kind}", {}) if isinstance(kind, str) else {}
     for key in (k for k in SCHEDULED if k in table):
@@ -157,7 +170,7 @@ def _missing(tree: dict[str, Any]) -> Iterator[FileFinding]:
 
 
 def _literals(tree: dict[str, Any]) -> Iterator[FileFinding]:
-    """Values that are the trainer's: others raise after the model is loaded, equal ones wait to differ (T1)."""
+    """Values that are the trainer's: others raise after the model is loaded, equal ones wait to differ."""
     for key, setting in TRAINER_SETTINGS.items():
         value = value_at(tree, key)
         if value is None or value == "auto" or isinstance(value, dict):
@@ -165,14 +178,14 @@ def _literals(tree: dict[str, Any]) -> Iterator[FileFinding]:
         path = tuple(key.split("."))
         text = f"{key} is {shorten_json(value)}: the trainer refuses any other than its own {setting}"
         if key == "train_batch_size":
-            text = f"{key} is {shorten_json(value)}: that ties the file to one number of GPUs (T5)"
+            text = f"{key} is {shorten_json(value)}: that ties the file to one number of GPUs"
         keep = as_trainer_setting(key, value)
         fix = f'"auto", and {keep} in the training arguments'
         yield FileFinding("literal", WARN, path, 0, text, fix, (Edit("replace", path, "auto"),), keep)
 
 
 def _optimizer(tree: dict[str, Any]) -> Iterator[FileFinding]:
-    """An optimizer block takes the place of trainer.optim and of all that builds on it (T9)."""
+    """An optimizer block takes the place of trainer.optim and of all that builds on it, as accelerate reads it."""
     block = tree.get("optimizer")
     if not isinstance(block, dict):
         return

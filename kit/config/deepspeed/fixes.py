@@ -107,7 +107,9 @@ def edits_for(rule: str, path: json_edit.KeyPath, tree: dict[str, Any]) -> tuple
     if rule == "deepspeed":
         return _conflict_edits(key, path, tree)
     if rule == "unknown-key":
-        return _rename_edits(path, holder, table, value)
+        return _moving_edits(path, tree, table, value) or _rename_edits(path, holder, table, value)
+    if value == "auto" and "alias" in entry and entry["alias"] not in holder:
+        return (Edit("rename", path, entry["alias"]),)  # the name under which somebody fills it
     if rule == "renamed-key":
         return _deprecated_edits(path, holder, table, entry, value)
     if rule == "removed-key":
@@ -139,6 +141,22 @@ def _holder(tree: Any, path: json_edit.KeyPath) -> dict[str, Any] | None:
 def _passes(table: str, key: str, value: Any) -> bool:
     """Whether the value would pass, were everything around it right."""
     return not [p for p in fields.check_fields(table, {key: value}) if p.rule != "missing-key"]
+
+
+def _moving_edits(path: json_edit.KeyPath, tree: dict[str, Any], table: str, value: Any) -> tuple[Edit, ...]:
+    """Edits for a key of another block: moved there, where it is not given as well; loss scaling for bf16 goes."""
+    key, place = path[-1], fields.place_of_key(path[-1])
+    if place is None or not table:
+        return ()
+    if path[:-1] == ("bf16",) and place[0] == "fp16":
+        return (Edit("remove", path),)
+    entry = fields.field_tables()[place[1]][key]
+    names = tuple(place[0].split(".")) if place[0] else ()
+    block = value_at(tree, place[0]) if place[0] else tree
+    fits = _passes(place[1], key, value) or (value == "auto" and accepts_auto(entry))
+    if not isinstance(block, dict) or key in block or not fits:
+        return ()
+    return Edit("add", (*names, key), value), Edit("remove", path)
 
 
 def _rename_edits(path: json_edit.KeyPath, holder: dict[str, Any], table: str, value: Any) -> tuple[Edit, ...]:
@@ -179,8 +197,8 @@ def _deprecated_edits(
         return (*moved, gone)
     if key == "max_grad_norm":
         return (gone,)  # the engine refuses it; gradient_clipping is the trainer's
-    new = str(entry["instead"]).split(" ")[0]
-    if new not in fields.field_tables().get(table, {}):
+    new = str(entry["instead"]).split(" ")[0] if entry else fields.RENAMED["deepspeed"].get(key, "")
+    if new not in fields.field_tables().get(table, {}) or not (entry or _passes(table, new, value)):
         return ()
     if new in holder:
         # The old bfloat16 is not read beside bf16; two spellings of one value are no choice either.
@@ -191,6 +209,8 @@ def _deprecated_edits(
 def _conflict_edits(key: str, path: json_edit.KeyPath, tree: dict[str, Any]) -> tuple[Edit, ...]:
     if key == "fp16.enabled":
         return Edit("replace", path, "auto"), Edit("replace", ("bf16", "enabled"), "auto")
+    if key in ("fp16.loss_scale_window", "fp16.min_loss_scale"):
+        return (Edit("replace", path, 1),)
     return (Edit("remove", path),) if key in UNREAD else ()
 
 
@@ -235,7 +255,8 @@ def _candidates(entry: dict[str, Any], kinds: list[str], block: dict[str, Any], 
     if isinstance(value, bool) and "int" in kinds and "choices" in entry:
         out.append(int(value))  # stage: true
     if isinstance(value, float) and math.isfinite(value) and "int" in kinds:
-        out.append("auto" if abs(value) < 1 and accepts_auto(entry) else round(value))  # a share of the model's size
+        whole = fields.round_up_from_zero(value)
+        out.append("auto" if abs(value) < 1 and accepts_auto(entry) else whole)  # a share of the model's size
     if isinstance(value, int) and not isinstance(value, bool) and value in (0, 1) and "bool" in kinds:
         out.append(bool(value))
     return out

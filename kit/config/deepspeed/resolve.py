@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,6 +21,13 @@ from kit.schema.dotted import set_value, value_at
 # Under offload accelerate swaps the optimizer for DeepSpeed's CPU version; only these keep their arithmetic, and
 # the engine refuses what is neither CPUAdam nor CPULion (accelerate utils/deepspeed.py, deepspeed engine.py).
 SURVIVES_OFFLOAD = ("adamw_torch", "adamw_torch_fused", "lion_32bit")
+
+# Other ways to gather and shard under ZeRO-3, with which whole decoder layers have not been tried.
+GATHERED_OTHERWISE = (
+    "stage3_module_granularity_threshold", "zenflow", "mics_shard_size", "zero_hpz_partition_size",
+    "zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients",
+)  # fmt: skip
+OWN_RATE = ("OneCycle", "LRRangeTest")  # deepspeed runtime/lr_schedules.py: these set the rate, whatever it was
 
 
 def resolve_deepspeed_json(ds: Mapping[str, Any], **given: Any) -> dict[str, Any]:
@@ -39,13 +46,15 @@ def fill_deepspeed_json(
     hidden_size: int | None,
     precision: Literal["float32", "bfloat16", "float16"],
     total_steps: int | None = None,
+    decoder_layers: Sequence[str] = (),
     chosen: Collection[str] = (),
     where: str = "deepspeed",
 ) -> tuple[dict[str, Any], list[Problem]]:
     """Fill the JSON as DeepSpeed will get it: no "auto", no disagreement with the trainer, nothing left to defaults.
 
     `trainer`: SFTConfig values (absent ones have TRL's default); `total_steps`: optimizer steps of the run, where
-    they are known; `chosen`: names of trainer settings that the user gave. Returns the JSON with all problems, those
+    they are known; `decoder_layers`: the base's classes, which ZeRO-3 gathers whole where the JSON says nothing of
+    leaf modules; `chosen`: names of trainer settings that the user gave. Returns the JSON with all problems, those
     of check_deepspeed_json included; unfilled where values of the wrong type are among them. Bucket sizes are HF's own
     formulas, for tiny models too: DeepSpeed sends a tensor that is larger than the bucket by itself, so a small
     bucket costs speed but never correctness.
@@ -70,6 +79,7 @@ def fill_deepspeed_json(
         fix = "leave fp16_full_eval and bf16_full_eval out"
         problems.append(Problem(text, "trainer.fp16_full_eval", fix, "full-eval"))
     _fill_zero(fill, hidden_size)
+    _fill_leaf_modules(fill, decoder_layers)
     _fill_optimizer(fill)
     if "scheduler" in out:
         _fill_scheduler(fill, fill.setting("max_steps") if fill.setting("max_steps") > 0 else total_steps)
@@ -142,6 +152,24 @@ def _fill_zero(fill: _Fill, hidden_size: int | None) -> None:
                 del block["nvme_path"]
 
 
+def _fill_leaf_modules(fill: _Fill, decoder_layers: Sequence[str]) -> None:
+    """Have each decoder layer gathered whole, where the JSON says nothing of leaf modules.
+
+    Module by module, DeepSpeed's Python hooks take longer than the GPUs' work once PEFT has made a module of each
+    matrix. Not where parameters lie on NVMe, whose buffers hold `buffer_count` of them, and not where torch.compile or
+    another way of gathering is asked for.
+    """
+    zero = fill.out["zero_optimization"]
+    compiled = fill.setting("torch_compile") or value_at(fill.out, "compile.deepcompile")
+    if not decoder_layers or zero.get("stage") != 3 or "leaf_module" in zero or compiled:
+        return
+    if value_at(zero, "offload_param.device") == "nvme" or any(
+        zero.get(k, 0) not in (0, 1, -1, None) for k in GATHERED_OTHERWISE
+    ):
+        return
+    zero["leaf_module"] = {"classes": list(decoder_layers)}
+
+
 def _fill_optimizer(fill: _Fill) -> None:
     """DeepSpeed's optimizer from the trainer, or the permission to use the trainer's own."""
     out, optim = fill.out, fill.setting("optim")
@@ -171,9 +199,14 @@ def _fill_optimizer(fill: _Fill) -> None:
 def _fill_scheduler(fill: _Fill, total: int | None) -> None:
     """DeepSpeed's scheduler from the trainer; left out, its warm-up would be 1000 steps and its peak rate 0.001."""
     out, drop = fill.out, f"'~{fill.where}.scheduler' so that trainer.lr_scheduler_type is used"
-    if "lr_scheduler_type" in fill.chosen:
-        text = f"trainer.lr_scheduler_type would be ignored: {fill.where}.scheduler is given"
-        fill.refuse("scheduler", text, drop, "scheduler")
+    for key in ("lr_scheduler_type", "lr_scheduler_kwargs"):
+        if key in fill.chosen:
+            text = f"trainer.{key} would be ignored: {fill.where}.scheduler is given"
+            fill.problems.append(Problem(text, f"trainer.{key}", f"leave it out, or {drop}", "scheduler"))
+    kind = value_at(out, "scheduler.type")
+    if kind in OWN_RATE and "learning_rate" in fill.chosen:
+        text = f"trainer.learning_rate would be ignored: {fill.where}.scheduler is {kind}, which has rates of its own"
+        fill.problems.append(Problem(text, "trainer.learning_rate", f"leave it out, or {drop}", "scheduler"))
     table = f"deepspeed.scheduler.{value_at(out, 'scheduler.type')}"
     out["scheduler"]["params"] = fields.cast_fields(table, out["scheduler"].get("params") or {})
     taken = fields.field_names(table)

@@ -26,6 +26,7 @@ class RuleContext:
     on_cpu: bool = False
     gpus: tuple[Gpu, ...] = ()
     on_this_machine: bool = False  # the run is about to start on this machine
+    few_rows: int | None = None  # of the data, where it is small enough to have been read whole
 
     @property
     def surely_on_cpu(self) -> bool:
@@ -41,9 +42,10 @@ class Rule:
     """One thing that `kit check` refuses or warns of; `kit check --explain` tells it from explanations.yaml."""
 
     id: str
-    source: str  # a trap of tests/config/coverage.yaml, or the library that says so
+    source: str  # the library's issue (project#number) or file that makes the rule true
     keys: tuple[str, ...]  # what the rule reads
     check: Callable[[RuleContext], Violations] | None = None
     severity: Literal["refuse", "warn"] = "refuse"
-    on_this_machine: bool = False  # it asks about the hardware of the machine where the run starts
+    on_this_machine: bool = False  # it asks about the machine where the run starts
+    warns_elsewhere: bool = False  # on_this_machine, but a machine that only looks at the run has a word to say too
     reported_by: str = ""  # of a rule without a check: the module of kit/ that reports it

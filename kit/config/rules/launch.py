@@ -5,10 +5,10 @@ kit/config/rules/table.py lists them.
 
 from __future__ import annotations
 
-from typing import Any
-
 from kit.config import slurm
 from kit.config.rules.context import RuleContext, Violations
+from kit.schema.checkpointing import checkpointing_kwargs, is_checkpointed
+from kit.schema.dotted import value_at
 from kit.system import hardware
 
 
@@ -36,20 +36,13 @@ def fsdp_alone(run: RuleContext) -> Violations:
 
 def fsdp_checkpointing(run: RuleContext) -> Violations:
     t = run.plan["trainer"]
-    if (run.plan["fsdp"] or {}).get("activation_checkpointing") and checkpointing(run):
+    if (run.plan["fsdp"] or {}).get("activation_checkpointing") and is_checkpointed(t):
         name = "activation_checkpointing" if t.get("activation_checkpointing") else "gradient_checkpointing"
         yield (
             "FSDP's activation checkpointing and the trainer's are both on",
             "fsdp.activation_checkpointing",
             f"trainer.{name}=false",
         )
-
-
-def checkpointing(run: RuleContext) -> bool:
-    """Whether activations are recomputed; the new name goes before the old one, whose default TRL makes true."""
-    t = run.plan["trainer"]
-    new, old = t.get("activation_checkpointing"), t.get("gradient_checkpointing", True)
-    return bool(old if new is None else new)
 
 
 def fp16_and_bf16(run: RuleContext) -> Violations:
@@ -211,37 +204,44 @@ def checkpointing_names(run: RuleContext) -> Violations:
 
 
 def selective(run: RuleContext) -> Violations:
-    given = checkpointing_kwargs(run)
+    t = run.plan["trainer"]
+    given = checkpointing_kwargs(t)
     key = "trainer.gradient_checkpointing_kwargs.selective"
     if not given.get("selective"):
         return
-    if not checkpointing(run):
+    if not is_checkpointed(t):
         yield "selective checkpointing without checkpointing", key, "trainer.gradient_checkpointing=true"
     elif given.get("use_reentrant"):
         yield "selective checkpointing cannot be reentrant", key, "leave use_reentrant out"
     elif run.plan["peft"] and run.zero_stage == 3:
         problem = "an adapter under ZeRO-3 needs reentrant checkpointing, which cannot be selective"
         yield problem, key, "leave it out, or deepspeed=zero2"
+    if t.get("use_liger_kernel") and (t.get("liger_kernel_config") or {}).get("rope"):
+        problem = "Liger's rotary embedding overwrites what selective checkpointing keeps: gradients would be wrong"
+        yield problem, "trainer.liger_kernel_config.rope", "leave it out"
+
+
+def every_n_layers(run: RuleContext) -> Violations:
+    for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
+        key = f"{name}.every_n_layers"
+        number = value_at(run.plan["trainer"], key)
+        if number is not None and (type(number) is not int or number < 1):
+            yield f"every_n_layers={number!r} is no number of layers", f"trainer.{key}", "a whole number from 1 on"
 
 
 def reentrant(run: RuleContext) -> Violations:
+    t = run.plan["trainer"]
     if (
         run.plan["peft"]
         and run.zero_stage == 3
-        and checkpointing(run)
-        and checkpointing_kwargs(run).get("use_reentrant") is False
+        and is_checkpointed(t)
+        and checkpointing_kwargs(t).get("use_reentrant") is False
     ):
         yield (
             "an adapter under ZeRO-3 is checkpointed reentrantly: TRL turns use_reentrant=false into true",
             "trainer.gradient_checkpointing_kwargs.use_reentrant",
             "leave it out",
         )
-
-
-def checkpointing_kwargs(run: RuleContext) -> dict[str, Any]:
-    t = run.plan["trainer"]
-    given = t.get("activation_checkpointing_kwargs") or t.get("gradient_checkpointing_kwargs")
-    return given if isinstance(given, dict) else {}
 
 
 def slurm_values(run: RuleContext) -> Violations:

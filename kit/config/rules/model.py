@@ -9,6 +9,7 @@ import difflib
 from typing import Any
 
 from kit.config.rules.context import RuleContext, Violations
+from kit.inspection.attention import ATTENTION, ATTENTIONS, EAGER
 from kit.schema.dotted import value_at
 
 # A table of learned positions has that many rows, and a longer text an index beyond it: key of config.json.
@@ -26,7 +27,6 @@ RECURRENT = ("mamba", "mamba2", "falcon_mamba", "jamba", "rwkv", "recurrent_gemm
              "zamba2", "olmo_hybrid", "bamba", "kimi_linear")  # fmt: skip
 # Masks made without positions, so for the whole row; flash attention takes the documents' lengths instead of a mask.
 MASKED_BY_ROW = ("afmoe", "biogpt", "bloom", "falcon", "gpt_oss", "granitemoehybrid", "mpt", "opt", "xglm")
-ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 
 
 def family(run: RuleContext) -> str:
@@ -134,7 +134,7 @@ def packing_recurrent(run: RuleContext) -> Violations:
         return
     if kind in RECURRENT:
         problem = f"{kind} has layers with a running state, which can go on from one packed document into the next"
-    elif kind in MASKED_BY_ROW and "flash" not in str(run.plan["model"]["attn_implementation"]):
+    elif kind in MASKED_BY_ROW and not takes_lengths(run.plan["model"]["attn_implementation"]):
         problem = f"{kind} makes its attention mask without positions, so packed documents can see each other"
     elif run.plan["model"]["trust_remote_code"]:
         problem = "the base brings code of its own, which may not keep packed documents apart"
@@ -142,6 +142,11 @@ def packing_recurrent(run: RuleContext) -> Violations:
         return
     problem += ": the run tries it before the first step, and stops where they see each other"
     yield problem, "trainer.packing", "trainer.packing=false trainer.padding_free=false"
+
+
+def takes_lengths(attention: str | None) -> bool:
+    """Whether an attention keeps packed documents apart by their lengths, whatever the mask says."""
+    return attention in (ATTENTION, EAGER) or "flash" in str(attention)
 
 
 def attention_name(run: RuleContext) -> Violations:

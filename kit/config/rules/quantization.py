@@ -5,7 +5,9 @@ All of them hold before a weight is loaded; kit/config/rules/table.py lists them
 
 from __future__ import annotations
 
+import re
 from importlib.util import find_spec
+from typing import Any
 
 from kit.config.rules.context import RuleContext, Violations
 from kit.inspection.architectures import INPUT_EMBEDDINGS
@@ -15,16 +17,61 @@ from kit.schema.dotted import value_at
 # fails in its first step or before. The second list works over int8, whose rows are still rows.
 NOT_OVER_BNB = {"DELORA", "FROD", "GLORA", "PSOFT", "SUPERTUNING", "TINYLORA"}
 NOT_OVER_4BIT = {"DEFT", "HRA", "LOHA", "LOKR", "PEANUT"}
-NEEDS_FLOATS = ("pissa", "loftq", "orthogonal")  # values of init_lora_weights that decompose the weight
+NEEDS_FLOATS = ("pissa", "loftq", "orthogonal", "olora", "mica")  # init_lora_weights that decompose the weight
+
+# Bases that are stored quantized, by quant_method of their config.json: whether transformers trains adapters over
+# them (`is_trainable` of its quantizers/, which Trainer.__init__ asks after loading), and the package that loads them.
+# Compared with transformers by tests/config/test_stored_quantized.py.
+NOT_TRAINED = (
+    "auto-round",
+    "fbgemm_fp8",
+    "gemma",
+    "gguf",
+    "higgs",
+    "metal",
+    "mxfp4",
+    "nvfp4",
+    "quark",
+    "spqr",
+    "vptq",
+)
+TRAINED_WHERE = {  # a value of quantization_config -> what it must be
+    "fp_quant": ("store_master_weights", True), "fouroversix": ("keep_master_weights", True),
+    "bitnet": ("quantization_mode", "online"),
+}  # fmt: skip
+PACKAGES = {"awq": "gptqmodel", "gptq": "gptqmodel", "aqlm": "aqlm", "eetq": "eetq", "hqq": "hqq", "quanto": "optimum",
+            "compressed-tensors": "compressed_tensors", "torchao": "torchao", "bitsandbytes": "bitsandbytes",
+            "fp_quant": "fp_quant", "sinq": "sinq"}  # fmt: skip
+FLOAT_COPY = "give a copy of the model whose weights are floats"
+
+
+def stored(run: RuleContext) -> dict[str, Any]:
+    """quantization_config of the base's config.json; empty where its weights are floats, or drawn."""
+    given = (run.base.config or {}).get("quantization_config") or run.base.text.get("quantization_config")
+    if not given or run.plan["model"]["random_init"]:
+        return {}
+    return given if isinstance(given, dict) else {"quant_method": "unknown"}
+
+
+def stored_method(run: RuleContext) -> str:
+    """The quant_method of a base that is stored quantized; empty where it is not."""
+    given = stored(run)
+    by_bits = "bitsandbytes" if given.get("load_in_4bit") or given.get("load_in_8bit") else "unknown"
+    return str(given.get("quant_method") or by_bits) if given else ""
+
+
+def _quantization(run: RuleContext) -> dict[str, Any]:
+    """What bitsandbytes is told: the run's section, or what a base stored by it brings."""
+    return run.plan["quantization"] or (stored(run) if stored_method(run) == "bitsandbytes" else {})
 
 
 def _bits(run: RuleContext) -> int | None:
-    q = run.plan["quantization"] or {}
+    q = _quantization(run)
     return 4 if q.get("load_in_4bit") else 8 if q.get("load_in_8bit") else None
 
 
 def _storage(run: RuleContext) -> str:
-    return (run.plan["quantization"] or {}).get("bnb_4bit_quant_storage") or "uint8"
+    return _quantization(run).get("bnb_4bit_quant_storage") or "uint8"
 
 
 def bits(run: RuleContext) -> Violations:
@@ -56,7 +103,8 @@ def unsaid_defaults(run: RuleContext) -> Violations:
 
 def full_fine_tuning(run: RuleContext) -> Violations:
     if _bits(run) and not run.plan["peft"]:
-        yield "a quantized base cannot be fully fine-tuned", "quantization", "peft=lora, or quantization=none"
+        key, floats = ("quantization", "quantization=none") if run.plan["quantization"] else ("peft", FLOAT_COPY)
+        yield "a quantized base cannot be fully fine-tuned", key, f"peft=lora, or {floats}"
 
 
 def peft_method(run: RuleContext) -> Violations:
@@ -81,13 +129,24 @@ def trained_whole(run: RuleContext) -> Violations:
     saved = (run.plan["peft"] or {}).get("modules_to_save") or []
     if not _bits(run) or run.base.modules is None:
         return
-    kept = (run.plan["quantization"] or {}).get("llm_int8_skip_modules") or ["lm_head"]
+    kept = _quantization(run).get("llm_int8_skip_modules") or ["lm_head"]
     linears = {m.rsplit(".", 1)[-1] for m in run.base.modules} - {*INPUT_EMBEDDINGS, "wpe", "embed_positions", *kept}
     for name in sorted(linears.intersection(saved)):
         yield (
             f"{name} is quantized, so it cannot be trained whole",
             "peft.modules_to_save",
             f"make it a target of LoRA, or keep it: quantization.llm_int8_skip_modules=[lm_head,{name}]",
+        )
+
+
+def quantized_head(run: RuleContext) -> Violations:
+    """A list of llm_int8_skip_modules takes the place of transformers' own, which keeps the head."""
+    kept, key = (run.plan["quantization"] or {}).get("llm_int8_skip_modules"), "quantization.llm_int8_skip_modules"
+    if _bits(run) and kept is not None and "lm_head" not in kept:
+        yield (
+            "without lm_head in it the head is quantized too, and TRL's fused loss multiplies with its weight",
+            key,
+            f"{key}=[{','.join(['lm_head', *map(str, kept)])}]",
         )
 
 
@@ -164,14 +223,60 @@ def offload_param(run: RuleContext) -> Violations:
 
 
 def stored_quantized(run: RuleContext) -> Violations:
-    stored = (run.base.config or {}).get("quantization_config")
-    if run.plan["quantization"] and stored:
-        kind = stored.get("quant_method", "quantized") if isinstance(stored, dict) else "quantized"
+    if run.plan["quantization"] and (method := stored_method(run)):
+        name = run.plan["model"]["name_or_path"]
         yield (
-            f"{run.plan['model']['name_or_path']} is stored quantized already ({kind}, in its config.json)",
+            f"{name} is stored quantized already ({method}, in its config.json)",
             "quantization",
-            "give the original model, whose weights are floats",
+            "quantization=none, or give the original model, whose weights are floats",
         )
+
+
+def stored_untrainable(run: RuleContext) -> Violations:
+    """What transformers, PEFT, ZeRO-3 and FSDP cannot do over a base that is stored quantized, but not by bnb."""
+    method, peft = stored_method(run), run.plan["peft"]
+    if method in ("", "bitsandbytes"):
+        return
+    key, name = "model.name_or_path", run.plan["model"]["name_or_path"]
+    what = f"{name} is stored quantized ({method}, in its config.json)"
+    wanted = TRAINED_WHERE.get(method)
+    if method in NOT_TRAINED or (wanted and stored(run).get(wanted[0]) != wanted[1]):
+        yield f"{what}, over which transformers trains nothing", key, FLOAT_COPY
+        return
+    if method == "torchao" and not _eight_bits(stored(run)):
+        yield f"{what}, and transformers trains over torchao's 8-bit weights alone", key, FLOAT_COPY
+        return
+    if not peft:
+        yield f"{what}, so its weights cannot be fine-tuned", key, f"peft=lora, or {FLOAT_COPY}"
+        return
+    kind, init = str(peft.get("peft_type")).upper(), peft.get("init_lora_weights")
+    if kind != "LORA":
+        yield f"{what}: PEFT's layers for it are LoRA's", "peft.peft_type", f"peft.peft_type=LORA, or {FLOAT_COPY}"
+    if isinstance(init, str) and init.startswith(NEEDS_FLOATS):
+        text = f"{what}, and init_lora_weights={init} decomposes float weights"
+        yield text, "peft.init_lora_weights", f"peft.init_lora_weights=true, or {FLOAT_COPY}"
+    if peft.get("use_dora"):
+        yield f"{what}, and DoRA needs the norms of float weights", "peft.use_dora", "peft.use_dora=false"
+    if run.zero_stage == 3:
+        yield f"{what}: ZeRO-3 gathers weights of one float dtype", "deepspeed", f"deepspeed=zero2, or {FLOAT_COPY}"
+    if run.plan["fsdp"]:
+        yield f"{what}: FSDP shards weights of one float dtype", "fsdp", f"deepspeed=zero2, or {FLOAT_COPY}"
+
+
+def _eight_bits(config: dict[str, Any]) -> bool:
+    """Whether a torchao scheme is one of 8 bits: the first number in its name, as transformers reads it."""
+    scheme = config.get("quant_type")
+    while isinstance(scheme, dict) and scheme:
+        scheme = scheme.get("_type") or next(iter(scheme.values()))
+    number = re.search(r"\d+", str(scheme))
+    return number is not None and number[0] == "8"
+
+
+def stored_package(run: RuleContext) -> Violations:
+    package = PACKAGES.get(stored_method(run))
+    if package and package != "bitsandbytes" and find_spec(package) is None:
+        text = f"the base is stored quantized ({stored_method(run)}), and {package} is not installed"
+        yield text, "model.name_or_path", f"pip install {package.replace('_', '-')}, or {FLOAT_COPY}"
 
 
 def nothing_to_quantize(run: RuleContext) -> Violations:

@@ -5,10 +5,14 @@ kit/config/rules/table.py lists them. Where transformers or TRL raise the same, 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from kit.config.rules.context import RuleContext, Violations
 from kit.schema import fields
+from kit.schema.dotted import value_at
+from kit.schema.steps import describe_steps, steps_per_epoch
+from kit.storage import hub_cache
 
 FULL_RATE = 1e-4  # above it, training every weight with AdamW commonly diverges or forgets
 
@@ -45,15 +49,52 @@ def best_model(run: RuleContext) -> Violations:
         )
 
 
+def requeue_weights(run: RuleContext) -> Violations:
+    if setting(run, "save_only_model") and run.plan["launch"]["slurm"]:
+        yield (
+            "a batch job that is queued again goes on from its checkpoint, and save_only_model keeps no optimizer",
+            "trainer.save_only_model",
+            "trainer.save_only_model=false",
+        )
+
+
+def resume_weights(run: RuleContext) -> Violations:
+    if setting(run, "save_only_model") and setting(run, "save_strategy") != "no" and not run.plan["launch"]["slurm"]:
+        yield (
+            "save_only_model keeps no optimizer: no checkpoint of this run can be resumed, nor can the one that a "
+            "signal leaves",
+            "trainer.save_only_model",
+            "trainer.save_only_model=false, or trainer.save_total_limit=1 for less disk",
+        )
+
+
 def best_steps(run: RuleContext) -> Violations:
     if not setting(run, "load_best_model_at_end") or not setting(run, "eval_strategy") == "steps":
         return
     each, save = run.plan["trainer"].get("eval_steps") or setting(run, "logging_steps"), setting(run, "save_steps")
-    if setting(run, "save_strategy") == "steps" and each >= 1 and save >= 1 and save % each:
+    if setting(run, "save_strategy") != "steps" or each <= 0 or save <= 0:
+        return
+    key, steps = "trainer.save_steps", setting(run, "max_steps")
+    if (each < 1) != (save < 1):
+        share, count = ("eval_steps", "save_steps") if each < 1 else ("save_steps", "eval_steps")
+        yield (
+            f"load_best_model_at_end: {share} is a share of the steps and {count} a number, so that nobody can say "
+            "whether each save falls on an evaluation",
+            key,
+            f"{key}={each:g}",
+        )
+    elif (save * 10**6) % (each * 10**6):  # as transformers computes it
         yield (
             f"load_best_model_at_end needs save_steps ({save:g}) to be a multiple of eval_steps ({each:g})",
-            "trainer.save_steps",
-            f"trainer.save_steps={max(1, round(save / each)) * each:g}",
+            key,
+            f"{key}={max(1, round(save / each)) * each:g}",
+        )
+    elif each < 1 and steps > 0 and math.ceil(save * steps) % math.ceil(each * steps):
+        yield (
+            f"of {steps} steps a save comes every {math.ceil(save * steps)} and an evaluation every "
+            f"{math.ceil(each * steps)}: some saves have no figure to be chosen by",
+            key,
+            f"{key}={each:g}",
         )
 
 
@@ -70,6 +111,70 @@ def best_metric(run: RuleContext) -> Violations:
 def eval_without_data(run: RuleContext) -> Violations:
     if evaluates(run) and not holds_out(run):
         yield "evaluation is on, but there is no held-out data", "trainer.eval_strategy", "dataset.test_size=0.1"
+
+
+def eval_turned_off(run: RuleContext) -> Violations:
+    if run.plan["trainer"].get("do_eval") is False and evaluates(run) and run.report.chosen("trainer.do_eval"):
+        kind = setting(run, "eval_strategy")
+        yield (
+            f"do_eval=false, which eval_strategy={kind} makes true again",
+            "trainer.do_eval",
+            "trainer.eval_strategy=no",
+        )
+
+
+def count_rows(run: RuleContext) -> tuple[int, int] | None:
+    """Return the rows that are trained on and those held out; None where they are not known before the ranks read."""
+    rows, data = run.few_rows, run.plan["dataset"]
+    if rows is None or data["on_long_row"] == "split":
+        return None
+    rows = min(rows, data["limit"] or rows)
+    share = data["test_size"] or 0
+    held = math.ceil(share * rows) if 0 < share < 1 else int(share)
+    return rows - held, held
+
+
+def rows_of_epoch(run: RuleContext) -> int:
+    """Return the rows that the trainer draws in an epoch; 0 where they are not known."""
+    counts = count_rows(run)
+    if counts is None or setting(run, "packing") or run.plan["dataset"]["streaming"]:
+        return 0
+    return max(counts[0], 0)
+
+
+def note_steps(run: RuleContext) -> None:
+    """Note how many steps the run takes, where its rows are known."""
+    if rows := rows_of_epoch(run):
+        trainer = {**run.plan["trainer"], "num_train_epochs": setting(run, "num_train_epochs")}
+        run.report.note(describe_steps(rows, trainer, run.world_size))
+
+
+def incomplete_batches(run: RuleContext) -> Violations:
+    """dataloader_drop_last leaves nothing of data that does not fill one batch on each process."""
+    counts, key = count_rows(run), "trainer.dataloader_drop_last"
+    if counts is None or not setting(run, "dataloader_drop_last"):
+        return
+    for name, count, size in (
+        ("training", counts[0], setting(run, "per_device_train_batch_size")),
+        ("held-out", counts[1], setting(run, "per_device_eval_batch_size")),
+    ):
+        if count and count < size * run.world_size:
+            batch = f"{size} rows" + (f" on each of {run.world_size} processes" if run.world_size > 1 else "")
+            yield f"dataloader_drop_last drops all {count} {name} rows: a batch takes {batch}", key, f"{key}=false"
+
+
+SIZE = "per_device_train_batch_size"
+
+
+def batch_beyond_data(run: RuleContext) -> Violations:
+    """A step ends with the epoch: accumulation beyond its rows makes no larger batch."""
+    rows = rows_of_epoch(run)
+    if setting(run, "gradient_accumulation_steps") == 1 and not run.report.chosen(f"trainer.{SIZE}"):
+        return  # the default's batch over a file of a few rows
+    asked = setting(run, SIZE) * setting(run, "gradient_accumulation_steps") * run.world_size
+    if 0 < rows < asked and steps_per_epoch(rows, run.plan["trainer"], run.world_size) == 1:
+        problem = f"a step would take {asked} rows, and an epoch has {rows}: each step takes these, no more"
+        yield problem, "trainer.gradient_accumulation_steps", "fewer rows in a step: global_batch_size=8"
 
 
 def eval_never(run: RuleContext) -> Violations:
@@ -101,6 +206,52 @@ def eval_for_schedule(run: RuleContext) -> Violations:
             f"lr_scheduler_type={kind} follows the evaluation loss, and nothing is evaluated",
             "trainer.lr_scheduler_type",
             "trainer.eval_strategy=steps dataset.test_size=0.1, or another schedule",
+        )
+
+
+def no_steps(run: RuleContext) -> Violations:
+    """The trainer takes max_steps where it is positive, else the epochs; both without a step end in "done"."""
+    steps, epochs = setting(run, "max_steps"), setting(run, "num_train_epochs")
+    if steps <= 0 and run.report.chosen("trainer.max_steps") and steps != -1:
+        text = f"max_steps={steps} is no number of steps: the run would train {epochs:g} epochs"
+        yield text, "trainer.max_steps", "trainer.max_steps=N, or -1 to count in epochs"
+    if steps <= 0 and epochs <= 0:
+        text = f"num_train_epochs={epochs:g} trains nothing"
+        yield text, "trainer.num_train_epochs", "trainer.num_train_epochs=1, or trainer.max_steps=N"
+
+
+def steps_and_epochs(run: RuleContext) -> Violations:
+    steps, epochs = setting(run, "max_steps"), setting(run, "num_train_epochs")
+    if steps > 0 and run.report.chosen("trainer.num_train_epochs"):
+        text = f"num_train_epochs={epochs:g} is not read: max_steps={steps} ends the run"
+        yield text, "trainer.num_train_epochs", "leave one out; trainer.max_steps=-1 counts in epochs"
+
+
+def split_batches(run: RuleContext) -> Violations:
+    given = run.plan["trainer"].get("accelerator_config")
+    key = "trainer.accelerator_config"
+    if not isinstance(given, dict):
+        return
+    if given.get("split_batches") and run.world_size > 1:
+        micro = setting(run, "per_device_train_batch_size")
+        rows = micro * setting(run, "gradient_accumulation_steps")
+        yield (
+            f"split_batches parts the {micro} rows of per_device_train_batch_size among {run.world_size} processes: "
+            f"{rows} rows per step, not {rows * run.world_size}",
+            f"{key}.split_batches",
+            "leave it out: global_batch_size=N counts the rows of all processes",
+        )
+    if (value_at(given, "gradient_accumulation_kwargs.num_steps") or 1) != 1:
+        fix = "trainer.gradient_accumulation_steps=N"
+        yield "num_steps would change gradient_accumulation_steps", f"{key}.gradient_accumulation_kwargs", fix
+
+
+def batch_varies(run: RuleContext) -> Violations:
+    if run.plan["trainer"].get("auto_find_batch_size") and not run.plan["deepspeed"]:
+        yield (
+            "auto_find_batch_size takes fewer rows per step where memory runs out, and the learning rate stays",
+            "trainer.auto_find_batch_size",
+            "global_batch_size=N with a smaller trainer.per_device_train_batch_size",
         )
 
 
@@ -145,6 +296,10 @@ def full_learning_rate(run: RuleContext) -> Violations:
 
 
 def step_counts(run: RuleContext) -> Violations:
+    warmup = setting(run, "warmup_steps")
+    if warmup > 1 and warmup != int(warmup):
+        key = "trainer.warmup_steps"
+        yield f"warmup_steps={warmup} is neither whole nor a share", key, f"{key}={round(warmup)}"
     for key, strategy in (("logging_steps", "logging_strategy"), ("eval_steps", "eval_strategy"),
                           ("save_steps", "save_strategy")):  # fmt: skip
         value = run.plan["trainer"].get(key)
@@ -163,6 +318,40 @@ def prefetch(run: RuleContext) -> Violations:
             "dataloader_prefetch_factor is for worker processes, and there are none",
             "trainer.dataloader_prefetch_factor",
             "trainer.dataloader_num_workers=2",
+        )
+    for name in ("dataloader_persistent_workers", "dataloader_multiprocessing_context"):
+        if setting(run, name) and not setting(run, "dataloader_num_workers"):
+            yield f"{name} is for worker processes, and there are none", f"trainer.{name}", f"remove trainer.{name}"
+
+
+def activation_offloading(run: RuleContext) -> Violations:
+    if not run.surely_on_cpu:
+        return
+    kwargs = ("activation_checkpointing_kwargs.offload", "gradient_checkpointing_kwargs.offload")
+    for key in ("activation_offloading", *kwargs):
+        if value_at(run.plan["trainer"], key):
+            key = f"trainer.{key}"
+            yield "activations are moved from a GPU to the CPU: there is no GPU", key, f"remove {key}"
+
+
+def router_loss(run: RuleContext) -> Violations:
+    coefficient, key = run.plan["trainer"].get("router_aux_loss_coef"), "trainer.router_aux_loss_coef"
+    kind = run.base.text.get("model_type")
+    if coefficient and kind and kind not in fields.router_logits_types():
+        yield f"{kind} returns no router logits, which router_aux_loss_coef weighs", key, f"remove {key}"
+
+
+def push_to_hub(run: RuleContext) -> Violations:
+    if not setting(run, "push_to_hub"):
+        return
+    key = "trainer.push_to_hub"
+    if hub_cache.is_offline():
+        yield "push_to_hub, and HF_HUB_OFFLINE is set", key, f"unset HF_HUB_OFFLINE, or {key}=false"
+    elif not hub_cache.has_token():
+        yield (
+            "push_to_hub, and there is no token on this machine",
+            key,
+            f"hf auth login, export HF_TOKEN, or {key}=false",
         )
 
 
