@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RESULTS := tests/benchmarks/results
 
-.PHONY: setup quickstart check test-fast test soak bench mask-table clean
+.PHONY: setup quickstart check test-fast test soak bench bench-gpu mask-table clean
 
 setup: $(STAMP)
 
@@ -41,6 +41,10 @@ bench: $(STAMP)
 	$(BIN)/python tests/benchmarks/cli_latency.py --json $(RESULTS)/$$(date +%F)-cli-latency.json
 	$(BIN)/python tests/benchmarks/merge.py --layers 4 --hidden 1024 --inter 2816 --heads 16 --kv 4 --vocab 32000 --shard-gb 0.1 --out $(RESULTS)/$$(date +%F)-merge-small.json
 	$(BIN)/python tests/benchmarks/data_preparation.py --processes 2 --trl-processes 1 2 4 --json $(RESULTS)/$$(date +%F)-data-20k.json
+
+# A part: make bench-gpu BENCH_GPU="--works full,documents --shapes 8b --budget 380"; called again, it goes on.
+bench-gpu: $(STAMP)
+	$(BIN)/python tests/benchmarks/gpu.py $(BENCH_GPU)
 
 mask-table: $(STAMP)
 	$(BIN)/python tests/mask_table.py --out $(RESULTS)/$$(date +%F)-mask-table.json

@@ -27,20 +27,19 @@ settings.register_profile("suite", derandomize=True)  # the same examples in eve
 settings.load_profile("suite")
 
 
-# In the order in which tests need them; the last takes longest, and only the NVMe test needs it.
-OPERATORS = ["deepspeed_shm_comm", "cpu_adam", "fused_adam", "async_io"]
+# In the order in which tests need them. async_io, for NVMe, takes longer than these together: tests/soak.py builds it.
+OPERATORS = ["deepspeed_shm_comm", "cpu_adam", "fused_adam"]
+LONGEST = ["test_trainer.py", "test_merge.py", "test_engines.py", "test_slurm_cluster.py", "test_two_nodes.py"]
 
 
 def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Launches come last, by the operators that they need: none, most, all of them. These compile meanwhile.
-
-    The longest files come first, so that two workers end together.
+    """tests/launch/ comes last: the operators that it needs compile meanwhile. The longest files come first of each
+    part, so that two workers end together.
     """
 
-    def turn(item: pytest.Item) -> int:
-        if item.get_closest_marker("launch") is None:
-            return -1 if item.path.name in ("test_trainer.py", "test_merge.py") else 0
-        return 1 if "test_quickstart" in item.nodeid else 3 if "test_ds_configs" in item.nodeid else 2
+    def turn(item: pytest.Item) -> tuple[bool, int]:
+        place = LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST)
+        return item.path.parent.name == "launch", place
 
     items.sort(key=turn)
 
@@ -87,12 +86,6 @@ def ops_dir() -> Path:
 @pytest.fixture(scope="session")
 def adam_ops_dir() -> Path:
     """The same with fused_adam, for a DeepSpeed JSON that names AdamW itself."""
-    return compile_operators(OPERATORS[:3])
-
-
-@pytest.fixture(scope="session")
-def all_ops_dir() -> Path:
-    """The same with async_io, for NVMe."""
     return compile_operators(OPERATORS)
 
 

@@ -125,6 +125,8 @@ def handed_over(plan: RunPlan, key: str) -> Any:
     SFTConfig(**{**arguments, "deepspeed": None, "fsdp": None, "fsdp_config": None, "ddp_backend": None})
     adapter, loading = load_peft_config(plan), base_load_arguments(plan)
     section, _, last = key.partition(".")
+    if last in ("assistant_only_loss", "completion_only_loss"):  # the rows are prepared with them before TRL sees any
+        return plan.trainer.get(last, fields.field_default("SFTConfig", last))
     if section == "trainer":
         return arguments.get(last, fields.field_default("SFTConfig", last))
     if section == "peft":
@@ -134,7 +136,9 @@ def handed_over(plan: RunPlan, key: str) -> Any:
     if section == "quantization":
         return getattr(bnb_config(plan.quantization or {}), last)
     if section == "deepspeed":
-        return value_at(arguments["deepspeed"], last)
+        block, _, name = last.rpartition(".")
+        alias = fields.field_tables().get(f"deepspeed.{block}", {}).get(name, {}).get("alias", name)
+        return value_at(arguments["deepspeed"], f"{block}.{alias}".lstrip("."))  # as transformers reads it
     if key in ("model.dtype", "model.attn_implementation"):
         return loading.get(last)
     return getattr(getattr(plan, section), last)

@@ -4,11 +4,12 @@
     python tests/on_gpus.py --out results.json --cases oom           (1 GPU)
     python tests/on_gpus.py --out /tmp/x.json --cpu --tiny           (rehearsal, no devices)
 
-sweep    four trials, each on one of the GPUs, two at a time, under launch=local and launch=deepspeed (T69).
+sweep    four trials, each on one of the GPUs, two at a time, under launch=local and launch=deepspeed.
 nodes    two "nodes" of one machine that see one GPU each, with `--no_ssh` and with torchrun; one is told to stop, both
          go on; losses beside those of one node with two.
 oom      three trials in a warm worker, the second too large: it starts cold, fails, and the third is trained.
 packing  tiny models of many architectures in bf16: what keeps packed documents apart passes, the rest is refused.
+resume   a run on two GPUs goes on with one, and one with two, in bf16 and fp16: losses beside a run never stopped.
 watch    seconds a step with and without what `kit watch` shows of the ranks, in turns.
 
 JSON is written after each case: what was found, and what is wrong with that. Exit code 1 where something is.
@@ -34,8 +35,7 @@ import psutil
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE), str(HERE / "benchmarks")]
 
-from arms import LORA, call, environment, make_base_apart, make_data, run_kit  # noqa: E402
-from training import machine  # noqa: E402
+from arms import LORA, call, environment, machine, make_base_apart, make_data, run_kit  # noqa: E402
 
 from launch import harness  # noqa: E402
 
@@ -211,6 +211,53 @@ def oom(m: Machine) -> tuple[Found, list[str]]:
     return row, wrong
 
 
+RESUMES = {
+    "ddp": (2, 1, ["launch=torchrun"]),
+    "zero2": (2, 1, ["launch=deepspeed", "deepspeed=zero2"]),
+    "zero2 1 to 2": (1, 2, ["launch=deepspeed", "deepspeed=zero2"]),
+    "zero3": (2, 1, ["launch=deepspeed", "deepspeed=zero3"]),
+    "zero2_offload": (2, 1, ["launch=deepspeed", "deepspeed=zero2_offload"]),
+    "zero2 fp16": (2, 1, ["launch=deepspeed", "deepspeed=zero2", "trainer.fp16=true", "trainer.bf16=false"]),
+    "zero2 to zero3": (1, 1, ["launch=deepspeed", "deepspeed=zero2"]),
+}
+
+
+def resume(m: Machine) -> tuple[Found, list[str]]:
+    """10 steps with a checkpoint after 5, from which the run goes on with other processes or another ZeRO stage."""
+    found, wrong = {}, []
+    for name, (before, after, more) in RESUMES.items():
+        if m.a.engines and name not in m.a.engines:
+            continue
+        runs, start = m.folder("resume"), time.time()
+        if m.a.cpu and "fp16" in name:
+            continue
+        steps = dict(max_steps=10, save_strategy="steps", save_steps=5, learning_rate="1e-3")
+        whole = m.overrides(runs, *more, f"launch.num_gpus={before}", "global_batch_size=4", **steps)
+        whole = [o for o in whole if not o.startswith("trainer.gradient_accumulation_steps")]
+        code, _ = call([sys.executable, "-m", "kit", "train", *whole], m.env, runs / "log", m.a.limit)
+        if code:
+            wrong.append(f"{name}: ended with {code}: {tail(runs / 'log')}")
+            print(wrong[-1], flush=True)
+            continue
+        run = harness.the_run(runs)
+        shutil.rmtree(run / "checkpoints" / "checkpoint-10")
+        reference = harness.rows(run)
+        (run / "metrics.jsonl").unlink()
+        words = [f"launch.num_gpus={after}"] if after != before else ["deepspeed.zero_optimization.stage=3"]
+        (run / "status.json").write_text('{"state": "stopped", "exit_code": 75, "step": 5}')
+        argv = [sys.executable, "-m", "kit", "resume", str(run), *words]
+        code, _ = call(argv, m.env, runs / "resume-log", m.a.limit)
+        losses = harness.rows(run)
+        apart = max((abs(losses[s] - reference[s]) for s in range(6, 11) if s in losses), default=None)
+        moved = max(abs(reference[s] - reference[s - 1]) for s in range(6, 11))
+        found[name] = {"code": code, "losses_apart": apart, "largest_step_to_step": moved}
+        found[name]["seconds"] = round(time.time() - start, 1)
+        print(name, found[name], flush=True)
+        if code or apart is None or apart > LOSS * 4:
+            wrong.append(f"{name}: {found[name]} {tail(runs / 'resume-log')}")
+    return found, wrong
+
+
 def packing(m: Machine) -> tuple[Found, list[str]]:
     import torch
 
@@ -271,7 +318,7 @@ def turns(step_seconds: list[float]) -> Found:
 
 
 CASES: dict[str, Callable[[Machine], tuple[Found, list[str]]]] = {
-    "sweep": sweep, "nodes": nodes, "oom": oom, "packing": packing, "watch": watch,
+    "sweep": sweep, "nodes": nodes, "oom": oom, "packing": packing, "resume": resume, "watch": watch,
 }  # fmt: skip
 
 
@@ -281,6 +328,7 @@ def main() -> int:
     parser.add_argument("--out", required=True)
     parser.add_argument("--work", default="/tmp/kit-on-gpus")
     parser.add_argument("--limit", type=float, default=200, help="seconds for one launch")
+    parser.add_argument("--engines", nargs="+", choices=RESUMES, help="of `resume`; all")
     parser.add_argument("--steps", type=int, default=160, help="of `watch`")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--cpu", action="store_true")

@@ -1,6 +1,6 @@
 """Campaigns that are too long for the suite; `make soak`. A small instance of each is in the suite.
 
-    python tests/soak.py [--only fuzz|honour|data|kill|resume|slurm] [--n N] [--seed S] --out FILE
+    python tests/soak.py [--only fuzz|honour|data|kill|resume|nvme|slurm] [--n N] [--seed S] --out FILE
 
 fuzz    N spoiled command lines and files through the checks: a plan or a list of problems, never another exception.
 honour  N valid runs with one key changed (tests/mutate.py): refused by name, or found in what the libraries are given.
@@ -9,6 +9,7 @@ data    N spoiled rows of all formats, from a file to tokens: each is encoded or
 kill    N runs that save every 2 steps, each killed (SIGKILL, the whole tree) at a random moment: what is found then is
         nothing or a complete checkpoint, and `kit resume` goes on from it.
 resume  one run killed N times and resumed until it is done: losses and adapter are those of a run left alone.
+nvme    N launches of ds_configs/zero3_nvme.json: three steps on two processes, with the losses of zero1.json.
 slurm   N jobs under a SLURM of our own, each signalled at a random step, preempted at another, and queued again both
         times, with the two minutes that SLURM holds such a job; losses and adapter are those of a run left alone.
 """
@@ -37,7 +38,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-COUNTS = {"fuzz": 2000, "honour": 10_000, "data": 50_000, "kill": 20, "resume": 5, "slurm": 10}
+COUNTS = {"fuzz": 2000, "honour": 10_000, "data": 50_000, "kill": 20, "resume": 5, "nvme": 1, "slurm": 10}
 LIMIT = 20  # seconds that the checks of one spoiled command line may take
 
 # ------------------------------------------------------------------------------------------------------------ fuzz
@@ -51,7 +52,7 @@ VALID: list[list[str]] = [
     ["peft=none", "trainer.learning_rate=1e-5"],
     ["peft.use_dora=true", "peft.target_modules=[q_proj,v_proj]", "peft.rank_pattern={q_proj:4}"],
     ["trainer.eval_strategy=steps", "trainer.eval_steps=5", "dataset.test_size=0.1"],
-    ["global_batch_size=32", "trainer.per_device_train_batch_size=4"],
+    ["global_batch_size=16", "trainer.per_device_train_batch_size=4"],
     ["trainer.lr_scheduler_kwargs={min_lr: 1.0e-6}", "trainer.lr_scheduler_type=cosine_with_min_lr"],
     ["quantization.load_in_4bit=true", "quantization.bnb_4bit_quant_type=nf4"],
     ["recipe=quickstart", "peft.r=4", "launch.num_gpus=2", "launch=deepspeed", "deepspeed=zero3"],
@@ -621,6 +622,28 @@ def resume(n: int, seed: int, out: Callable[[str], None] = print) -> dict[str, A
     }
 
 
+# ------------------------------------------------------------------------------------------------------------ nvme
+
+
+def nvme(n: int, seed: int, out: Callable[[str], None] = print) -> dict[str, Any]:
+    """Counts of `n` launches with parameters and optimizer on a disk, and those whose losses are not ZeRO-1's."""
+    import conftest
+
+    from launch import test_ds_configs as configs
+
+    begun, counts = time.monotonic(), Counter(launches=n, failures=0)
+    ops = conftest.compile_operators([*conftest.OPERATORS[:2], "async_io"])
+    for _ in range(n):
+        with tempfile.TemporaryDirectory() as folder:
+            ranks = configs.launch(ops, Path(folder), ["zero1", configs.NVME])
+        for losses in ranks:
+            pairs = zip(losses["zero1"], losses[configs.NVME], strict=True)
+            if len(losses["zero1"]) != 3 or not all(abs(a - b) <= configs.CLOSE for a, b in pairs):
+                counts["failures"] += 1
+                out(f"{losses}")
+    return {"launches": n, "seconds": round(time.monotonic() - begun, 1), "counts": dict(counts), "losses": ranks[0]}
+
+
 # ----------------------------------------------------------------------------------------------------------- slurm
 
 
@@ -716,7 +739,15 @@ def main() -> None:
     from benchmarks.cli_latency import machine
 
     result: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "machine": machine()}
-    campaigns = {"fuzz": fuzz, "honour": honour, "data": data, "kill": kill, "resume": resume, "slurm": slurm}
+    campaigns = {
+        "fuzz": fuzz,
+        "honour": honour,
+        "data": data,
+        "kill": kill,
+        "resume": resume,
+        "nvme": nvme,
+        "slurm": slurm,
+    }
     failed = 0
     for name in a.only or COUNTS:
         result[name] = campaigns[name](a.n or COUNTS[name], a.seed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
+from kit import api
 from kit.cli import verbs as cli
 from kit.errors import DONE, REFUSED
 from kit.explain import catalog
@@ -28,7 +29,21 @@ def test_list_names_recipes_and_beside_them_the_groups(capsys):
     assert all(group in shown.err for group in ("model", "dataset", "deepspeed", "peft"))
 
 
-@pytest.mark.parametrize("group", catalog.list_groups())
+@pytest.mark.parametrize("file", sorted(paths.RECIPES.glob("*.yaml")), ids=lambda f: f.stem)
+def test_list_says_what_a_recipe_is(file, capsys):
+    """Model, method, data and engine are those that it composes to; hardware and memory stand in its first lines."""
+    name, trained, data, engine, hardware, memory = catalog.describe_recipe(file)
+    plan = api.compose(f"recipe={name}", *(["model.name_or_path=x"] if "opt_6b7" in name else []))
+    method = "full" if plan.peft is None else "dora" if plan.peft.get("use_dora") else "lora"
+    bits = "4-bit " if "load_in_4bit" in (plan.quantization or {}) else "8-bit " if plan.quantization else ""
+    assert trained.endswith(f", {bits}{method}") and (paths.CONF / "dataset" / f"{data}.yaml").is_file()
+    assert engine.startswith(f"zero{plan.zero_stage}") if plan.deepspeed else engine == "one process"
+    text = " ".join(line.lstrip("# ") for line in file.read_text().splitlines()[:5])
+    assert f"Hardware: {hardware}. Expected: {memory}" in text and "GB" in memory
+    assert f"{name} {trained} {data} " in " ".join(out(capsys, "list").split())
+
+
+@pytest.mark.parametrize("group", [g for g in catalog.list_groups() if g != catalog.RECIPE])
 def test_list_names_every_choice_with_its_first_line(group, capsys):
     lines = out(capsys, "list", group).splitlines()
     for file in catalog.choice_files(group):

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from kit import api
 from kit.cli import verbs as cli
 from kit.errors import DONE, REFUSED, KitError
+from kit.foreign.tree import iterate_leaves
 from kit.importing import Imported, import_config
-from kit.importing.tree import iterate_leaves
 from kit.schema import fields
 from kit.schema.run_plan import leaves as flat
 
@@ -235,7 +235,7 @@ def test_every_source_key_ends_once(what: str, here: Path):
 
 def every_key_once(made: Imported, tree: dict) -> None:
     """Each leaf of the source is covered by one entry, its own or that of a block around it."""
-    from kit.importing.tree import dotted_key
+    from kit.foreign.tree import dotted_key
 
     counts = Counter(e.key for e in made.entries)
     assert {k: n for k, n in counts.items() if n > 1} == {}
@@ -417,7 +417,7 @@ COMMANDS = {
     "axolotl merge-lora x.yaml": "does not train",
     "no-such.yaml": "there is no file",
     "hello": "neither a file",
-    "python train.py --model_name x --train_type hqq_dora": "has no option of",
+    "python train.py --model_name x --train_type hqq_dora": "train_type = hqq_dora is not carried",
     "/dev/zero": "no plain file",
     "axolotl.yaml trl.yaml": "describe two runs",
     ".": "is a folder",
@@ -452,6 +452,7 @@ def test_secrets_and_code_are_left_out(tmp_path: Path):
         "model_name_or_path": "gpt2", "hub_token": secrets[0], "run_name": secrets[1], "my_password": secrets[2],
         "wandb_api_key": secrets[3],
         "lr_scheduler_kwargs": {"_target_": "os.system", "num_cycles": 2, "at": secrets[4]},
+        "lr_scheduler_type": "cosine_with_restarts",
         "notes": ["fine", secrets[0]], "pad_token": "<pad>", "project": "${oc.env:HOME}",
     }  # fmt: skip
     file.write_text(yaml.safe_dump(tree), encoding="utf-8")
@@ -511,6 +512,8 @@ def test_their_own_defaults_are_written(tmp_path: Path):
                                      "trainer.lr_scheduler_type": "linear", "model.dtype": "float32"},
         "model_name_or_path: gpt2\nuse_peft: true": {"peft.lora_dropout": 0.05, "peft.target_modules": None},
     }  # fmt: skip
+    for expected in cases.values():
+        expected["trainer.packing"] = False
     for number, (text, expected) in enumerate(cases.items()):
         file = tmp_path / f"{number}.yaml"
         file.write_text(text + "\n")
@@ -526,7 +529,7 @@ def test_trl_defaults_are_those_of_the_installed_trl():
 
     from trl import ModelConfig, ScriptArguments
 
-    from kit.importing import training_arguments, trl
+    from kit.foreign import training_arguments, trl
 
     defaults = {f.name: f.default for f in of(ModelConfig) if f.default is not MISSING}
     own = {k: defaults[k if k.startswith("lora_") else f"lora_{k}"] for k in trl.LORA_DEFAULTS}
@@ -589,3 +592,111 @@ def test_no_torch_and_no_trl_are_loaded(here: Path):
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
     done = subprocess.run([sys.executable, "-c", code], cwd=here, env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+# What strangers type, in one quoted word: what the recipe holds, or words of the refusal (tests/strangers.py has 904).
+TYPED: dict[str, dict | str] = {
+    "python train.py --model_name_or_path meta-llama/Llama-2-70b-hf --dataset_name trl-lib/Capybara "
+    "--use_peft_lora True --use_4bit_quantization True --bnb_4bit_quant_storage_dtype bfloat16 --splits a,train_x": {
+        "quantization": "nf4", "peft.r": 64, "dataset.split": "train_x",
+        "quantization.bnb_4bit_quant_storage": "bfloat16",
+    },
+    "torchrun --nproc_per_node=8 finetune.py --model_name_or_path gpt2 --data_path notes.json --use_lora True "
+    "--q_lora True --model_max_length 512 --lora_r 4 --use_flash_attn \\": {
+        "quantization": "nf4", "peft.r": 4, "trainer.max_length": 512, "dataset.path": "notes.json",
+        "launch.num_gpus": 8, "model.attn_implementation": "flash_attention_2",
+    },
+    "python finetune.py --base_model gpt2 --data_path notes.json --micro_batch_size 4 --num_epochs 3 --cutoff_len 9 "
+    "--lora_r 8 --lora_target_modules '[q_proj,v_proj]'": {
+        "model.name_or_path": "gpt2", "trainer.per_device_train_batch_size": 4, "trainer.max_length": 9, "peft.r": 8,
+        "trainer.num_train_epochs": 3, "peft.target_modules": ["q_proj", "v_proj"],
+    },
+    "python qlora.py --model_name_or_path gpt2 --dataset notes.json --bits 4 --double_quant --quant_type nf4 "
+    "--lora_modules all --lora_r 64": {
+        "quantization": "nf4", "quantization.bnb_4bit_use_double_quant": True, "peft.target_modules": "all-linear",
+    },
+    "FORCE_TORCHRUN=1 llamafactory-cli train pretrain.yaml \\\n  learning_rate=1e-5 \\\n\n": {
+        "dataset.format": "text", "dataset.columns.text": "body", "trainer.packing": True,
+        "trainer.learning_rate": 1e-5, "dataset.path": "data/notes.jsonl",
+    },
+    "accelerate launch --config_file accelerate_fsdp.yaml -m axolotl.cli.train axolotl_chat.yaml": {
+        "fsdp.version": 2, "trainer.use_liger_kernel": True,
+    },
+    "trl sft --model_name_or_path hf-internal-testing/tiny-random-LlamaForCausalLM --dataset_name a/b": {
+        "model.name_or_path": "hf-internal-testing/tiny-random-LlamaForCausalLM",
+    },
+    "python train.py --model_name_or_path gpt2 --data_path notes.json --seed $RANDOM --max_steps ${N}":
+        "seed is $RANDOM, which stands for a value",
+    "python qlora.py \u2013learning_rate 1e-4 --model_name_or_path gpt2": "type --learning_rate",
+    "torchrun train.py --model_name_or_path gpt2 ... other args": "the command is not whole",
+    "torchrun train.py $args": "$args stands for words",
+    "python run.py --config $CONFIG": "$CONFIG stands for a file",
+    "python train.py --model_name_or_path gpt2 --data_path notes.json --freeze_gate True": "freeze_gate = true is not",
+    "python train.py --model_name_or_path gpt2 --dataset notes.json --tuner lora": "tuner = lora is not carried",
+    "python train_zero_math.py --lr 1 --train_batch_size 4 --model gpt2 --dataset notes.json --bits 16": {
+        "trainer.per_device_train_batch_size": 4, "model.name_or_path": "gpt2",
+    },
+    "python rl.py --train_batch_size 4 --critic_type drgrpo --pretrain gpt2": "(rl) is no supervised",
+    "torchrun --nproc_per_node {number of gpus} train.py --model_name_or_path gpt2": "{number ... stands for a value",
+    "python qlora.py --model_name_or_path gpt2 --lora_r 8 --source_max_len 16 --target_max_len 8": {
+        "peft.r": 8, "trainer.max_length": "MISSING",
+    },
+    "python train.py --lr 1 --a 1 --b 1 --c 1 --d 1": "4 of 5 keys are of another tool",
+    "accelerate launch main.py --model gpt2 --tasks humaneval": "dataset.path is not given",
+    "torchrun -m verl.trainer.main_ppo --lr 1": "(ppo) is no supervised fine-tuning",
+    "python scripts/reward_modeling.py --model_name_or_path gpt2": "(reward) is no supervised",
+    "python evaluation/run.py --model_name_or_path gpt2": "does not train",
+    "python open_instruct/merge_lora.py --base_model gpt2": "(merge) does not train",
+    "python qlora.py --model_name_or_path gpt2 --do_train False --do_predict": "this run does not train",
+    "python sft.py --model_name_or_path Qwen/Qwen2-VL-2B-Instruct --dataset_name a/b": "read and write text alone",
+    "torchrun train.py --model_name_or_path gpt2 --freeze_backbone True --force_image_size 448": "images or sound",
+    "python run.py --model_name_or_path gpt2 --reward_model_path x": "reward",
+}  # fmt: skip
+OTHER_TOOLS = {
+    "LLaMA-Factory v1": "model: gpt2\nmodel_class: llm\ntrain_dataset: x.yaml\nlearning_rate: 1e-4\n",
+    "torchtune": "model: {_component_: torchtune.models.llama3}\ndataset: {a: 1}\noptimizer: {lr: 1}\n",
+    "verl": "actor_rollout_ref: {a: 1}\nalgorithm: {b: 1}\ntrainer: {c: 1}\n",
+    "ms-swift": "model: gpt2\ntuner_type: lora\nlearning_rate: 1e-4\n",
+    "trlX": "train: {epochs: 1}\nmodel: {a: 1}\nmethod: {name: ppo}\nscheduler: {name: x}\n",
+}
+
+
+@pytest.mark.parametrize("command", TYPED)
+def test_what_strangers_type(command: str, here: Path, capsys):
+    """As one quoted word and, where it holds no line break, as the shell would split it."""
+    (here / "pretrain.yaml").write_text("stage: pt\nmodel_name_or_path: gpt2\nfinetuning_type: full\ndataset: mine\n")
+    (here / "data" / "dataset_info.json").write_text(
+        '{"mine": {"file_name": "notes.jsonl", "columns": {"prompt": "body"}}}'
+    )
+    expected = TYPED[command]
+    for words in ([command], shlex.split(command.replace("\\", " "))):
+        if isinstance(expected, dict):
+            found = whole(import_config(*words, check=False))
+            assert {k: found.get(k, "MISSING") for k in expected} == expected
+        else:
+            assert cli.run_verb(["import", *words]) == REFUSED
+            assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tool", OTHER_TOOLS)
+def test_files_of_tools_that_are_not_read(tool: str, tmp_path: Path, capsys):
+    (tmp_path / "config.yaml").write_text(OTHER_TOOLS[tool])
+    assert cli.run_verb(["import", str(tmp_path / "config.yaml")]) == REFUSED
+    assert f"the keys of {tool}" in capsys.readouterr().err
+
+
+def test_a_long_command_in_one_word(here: Path):
+    """Longer than a file's name may be, which the system answers with an error."""
+    made = import_config(f"trl sft --model_name_or_path gpt2 --dataset_name a/b --run_name {'x' * 5000}", check=False)
+    assert values(made)["model.name_or_path"] == "gpt2"
+
+
+def test_keys_that_only_another_trainer_has_are_not_those_of_axolotl(tmp_path: Path):
+    """`debug` and `packing_strategy` are SFTConfig's too, and mean something else there or nothing."""
+    text = (
+        "base_model: gpt2\nlearning_rate: 1e-4\ndebug: true\ntokens: [<a>]\nfsdp_version: 2\npacking_strategy: ffd\n"
+    )
+    (tmp_path / "config.yaml").write_text(text)
+    made = import_config(str(tmp_path / "config.yaml"), check=False)
+    expected = {"debug": "default", "tokens": "carried", "fsdp_version": "default", "packing_strategy": "left"}
+    assert {key: outcome(made, key) for key in expected} == expected

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import io
 import json
+import math
 import os
 import signal
 import subprocess
@@ -328,16 +329,65 @@ def test_resume_changes_only_what_may_change(plan_of):
         api.override_plan(plan, ["peft.r=2"])
     with pytest.raises(KitError, match="did you mean|no key|unknown key"):
         api.override_plan(plan, ["trainer.max_step=2"])
-    loose = plan_of("trainer.use_cpu=true", "launch=local")
     with pytest.raises(KitError, match="global batch would change"):
-        api.override_plan(loose, ["trainer.per_device_train_batch_size=4"])
+        api.override_plan(plan, ["global_batch_size=16"])
+
+
+TWO = ("trainer.use_cpu=true", "launch.num_gpus=2", "trainer.per_device_train_batch_size=2")
+
+
+@pytest.mark.parametrize(
+    ("begun", "resumed", "divided"),
+    [  # per device, accumulation, processes
+        ((*TWO, "global_batch_size=8"), ["launch.num_gpus=1"], (2, 4, 1)),
+        ((*TWO, "trainer.gradient_accumulation_steps=2"), ["launch.num_gpus=1"], (2, 4, 1)),
+        ((*TWO, "trainer.gradient_accumulation_steps=2"), ["launch.num_gpus=4"], (2, 1, 4)),
+        ((*TWO, "trainer.gradient_accumulation_steps=2"), ["launch.num_nodes=2"], (2, 1, 4)),
+        ((*TWO, "trainer.gradient_accumulation_steps=2"), ["trainer.per_device_train_batch_size=4"], (4, 1, 2)),
+        ((*TWO, "trainer.gradient_accumulation_steps=2"), ["launch.num_gpus=1", "global_batch_size=8"], (2, 4, 1)),
+        ((*TWO, "trainer.gradient_accumulation_steps=2", "deepspeed=zero2"), ["launch.num_gpus=1"], (2, 4, 1)),
+        (("trainer.use_cpu=true", "launch=local"), ["trainer.per_device_train_batch_size=4"], (4, 2, 1)),
+        (("trainer.use_cpu=true", "launch=local"), ["launch=torchrun", "launch.num_gpus=2",
+         "trainer.per_device_train_batch_size=1"], (1, 4, 2)),
+    ],
+)  # fmt: skip
+def test_a_resume_divides_the_same_global_batch_anew(plan_of, begun, resumed, divided):
+    """And the resume after it, with the first number of processes, finds the first division again."""
+    plan = plan_of(*begun)
+    new = api.override_plan(plan, resumed)
+    trainer = new.trainer
+    assert (
+        trainer["per_device_train_batch_size"], trainer["gradient_accumulation_steps"], new.world_size
+    ) == divided  # fmt: skip
+    assert new.global_batch_size == plan.global_batch_size == math.prod(divided)
+    assert not new.deepspeed or new.deepspeed["gradient_accumulation_steps"] == divided[1]
+    if resumed == ["launch.num_gpus=1"]:
+        back = api.override_plan(new, ["launch.num_gpus=2"])
+        assert (back.world_size, back.trainer["gradient_accumulation_steps"]) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("resumed", "says", "fix"),
+    [
+        (["launch.num_gpus=3"], "8 does not divide by 2 rows x 3", "a number of processes that divides 8 rows; or a "
+         "new run from its weights: kit train global_batch_size=12 peft.init_from=X"),
+        (["launch.num_gpus=8"], "8 does not divide by 2 rows x 8", "trainer.per_device_train_batch_size=1; or a new"),
+        (["launch.num_gpus=1", "trainer.gradient_accumulation_steps=2"], "from 8 to 4 rows", "leave both out"),
+        (["trainer.gradient_accumulation_steps=4"], "from 8 to 16 rows", "leave both out"),
+    ],
+)  # fmt: skip
+def test_a_resume_refuses_another_global_batch(plan_of, resumed, says, fix):
+    plan = plan_of(*TWO, "trainer.gradient_accumulation_steps=2")
+    with pytest.raises(KitError, match=says) as refused:
+        api.override_plan(plan, resumed, "kit train global_batch_size=8 peft.init_from=X")
+    assert refused.value.problems[0].fix.startswith(fix)
 
 
 def test_plans_survive_the_border(plan_of, tmp_path):
-    """plan.json read back is the same plan: only JSON types, nothing lost (T79)."""
+    """plan.json read back is the same plan: only JSON types, nothing lost."""
     from kit.schema.run_plan import load_plan
 
-    plan = plan_of("deepspeed=zero3", "peft.target_modules=[q_proj]", "trainer.lr_scheduler_kwargs={a: 1}")
+    plan = plan_of("deepspeed=zero3", "peft.target_modules=[q_proj]", "trainer.lr_scheduler_kwargs={num_cycles: 1}")
     (tmp_path / "plan.json").write_text(plan.to_json())
     assert load_plan(tmp_path) == plan
     (tmp_path / "plan.json").write_text(plan.to_json()[:-20])

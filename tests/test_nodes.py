@@ -154,7 +154,7 @@ def test_one_node_of_several(plan_of, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("devices", ["2,3,5,7", "GPU-aa,GPU-bb,MIG-cc,MIG-dd"])
 def test_devices_of_a_batch_system_stay(devices: str, plan_of, monkeypatch):
-    """DeepSpeed counts from 0 (T69): the worker puts back what the node was given."""
+    """DeepSpeed counts from 0: the worker puts back what the node was given."""
     two = ("launch.num_nodes=2", "launch.num_gpus=3", "launch.node_rank=0", "launch.master_addr=a")
     plan = plan_of("launch=deepspeed", "launch.no_ssh=true", *two, "trainer.use_cpu=false", "deepspeed=zero2")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", devices)

@@ -86,6 +86,8 @@ def test_the_wheel_holds_the_package_and_its_configuration(built):
     expected = {f"kit/{f.relative_to(ROOT / 'kit')}" for f in (ROOT / "kit").rglob("*.py")} | {
         "kit/schema/fields.json",
         "kit/inspection/architectures.json",
+        "kit/inspection/parameters.json",
+        "kit/forecast/activations.json",
         "kit/config/rules/explanations.yaml",
         "kit/doctor/tested.json",
     }

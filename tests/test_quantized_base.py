@@ -37,7 +37,9 @@ def test_generate_opens_the_base_as_it_was_trained(kind, chat, tmp_path):
     run = run_directory.create_run_directory(plan).run_path
     adapt(base, run / "adapter")
     file = run / "adapter" / "adapter_model.safetensors"
-    save_file({key: tensor.bfloat16() for key, tensor in load_file(file).items()}, file)  # as TRL trains them (T47)
+    save_file(
+        {key: tensor.bfloat16() for key, tensor in load_file(file).items()}, file
+    )  # as TRL trains them (peft#2889)
     write_manifest(base, run / "adapter")
 
     tokenizer = load_tokenizer(plan)

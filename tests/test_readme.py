@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 import shlex
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,6 +27,7 @@ ELSEWHERE = {
     "make test-fast": "this suite",
     "make soak": "run by hand; its JSON is in benchmarks/results",
     "make bench": "run by hand; its JSON is in benchmarks/results",
+    "make bench-gpu": "run by hand, on GPUs; tests/test_benchmarks.py rehearses it",
     "make mask-table": "run by hand, it needs npm; tests/data/test_masks.py reads its JSON",
 }
 
@@ -84,6 +88,21 @@ def test_what_only_looks_is_run_as_it_stands(command, there, capsys):
 
 def test_the_looking_commands_are_all_there():
     assert len([c for c in commands() if c.startswith(LOOKS)]) >= 7
+
+
+@pytest.mark.launch
+def test_a_run_of_your_own_trains(there, tmp_path):
+    """my_run.yaml on a base that has no chat template, as the one that it names has none."""
+    import tiny
+
+    model = tiny.make_model(tmp_path / "base")
+    (model / "chat_template.jinja").unlink(missing_ok=True)
+    small = ["trainer.max_length=128", "trainer.max_steps=1", "trainer.use_cpu=true", "global_batch_size=2"]
+    command = [sys.executable, "-m", "kit", "train", "my_run.yaml", f"model.name_or_path={model}", "deepspeed=none"]
+    command += ["trainer.per_device_train_batch_size=2", "launch=local", *small]
+    ran = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert list(tmp_path.glob("runs/my_run-*/adapter/chat_template.jinja"))
 
 
 DESCRIBED = re.compile(r"(kit check(?! --)|kit train|kit list|kit compose|salloc .*kit train)")

@@ -226,7 +226,7 @@ def test_made_anew(plan, override: str):
 
 @pytest.mark.parametrize(
     "override",
-    ["trainer.max_length=32", "model.dtype=float32", "dataset.seed=1", "dataset.test_size=8", "tokenizer=chatml",
+    ["trainer.max_length=32", "model.dtype=float16", "dataset.seed=1", "dataset.test_size=8", "tokenizer=chatml",
      "trainer.gradient_checkpointing=true", "trainer.completion_only_loss=false", "trainer.neftune_noise_alpha=5",
      "model.attn_implementation=eager", "dataset.limit=50", "trainer.shuffle_dataset=true"],
 )  # fmt: skip

@@ -200,13 +200,16 @@ def test_a_run_directory(base: Path, chat: Path, tmp_path: Path, monkeypatch: py
 
 def test_rules_that_read_a_key_are_named():
     table = [
-        SimpleNamespace(id="own", severity="refuse", source="T1", keys=("trainer.fp16", "trainer.bf16")),
-        SimpleNamespace(id="section", severity="warn", source="T2", keys=("trainer",)),
-        SimpleNamespace(id="deeper", severity="refuse", source="T3", keys=("trainer.bf16.x",)),
-        SimpleNamespace(id="like", severity="refuse", source="T4", keys=("trainer.bf",)),
-        SimpleNamespace(id="silent", severity="refuse", source="T5"),
+        SimpleNamespace(id="own", severity="refuse", source="peft", keys=("trainer.fp16", "trainer.bf16")),
+        SimpleNamespace(id="section", severity="warn", source="peft", keys=("trainer",)),
+        SimpleNamespace(id="deeper", severity="refuse", source="peft", keys=("trainer.bf16.x",)),
+        SimpleNamespace(id="like", severity="refuse", source="peft", keys=("trainer.bf",)),
+        SimpleNamespace(id="silent", severity="refuse", source="peft"),
     ]
     assert [r["id"] for r in why.rules_reading("trainer.bf16", table)] == ["own", "section", "deeper"]
+
+
+SHAPE = ("model.config.hidden_size", "model.config.model_type")
 
 
 def test_the_words_stand_for_keys_that_exist():
@@ -216,4 +219,4 @@ def test_the_words_stand_for_keys_that_exist():
     for key in [*RESOLUTIONS, *EFFECTS, *filled]:
         schedulers = [t for t in fields.field_tables() if t.startswith("deepspeed.scheduler.")]
         in_scheduler = any(key.rpartition(".")[2] in fields.field_tables()[t] for t in schedulers)
-        assert key in known or key in keys.SECTIONS or in_scheduler or key == "model.config.hidden_size", key
+        assert key in known or key in keys.SECTIONS or in_scheduler or key in SHAPE, key

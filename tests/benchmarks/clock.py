@@ -14,11 +14,25 @@ from transformers import TrainerCallback
 
 
 class Clock(TrainerCallback):
-    """Wall-clock time at the end of every step, with the device idle; `clock.json` at the end of training."""
+    """Wall-clock time at the end of every step, with the device idle, and its tokens; `clock.json` at the end."""
 
     def __init__(self) -> None:
         self.begun = time.time()
         self.at: list[float] = []
+        self.useful: list[list[Any]] = []  # of each step: tokens of each forward pass, still on the device
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        model.register_forward_pre_hook(self.count, with_kwargs=True)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.useful.append([])
+
+    def count(self, module, words, named):
+        """Note how many tokens of a batch are no padding: a batch without a mask has none."""
+        if module.training and self.useful:
+            mask = named.get("attention_mask")
+            padded = mask is not None and mask.dim() == 2
+            self.useful[-1].append(mask.sum() if padded else named["input_ids"].numel())
 
     def on_step_end(self, args, state, control, **kwargs):
         import torch
@@ -36,8 +50,16 @@ class Clock(TrainerCallback):
                 "step_ends": self.at,
                 "tokens_per_step": rows * args.max_length,
                 "save_steps": saves,
+                "useful_tokens": [sum(int(tokens) for tokens in step) for step in self.useful],
+                "peak_reserved_gb": reserved_gb(),
             }
             Path(os.environ["KIT_BENCH_OUT"], "clock.json").write_text(json.dumps(self.figures))
+
+
+def reserved_gb() -> float | None:
+    import torch
+
+    return torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else None
 
 
 def saves_at(args: Any, step: int) -> bool:

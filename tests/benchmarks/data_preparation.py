@@ -36,7 +36,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import psutil
-from training import machine
+from arms import machine
 
 WORDS = (
     "model train gradient the a of and token memory layer attention weights question answer because server python "

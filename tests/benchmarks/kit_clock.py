@@ -47,4 +47,10 @@ if __name__ == "__main__":
     if block := os.environ.get("KIT_BENCH_PACE_BLOCK"):
         pace_in_turns(int(block))
     kit.models.load.load_model = watched(kit.models.load.load_model)
-    main(callbacks=[Clock()])
+    counters = []
+    if file := os.environ.get("KIT_BENCH_HOOKS"):
+        sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "launch"))
+        from fetches import FetchCounter
+
+        counters.append(FetchCounter(Path(file)))
+    main(callbacks=[Clock(), *counters])

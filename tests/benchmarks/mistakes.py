@@ -1,7 +1,7 @@
-"""When 20 common mistakes are noticed, and by whom: the kit, a plain TRL script, `deepspeed` alone, other tools.
+"""When common mistakes are noticed, and by whom: the kit, a plain TRL script, `deepspeed` alone, other tools.
 
-    python tests/benchmarks/mistakes.py [--arms kit plain ...] [--only ID ...] [--json FILE] [--keep FOLDER]
-        [--llamafactory VENV] [--axolotl VENV]
+    python tests/benchmarks/mistakes.py [--faults] [--arms kit plain ...] [--only ID ...] [--json FILE]
+        [--keep FOLDER] [--llamafactory VENV] [--axolotl VENV]
 
 Every cell is a process of its own on CPU with a tiny model. Its seconds run from its start until it ends with an
 error; `weights` says whether from_pretrained had come back by then, `steps` how many training steps had been taken
@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -67,7 +68,8 @@ def environment(marks: Path, venv: Path | None) -> dict[str, str]:
 
 
 def kit_argv(case: dict, world: dict[str, Path], folder: Path) -> list[str]:
-    return [sys.executable, "-m", "kit", "check", *cases.overrides(case, world)]
+    verb = ["train"] if "runs" in case else ["check"]
+    return [sys.executable, "-m", "kit", *verb, *cases.overrides(case, world)]
 
 
 def plain_argv(case: dict, world: dict[str, Path], folder: Path) -> list[str]:
@@ -81,14 +83,15 @@ def plain_argv(case: dict, world: dict[str, Path], folder: Path) -> list[str]:
         "model": str(world[case.get("model", "base")]), "data": str(world[case.get("data", "chat")]), "sft": sft,
         "peft": {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **case.get("peft", {})},
         "quant": case.get("quant"), "init": case.get("init", {}), "eval": case.get("eval"),
-        "adapter": str(world["adapter"]) if case.get("adapter") else None,
+        "adapter": str(world["adapter"]) if case.get("adapter") else None, "full": case.get("full", False),
+        "resume": None,
     }  # fmt: skip
     cases.write(folder / "settings.json", settings)
     return [sys.executable, str(HERE / "mistakes_plain.py"), str(folder / "settings.json")]
 
 
 def deepspeed_argv(case: dict, world: dict[str, Path], folder: Path) -> list[str] | str:
-    if "ds" not in case or case.get("ds_alone", True) is not True:
+    if "ds" not in case or "resume" in case or case.get("ds_alone", True) is not True:
         return case.get("ds_alone", "it has no part in it")
     argv = [sys.executable, str(HERE / "mistakes_deepspeed.py"), str(world["base"]), str(world[f"ds {case['id']}"])]
     return [*argv, *([case["ds_optimizer"]] if "ds_optimizer" in case else [])]
@@ -141,6 +144,28 @@ def write_yaml(path: Path, said: dict[str, Any], world: dict[str, Path]) -> Path
     return cases.write(path, plain)
 
 
+def resume_argv(arm: str, case: dict, world: dict[str, Path], folder: Path) -> list[str]:
+    """Train 4 steps with a checkpoint after 2, go back to where the run had 2, change its input; how it resumes."""
+    own = {**world, "base": folder / "base", "chat": folder / "chat.jsonl"}
+    shutil.copytree(world["base"], own["base"])
+    shutil.copy(world["chat"], own["chat"])
+    argv = ARGV[arm](case, own, folder)
+    more = ["trainer.max_steps=4", "trainer.save_steps=2", "trainer.per_device_train_batch_size=2"]
+    if arm == "kit":
+        argv = [sys.executable, "-m", "kit", "train", *argv[4:], *more, "name=stopped"]
+    subprocess.run(argv, check=True, capture_output=True, env=environment(folder / "first", None), cwd=folder)
+    run = next((folder / "runs").glob("stopped-*")) if arm == "kit" else None
+    saves = run / "checkpoints" if run else folder / "out"
+    shutil.rmtree(saves / "checkpoint-4")
+    cases.CHANGES[case["resume"]](own["base"], own["chat"])
+    if run:
+        cases.write(run / "status.json", {"state": "stopped", "exit_code": 75, "step": 2})
+        return [sys.executable, "-m", "kit", "resume", str(run)]
+    settings = json.loads((folder / "settings.json").read_text())
+    cases.write(folder / "settings.json", {**settings, "resume": str(saves / "checkpoint-2")})
+    return argv
+
+
 ARGV = {"kit": kit_argv, "plain": plain_argv, "deepspeed": deepspeed_argv, "llamafactory": llamafactory_argv,
         "axolotl": axolotl_argv}  # fmt: skip
 
@@ -151,7 +176,7 @@ ARGV = {"kit": kit_argv, "plain": plain_argv, "deepspeed": deepspeed_argv, "llam
 def run(arm: str, case: dict, world: dict[str, Path], folder: Path, venv: Path | None) -> dict[str, Any]:
     """Start it, wait for its end, and read what it said; {"absent": why} where the mistake cannot be made there."""
     folder.mkdir(parents=True)
-    argv = ARGV[arm](case, world, folder)
+    argv = resume_argv(arm, case, world, folder) if "resume" in case else ARGV[arm](case, world, folder)
     if isinstance(argv, str):
         return {"absent": argv}
     if venv:
@@ -160,8 +185,8 @@ def run(arm: str, case: dict, world: dict[str, Path], folder: Path, venv: Path |
     start = time.time()
     with open(log, "w") as out:
         process = subprocess.Popen(
-            argv, stdout=out, stderr=subprocess.STDOUT, env=environment(marks, venv), cwd=folder,
-            start_new_session=True,
+            argv, stdout=out, stderr=subprocess.STDOUT, cwd=folder, start_new_session=True,
+            env=environment(marks, venv) | case.get("env", {}),
         )  # fmt: skip
         try:
             code: int | None = process.wait(LIMIT)
@@ -175,6 +200,7 @@ def run(arm: str, case: dict, world: dict[str, Path], folder: Path, venv: Path |
     return {
         "code": code, "seconds": round(seconds, 1), "weights": any(m.startswith("loaded") for m in marked),
         "steps": sum(m.startswith("stepped") for m in marked), "said": said(arm, code, text, case, folder, world),
+        **({"mended": True} if arm == "kit" and "runs" in case and case["runs"] in text and code == 0 else {}),
     }  # fmt: skip
 
 
@@ -186,6 +212,7 @@ def said(arm: str, code: int | None, text: str, case: dict, folder: Path, world:
         blocks = [b.strip().splitlines() for b in text.split("\n\n") if b.strip()]
         named = [b[0] for b in blocks if any(line.strip() == f"rule:  {rule}" for line in b)]
         named += [x.strip() for x in lines if rule and f"[{rule}]" in x]  # a warning
+        named += [x.strip() for x in lines if "runs" in case and case["runs"] in x]
         words = named[0].removeprefix("refused: ") if named else "" if code == 0 else lines[0].strip()
     elif code == 0:
         about = re.compile(case["warned"], re.I) if "warned" in case else None
@@ -211,8 +238,10 @@ def cell(result: dict[str, Any]) -> str:
     words = result["said"].replace("|", "\\|").replace("`", "'")
     if result["code"] == 0 and not words:
         return f"**never**: trains silently ({result['seconds']:.0f} s)"
-    if result["code"] == 0 and result["weights"]:
+    if result["code"] == 0 and result["weights"] and not result.get("mended"):
         return f"**trains on** ({result['seconds']:.0f} s), with a warning among others: {words}"
+    if result.get("mended"):
+        return f"makes it right: {words}"
     when = f"{result['seconds']:.1f} s, {'after' if result['weights'] else 'before'} weights"
     if result["steps"]:
         when += f", after {result['steps']} training step{'s' if result['steps'] > 1 else ''}"
@@ -221,7 +250,7 @@ def cell(result: dict[str, Any]) -> str:
 
 def table(results: dict[str, dict[str, Any]], arms: list[str]) -> str:
     rows = ["| | mistake | seen in | " + " | ".join(HEADS[a] for a in arms) + " |", "|" + "---|" * (3 + len(arms))]
-    for number, case in enumerate([c for c in cases.CASES if c["id"] in results], 1):
+    for number, case in enumerate([c for c in (*cases.CASES, *cases.FAULTS) if c["id"] in results], 1):
         cells = [cell(results[case["id"]][a]) for a in arms]
         rows.append(f"| {number} | {case['what']} | {case['thread']} | " + " | ".join(cells) + " |")
     return "\n".join(rows)
@@ -235,7 +264,8 @@ def counts(results: dict[str, dict[str, Any]], arm: str) -> dict[str, Any]:
     return {
         "possible": len(mine), "before weights": sum(not r["weights"] for r in stopped),
         "after weights": sum(r["weights"] for r in stopped),
-        "only warned of": sum(r["code"] == 0 and bool(r["said"]) for r in mine),
+        "made right": sum(bool(r.get("mended")) for r in mine),
+        "only warned of": sum(r["code"] == 0 and bool(r["said"]) and not r.get("mended") for r in mine),
         "never": sum(r["code"] == 0 and not r["said"] for r in mine),
         "median seconds": seconds[len(seconds) // 2] if seconds else None,
     }  # fmt: skip
@@ -255,6 +285,7 @@ def versions(arms: list[str], venvs: dict[str, Path]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS[:3]))
+    parser.add_argument("--faults", action="store_true", help="what fails silently, late, or at a resume")
     parser.add_argument("--only", nargs="+", metavar="ID")
     parser.add_argument("--json", type=Path, metavar="FILE", help="written, and what it holds already is kept")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="models, data and logs stay here")
@@ -271,7 +302,7 @@ def main() -> None:
         (folder / "world").mkdir(parents=True, exist_ok=True)
         import tiny
 
-        everything = [*CONTROLS, *cases.CASES]
+        everything = [*CONTROLS, *(cases.FAULTS if a.faults else cases.CASES)]
         world = cases.make_world(folder / "world", tiny.make_model(folder / "world" / "base"), everything)
         for case in everything:
             if a.only and case["id"] not in a.only:

@@ -1,5 +1,6 @@
-"""Twenty common mistakes as data: what the kit is told, and the same told to a plain script and to other tools.
+"""Common mistakes as data: what the kit is told, and the same told to a plain script and to other tools.
 
+CASES are twenty that users make; FAULTS are what goes wrong silently, late, or at a resume.
 A case says it once for each: `kit` overrides; `sft`, `peft`, `quant`, `init` (keywords of SFTConfig, LoraConfig,
 BitsAndBytesConfig, from_pretrained); `ds` (a DeepSpeed JSON; `ds_alone`: why it is right without the rest); `lf` and
 `ax` (keys of a LLaMA-Factory or Axolotl YAML; a string instead: why it cannot be said there). `thread` is where users
@@ -245,6 +246,204 @@ CASES: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
+EVAL = {"eval_strategy": "steps", "eval_steps": 2}
+KIT_EVAL = ["trainer.eval_strategy=steps", "trainer.eval_steps=2", "dataset.test_size=4"]
+SAVE = {"save_strategy": "steps", "save_steps": 2}
+# What other people's reports say goes wrong silently, late, or at a resume. `env`: variables of the process. `resume`:
+# what happens between a run's checkpoint after 2 of 4 steps and its resume; `change` there is a function below.
+FAULTS: list[dict[str, Any]] = [
+    {
+        "id": "resume-weights-alone",
+        "what": "`save_only_model`, stopped after 2 steps and resumed",
+        "thread": "LLaMA-Factory#5711",
+        "kit": ["trainer.save_only_model=true"],
+        "sft": {"save_only_model": True, **SAVE},
+        "resume": "nothing",
+    },
+    {
+        "id": "resume-other-data",
+        "what": "half of the data file is cut off between stop and resume",
+        "thread": "LLaMA-Factory#7085",
+        "kit": [],
+        "sft": SAVE,
+        "resume": "cut_data",
+    },
+    {
+        "id": "resume-other-base",
+        "what": "a weight of the base is another between stop and resume",
+        "thread": "LLaMA-Factory#7085",
+        "kit": [],
+        "sft": SAVE,
+        "resume": "change_base",
+    },
+    {
+        "id": "resume-other-template",
+        "what": "the chat template is another between stop and resume",
+        "thread": "LLaMA-Factory#7085",
+        "kit": [],
+        "sft": SAVE,
+        "resume": "change_template",
+    },
+    {
+        "id": "worst-as-best",
+        "what": "`greater_is_better=true` with eval_loss: the worst checkpoint is published as the best",
+        "thread": "transformers#31142",
+        "kit": ["trainer.load_best_model_at_end=true", "trainer.metric_for_best_model=eval_loss",
+                "trainer.greater_is_better=true", "trainer.save_steps=2", *KIT_EVAL],
+        "rule": ("metric-direction", "greater_is_better"),
+        "sft": {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True,
+                **SAVE, **EVAL},
+        "eval": True,
+    },
+    {
+        "id": "two-schedules",
+        "what": "a scheduler in the JSON, and `lr_scheduler_type` typed beside it",
+        "thread": "LLaMA-Factory#394",
+        "kit": ["deepspeed.file={ds}", "trainer.lr_scheduler_type=linear"],
+        "rule": ("scheduler", "lr_scheduler_type"),
+        "sft": {"lr_scheduler_type": "linear"},
+        "ds": {**ZERO2, "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 0.1, "warmup_num_steps": 2}}},
+    },
+    {
+        "id": "precision-from-outside",
+        "what": "`ACCELERATE_MIXED_PRECISION=bf16` in the environment of a float32 run",
+        "thread": "transformers#29510",
+        "kit": [],
+        "env": {"ACCELERATE_MIXED_PRECISION": "bf16"},
+        "runs": "cleared ACCELERATE_MIXED_PRECISION",
+    },
+    {
+        "id": "no-step",
+        "what": "`num_train_epochs=-1`",
+        "thread": "transformers",
+        "kit": ["trainer.num_train_epochs=-1", "trainer.max_steps=-1"],
+        "rule": ("no-steps", "num_train_epochs"),
+        "sft": {"num_train_epochs": -1, "max_steps": -1},
+    },
+    {
+        "id": "steps-and-epochs",
+        "what": "`max_steps` and `num_train_epochs` both typed",
+        "thread": "transformers",
+        "kit": ["trainer.num_train_epochs=3", "trainer.max_steps=4"],
+        "rule": ("steps-and-epochs", "num_train_epochs"),
+        "warned": "epochs",
+        "sft": {"num_train_epochs": 3, "max_steps": 4},
+    },
+    {
+        "id": "dropped-target",
+        "what": "`embed_tokens` as target beside `layers_to_transform`",
+        "thread": "peft#1024",
+        "kit": ["peft.target_modules=[q_proj,embed_tokens]", "peft.layers_to_transform=[0]"],
+        "rule": ("layers-drop-target", "embed_tokens"),
+        "warned": "embed_tokens",
+        "peft": {"target_modules": ["q_proj", "embed_tokens"], "layers_to_transform": [0]},
+    },
+    {
+        "id": "eva-without-data",
+        "what": "`init_lora_weights=eva`, and nobody computes it",
+        "thread": "peft, EVA",
+        "kit": ["peft.init_lora_weights=eva"],
+        "rule": ("unprepared", "eva"),
+        "warned": "eva",
+        "peft": {"init_lora_weights": "eva"},
+    },
+    {
+        "id": "gptq-full",
+        "what": "full fine-tuning of a base that is stored as GPTQ",
+        "thread": "transformers",
+        "kit": ["peft=none"],
+        "rule": ("stored-quantized", "gptq"),
+        "model": "gptq",
+        "full": True,
+    },
+    {
+        "id": "min-lr-missing",
+        "what": "`cosine_with_min_lr` without a minimum",
+        "thread": "transformers optimization",
+        "kit": ["trainer.lr_scheduler_type=cosine_with_min_lr"],
+        "rule": ("scheduler-kwargs", "min_lr"),
+        "sft": {"lr_scheduler_type": "cosine_with_min_lr"},
+    },
+    {
+        "id": "scheduler-typo",
+        "what": "`lr_scheduler_kwargs: {num_cycle: 2}`",
+        "thread": "transformers optimization",
+        "kit": ["trainer.lr_scheduler_kwargs={{num_cycle: 2}}"],
+        "rule": ("scheduler-kwargs", "num_cycle"),
+        "sft": {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycle": 2}},
+    },
+    {
+        "id": "metric-unknown",
+        "what": "`metric_for_best_model=eval_accuracy` without compute_metrics",
+        "thread": "transformers Trainer",
+        "kit": ["trainer.load_best_model_at_end=true", "trainer.metric_for_best_model=eval_accuracy",
+                "trainer.save_steps=2", *KIT_EVAL],
+        "rule": ("metric-name", "eval_accuracy"),
+        "sft": {"load_best_model_at_end": True, "metric_for_best_model": "eval_accuracy", **SAVE, **EVAL},
+        "eval": True,
+    },
+    {
+        "id": "drop-last",
+        "what": "`dataloader_drop_last` with a batch larger than the data",
+        "thread": "transformers Trainer",
+        "kit": ["trainer.dataloader_drop_last=true", "trainer.per_device_train_batch_size=64"],
+        "rule": ("drop-last", "dataloader_drop_last"),
+        "sft": {"dataloader_drop_last": True, "per_device_train_batch_size": 64},
+    },
+    {
+        "id": "optimizer-absent",
+        "what": "`optim=galore_adamw` without its package",
+        "thread": "transformers trainer_optimizer",
+        "kit": ["trainer.optim=galore_adamw", "trainer.optim_target_modules=[q_proj]"],
+        "rule": ("packages", "galore"),
+        "sft": {"optim": "galore_adamw", "optim_target_modules": ["q_proj"]},
+    },
+    {
+        "id": "head-by-regex",
+        "what": "`target_modules` as an expression that reaches lm_head",
+        "thread": "trl sft_trainer",
+        "kit": ["peft.target_modules='.*(q_proj|head)'"],
+        "rule": ("lm-head-target", "lm_head"),
+        "peft": {"target_modules": ".*(q_proj|head)"},
+    },
+    {
+        "id": "alpha-zero",
+        "what": "`lora_alpha=0`: the adapter changes nothing",
+        "thread": "peft LoraConfig",
+        "kit": ["peft.lora_alpha=0"],
+        "rule": ("range", "lora_alpha"),
+        "peft": {"lora_alpha": 0},
+    },
+]  # fmt: skip
+
+
+# ---- what happens between a stop and a resume ----
+
+
+def nothing(base: Path, data: Path) -> None:
+    pass
+
+
+def cut_data(base: Path, data: Path) -> None:
+    lines = data.read_text().splitlines(keepends=True)
+    data.write_text("".join(lines[: len(lines) // 2]))
+
+
+def change_base(base: Path, data: Path) -> None:
+    file = base / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-2] ^= 64
+    file.write_bytes(content)
+
+
+def change_template(base: Path, data: Path) -> None:
+    file = base / "chat_template.jinja"
+    file.write_text(file.read_text().replace("<|user|>", "<|system|>") + "\n")
+
+
+CHANGES = {f.__name__: f for f in (nothing, cut_data, change_base, change_template)}
+
+
 def make_world(folder: Path, base: Path, cases: list[dict[str, Any]]) -> dict[str, Path]:
     """Names to paths: variants of `base`, data files, an adapter of a base with other shapes, each case's JSON."""
     import tiny
@@ -269,6 +468,10 @@ def make_world(folder: Path, base: Path, cases: list[dict[str, Any]]) -> dict[st
     ]
     world["calls"] = write_rows(folder / "calls.jsonl", calls)
     world["body"] = write_rows(folder / "body.jsonl", [{"body": r["text"]} for r in tiny.text_rows(24)])
+    world["gptq"] = Path(shutil.copytree(base, folder / "gptq", dirs_exist_ok=True))
+    stored = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True}
+    config = json.loads((world["gptq"] / "config.json").read_text())
+    write(world["gptq"] / "config.json", {**config, "quantization_config": stored})
     world["adapter"] = make_adapter(folder / "adapter", folder / "wide")
     for case in cases:
         if "ds" in case:

@@ -21,11 +21,11 @@ if s["quant"]:
 args = SFTConfig(**s["sft"], model_init_kwargs=init or None)
 rows = load_dataset("json", data_files=s["data"], split="train")
 held = rows.select(range(4)) if s["eval"] else None
-model, peft = s["model"], LoraConfig(**s["peft"])
+model, peft = s["model"], None if s["full"] else LoraConfig(**s["peft"])
 if s["adapter"]:
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), s["adapter"], is_trainable=True)
     peft = None
 trainer = SFTTrainer(model=model, args=args, train_dataset=rows, eval_dataset=held, peft_config=peft)
-trainer.train()
+trainer.train(resume_from_checkpoint=s["resume"])
 trainer.save_model()
 print("done")

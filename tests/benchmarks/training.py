@@ -14,16 +14,25 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from arms import LORA, call, environment, make_base_apart, make_data, run_kit, run_trl, same_settings, table
+from arms import (
+    LORA,
+    Results,
+    call,
+    environment,
+    make_base_apart,
+    make_data,
+    run_kit,
+    run_trl,
+    same_settings,
+    table,
+)
 
 LORA_RUN = [*(f"peft.{k}={v}" for k, v in LORA.items()), "trainer.bf16=true"]
 FULL = ["recipe=llama3_1_8b_full_zero3", "trainer.assistant_only_loss=false", "trainer.gradient_accumulation_steps=1"]
@@ -47,26 +56,8 @@ PROMPTS = [" ".join(f"w{(7 * i * i + 31 * j) % 1000}" for i in range(48)) for j 
 
 class Bench:
     def __init__(self, a: argparse.Namespace) -> None:
-        self.a, self.began, self.work, self.out = a, time.time(), Path(a.work), Path(a.out)
-        self.work.mkdir(parents=True, exist_ok=True)
-        self.kept = self.work / "results.json"  # outlives --out, where that is emptied between calls
-        self.results: dict[str, Any] = json.loads(self.kept.read_text()) if self.kept.exists() else {"rows": {}}
-        self.results |= {"argv": sys.argv, "date": time.strftime("%Y-%m-%d"), "machine": machine()}
-        self.lock = threading.Lock()
-
-    def keep(self, key: str, row: dict[str, Any]) -> None:
-        with self.lock:
-            self.results["rows"][key] = row
-            for file in (self.kept, self.out):
-                file.write_text(json.dumps(self.results, indent=1) + "\n")
-        hidden = ("step_seconds", "losses")
-        print(key, json.dumps({k: v for k, v in row.items() if k not in hidden}), flush=True)
-
-    def done(self, key: str) -> bool:
-        if time.time() - self.began > self.a.deadline:
-            print(key, "not started: past the deadline", flush=True)
-            return True
-        return key in self.results["rows"] and "failed" not in self.results["rows"][key]
+        self.a, self.work = a, Path(a.work)
+        self.results = Results(self.work, Path(a.out), a.deadline)
 
     def case(self, name: str, arms: Sequence[str], gpu: int | None) -> None:
         """All arms of one case; `gpu`: the only one that it may use."""
@@ -87,7 +78,7 @@ class Bench:
         plan: Path | None = next(self.work.glob(f"{name}-kit/kit-*/plan.json"), None)
         for arm in arms:
             key, folder = f"{name} {arm}", self.work / f"{name}-{arm}"
-            if self.done(key):
+            if self.results.done(key):
                 continue
             if gpu is None:
                 evict(base)
@@ -114,13 +105,13 @@ class Bench:
                     template = "Description: {Description} Patient: {Patient} Doctor: {Doctor}"
                     chosen |= {"template": template, "split": True}
                 row = run_trl(folder, chosen, gpus, gpus > 1, env, a.limit)
-            self.keep(key, row)
+            self.results.keep(key, row)
 
     def merge(self, onto: str, gpu: int) -> None:
         """`kit merge` of the nf4 run, with the prompts' logits compared."""
         key = f"merge_nf4 {onto}"
         run = next(self.work.glob("nf4-kit/kit-*/plan.json"), None)
-        if run is None or self.done(key):
+        if run is None or self.results.done(key):
             return
         out, log = self.work / f"merged-{onto}", self.work / f"merge-{onto}.log"
         argv = [sys.executable, "-m", "kit", "merge", str(run.parent), "--onto", onto, "--out", str(out)]
@@ -129,7 +120,7 @@ class Bench:
         report = out / "merge.json"
         row: dict[str, Any] = {"all_seconds": round(seconds, 1), "said": log.read_text(errors="replace")[-1500:]}
         row |= {"report": json.loads(report.read_text())} if code == 0 and report.exists() else {"failed": code}
-        self.keep(key, row)
+        self.results.keep(key, row)
 
 
 def as_it_comes(name: str, work: Path, cpu: bool) -> dict[str, Any]:
@@ -158,14 +149,6 @@ def evict(folder: Path) -> None:
     for file in folder.glob("*.safetensors"):
         with open(file, "rb") as handle:
             os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def machine() -> dict[str, Any]:
-    import torch
-
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    found = {"gpus": gpus, "cores": os.cpu_count(), "python": platform.python_version()}
-    return found | {n: version(n) for n in ("torch", "transformers", "trl", "peft", "deepspeed", "bitsandbytes")}
 
 
 def in_lanes(jobs: Sequence[Callable[[int], None]], lanes: int) -> None:
@@ -212,7 +195,7 @@ def main() -> None:
     for name in a.cases:
         if name in CASES and name not in alone:
             bench.case(name, a.arms, None)
-    print(table({k: v for k, v in bench.results["rows"].items() if not k.startswith("merge")}))
+    print(table({k: v for k, v in bench.results.rows.items() if not k.startswith("merge")}))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,11 @@
-"""The peer: a plain TRL script as people write it, alone or started by `deepspeed`. `trl_plain.py SETTINGS.json`."""
+"""The peer: a plain TRL script as people write it, alone or started by `deepspeed`. `trl_plain.py SETTINGS.json`.
+
+`expert` in the settings: what trl_expert.py adds to it.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -11,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
 import trl.trainer.sft_trainer as upstream
+import trl_expert
 from clock import Clock, watched
 from datasets import load_dataset
 from peft import LoraConfig
@@ -39,6 +44,9 @@ def main(path: str) -> None:
         import deepspeed
 
         deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+    expert = settings.get("expert") or {}
+    if expert.get("varlen"):
+        trl_expert.register_varlen()
     args = SFTConfig(**settings["sft"])
     clock = Clock()
     upstream.create_model_from_path = watched(upstream.create_model_from_path)
@@ -58,7 +66,10 @@ def main(path: str) -> None:
         saves.append(time.time() - start)
 
     trainer._save_checkpoint = timed
-    trainer.train()
+    if expert.get("bf16_adapters"):
+        trl_expert.cast_adapters(trainer.model, torch.bfloat16)
+    with trl_expert.cudnn_first() if expert.get("cudnn") else contextlib.nullcontext():
+        trainer.train()
     if settings.get("save", True):
         trainer.save_model()
     if trainer.args.process_index == 0:

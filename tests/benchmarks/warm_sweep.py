@@ -23,8 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from arms import LORA, call, environment, failure, make_base_apart, make_data
-from training import machine
+from arms import LORA, call, environment, failure, machine, make_base_apart, make_data
 
 # base: rows a step, tokens a row
 SIZES = {"tiny": (2, 64), "1b7": (1, 1024), "8b": (1, 1024)}

@@ -6,8 +6,10 @@ The kit checks settings without importing torch, so it carries this table instea
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import enum
+import importlib
 import inspect
 import json
 import pathlib
@@ -16,6 +18,11 @@ import types
 import typing
 from importlib.metadata import version
 from typing import Any
+
+from accelerate.utils import DynamoBackend
+from torch._inductor import list_mode_options
+
+from kit.schema import fields
 
 TARGET = pathlib.Path(__file__).parents[2] / "kit" / "schema" / "fields.json"
 ANY = ["bool", "int", "float", "str", "list", "dict", "none"]
@@ -124,10 +131,8 @@ def pydantic_table(cls: type, tables: dict[str, Table], prefix: str) -> Table:
         if isinstance(extra, dict) and extra.get("deprecated"):
             entry["instead"] = DEPRECATED[name]
         table[field.alias or name] = entry
-        if field.alias in READ_BY_TRANSFORMERS:
-            table[name] = {"kinds": entry["kinds"], "instead": f"{field.alias} (transformers reads only this name)"}
-        elif field.alias:
-            table[name] = entry  # DeepSpeed takes either spelling
+        if field.alias:
+            table[name] = {**entry, "alias": field.alias}  # DeepSpeed takes either spelling
     return table
 
 
@@ -146,28 +151,80 @@ TRAINER_EXTRA: Table = {
         )
     },
     "accelerator_config": {"kinds": ["dict", "none"], "table": "SFTConfig.AcceleratorConfig"},
-    "debug": {"choices": ["", "underflow_overflow", "tpu_metrics_debug"]},
+    "debug": {"choices": ["", "underflow_overflow"]},  # the other one is read on TPUs alone
     "include_num_input_tokens_seen": {"choices": ["all", "non_padding", "no"]},
     "pad_to_multiple_of": {"choices": ["auto"], "ge": 1},
     "fsdp": {"kinds": ["bool", "str", "list", "none"]},
     "parallelism_config": {"kinds": ["dict", "none"]},
-    "per_device_train_batch_size": {"ge": 1},
-    "per_device_eval_batch_size": {"ge": 1},
-    "gradient_accumulation_steps": {"ge": 1},
-    "eval_accumulation_steps": {"ge": 1},
-    "learning_rate": {"ge": 0},
+    "per_device_train_batch_size": {"ge": 1, "le": 2**31 - 1},
+    "per_device_eval_batch_size": {"ge": 1, "le": 2**31 - 1},
+    "gradient_accumulation_steps": {"ge": 1, "le": 2**31 - 1},
+    "eval_accumulation_steps": {"ge": 1, "le": 2**31 - 1},
+    "eval_delay": {"ge": 0},
+    "learning_rate": {"gt": 0},
     "warmup_steps": {"ge": 0},
     "max_grad_norm": {"ge": 0},
     "weight_decay": {"ge": 0},
-    "adam_epsilon": {"ge": 0},
+    "adam_epsilon": {"gt": 0, "lt": 1},
     "adam_beta1": {"ge": 0, "lt": 1},
     "adam_beta2": {"ge": 0, "lt": 1},
     "label_smoothing_factor": {"ge": 0, "le": 1},
-    "max_length": {"ge": 1},
-    "dataloader_num_workers": {"ge": 0},
-    "seed": {"ge": 0},
+    "max_steps": {"le": 2**31 - 1},
+    "torch_compile_backend": {"choices": [b.value.lower() for b in DynamoBackend if b.value != "NO"], "fold": True},
+    "torch_compile_mode": {"choices": sorted(list_mode_options())},
+    "max_length": {"ge": 2},  # the first token is never predicted
+    "save_total_limit": {"ge": 1},  # 0 and less delete nothing, which is what null says
+    "dataloader_num_workers": {"ge": 0, "le": 1024},
+    "dataloader_prefetch_factor": {"ge": 1},
+    "dataset_num_proc": {"ge": 1},
+    "ddp_bucket_cap_mb": {"ge": 1},
+    "ddp_timeout": {"ge": 1},
+    "seed": {"ge": 0, "lt": 2**32},  # numpy's limit
+    "data_seed": {"ge": 0, "lt": 2**63},
 }
-PEFT_EXTRA: Table = {"lora_dropout": {"ge": 0, "le": 1}}
+# PEFT's fields are typed, and their ranges stand in code: in a config's __post_init__, in a layer, or in torch.
+# (expression for a whole name, what holds); the first that matches counts. tests/field_values.py looks for others.
+WAVELETS = importlib.import_module("peft.tuners.waveft.constants").WAVELET_REDUCTIONS
+ACTIVATIONS = importlib.import_module("transformers.activations").ACT2FN
+SIZE, SHARE = {"ge": 1, "le": 2**16}, {"ge": 0, "le": 1}
+PEFT_RANGES: list[tuple[str, Field]] = [
+    (r".*dropout(_p)?", {"ge": 0, "lt": 1}),  # at 1 nothing is left to train
+    (r"lora_alpha|alpha|\w+_alpha", {"gt": 0, "le": 2**31}),
+    (r"sparse_rate", {"gt": 0, "le": 1}),
+    (r"effective_rank|svd_threshold", {"gt": 0, "le": 2**20}),
+    (r"sparsity", {"ge": 0, "lt": 1}),
+    (r"beta[12]", {"gt": 0, "lt": 1}),
+    (r"rho", {"ge": 1}),
+    (r"tau", SHARE),
+    (r".*seed|projection_prng_key", {"ge": 0, "lt": 2**63}),
+    (r"depth", {"ge": 0, "le": 100}),
+    (r"hybrid_r|num_frozen_tokens|boft_block_size|boft_block_num|oft_block_size", {"ge": 0, "le": 2**20}),
+    (r"u|theta_d_length|n_frequency|num_samples|buffer_size|top_?k", {"ge": 1, "le": 2**31 - 1}),
+    (r"group_size", {"ge": 2, "le": 2**20}),
+    (r"num_B|asa_target_subspaces", {"ge": 2, "le": 2**10}),
+    (r"num_virtual_tokens|shadow_\w+", {"ge": 1, "le": 2**14}),
+    (r"num_cayley_neumann_terms", {"ge": 2, "le": 2**16}),  # with one nothing is trained
+    (r"weight_tying", SHARE),
+    (r"r|\w+_r|\w+_rank|num_\w+|\w+_size|\w+_len|stride_A|n_\w+|adapter_layers|\w+_dim", SIZE),
+    (r"vector_length|boft_n_butterfly_factor|gralora_k", SIZE),
+    (r"init_theta_d_bound|dirichlet_prior|router_temperature|softmax_temperature|init_\w+_bound|delora_lambda",
+     {"gt": 0, "le": 1e6}),
+    (r"orth_reg_weight|init_logits_std|eps|\w*scal\w*|\w+_weight|beta|gamma", {"ge": 0, "le": 1e6}),
+    (r"tinit|tfinal|deltaT|total_step|\w+_interval|\w+_warmup", {"ge": 0, "le": 2**31 - 1}),
+]  # fmt: skip
+PEFT_OWN: dict[str, dict[str, Field]] = {  # where one method differs from the others
+    "OFT": {"r": {"ge": 0, "le": 2**16}},
+    "GLORA": {"r": SIZE},
+    "PSOFT": {"ab_svd_init": {"choices": ["psoft_init", "pissa_init"]}, "psoft_svd": {"choices": ["full", "lowrank"]}},
+    "DEFT": {"decomposition_method": {"choices": ["qr", "relu"]}},
+    "ROAD": {"variant": {"choices": ["road_1", "road_2", "road_4"]}},
+    "TINYLORA": {"init_weights": {"choices": ["uniform"]}},
+    "SHADOW": {"init_weights": {"kinds": ["bool"]}},
+    "PEANUT": {"act_fn": {"choices": sorted(ACTIVATIONS)}},
+    "WAVEFT": {"wavelet_family": {"choices": sorted(WAVELETS)}},
+}
+# In causal language models one set of tokens stands before a row, and its numbers are the base's own.
+PROMPT_METHODS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", "CARTRIDGE", "CPT")
 DTYPES = ["float32", "bfloat16", "float16"]
 QUANTIZATION: Table = {
     "load_in_8bit": {"kinds": ["bool"]},
@@ -180,11 +237,6 @@ QUANTIZATION: Table = {
     "bnb_4bit_quant_type": {"kinds": ["str"], "choices": ["fp4", "nf4"]},
     "bnb_4bit_use_double_quant": {"kinds": ["bool"]},
     "bnb_4bit_quant_storage": {"kinds": ["str", "none"], "choices": [*DTYPES, "uint8", "int8", "float64"]},
-}
-READ_BY_TRANSFORMERS = {
-    "stage3_prefetch_bucket_size",
-    "stage3_param_persistence_threshold",
-    "stage3_gather_16bit_weights_on_model_save",
 }
 DEPRECATED = {
     "cpu_offload": 'offload_optimizer: {"device": "cpu"}',
@@ -235,6 +287,179 @@ def adam_table(shared: Table) -> Table:
                 table.setdefault(name, {"kinds": ANY, "default": plain(parameter.default)})
     own = {"torch_adam": False, "adam_w_mode": True}
     return table | {name: {"kinds": ["bool"], "default": value} for name, value in own.items()}
+
+
+# Ranges and choices of what a scheduler takes, where the annotations do not say them.
+SCHEDULER_EXTRA: Table = {
+    "num_cycles": {"gt": 0},
+    "power": {"ge": 0},
+    "lr_end": {"ge": 0},
+    "timescale": {"ge": 1},
+    "min_lr": {"ge": 0},
+    "max_lr": {"gt": 0},
+    "min_lr_rate": {"ge": 0, "le": 1},
+    "warmup_lr_rate": {"ge": 0, "le": 1},
+    "min_lr_ratio": {"ge": 0, "le": 1},
+    "num_decay_steps": {"ge": 0},
+    "num_stable_steps": {"ge": 0},
+    "warmup_type": {"choices": ["linear", "cosine", "1-sqrt"]},
+    "decay_type": {"choices": ["linear", "cosine", "1-sqrt"]},
+    "mode": {"choices": ["min", "max"]},
+    "threshold_mode": {"choices": ["rel", "abs"]},
+    "factor": {"gt": 0, "lt": 1},
+    "patience": {"ge": 0},
+    "threshold": {"ge": 0},
+    "cooldown": {"ge": 0},
+    "warmup": {"ge": 0},
+    "eps": {"ge": 0},
+    "window_size": {"ge": 1},
+    "reset_start": {"ge": 0},
+}
+
+
+def scheduler_tables() -> dict[str, Table]:
+    """What lr_scheduler_kwargs may hold, for each lr_scheduler_type: the parameters of transformers' function.
+
+    get_scheduler gives the steps itself, and hands nothing on to the constant ones.
+    """
+    from torch.optim.lr_scheduler import ReduceLROnPlateau
+    from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, GreedyLR
+
+    own = {"self", "optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
+    classes: dict[str, Any] = {"reduce_lr_on_plateau": ReduceLROnPlateau, "greedy": GreedyLR}  # behind **kwargs
+    tables: dict[str, Table] = {}
+    for kind, function in TYPE_TO_SCHEDULER_FUNCTION.items():
+        asked = classes[kind.value].__init__ if kind.value in classes else function
+        taken = inspect.signature(asked).parameters
+        if any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+            raise SystemExit(f"{function.__name__} takes **kwargs: say whose they are")
+        hints = typing.get_type_hints(asked)
+        table = tables[f"lr_scheduler_kwargs.{kind.value}"] = {}
+        for name, parameter in taken.items():
+            if name in own:
+                continue
+            empty = parameter.default is parameter.empty
+            hint = hints.get(name, type(parameter.default))
+            given: Field = {"required": True} if empty else {"default": plain(parameter.default)}
+            entry = kinds(hint, {}, "")
+            if entry["kinds"] == ["list", "float"] or entry["kinds"] == ["float", "list"]:
+                entry = {"kinds": ["float"]}  # a list must have as many as the optimizer happens to have groups
+            table[name] = entry | given | SCHEDULER_EXTRA.get(name, {})
+    return tables
+
+
+# What the function of transformers/trainer_optimizer.py that makes an optimizer imports: (module, what pip installs).
+OPTIMIZER_PACKAGES: dict[str, list[str]] = {
+    "_get_adafactor": [],
+    "_get_adamw_torch": [],
+    "_get_sgd": [],
+    "_get_adagrad": [],
+    "_get_rmsprop": [],
+    "_get_adamw_torch_xla": ["torch_xla", "torch_xla"],
+    "_get_adamw_torch_npu_fused": ["torch_npu", "torch_npu"],
+    "_get_adamw_anyprecision": ["torchdistx", "git+https://github.com/pytorch/torchdistx"],
+    "_get_bitsandbytes_optimizer": ["bitsandbytes", "bitsandbytes"],
+    "_get_galore_optimizer": ["galore_torch", "galore-torch"],
+    "_get_apollo_optimizer": ["apollo_torch", "apollo-torch"],
+    "_get_lomo_optimizer": ["lomo_optim", "lomo-optim"],
+    "_get_grokadamw": ["grokadamw", "grokadamw"],
+    "_get_torchao_optimizer": ["torchao", "torchao"],
+    "_get_schedule_free_optimizer": ["schedulefree", "schedulefree"],
+    "_get_stable_adamw": ["optimi", "torch-optimi"],
+}
+CASTS = {"int": "int", "float": "float", "bool": "true", "strtobool": "bool", "getattr": "dtype"}  # bool("False")!
+NO_OPTIONS = {"_get_bitsandbytes_optimizer": "ademamix"}  # the options that one branch reads are of those names alone
+
+
+def optimizer_table() -> dict[str, Any]:
+    """{trainer.optim: {package, pip, options: {name in optim_args: int | float | bool | dtype | str}}}.
+
+    The options are what the function that makes it asks of `ctx.optim_args`, with the type that it casts to.
+    """
+    from transformers import trainer_optimizer
+
+    table: dict[str, Any] = {}
+    for name, function in trainer_optimizer._OPTIMIZER_HANDLERS.items():
+        package = OPTIMIZER_PACKAGES[function.__name__]
+        options = optimizer_options(function)
+        if (only := NO_OPTIONS.get(function.__name__)) and only not in name.value:
+            options = {}
+        table[name.value] = dict(zip(("package", "pip"), package, strict=False)) | {"options": options}
+    return dict(sorted(table.items()))
+
+
+def optimizer_options(function: Any) -> dict[str, str]:
+    """Which keys of `ctx.optim_args` a function reads, and what it casts each to."""
+    options: dict[str, str] = {}
+    tree = ast.parse(inspect.getsource(function))
+
+    def asked(node: ast.AST) -> list[str]:
+        """The keys that an expression asks for: optim_args.get("x"), .pop("x"), optim_args["x"]."""
+        found = []
+        for part in ast.walk(node):
+            call = part.func if isinstance(part, ast.Call) else part
+            held = call.value if isinstance(call, ast.Attribute | ast.Subscript) else None
+            if isinstance(held, ast.Attribute) and held.attr == "optim_args":
+                key = part.args[0] if isinstance(part, ast.Call) and part.args else getattr(part, "slice", None)
+                if isinstance(key, ast.Constant):
+                    found.append(str(key.value))
+        return found
+
+    for node in ast.walk(tree):
+        if isinstance(node, ast.For) and isinstance(node.iter, ast.Tuple):  # for key in ("momentum", ...): float(...)
+            options |= {str(c.value): "float" for c in node.iter.elts if isinstance(c, ast.Constant)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("ctx.optim_args.get", "ctx.optim_args.pop"):
+            default = (
+                ast.literal_eval(node.args[1]) if len(node.args) > 1 and isinstance(node.args[1], ast.Constant) else ""
+            )
+            if not isinstance(default, int | float) or default is None:  # a number would arrive as text
+                options.setdefault(str(ast.literal_eval(node.args[0])), "str")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in CASTS:
+            options |= dict.fromkeys(asked(node), CASTS[node.func.id])
+        if isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.In):  # ....lower() in ("true", "1", "yes")
+            options |= dict.fromkeys(asked(node.left), "bool")
+    for node in ast.walk(tree):  # max_lr = optim_args.pop("max_lr"), cast below
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and asked(node.value):
+            casts = [c for c in ast.walk(tree) if isinstance(c, ast.Call) and isinstance(c.func, ast.Name)
+                     and c.func.id in CASTS and c.args and isinstance(c.args[0], ast.Name)
+                     and c.args[0].id == node.targets[0].id]  # fmt: skip
+            if casts and isinstance(casts[0].func, ast.Name):
+                options |= dict.fromkeys(asked(node.value), CASTS[casts[0].func.id])
+    return options
+
+
+def router_logits_types() -> list[str]:
+    """Model types whose config has `output_router_logits`: TRL refuses router_aux_loss_coef for any other."""
+    import transformers
+
+    found = set()
+    for file in pathlib.Path(transformers.__file__).parent.glob("models/*/configuration_*.py"):
+        for part in re.split(r"\nclass ", file.read_text()):
+            kind = re.search(r'model_type = "(\w+)"', part)
+            if kind and re.search(r"^    output_router_logits\b", part, re.M):
+                found.add(kind[1])
+    return sorted(found)
+
+
+def add_ranges(table: Table) -> None:
+    """Give the numbers of one of PEFT's configs the ranges of PEFT_RANGES, and `bias` its words."""
+    for key, entry in table.items():
+        number = {"int", "float"} & set(entry["kinds"])
+        held = next((bounds for name, bounds in PEFT_RANGES if number and re.fullmatch(name, key)), {})
+        if number and entry.get("default") is not None and not isinstance(entry["default"], bool | list | dict):
+            held = {b: v for b, v in held.items() if keeps(entry["default"], b, v)}
+        entry |= {b: v for b, v in held.items() if b not in entry}
+        if key.endswith("_pattern") and entry.get("default") == {}:
+            entry["kinds"] = ["dict"]  # null is asked for its keys
+        if key == "bias" and "choices" not in entry:
+            entry |= {"choices": ["none", "all"], "patterns": [r"\w+_only"]}
+
+
+def keeps(default: Any, bound: str, value: float) -> bool:
+    """Whether a default is within a bound: where it is not, the range is another method's."""
+    return isinstance(default, str) or fields.BOUNDS[bound][1](default, value)
 
 
 def deepspeed_tables() -> dict[str, Table]:
@@ -363,13 +588,15 @@ def deepspeed_tables() -> dict[str, Table]:
     for key, entry in tables["deepspeed.expert_parallel"].items():
         if "object" in str(entry["default"]):  # a private marker for "not given"
             entry["default"] = None
+        if key == "load_balance_coeff":
+            entry["kinds"] = ["none"]  # this build supports no other
         if entry["default"] == "auto" and key in ("top_k", "routed_scaling_factor"):
             entry["kinds"] = ["str", "int", "float"]
 
     schedules: dict[str, list[str]] = {}
     for name in lr_schedules.VALID_LR_SCHEDULES:
         taken = inspect.signature(getattr(lr_schedules, name).__init__).parameters
-        schedules[name] = [p for p in taken if p not in ("self", "optimizer", "last_batch_iteration")]
+        schedules[name] = [p for p in taken if p not in ("self", "optimizer")]
         tables[f"deepspeed.scheduler.{name}"] = {
             p: {"kinds": ANY, "default": None if taken[p].default is taken[p].empty else plain(taken[p].default)}
             for p in schedules[name]
@@ -406,7 +633,7 @@ def deepspeed_tables() -> dict[str, Table]:
         "torch_autocast": block(
             "deepspeed.torch_autocast",
             enabled=f("bool", False),
-            dtype=f("str", choices=["float16", "bfloat16", "float32", "fp16", "bf16", "fp32", "half"]),
+            dtype=f("str", "bfloat16", choices=["float16", "bfloat16", "float32", "fp16", "bf16", "fp32", "half"]),
             lower_precision_safe_modules=f("list|none", items={"kinds": ["str"]}),
         ),
         "optimizer": block(
@@ -544,23 +771,40 @@ def build() -> dict[str, Any]:
 
     for peft_type, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items():
         table = dataclass_table(cls, tables, "peft")
-        for key, extra in PEFT_EXTRA.items():
-            if key in table:
-                table[key] |= extra
-        if peft_type.value in ("LORA", "ADALORA"):
-            table["r"]["ge"] = 1
+        add_ranges(table)
+        for key, extra in PEFT_OWN.get(peft_type.value, {}).items():
+            table[key] |= extra
+        table["task_type"] |= {"choices": ["CAUSAL_LM"]}  # the models of this kit
+        if peft_type.value in PROMPT_METHODS:
+            table["task_type"]["kinds"] = ["str"]
+            for key in ("num_virtual_tokens", "num_ranks", "num_tasks"):
+                if key in table and peft_type.value != "CPT":
+                    table[key]["kinds"] = ["int"]
+            if peft_type.value != "CPT":
+                table["num_virtual_tokens"] = {"required": True} | table["num_virtual_tokens"]
+                del table["num_virtual_tokens"]["default"]
+            table["num_transformer_submodules"] |= {"le": 1}
         table["peft_type"] |= {"choices": [peft_type.value], "class": f"{cls.__module__}.{cls.__name__}"}
         tables[peft_type.value] = table
 
+    for name, table in tables.items():
+        if name.startswith("peft."):
+            add_ranges(table)
     taken = inspect.signature(BitsAndBytesConfig.__init__).parameters.values()
     names = {p.name: p.default for p in taken if p.name != "self" and p.kind is not p.VAR_KEYWORD}
     if set(names) != set(QUANTIZATION):
         raise SystemExit(f"BitsAndBytesConfig changed: {set(names) ^ set(QUANTIZATION)}")
     tables["BitsAndBytesConfig"] = {k: QUANTIZATION[k] | {"default": plain(d)} for k, d in names.items()}
 
+    tables |= scheduler_tables()
     tables |= deepspeed_tables()
     packages = ("trl", "transformers", "peft", "bitsandbytes", "deepspeed")
-    return {"generated_from": {p: version(p) for p in packages}, "tables": dict(sorted(tables.items()))}
+    return {
+        "generated_from": {p: version(p) for p in packages},
+        "optimizers": optimizer_table(),
+        "router_logits": router_logits_types(),
+        "tables": dict(sorted(tables.items())),
+    }
 
 
 def dump(data: dict[str, Any]) -> str:
@@ -569,8 +813,12 @@ def dump(data: dict[str, Any]) -> str:
     for name, table in data["tables"].items():
         rows = ",\n".join(f"   {json.dumps(k)}: {json.dumps(v)}" for k, v in table.items())
         blocks.append(f"  {json.dumps(name)}: {{\n{rows}\n  }}")
+    optimizers = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in data["optimizers"].items())
     head = json.dumps(data["generated_from"])
-    return f'{{\n "generated_from": {head},\n "tables": {{\n' + ",\n".join(blocks) + "\n }\n}\n"
+    return (
+        f'{{\n "generated_from": {head},\n "router_logits": {json.dumps(data["router_logits"])},\n'
+        f' "optimizers": {{\n{optimizers}\n }},\n "tables": {{\n' + ",\n".join(blocks) + "\n }\n}\n"
+    )
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import make_architectures
 import pytest
 
 from kit import api
+from kit.errors import KitError
 from kit.inspection import architectures
 
 
@@ -42,6 +43,74 @@ def test_gemma_3_with_a_tower_has_no_class_that_loads_its_text_part(tmp_path: Pa
     assert hasattr(AutoModelForCausalLM.from_pretrained(tmp_path).model, "vision_tower")
     _, info = Gemma3ForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert any("self_attn" in name for name in info["missing_keys"])
+
+
+SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+SIZES = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+             vocab_size=64)  # fmt: skip
+EXPERTS: dict[str, dict[str, object]] = {
+    "llama": {}, "mixtral": {"num_local_experts": 2},
+    "qwen3_moe": {"num_experts": 2, "moe_intermediate_size": 16, "head_dim": 8},
+}  # fmt: skip
+# (architecture, PEFT method, its keys, whether what is named is all trained, none of it passed over or refused)
+TRAINED = [
+    ("llama", "LORA", {"target_modules": SEVEN}, True),
+    ("llama", "LORA", {"target_modules": ["gate"]}, False),
+    ("llama", "LORA", {"target_modules": ["q_proj", "gate"]}, False),
+    ("llama", "LORA", {"target_modules": ["input_layernorm"]}, False),
+    ("llama", "LORA", {"target_modules": ["mlp"]}, False),
+    ("llama", "LORA", {"target_modules": ["embed_tokens"]}, True),
+    ("llama", "LORA", {"target_modules": ["q_proj"], "modules_to_save": ["gate"]}, False),
+    ("llama", "LORA", {"target_modules": ["q_proj"], "modules_to_save": ["input_layernorm", "norm"]}, True),
+    ("llama", "LORA", {"target_modules": ["q_proj"], "modules_to_save": ["q_norm"]}, False),
+    ("llama", "LORA", {"target_modules": ["q_proj"], "modules_to_save": ["mlp"]}, True),
+    ("llama", "LN_TUNING", {"target_modules": ["input_layernorm", "norm"]}, True),
+    ("llama", "LN_TUNING", {"target_modules": ["q_norm"]}, False),
+    *((base, "LORA", keys, True) for base in ("mixtral", "qwen3_moe") for keys in (
+        {"target_modules": ["gate"]}, {"target_modules": ["q_proj"], "modules_to_save": ["gate"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["experts"]})),
+    ("mixtral", "LORA", {"target_modules": ["w1", "w2", "w3"]}, True),
+    ("mixtral", "LORA", {"target_modules": SEVEN}, False),
+    ("qwen3_moe", "LORA", {"target_modules": SEVEN}, True),
+    ("qwen3_moe", "LOKR", {"target_modules": ["gate"]}, False),
+    ("qwen3_moe", "LOKR", {"target_modules": ["q_proj"]}, True),
+    ("qwen3_moe", "LN_TUNING", {"target_modules": ["post_attention_layernorm", "q_norm"]}, True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("base, kind, keys, whole", TRAINED, ids=lambda v: str(v)[:50])
+def test_what_is_named_is_what_peft_trains(base, kind, keys, whole, tmp_path: Path, chat: Path):
+    """Refused, or warned of, where PEFT refuses a name or passes over it, and nowhere else."""
+    from peft import get_peft_config, get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(base, **SIZES, **EXPERTS[base])
+    try:
+        model = get_peft_model(
+            AutoModelForCausalLM.from_config(config),
+            get_peft_config({"peft_type": kind, "task_type": "CAUSAL_LM"} | keys),
+        )
+        names = [f".{n}" for n, p in model.named_parameters() if p.requires_grad]
+        experts = architectures.FUSED_EXPERTS.get(base, ())
+        asked = [t for named in keys.values() for t in named]
+        took = all(any(f".{t}." in n or (t in experts and ".experts." in n) for n in names) for t in asked)
+    except (ValueError, TypeError):
+        took = False
+    assert took == whole
+    config.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"pad_token": "<pad>", "eos_token": "</s>", "chat_template": "x"}'
+    )
+    given = [f"peft.{k}=[{','.join(v)}]" for k, v in keys.items()]
+    group = ["peft=lora"] if kind == "LORA" else ["peft=none", f"peft.peft_type={kind}"]
+    stock = [f"model.name_or_path={tmp_path}", "model.random_init=true", f"dataset.path={chat}"]
+    try:
+        plan = api.compose(*stock, *group, *given)
+        found = {w["rule"] for w in plan.warnings} & {"experts-missed"}
+    except KitError as error:
+        found = {p.rule for p in error.problems}
+        assert found <= {"targets-match", "saved-match"}, error
+    assert bool(found) != whole, found
 
 
 def write_config(folder: Path, **config: object) -> str:

@@ -105,7 +105,7 @@ def test_broken(rule: str, key: str, line: str, ask):
     assert any(p.rule == rule and (key in p.where or key in p.problem) for p in problems), [
         (p.rule, p.where, p.problem) for p in problems
     ]
-    assert all(p.fix or p.rule in ("type",) for p in problems), problems
+    assert all(p.fix for p in problems), problems
 
 
 @pytest.mark.parametrize("line", VALID, ids=lambda line: line[:60])

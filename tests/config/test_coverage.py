@@ -14,11 +14,6 @@ from kit.config.rules.table import RULES
 
 ROOT = Path(__file__).parents[2]
 TABLE = yaml.safe_load(Path(__file__).with_name("coverage.yaml").read_text(encoding="utf-8"))
-EXPECTED = {
-    *(f"T{n}" for n in range(1, 95)),
-    *(f"F{n}" for n in range(20, 38)),
-    *(f"S{letter}" for letter in "abcdefghijklmno"),
-}
 
 
 @cache
@@ -28,14 +23,10 @@ def names(file: Path) -> set[str]:
     return {node.name for node in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(node, kinds)}
 
 
-def test_no_row_is_missing_and_none_is_too_many():
-    assert set(TABLE) == EXPECTED
-
-
 @pytest.mark.parametrize("row", TABLE)
 def test_what_a_row_points_to_exists(row: str):
     held = TABLE[row]
-    assert set(held) <= {"title", "rules", "made", "launch"} and held["title"]
+    assert set(held) <= {"rules", "made", "launch"}
     assert held.get("rules") or held.get("made") or held.get("launch"), "nothing keeps it from a run"
     assert set(held.get("rules", [])) <= {rule.id for rule in RULES}
     for place in held.get("made", []):
@@ -45,9 +36,17 @@ def test_what_a_row_points_to_exists(row: str):
     assert "launch" not in held or len(held["launch"].split()) >= 5
 
 
-def test_a_rule_that_names_a_row_stands_in_it():
-    """`source` of a rule and `rules` of a row say the same."""
+# Numbers of lists that no reader can look up. "T4" is a GPU, "T5" a model.
+PRIVATE = re.compile(
+    r"\bT(?!4\b|5\b)\d{1,2}\b|\(T\d+\)|\b(?:[Ff]aults?|[Tt]raps?|(?:security|source) (?:rule|fault)) [A-Z]?\d+"
+)
+
+
+def test_no_private_code_is_in_the_package():
+    """Upstream is cited by project and issue number or by file, which anyone can open."""
+    for file in sorted((ROOT / "kit").rglob("*")):
+        if file.suffix in (".py", ".yaml", ".md"):
+            for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+                assert not PRIVATE.search(line), f"{file.relative_to(ROOT)}:{number}: {line.strip()}"
     for rule in RULES:
-        sources = re.sub(r"source fault (\w)", r"S\1", re.sub(r"(?<!source )fault (\d+)", r"F\1", rule.source))
-        for row in re.findall(r"\b[TF]\d+\b|\bS[a-o]\b", sources):
-            assert rule.id in TABLE[row].get("rules", []), f"{rule.id} says {row}, whose row does not name it"
+        assert rule.source and not re.search(r"\b[A-Z]\d+\b", rule.source), f"{rule.id}: {rule.source}"

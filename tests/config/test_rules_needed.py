@@ -7,6 +7,7 @@ says why a rule has no row here.
 from __future__ import annotations
 
 import contextlib
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -208,6 +209,34 @@ def leaf_classes() -> list[str]:
     return deepspeed_zero(stage=3).leaf_module.classes
 
 
+def evaluated(**values: Any) -> Any:
+    """One evaluation as a run makes it, which looks for the metric."""
+    from datasets import Dataset
+
+    rows = Dataset.from_list([{"input_ids": [1, 5, 6, 2], "labels": [1, 5, 6, 2]}] * 4)
+    built = trainer(eval_rows=rows, eval_strategy="steps", **values)
+    return built._determine_best_metric(built.evaluate(), None)
+
+
+def scheduled(kind: str, **kwargs: Any) -> Any:
+    from transformers import get_scheduler
+
+    return get_scheduler(kind, torch.optim.SGD(nn.Linear(2, 2).parameters(), 1.0), 0, 9, kwargs)
+
+
+def optimizer(name: str, **values: Any) -> Any:
+    built = trainer(optim=name, **values)
+    return built.create_optimizer()
+
+
+def decayed(decay: float, rate: float = 1e-4) -> float:
+    """What AdamW leaves of a weight in a step without a gradient."""
+    weight = nn.Parameter(torch.ones(1))
+    weight.grad = torch.zeros(1)
+    torch.optim.AdamW([weight], lr=rate, weight_decay=decay).step()
+    return weight.item()
+
+
 KW = "gradient_checkpointing_kwargs"
 LIBRARIES: dict[str, tuple[Callable[[], Any], Callable[[Callable[[], Any]], None]]] = {
     "unknown-key": (lambda: deepspeed_clipping(gradient_cliping=0.3), silent(lambda clip: clip == 1.0)),
@@ -233,8 +262,27 @@ LIBRARIES: dict[str, tuple[Callable[[], Any], Callable[[Callable[[], Any]], None
     "attention-precision": (lambda: llama(attn_implementation="flash_attention_2"), raises(ImportError, "Flash")),
     "packing-wrapped": (wrapped_apart, silent(lambda moved: moved > 1e-3)),
     "lm-head-target": (lambda: trainer(peft=lora(target_modules=["lm_head"])), refuses("lm_head")),
+    "target-expression": (lambda: adapted(target_modules="(q_proj"), raises(re.error, "")),
+    "parameters-match": (lambda: trained(adapted(target_parameters=["experts.gate_up"])),
+                         silent(lambda names: names and not any("gate_up" in n for n in names))),
+    "peft-nothing": (lambda: adapted(target_modules=[]), refuses("target_modules")),
+    "peft-sizes": (lambda: peft_of("C3A", target_modules=["q_proj"]), refuses("block size")),
+    "metric-name": (lambda: evaluated(metric_for_best_model="accuracy"), raises(KeyError, "eval_accuracy")),
+    "metric-direction": (lambda: arguments(metric_for_best_model="perplexity").greater_is_better, silent(bool)),
+    "scheduler-kwargs": (lambda: scheduled("cosine_with_min_lr"), refuses("min_lr")),
+    "optimizer-args": (lambda: optimizer("sgd", optim_args="momentun=0.9").defaults["momentum"],
+                       silent(lambda momentum: momentum == 0)),
+    "optimizer-targets": (lambda: optimizer("sgd", optim_target_modules=["nothing"]), silent(bool)),
+    "packages": (lambda: optimizer("adamw_torch_4bit"), raises(ImportError, "torchao")),
+    "step-size": (lambda: decayed(1e4), silent(lambda weight: weight == 0)),
+    "drop-last": (lambda: len(trainer(dataloader_drop_last=True).get_train_dataloader()), silent(lambda n: n == 0)),
+    "offload-cpu": (lambda: trainer(activation_offloading=True), raises(AttributeError, "type")),
+    "router-loss": (lambda: trainer(router_aux_loss_coef=0.01), refuses("router_aux_loss_coef")),
+    "eval-off": (lambda: arguments(eval_strategy="steps", do_eval=False).do_eval, silent(bool)),
     "targets-match": (lambda: trained(adapted(target_modules=["q_proj", "v_prj"])),
                       silent(lambda names: names and not any("v_pr" in n for n in names))),
+    "experts-missed": (lambda: trained(adapted(target_modules=["q_proj", "gate_up"])),
+                       silent(lambda names: names and not any("gate_up" in n for n in names))),
     "patterns-match": (lambda: adapted(rank_pattern={"q_prj": 4}).base_model.model.model.layers[0].self_attn.q_proj.r,
                        silent(lambda r: r["default"] == 8)),
     "saved-match": (lambda: trained(adapted(modules_to_save=["embed_tokes"])),
@@ -269,6 +317,8 @@ LIBRARIES: dict[str, tuple[Callable[[], Any], Callable[[Callable[[], Any]], None
                             silent(lambda args: args.gradient_checkpointing is False)),
     "selective-checkpointing": (lambda: trainer(gradient_checkpointing=False, **{KW: {"selective": True}}),
                                 refuses("selective")),
+    "every-n-layers": (lambda: llama().activation_checkpointing_enable(every_n_layers=0),
+                       raises(ZeroDivisionError, "modulo|zero")),
     "quantized-bits": (lambda: quantized(load_in_4bit=True, load_in_8bit=True), refuses("load_in_4bit")),
     "quantized-defaults": (lambda: quantized(load_in_4bit=True),
                            silent(lambda q: (q.bnb_4bit_quant_type, q.bnb_4bit_compute_dtype)
@@ -281,7 +331,7 @@ ELSEWHERE = {
         missing-key type section owned path script count batch peft-none dataset-files dataset-rows dataset-unreadable
         dataset-columns dataset-format dataset-template dataset-configuration dataset-split held-out bad-rows
         environment-variable remote-code hostfile hostfile-unread node-rank quantized-random quantized-init-kwargs
-        tracker-all tracker-online full-learning-rate eval-never""",
+        tracker-all tracker-online full-learning-rate eval-never requeue-weights resume-weights batch-beyond-data""",
     "of the Hub: shown against a server of its own by tests/test_fetch.py": "hub offline model-folder",
     "shown beside the files by tests/test_cli_check.py": "model-files deepspeed-file",
     "shown beside the installed DeepSpeed by tests/config/test_deepspeed_file.py": "auto doubled literal",
@@ -297,9 +347,12 @@ ELSEWHERE = {
         quantized-gpu-memory quantized-cpu-offload""",
     "about time, memory or ports of a machine": "bf16-slow-cpu port-taken host-memory",
     "about what sbatch reads; the scripts are run by tests/test_slurm.py": "slurm-value slurm-extra slurm-gpus",
-    "about a package that is not there": "loftq-packages",
+    "about a package that is not there": "stored-package optimizer-layout",
+    "shown beside the installed classes by tests/config/test_effect.py": """unprepared no-effect no-steps
+        steps-and-epochs split-batches batch-varies layers-drop-target stored-quantized""",
+    "asks the Hub": "hub-push",
     "needs a quantized base; tried by tests/launch/test_quantized.py and tests/test_merge_quantized.py": """
-        quantized-full quantized-peft quantized-saved-module quantized-lora-bias quantized-int8-main
+        quantized-full quantized-peft quantized-head quantized-saved-module quantized-lora-bias quantized-int8-main
         quantized-stored bitsandbytes""",
     "read in transformers' source; training apart would take a model of that family": "packing-recurrent",
     "says what cannot have an effect": "sampling",

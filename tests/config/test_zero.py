@@ -123,7 +123,8 @@ def test_upstream_fills_the_keys_of_the_table_from_its_sources() -> None:
         keys = {k for k in FILLED_KEYS if value_at(before, k) != value_at(filled, k)}
         assert keys == {k for k, row in FILLED_KEYS.items() if source in row.sources}, source
     sources = {source for row in FILLED_KEYS.values() for source in row.sources}
-    assert sources == {*after, "precision", "trainer.optim"}  # bf16 and fp16 once more; set when the optimizer is made
+    # bf16 and fp16 once more; set when the optimizer is made; the kit's own
+    assert sources == {*after, "precision", "trainer.optim", "model.config.model_type"}
 
 
 def test_upstream_fills_every_constant_of_the_table() -> None:
@@ -167,8 +168,45 @@ def test_deepspeed_reads_the_result(name: str) -> None:
     assert read.zero_config.overlap_comm is (name not in ("zero1", "zero2"))  # DeepSpeed's own default there
 
 
+LAYERS = ["LlamaDecoderLayer"]
+LEAVES = "zero_optimization.leaf_module"
+OTHERWISE: list[tuple[str, str, Any]] = [  # file, key that keeps modules gathered one by one, its value
+    ("zero2", "steps_per_print", 1),
+    ("zero3_nvme", "steps_per_print", 1),
+    ("zero3", "zero_optimization.zero_hpz_partition_size", 2),
+    ("zero3", "zero_optimization.stage3_module_granularity_threshold", 1000),
+    ("zero3", "compile.deepcompile", True),
+]
+
+
+@pytest.mark.parametrize("name", ["zero3", "zero3_offload"])
+def test_decoder_layers_are_leaf_modules(name: str) -> None:
+    """In the JSON that a run gets, as DeepSpeed reads it; what the file says of leaf modules is kept, [] too."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    given = load_deepspeed_file(FILES[name])
+    filled = resolve(given, decoder_layers=LAYERS)
+    assert value_at(filled, LEAVES) == {"classes": LAYERS}
+    assert DeepSpeedConfig(filled).zero_config.leaf_module.classes == LAYERS
+    for own in ({"classes": []}, {"classes": ["Other"]}, {"names": ["model.norm"]}):
+        set_value(given, LEAVES, own)
+        assert value_at(resolve(given, decoder_layers=LAYERS), LEAVES) == own
+
+
+@pytest.mark.parametrize("name, key, value", OTHERWISE)
+def test_decoder_layers_stay_apart_where_that_was_not_tried(name: str, key: str, value: Any) -> None:
+    given = load_deepspeed_file(FILES[name])
+    set_value(given, key, value)
+    assert value_at(resolve(given, decoder_layers=LAYERS), LEAVES) is None
+
+
+def test_compiled_models_keep_their_modules_apart() -> None:
+    given = load_deepspeed_file(FILES["zero3"])
+    assert value_at(resolve(given, {"torch_compile": True}, decoder_layers=LAYERS), LEAVES) is None
+
+
 def test_missing_keys_are_emitted() -> None:
-    """Left out, DeepSpeed would accumulate once and clip at its own default (T6, T7)."""
+    """Left out, DeepSpeed would accumulate once and clip at its own default."""
     got = resolve({"zero_optimization": {"stage": 1}}, {"gradient_accumulation_steps": 4, "max_grad_norm": 0.3})
     assert got == {
         "zero_optimization": {"stage": 1},
@@ -263,7 +301,10 @@ CHECKED = [
     ({"zero_optimization": {"stage": 2, "cpu_offload": True}}, "zero_optimization.cpu_offload", "offload_optimizer"),
     ({"zero_optimization": ZERO3 | {"stage3_gather_fp16_weights_on_model_save": True}},
      "zero_optimization.stage3_gather_fp16_weights_on_model_save", "stage3_gather_16bit_weights_on_model_save"),
-    ({"zero_optimization": ZERO3 | {"prefetch_bucket_size": 1}}, "zero_optimization.prefetch_bucket_size", "stage3_"),
+    ({"zero_optimization": ZERO3 | {"prefetch_bucket_size": "auto"}}, "zero_optimization.prefetch_bucket_size",
+     "name it stage3_prefetch_bucket_size"),
+    ({"zero_optimization": ZERO3 | {"prefetch_bucket_size": 1, "stage3_prefetch_bucket_size": 2}},
+     "zero_optimization.prefetch_bucket_size", "keep one"),
     ({"zero_optimization": ZERO3 | {"mics_shard_size": 2}}, "zero_optimization.mics_shard_size", "hpz"),
     ({"zero_optimization": {"stage": 2, "reduce_bucket_size": 0.9}}, "zero_optimization.reduce_bucket_size", "round"),
     ({"zero_optimization": {"stage": 2, "overlap_comm": "auto"}}, "zero_optimization.overlap_comm", "no library"),

@@ -14,12 +14,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from kit.schema.run_plan import load_plan
+from kit.training.unused_packages import skip_unused_packages
 from kit.worker import prepare_process
 
 
 def main(paths: list[str], callbacks: Sequence[Any] = ()) -> None:
-    first = load_plan(paths[0].partition("@")[0])
-    prepare_process(first, int(os.environ.get("RANK", "0")))
+    plans = [load_plan(path.partition("@")[0]) for path in paths]
+    prepare_process(plans[0], int(os.environ.get("RANK", "0")))
+    skip_unused_packages(*plans)
     import torch.distributed
     from accelerate.state import AcceleratorState, GradientState
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -30,7 +32,12 @@ def main(paths: list[str], callbacks: Sequence[Any] = ()) -> None:
     torch.distributed.destroy_process_group = lambda *a, **k: None
     for path in paths:
         plan, _, checkpoint = path.partition("@")
-        assert training.train(load_plan(plan), resume=checkpoint or None, callbacks=callbacks) == 0
+        counted = [*callbacks]
+        if load_plan(plan).zero_stage == 3:
+            from fetches import FetchCounter
+
+            counted.append(FetchCounter())
+        assert training.train(load_plan(plan), resume=checkpoint or None, callbacks=counted) == 0
         unset_hf_deepspeed_config()
         AcceleratorState._reset_state(reset_partial_state=False)
         GradientState._reset_state()

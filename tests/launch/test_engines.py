@@ -15,12 +15,18 @@ from pathlib import Path
 import pytest
 from conftest import write_rows
 
+from kit.inspection.trainable import abbreviate
+from kit.schema.run_plan import load_plan
+from kit.storage import run_directory
+from kit.storage.checkpoints import WHOLE_OPTIMIZER
 from launch import harness
 
 pytestmark = pytest.mark.launch
 LOSS, NORM, BF16 = 1e-5, 1e-5, 2e-2  # absolute, relative, absolute; measured here: at most 1.5e-6 in float32
-IN_ONE_LAUNCH = ["zero1", "zero3", "zero2_offload"]
-ENGINES = ["zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "ddp"]
+IN_ONE_LAUNCH = ["zero1", "zero3", "zero3_checkpointed", "zero3_modules", "zero2_offload"]
+ENGINES = [*IN_ONE_LAUNCH, "zero2", "zero3_offload", "ddp"]
+REHEARSED = ["zero2", "zero3", "zero2_offload", "full"]
+LEAVES = "deepspeed.zero_optimization.leaf_module.classes"
 
 
 @pytest.fixture(scope="session")
@@ -70,14 +76,20 @@ def ddp(work, base, chat) -> Path:
 
 @pytest.fixture(scope="session")
 def sequence(work, base, chat) -> Path:
-    """zero1, zero3, zero2_offload, zero2 in bf16 and full fine-tuning under zero3, in one launch; their folder."""
+    """Engines, ZeRO-3 with and without leaf modules, zero2 in bf16, full fine-tuning under zero3, in one launch.
+
+    And some of them with a rehearsal before the first step.
+    """
     folder = work / "sequence"
     plans = []
     cases = {
-        **{name: [f"deepspeed={name}"] for name in IN_ONE_LAUNCH},
+        **{name: [f"deepspeed={name}"] for name in ("zero1", "zero3", "zero2_offload")},
+        "zero3_checkpointed": ["deepspeed=zero3", "trainer.gradient_checkpointing=true"],
+        "zero3_modules": ["deepspeed=zero3", f"{LEAVES}=[]"],
         "bf16": ["deepspeed=zero2", "trainer.bf16=true"],
         "full": ["deepspeed=zero3", "peft=none", "trainer.learning_rate=1.0e-3"],
     }
+    cases |= {f"{name}_rehearsed": [*cases.get(name, ["deepspeed=zero2"]), "rehearsal=true"] for name in REHEARSED}
     for name, more in cases.items():
         args = [*more, "launch=deepspeed", "launch.num_gpus=2"]
         made = harness.kit("compose", *harness.overrides(base, chat, folder / name, *args), cwd=work)
@@ -87,6 +99,7 @@ def sequence(work, base, chat) -> Path:
     argv = ["deepspeed", "--num_gpus", "2", "--no_local_rank", "--master_port", port(), script, *plans]
     done = harness.finish(harness.start(argv, work, DS_ACCELERATOR="cpu"), 400)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.stdout.count("the longest batch: ") == len(REHEARSED)
     return folder
 
 
@@ -151,6 +164,30 @@ def test_equals_one_process(engine, run_of, alone):
     assert best[0] == best[1]
 
 
+@pytest.mark.parametrize("engine", ["alone", *ENGINES, "full", "bf16"])
+def test_what_check_tells_is_what_happens(engine, run_of, request, alone):
+    """Batch, steps and trained numbers: those of the plan, of the banner, and of what was trained and saved."""
+    if engine in ("full", "bf16"):
+        run = harness.the_run(request.getfixturevalue("sequence") / engine)
+    else:
+        run = alone if engine == "alone" else run_of(engine)
+    plan = load_plan(run)
+    shared = engine in (*IN_ONE_LAUNCH, "full", "bf16")  # one start for several runs: none has a log of its own
+    banner = None if shared else (run / "logs" / "rank0.log").read_text()
+    steps, trains = (next(n for n in plan.notes if word in n) for word in (" rows of an epoch", "trains "))
+    assert banner is None or f"steps     {steps}" in banner
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["step"] == int(steps.split()[0]) == 20
+    assert json.loads((run / "data.json").read_text())["splits"]["train"]["rows"] == int(steps.split()[5])
+    saved = run / ("model" if engine == "full" else "adapter") / "manifest.json"
+    trained = json.loads(saved.read_text())["parameters"]
+    assert banner is None or f"{trained:,} trained" in banner
+    assert abbreviate(trained) in trains
+    seen = round(metrics["train_samples_per_second"] * metrics["train_runtime"] / metrics["step"])
+    assert banner is None or f"batch     {seen} rows per step" in banner
+    assert seen == plan.global_batch_size
+
+
 @pytest.mark.parametrize("fault", ["swapped", "accumulation", "clipping"])
 def test_a_planted_fault_exceeds_the_tolerance(fault, faults, alone):
     run = harness.the_run(faults / fault)
@@ -206,6 +243,58 @@ def test_merged_logits_equal_base_plus_adapter(engine, run_of):
     assert report["verification"]["logits"]["max_difference"] < 1e-4, report["verification"]
 
 
+@pytest.mark.parametrize("name", REHEARSED)
+def test_a_rehearsal_leaves_no_trace(name, run_of, sequence):
+    """Losses, norms, weights and optimizer states are those of the run without it, bit for bit."""
+    from safetensors.torch import load_file
+
+    without = harness.the_run(sequence / name) if name == "full" else run_of(name)
+    rehearsed = harness.the_run(sequence / f"{name}_rehearsed")
+    for key in ("loss", "grad_norm", "eval_loss", "num_tokens", "mean_token_accuracy"):
+        assert harness.rows(rehearsed, key) == harness.rows(without, key), key
+    saved = "model/model.safetensors" if name == "full" else "adapter/adapter_model.safetensors"
+    assert (rehearsed / saved).read_bytes() == (without / saved).read_bytes()
+    files = [sorted(str(p.relative_to(run)) for p in run.glob("checkpoints/**/*")) for run in (without, rehearsed)]
+    assert files[0] == files[1]
+    states = [file for file in files[0] if file.endswith(WHOLE_OPTIMIZER)]
+    assert len(states) == (0 if name == "full" else 2)
+    for file in states:  # by value: safetensors writes its metadata in any order
+        one, other = (load_file(run / file) for run in (rehearsed, without))
+        assert one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one), file
+
+
+def test_a_rank_out_of_memory_in_the_trial_step(work, base, chat, alone):
+    """All ranks end before the first step and start anew with fewer rows; the steps are those of the other engines."""
+    runs, script = work / "memory", f"launch.script={harness.ROOT / 'tests/launch/out_of_memory.py'}"
+    two = ("deepspeed=zero2", "launch=deepspeed", "launch.num_gpus=2", "rehearsal=true", script, "trainer.max_steps=3",
+           "trainer.per_device_train_batch_size=auto", "trainer.eval_strategy=no",
+           "trainer.load_best_model_at_end=false")  # fmt: skip
+    made = harness.kit("compose", *harness.overrides(base, chat, runs, *two), cwd=work)
+    plan = load_plan(json.loads(made.stdout)["plan"])
+    first = plan.memory.options[0]
+    assert (first.per_device_train_batch_size, first.gradient_accumulation_steps) == (4, 1), plan.memory
+    # Beside its weights a tiny model's rows are nothing, so that no option would need less.
+    second = first.model_copy(update={"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4})
+    run_directory.write_plan(
+        plan.model_copy(update={"memory": plan.memory.model_copy(update={"options": [first, second]})})
+    )
+    launch = (
+        "import sys; from kit.launchers.supervise import launch; from kit.schema.run_plan import load_plan; "
+        "sys.exit(launch(load_plan(sys.argv[1])))"
+    )
+    done = harness.finish(harness.start([sys.executable, "-c", launch, str(plan.run_path)], work), 300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    said = done.stdout + done.stderr
+    assert "out of memory in the trial step; next: activation checkpointing off, 1 row x 4 accumulation steps" in said
+    assert said.count("the longest batch: ") == 1  # the first start did not come so far
+    harness.assert_nothing_left(plan.run_path)
+    kept = load_plan(plan.run_path)
+    assert kept.memory.chosen == 1 and kept.hash == plan.hash
+    assert kept.deepspeed["gradient_accumulation_steps"] == kept.trainer["gradient_accumulation_steps"] == 4
+    losses, begun = harness.rows(plan.run_path), harness.rows(alone)
+    assert len(losses) == 3 and abs(losses[1] - begun[1]) <= LOSS and harness.status(plan.run_path)["state"] == "done"
+
+
 def test_full_fine_tuning_under_zero3(sequence, faults, base, alone):
     """The saved model loads, equals one process, and its config differs from the base's in nothing."""
     import torch
@@ -219,6 +308,39 @@ def test_full_fine_tuning_under_zero3(sequence, faults, base, alone):
     before, after = (json.loads((f / "config.json").read_text()) for f in (base, two / "model"))
     assert {k: v for k, v in after.items() if before.get(k) != v} == {}
     assert before.keys() - after.keys() == set()
+
+
+def test_zero3_gathers_whole_decoder_layers(sequence):
+    """Filled in ds_config.json; DeepSpeed's hooks then run once a layer and direction, recomputed or not.
+
+    The base has 2 layers; embedding, norm, head and the models around them are modules of their own, and a step is
+    two micro-batches. The losses are compared above: a first layer whose zeros are reduced would show there.
+    """
+    filled = json.loads((harness.the_run(sequence / "zero3") / "ds_config.json").read_text())
+    assert filled["zero_optimization"]["leaf_module"] == {"classes": ["LlamaDecoderLayer"]}
+    hooks = {name: json.loads((harness.the_run(sequence / name) / "fetches.json").read_text())
+             for name in ("zero3", "zero3_checkpointed", "zero3_modules", "full")}  # fmt: skip
+    assert hooks["zero3"] == hooks["zero3_checkpointed"]
+    assert hooks["zero3"]["fetches"] < hooks["zero3_modules"]["fetches"] / 8
+    assert hooks["zero3"]["gathers"] < hooks["zero3_modules"]["gathers"]
+    assert hooks["zero3"]["parameters"] == hooks["zero3_modules"]["parameters"]
+    assert hooks["full"]["fetches"] < hooks["zero3_modules"]["fetches"] / 8
+
+
+def test_leaf_modules_that_the_model_lacks_are_refused(sequence, base):
+    """Where DeepSpeed says a line in its log, and gathers each module by itself."""
+    from transformers import AutoModelForCausalLM
+
+    from kit.errors import KitError
+    from kit.models.load import prepare_leaf_modules
+
+    plan = load_plan(harness.the_run(sequence / "full"))
+    model = AutoModelForCausalLM.from_pretrained(base)
+    prepare_leaf_modules(model, plan)
+    plan.deepspeed["zero_optimization"]["leaf_module"]["classes"] = ["MistralDecoderLayer"]
+    with pytest.raises(KitError, match="MistralDecoderLayer") as refused:
+        prepare_leaf_modules(model, plan)
+    assert "[LlamaDecoderLayer]" in refused.value.problems[0].fix
 
 
 def test_stopped_by_a_signal_on_one_rank_and_resumed(work, base, chat, zero2):

@@ -22,7 +22,7 @@ NEW = ["<|im_start|>", "<|im_end|>"]
 SHORT = ("trainer.max_steps=4", "trainer.load_best_model_at_end=false", "trainer.eval_strategy=no",
          "trainer.save_strategy=no", "trainer.learning_rate=1.0e-2")  # fmt: skip
 # Nothing moves, so what is saved is what the run began with; the evaluation before the first step tells its loss.
-STILL = ("trainer.max_steps=1", "trainer.learning_rate=0", "trainer.eval_on_start=true", *SHORT[1:2], *SHORT[3:4],
+STILL = ("trainer.max_steps=1", "trainer.learning_rate=1e-30", "trainer.eval_on_start=true", *SHORT[1:2], *SHORT[3:4],
          "trainer.eval_strategy=steps")  # fmt: skip
 TOKENS = ("tokenizer=chatml", *SHORT)
 TWO = ("launch=deepspeed", "launch.num_gpus=2")
@@ -122,7 +122,12 @@ def together(work, base, chat, full, source) -> Path:
         for name, model in full.items():
             cases[f"{name}-{engine}"] = (f"deepspeed={engine}", f"model.name_or_path={model}", *TOKENS)
     for name, model in full.items():
-        cases[f"{name}-start"] = ("deepspeed=zero2", f"model.name_or_path={model}", *TOKENS, "trainer.learning_rate=0")
+        cases[f"{name}-start"] = (
+            "deepspeed=zero2",
+            f"model.name_or_path={model}",
+            *TOKENS,
+            "trainer.learning_rate=1e-30",
+        )
     plans = compose(folder, base, chat, {n: (*TWO, *c) for n, c in cases.items()})
     sequence(work, plans, "deepspeed", "--num_gpus", "2", "--no_local_rank", "--master_port", str(free_port()))
     return folder

@@ -66,7 +66,7 @@ def test_rows_of_steps(changes, base, tmp_path):
 
 def test_the_note_and_the_refusal(base, tmp_path):
     (tmp_path / "logs").mkdir()
-    trainer = trainer_of(base, tmp_path / "checkpoints", learning_rate=1e20, max_grad_norm=0.0, logging_steps=2)
+    trainer = trainer_of(base, tmp_path / "checkpoints", learning_rate=1e38, max_grad_norm=0.0, logging_steps=2)
     with pytest.raises(KitError, match="is (nan|inf) at step 2"):
         trainer.train()
     note = json.loads((tmp_path / "logs" / bad_batches.NONFINITE_FILE).read_text())
@@ -77,6 +77,6 @@ def test_the_note_and_the_refusal(base, tmp_path):
 
 def test_a_note_that_cannot_be_written_does_not_hide_the_stop(base, tmp_path, monkeypatch):
     monkeypatch.setattr(bad_batches, "write_rows_before_nonfinite_loss", lambda trainer: 1 / 0)
-    trainer = trainer_of(base, tmp_path / "checkpoints", learning_rate=1e20, max_grad_norm=0.0)
+    trainer = trainer_of(base, tmp_path / "checkpoints", learning_rate=1e38, max_grad_norm=0.0)
     with pytest.raises(KitError, match="training stopped"):
         trainer.train()

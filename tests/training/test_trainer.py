@@ -243,6 +243,27 @@ def test_resume_is_bit_equal(peft, base, tmp_path):
         assert sha(tmp_path / "a" / "checkpoint-14" / name) == sha(tmp_path / "b" / "checkpoint-14" / name)
 
 
+@pytest.mark.parametrize("save_at", [3, 5, 7, 11])
+def test_a_stream_resumes_in_every_pass(save_at, base, tmp_path):
+    """10 rows by twos: 5 steps a pass. Within the first, at its end, within the second, and within the third."""
+    rows = tiny.dataset(tiny.text_rows(10)).to_iterable_dataset(num_shards=2)
+    args = {"save_strategy": "steps", "save_steps": save_at, "max_steps": 13, "per_device_train_batch_size": 2}
+    whole = build(ModifiedTrainer, tmp_path / "a", str(base), rows.shuffle(seed=3, buffer_size=4), args=args)
+    whole.train()
+    shutil.copytree(tmp_path / "a" / f"checkpoint-{save_at}", tmp_path / "b" / f"checkpoint-{save_at}")
+    again = build(ModifiedTrainer, tmp_path / "b", str(base), rows.shuffle(seed=3, buffer_size=4), args=args)
+    again.train(resume_from_checkpoint=True)
+    seen = [[(h["loss"], h["grad_norm"]) for h in run.state.log_history if "loss" in h] for run in (whole, again)]
+    assert seen[0] == seen[1] and len(seen[0]) == 13
+    assert_same(weights(whole), weights(again))
+    position = again.stream_position
+    assert (position.passes, position.steps) == (2, 3)
+    other = build(SFTTrainer, tmp_path / "c", str(base), rows, args={**args, "max_steps": 2, "save_steps": 2})
+    other.train()
+    with pytest.raises(KitError, match="does not say where in its stream"):
+        build(ModifiedTrainer, tmp_path / "c", str(base), rows, args=args).train(resume_from_checkpoint=True)
+
+
 def test_resume_over_a_quantized_base_is_bit_equal(base, tmp_path):
     """TRL trains such an adapter in bfloat16; upstream loads it as float32 and goes on with other numbers."""
     from transformers import BitsAndBytesConfig
@@ -649,6 +670,7 @@ FOLLOWED = {
     "Trainer._finalize_training": (Trainer._finalize_training, "_finalize_training: best model, deletion at limit 1"),
     "SFTTrainer._prepare_dataset": (SFTTrainer._prepare_dataset, "kit/data: encode.py, prepare.pack: what it does"),
     "Trainer._run_epoch": (Trainer._run_epoch, "_run_epoch, StopOnSignalCallback: when the loop looks at control"),
+    "Trainer._init_training_state": (Trainer._init_training_state, "_init_training_state: where it resumes"),
     "Trainer._maybe_log_save_evaluate": (
         Trainer._maybe_log_save_evaluate,
         "log, on_step_end: order of log and save; _maybe_log_save_evaluate: when all ranks gather the loss",
@@ -656,6 +678,8 @@ FOLLOWED = {
     "Trainer.get_batch_samples": (Trainer.get_batch_samples, "get_batch_samples: it reads rows by the iterator alone"),
     "Trainer._load_best_model": (Trainer._load_best_model, "what a checkpoint must hold to be loaded as the best"),
     "Trainer._load_from_checkpoint": (Trainer._load_from_checkpoint, "what a checkpoint must hold to be resumed"),
+    "Trainer._prepare_for_training": (Trainer._prepare_for_training, "_prepare_for_training, _load_rng_state"),
+    "Trainer._load_rng_state": (Trainer._load_rng_state, "_load_rng_state"),
     "PeftModel.save_pretrained": (PeftModel.save_pretrained, "_write_adapter"),
     "get_peft_model_state_dict": (get_peft_model_state_dict, "trainable_state_dict, embeddings_changed"),
 }
