@@ -9,7 +9,7 @@ from typing import Any
 from kit.ejecting.data import data_lines, held_out_lines
 from kit.ejecting.text import WIDTH, assignment_lines, call_lines, keyword_arguments, literal
 from kit.errors import KitError
-from kit.inspection.attention import ATTENTION, EAGER
+from kit.inspection.attention import ATTENTION, FLEX
 from kit.schema import fields, trackers
 from kit.schema.dotted import value_at
 from kit.schema.run_plan import RunPlan
@@ -156,7 +156,7 @@ def tokenizer_lines(plan: RunPlan) -> list[str]:
 def model_lines(plan: RunPlan, packed: bool) -> list[str]:
     m, quantization = plan.model, plan.quantization
     common = {"revision": m.revision, "trust_remote_code": m.trust_remote_code or None}
-    attention = None if m.attn_implementation in (ATTENTION, EAGER, "auto") else m.attn_implementation  # the kit's own
+    attention = None if m.attn_implementation in (ATTENTION, FLEX, "auto") else m.attn_implementation  # the kit's own
     kwargs = {**(plan.trainer.get("model_init_kwargs") or {}), "attn_implementation": attention}
     given = [f"dtype=torch.{m.dtype}", *assignment_lines(kwargs)]
     lines = []

@@ -30,7 +30,7 @@ RESOLUTIONS = {
     "launch.launcher": "auto: a plain process for one, the deepspeed command with a DeepSpeed config, else torchrun",
     "launch.num_gpus": "auto: one process per GPU that is there, one on a CPU",
     "model.dtype": "auto: the precision; float32 for full fine-tuning in float16 without DeepSpeed",
-    "model.attn_implementation": "auto: sdpa_varlen, or eager_varlen for packed rows, where the architecture takes it",
+    "model.attn_implementation": "auto: sdpa_varlen, or flex_varlen for packed rows, where the architecture takes it",
     "dataset.format": "auto: what the columns or the template of the data make",
     "quantization.bnb_4bit_compute_dtype": "auto: the precision",
     "quantization.bnb_4bit_quant_storage": "auto: the precision under ZeRO-3 and FSDP, else uint8",

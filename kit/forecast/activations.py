@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from kit.inspection.architectures import architecture_table
-from kit.inspection.attention import EAGER
+from kit.inspection.attention import FLEX
 
 TABLE = Path(__file__).with_name("activations.json")
 
@@ -158,7 +158,7 @@ def find_group(text: dict[str, Any]) -> tuple[dict[str, Any], bool]:
                 text.get(k) in (None, v) or (text[k] in ONE_INPUT and v in ONE_INPUT) for k, v in switches
             )
     values, typical = {**sizes(text), "r": 16}, "lora float32 autocast all"
-    eager = kind in architecture_table()["attention"][EAGER]  # it keeps the scores of all tokens
+    eager = kind in architecture_table()["attention"][FLEX]  # it keeps the scores of all tokens
     alike = [g for g in groups if (g["rows"][typical][1] != "0") == eager]
     if not eager:
         alike = [g for g in alike if ("k_h" in g["rows"][typical][0]) == bool(values["k"])]

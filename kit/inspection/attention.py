@@ -8,14 +8,14 @@ from kit.inspection.architectures import architecture_table
 
 # Of kit/models/attention.py. With "sdpa" in its name transformers asks whether a model supports sdpa.
 ATTENTION = "sdpa_varlen"
-EAGER = "eager_varlen"  # for models that sdpa cannot compute, and packed documents
+FLEX = "flex_varlen"  # for models that sdpa cannot compute: capped logits, sinks
 ATTENTIONS = (
-    "eager", "sdpa", ATTENTION, EAGER, "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4",
+    "eager", "sdpa", ATTENTION, FLEX, "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4",
 )  # fmt: skip
 
 
 def choose_attention(text: dict[str, Any], trainer: dict[str, Any], deepspeed: dict[str, Any] | None) -> str | None:
-    """Return ATTENTION, or EAGER for packed rows, where the model can be trained with it; None: transformers' choice.
+    """Return ATTENTION, or FLEX where sdpa cannot compute the model; None: transformers' choice.
 
     text: the config of the language model. Code of a base's own, torch.compile of the whole model and rows that are
     spread over processes keep what they were written for, and model_init_kwargs what they say.
@@ -27,6 +27,4 @@ def choose_attention(text: dict[str, Any], trainer: dict[str, Any], deepspeed: d
     if trainer.get("parallelism_config") or (deepspeed or {}).get("sequence_parallel_size", 1) not in (1, "auto"):
         return None
     kinds, kind = architecture_table()["attention"], str(text.get("model_type"))
-    if kind in kinds[EAGER] and (trainer.get("packing") or trainer.get("padding_free")):
-        return EAGER
-    return ATTENTION if kind in kinds[ATTENTION] else None
+    return next((name for name in (ATTENTION, FLEX) if kind in kinds[name]), None)

@@ -1,14 +1,16 @@
 """Attention for training: full rows, packed documents and sliding windows, each by the fastest exact kernel there is.
 
-transformers calls it by the names ATTENTION and EAGER, once `register()` has been called. A batch whose documents are
+transformers calls it by the names ATTENTION and FLEX, once `register()` has been called. A batch whose documents are
 packed into one row needs no mask of the row's length squared: the collator's `cu_seq_lens_q` say where each begins.
-EAGER is for models that sdpa cannot compute (capped logits, sinks): their own eager attention, document by document.
+FLEX is for models that sdpa cannot compute (capped logits, sinks): torch's FlexAttention on GPUs, elsewhere their own
+eager attention, document by document.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import inspect
 import sys
 from collections.abc import Callable
@@ -16,11 +18,12 @@ from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
+from transformers.masking_utils import causal_mask_function, eager_mask, flex_attention_mask, sdpa_mask
 
-from kit.inspection.attention import ATTENTION, EAGER
+from kit.inspection.attention import ATTENTION, FLEX
 
 # For full rows cuDNN is 1.8x as fast as flash attention on Hopper; torch passes on to the next what one refuses.
 CUDNN_FIRST = [
@@ -30,16 +33,17 @@ CUDNN_FIRST = [
     SDPBackend.MATH,
 ]
 HOPPER, AMPERE = (9, 0), (8, 0)
+WITHOUT_FLEX = ("hy_v4", "mimo_v2_flash")  # of FLEX's: transformers has `_supports_flex_attn = False` for them
 VARLEN_HEAD_SIZE = 256  # flash attention's largest
 FLASH_INT32 = 2**31  # flash attention counts elements in 32 bits: (tokens + 128 documents) x heads x head size
 
 
 def register() -> None:
-    """Make ATTENTION and EAGER known to transformers, as attention and as mask."""
+    """Make ATTENTION and FLEX known to transformers, as attention and as mask."""
     AttentionInterface.register(ATTENTION, attention_forward)
     AttentionMaskInterface.register(ATTENTION, make_mask)
-    AttentionInterface.register(EAGER, eager_forward)
-    AttentionMaskInterface.register(EAGER, functools.partial(make_mask, dense_mask=eager_mask))
+    AttentionInterface.register(FLEX, flex_forward)
+    AttentionMaskInterface.register(FLEX, make_flex_mask)
 
 
 def make_mask(
@@ -57,7 +61,7 @@ def make_mask(
     dense_mask: Callable[..., Any] = sdpa_mask,
     **settings: Any,
 ) -> torch.Tensor | None:
-    """Return the mask of a layer as `attention_forward` and `eager_forward` read it.
+    """Return the mask of a layer as `attention_forward` and `flex_forward` read it.
 
     None: causal rows without padding; a sliding window comes with the layer. An int32 tensor [B, 1, 1, T]: packed
     documents, numbered from 0 in each row. Else what `dense_mask` of transformers makes, [B, 1, T, S].
@@ -83,6 +87,27 @@ def make_mask(
         use_vmap=use_vmap,
         device=device,
         **settings,
+    )
+
+
+def make_flex_mask(*words: Any, device: Any = "cpu", config: Any = None, **settings: Any) -> Any:
+    """Return FlexAttention's BlockMask of padding, windows and packed documents; `make_mask`'s where it is not used.
+
+    FlexAttention is compiled by Triton, has no dropout, and is not written for every head size.
+    """
+    if takes_flex(torch.device(device), config):
+        return flex_attention_mask(*words, device=device, **settings)
+    return make_mask(*words, device=device, config=config, dense_mask=eager_mask, **settings)
+
+
+def takes_flex(device: torch.device, config: Any) -> bool:
+    """Whether torch's FlexAttention computes a model on this device."""
+    return (
+        device.type == "cuda"
+        and capability(device) >= AMPERE
+        and getattr(config, "attention_dropout", 0.0) in (None, 0.0)
+        and getattr(config, "model_type", None) not in WITHOUT_FLEX
+        and importlib.util.find_spec("triton") is not None
     )
 
 
@@ -137,14 +162,16 @@ def attention_forward(
     ends, longest = documents
     q, k, v = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))
     window = sliding_window if sliding_window is not None and sliding_window < longest else None
-    if takes_varlen(query, value, ends, dropout):
+    if takes_varlen(query, value, ends) and dropout == 0.0:
         output = varlen_documents(q, k, v, ends, longest, scaling, window)
+    elif takes_varlen(query, value, ends) and window is None:
+        output = jagged_documents(q, k, v, ends, longest, scaling, dropout)
     else:
         output = loop_over_documents(q, k, v, ends, scaling, window, dropout)
     return output.unflatten(0, (query.shape[0], tokens)), None
 
 
-def eager_forward(
+def flex_forward(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -157,7 +184,13 @@ def eager_forward(
     max_length_q: int | None = None,
     **settings: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attend by the eager attention of the model's own module, within each document. Shapes: `attention_forward`."""
+    """Attend by FlexAttention where the mask is its own, else by the model's own eager attention within each document.
+
+    Shapes: `attention_forward`.
+    """
+    if isinstance(attention_mask, BlockMask):
+        named = {name: settings.get(name) for name in ("scaling", "softcap", "s_aux")}
+        return attend_by_blocks(query, key, value, attention_mask, **named).transpose(1, 2).contiguous(), None
     own = sys.modules[type(module).__module__].eager_attention_forward
     documents = find_documents(module, query, key, attention_mask, is_causal, cu_seq_lens_q, max_length_q)
     if documents is None:
@@ -173,6 +206,51 @@ def eager_forward(
         bias = causal_bias(q, sliding_window)
         outputs.append(own(module, q, k, v, bias, sliding_window=sliding_window, **settings)[0])
     return torch.cat(outputs, dim=1)[0].unflatten(0, (rows, tokens)), None
+
+
+def attend_by_blocks(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: BlockMask,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attend by FlexAttention: q [B, H, T, D], k and v [B, G, T, D] to [B, H, T, D]. s_aux: a sink for each head, [H].
+
+    A sink takes its share of each softmax and adds nothing, so that an output shrinks by sigmoid(lse - sink). This is
+    done in float32: transformers rounds lse to the values' dtype first, 3 % of a weight at lse 8 in bfloat16.
+    """
+    output, aux = compile_flex()(
+        query,
+        key,
+        value,
+        score_mod=None if softcap is None else cap_scores(softcap),
+        block_mask=mask,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+        return_aux=AuxRequest(lse=True),
+    )
+    if s_aux is not None:
+        share = torch.sigmoid(aux.lse - s_aux.float()[:, None])
+        output = output * share[..., None].to(output.dtype)
+    return output
+
+
+@functools.cache
+def compile_flex() -> Callable[..., Any]:
+    return torch.compile(flex_attention)
+
+
+@functools.cache
+def cap_scores(softcap: float) -> Callable[..., torch.Tensor]:
+    """FlexAttention's change of scores by a softcap; the same function each time, so that nothing is compiled anew."""
+
+    def score_mod(score: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    return score_mod
 
 
 def causal_bias(query: torch.Tensor, window: int | None) -> torch.Tensor:
@@ -236,16 +314,17 @@ def boundaries(query: torch.Tensor, documents: torch.Tensor | None) -> tuple[tor
     return ends, int(ends.diff().max())
 
 
-def describe_attention(name: str, device: torch.device, dtype: torch.dtype) -> str:
+def describe_attention(name: str, device: torch.device, dtype: torch.dtype, config: Any = None) -> str:
     """Say which kernels compute what, for a run's first lines."""
-    if name == EAGER:
-        return f"{name}: the model's own eager attention, packed documents one after another"
+    if name == FLEX:
+        flex, eager = "torch's FlexAttention", "the model's own eager attention, packed documents one after another"
+        return f"{name}: {flex if takes_flex(device, config) else eager}"
     if name != ATTENTION:
         return name
     query = torch.empty(1, 1, 1, 8, dtype=dtype, device=device)
     rows = "cuDNN, else flash attention" if prefers_cudnn(query) else "torch's choice"
     ends = torch.zeros(2, dtype=torch.int32)
-    documents = "varlen_attn" if takes_varlen(query, query, ends, 0.0) else "sdpa, one after another"
+    documents = "varlen_attn" if takes_varlen(query, query, ends) else "sdpa, one after another"
     return f"{name}: full rows by {rows}, packed documents by {documents}"
 
 
@@ -259,8 +338,8 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def takes_varlen(query: torch.Tensor, value: torch.Tensor, cu_seq_lens: torch.Tensor, dropout: float) -> bool:
-    """Whether torch's `varlen_attn` (flash attention) computes these documents: it has no dropout."""
+def takes_varlen(query: torch.Tensor, value: torch.Tensor, cu_seq_lens: torch.Tensor) -> bool:
+    """Whether flash attention computes these documents: torch's `varlen_attn`, or jagged tensors with dropout."""
     heads, size = query.shape[1], query.shape[3]
     elements = (query.shape[0] * query.shape[2] + 128 * cu_seq_lens.numel()) * heads * size
     return (
@@ -269,7 +348,6 @@ def takes_varlen(query: torch.Tensor, value: torch.Tensor, cu_seq_lens: torch.Te
         and capability(query.device) >= AMPERE
         and size == value.shape[3] <= VARLEN_HEAD_SIZE
         and size % 8 == 0
-        and dropout == 0.0
         and elements < FLASH_INT32
         and varlen_arguments() is not None
     )
@@ -318,6 +396,29 @@ def varlen_documents(
     return output
 
 
+def jagged_documents(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_lens: torch.Tensor,
+    longest: int,
+    scaling: float | None,
+    dropout: float,
+) -> torch.Tensor:
+    """As `varlen_documents`, with dropout, which `varlen_attn` lacks: sdpa of jagged tensors takes the same kernel."""
+    groups = query.shape[1] // key.shape[1]
+    k, v = (states.repeat_interleave(groups, dim=1) if groups > 1 else states for states in (key, value))
+    offsets = cu_seq_lens.long()
+    jagged = [
+        torch.nested.nested_tensor_from_jagged(states, offsets, min_seqlen=1, max_seqlen=longest).transpose(1, 2)
+        for states in (query, k, v)
+    ]
+    output = torch.nn.functional.scaled_dot_product_attention(
+        *jagged, dropout_p=dropout, is_causal=True, scale=scaling
+    )
+    return output.transpose(1, 2).values()
+
+
 def loop_over_documents(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -327,7 +428,7 @@ def loop_over_documents(
     window: int | None,
     dropout: float,
 ) -> torch.Tensor:
-    """As `varlen_documents`, one document after another: for CPUs, float32, dropout and GPUs before Ampere."""
+    """As `varlen_documents`, one after another: for CPUs, float32, GPUs before Ampere, and windows with dropout."""
     groups = query.shape[1] // key.shape[1]
     lengths = cu_seq_lens.diff().tolist()
     outputs = []

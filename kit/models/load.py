@@ -10,7 +10,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging
 
 from kit.errors import KitError, first_line
-from kit.inspection.attention import ATTENTION, EAGER
+from kit.inspection.attention import ATTENTION, FLEX
 from kit.inspection.tokenizer import find_chat_template
 from kit.models import attention
 from kit.models.open import embedding_row_count, open_base
@@ -100,7 +100,7 @@ def base_load_arguments(plan: RunPlan) -> dict[str, Any]:
     kwargs = {**(plan.trainer.get("model_init_kwargs") or {}), "dtype": getattr(torch, plan.model.dtype)}
     if plan.model.attn_implementation not in (None, "auto"):
         kwargs["attn_implementation"] = plan.model.attn_implementation
-    if kwargs.get("attn_implementation") in (ATTENTION, EAGER):
+    if kwargs.get("attn_implementation") in (ATTENTION, FLEX):
         attention.register()
     return kwargs
 

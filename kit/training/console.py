@@ -134,7 +134,7 @@ def print_banner(plan: RunPlan, trainer: Any, data: Any, seconds: float) -> None
         f"machine   {plan.world_size} x {device}, {plan.precision}, {engine}",
         f"model     {plan.model.name_or_path}: {total:,} parameters, {trained:,} trained "
         f"({100 * trained / total:.2f} %)",
-        f"attention {describe_attention(attention, trainer.args.device, computed_in)}",
+        f"attention {describe_attention(attention, trainer.args.device, computed_in, config)}",
         f"kernels   {describe_kernels(trainer.args, config, plan.precision)}",
         f"data      {count_rows(data.train)} rows, {held_out}",
         *(f"          {note}" for note in [*data.notes, *(n for n in plan.notes if n.startswith("packing: "))]),

@@ -70,9 +70,11 @@ def make_base(folder: Path, shape: str, device: str, steps: int = 0) -> None:
     words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(1000))]
     raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=raw, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    ).save_pretrained(folder)
+    )
+    tokenizer.save_pretrained(folder)
+    tokenizer.save_pretrained(folder / "tokenizer")  # AutoTokenizer makes another one of it beside Qwen2's config.json
     config = AutoConfig.for_model(**shape_fields(shape), pad_token_id=0, bos_token_id=1, eos_token_id=2)
     torch.manual_seed(0)
     with torch.device(device):

@@ -1,4 +1,4 @@
-"""Attention alone, forward and backward: sdpa_varlen beside transformers' sdpa, and both against float32.
+"""Attention alone, forward and backward: the kit's beside transformers' sdpa or eager, and both against float32.
 
     python tests/benchmarks/attention.py --out results.json            (one GPU, under a minute)
     python tests/benchmarks/attention.py --out /tmp/x.json --tiny      (rehearsal, CPU too)
@@ -6,7 +6,8 @@
 For each shape (query heads / key heads x head size) two works of the same tokens: full rows, and documents drawn from
 a lognormal distribution (5.6, 0.9) packed into one row. Times are medians in ms. An error is the norm of a difference
 from float32 eager attention of each document, relative to that one's norm, the worst of output and gradients. Exit
-code 1 where sdpa_varlen is farther from float32 than 1.2 times sdpa is.
+code 1 where the kit's is farther from float32 than 1.2 times the library's. Shapes with capped logits or sinks have
+flex_varlen beside eager attention; `jagged` is what packed documents with dropout take, here without it.
 """
 
 from __future__ import annotations
@@ -20,19 +21,23 @@ import sys
 import time
 import types
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.masking_utils import flex_attention_mask
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from kit.inspection.attention import ATTENTION  # noqa: E402
+from kit.inspection.attention import ATTENTION, FLEX  # noqa: E402
 from kit.models import attention  # noqa: E402
 
-SHAPES = {  # heads, key heads, head size, window
-    "llama3_1_8b": (32, 8, 128, None), "qwen2_5_7b": (28, 4, 128, None), "mistral_7b": (32, 8, 128, 2048),
-    "gemma3_12b": (16, 8, 256, 1024), "gpt2_xl": (25, 25, 64, None),
+SHAPES = {  # heads, key heads, head size, window, softcap, whether it has sinks
+    "llama3_1_8b": (32, 8, 128, None, None, False), "qwen2_5_7b": (28, 4, 128, None, None, False),
+    "mistral_7b": (32, 8, 128, 2048, None, False), "gemma3_12b": (16, 8, 256, 1024, None, False),
+    "gpt2_xl": (25, 25, 64, None, None, False), "gemma2_9b": (16, 8, 256, 2048, 50.0, False),
+    "gpt_oss_20b": (64, 8, 64, 128, None, True),
 }  # fmt: skip
 WORSE = 1.2  # times sdpa's own error in bfloat16
 Tensors = list[torch.Tensor]
@@ -46,15 +51,33 @@ def draw_lengths(total: int, longest: int) -> list[int]:
     return lengths
 
 
-def reference(states: Tensors, lengths: list[int], window: int | None) -> torch.Tensor:
-    """Eager attention in float32, document by document: [1, T, H, D]."""
+@dataclass(frozen=True)
+class Case:
+    """Documents in rows: their lengths, and how a layer attends."""
+
+    lengths: list[int]
+    rows: int  # 0: packed into one
+    window: int | None
+    softcap: float | None
+    sinks: torch.Tensor | None  # [H]
+
+
+def eager(states: Tensors, case: Case) -> torch.Tensor:
+    """Eager attention in the dtype of the states, document by document: [1, T, H, D]. Softmax in float32."""
     outputs = []
-    for q, k, v in zip(*(s.float().split(lengths, dim=2) for s in states), strict=True):
+    for q, k, v in zip(*(s.split(case.lengths, dim=2) for s in states), strict=True):
         k, v = (s.repeat_interleave(q.shape[1] // s.shape[1], dim=1) for s in (k, v))
         seen = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
-        seen = seen if window is None else seen.triu(1 - window)
+        seen = seen if case.window is None else seen.triu(1 - case.window)
         scores = (q @ k.transpose(2, 3)) / math.sqrt(q.shape[-1])
-        outputs.append((scores.masked_fill(~seen, -math.inf).softmax(-1) @ v).transpose(1, 2))
+        if case.softcap is not None:
+            scores = torch.tanh(scores / case.softcap) * case.softcap
+        scores = scores.masked_fill(~seen, -math.inf).float()
+        if case.sinks is not None:
+            sinks = case.sinks.float()[None, :, None, None].expand(1, -1, q.shape[2], 1)
+            scores = torch.cat([scores, sinks], -1)
+        weights = scores.softmax(-1)[..., : q.shape[2]].to(q.dtype)
+        outputs.append((weights @ v).transpose(1, 2))
     return torch.cat(outputs, 1)
 
 
@@ -65,25 +88,41 @@ def dense_mask(lengths: list[int], window: int | None, device: Any) -> torch.Ten
     return (seen if window is None else seen.triu(1 - window))[None, None]
 
 
-def arms(states: Tensors, rows: int, lengths: list[int], window: int | None) -> dict[str, Callable[[], torch.Tensor]]:
-    """What makes [1, T, H, D] of the same states; full rows come as `rows` of them."""
+def arms(states: Tensors, case: Case) -> dict[str, Callable[[], torch.Tensor]]:
+    """What makes [1, T, H, D] of the same states, the library's first; full rows come as `rows` of them."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     layer = types.SimpleNamespace(num_key_value_groups=states[0].shape[1] // states[1].shape[1], is_causal=True)
-    packed = rows == 0
-    tokens = states[0].shape[2]
+    packed, tokens, device, window = case.rows == 0, states[0].shape[2], states[0].device, case.window
+    rows = case.rows or 1
     cut = states if packed else [
         s.unflatten(2, (rows, tokens // rows))[0].transpose(0, 1).contiguous() for s in states
     ]  # fmt: skip
-    ends = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32, device=states[0].device)
-    lengths_of = {"cu_seq_lens_q": ends, "max_length_q": max(lengths)} if packed else {}
-    mask = dense_mask(lengths, window, states[0].device) if packed else None
-    if not packed and window is not None:
-        mask = dense_mask([tokens // rows], window, states[0].device)
+    ends = torch.tensor([0, *torch.tensor(case.lengths).cumsum(0)], dtype=torch.int32, device=device)
+    lengths_of = {"cu_seq_lens_q": ends, "max_length_q": max(case.lengths)} if packed else {}
 
     def whole(output: torch.Tensor) -> torch.Tensor:
         return output.flatten(0, 1)[None]
+
+    if case.softcap is not None or case.sinks is not None:
+        document = torch.repeat_interleave(torch.arange(len(case.lengths), device=device), ends.diff())
+        document = document[None] if packed else torch.zeros(rows, tokens // rows, device=device)
+
+        def visible(row: Any, head: Any, here: Any, there: Any) -> Any:
+            seen = (here >= there) & (document[row, here] == document[row, there])
+            return seen if window is None else seen & (here - there < window)
+
+        def flex() -> torch.Tensor:
+            mask = flex_attention_mask(rows, tokens // rows, tokens // rows, mask_function=visible, device=device)
+            settings = {"scaling": states[0].shape[-1] ** -0.5, "softcap": case.softcap, "s_aux": case.sinks}
+            return whole(attention.flex_forward(layer, *cut, mask, **settings)[0])
+
+        return {"eager": lambda: eager(states, case)} | ({FLEX: flex} if states[0].is_cuda else {})
+
+    mask = dense_mask(case.lengths, window, device) if packed else None
+    if not packed and window is not None:
+        mask = dense_mask([tokens // rows], window, device)
 
     def ours(dropout: float = 0.0) -> torch.Tensor:
         out, _ = attention.attention_forward(layer, *cut, None, dropout, sliding_window=window, **lengths_of)
@@ -102,6 +141,13 @@ def arms(states: Tensors, rows: int, lengths: list[int], window: int | None) -> 
         found["flash"] = flash
     if packed:
         found["dropout"] = lambda: ours(0.1)
+    if packed and window is None and states[0].is_cuda:
+
+        def jagged() -> torch.Tensor:
+            q, k, v = (s.transpose(1, 2).flatten(0, 1) for s in states)
+            return attention.jagged_documents(q, k, v, ends, max(case.lengths), None, 0.0)[None]
+
+        found["jagged"] = jagged
     return found
 
 
@@ -127,7 +173,7 @@ def distance(found: Tensors, truth: Tensors) -> float:
 
 
 def compare(shape: str, work: str, tokens: int, device: str, times: int) -> dict[str, Any]:
-    heads, groups, size, window = SHAPES[shape]
+    heads, groups, size, window, softcap, sinks = SHAPES[shape]
     longest = tokens // 2
     window = window and min(window, longest // 2)
     lengths = [longest] * 2 if work == "rows" else draw_lengths(tokens, longest)
@@ -135,14 +181,16 @@ def compare(shape: str, work: str, tokens: int, device: str, times: int) -> dict
     torch.manual_seed(0)
     states = [torch.randn(1, h, tokens, size, device=device, dtype=dtype) for h in (heads, groups, groups)]
     upstream = torch.randn(1, tokens, heads, size, device=device, dtype=dtype)
+    drawn = torch.randn(heads, device=device, dtype=dtype) if sinks else None
+    case = Case(lengths, 2 if work == "rows" else 0, window, softcap, drawn)
     for s in states:
         s.requires_grad_()
-    output = reference(states, lengths, window)
+    output = eager([s.float() for s in states], case)
     output.backward(upstream.float())
     truth = [output.detach(), *(s.grad.float() for s in states if s.grad is not None)]
     del output
     row: dict[str, Any] = {"shape": shape, "work": work, "tokens": tokens, "documents": len(lengths), "window": window}
-    for name, act in arms(states, 2 if work == "rows" else 0, lengths, window).items():
+    for name, act in arms(states, case).items():
         found, ms = measure(act, states, upstream, times)
         row[name] = {"ms": round(ms, 3)}
         if name != "dropout":
@@ -161,20 +209,24 @@ def main() -> int:
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     result: dict[str, Any] = {"device": name, "torch": torch.__version__, "date": time.strftime("%F"), "rows": []}
     wrong = []
-    print(f"{'shape':14}{'work':11}{'tokens':>7}{'sdpa ms':>10}{'flash':>9}{ATTENTION:>13}{'dropout':>9}"
-          f"{'times':>7}{'error/sdpa':>12}")  # fmt: skip
+    print(f"{'shape':14}{'work':11}{'tokens':>7}{'library ms':>12}{'flash':>9}{'kit':>9}{'dropout':>9}"
+          f"{'times':>7}{'error/library':>15}")  # fmt: skip
     for tokens in [256] if a.tiny else a.tokens:
         for shape in SHAPES:
             for work in ("rows", "documents"):
                 row = compare(shape, work, tokens, device, 1 if a.tiny else a.times)
                 result["rows"].append(row)
-                ms = {n: f"{row[n]['ms']:.2f}" if n in row else "-" for n in ("sdpa", "flash", ATTENTION, "dropout")}
-                ratio = row[ATTENTION]["error"] / row["sdpa"]["error"]
-                faster = row["sdpa"]["ms"] / row[ATTENTION]["ms"]
-                print(f"{shape:14}{work:11}{tokens:7}{ms['sdpa']:>10}{ms['flash']:>9}{ms[ATTENTION]:>13}"
-                      f"{ms['dropout']:>9}{faster:7.1f}{ratio:12.2f}", flush=True)  # fmt: skip
-                if ratio > WORSE and row[ATTENTION]["error"] > 1e-5:
-                    wrong.append(f"{shape}, {work}: error {row[ATTENTION]['error']:.1e}, {ratio:.2f} times sdpa's")
+                library = "sdpa" if "sdpa" in row else "eager"
+                kit = next((name for name in (ATTENTION, FLEX) if name in row), library)
+                ms = {n: f"{row[n]['ms']:.2f}" if n in row else "-" for n in (library, "flash", kit, "dropout")}
+                print(f"{shape:14}{work:11}{tokens:7}{ms[library]:>12}{ms['flash']:>9}{ms[kit]:>9}"
+                      f"{ms['dropout']:>9}{row[library]['ms'] / row[kit]['ms']:7.1f}"
+                      f"{row[kit]['error'] / (row[library]['error'] or 1):15.2f}", flush=True)  # fmt: skip
+                for name in (kit, "jagged"):
+                    error = row.get(name, {}).get("error", 0)
+                    if error > WORSE * row[library]["error"] and error > 1e-5:
+                        ratio = error / (row[library]["error"] or 1)
+                        wrong.append(f"{shape}, {work}, {name}: error {error:.1e}, {ratio:.2f} times {library}'s")
                 result["wrong"] = wrong
                 a.out.write_text(json.dumps(result, indent=1) + "\n")
     print("\n".join(wrong))

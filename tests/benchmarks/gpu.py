@@ -241,13 +241,18 @@ class Bench:
             sft["model_init_kwargs"] = init
         return {
             "sft": sft, "expert": expert, "model": str(base), "peft": None if work.all_weights else LORA,
-            "data": str(data), "save": False,
+            "tokenizer": str(base / "tokenizer"), "data": str(data), "save": False,
         }  # fmt: skip
 
     def kit_overrides(self, job: Job, base: Path, data: Path) -> list[str]:
         """What `kit train` is told; in a sweep, but for its `auto`, also how memory is used."""
         work, trainer = job.work, self.trainer(job)
-        words = [f"model.name_or_path={base}", f"dataset.path={data}", f"global_batch_size={job.rows * work.gpus}"]
+        words = [
+            f"model.name_or_path={base}",
+            f"tokenizer.name_or_path={base}/tokenizer",
+            f"dataset.path={data}",
+            f"global_batch_size={job.rows * work.gpus}",
+        ]
         words += [f"deepspeed={work.deepspeed}", f"launch.num_gpus={work.gpus}"]
         words += ["launch=local" if work.deepspeed == "none" else "launch=deepspeed"]
         words += ["peft=none"] if work.all_weights else [f"peft.{k}={v}" for k, v in LORA.items()]

@@ -19,7 +19,7 @@ import trl_expert
 from clock import Clock, watched
 from datasets import load_dataset
 from peft import LoraConfig
-from transformers import BitsAndBytesConfig
+from transformers import AutoTokenizer, BitsAndBytesConfig
 from trl import SFTConfig, SFTTrainer
 
 
@@ -54,6 +54,7 @@ def main(path: str) -> None:
         model=settings["model"],
         args=args,
         train_dataset=load_rows(settings),
+        processing_class=AutoTokenizer.from_pretrained(settings["tokenizer"]) if settings.get("tokenizer") else None,
         peft_config=LoraConfig(**settings["peft"]) if settings.get("peft") else None,
         callbacks=[clock],
     )

@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from kit.inspection.architectures import LINEARS
-from kit.inspection.attention import ATTENTION, EAGER
+from kit.inspection.attention import ATTENTION, FLEX
 
 # Liger has kernels for these too. A trial of tiny models beside transformers' own layers (Triton's interpreter,
 # float32, gradients of all weights and of LoRA's) failed where LoRA is put on fused experts, differed by 2e-3 for
@@ -53,8 +53,7 @@ def build() -> dict[str, Any]:
         "kinds": {k: sorted(v) for k, v in kinds.items()},
         "modules": {model_type: list_modules(model_type) for model_type in LINEARS},
         "attention": {
-            name: [t for t in sorted(kinds["causal"]) if attention_of(causal[t]) == name]
-            for name in (ATTENTION, EAGER)
+            name: [t for t in sorted(kinds["causal"]) if attention_of(causal[t]) == name] for name in (ATTENTION, FLEX)
         },
         "decoder_layers": {t: decoder_layers(causal[t]) for t in json.loads(PROVEN.read_text())["equal"]},
         "liger": liger_types(kinds["causal"]),
@@ -95,7 +94,7 @@ def attention_of(class_name: str) -> str | None:
         return None
     if cls._supports_sdpa:
         return ATTENTION
-    return EAGER if "def eager_attention_forward" in source and "position_bias" not in source else None
+    return FLEX if "def eager_attention_forward" in source and "position_bias" not in source else None
 
 
 def decoder_layers(class_name: str) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 from tiny_architectures import APART, LEAKING, WITHOUT_SDPA, model_of
 
 from kit.inspection.architectures import architecture_table
-from kit.inspection.attention import ATTENTION, EAGER, choose_attention
+from kit.inspection.attention import ATTENTION, FLEX, choose_attention
 from kit.models import attention
 
 torch.set_num_threads(1)
@@ -25,7 +25,7 @@ POSITIONS_ALONE = {*APART, "vaultgemma"}  # these make a mask of the positions; 
 
 def pair(kind: str) -> tuple:
     """The same weights with eager attention and with ours."""
-    mine = EAGER if kind in WITHOUT_SDPA else ATTENTION
+    mine = FLEX if kind in WITHOUT_SDPA else ATTENTION
     models = [model_of(kind, name, **KINDS[kind]).eval() for name in ("eager", mine)]
     models[1].load_state_dict(models[0].state_dict())
     return tuple(models)
@@ -67,7 +67,7 @@ def test_packed_documents_are_as_they_are_alone(kind):
 
 
 def test_each_that_sdpa_cannot_compute_is_tried():
-    assert {*WITHOUT_SDPA} == {*TABLE[EAGER]}
+    assert {*WITHOUT_SDPA} == {*TABLE[FLEX]}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -196,15 +196,15 @@ def test_the_signatures_of_varlen_attn(words, monkeypatch):
 
 @pytest.mark.parametrize("change, takes", [
     ({}, True), ({"dtype": torch.float32}, False), ({"capability": (7, 5)}, False), ({"size": 264}, False),
-    ({"size": 12}, False), ({"dropout": 0.1}, False), ({"value": 16}, False), ({"tokens": 2**24}, False),
+    ({"size": 12}, False), ({"value": 16}, False), ({"tokens": 2**24}, False),
 ])  # fmt: skip
 def test_what_varlen_attn_computes(change, takes, monkeypatch):
-    given = {"dtype": torch.bfloat16, "capability": (9, 0), "size": 128, "dropout": 0.0, "tokens": 4096, **change}
+    given = {"dtype": torch.bfloat16, "capability": (9, 0), "size": 128, "tokens": 4096, **change}
     monkeypatch.setattr(attention, "capability", lambda device: given["capability"])
     shape = (1, 32, given["tokens"], given["size"])
     query = types.SimpleNamespace(is_cuda=True, dtype=given["dtype"], device=None, shape=shape)
     value = types.SimpleNamespace(shape=(*shape[:3], given.get("value", given["size"])))
-    assert attention.takes_varlen(query, value, torch.zeros(9), given["dropout"]) is takes
+    assert attention.takes_varlen(query, value, torch.zeros(9)) is takes
     assert attention.prefers_cudnn(query) is (given["dtype"] == torch.bfloat16 and given["capability"] >= (9, 0))
 
 
@@ -221,11 +221,55 @@ def test_dropout_is_drawn_within_documents():
     assert (attention.loop_over_documents(q, k, v, ends, None, None, 0.5)[5:] == 0).all()
 
 
+def test_documents_with_dropout_are_jagged_tensors(monkeypatch):
+    """What sdpa is handed holds each document by itself; there is no such kernel on a CPU."""
+    q, k, v = (s[0].transpose(0, 1) for s in states())
+    ends, handed = torch.tensor([0, 5, 12], dtype=torch.int32), []
+    plain = torch.nn.functional.scaled_dot_product_attention
+
+    def sdpa(query, key, value, **settings):
+        handed.append(settings)
+        keys = [n.transpose(1, 2).unbind() for n in (key, value)]
+        outputs = []
+        for parts in zip(query.transpose(1, 2).unbind(), *keys, strict=True):
+            one = plain(*(part.transpose(0, 1)[None] for part in parts), is_causal=True, scale=settings["scale"])
+            outputs.append(one[0].transpose(0, 1))
+        return torch.nested.as_nested_tensor(outputs, layout=torch.jagged).transpose(1, 2)
+
+    monkeypatch.setattr(attention, "takes_varlen", lambda *a: True)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", sdpa)
+    layer = types.SimpleNamespace(num_key_value_groups=2, is_causal=True, training=True)
+    words = {"cu_seq_lens_q": ends, "max_length_q": 7}
+    with_dropout, _ = attention.attention_forward(layer, *states(), None, 0.1, scaling=0.5, **words)
+    monkeypatch.undo()
+    assert handed == [{"dropout_p": 0.1, "is_causal": True, "scale": 0.5}]
+    torch.testing.assert_close(with_dropout[0], attention.loop_over_documents(q, k, v, ends, 0.5, None, 0.0))
+
+
+def test_flex_attention_caps_and_has_sinks(monkeypatch):
+    """Not compiled, which needs a GPU (tests/benchmarks/attention.py), against eager attention."""
+    monkeypatch.setattr(attention, "compile_flex", lambda: attention.flex_attention)
+    q, k, v = states(24)
+    seen = torch.ones(24, 24, dtype=torch.bool).tril()
+    mask = attention.flex_attention_mask(1, 24, 24)
+    for softcap, sinks in ((None, None), (2.0, None), (None, torch.tensor([1.0, -1.0, 0.5, 3.0]))):
+        scores = (q @ k.repeat_interleave(2, 1).transpose(2, 3)) / 8**0.5
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores = scores.masked_fill(~seen, float("-inf"))
+        if sinks is not None:
+            scores = torch.cat([scores, sinks[None, :, None, None].expand(1, 4, 24, 1)], -1)
+        expected = scores.softmax(-1)[..., :24] @ v.repeat_interleave(2, 1)
+        with torch.no_grad():
+            found = attention.attend_by_blocks(q, k, v, mask, 8**-0.5, softcap, sinks)
+        torch.testing.assert_close(found, expected, atol=CLOSE, rtol=0)
+
+
 @pytest.mark.parametrize("text, trainer, deepspeed, chosen", [
     ({"model_type": "llama"}, {}, None, ATTENTION),
-    ({"model_type": "gemma2"}, {}, None, None),  # alone in its row eager attention is the same
-    ({"model_type": "gemma2"}, {"packing": True}, None, EAGER),
-    ({"model_type": "gpt_oss"}, {"padding_free": True}, None, EAGER),
+    ({"model_type": "gemma2"}, {}, None, FLEX),
+    ({"model_type": "gemma2"}, {"packing": True}, None, FLEX),
+    ({"model_type": "gpt_oss"}, {"padding_free": True}, None, FLEX),
     ({"model_type": "qwen2_moe"}, {}, None, None),  # its layers do not say their window
     ({"model_type": "falcon"}, {}, None, None),
     ({}, {}, None, None),

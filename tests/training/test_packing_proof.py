@@ -16,7 +16,7 @@ from trl import SFTConfig
 
 from kit.config.rules.model import MASKED_BY_ROW, RECURRENT
 from kit.errors import KitError
-from kit.inspection.attention import ATTENTION, EAGER
+from kit.inspection.attention import ATTENTION, FLEX
 from kit.models import attention
 from kit.training import packing_proof
 from kit.training.packing_proof import PackingProofCallback, prove_packing
@@ -72,7 +72,7 @@ def test_a_leak_is_refused(kind, base, tmp_path, cache):
 def test_lengths_keep_apart_what_a_mask_does_not(kind, base, tmp_path):
     """With attention of the kit's own; an adapter in between hands the lengths on too."""
     attention.register()
-    name = EAGER if kind in WITHOUT_SDPA else ATTENTION
+    name = FLEX if kind in WITHOUT_SDPA else ATTENTION
     for peft in (None, LoraConfig(target_modules="all-linear", r=2)):
         proof = prove_packing(trainer_of(base, tmp_path, model_of(kind, name, **LEAKING[kind]), peft))
         assert proof["difference"] <= proof["allowed"] < 1e-4

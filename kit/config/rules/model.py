@@ -9,7 +9,7 @@ import difflib
 from typing import Any
 
 from kit.config.rules.context import RuleContext, Violations
-from kit.inspection.attention import ATTENTION, ATTENTIONS, EAGER
+from kit.inspection.attention import ATTENTION, ATTENTIONS, FLEX
 from kit.schema.dotted import value_at
 
 # A table of learned positions has that many rows, and a longer text an index beyond it: key of config.json.
@@ -146,7 +146,7 @@ def packing_recurrent(run: RuleContext) -> Violations:
 
 def takes_lengths(attention: str | None) -> bool:
     """Whether an attention keeps packed documents apart by their lengths, whatever the mask says."""
-    return attention in (ATTENTION, EAGER) or "flash" in str(attention)
+    return attention in (ATTENTION, FLEX) or "flash" in str(attention)
 
 
 def attention_name(run: RuleContext) -> Violations:
