@@ -8,20 +8,22 @@ eager attention, document by document.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import importlib.util
 import inspect
 import sys
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import causal_mask_function, eager_mask, flex_attention_mask, sdpa_mask
+from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
 
 from kit.inspection.attention import ATTENTION, FLEX
 
@@ -33,6 +35,9 @@ CUDNN_FIRST = [
     SDPBackend.MATH,
 ]
 HOPPER, AMPERE = (9, 0), (8, 0)
+FLEX_BLOCK = 128  # tokens
+# The last batch's, with and without a window: the collator's lengths, the window, the mask.
+PACKED: collections.deque[tuple[weakref.ref[torch.Tensor], int | None, BlockMask]] = collections.deque(maxlen=2)
 WITHOUT_FLEX = ("hy_v4", "mimo_v2_flash")  # of FLEX's: transformers has `_supports_flex_attn = False` for them
 VARLEN_HEAD_SIZE = 256  # flash attention's largest
 FLASH_INT32 = 2**31  # flash attention counts elements in 32 bits: (tokens + 128 documents) x heads x head size
@@ -90,14 +95,92 @@ def make_mask(
     )
 
 
-def make_flex_mask(*words: Any, device: Any = "cpu", config: Any = None, **settings: Any) -> Any:
-    """Return FlexAttention's BlockMask of padding, windows and packed documents; `make_mask`'s where it is not used.
+def make_flex_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: Any = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: torch.Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    use_vmap: bool = False,
+    local_size: int | None = None,
+    device: Any = "cpu",
+    config: Any = None,
+    **settings: Any,
+) -> Any:
+    """Return FlexAttention's BlockMask of causal rows, windows, padding and packed documents.
 
-    FlexAttention is compiled by Triton, has no dropout, and is not written for every head size.
+    What `make_mask` returns where FlexAttention is not used, before a cache, and for other masks.
     """
-    if takes_flex(torch.device(device), config):
-        return flex_attention_mask(*words, device=device, **settings)
-    return make_mask(*words, device=device, config=config, dense_mask=eager_mask, **settings)
+    square = isinstance(q_offset, int) and q_offset == 0 and q_length == kv_length > 1
+    if square and not use_vmap and takes_flex(torch.device(device), config):
+        padded = attention_mask is not None and not bool(attention_mask.all())
+        if not padded and allow_is_causal_skip:
+            return causal_blocks(q_length, local_size, torch.device(device))
+        documents = number_documents(mask_function, batch_size, q_length, device)
+        if documents is not None:
+            documents = documents[:, 0, 0]
+            if padded and attention_mask is not None:
+                documents = documents.masked_fill(~attention_mask.bool(), -1)
+            return make_blocks(q_length, local_size, documents, torch.device(device))
+    return make_mask(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        allow_is_causal_skip=allow_is_causal_skip,
+        use_vmap=use_vmap,
+        device=device,
+        config=config,
+        dense_mask=eager_mask,
+        local_size=local_size,
+        **settings,
+    )
+
+
+def make_blocks(tokens: int, window: int | None, documents: torch.Tensor | None, device: torch.device) -> BlockMask:
+    """Return the BlockMask of causal rows; documents: their numbers, int32 [B, T].
+
+    Rows are lengthened to a power of two, with tokens that no other sees: FlexAttention is compiled anew for each
+    length, and with lengths left open torch 2.11 fails to compile it. Blocks in which nothing is seen cost nothing.
+    """
+    size = max(FLEX_BLOCK, 1 << (tokens - 1).bit_length())
+    if documents is not None:
+        documents = torch.nn.functional.pad(documents, (0, size - tokens), value=-1)
+
+    def visible(row: torch.Tensor, head: torch.Tensor, here: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
+        seen = here >= there
+        if window is not None:
+            seen = seen & (here - there < window)
+        if documents is not None:
+            seen = seen & (documents[row, here] == documents[row, there])
+        return seen
+
+    rows = None if documents is None else documents.shape[0]
+    return create_block_mask(visible, rows, None, size, size, device=device, BLOCK_SIZE=FLEX_BLOCK)
+
+
+@functools.lru_cache(8)
+def causal_blocks(tokens: int, window: int | None, device: torch.device) -> BlockMask:
+    return make_blocks(tokens, window, None, device)
+
+
+def packed_blocks(query: torch.Tensor, cu_seq_lens: torch.Tensor, window: int | None) -> BlockMask:
+    """Return the BlockMask of the collator's documents, made once for all layers of a batch."""
+    for ends, width, mask in PACKED:
+        if ends() is cu_seq_lens and width == window:
+            return mask
+    rows, tokens = query.shape[0], query.shape[2]
+    places = torch.arange(rows * tokens, device=query.device, dtype=torch.int32)
+    documents = torch.bucketize(places, cu_seq_lens[1:].to(torch.int32), right=True, out_int32=True)
+    mask = make_blocks(tokens, window, documents.view(rows, tokens), query.device)
+    PACKED.appendleft((weakref.ref(cu_seq_lens), window, mask))
+    return mask
 
 
 def takes_flex(device: torch.device, config: Any) -> bool:
@@ -164,8 +247,8 @@ def attention_forward(
     window = sliding_window if sliding_window is not None and sliding_window < longest else None
     if takes_varlen(query, value, ends) and dropout == 0.0:
         output = varlen_documents(q, k, v, ends, longest, scaling, window)
-    elif takes_varlen(query, value, ends) and window is None:
-        output = jagged_documents(q, k, v, ends, longest, scaling, dropout)
+    elif takes_varlen(query, value, ends):
+        output = documents_with_dropout(q, k, v, ends, longest, scaling, window, dropout)
     else:
         output = loop_over_documents(q, k, v, ends, scaling, window, dropout)
     return output.unflatten(0, (query.shape[0], tokens)), None
@@ -189,6 +272,8 @@ def flex_forward(
     Shapes: `attention_forward`.
     """
     if isinstance(attention_mask, BlockMask):
+        if cu_seq_lens_q is not None and cu_seq_lens_q.numel() > 2:  # some make the mask without positions
+            attention_mask = packed_blocks(query, cu_seq_lens_q, sliding_window)
         named = {name: settings.get(name) for name in ("scaling", "softcap", "s_aux")}
         return attend_by_blocks(query, key, value, attention_mask, **named).transpose(1, 2).contiguous(), None
     own = sys.modules[type(module).__module__].eager_attention_forward
@@ -222,6 +307,9 @@ def attend_by_blocks(
     A sink takes its share of each softmax and adds nothing, so that an output shrinks by sigmoid(lse - sink). This is
     done in float32: transformers rounds lse to the values' dtype first, 3 % of a weight at lse 8 in bfloat16.
     """
+    tokens, size = query.shape[2], mask.shape[-1]
+    if size > tokens:
+        query, key, value = (torch.nn.functional.pad(s, (0, 0, 0, size - tokens)) for s in (query, key, value))
     output, aux = compile_flex()(
         query,
         key,
@@ -235,12 +323,13 @@ def attend_by_blocks(
     if s_aux is not None:
         share = torch.sigmoid(aux.lse - s_aux.float()[:, None])
         output = output * share[..., None].to(output.dtype)
-    return output
+    return output[:, :, :tokens]
 
 
 @functools.cache
 def compile_flex() -> Callable[..., Any]:
-    return torch.compile(flex_attention)
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # lengths x masks
+    return torch.compile(flex_attention, dynamic=False)
 
 
 @functools.cache
@@ -339,7 +428,7 @@ def capability(device: torch.device) -> tuple[int, int]:
 
 
 def takes_varlen(query: torch.Tensor, value: torch.Tensor, cu_seq_lens: torch.Tensor) -> bool:
-    """Whether flash attention computes these documents: torch's `varlen_attn`, or jagged tensors with dropout."""
+    """Whether flash attention computes these documents: torch's `varlen_attn`, or its operator with dropout."""
     heads, size = query.shape[1], query.shape[3]
     elements = (query.shape[0] * query.shape[2] + 128 * cu_seq_lens.numel()) * heads * size
     return (
@@ -396,27 +485,38 @@ def varlen_documents(
     return output
 
 
-def jagged_documents(
+def documents_with_dropout(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     cu_seq_lens: torch.Tensor,
     longest: int,
     scaling: float | None,
+    window: int | None,
     dropout: float,
 ) -> torch.Tensor:
-    """As `varlen_documents`, with dropout, which `varlen_attn` lacks: sdpa of jagged tensors takes the same kernel."""
-    groups = query.shape[1] // key.shape[1]
-    k, v = (states.repeat_interleave(groups, dim=1) if groups > 1 else states for states in (key, value))
-    offsets = cu_seq_lens.long()
-    jagged = [
-        torch.nested.nested_tensor_from_jagged(states, offsets, min_seqlen=1, max_seqlen=longest).transpose(1, 2)
-        for states in (query, k, v)
-    ]
-    output = torch.nn.functional.scaled_dot_product_attention(
-        *jagged, dropout_p=dropout, is_causal=True, scale=scaling
+    """As `varlen_documents`, which has no dropout, by the operator that it calls.
+
+    sdpa of jagged tensors calls it too, and takes ten times as long on the host (12.9 against 1.2 ms on an H200).
+    """
+    ends = cu_seq_lens.to(torch.int32)
+    output, *_ = torch.ops.aten._flash_attention_forward(
+        query,
+        key,
+        value,
+        ends,
+        ends,
+        longest,
+        longest,
+        dropout,
+        True,
+        False,
+        scale=scaling,
+        window_size_left=None if window is None else window - 1,
+        window_size_right=None if window is None else 0,
     )
-    return output.transpose(1, 2).values()
+    assert isinstance(output, torch.Tensor)
+    return output
 
 
 def loop_over_documents(
@@ -428,7 +528,7 @@ def loop_over_documents(
     window: int | None,
     dropout: float,
 ) -> torch.Tensor:
-    """As `varlen_documents`, one after another: for CPUs, float32, GPUs before Ampere, and windows with dropout."""
+    """As `varlen_documents`, one document after another: for CPUs, float32 and GPUs before Ampere."""
     groups = query.shape[1] // key.shape[1]
     lengths = cu_seq_lens.diff().tolist()
     outputs = []

@@ -7,7 +7,7 @@ For each shape (query heads / key heads x head size) two works of the same token
 a lognormal distribution (5.6, 0.9) packed into one row. Times are medians in ms. An error is the norm of a difference
 from float32 eager attention of each document, relative to that one's norm, the worst of output and gradients. Exit
 code 1 where the kit's is farther from float32 than 1.2 times the library's. Shapes with capped logits or sinks have
-flex_varlen beside eager attention; `jagged` is what packed documents with dropout take, here without it.
+flex_varlen beside eager attention; `no dropout` is what packed documents with dropout take, without any.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.masking_utils import flex_attention_mask
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -106,17 +105,13 @@ def arms(states: Tensors, case: Case) -> dict[str, Callable[[], torch.Tensor]]:
         return output.flatten(0, 1)[None]
 
     if case.softcap is not None or case.sinks is not None:
-        document = torch.repeat_interleave(torch.arange(len(case.lengths), device=device), ends.diff())
-        document = document[None] if packed else torch.zeros(rows, tokens // rows, device=device)
-
-        def visible(row: Any, head: Any, here: Any, there: Any) -> Any:
-            seen = (here >= there) & (document[row, here] == document[row, there])
-            return seen if window is None else seen & (here - there < window)
+        blocks = attention.causal_blocks(tokens // rows, window, device)
 
         def flex() -> torch.Tensor:
-            mask = flex_attention_mask(rows, tokens // rows, tokens // rows, mask_function=visible, device=device)
             settings = {"scaling": states[0].shape[-1] ** -0.5, "softcap": case.softcap, "s_aux": case.sinks}
-            return whole(attention.flex_forward(layer, *cut, mask, **settings)[0])
+            return whole(
+                attention.flex_forward(layer, *cut, blocks, sliding_window=window, **lengths_of, **settings)[0]
+            )
 
         return {"eager": lambda: eager(states, case)} | ({FLEX: flex} if states[0].is_cuda else {})
 
@@ -141,13 +136,13 @@ def arms(states: Tensors, case: Case) -> dict[str, Callable[[], torch.Tensor]]:
         found["flash"] = flash
     if packed:
         found["dropout"] = lambda: ours(0.1)
-    if packed and window is None and states[0].is_cuda:
+    if packed and states[0].is_cuda:
 
-        def jagged() -> torch.Tensor:
+        def none_dropped() -> torch.Tensor:
             q, k, v = (s.transpose(1, 2).flatten(0, 1) for s in states)
-            return attention.jagged_documents(q, k, v, ends, max(case.lengths), None, 0.0)[None]
+            return attention.documents_with_dropout(q, k, v, ends, max(case.lengths), None, window, 0.0)[None]
 
-        found["jagged"] = jagged
+        found["no dropout"] = none_dropped
     return found
 
 
@@ -222,7 +217,7 @@ def main() -> int:
                 print(f"{shape:14}{work:11}{tokens:7}{ms[library]:>12}{ms['flash']:>9}{ms[kit]:>9}"
                       f"{ms['dropout']:>9}{row[library]['ms'] / row[kit]['ms']:7.1f}"
                       f"{row[kit]['error'] / (row[library]['error'] or 1):15.2f}", flush=True)  # fmt: skip
-                for name in (kit, "jagged"):
+                for name in (kit, "no dropout"):
                     error = row.get(name, {}).get("error", 0)
                     if error > WORSE * row[library]["error"] and error > 1e-5:
                         ratio = error / (row[library]["error"] or 1)

@@ -221,29 +221,48 @@ def test_dropout_is_drawn_within_documents():
     assert (attention.loop_over_documents(q, k, v, ends, None, None, 0.5)[5:] == 0).all()
 
 
-def test_documents_with_dropout_are_jagged_tensors(monkeypatch):
-    """What sdpa is handed holds each document by itself; there is no such kernel on a CPU."""
-    q, k, v = (s[0].transpose(0, 1) for s in states())
-    ends, handed = torch.tensor([0, 5, 12], dtype=torch.int32), []
-    plain = torch.nn.functional.scaled_dot_product_attention
+def test_the_operator_with_dropout_has_these_arguments(monkeypatch):
+    """Its kernel needs a GPU; by position and name this torch's schema must take what it is handed."""
+    schema = torch.ops.aten._flash_attention_forward.default._schema
+    places = [a.name for a in schema.arguments if not a.kwarg_only]
+    assert places[3:] == ["cum_seq_q", "cum_seq_k", "max_q", "max_k", "dropout_p", "is_causal", "return_debug_mask"]
+    assert {"scale", "window_size_left", "window_size_right"} <= {a.name for a in schema.arguments if a.kwarg_only}
+    handed = []
 
-    def sdpa(query, key, value, **settings):
-        handed.append(settings)
-        keys = [n.transpose(1, 2).unbind() for n in (key, value)]
-        outputs = []
-        for parts in zip(query.transpose(1, 2).unbind(), *keys, strict=True):
-            one = plain(*(part.transpose(0, 1)[None] for part in parts), is_causal=True, scale=settings["scale"])
-            outputs.append(one[0].transpose(0, 1))
-        return torch.nested.as_nested_tensor(outputs, layout=torch.jagged).transpose(1, 2)
+    def forward(query, *words, **named):
+        handed.append((words[4:8], named))
+        return query, None, None, None, None
 
     monkeypatch.setattr(attention, "takes_varlen", lambda *a: True)
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", sdpa)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", forward)
     layer = types.SimpleNamespace(num_key_value_groups=2, is_causal=True, training=True)
-    words = {"cu_seq_lens_q": ends, "max_length_q": 7}
-    with_dropout, _ = attention.attention_forward(layer, *states(), None, 0.1, scaling=0.5, **words)
-    monkeypatch.undo()
-    assert handed == [{"dropout_p": 0.1, "is_causal": True, "scale": 0.5}]
-    torch.testing.assert_close(with_dropout[0], attention.loop_over_documents(q, k, v, ends, 0.5, None, 0.0))
+    words = {"cu_seq_lens_q": torch.tensor([0, 5, 12]), "max_length_q": 7, "scaling": 0.5}
+    for window, sides in ((None, (None, None)), (3, (2, 0))):
+        attention.attention_forward(layer, *states(), None, 0.1, sliding_window=window, **words)
+        named = {"scale": 0.5, "window_size_left": sides[0], "window_size_right": sides[1]}
+        assert handed.pop() == ((7, 7, 0.1, True), named)
+
+
+@pytest.mark.parametrize("kind", [k for k in WITHOUT_SDPA if k not in attention.WITHOUT_FLEX])
+@torch.no_grad()
+def test_flex_attention_is_eager_attention(kind, monkeypatch):
+    """Full, padded and packed rows; gradients need a GPU, where tests/benchmarks/attention.py compares them."""
+    monkeypatch.setattr(attention, "compile_flex", lambda: attention.flex_attention)
+    monkeypatch.setattr(attention, "takes_flex", lambda *a: True)
+    used, forward = [], attention.attend_by_blocks
+    monkeypatch.setattr(attention, "attend_by_blocks", lambda *a, **k: used.append(1) or forward(*a, **k))
+    eager, ours = pair(kind)
+    ids, mask = draw_ids(3, 40), torch.ones(3, 40, dtype=torch.long)
+    full = [m(ids, use_cache=False).logits for m in (ours, eager)]
+    torch.testing.assert_close(*full, atol=CLOSE, rtol=0)
+    mask[1, 25:], mask[2, 7:] = 0, 0
+    padded = [m(ids, attention_mask=mask, use_cache=False).logits[mask.bool()] for m in (ours, eager)]
+    torch.testing.assert_close(*padded, atol=CLOSE, rtol=0)
+    ids = draw_ids(1, sum(LENGTHS))
+    alone = torch.cat([eager(document, use_cache=False).logits for document in ids.split(LENGTHS, dim=1)], 1)
+    packed = ours(**packed_batch(ids)).logits
+    torch.testing.assert_close(packed, alone, atol=CLOSE, rtol=0)
+    assert len(used) == 6  # two layers, three batches
 
 
 def test_flex_attention_caps_and_has_sinks(monkeypatch):
@@ -251,7 +270,7 @@ def test_flex_attention_caps_and_has_sinks(monkeypatch):
     monkeypatch.setattr(attention, "compile_flex", lambda: attention.flex_attention)
     q, k, v = states(24)
     seen = torch.ones(24, 24, dtype=torch.bool).tril()
-    mask = attention.flex_attention_mask(1, 24, 24)
+    mask = attention.causal_blocks(24, None, torch.device("cpu"))
     for softcap, sinks in ((None, None), (2.0, None), (None, torch.tensor([1.0, -1.0, 0.5, 3.0]))):
         scores = (q @ k.repeat_interleave(2, 1).transpose(2, 3)) / 8**0.5
         if softcap:
