@@ -198,6 +198,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--times", type=int, default=10)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192])
     a = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -207,7 +208,7 @@ def main() -> int:
     print(f"{'shape':14}{'work':11}{'tokens':>7}{'library ms':>12}{'flash':>9}{'kit':>9}{'dropout':>9}"
           f"{'times':>7}{'error/library':>15}")  # fmt: skip
     for tokens in [256] if a.tiny else a.tokens:
-        for shape in SHAPES:
+        for shape in a.shapes:
             for work in ("rows", "documents"):
                 row = compare(shape, work, tokens, device, 1 if a.tiny else a.times)
                 result["rows"].append(row)

@@ -22,6 +22,7 @@ class Clock(TrainerCallback):
         self.useful: list[list[Any]] = []  # of each step: tokens of each forward pass, still on the device
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.training_began = time.time()
         model.register_forward_pre_hook(self.count, with_kwargs=True)
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -47,6 +48,7 @@ class Clock(TrainerCallback):
             saves = [s for s in range(1, len(self.at) + 1) if saves_at(args, s)]
             self.figures = {
                 "begun": self.begun,
+                "training_began": self.training_began,
                 "step_ends": self.at,
                 "tokens_per_step": rows * args.max_length,
                 "save_steps": saves,
@@ -98,6 +100,7 @@ def watched(load: Callable[..., Any]) -> Callable[..., Any]:
         thread.join()
         found = {
             "seconds": round(seconds, 2),
+            "ended": start + seconds,
             "anonymous_before_gb": round(before, 2),
             "peak_anonymous_gb": round(max(peaks), 2),
             "gpu_peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2) if on_gpu else None,
