@@ -86,10 +86,12 @@ def test_only_timed_steps_count():
     """The first three steps, and those after a checkpoint, are left out; padding is no useful token."""
     ends = [10.0, 20.0, 30.0, 31.0, 36.0, 37.0]
     raw = {"step_ends": ends, "tokens_per_step": 100, "useful_tokens": [9, 9, 9, 40, 50, 60], "save_steps": [4],
-           "peak_gb": None, "peak_reserved_gb": None, "checkpoint_seconds": [], "losses": [1.0]}  # fmt: skip
+           "peak_gb": None, "peak_reserved_gb": None, "checkpoint_seconds": [], "losses": [1.0],
+           "begun": 7.0, "training_began": 8.5}  # fmt: skip
     found = arms.figures(raw, 5.0, 40.0, Path("nowhere"))
     assert found["useful_tokens_per_second"] == 50.0 and found["median_step_seconds"] == 1.0
     assert found["tokens_per_second"] == 100.0 and found["first_step_after_seconds"] == 5.0
+    assert found["start_seconds"] == {"imported": 2.0, "base loaded": 0.0, "training began": 3.5}
 
 
 def test_padding_is_not_counted():

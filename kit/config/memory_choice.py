@@ -143,7 +143,7 @@ def step_of_plan(plan: RunPlan, trainer: Mapping[str, Any]) -> Step:
     return Step(
         peft=plan.peft, quantization=plan.quantization, deepspeed=plan.deepspeed, trainer=trainer,
         weights=plan.model.dtype, precision=plan.precision, processes=plan.world_size, rows=rows,
-        tokens=rows * trainer["max_length"],
+        tokens=rows * trainer["max_length"], attention=plan.model.attn_implementation,
     )  # fmt: skip
 
 

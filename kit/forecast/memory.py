@@ -90,6 +90,7 @@ class Step:
     processes: int
     rows: int
     tokens: int  # of all rows, padding included
+    attention: str | None = None  # attn_implementation; None: transformers' choice
 
     @property
     def stage(self) -> int:
@@ -216,6 +217,7 @@ def _add_activations(memory: Memory, step: Step, base: Sizes) -> None:
     saved = saved_per_token(
         text, peft=peft, base_dtype=dtype, adapter_dtype=adapter, autocast=autocast,
         selective=bool(kwargs and kwargs.get("selective")), row_tokens=tokens // step.rows,
+        attention=step.attention, liger=step.trainer.get("use_liger_kernel") is True,
     )  # fmt: skip
     memory.exact = saved.exact
     source = saved.source

@@ -9,6 +9,7 @@ from kit.inspection.architectures import architecture_table
 # Of kit/models/attention.py. With "sdpa" in its name transformers asks whether a model supports sdpa.
 ATTENTION = "sdpa_varlen"
 FLEX = "flex_varlen"  # for models that sdpa cannot compute: capped logits, sinks
+WITHOUT_FLEX = ("hy_v4", "mimo_v2_flash")  # transformers has `_supports_flex_attn = False` for these of FLEX's
 ATTENTIONS = (
     "eager", "sdpa", ATTENTION, FLEX, "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4",
 )  # fmt: skip

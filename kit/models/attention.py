@@ -25,7 +25,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
 
-from kit.inspection.attention import ATTENTION, FLEX
+from kit.inspection.attention import ATTENTION, FLEX, WITHOUT_FLEX
 
 # For full rows cuDNN is 1.8x as fast as flash attention on Hopper; torch passes on to the next what one refuses.
 CUDNN_FIRST = [
@@ -35,10 +35,9 @@ CUDNN_FIRST = [
     SDPBackend.MATH,
 ]
 HOPPER, AMPERE = (9, 0), (8, 0)
-FLEX_BLOCK = 128  # tokens
+FLEX_BLOCK, UNCOMPILED_TOKENS = 128, 256
 # The last batch's, with and without a window: the collator's lengths, the window, the mask.
 PACKED: collections.deque[tuple[weakref.ref[torch.Tensor], int | None, BlockMask]] = collections.deque(maxlen=2)
-WITHOUT_FLEX = ("hy_v4", "mimo_v2_flash")  # of FLEX's: transformers has `_supports_flex_attn = False` for them
 VARLEN_HEAD_SIZE = 256  # flash attention's largest
 FLASH_INT32 = 2**31  # flash attention counts elements in 32 bits: (tokens + 128 documents) x heads x head size
 
@@ -146,17 +145,22 @@ def make_flex_mask(
 def make_blocks(tokens: int, window: int | None, documents: torch.Tensor | None, device: torch.device) -> BlockMask:
     """Return the BlockMask of causal rows; documents: their numbers, int32 [B, T].
 
-    Rows are lengthened to a power of two, with tokens that no other sees: FlexAttention is compiled anew for each
-    length, and with lengths left open torch 2.11 fails to compile it. Blocks in which nothing is seen cost nothing.
+    Rows are lengthened to a power of two, with tokens that see themselves alone: FlexAttention is compiled anew for
+    each length, and with lengths left open torch 2.11 fails to compile it. Blocks that nobody sees cost no time.
     """
     size = max(FLEX_BLOCK, 1 << (tokens - 1).bit_length())
+    lengthened = size > tokens
+    places = torch.arange(size, dtype=torch.int32, device=device)
+    added = (places - tokens + 1).clamp(min=0)  # 0 for the rows' own tokens, another number for each further one
     if documents is not None:
-        documents = torch.nn.functional.pad(documents, (0, size - tokens), value=-1)
+        documents = torch.nn.functional.pad(documents, (0, size - tokens))
 
     def visible(row: torch.Tensor, head: torch.Tensor, here: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
         seen = here >= there
         if window is not None:
             seen = seen & (here - there < window)
+        if lengthened:
+            seen = seen & (added[here] == added[there])
         if documents is not None:
             seen = seen & (documents[row, here] == documents[row, there])
         return seen
@@ -310,7 +314,9 @@ def attend_by_blocks(
     tokens, size = query.shape[2], mask.shape[-1]
     if size > tokens:
         query, key, value = (torch.nn.functional.pad(s, (0, 0, 0, size - tokens)) for s in (query, key, value))
-    output, aux = compile_flex()(
+    # A compilation takes longer than short rows do: their scores are written out.
+    attend = compile_flex(tokens > UNCOMPILED_TOKENS)
+    output, aux = attend(
         query,
         key,
         value,
@@ -327,7 +333,9 @@ def attend_by_blocks(
 
 
 @functools.cache
-def compile_flex() -> Callable[..., Any]:
+def compile_flex(compiled: bool) -> Callable[..., Any]:
+    if not compiled:
+        return flex_attention
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # lengths x masks
     return torch.compile(flex_attention, dynamic=False)
 

@@ -29,7 +29,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 from tiny_architectures import model_of  # noqa: E402
 
 from kit.forecast.activations import TABLE, evaluate, sizes  # noqa: E402
-from kit.inspection.attention import ATTENTION, choose_attention  # noqa: E402
+from kit.inspection.attention import ATTENTION, FLEX, choose_attention  # noqa: E402
 from kit.inspection.trainable import parameter_table  # noqa: E402
 
 TOKENS = 2**24  # larger than any count of bytes per token, so that bytes = T^2 a + T b + c reads as digits
@@ -170,10 +170,9 @@ def make_model(
 
 
 def attention_of(kind: str) -> str:
-    """The attention that the kit, else transformers, chooses for full rows."""
-    if chosen := choose_attention({"model_type": kind}, {}, None):
-        return chosen
-    return "eager" if kind == "gemma2" else "sdpa"
+    """The attention that the kit, else transformers, chooses; eager for FlexAttention's, which fake tensors have not."""
+    chosen = choose_attention({"model_type": kind}, {}, None)
+    return {None: "sdpa", FLEX: "eager"}.get(chosen, chosen)
 
 
 def measure(model: Any, variant: str) -> Measured:

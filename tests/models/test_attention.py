@@ -247,7 +247,7 @@ def test_the_operator_with_dropout_has_these_arguments(monkeypatch):
 @torch.no_grad()
 def test_flex_attention_is_eager_attention(kind, monkeypatch):
     """Full, padded and packed rows; gradients need a GPU, where tests/benchmarks/attention.py compares them."""
-    monkeypatch.setattr(attention, "compile_flex", lambda: attention.flex_attention)
+    monkeypatch.setattr(attention, "compile_flex", lambda compiled: attention.flex_attention)
     monkeypatch.setattr(attention, "takes_flex", lambda *a: True)
     used, forward = [], attention.attend_by_blocks
     monkeypatch.setattr(attention, "attend_by_blocks", lambda *a, **k: used.append(1) or forward(*a, **k))
@@ -267,7 +267,7 @@ def test_flex_attention_is_eager_attention(kind, monkeypatch):
 
 def test_flex_attention_caps_and_has_sinks(monkeypatch):
     """Not compiled, which needs a GPU (tests/benchmarks/attention.py), against eager attention."""
-    monkeypatch.setattr(attention, "compile_flex", lambda: attention.flex_attention)
+    monkeypatch.setattr(attention, "compile_flex", lambda compiled: attention.flex_attention)
     q, k, v = states(24)
     seen = torch.ones(24, 24, dtype=torch.bool).tril()
     mask = attention.causal_blocks(24, None, torch.device("cpu"))
