@@ -120,8 +120,6 @@ def choose_memory(
             option = {"activation_checkpointing": kwargs is not None, "activation_checkpointing_kwargs": kwargs}
             step = step_of_plan(plan, {**trainer, **option, "per_device_train_batch_size": micro})
             memory = forecast_memory(step, sizes)
-            if memory is None:
-                return None
             overhead = (STEP_TOKENS + GATHER_TOKENS * (step.stage == 3)) / step.tokens
             options.append(
                 MemoryOption(

@@ -6,10 +6,12 @@ import copy
 import re
 from dataclasses import asdict
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from kit import __version__
+from kit.config import engine_choice
 from kit.config.compose import Composed
 from kit.config.input_checks import check_values
 from kit.config.inputs import Inputs, inspect_data, inspect_inputs
@@ -37,6 +39,9 @@ def build_plan(
     `world_size`: processes already started (the worker door under a launcher); None: `launch.num_gpus` decides.
     `bad_rows`: those among the first rows are problems.
     """
+    if engine_choice.is_auto(composed):
+        build = partial(build_plan, here=here, world_size=world_size, bad_rows=bad_rows)
+        return engine_choice.choose_engine(composed, build)
     report = Report(composed.provenance)
     sections = read_sections(composed.tree, report)
     inputs = inspect_inputs(sections, report, here, bad_rows)

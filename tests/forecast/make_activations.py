@@ -170,7 +170,7 @@ def make_model(
 
 
 def attention_of(kind: str) -> str:
-    """The attention that the kit, else transformers, chooses; eager for FlexAttention's, which fake tensors have not."""
+    """The attention that the kit, else transformers, chooses; eager in FlexAttention's place, which needs a GPU."""
     chosen = choose_attention({"model_type": kind}, {}, None)
     return {None: "sdpa", FLEX: "eager"}.get(chosen, chosen)
 
