@@ -1,7 +1,7 @@
 """Packages that the libraries import wherever they are installed, kept out of a rank that has no use for them.
 
-TRL imports wandb, DeepSpeed mlflow, and PEFT bitsandbytes, which brings torch's compiler: together a quarter of the
-seconds between a rank's start and its first line.
+TRL imports wandb and DeepSpeed, DeepSpeed mlflow, and PEFT bitsandbytes, which brings torch's compiler: together a
+quarter of the seconds between a rank's start and its first line.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ def skip_unused_packages(*plans: RunPlan) -> None:
 
 
 def unused_packages(plan: RunPlan) -> list[str]:
-    """Those of wandb, mlflow and bitsandbytes that no setting of the plan asks for."""
+    """Those of wandb, mlflow, DeepSpeed and bitsandbytes that no setting of the plan asks for."""
     if plan.model.trust_remote_code:  # who knows what it imports
         return []
     monitored = [*tracker_names(plan.trainer.get("report_to")), *(plan.deepspeed or {})]  # DeepSpeed has monitors too
-    unused = [name for name in ("wandb", "mlflow") if name not in monitored]
+    unused = [name for name in ("wandb", "mlflow") if name not in monitored] + ["deepspeed"] * (not plan.deepspeed)
     plain = str(plan.trainer.get("optim")) in TORCH_OPTIMIZERS and "loftq" not in str(plan.peft)
     return [*unused, "bitsandbytes"] if plain and not plan.quantization and not stored_quantized(plan) else unused
 

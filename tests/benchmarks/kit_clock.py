@@ -6,6 +6,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from kit.schema.run_plan import load_plan
+from kit.training.unused_packages import skip_unused_packages
 from kit.worker import main
 
 
@@ -40,6 +42,8 @@ def pace_in_turns(block: int) -> None:
 
 
 if __name__ == "__main__":
+    # As in a run without a script of one's own; what is imported below needs none of them.
+    skip_unused_packages(load_plan(next(word for word in sys.argv if word.endswith("plan.json"))))
     from clock import Clock, watched
 
     import kit.models.load
