@@ -306,6 +306,8 @@ def rank_log(run: Path | None, rank: int) -> str:
 def advice_for(error: BaseException) -> str:
     if "out of memory" in str(error).lower():
         return LESS_MEMORY
+    if "out of resource: shared memory" in str(error):  # Triton's, of FlexAttention with wide heads on small GPUs
+        return "model.attn_implementation=eager: a compiled kernel needs more shared memory than this GPU has"
     return "the log holds the traceback"
 
 

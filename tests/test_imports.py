@@ -23,6 +23,7 @@ RECIPES = sorted(f.stem for f in (ROOT / "recipes").glob("*.yaml"))
 VERBS = [
     "train",
     "check",
+    "plan",
     "data",
     "resume",
     "merge",
@@ -101,6 +102,8 @@ SINGLE = {
         ["check", "--deepspeed", str(ROOT / "ds_configs" / "zero3.json"), "model=llama3_1_8b"],
         DONE,
     ),
+    "plan": (["plan", "recipe=qwen3_1b7_lora", "hardware=4090"], DONE),
+    "plan of what does not fit": (["plan", "recipe=llama3_1_8b_full_zero3", "hardware=2xt4"], REFUSED),
     "data": (["data", "dataset=letters"], DONE),
     "data --json": (["data", "dataset=letters", "--json"], DONE),
     "data --row": (["data", "dataset=letters", "--row", "3", "--file", "letters_train.jsonl"], DONE),

@@ -69,7 +69,7 @@ def test_every_command_is_known():
             assert words[1] in cli.VERBS
 
 
-LOOKS = ("kit doctor", "kit check --", "kit why", "kit diff", "kit import", "kit eject")
+LOOKS = ("kit doctor", "kit check --", "kit plan", "kit why", "kit diff", "kit import", "kit eject")
 
 
 @pytest.mark.parametrize("command", [c for c in dict.fromkeys(commands()) if c.startswith(LOOKS)])

@@ -16,6 +16,7 @@ usage: kit VERB ...
 
   train     [run.yaml] [key=value ...]   compose, check, launch, train, save the adapter
   check     [run.yaml] [key=value ...]   everything that can be known without weights, all problems at once
+  plan      [run.yaml] [key=value ...]   memory, time, disk and cost on this machine or another, and what would fit
   data      [DATA ...] [key=value ...]   every row read and judged, with a model also what it will see of them
   resume    RUN [key=value ...]          continue from the newest complete checkpoint
   launch-node PLAN --node-rank N         the ranks of one node of several, where no ssh starts them
@@ -41,6 +42,7 @@ usage: kit VERB ...
 VERBS = {  # module and function, which takes the words after the verb and returns the exit code
     "train": "kit.cli.train:train_verb",
     "check": "kit.cli.train:check_verb",
+    "plan": "kit.explain.plan:plan_verb",
     "data": "kit.cli.data:data_verb",
     "resume": "kit.cli.train:resume_verb",
     "merge": "kit.cli.models:merge_verb",
@@ -59,7 +61,7 @@ VERBS = {  # module and function, which takes the words after the verb and retur
     "launch-node": "kit.cli.launch_node:launch_node_verb",
     "compose": "kit.cli.train:compose_verb",
 }
-SHORT = ("check", "why", "diff", "show")  # verbs that only look, and end at once
+SHORT = ("check", "plan", "why", "diff", "show")  # verbs that only look, and end at once
 
 
 def main(argv: list[str] | None = None) -> None:

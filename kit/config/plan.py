@@ -20,7 +20,7 @@ from kit.config.report import Report, unique
 from kit.config.resolve import Resolved, make_paths_absolute, resolve
 from kit.config.rules import table
 from kit.config.rules.context import RuleContext
-from kit.config.rules.trainer import note_steps
+from kit.config.rules.trainer import note_steps, rows_of_epoch
 from kit.config.sections import Sections, read_own_sections, read_sections
 from kit.inspection.model import identify_base
 from kit.inspection.trainable import count_trained, describe_trained
@@ -68,7 +68,8 @@ def build_plan(
     if not sections.run.tokenizer.added_tokens and (trained := count_trained(inputs.base.text, resolved.tree["peft"])):
         report.note(f"trains {describe_trained(trained)}")
     note_steps(context)
-    plan = freeze(composed, sections, inputs, resolved, report, here)
+    rows = rows_of_epoch(context) or None
+    plan = freeze(composed, sections, inputs, resolved, report, here).model_copy(update={"rows": rows})
     return plan if batch_job and world_size is None else choose_for_plan(plan, lambda: inputs.base.text)
 
 

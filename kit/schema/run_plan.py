@@ -243,6 +243,7 @@ class RunPlan(Strict):
     rehearsal: bool | None = None  # null: decided where the number of steps is known
     init_from: InitFrom | None = None  # peft.init_from: whose weights the adapter starts with
     base: dict[str, Any] | None = None  # config_sha256 and fingerprint of the base weights, where they are here
+    rows: int | None = None  # that the trainer draws in an epoch, where they were counted
     memory: MemoryChoice | None = None  # null: the user's own values, or not yet chosen (the GPUs are elsewhere)
     notes: list[str] = Field(default_factory=list)
     warnings: list[dict[str, str]] = Field(default_factory=list)  # problem, where, fix and rule of each

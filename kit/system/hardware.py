@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,9 +22,28 @@ class Gpu:
     capability: tuple[int, int] | None
 
 
-@lru_cache
+ASSUMED: ContextVar[tuple[Gpu, ...] | None] = ContextVar("ASSUMED", default=None)
+
+
+@contextmanager
+def assume_gpus(gpus: tuple[Gpu, ...]) -> Iterator[None]:
+    """While the block runs, this machine has these GPUs: a run is planned for another one."""
+    token = ASSUMED.set(gpus)
+    try:
+        yield
+    finally:
+        ASSUMED.reset(token)
+
+
 def list_gpus() -> tuple[Gpu, ...]:
-    """The GPUs that a process started here would see, in order; honours CUDA_VISIBLE_DEVICES."""
+    """The GPUs that a process started here would see, in order; those of `assume_gpus` in their place."""
+    assumed = ASSUMED.get()
+    return ask_driver() if assumed is None else assumed
+
+
+@lru_cache
+def ask_driver() -> tuple[Gpu, ...]:
+    """The visible GPUs by nvidia-smi; honours CUDA_VISIBLE_DEVICES."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and visible.strip() in ("", "-1", "NoDevFiles"):
         return ()

@@ -1,0 +1,258 @@
+"""`kit plan`: what a run needs and costs on this machine or another one, without weights and without torch."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from kit.config.memory_choice import GPU_SHARE, describe_level, step_of_plan
+from kit.errors import DONE, REFUSED, KitError
+from kit.forecast.host_memory import forecast_disk, forecast_host_memory
+from kit.forecast.hosts import EXAMPLES, KEY, Host, find_host, parse_host
+from kit.forecast.memory import forecast_memory, measure_sizes
+from kit.forecast.step_time import PETAFLOP_DAY, forecast_time
+from kit.inspection.model import inspect_model
+from kit.schema.run_plan import MemoryOption, RunPlan
+from kit.schema.steps import total_steps
+from kit.system import hardware
+from kit.system.terminal import verb_parser
+
+BAR = 30  # characters of the largest term
+# What is tried where a run does not fit, the smallest change first.
+CHANGES: tuple[tuple[str, ...], ...] = (
+    ("trainer.activation_checkpointing=auto", "trainer.per_device_train_batch_size=auto"),
+    ("deepspeed=auto",), ("quantization=nf4",), ("peft=lora",), ("peft=lora", "deepspeed=auto"),
+    ("peft=lora", "quantization=nf4"),
+)  # fmt: skip
+# The phases whose terms stand in memory at each peak.
+PHASES = {"loss": ("always", "forward", "loss"), "backward": ("always", "forward", "backward"),
+          "step": ("always", "step")}  # fmt: skip
+Figures = dict[str, Any]
+
+
+def plan_verb(argv: list[str]) -> int:
+    """Print the forecast of a run; exit code 2 where it does not fit."""
+    parser = verb_parser("plan", "Memory, time, disk and cost of a run before anything is loaded; imports no torch.")
+    parser.add_argument("overrides", nargs="*", metavar="run.yaml | DATA | key=value")
+    parser.add_argument("--config-dir", "-cd", help="a folder with groups and recipes of your own")
+    parser.add_argument("--price", type=float, metavar="X", help="of a GPU hour: what the run costs")
+    parser.add_argument("--json", action="store_true", help="every term with its formula and source")
+    parser.epilog = f"hardware=... plans for another machine: {EXAMPLES}; without it, for this one"
+    from kit.config.flags import parse_words
+
+    a = parse_words(parser, argv)
+    words = [word for word in a.overrides if not word.startswith(f"{KEY}=")]
+    named = [word.partition("=")[2] for word in a.overrides if word.startswith(f"{KEY}=")]
+    if len(named) > 1:
+        raise KitError(f"{KEY} is given several times", KEY, "one machine at a time")
+    if a.price is not None and not a.price >= 0:
+        raise KitError(f"--price {a.price:g} is no price", "--price", "of an hour of one GPU, such as 2.5")
+    host = parse_host(named[0]) if named else host_of_this_machine()
+    figures = forecast_run(words, host, a.price, a.config_dir)
+    if not figures["memory"]["fits"]:
+        figures["changes"] = find_changes(words, host, a.config_dir)
+    print(json.dumps(figures, indent=1) if a.json else render(figures))
+    return DONE if figures["memory"]["fits"] else REFUSED
+
+
+def host_of_this_machine() -> Host:
+    """Return this machine; KitError where it has no GPU that the table knows."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    host = find_host(hardware.list_gpus(), min(memory, hardware.cgroup_memory_limit() or memory) / 1e9)
+    if host is None:
+        raise KitError("this machine has no GPU that kit plan knows", KEY, f"say which machine is meant: {EXAMPLES}")
+    return host
+
+
+def compose_for(words: Sequence[str], host: Host, config_dir: str | None) -> RunPlan:
+    """Return the plan of a run as it would be made on a host."""
+    from kit import api
+
+    with hardware.assume_gpus(host.gpus):
+        return api.compose(*words, config_dir=config_dir)
+
+
+def forecast_run(
+    words: Sequence[str], host: Host, price: float | None = None, config_dir: str | None = None
+) -> Figures:
+    """Return all figures of a run on a host: memory of a GPU and a host, time, disk, cost.
+
+    KitError where the run is refused, trains on a CPU, or is of a base whose memory cannot be forecast.
+    """
+    plan = compose_for(words, host, config_dir)
+    if plan.trainer["use_cpu"]:
+        raise KitError("trainer.use_cpu=true: kit plan forecasts GPUs", "trainer.use_cpu", "leave it out")
+    local = plan.launch.num_gpus if isinstance(plan.launch.num_gpus, int) else 1
+    if local > host.count:
+        raise KitError(
+            f"the run takes {local} GPUs of {host.count}", "launch.num_gpus", f"launch.num_gpus={host.count}"
+        )
+    length, base = (
+        plan.trainer.get("max_length"),
+        measure_sizes(inspect_model(plan.model, here=False)[0].text, plan.peft),
+    )
+    if base is None or not isinstance(length, int) or plan.fsdp:
+        problem = f"the memory of {plan.model.name_or_path} with this adapter cannot be forecast"
+        if plan.fsdp or base is not None:
+            problem = "the memory of FSDP is not forecast" if plan.fsdp else "trainer.max_length=null has no forecast"
+        raise KitError(problem, "kit plan", "a causal model of transformers, LoRA or all weights, a max_length")
+    step = step_of_plan(plan, plan.trainer)
+    memory = forecast_memory(step, base)
+    needed, usable = memory.peak + memory.outside_allocator, host.memory_gib * 2**30
+    steps = known_steps(plan)
+    accumulation = plan.trainer["gradient_accumulation_steps"]
+    time = forecast_time(step, base, host, accumulation, length)
+    memory_of_host = forecast_host_memory(step, base, local)
+    disk = forecast_disk(step, base, plan.trainer, steps)
+    figures: Figures = {
+        "run": {"model": plan.model.name_or_path, "method": (plan.peft or {}).get("peft_type", "full fine-tuning"),
+                "engine": describe_engine(plan), "processes": plan.world_size, "precision": plan.precision,
+                "parameters": base.total, "trained": base.trained, "memory": describe_memory(plan),
+                "notes": plan.notes},
+        "host": {"name": host.describe(), **asdict(host)},
+        "memory": {"needed": needed, "allocated": memory.peak, "outside_allocator": memory.outside_allocator,
+                   "usable": usable, "fits": needed <= GPU_SHARE * usable, "exact": memory.exact,
+                   "peaks": memory.peaks, "terms": [asdict(term) for term in memory.terms]},
+        "host_memory": {"needed": sum(t.bytes for t in memory_of_host), "terms": [asdict(t) for t in memory_of_host],
+                        "available": host.memory_gb and host.memory_gb * 1e9},
+        "disk": {"needed": sum(t.bytes for t in disk), "terms": [asdict(t) for t in disk]},
+        "step": {**asdict(time), "tokens_all": time.tokens * plan.world_size, "mfu": time.utilization(host)},
+    }  # fmt: skip
+    if steps:
+        seconds = (steps * time.fastest, steps * time.slowest)
+        hours = [s / 3600 * plan.world_size for s in seconds]
+        figures["total"] = {
+            "steps": steps, "seconds": seconds, "gpu_hours": hours, "tokens": steps * time.tokens * plan.world_size,
+            "petaflop_days": steps * time.model_flops * plan.world_size / PETAFLOP_DAY,
+            "cost": price is not None and [h * price for h in hours] or None,
+        }  # fmt: skip
+    return figures
+
+
+def known_steps(plan: RunPlan) -> int | None:
+    """Return the optimizer steps of a run, where max_steps or the rows of an epoch are known."""
+    if plan.trainer.get("max_steps", -1) > 0 or plan.rows:
+        return total_steps(plan.rows or 0, plan.trainer, plan.world_size)
+    return None
+
+
+def describe_engine(plan: RunPlan) -> str:
+    if not plan.deepspeed:
+        return "no DeepSpeed" if plan.world_size == 1 else "DDP"
+    zero = plan.deepspeed.get("zero_optimization") or {}
+    away = [
+        what for what in ("optimizer", "param") if (zero.get(f"offload_{what}") or {}).get("device") in ("cpu", "nvme")
+    ]
+    return f"ZeRO-{plan.zero_stage}" + (f", {' and '.join(away)} offloaded" if away else "")
+
+
+def describe_memory(plan: RunPlan) -> str:
+    """Say how the memory is used: what is computed again, rows and accumulation."""
+    keys = ("activation_checkpointing", "per_device_train_batch_size", "gradient_accumulation_steps")
+    kwargs = plan.trainer.get("activation_checkpointing_kwargs") or {}
+    values = {key: plan.trainer[key] for key in keys[1:]}
+    option = MemoryOption(
+        activation_checkpointing=bool(plan.trainer.get(keys[0])), activation_checkpointing_kwargs=kwargs,
+        bytes=0, cost=1.0, **values,
+    )  # fmt: skip
+    steps = values[keys[2]]
+    rows = f"{values[keys[1]]} x {plan.trainer['max_length']:,} tokens, {steps} accumulation step{'s' * (steps != 1)}"
+    return f"{rows}, {describe_level(option)}"
+
+
+def find_changes(words: Sequence[str], host: Host, config_dir: str | None) -> list[Figures]:
+    """Return changes with which a run fits, the smallest first, each as overrides to add and what it then needs."""
+    found = []
+    for change in CHANGES:
+        keys = {word.partition("=")[0] for word in change}
+        kept = [word for word in words if word.partition("=")[0] not in keys]
+        with contextlib.suppress(KitError):  # a rule is against it
+            figures = forecast_run([*kept, *change], host, config_dir=config_dir)
+            if figures["memory"]["fits"] and host_memory_fits(figures):
+                step = figures["step"]
+                needed = figures["memory"]["needed"]
+                found.append({"overrides": change, "needed": needed, "seconds": (step["fastest"], step["slowest"])})
+    return found
+
+
+def host_memory_fits(figures: Figures) -> bool:
+    available = figures["host_memory"]["available"]
+    return available is None or figures["host_memory"]["needed"] <= available
+
+
+def render(figures: Figures) -> str:
+    """Return the figures as a page of text."""
+    run, memory, step, host = figures["run"], figures["memory"], figures["step"], figures["host_memory"]
+    processes = f"{run['processes']} process{'es' * (run['processes'] != 1)}"
+    verdict = "fits" if memory["fits"] else "does not fit"
+    lines = [
+        f"run        {run['model']}, {run['method']}, {run['trained']:,} of {run['parameters']:,} parameters trained",
+        f"machine    {figures['host']['name']}; {processes}, {run['engine']}, {run['precision']}",
+        f"batch      {run['memory']}",
+        "",
+        f"GPU memory {gb(memory['needed'])} of {gb(memory['usable'])} GB on each: {verdict}"
+        f"{'' if memory['exact'] else ' (a term is not measured for this model)'}",
+    ]
+    phase = max(memory["peaks"], key=memory["peaks"].get)
+    terms = [term for term in memory["terms"] if term["phase"] in PHASES[phase]]
+    terms.append({"name": "outside torch's allocator", "bytes": memory["outside_allocator"]})
+    lines += bars(terms, f"at its peak, {'the loss' if phase == 'loss' else phase}")
+    limit = f" of {gb(host['available'])}" if host["available"] else ""
+    lines += ["", f"host       {gb(host['needed'])}{limit} GB{'' if host_memory_fits(figures) else ': does not fit'}"]
+    lines += bars(host["terms"])
+    lines += ["", f"disk       {gb(figures['disk']['needed'])} GB"]
+    lines += [f"           {term['name']}: {term['formula']}" for term in figures["disk"]["terms"]]
+    low, high = step["mfu"]
+    lines += [
+        "",
+        f"step       {seconds(step['fastest'], step['slowest'])} s, at most {step['tokens_all']:,} tokens in all, "
+        f"{step['model_flops'] / 1e12:,.0f} TFLOP on each GPU, MFU {100 * low:.0f} to {100 * high:.0f} %",
+    ]
+    if total := figures.get("total"):
+        fast, slow = total["seconds"]
+        lines.append(
+            f"time       {duration(fast)} to {duration(slow)} for {total['steps']:,} steps, at most "
+            f"{total['tokens']:,} tokens, {total['petaflop_days']:.3g} PetaFLOP/s-days"
+        )
+        if total["cost"]:
+            hours = f"{total['gpu_hours'][0]:.2f} to {total['gpu_hours'][1]:.2f} GPU hours"
+            lines.append(f"cost       {total['cost'][0]:,.2f} to {total['cost'][1]:,.2f} ({hours})")
+    else:
+        lines.append("time       the rows of an epoch are not known here; trainer.max_steps=N gives a total")
+    lines += [f"notes      {note}" for note in run["notes"]]
+    if "changes" in figures:
+        lines += ["", "what would fit:" if figures["changes"] else "nothing that was tried fits"]
+        for change in figures["changes"]:
+            needs = f"{gb(change['needed'])} GB, {seconds(*change['seconds'])} s a step"
+            lines.append(f"  {' '.join(change['overrides'])}   ({needs})")
+    return "\n".join(lines)
+
+
+def bars(terms: Sequence[Figures], title: str = "") -> list[str]:
+    """Return a line for each term, the largest first, with a bar as long as its share."""
+    ordered = sorted((t for t in terms if t["bytes"] >= 5e6), key=lambda t: -t["bytes"])
+    largest = max((t["bytes"] for t in ordered), default=1)
+    lines = [f"           {title}:"] if title else []
+    for term in ordered:
+        bar = "#" * max(1, round(BAR * term["bytes"] / largest))
+        lines.append(f"           {term['name']:<28}{gb(term['bytes']):>8} GB  {bar}")
+    return lines
+
+
+def seconds(fastest: float, slowest: float) -> str:
+    return f"{fastest:.2f} to {slowest:.2f}"
+
+
+def gb(size: float) -> str:
+    return f"{size / 1e9:.1f}" if size >= 1e9 else f"{size / 1e9:.2f}"
+
+
+def duration(seconds: float) -> str:
+    for unit, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * unit:
+            return f"{seconds / unit:.1f} {name}"
+    return f"{seconds:.0f} s"
