@@ -103,7 +103,10 @@ SINGLE = {
         DONE,
     ),
     "plan": (["plan", "recipe=qwen3_1b7_lora", "hardware=4090"], DONE),
-    "plan of what does not fit": (["plan", "recipe=llama3_1_8b_full_zero3", "hardware=2xt4"], REFUSED),
+    "plan of what does not fit": (
+        ["plan", "recipe=llama3_1_8b_full_zero3", "hardware=2xt4", "launch.num_gpus=2"],
+        REFUSED,
+    ),
     "data": (["data", "dataset=letters"], DONE),
     "data --json": (["data", "dataset=letters", "--json"], DONE),
     "data --row": (["data", "dataset=letters", "--row", "3", "--file", "letters_train.jsonl"], DONE),

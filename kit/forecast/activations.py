@@ -130,9 +130,11 @@ def saved_per_token(
     if selective:
         number = 4 if base_dtype == "float32" and not autocast else 2
         residual = 4 if base_dtype == "float32" else 2
-        width = values["v"] or values["q"]
-        kept = residual * values["h"] + number * (evaluate(group["outputs"], values) + width) + 4 * values["H"]
-        formula = f"{residual}h+{number}({group['outputs']}+{'v' if values['v'] else 'q'})+4H"
+        width, letter = values["v"] or values["q"], "v" if values["v"] else "q"
+        kept = residual * values["h"] + number * evaluate(group["outputs"], values)
+        formula = f"{residual}h+{number}({group['outputs']})"
+        if attention != FLEX:  # whose compiled operator the policy does not see: it is computed again
+            kept, formula = kept + number * width + 4 * values["H"], f"{formula}+{number}{letter}+4H"
         exact, beside = exact and squared == "0" and not values["k"], max(beside, 0)
     copies = re.search(r"(\d+)P", layer)
     return Saved(
