@@ -41,8 +41,12 @@ class StepTime:
 def active_linears(base: Sizes) -> float:
     """Return the parameters of matrices that one token passes through: of experts, those that it is sent to."""
     s = sizes(base.text)
-    idle = max(s["E"] - s["k"], 0) * 3 * s["h"] * s["m"] * base.layers if s["k"] else 0
-    return base.linears - min(idle, 0.98 * base.linears)
+    if not s["k"]:
+        return base.linears
+    expert = 3 * s["h"] * s["m"] * base.layers
+    # transformers keeps all experts of a layer in one parameter, which is no linear module; some have modules.
+    others = base.linears - s["E"] * expert
+    return (others if others > 0 else base.linears) + s["k"] * expert
 
 
 def count_flops(step: Step, base: Sizes, row_tokens: int) -> tuple[float, float]:

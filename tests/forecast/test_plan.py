@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 from test_memory import ALL, LLAMA_8B, LORA, OFF, step, zero
 
+from kit import api
 from kit.cli import verbs
 from kit.errors import KitError
 from kit.forecast.host_memory import forecast_disk, forecast_host_memory, pinned_bytes
 from kit.forecast.hosts import find_host, parse_host
 from kit.forecast.memory import Sizes, Step, forecast_memory, measure_sizes
-from kit.forecast.step_time import EFFICIENCY, count_flops, forecast_time
+from kit.forecast.step_time import EFFICIENCY, active_linears, count_flops, forecast_time
+from kit.inspection.model import inspect_model
 from kit.system import hardware
 
 H200 = parse_host("h200")
@@ -52,6 +54,16 @@ def test_operations_are_those_that_torch_counts(peft: dict[str, Any] | None, tra
     matmuls = base.linears + 4096 * 128256
     run = step(peft, trainer=trainer, tokens=1000)
     assert count_flops(run, base, 0)[1] / 1000 / matmuls == pytest.approx(times, rel=0.01)
+
+
+@pytest.mark.parametrize("preset, billions", [("mixtral_8x7b", 12.9), ("qwen3_30b_a3b", 3.35), ("qwen3_8b", 8.2)])
+def test_a_token_passes_through_its_experts_alone(preset: str, billions: float):
+    """Active parameters as the models' makers give them: 12.9, 3.3 and 8.2 billion with embeddings."""
+    plan = api.compose(f"model={preset}", "dataset.path=x/y")
+    base = measure_sizes(inspect_model(plan.model, here=False)[0].text, LORA)
+    assert base
+    ends = 2 * base.text["vocab_size"] * base.text["hidden_size"]
+    assert (active_linears(base) + ends) / 1e9 == pytest.approx(billions, rel=0.02)
 
 
 GEMMA_9B = {
