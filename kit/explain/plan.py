@@ -16,6 +16,7 @@ from kit.forecast.hosts import EXAMPLES, KEY, Host, find_host, parse_host
 from kit.forecast.memory import forecast_memory, measure_sizes
 from kit.forecast.step_time import PETAFLOP_DAY, forecast_time
 from kit.inspection.model import inspect_model
+from kit.schema.checkpointing import checkpointing_kwargs, is_checkpointed
 from kit.schema.run_plan import MemoryOption, RunPlan
 from kit.schema.steps import total_steps
 from kit.system import hardware
@@ -152,16 +153,16 @@ def describe_engine(plan: RunPlan) -> str:
 
 def describe_memory(plan: RunPlan) -> str:
     """Say how the memory is used: what is computed again, rows and accumulation."""
-    keys = ("activation_checkpointing", "per_device_train_batch_size", "gradient_accumulation_steps")
-    kwargs = plan.trainer.get("activation_checkpointing_kwargs") or {}
-    values = {key: plan.trainer[key] for key in keys[1:]}
+    trainer, kwargs = plan.trainer, None
+    if is_checkpointed(trainer):
+        kwargs = checkpointing_kwargs(trainer)
+    rows, steps = trainer["per_device_train_batch_size"], trainer["gradient_accumulation_steps"]
     option = MemoryOption(
-        activation_checkpointing=bool(plan.trainer.get(keys[0])), activation_checkpointing_kwargs=kwargs,
-        bytes=0, cost=1.0, **values,
+        activation_checkpointing=kwargs is not None, activation_checkpointing_kwargs=kwargs or {},
+        per_device_train_batch_size=rows, gradient_accumulation_steps=steps, bytes=0, cost=1.0,
     )  # fmt: skip
-    steps = values[keys[2]]
-    rows = f"{values[keys[1]]} x {plan.trainer['max_length']:,} tokens, {steps} accumulation step{'s' * (steps != 1)}"
-    return f"{rows}, {describe_level(option)}"
+    counted = f"{rows} x {trainer['max_length']:,} tokens, {steps} accumulation step{'s' * (steps != 1)}"
+    return f"{counted}, {describe_level(option)}"
 
 
 def find_changes(words: Sequence[str], host: Host, config_dir: str | None) -> list[Figures]:
