@@ -40,6 +40,7 @@ def plan_verb(argv: list[str]) -> int:
     parser = verb_parser("plan", "Memory, time, disk and cost of a run before anything is loaded; imports no torch.")
     parser.add_argument("overrides", nargs="*", metavar="run.yaml | DATA | key=value")
     parser.add_argument("--config-dir", "-cd", help="a folder with groups and recipes of your own")
+    parser.add_argument("--compare", metavar="KEY=A,B,...", help="a line for each value: deepspeed=zero2,zero3")
     parser.add_argument("--price", type=float, metavar="X", help="of a GPU hour: what the run costs")
     parser.add_argument("--json", action="store_true", help="every term with its formula and source")
     parser.epilog = f"hardware=... plans for another machine: {EXAMPLES}; without it, for this one"
@@ -52,6 +53,10 @@ def plan_verb(argv: list[str]) -> int:
         raise KitError(f"{KEY} is given several times", KEY, "one machine at a time")
     if a.price is not None and not a.price >= 0:
         raise KitError(f"--price {a.price:g} is no price", "--price", "of an hour of one GPU, such as 2.5")
+    if a.compare:
+        rows = compare(words, a.compare, named[0] if named else None, a.price, a.config_dir)
+        print(json.dumps(rows, indent=1) if a.json else render_rows(rows))
+        return DONE if any(row.get("fits") for row in rows) else REFUSED
     host = parse_host(named[0]) if named else host_of_this_machine()
     figures = forecast_run(words, host, a.price, a.config_dir)
     if not figures["memory"]["fits"]:
@@ -178,6 +183,51 @@ def find_changes(words: Sequence[str], host: Host, config_dir: str | None) -> li
                 needed = figures["memory"]["needed"]
                 found.append({"overrides": change, "needed": needed, "seconds": (step["fastest"], step["slowest"])})
     return found
+
+
+def compare(
+    words: Sequence[str], asked: str, machine: str | None, price: float | None, config_dir: str | None
+) -> list[Figures]:
+    """Return the figures of a run with each value of a key, `hardware` among them; of a refused one, why."""
+    key, _, values = asked.partition("=")
+    if not key or len(values.split(",")) < 2:
+        raise KitError(f"--compare {asked} names no values", "--compare", "--compare deepspeed=zero2,zero3")
+    kept, rows = [word for word in words if word.partition("=")[0] != key], []
+    for value in values.split(","):
+        row: Figures = {"value": f"{key}={value}"}
+        try:
+            word = value if key == KEY else machine
+            host = parse_host(word) if word else host_of_this_machine()
+            figures = forecast_run(kept if key == KEY else [*kept, f"{key}={value}"], host, price, config_dir)
+        except KitError as error:
+            rows.append(row | {"refused": error.problems[0].problem})
+            continue
+        run, step = figures["run"], figures["step"]
+        row |= {name: figures["memory"][name] for name in ("needed", "usable", "fits")}
+        row |= {"engine": run["engine"], "batch": run["memory"], "seconds": (step["fastest"], step["slowest"])}
+        row |= {"host": figures["host_memory"]["needed"], "fits": row["fits"] and host_memory_fits(figures)}
+        rows.append(row | ({"total": figures["total"]} if "total" in figures else {}))
+    return rows
+
+
+def render_rows(rows: Sequence[Figures]) -> str:
+    """Return a table of what `compare` found."""
+    width = max(len(row["value"]) for row in rows)
+    lines = [f"{'':{width}}  {'GPU GB':>14}  {'host GB':>8}  {'s a step':>16}  "]
+    for row in rows:
+        if "refused" in row:
+            lines.append(f"{row['value']:{width}}  refused: {row['refused']}")
+            continue
+        verdict = "" if row["fits"] else "does not fit; "
+        total = row.get("total")
+        time = f"; {duration(total['seconds'][0])} to {duration(total['seconds'][1])}" if total else ""
+        cost = f", {total['cost'][0]:,.2f} to {total['cost'][1]:,.2f}" if total and total["cost"] else ""
+        memory = f"{gb(row['needed'])} of {gb(row['usable'])}"
+        lines.append(
+            f"{row['value']:{width}}  {memory:>14}  {gb(row['host']):>8}  {seconds(*row['seconds']):>16}  "
+            f"{verdict}{row['engine']}, {row['batch']}{time}{cost}"
+        )
+    return "\n".join(lines)
 
 
 def host_memory_fits(figures: Figures) -> bool:

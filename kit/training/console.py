@@ -186,6 +186,9 @@ def final_metrics(
         "tokens": tokens,
         "tokens_per_second": round(tokens / runtime, 1) if tokens and runtime == runtime else None,
         "peak_memory_gb": round(torch.cuda.max_memory_allocated() / 2**30, 3) if cuda else None,
+        "peak_reserved_gb": round(torch.cuda.max_memory_reserved() / 2**30, 3) if cuda else None,
+        # Of what the process holds: with CUDA's context and the allocator's fragments.
+        "forecast_memory_gb": round(plan.memory.options[plan.memory.chosen].bytes / 2**30, 3) if plan.memory else None,
         "packing": getattr(trainer, "packing_proof", None),  # how far packed documents were from themselves alone
         "save_seconds": round(saved, 3),
         "checkpoint_seconds": [round(s, 3) for s in trainer.checkpoint_seconds],

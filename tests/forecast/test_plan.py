@@ -257,7 +257,25 @@ def test_what_does_not_fit_and_what_would(capsys: pytest.CaptureFixture[str]):
     assert code == 2 and "nothing that was tried fits" in text
 
 
+def test_values_side_by_side(capsys: pytest.CaptureFixture[str]):
+    """Each line is what the value gives alone; a refused value says why, and the others stand."""
+    values = ["deepspeed=zero2", "deepspeed=zero3", "deepspeed=zero9"]
+    code, text = run_plan(capsys, *STOCK, "hardware=2x4090_128gb", "--compare", "deepspeed=zero2,zero3,zero9")
+    lines = text.splitlines()[1:]
+    assert code == 0 and [line.split()[0] for line in lines] == values and "refused: " in lines[2]
+    for value, line in zip(values[:2], lines[:2], strict=True):
+        _, alone = run_plan(capsys, *STOCK, "hardware=2x4090_128gb", value)
+        needed = alone.split("GPU memory ")[1].split()[0]
+        assert f" {needed} of 25.8 " in line, line
+    code, out = run_plan(capsys, *STOCK, "peft=none", "--json", "--compare", "hardware=t4,8xh200,8xa9000")
+    found = json.loads(out)
+    assert code == 0 and [row.get("fits") for row in found] == [False, True, None] and "A9000" in str(found).upper()
+    code, _ = run_plan(capsys, *STOCK, "peft=none", "--compare", "hardware=t4,l4")
+    assert code == 2
+
+
 @pytest.mark.parametrize("words, said", [
+    (["hardware=t4", "--compare", "deepspeed"], "names no values"),
     (["hardware=8xa9000"], "names no GPU that is known"), ([], "this machine has no GPU"),
     (["hardware=h100", "hardware=t4"], "given several times"), (["hardware=h100", "--price", "-1"], "is no price"),
     (["hardware=h100", "launch.num_gpus=2", "launch=deepspeed"], "takes 2 GPUs of 1"),
