@@ -94,52 +94,27 @@ def make_mask(
     )
 
 
-def make_flex_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: Any = 0,
-    kv_offset: int = 0,
-    mask_function: Callable[..., Any] = causal_mask_function,
-    attention_mask: torch.Tensor | None = None,
-    allow_is_causal_skip: bool = True,
-    use_vmap: bool = False,
-    local_size: int | None = None,
-    device: Any = "cpu",
-    config: Any = None,
-    **settings: Any,
-) -> Any:
+def make_flex_mask(**given: Any) -> Any:
     """Return FlexAttention's BlockMask of causal rows, windows, padding and packed documents.
 
-    What `make_mask` returns where FlexAttention is not used, before a cache, and for other masks.
+    given: the arguments of `make_mask`, which is called where FlexAttention is not used, before a cache, and for masks
+    of another kind.
     """
-    square = isinstance(q_offset, int) and q_offset == 0 and q_length == kv_length > 1
-    if square and not use_vmap and takes_flex(torch.device(device), config):
-        padded = attention_mask is not None and not bool(attention_mask.all())
-        if not padded and allow_is_causal_skip:
-            return causal_blocks(q_length, local_size, torch.device(device))
-        documents = number_documents(mask_function, batch_size, q_length, device)
+    tokens, device, offset = given["q_length"], torch.device(given.get("device", "cpu")), given.get("q_offset", 0)
+    square = isinstance(offset, int) and offset == 0 and tokens == given["kv_length"] > 1
+    if square and not given.get("use_vmap") and takes_flex(device, given.get("config")):
+        seen, window = given.get("attention_mask"), given.get("local_size")
+        padded = seen is not None and not bool(seen.all())
+        if not padded and given.get("allow_is_causal_skip", True):
+            return causal_blocks(tokens, window, device)
+        function = given.get("mask_function", causal_mask_function)
+        documents = number_documents(function, given["batch_size"], tokens, device)
         if documents is not None:
             documents = documents[:, 0, 0]
-            if padded and attention_mask is not None:
-                documents = documents.masked_fill(~attention_mask.bool(), -1)
-            return make_blocks(q_length, local_size, documents, torch.device(device))
-    return make_mask(
-        batch_size=batch_size,
-        q_length=q_length,
-        kv_length=kv_length,
-        q_offset=q_offset,
-        kv_offset=kv_offset,
-        mask_function=mask_function,
-        attention_mask=attention_mask,
-        allow_is_causal_skip=allow_is_causal_skip,
-        use_vmap=use_vmap,
-        device=device,
-        config=config,
-        dense_mask=eager_mask,
-        local_size=local_size,
-        **settings,
-    )
+            if seen is not None and padded:
+                documents = documents.masked_fill(~seen.bool(), -1)
+            return make_blocks(tokens, window, documents, device)
+    return make_mask(**given, dense_mask=eager_mask)
 
 
 def make_blocks(tokens: int, window: int | None, documents: torch.Tensor | None, device: torch.device) -> BlockMask:
