@@ -348,6 +348,9 @@ def in_child(act: Any, *args: Any, limit: int = WAIT) -> Any:
         null = os.open(os.devnull, os.O_RDWR)
         for stream in (1, 2):
             os.dup2(null, stream)
+        if torch := sys.modules.get("torch"):
+            # A fork's first call makes torch's thread pool anew; two threads that call at once find none.
+            torch.set_num_threads(1)
         try:
             result = act(*args)
         except BaseException as error:

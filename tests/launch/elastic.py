@@ -108,6 +108,7 @@ def main(stages: list[dict[str, Any]]) -> None:
         for rank in range(stage["world"]):
             ranks.append(os.fork())
             if ranks[-1] == 0:
+                torch.set_num_threads(1)  # makes torch's thread pool anew; two threads that call at once find none
                 try:
                     one_rank(rank, stage["world"], port, runs)
                 except BaseException:

@@ -73,6 +73,8 @@ if __name__ == "__main__":
     for fault, *plans in json.loads(sys.argv[1]):
         for group in [plans] if fault else [[plan] for plan in plans]:
             pid = os.fork()
+            if pid == 0:  # its first call makes torch's thread pool anew; two threads that call at once find none
+                torch.set_num_threads(1)
             if pid == 0 and fault:
                 share(fault, [Path(p) for p in group])
             elif pid == 0:
