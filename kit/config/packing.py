@@ -10,7 +10,6 @@ import math
 import re
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 from kit.config.inputs import Sample
@@ -22,7 +21,7 @@ from kit.inspection.model import Base
 from kit.rows.files import DAMAGE, estimate_rows
 from kit.rows.formats import CanonicalRow, row_turns, turn_text
 from kit.schema import fields
-from kit.schema.run_plan import Dataset, MixedSource, RunInput
+from kit.schema.run_plan import Dataset, Documents, MixedSource, RunInput
 
 # Llama 3's, Qwen 3's and Gemma 3's tokenizers make 0.20 to 0.24 tokens of a byte of English prose and Python, 0.20 to
 # 0.27 of Chinese and Japanese, 0.17 to 0.23 of Russian, 0.26 to 0.30 of German, 0.5 to 0.65 of plain arithmetic.
@@ -30,19 +29,6 @@ TOKENS_PER_BYTE = 0.23
 TOKENS_PER_TURN = 5  # role and marks of a turn in the templates of ChatML, Llama 3 and Gemma
 MIN_STEPS = 100  # optimizer steps of an epoch: with fewer, packing takes more from training than padding costs
 WORTH_SAYING = 10  # optimizer steps of an epoch below which nobody would pack
-
-
-@dataclass(frozen=True)
-class Documents:
-    """What a run trains on in an epoch, as estimated from its first rows."""
-
-    count: float
-    mean: float  # tokens of one, cut as trainer.max_length and dataset.on_long_row say
-    large: float  # share of those that fill more than half of a row, so that no two of them share one
-
-    def packed_rows(self, max_length: int) -> float:
-        """Return how many rows of `max_length` tokens they fill."""
-        return self.count * max(self.mean / max_length, self.large)
 
 
 def resolve_packing(
@@ -62,9 +48,7 @@ def resolve_packing(
     if not can_pack(run, base, trainer, peft, deepspeed):
         return False
     max_length = trainer.get("max_length", 1024)
-    documents = None
-    with suppress(KitError, ImportError, *DAMAGE):  # of the data, which is told by those who read it
-        documents = estimate_documents(run.dataset, samples, trainer)
+    documents = find_documents(run.dataset, samples, trainer)
     if documents is None:
         report.note("packing: off, the number of rows is not known here; trainer.packing=true packs short documents")
         return False
@@ -117,6 +101,13 @@ def about(number: float) -> str:
 # ---- the data ----
 
 
+def find_documents(dataset: Dataset, samples: dict[str, Sample], trainer: dict[str, Any]) -> Documents | None:
+    """Return `estimate_documents`, and None for damaged data, which is told by those who read it."""
+    with suppress(KitError, ImportError, *DAMAGE):
+        return estimate_documents(dataset, samples, trainer)
+    return None
+
+
 def estimate_documents(dataset: Dataset, samples: dict[str, Sample], trainer: dict[str, Any]) -> Documents | None:
     """Estimate what kit/data/load.py reads and kit/data/prepare.py cuts; None where no rows are here to be counted."""
     sources = {f"dataset.mix.{number}.path": source for number, source in enumerate(dataset.mix)}
@@ -129,7 +120,7 @@ def estimate_documents(dataset: Dataset, samples: dict[str, Sample], trainer: di
     count, shares = mix_counts(dataset, [part.count for part in parts])
     kept = min(count, dataset.limit or count)
     mean, large = (sum(s * getattr(p, of) for s, p in zip(shares, parts, strict=True)) for of in ("mean", "large"))
-    return Documents(kept, mean, large)
+    return Documents(count=kept, mean=mean, large=large)
 
 
 def estimate_set(dataset: Dataset, sample: Sample, trainer: dict[str, Any]) -> Documents | None:
@@ -149,7 +140,8 @@ def estimate_set(dataset: Dataset, sample: Sample, trainer: dict[str, Any]) -> D
         held = dataset.test_size + (dataset.validation_size or 0)
         rows = max(rows - held if held >= 1 else rows * (1 - held), 0)
     large = sum(n > max_length / 2 for n in lengths) / len(lengths)
-    return Documents(rows * len(lengths) / len(sample.raw), sum(lengths) / len(lengths), large)
+    count = rows * len(lengths) / len(sample.raw)
+    return Documents(count=count, mean=sum(lengths) / len(lengths), large=large)
 
 
 def mix_counts(dataset: Dataset, counts: list[float]) -> tuple[float, list[float]]:

@@ -16,6 +16,7 @@ from kit.config.compose import Composed
 from kit.config.input_checks import check_values
 from kit.config.inputs import Inputs, inspect_data, inspect_inputs
 from kit.config.memory_choice import choose_for_plan
+from kit.config.packing import find_documents
 from kit.config.report import Report, unique
 from kit.config.resolve import Resolved, make_paths_absolute, resolve
 from kit.config.rules import table
@@ -68,8 +69,10 @@ def build_plan(
     if not sections.run.tokenizer.added_tokens and (trained := count_trained(inputs.base.text, resolved.tree["peft"])):
         report.note(f"trains {describe_trained(trained)}")
     note_steps(context)
-    rows = rows_of_epoch(context) or None
-    plan = freeze(composed, sections, inputs, resolved, report, here).model_copy(update={"rows": rows})
+    known: dict[str, Any] = {"rows": rows_of_epoch(context) or None}
+    if isinstance(resolved.tree["trainer"].get("max_length", 1024), int):
+        known["documents"] = find_documents(sections.run.dataset, inputs.data.samples, resolved.tree["trainer"])
+    plan = freeze(composed, sections, inputs, resolved, report, here).model_copy(update=known)
     return plan if batch_job and world_size is None else choose_for_plan(plan, lambda: inputs.base.text)
 
 

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from kit.config.memory_choice import GPU_SHARE, describe_level, step_of_plan
+from kit.config.packing import about
 from kit.errors import DONE, REFUSED, KitError
 from kit.forecast.host_memory import forecast_disk, forecast_host_memory
 from kit.forecast.hosts import EXAMPLES, KEY, Host, find_host, parse_host
@@ -111,7 +112,8 @@ def forecast_run(
     needed, usable = memory.peak + memory.outside_allocator, host.memory_gib * 2**30
     steps = known_steps(plan)
     accumulation = plan.trainer["gradient_accumulation_steps"]
-    time = forecast_time(step, base, host, accumulation, length)
+    packed, documents = bool(plan.trainer.get("packing")), plan.documents
+    time = forecast_time(step, base, host, accumulation, int(documents.mean) if packed and documents else length)
     memory_of_host = forecast_host_memory(step, base, local)
     disk = forecast_disk(step, base, plan.trainer, steps)
     figures: Figures = {
@@ -126,6 +128,7 @@ def forecast_run(
         "host_memory": {"needed": sum(t.bytes for t in memory_of_host), "terms": [asdict(t) for t in memory_of_host],
                         "available": host.memory_gb and host.memory_gb * 1e9},
         "disk": {"needed": sum(t.bytes for t in disk), "terms": [asdict(t) for t in disk]},
+        "documents": documents and documents.model_dump(),
         "step": {**asdict(time), "tokens_all": time.tokens * plan.world_size, "mfu": time.utilization(host)},
     }  # fmt: skip
     if steps:
@@ -140,9 +143,13 @@ def forecast_run(
 
 
 def known_steps(plan: RunPlan) -> int | None:
-    """Return the optimizer steps of a run, where max_steps or the rows of an epoch are known."""
-    if plan.trainer.get("max_steps", -1) > 0 or plan.rows:
-        return total_steps(plan.rows or 0, plan.trainer, plan.world_size)
+    """Return the optimizer steps of a run, where max_steps or the rows of an epoch are known, or can be estimated."""
+    rows, documents = plan.rows, plan.documents
+    if rows is None and documents is not None and not plan.dataset.streaming:
+        packed, length = plan.trainer.get("packing"), plan.trainer["max_length"]
+        rows = round(documents.packed_rows(length) if packed else documents.count)
+    if plan.trainer.get("max_steps", -1) > 0 or rows:
+        return total_steps(rows or 0, plan.trainer, plan.world_size)
     return None
 
 
@@ -274,6 +281,10 @@ def render(figures: Figures) -> str:
             lines.append(f"cost       {total['cost'][0]:,.2f} to {total['cost'][1]:,.2f} ({hours})")
     else:
         lines.append("time       the rows of an epoch are not known here; trainer.max_steps=N gives a total")
+    if documents := figures["documents"]:
+        count, mean = about(documents["count"]), about(documents["mean"])
+        epoch = about(documents["count"] * documents["mean"])
+        lines.append(f"data       about {count} documents of {mean} tokens, {epoch} in an epoch, by its first rows")
     lines += [f"notes      {note}" for note in run["notes"]]
     if "changes" in figures:
         lines += ["", "what would fit:" if figures["changes"] else "nothing that was tried fits"]

@@ -207,6 +207,18 @@ class MemoryOption(Strict):
     cost: float
 
 
+class Documents(Strict):
+    """What a run trains on in an epoch, as estimated from its first rows."""
+
+    count: float
+    mean: float  # tokens of one, cut as trainer.max_length and dataset.on_long_row say
+    large: float  # share of those that fill more than half of a row, so that no two of them share one
+
+    def packed_rows(self, max_length: int) -> float:
+        """Return how many rows of `max_length` tokens they fill."""
+        return self.count * max(self.mean / max_length, self.large)
+
+
 class MemoryChoice(Strict):
     """The options of a run on its device, each needing less than the one before; the trainer has the chosen one."""
 
@@ -244,6 +256,7 @@ class RunPlan(Strict):
     init_from: InitFrom | None = None  # peft.init_from: whose weights the adapter starts with
     base: dict[str, Any] | None = None  # config_sha256 and fingerprint of the base weights, where they are here
     rows: int | None = None  # that the trainer draws in an epoch, where they were counted
+    documents: Documents | None = None  # of an epoch, where the data is here
     memory: MemoryChoice | None = None  # null: the user's own values, or not yet chosen (the GPUs are elsewhere)
     notes: list[str] = Field(default_factory=list)
     warnings: list[dict[str, str]] = Field(default_factory=list)  # problem, where, fix and rule of each

@@ -257,6 +257,27 @@ def test_what_does_not_fit_and_what_would(capsys: pytest.CaptureFixture[str]):
     assert code == 2 and "nothing that was tried fits" in text
 
 
+def test_the_data_makes_steps_and_attention(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    """Packed documents attend within themselves, and an epoch of them has fewer steps; all counted from the file."""
+    data = tmp_path / "chats.jsonl"
+    turns = [{"role": "user", "content": "hello there " * 20}, {"role": "assistant", "content": "general " * 120}]
+    data.write_text(20000 * (json.dumps({"messages": turns}) + "\n"))
+    words = [
+        str(data),
+        "model=llama3_1_8b_instruct",
+        "hardware=h100",
+        "trainer.max_length=4096",
+        "--json",
+        "trainer.num_train_epochs=1",
+    ]
+    packed, padded = (json.loads(run_plan(capsys, *words, f"trainer.packing={p}")[1]) for p in ("auto", "false"))
+    assert packed["documents"]["count"] == pytest.approx(20000, rel=0.1) and 200 < packed["documents"]["mean"] < 400
+    tokens = packed["documents"]["count"] * packed["documents"]["mean"]
+    assert packed["total"]["tokens"] == pytest.approx(tokens, rel=0.1)
+    assert packed["total"]["tokens"] < padded["total"]["tokens"] / 5
+    assert packed["step"]["model_flops"] < padded["step"]["model_flops"]
+
+
 def test_values_side_by_side(capsys: pytest.CaptureFixture[str]):
     """Each line is what the value gives alone; a refused value says why, and the others stand."""
     values = ["deepspeed=zero2", "deepspeed=zero3", "deepspeed=zero9"]
