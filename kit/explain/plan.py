@@ -11,7 +11,7 @@ from typing import Any
 
 from kit.config.memory_choice import GPU_SHARE, describe_level, step_of_plan
 from kit.config.packing import about
-from kit.errors import DONE, REFUSED, KitError
+from kit.errors import DONE, REFUSED, KitError, Problem
 from kit.forecast.host_memory import forecast_disk, forecast_host_memory
 from kit.forecast.hosts import EXAMPLES, KEY, Host, find_host, parse_host
 from kit.forecast.memory import forecast_memory, measure_sizes
@@ -33,6 +33,7 @@ CHANGES: tuple[tuple[str, ...], ...] = (
 # The phases whose terms stand in memory at each peak.
 PHASES = {"loss": ("always", "forward", "loss"), "backward": ("always", "forward", "backward"),
           "step": ("always", "step")}  # fmt: skip
+KNOWN = "model=llama3_1_8b, qwen3_8b, mistral_7b, gemma2_9b, mixtral_8x7b, gpt2"
 Figures = dict[str, Any]
 
 
@@ -98,15 +99,10 @@ def forecast_run(
         raise KitError(
             f"the run takes {local} GPUs of {host.count}", "launch.num_gpus", f"launch.num_gpus={host.count}"
         )
-    length, base = (
-        plan.trainer.get("max_length"),
-        measure_sizes(inspect_model(plan.model, here=False)[0].text, plan.peft),
-    )
+    text = inspect_model(plan.model, here=False)[0].text
+    base, length = measure_sizes(text, plan.peft), plan.trainer.get("max_length")
     if base is None or not isinstance(length, int) or plan.fsdp:
-        problem = f"the memory of {plan.model.name_or_path} with this adapter cannot be forecast"
-        if plan.fsdp or base is not None:
-            problem = "the memory of FSDP is not forecast" if plan.fsdp else "trainer.max_length=null has no forecast"
-        raise KitError(problem, "kit plan", "a causal model of transformers, LoRA or all weights, a max_length")
+        raise KitError([why_not_forecast(plan, text)])
     step = step_of_plan(plan, plan.trainer)
     memory = forecast_memory(step, base)
     needed, usable = memory.peak + memory.outside_allocator, host.memory_gib * 2**30
@@ -140,6 +136,24 @@ def forecast_run(
             "cost": price is not None and [h * price for h in hours] or None,
         }  # fmt: skip
     return figures
+
+
+def why_not_forecast(plan: RunPlan, text: Figures) -> Problem:
+    """Say what stands against a forecast of a run, and what can be done."""
+    name, kind = plan.model.name_or_path, (plan.peft or {}).get("peft_type", "full fine-tuning")
+    if plan.fsdp:
+        return Problem("the memory of FSDP is not forecast", "fsdp", "fsdp=none, and deepspeed=zero3 in its place")
+    if not isinstance(plan.trainer.get("max_length"), int):
+        fix = "trainer.max_length=N, the longest row"
+        return Problem("without trainer.max_length a step has no size", "trainer.max_length", fix)
+    if not text:
+        fix = f"kit fetch model.name_or_path={name}, or add a preset of its shape: model=llama3_1_8b"
+        return Problem(f"the config.json of {name} is not on this machine", "model.name_or_path", fix)
+    if measure_sizes(text, None) is None:
+        fix = f"another of its size: {KNOWN}"
+        return Problem(f"the modules of {text.get('model_type')} are not in the table", "model.name_or_path", fix)
+    fix = "peft=lora, for an estimate: most methods keep less"
+    return Problem(f"the memory of {kind} is not forecast", "peft.peft_type", fix)
 
 
 def known_steps(plan: RunPlan) -> int | None:

@@ -301,8 +301,11 @@ def test_values_side_by_side(capsys: pytest.CaptureFixture[str]):
     (["hardware=h100", "hardware=t4"], "given several times"), (["hardware=h100", "--price", "-1"], "is no price"),
     (["hardware=h100", "launch.num_gpus=2", "launch=deepspeed"], "takes 2 GPUs of 1"),
     (["hardware=h100", "trainer.use_cpu=true"], "forecasts GPUs"),
-    (["hardware=h100", "trainer.max_length=null", "trainer.packing=false"], "has no forecast"),
-    (["hardware=h100", "peft.peft_type=IA3"], "cannot be forecast"), (["hardware=h100", "trainer.lr=1"], "trainer.lr"),
+    (["hardware=h100", "trainer.max_length=null", "trainer.packing=false"], "has no size"),
+    (["hardware=h100", "peft.peft_type=IA3"], "the memory of IA3 is not forecast"),
+    (["hardware=h100", "trainer.lr=1"], "trainer.lr"),
+    (["hardware=h100", "model=none", "model.name_or_path=no/such"], "config.json of no/such is not on this machine"),
+    (["hardware=2xh100", "++fsdp.reshard_after_forward=true"], "FSDP is not forecast"),
 ])  # fmt: skip
 def test_what_is_refused(words: list[str], said: str, capsys: pytest.CaptureFixture[str]):
     code, text = run_plan(capsys, *STOCK, *words)

@@ -139,9 +139,11 @@ def typed(run: RuleContext, key: str) -> bool:
 
 
 def differs_from_default(run: RuleContext, key: str) -> bool:
-    """Whether the value is another than the library would take by itself."""
+    """Whether the value is another than the library would take by itself. A switch that is off asks for nothing."""
     section, _, name = key.partition(".")
     value = (run.plan[section] or {}).get(name)
+    if value is False:
+        return False
     if section == "dataset" or value in (None, {}):
         return value not in (None, {})
     table = TABLES.get(section, str(peft(run, "peft_type") or "LORA").upper())
