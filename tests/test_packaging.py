@@ -88,6 +88,7 @@ def test_the_wheel_holds_the_package_and_its_configuration(built):
         "kit/inspection/architectures.json",
         "kit/inspection/parameters.json",
         "kit/forecast/activations.json",
+        "kit/forecast/gpus.json",
         "kit/config/rules/explanations.yaml",
         "kit/doctor/tested.json",
     }
