@@ -150,7 +150,7 @@ def test_ranks_that_a_shell_has_left():
 
 def test_every_rank_passes_the_door(plan, monkeypatch: pytest.MonkeyPatch, capsys):
     """What a launcher of any kind left is gone before torch is imported; rank 0 says it, the others log it."""
-    for name in [name for name in os.environ if classify(name) == "cleared"]:  # an argument class of another test set it
+    for name in [name for name in os.environ if classify(name) == "cleared"]:  # set by another test
         monkeypatch.delenv(name)
     for name, value in command.rank_environment(plan).items():
         monkeypatch.setenv(name, value)  # put back after the test
