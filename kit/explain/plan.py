@@ -61,10 +61,11 @@ def plan_verb(argv: list[str]) -> int:
         return DONE if any(row.get("fits") for row in rows) else REFUSED
     host = parse_host(named[0]) if named else host_of_this_machine()
     figures = forecast_run(words, host, a.price, a.config_dir)
-    if not figures["memory"]["fits"]:
+    fits = figures["memory"]["fits"] and host_memory_fits(figures)
+    if not fits:
         figures["changes"] = find_changes(words, host, a.config_dir)
     print(json.dumps(figures, indent=1) if a.json else render(figures))
-    return DONE if figures["memory"]["fits"] else REFUSED
+    return DONE if fits else REFUSED
 
 
 def host_of_this_machine() -> Host:
@@ -112,11 +113,14 @@ def forecast_run(
     time = forecast_time(step, base, host, accumulation, int(documents.mean) if packed and documents else length)
     memory_of_host = forecast_host_memory(step, base, local)
     disk = forecast_disk(step, base, plan.trainer, steps)
+    notes = list(plan.notes)
+    if plan.world_size > local:
+        notes.append("several nodes: the link between them is not in the time")
     figures: Figures = {
         "run": {"model": plan.model.name_or_path, "method": (plan.peft or {}).get("peft_type", "full fine-tuning"),
                 "engine": describe_engine(plan), "processes": plan.world_size, "precision": plan.precision,
                 "parameters": base.total, "trained": base.trained, "memory": describe_memory(plan),
-                "notes": plan.notes},
+                "notes": notes},
         "host": {"name": host.describe(), **asdict(host)},
         "memory": {"needed": needed, "allocated": memory.peak, "outside_allocator": memory.outside_allocator,
                    "usable": usable, "fits": needed <= GPU_SHARE * usable, "exact": memory.exact,

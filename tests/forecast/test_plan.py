@@ -257,6 +257,15 @@ def test_what_does_not_fit_and_what_would(capsys: pytest.CaptureFixture[str]):
     assert code == 2 and "nothing that was tried fits" in text
 
 
+def test_host_memory_counts_too(capsys: pytest.CaptureFixture[str]):
+    """70B in 16 bits, offloaded: 2 x 24 GB of GPU memory do, 128 GB of host memory do not."""
+    words = ["model=llama3_1_70b", "dataset.path=x/y", "trainer.max_length=512", "deepspeed=zero3_offload"]
+    code, text = run_plan(capsys, *words, "hardware=2x4090_128gb")
+    assert code == 2 and "GB on each: fits" in text and "of 128.0 GB: does not fit" in text
+    code, text = run_plan(capsys, *words, "hardware=2x4090_256gb", "launch.num_nodes=2", "launch=deepspeed")
+    assert code == 0 and "several nodes" in text, text
+
+
 def test_the_data_makes_steps_and_attention(capsys: pytest.CaptureFixture[str], tmp_path: Path):
     """Packed documents attend within themselves, and an epoch of them has fewer steps; all counted from the file."""
     data = tmp_path / "chats.jsonl"
