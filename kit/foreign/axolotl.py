@@ -208,8 +208,9 @@ def import_steps(r: Reading) -> None:
                 r.carry((name,), f"trainer.{key}_strategy", "steps")
                 if r.has(f"{key}_strategy"):
                     r.mark_default((f"{key}_strategy",), f"{name} is given")
-    if r.has("eval_strategy") and not held_out:
-        r.mark_default(("eval_strategy",), "nothing is held out to evaluate")
+    for name in ("eval_strategy", "eval_sample_packing"):
+        if r.has(name) and not held_out:
+            r.mark_default((name,), "nothing is held out to evaluate")
     if r.has("max_steps") and r.get("max_steps") == 0:
         r.mark_default(("max_steps",), "0: the epochs say it")
 

@@ -254,6 +254,16 @@ def test_scripts_of_other_methods(here: Path, capsys: pytest.CaptureFixture[str]
     assert "path: owner/chats" in capsys.readouterr().out
 
 
+def test_nothing_is_said_of_an_evaluation_that_is_none(here: Path):
+    """As Axolotl's own examples have it, and beside rows that are held out."""
+    data = "datasets: [{path: owner/text, type: completion}]\nsequence_len: 512\nsample_packing: true\n"
+    for sampled in ("true", "false"):
+        text = AX + data + f"eval_sample_packing: {sampled}\nval_set_size: "
+        without, held_out = make(text + "0.0\n", check=True), make(text + "0.1\n", check=True)
+        assert "eval_packing" not in str(without.tree) and not without.problems
+        assert "eval_packing" in str(held_out.tree)
+
+
 def test_the_switches_of_peft(here: Path):
     """PEFT's example script has its own words for an adapter and for 4 bits: never full fine-tuning in silence."""
     made = make(TRL + "use_peft_lora: true\nuse_4bit_quantization: true\nuse_nested_quant: true\n"
