@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from kit.config.compose import Composed
 from kit.config.deepspeed.check import load_deepspeed_file
-from kit.config.memory_choice import CPU_SHARE, GPU_SHARE, Device, choose_memory, find_device, find_free
+from kit.config.memory_choice import Device, choose_memory, find_device, find_free, usable_bytes
 from kit.config.provenance import read_file_layer
 from kit.config.report import Report
 from kit.config.sections import merge_trees
@@ -77,7 +77,7 @@ def choose_engine(composed: Composed, build: Callable[[Composed], RunPlan]) -> R
             raise refusals[0]
         text = f"deepspeed=auto forecasts memory, and knows too little of {alone.model.name_or_path}"
         raise KitError(text, KEY, "name one: deepspeed=none, zero2 or zero3")
-    limit = device.bytes * (CPU_SHARE if alone.trainer["use_cpu"] else GPU_SHARE)
+    limit = usable_bytes(device.bytes, alone.trainer["use_cpu"])
     fitting = [c for c in candidates if c.option.bytes <= limit]
     chosen = min(fitting, key=lambda c: c.cost) if fitting else min(candidates, key=lambda c: c.option.bytes)
     others = [f"{c.name} {c.option.bytes / 1e9:.1f} GB" for c in candidates if c is not chosen]
@@ -100,6 +100,8 @@ def engines_for(plan: RunPlan) -> tuple[str, ...]:
 
 def fastest_option(plan: RunPlan, device: Device) -> MemoryOption | None:
     """Return how the memory of a device is used best under a plan's engine; None where it cannot be forecast."""
+    if plan.memory:
+        return plan.memory.options[0]
     free = find_free(plan.composed.get("trainer") or {}, Report(plan.provenance))
     text = inspect_model(plan.model, here=False)[0].text
     memory = choose_memory(plan, {**plan.trainer, **dict.fromkeys(free, "auto")}, text, device)

@@ -131,8 +131,13 @@ def choose_memory(
                     cost=round((1 + repeated * FORWARD_SHARE[bool(plan.peft)]) * (1 + overhead), 4),
                 )
             )
-    limit = int(device.bytes * (CPU_SHARE if trainer["use_cpu"] else GPU_SHARE))
+    limit = usable_bytes(device.bytes, trainer["use_cpu"])
     return MemoryChoice(device=device.name, device_bytes=device.bytes, options=order_options(options, limit))
+
+
+def usable_bytes(size: float, on_cpu: bool) -> int:
+    """Return how much of a device's memory a forecast may fill."""
+    return int(size * (CPU_SHARE if on_cpu else GPU_SHARE))
 
 
 def step_of_plan(plan: RunPlan, trainer: Mapping[str, Any]) -> Step:

@@ -12,6 +12,7 @@ from typing import Any
 from kit.doctor import causes
 from kit.storage import run_directory
 from kit.storage.json_files import read_json_or_empty
+from kit.system.terminal import describe_duration
 
 TAIL_BYTES = 400_000  # bytes of a log that are read: the last start of a long run
 START_HEADER = re.compile(r"^--- plan \w+ rank \d+ .*$", re.M)
@@ -189,11 +190,7 @@ def describe_other_rank(rank: Rank) -> str:
 
 
 def format_age(moment: float) -> str:
-    seconds = max(0.0, time.time() - moment)
-    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit} ago"
-    return f"{seconds:.0f} s ago"
+    return f"{describe_duration(max(0.0, time.time() - moment))} ago"
 
 
 def describe_bad_rows(run: Path) -> list[str]:

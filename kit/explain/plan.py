@@ -9,19 +9,19 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from kit.config.memory_choice import GPU_SHARE, describe_level, step_of_plan
+from kit.config.memory_choice import describe_level, step_of_plan, usable_bytes
 from kit.config.packing import about
 from kit.errors import DONE, REFUSED, KitError, Problem
 from kit.forecast.host_memory import forecast_disk, forecast_host_memory
 from kit.forecast.hosts import EXAMPLES, KEY, Host, find_host, parse_host
-from kit.forecast.memory import forecast_memory, measure_sizes
+from kit.forecast.memory import Step, forecast_memory, measure_sizes
 from kit.forecast.step_time import PETAFLOP_DAY, forecast_time
 from kit.inspection.model import inspect_model
 from kit.schema.checkpointing import checkpointing_kwargs, is_checkpointed
 from kit.schema.run_plan import MemoryOption, RunPlan
 from kit.schema.steps import total_steps
 from kit.system import hardware
-from kit.system.terminal import verb_parser
+from kit.system.terminal import describe_duration, verb_parser
 
 BAR = 30  # characters of the largest term
 # What is tried where a run does not fit, the smallest change first.
@@ -61,11 +61,10 @@ def plan_verb(argv: list[str]) -> int:
         return DONE if any(row.get("fits") for row in rows) else REFUSED
     host = parse_host(named[0]) if named else host_of_this_machine()
     figures = forecast_run(words, host, a.price, a.config_dir)
-    fits = figures["memory"]["fits"] and host_memory_fits(figures)
-    if not fits:
+    if not fits(figures):
         figures["changes"] = find_changes(words, host, a.config_dir)
     print(json.dumps(figures, indent=1) if a.json else render(figures))
-    return DONE if fits else REFUSED
+    return DONE if fits(figures) else REFUSED
 
 
 def host_of_this_machine() -> Host:
@@ -118,12 +117,12 @@ def forecast_run(
         notes.append("several nodes: the link between them is not in the time")
     figures: Figures = {
         "run": {"model": plan.model.name_or_path, "method": (plan.peft or {}).get("peft_type", "full fine-tuning"),
-                "engine": describe_engine(plan), "processes": plan.world_size, "precision": plan.precision,
+                "engine": describe_engine(plan, step), "processes": plan.world_size, "precision": plan.precision,
                 "parameters": base.total, "trained": base.trained, "memory": describe_memory(plan),
                 "notes": notes},
         "host": {"name": host.describe(), **asdict(host)},
         "memory": {"needed": needed, "allocated": memory.peak, "outside_allocator": memory.outside_allocator,
-                   "usable": usable, "fits": needed <= GPU_SHARE * usable, "exact": memory.exact,
+                   "usable": usable, "fits": needed <= usable_bytes(usable, on_cpu=False), "exact": memory.exact,
                    "peaks": memory.peaks, "terms": [asdict(term) for term in memory.terms]},
         "host_memory": {"needed": sum(t.bytes for t in memory_of_host), "terms": [asdict(t) for t in memory_of_host],
                         "available": host.memory_gb and host.memory_gb * 1e9},
@@ -171,13 +170,10 @@ def known_steps(plan: RunPlan) -> int | None:
     return None
 
 
-def describe_engine(plan: RunPlan) -> str:
+def describe_engine(plan: RunPlan, step: Step) -> str:
     if not plan.deepspeed:
         return "no DeepSpeed" if plan.world_size == 1 else "DDP"
-    zero = plan.deepspeed.get("zero_optimization") or {}
-    away = [
-        what for what in ("optimizer", "param") if (zero.get(f"offload_{what}") or {}).get("device") in ("cpu", "nvme")
-    ]
+    away = [what for what in ("optimizer", "param") if step.offloads(what)]
     return f"ZeRO-{plan.zero_stage}" + (f", {' and '.join(away)} offloaded" if away else "")
 
 
@@ -203,7 +199,7 @@ def find_changes(words: Sequence[str], host: Host, config_dir: str | None) -> li
         kept = [word for word in words if word.partition("=")[0] not in keys]
         with contextlib.suppress(KitError):  # a rule is against it
             figures = forecast_run([*kept, *change], host, config_dir=config_dir)
-            if figures["memory"]["fits"] and host_memory_fits(figures):
+            if fits(figures):
                 step = figures["step"]
                 needed = figures["memory"]["needed"]
                 found.append({"overrides": change, "needed": needed, "seconds": (step["fastest"], step["slowest"])})
@@ -228,9 +224,9 @@ def compare(
             rows.append(row | {"refused": error.problems[0].problem})
             continue
         run, step = figures["run"], figures["step"]
-        row |= {name: figures["memory"][name] for name in ("needed", "usable", "fits")}
+        row |= {name: figures["memory"][name] for name in ("needed", "usable")}
         row |= {"engine": run["engine"], "batch": run["memory"], "seconds": (step["fastest"], step["slowest"])}
-        row |= {"host": figures["host_memory"]["needed"], "fits": row["fits"] and host_memory_fits(figures)}
+        row |= {"host": figures["host_memory"]["needed"], "fits": fits(figures)}
         rows.append(row | ({"total": figures["total"]} if "total" in figures else {}))
     return rows
 
@@ -245,7 +241,11 @@ def render_rows(rows: Sequence[Figures]) -> str:
             continue
         verdict = "" if row["fits"] else "does not fit; "
         total = row.get("total")
-        time = f"; {duration(total['seconds'][0])} to {duration(total['seconds'][1])}" if total else ""
+        time = (
+            f"; {describe_duration(total['seconds'][0], 1)} to {describe_duration(total['seconds'][1], 1)}"
+            if total
+            else ""
+        )
         cost = f", {total['cost'][0]:,.2f} to {total['cost'][1]:,.2f}" if total and total["cost"] else ""
         memory = f"{gb(row['needed'])} of {gb(row['usable'])}"
         lines.append(
@@ -253,6 +253,11 @@ def render_rows(rows: Sequence[Figures]) -> str:
             f"{verdict}{row['engine']}, {row['batch']}{time}{cost}"
         )
     return "\n".join(lines)
+
+
+def fits(figures: Figures) -> bool:
+    """Return whether a run fits its GPUs and its host."""
+    return figures["memory"]["fits"] and host_memory_fits(figures)
 
 
 def host_memory_fits(figures: Figures) -> bool:
@@ -289,9 +294,8 @@ def render(figures: Figures) -> str:
         f"{step['model_flops'] / 1e12:,.0f} TFLOP on each GPU, MFU {100 * low:.0f} to {100 * high:.0f} %",
     ]
     if total := figures.get("total"):
-        fast, slow = total["seconds"]
         lines.append(
-            f"time       {duration(fast)} to {duration(slow)} for {total['steps']:,} steps, at most "
+            f"time       {durations(total['seconds'])} for {total['steps']:,} steps, at most "
             f"{total['tokens']:,} tokens, {total['petaflop_days']:.3g} PetaFLOP/s-days"
         )
         if total["cost"]:
@@ -331,8 +335,5 @@ def gb(size: float) -> str:
     return f"{size / 1e9:.1f}" if size >= 1e9 else f"{size / 1e9:.2f}"
 
 
-def duration(seconds: float) -> str:
-    for unit, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
-        if seconds >= 2 * unit:
-            return f"{seconds / unit:.1f} {name}"
-    return f"{seconds:.0f} s"
+def durations(both: Sequence[float]) -> str:
+    return " to ".join(describe_duration(one, 1) for one in both)

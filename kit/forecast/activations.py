@@ -119,8 +119,8 @@ def saved_per_token(
         key = f"lora {numbers} {name}{' dropout' if peft.get('lora_dropout') else ''}"
         exact = exact and covered and not mixed
     (token, squared, outside, layer), factor, found = find_row(group["rows"], key)
-    if scores_are_kept(text, attention) is not None:
-        squared = EAGER_SCORES if scores_are_kept(text, attention) else "0"
+    if (kept_scores := scores_are_kept(text, attention)) is not None:
+        squared = EAGER_SCORES if kept_scores else "0"
     if liger:
         token += LIGER_LESS if values["k"] else LIGER_LESS + LIGER_LESS_GATED
     formula = f"{'2x(' * (factor > 1)}{token}{f'+({squared})t' * (squared != '0')}{')' * (factor > 1)}"

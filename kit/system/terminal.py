@@ -22,6 +22,14 @@ def print_status(line: str) -> None:
         print(f"kit: {line}", file=sys.stderr, flush=True)
 
 
+def describe_duration(seconds: float, digits: int = 0) -> str:
+    """Return seconds in the largest unit of which there are two: "3 hours", "42 s"."""
+    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.{digits}f} {unit}"
+    return f"{seconds:.0f} s"
+
+
 def verb_parser(verb: str, description: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(prog=f"kit {verb}", description=description, allow_abbrev=False)
 
