@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,7 @@ from kit.config.packing import resolve_packing
 from kit.config.report import Report
 from kit.config.sections import QUANTIZATION_AUTO, Sections
 from kit.errors import KitError
+from kit.forecast.memory import measure_sizes
 from kit.inspection.architectures import decoder_layer_classes
 from kit.inspection.attention import choose_attention
 from kit.inspection.liger import why_not_liger
@@ -70,7 +71,7 @@ def resolve(sections: Sections, inputs: Inputs, report: Report, here: bool, worl
     deepspeed = sections.deepspeed
     if deepspeed:
         chosen = [key for key in TYPED_BESIDE_DEEPSPEED if report.chosen(f"trainer.{key}")]
-        deepspeed = resolve_deepspeed(deepspeed, trainer, processes, base, report, here, chosen)
+        deepspeed = resolve_deepspeed(deepspeed, trainer, processes, base, peft, report, here, chosen)
         if schedule := value_at(deepspeed, "scheduler.type"):
             report.note(f"the learning rate follows the DeepSpeed JSON's {schedule}, not trainer.lr_scheduler_type")
     if trainer.get("packing") == "auto":
@@ -256,6 +257,7 @@ def resolve_deepspeed(
     trainer: dict[str, Any],
     processes: Processes,
     base: Base,
+    peft: Mapping[str, Any] | None,
     report: Report,
     here: bool,
     chosen: Collection[str],
@@ -272,6 +274,7 @@ def resolve_deepspeed(
             hidden_size=base.hidden_size,
             precision=processes.precision,
             decoder_layers=decoder_layer_classes(base.text),
+            sizes=measure_sizes(base.text, peft) if base.text else None,
             chosen=chosen,
         )
     except KitError as error:

@@ -31,6 +31,7 @@ STATES_8BIT = 2 * (1 + 4 / 256)
 NF4_BYTES = {False: 0.5 + 4 / 64, True: 0.5 + 1 / 64 + 4 / (64 * 256)}
 CONTEXT_BYTES = 0.6e9  # CUDA's context with its kernels
 SUB_GROUP_SIZE = 1e9  # DeepSpeed's default
+DISTANCE = 1e9  # DeepSpeed's default of stage3_max_reuse_distance and stage3_max_live_parameters
 FRAGMENTS = 0.05  # of what the allocator holds; rounding to blocks and what lies between them
 
 
@@ -119,6 +120,9 @@ class Sizes:
     layers: int  # decoder layers
     largest_layer: int
     largest_end: int  # of embedding, last norm and head
+    ends: int  # of all three
+    widest: int = 0  # the longest side of a matrix in a layer
+    rank: int = 0  # of the adapter's low-rank matrices
     inputs: int = 0  # of all those matrices together: what a token brings to them
 
 
@@ -127,7 +131,7 @@ def measure_sizes(config: Mapping[str, Any], peft: Mapping[str, Any] | None) -> 
     modules, trained = list_modules(dict(config)), count_trained(dict(config), dict(peft) if peft else None)
     if not (modules and trained):
         return None
-    linears = inputs = 0
+    linears = inputs = widest = 0
     layers: dict[str, int] = {}
     ends: dict[str, int] = {}
     for name, module in modules.items():
@@ -137,10 +141,21 @@ def measure_sizes(config: Mapping[str, Any], peft: Mapping[str, Any] | None) -> 
         if module.kind in ("linear", "conv1d") and name.rpartition(".")[2] not in OUTPUT_EMBEDDINGS:
             linears += math.prod(module.shapes["weight"])
             inputs += module.shapes["weight"][module.kind == "linear"]  # Conv1D's has its inputs first
+            widest = max(widest, *module.shapes["weight"])
     text, largest = with_defaults(dict(config)), max(layers.values(), default=0)
     return Sizes(
-        text, trained.total, trained.numbers, linears, len(layers), largest, max(ends.values(), default=0), inputs
-    )
+        text, trained.total, trained.numbers, linears, len(layers), largest, max(ends.values(), default=0),
+        sum(ends.values()), widest, adapter_rank(peft), inputs,
+    )  # fmt: skip
+
+
+def adapter_rank(peft: Mapping[str, Any] | None) -> int:
+    """Return the largest rank of a LoRA; 0 for other adapters and for none."""
+    if not peft or str(peft.get("peft_type", "LORA")).upper() != "LORA":
+        return 0
+    pattern = peft.get("rank_pattern")
+    ranks = [peft.get("r", 8), *(pattern.values() if isinstance(pattern, Mapping) else [])]
+    return max((rank for rank in ranks if isinstance(rank, int)), default=0)
 
 
 def forecast_memory(step: Step, base: Sizes) -> Memory:
@@ -189,7 +204,9 @@ def _add_training_state(memory: Memory, step: Step, base: Sizes) -> None:
     if step.deepspeed:
         width = DTYPE_BYTES[step.precision]
         if step.peft and not step.offloads("param"):
-            held = step.processes if step.stage == 3 else 1
+            kept = value_at(dict(step.deepspeed), "zero_optimization.stage3_param_persistence_threshold")
+            whole = isinstance(kept, int) and 0 < base.rank * base.widest <= kept
+            held = step.processes if step.stage == 3 and not whole else 1
             memory.add("adapter", trained * width / held, "always", f"{trained:,} x {width} / {held}", "engine.py")
         offloaded = step.offloads("optimizer")
         if offloaded and step.stage < 3:
@@ -276,7 +293,11 @@ def _add_activations(memory: Memory, step: Step, base: Sizes) -> None:
 
 
 def _add_zero_buffers(memory: Memory, step: Step, base: Sizes) -> None:
-    """Add DeepSpeed's buckets, and what ZeRO-3 gathers: two decoder layers at a time, and the larger embedding."""
+    """Add DeepSpeed's buckets, and what ZeRO-3 gathers.
+
+    The embedding and the head stay whole from their first use in a step to their last; the last layers of the forward
+    pass, `stage3_max_reuse_distance` parameters, stay for the backward.
+    """
     if not step.stage:
         return
     zero, width = (step.deepspeed or {}).get("zero_optimization") or {}, DTYPE_BYTES[step.precision]
@@ -289,7 +310,15 @@ def _add_zero_buffers(memory: Memory, step: Step, base: Sizes) -> None:
     if step.stage < 3 or step.processes == 1 and not step.offloads("param"):
         return
     in_layer = 0.6 if step.quantization else width  # bytes of a quantized weight, its scales included
-    gathered, formula = 2 * base.largest_layer * in_layer, f"2 layers of {base.largest_layer:,} parameters"
     source = "DeepSpeed partitioned_param_coordinator.py"
-    memory.add("gathered layers", gathered, "always", formula, source)
-    memory.add("gathered head", base.largest_end * width, "loss", f"{base.largest_end:,} x {width}", source)
+    if not zero.get("leaf_module"):  # module by module: two decoder layers' worth, and the head where it is used
+        gathered, formula = 2 * base.largest_layer * in_layer, f"2 layers of {base.largest_layer:,} parameters"
+        memory.add("gathered layers", gathered, "always", formula, source)
+        memory.add("gathered head", base.largest_end * width, "loss", f"{base.largest_end:,} x {width}", source)
+        return
+    reuse = zero.get("stage3_max_reuse_distance")
+    kept = math.ceil((reuse if isinstance(reuse, int | float) else DISTANCE) / base.largest_layer)
+    count = min(base.layers, kept + 1)
+    formula = f"{count} layers of {base.largest_layer:,} parameters"
+    memory.add("gathered layers", count * base.largest_layer * in_layer, "forward", formula, source)
+    memory.add("gathered ends", base.ends * width, "forward", f"{base.ends:,} x {width}", source)

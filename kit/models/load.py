@@ -92,6 +92,9 @@ def load_model(plan: RunPlan, tokenizer: Any) -> Any:
         problem = "ZeRO-3 is chosen, but the weights were not sharded while loading"
         raise KitError(problem, "deepspeed", "deepspeed=zero2, or a transformers that kit doctor names", code=4)
     fit_embeddings(model, tokenizer, added=bool(plan.tokenizer.added_tokens))
+    whole = plan.zero_stage != 3 and not plan.fsdp and not plan.quantization
+    if whole and not plan.trainer["use_cpu"] and torch.cuda.is_available():
+        model = model.to("cuda")  # PEFT makes the adapter where its base lies: 448 matrices took 9 s on host memory
     return model
 
 

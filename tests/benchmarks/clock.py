@@ -42,7 +42,7 @@ class Clock(TrainerCallback):
             torch.cuda.synchronize()
         self.at.append(time.time())
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(self, args, state, control, model=None, **kwargs):
         if args.process_index == 0:
             rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
             saves = [s for s in range(1, len(self.at) + 1) if saves_at(args, s)]
@@ -54,6 +54,7 @@ class Clock(TrainerCallback):
                 "save_steps": saves,
                 "useful_tokens": [sum(int(tokens) for tokens in step) for step in self.useful],
                 "peak_reserved_gb": reserved_gb(),
+                "resident_parameter_gb": resident_parameter_gb(model),
             }
             Path(os.environ["KIT_BENCH_OUT"], "clock.json").write_text(json.dumps(self.figures))
 
@@ -62,6 +63,16 @@ def reserved_gb() -> float | None:
     import torch
 
     return torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else None
+
+
+def resident_parameter_gb(model: Any) -> float:
+    """Bytes of parameters that this rank holds between steps, in 1e9: its shards under ZeRO-3, and what is whole."""
+    held = 0
+    for parameter in model.parameters():
+        held += parameter.numel() * parameter.element_size()  # none, where it is partitioned
+        if (shard := getattr(parameter, "ds_tensor", None)) is not None:
+            held += shard.numel() * shard.element_size()
+    return round(held / 1e9, 3)
 
 
 def saves_at(args: Any, step: int) -> bool:

@@ -180,7 +180,9 @@ class Bench:
     def run(self, job: Job) -> Found:
         base, data = self.make_base(job), self.make_data(job)
         folder = self.folder / job.key.replace(" ", "-").replace("/", "-")
-        env = dict(self.env) if self.a.cpu or job.work.gpus > 1 else self.env | {"CUDA_VISIBLE_DEVICES": "0"}
+        env = dict(self.env)
+        if not self.a.cpu and job.work.gpus == 1:
+            env["CUDA_VISIBLE_DEVICES"] = str(self.a.gpu)
         if "offload" in job.work.deepspeed:
             ops.build_missing_ops(["cpu_adam"], 900, print, env)
         if job.arm == "limit":
@@ -364,6 +366,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=11, help="3 of them are not timed")
     parser.add_argument("--learning-steps", type=int, default=200)
     parser.add_argument("--pretrain-steps", type=int, default=300, help="of the base of `learning`")
+    parser.add_argument("--gpu", type=int, default=0, help="for works of one GPU")
     parser.add_argument("--budget", type=float, default=1e9, help="start no further arm after so many seconds")
     parser.add_argument("--limit", type=float, default=240, help="seconds for one arm")
     parser.add_argument("--work-dir", default="/tmp/kit-bench-gpu")

@@ -3,6 +3,7 @@
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -42,8 +43,13 @@ def pace_in_turns(block: int) -> None:
 
 
 if __name__ == "__main__":
+    folder = os.environ.get("KIT_BENCH_PROFILE")
     # As in a run without a script of one's own; what is imported below needs none of them.
     skip_unused_packages(load_plan(next(word for word in sys.argv if word.endswith("plan.json"))))
+    if folder:  # imports are clocked too
+        from profiling import Profile, StackSampler
+
+        sampler = StackSampler()
     from clock import Clock, watched
 
     import kit.models.load
@@ -51,10 +57,12 @@ if __name__ == "__main__":
     if block := os.environ.get("KIT_BENCH_PACE_BLOCK"):
         pace_in_turns(int(block))
     kit.models.load.load_model = watched(kit.models.load.load_model)
-    counters = []
+    counters: list[Any] = []
     if file := os.environ.get("KIT_BENCH_HOOKS"):
         sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "launch"))
         from fetches import FetchCounter
 
         counters.append(FetchCounter(Path(file)))
+    if folder:
+        counters.append(Profile(Path(folder), sampler))
     main(callbacks=[Clock(), *counters])

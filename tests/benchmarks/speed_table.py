@@ -42,7 +42,9 @@ def cell(work: str, arm: str, arms: Mapping[str, Mapping[int, Mapping[str, Any]]
         base = [r["useful_tokens_per_second"] for r in arms.get(other, {}).values() if "useful_tokens_per_second" in r]
         if base and arm not in (other, "limit"):
             found[name] = round(found["useful_tokens_per_second"] / statistics.median(base), 4)
-    for key in ("median_step_seconds", "peak_gb", "peak_reserved_gb", "forecast_gb", "first_step_after_seconds"):
+    keys = ("median_step_seconds", "peak_gb", "peak_reserved_gb", "forecast_gb", "resident_parameter_gb",
+            "first_step_after_seconds")  # fmt: skip
+    for key in keys:
         values = [row[key] for row in good.values() if row.get(key) is not None]
         if values:
             found[key] = round(statistics.median(values), 4)
@@ -51,6 +53,7 @@ def cell(work: str, arm: str, arms: Mapping[str, Mapping[int, Mapping[str, Any]]
         found["losses_finite"] = all(math.isfinite(x) for row in good.values() for x in row["losses"])
         peers = arms.get("trl", {})
         pairs = [(row["losses"], peers[n]["losses"]) for n, row in good.items() if "losses" in peers.get(n, {})]
+        pairs = [(x, y) for x, y in pairs if len(x) == len(y)]  # of other steps, other learning rates
         if arm != "trl" and work in SAME_ROWS and pairs:
             found["losses_apart"] = max(abs(a - b) for x, y in pairs for a, b in zip(x, y, strict=True))
     return found

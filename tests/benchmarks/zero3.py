@@ -3,11 +3,11 @@
     python tests/benchmarks/zero3.py --shape mistral16 --out results.json            (2 GPUs)
     python tests/benchmarks/zero3.py --shape tiny --cpu --out /tmp/x.json            (2 processes; their Python's time)
 
-Arms: `zero2`; `modules` (ZeRO-3, each module gathered by itself); `layers` (as the kit resolves it: decoder layers are
-leaf modules); `layers_resident` (and LoRA's matrices below the persistence threshold); `layers_prefetch` (and a
-prefetch bucket of one layer); `layers_both`. `--full` trains all parameters: there are no LoRA matrices then. The
-link is measured first: all-gather of 1 GB and of one layer, `nvidia-smi topo -m`. JSON is written after each arm; an
-arm that it holds is not run again.
+Arms: `zero2`; `modules` (ZeRO-3, each module gathered by itself); `layers` (decoder layers are leaf modules, sizes are
+those that transformers makes of "auto"); `resident` (and LoRA's matrices are whole); `ahead` (and the next layer is
+gathered while one computes: as the kit resolves it). `--full` trains all parameters: there are no LoRA matrices then.
+The link is measured first: all-gather of 1 GB and of one layer, `nvidia-smi topo -m`. JSON is written after each arm;
+an arm that it holds is not run again. KIT_BENCH_PROFILE=FOLDER: see profiling.py.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 
 from arms import LORA, SHAPES, call, environment, failure, make_base_apart, make_data, run_kit
 
-ARMS = ("zero2", "modules", "layers", "layers_resident", "layers_prefetch", "layers_both")
+ARMS = ("zero2", "modules", "layers", "resident", "ahead")
 ZERO = "deepspeed.zero_optimization"
 
 
@@ -37,18 +37,15 @@ def layer_numbers(shape: str) -> int:
     return attention + 3 * width * inside + 2 * width
 
 
-def arm_settings(arm: str, shape: str, full: bool) -> list[str]:
-    if arm == "zero2":
-        return ["deepspeed=zero2"]
-    settings = ["deepspeed=zero3"]
-    if arm == "modules":
-        settings.append(f"{ZERO}.leaf_module.classes=[]")
-    if arm in ("layers_resident", "layers_both") and not full:
-        largest = max(SHAPES[shape]["hidden_size"], SHAPES[shape]["intermediate_size"])
-        settings.append(f"{ZERO}.stage3_param_persistence_threshold={LORA['r'] * largest}")
-    if arm in ("layers_prefetch", "layers_both"):
-        settings.append(f"{ZERO}.stage3_prefetch_bucket_size={layer_numbers(shape)}")
-    return settings
+def arm_settings(arm: str, shape: str) -> list[str]:
+    if arm in ("zero2", "ahead"):
+        return ["deepspeed=zero2" if arm == "zero2" else "deepspeed=zero3"]
+    width = SHAPES[shape]["hidden_size"]
+    settings = ["deepspeed=zero3", f"{ZERO}.stage3_prefetch_bucket_size={int(0.9 * width * width)}"]
+    settings += [f"{ZERO}.stage3_max_live_parameters=1000000000"]
+    if arm != "resident":
+        settings += [f"{ZERO}.stage3_param_persistence_threshold={10 * width}"]
+    return settings + [f"{ZERO}.leaf_module.classes=[]"] * (arm == "modules")
 
 
 def measure_link(out: Path, sizes: list[int]) -> None:
@@ -94,7 +91,7 @@ def link(work: Path, shape: str, cpu: bool, gpus: int) -> dict[str, Any]:
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
-    lines = [f"{'arm':<18}{'s a step':>10}{'peak GB':>9}{'modules':>9}{'gathers':>9}{'apart':>9}"]
+    lines = [f"{'arm':<18}{'s a step':>10}{'peak GB':>9}{'modules':>9}{'late':>6}{'gathers':>9}{'apart':>9}"]
     first = next((r["losses"] for r in rows.values() if "losses" in r), [])
     for arm, row in rows.items():
         if "step_seconds" not in row:
@@ -102,10 +99,10 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
             continue
         peak = f"{row['peak_gb']:.1f}" if row["peak_gb"] else "-"
         apart = max((abs(a - b) for a, b in zip(row["losses"], first, strict=False)), default=0.0)
-        count = row.get("hooks") or {"fetches": 0, "gathers": 0}
+        count = row.get("hooks") or {"fetches": 0, "late": 0, "gathers": 0}
         lines.append(
             f"{arm:<18}{statistics.median(row['step_seconds'][2:]):>10.3f}{peak:>9}{count['fetches']:>9}"
-            f"{count['gathers']:>9}{apart:>9.0e}"
+            f"{count['late']:>6}{count['gathers']:>9}{apart:>9.0e}"
         )
     return "\n".join(lines)
 
@@ -152,7 +149,7 @@ def main() -> None:
         folder = work / arm
         counts = folder / "hooks.json"
         env = environment(a.cpu) | {"KIT_BENCH_HOOKS": str(counts)}
-        row, _ = run_kit(folder, [*settings, *arm_settings(arm, a.shape, a.full)], env, a.limit)
+        row, _ = run_kit(folder, [*settings, *arm_settings(arm, a.shape)], env, a.limit)
         if counts.exists():
             row["hooks"] = json.loads(counts.read_text())
         keep("arms", results["arms"] | {arm: row})

@@ -17,6 +17,7 @@ from kit.config.deepspeed.check import check_deepspeed_json, load_deepspeed_file
 from kit.config.deepspeed.filled_keys import FILLED_KEYS, TRAINER_SETTINGS
 from kit.config.deepspeed.resolve import SURVIVES_OFFLOAD, resolve_deepspeed_json
 from kit.errors import KitError
+from kit.forecast.memory import measure_sizes
 from kit.schema import fields
 from kit.schema.dotted import set_value, value_at
 
@@ -191,6 +192,36 @@ def test_decoder_layers_are_leaf_modules(name: str) -> None:
     for own in ({"classes": []}, {"classes": ["Other"]}, {"names": ["model.norm"]}):
         set_value(given, LEAVES, own)
         assert value_at(resolve(given, decoder_layers=LAYERS), LEAVES) == own
+
+
+LLAMA_8B = {
+    "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+    "vocab_size": 128256, "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def test_the_next_layer_is_gathered_ahead() -> None:
+    """Embedding and head of this base are more than DeepSpeed's 1e9 live parameters: with these none is.
+
+    Numbers that a file gives are kept, and "auto" is what transformers makes of it.
+    """
+    lora = {"peft_type": "LORA", "r": 16, "target_modules": "all-linear"}
+    sizes = measure_sizes(LLAMA_8B, lora)
+    assert sizes and sizes.ends == 2 * 128256 * 4096 + 4096 and sizes.ends > 1e9
+    given = load_deepspeed_file(FILES["zero3"])
+    names = ["stage3_prefetch_bucket_size", "stage3_max_live_parameters", "stage3_param_persistence_threshold"]
+    filled = resolve(given, decoder_layers=LAYERS, sizes=sizes, hidden_size=4096)["zero_optimization"]
+    assert filled["stage3_prefetch_bucket_size"] == sizes.largest_layer == 218_112_000
+    assert filled["stage3_max_live_parameters"] == sizes.ends + 10**9 + 2 * sizes.largest_layer
+    assert filled["stage3_param_persistence_threshold"] == 16 * 14336  # a whole low-rank matrix
+    given["zero_optimization"] |= dict(zip(names, ("auto", 7, 8), strict=True))
+    kept = resolve(given, decoder_layers=LAYERS, sizes=sizes, hidden_size=4096)["zero_optimization"]
+    assert [kept[name] for name in names] == [int(0.9 * 4096 * 4096), 7, 8]
+    large = measure_sizes(LLAMA_8B, lora | {"r": 256})
+    filled = resolve(load_deepspeed_file(FILES["zero3"]), decoder_layers=LAYERS, sizes=large, hidden_size=4096)
+    assert filled["zero_optimization"]["stage3_param_persistence_threshold"] == 40960  # too large to keep
+    apart = resolve(load_deepspeed_file(FILES["zero3"]), sizes=sizes)["zero_optimization"]
+    assert not [name for name in names if name in apart]
 
 
 @pytest.mark.parametrize("name, key, value", OTHERWISE)

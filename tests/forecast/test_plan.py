@@ -34,7 +34,7 @@ STOCK = ["model=llama3_1_8b", "dataset.path=trl-lib/Capybara", "trainer.max_leng
 def states(parameters: float, processes: int, stage: int) -> float:
     """GB of weights, gradients and optimizer of full fine-tuning under DeepSpeed, as the ZeRO paper counts them."""
     n = int(parameters)
-    base = Sizes(LLAMA_8B, n, n, n, 32, n // 40, n // 40)
+    base = Sizes(LLAMA_8B, n, n, n, 32, n // 40, n // 40, n // 40)
     memory = forecast_memory(step(None, deepspeed=zero(stage), processes=processes, trainer=ALL), base)
     return sum(t.bytes for t in memory.terms if t.name in ("base weights", "gradients", "optimizer")) / 1e9
 
@@ -48,7 +48,8 @@ def test_the_zero_papers_picture(stage: int, gigabytes: float):
 def test_a_billion_parameters_with_adam_are_20_gb():
     """16 bytes a parameter, and 4 for float32 gradients in the step: not 200."""
     n = 10**9
-    found = forecast_memory(step(None, deepspeed=zero(2), trainer=ALL, tokens=8), Sizes(LLAMA_8B, n, n, n, 32, 10, 10))
+    base = Sizes(LLAMA_8B, n, n, n, 32, 10, 10, 10)
+    found = forecast_memory(step(None, deepspeed=zero(2), trainer=ALL, tokens=8), base)
     assert found.peaks["step"] / 1e9 == pytest.approx(20, rel=0.01)
 
 

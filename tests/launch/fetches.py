@@ -8,27 +8,31 @@ from pathlib import Path
 from typing import Any
 
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator, iter_params
+from deepspeed.utils import z3_leaf_module
 from transformers import TrainerCallback
 
 GATHER = "_PartitionedParameterCoordinator__all_gather_params_"
 
 
 class FetchCounter(TrainerCallback):
-    """Modules fetched, all-gathers started and parameters in them, of the last step; rank 0 writes `file` at the end.
+    """Modules fetched, those whose parameters nobody had asked for before (`late`), all-gathers started and parameters
+    in them, of the last step; rank 0 writes `file` at the end.
 
     `file`: where to write; None: fetches.json beside the checkpoints.
     """
 
     def __init__(self, file: Path | None = None) -> None:
         self.file = file
-        self.counts = {"fetches": 0, "gathers": 0, "parameters": 0}
+        self.counts = {"fetches": 0, "late": 0, "gathers": 0, "parameters": 0}
         self.last = dict(self.counts)
         self.upstream = {name: getattr(PartitionedParameterCoordinator, name) for name in ("fetch_sub_module", GATHER)}
 
-        def fetch(coordinator: Any, *args: Any, **kwargs: Any) -> Any:
+        def fetch(coordinator: Any, module: Any, *args: Any, **kwargs: Any) -> Any:
             self.counts["fetches"] += 1
-            return self.upstream["fetch_sub_module"](coordinator, *args, **kwargs)
+            needed = iter_params(module, recurse=z3_leaf_module(module))
+            self.counts["late"] += any(p.ds_status == ZeroParamStatus.NOT_AVAILABLE for p in needed)
+            return self.upstream["fetch_sub_module"](coordinator, module, *args, **kwargs)
 
         def gather(coordinator: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
             absent = sum(p.ds_status == ZeroParamStatus.NOT_AVAILABLE for p in params)

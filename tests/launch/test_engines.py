@@ -323,7 +323,8 @@ def test_zero3_gathers_whole_decoder_layers(sequence):
     assert hooks["zero3"] == hooks["zero3_checkpointed"]
     assert hooks["zero3"]["fetches"] < hooks["zero3_modules"]["fetches"] / 8
     assert hooks["zero3"]["gathers"] < hooks["zero3_modules"]["gathers"]
-    assert hooks["zero3"]["parameters"] == hooks["zero3_modules"]["parameters"]
+    assert hooks["zero3"]["parameters"] < hooks["zero3_modules"]["parameters"]  # low-rank matrices stay whole
+    assert hooks["zero3"]["late"] == hooks["full"]["late"] == 0 < hooks["zero3_modules"]["late"]
     assert hooks["full"]["fetches"] < hooks["zero3_modules"]["fetches"] / 8
 
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from kit.config.deepspeed.check import ADAMS, check_deepspeed_json
 from kit.config.deepspeed.filled_keys import FILLED_KEYS, TRAINER_SETTINGS
 from kit.errors import KitError, Problem
+from kit.forecast.memory import DISTANCE, Sizes
 from kit.schema import fields
 from kit.schema.dotted import set_value, value_at
 
@@ -27,6 +28,7 @@ GATHERED_OTHERWISE = (
     "stage3_module_granularity_threshold", "zenflow", "mics_shard_size", "zero_hpz_partition_size",
     "zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients",
 )  # fmt: skip
+LOW_RANK = 10**6  # parameters of an adapter's matrix that every rank may keep
 OWN_RATE = ("OneCycle", "LRRangeTest")  # deepspeed runtime/lr_schedules.py: these set the rate, whatever it was
 
 
@@ -47,6 +49,7 @@ def fill_deepspeed_json(
     precision: Literal["float32", "bfloat16", "float16"],
     total_steps: int | None = None,
     decoder_layers: Sequence[str] = (),
+    sizes: Sizes | None = None,
     chosen: Collection[str] = (),
     where: str = "deepspeed",
 ) -> tuple[dict[str, Any], list[Problem]]:
@@ -54,10 +57,10 @@ def fill_deepspeed_json(
 
     `trainer`: SFTConfig values (absent ones have TRL's default); `total_steps`: optimizer steps of the run, where
     they are known; `decoder_layers`: the base's classes, which ZeRO-3 gathers whole where the JSON says nothing of
-    leaf modules; `chosen`: names of trainer settings that the user gave. Returns the JSON with all problems, those
-    of check_deepspeed_json included; unfilled where values of the wrong type are among them. Bucket sizes are HF's own
-    formulas, for tiny models too: DeepSpeed sends a tensor that is larger than the bucket by itself, so a small
-    bucket costs speed but never correctness.
+    leaf modules; `sizes`: of the base and its adapter, by which they are gathered; `chosen`: names of trainer settings
+    that the user gave. Returns the JSON with all problems, those of check_deepspeed_json included; unfilled where
+    values of the wrong type are among them. Bucket sizes are HF's own formulas, for tiny models too: DeepSpeed sends a
+    tensor that is larger than the bucket by itself, so a small bucket costs speed but never correctness.
     """
     problems = check_deepspeed_json(ds, where)
     if any(p.rule not in ("unknown-key", "range", "deepspeed") for p in problems):
@@ -79,7 +82,8 @@ def fill_deepspeed_json(
         fix = "leave fp16_full_eval and bf16_full_eval out"
         problems.append(Problem(text, "trainer.fp16_full_eval", fix, "full-eval"))
     _fill_zero(fill, hidden_size)
-    _fill_leaf_modules(fill, decoder_layers)
+    if _fill_leaf_modules(fill, decoder_layers) and sizes and hidden_size:
+        _fill_gathering(fill, sizes, hidden_size)
     _fill_optimizer(fill)
     if "scheduler" in out:
         _fill_scheduler(fill, fill.setting("max_steps") if fill.setting("max_steps") > 0 else total_steps)
@@ -152,8 +156,8 @@ def _fill_zero(fill: _Fill, hidden_size: int | None) -> None:
                 del block["nvme_path"]
 
 
-def _fill_leaf_modules(fill: _Fill, decoder_layers: Sequence[str]) -> None:
-    """Have each decoder layer gathered whole, where the JSON says nothing of leaf modules.
+def _fill_leaf_modules(fill: _Fill, decoder_layers: Sequence[str]) -> bool:
+    """Have each decoder layer gathered whole, where the JSON says nothing of leaf modules; returns whether it did.
 
     Module by module, DeepSpeed's Python hooks take longer than the GPUs' work once PEFT has made a module of each
     matrix. Not where parameters lie on NVMe, whose buffers hold `buffer_count` of them, and not where torch.compile or
@@ -162,12 +166,29 @@ def _fill_leaf_modules(fill: _Fill, decoder_layers: Sequence[str]) -> None:
     zero = fill.out["zero_optimization"]
     compiled = fill.setting("torch_compile") or value_at(fill.out, "compile.deepcompile")
     if not decoder_layers or zero.get("stage") != 3 or "leaf_module" in zero or compiled:
-        return
+        return False
     if value_at(zero, "offload_param.device") == "nvme" or any(
         zero.get(k, 0) not in (0, 1, -1, None) for k in GATHERED_OTHERWISE
     ):
-        return
+        return False
     zero["leaf_module"] = {"classes": list(decoder_layers)}
+    return True
+
+
+def _fill_gathering(fill: _Fill, sizes: Sizes, hidden_size: int) -> None:
+    """Have the next layer gathered while one computes, where the JSON says nothing of it, and no low-rank matrix.
+
+    DeepSpeed gathers ahead as long as fewer than `stage3_max_live_parameters` are whole. Embedding and head stay whole
+    for most of a step, and by themselves are more than its default of 1e9 in many models: then nothing is gathered
+    ahead, whatever the prefetch bucket (partitioned_param_coordinator.py). The hooks of a low-rank matrix cost more
+    time than its place is worth.
+    """
+    zero, layer = fill.out["zero_optimization"], sizes.largest_layer
+    zero.setdefault("stage3_prefetch_bucket_size", layer)
+    kept = zero.get("stage3_max_reuse_distance", DISTANCE)
+    zero.setdefault("stage3_max_live_parameters", int(max(DISTANCE, sizes.ends + kept + 2 * layer)))
+    whole = sizes.rank * sizes.widest
+    zero.setdefault("stage3_param_persistence_threshold", max(whole * (whole <= LOW_RANK), 10 * hidden_size))
 
 
 def _fill_optimizer(fill: _Fill) -> None:
