@@ -287,8 +287,9 @@ def _divides_the_batch(key: str) -> bool:
 
 def plan_summary(plan: RunPlan) -> dict[str, Any]:
     """The figures of a plan that `kit check` prints."""
-    from kit.config import memory_choice
+    from kit.config.memory_check import describe_forecast
 
+    memory = describe_forecast(plan)
     return {
         "run": run_directory.path_from_here(plan.run_dir),
         "model": plan.model.name_or_path,
@@ -298,7 +299,7 @@ def plan_summary(plan: RunPlan) -> dict[str, Any]:
         "precision": plan.precision,
         "batch": f"{plan.global_batch_size} rows = {plan.trainer['per_device_train_batch_size']} x "
         f"{plan.trainer['gradient_accumulation_steps']} x {plan.world_size}",
-        **({"memory": memory_choice.describe_choice(plan.memory)} if plan.memory else {}),
+        **({"memory": memory} if memory else {}),
         "data": describe_data(plan),
         "notes": plan.notes,
         "warnings": warning_lines(plan),

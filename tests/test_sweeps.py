@@ -306,6 +306,16 @@ def test_a_disk_that_takes_nothing(sweep, tmp_path: Path, monkeypatch, capsys):
 
 
 @pytest.mark.launch
+def test_a_trial_too_large_for_its_gpu_is_left_out(sweep, tmp_path: Path, monkeypatch, capsys):
+    """By the forecast, before anything starts."""
+    monkeypatch.setattr(hardware, "list_gpus", lambda: (hardware.Gpu("Small GPU", 0.75, (9, 0)),))
+    stock = ("trainer.bf16=true", "trainer.activation_checkpointing=false", "trainer.logging_steps=1")
+    assert sweep("trainer.per_device_train_batch_size=1,4096", *stock) == REFUSED
+    assert states(tmp_path) == ["done", "refused"]
+    assert "1 of 2 trials refused" in (shown := capsys.readouterr().err) and "Small GPU has 0.8" in shown
+
+
+@pytest.mark.launch
 def test_the_devices_of_a_trial(sweep, tmp_path: Path, monkeypatch, capsys):
     """Two at a time on two GPUs, each with its own; more than there are is refused."""
     gpu = hardware.Gpu("H100", 80.0, (9, 0))

@@ -188,6 +188,17 @@ def apply_option(option: MemoryOption, trainer: dict[str, Any], deepspeed: dict[
         deepspeed["gradient_accumulation_steps"] = option.gradient_accumulation_steps
 
 
+def option_of(plan: RunPlan) -> MemoryOption:
+    """Return how a plan uses the memory, whoever chose it; without its bytes."""
+    trainer = plan.trainer
+    kwargs = checkpointing_kwargs(trainer) if is_checkpointed(trainer) else None
+    return MemoryOption(
+        activation_checkpointing=kwargs is not None, activation_checkpointing_kwargs=kwargs or {},
+        per_device_train_batch_size=trainer["per_device_train_batch_size"],
+        gradient_accumulation_steps=trainer["gradient_accumulation_steps"], bytes=0, cost=1.0,
+    )  # fmt: skip
+
+
 def take_next_option(plan: RunPlan) -> RunPlan | None:
     """Return the plan with the option after the chosen one; None where none is left."""
     memory = plan.memory

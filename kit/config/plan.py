@@ -15,6 +15,7 @@ from kit.config import engine_choice
 from kit.config.compose import Composed
 from kit.config.input_checks import check_values
 from kit.config.inputs import Inputs, inspect_data, inspect_inputs
+from kit.config.memory_check import check_memory
 from kit.config.memory_choice import choose_for_plan
 from kit.config.packing import find_documents
 from kit.config.report import Report, unique
@@ -73,7 +74,9 @@ def build_plan(
     if isinstance(resolved.tree["trainer"].get("max_length", 1024), int):
         known["documents"] = find_documents(sections.run.dataset, inputs.data.samples, resolved.tree["trainer"])
     plan = freeze(composed, sections, inputs, resolved, report, here).model_copy(update=known)
-    return plan if batch_job and world_size is None else choose_for_plan(plan, lambda: inputs.base.text)
+    if batch_job and world_size is None:
+        return plan
+    return check_memory(choose_for_plan(plan, lambda: inputs.base.text), lambda: inputs.base.text, on_this_machine)
 
 
 def read_dataset(composed: Composed) -> Dataset:

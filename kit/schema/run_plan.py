@@ -138,6 +138,7 @@ class Launch(Strict):
     script: str | None = None
     grace_seconds: float = Field(default=120, gt=0)
     build_seconds: float = Field(default=900, gt=0)
+    ignore_memory_forecast: bool = False
     slurm: Slurm | None = None  # the run is a batch job
 
 

@@ -220,8 +220,14 @@ def test_the_next_layer_is_gathered_ahead() -> None:
     large = measure_sizes(LLAMA_8B, lora | {"r": 256})
     filled = resolve(load_deepspeed_file(FILES["zero3"]), decoder_layers=LAYERS, sizes=large, hidden_size=4096)
     assert filled["zero_optimization"]["stage3_param_persistence_threshold"] == 40960  # too large to keep
-    apart = resolve(load_deepspeed_file(FILES["zero3"]), sizes=sizes)["zero_optimization"]
-    assert not [name for name in names if name in apart]
+    apart = load_deepspeed_file(FILES["zero3"])
+    set_value(apart, LEAVES, {"classes": []})  # module by module too
+    filled = resolve(apart, sizes=sizes, decoder_layers=LAYERS, hidden_size=4096)["zero_optimization"]
+    assert [filled[name] for name in names] == [218_112_000, sizes.ends + 10**9 + 2 * 218_112_000, 229_376]
+    for name in ("zero2", "zero3_nvme"):
+        given = load_deepspeed_file(FILES[name])
+        other = resolve(given, sizes=sizes, decoder_layers=LAYERS, hidden_size=4096)["zero_optimization"]
+        assert other.get(names[1]) == given["zero_optimization"].get(names[1])
 
 
 @pytest.mark.parametrize("name, key, value", OTHERWISE)

@@ -27,6 +27,8 @@ IN_ONE_LAUNCH = ["zero1", "zero3", "zero3_checkpointed", "zero3_modules", "zero2
 ENGINES = [*IN_ONE_LAUNCH, "zero2", "zero3_offload", "ddp"]
 REHEARSED = ["zero2", "zero3", "zero2_offload", "full"]
 LEAVES = "deepspeed.zero_optimization.leaf_module.classes"
+UPSTREAM_SIZES = [f"deepspeed.zero_optimization.stage3_{name}=auto"  # transformers' formulas, not the kit's
+                  for name in ("prefetch_bucket_size", "param_persistence_threshold")]  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -85,7 +87,7 @@ def sequence(work, base, chat) -> Path:
     cases = {
         **{name: [f"deepspeed={name}"] for name in ("zero1", "zero3", "zero2_offload")},
         "zero3_checkpointed": ["deepspeed=zero3", "trainer.gradient_checkpointing=true"],
-        "zero3_modules": ["deepspeed=zero3", f"{LEAVES}=[]"],
+        "zero3_modules": ["deepspeed=zero3", f"{LEAVES}=[]", *UPSTREAM_SIZES],
         "bf16": ["deepspeed=zero2", "trainer.bf16=true"],
         "full": ["deepspeed=zero3", "peft=none", "trainer.learning_rate=1.0e-3"],
     }

@@ -82,7 +82,8 @@ def fill_deepspeed_json(
         fix = "leave fp16_full_eval and bf16_full_eval out"
         problems.append(Problem(text, "trainer.fp16_full_eval", fix, "full-eval"))
     _fill_zero(fill, hidden_size)
-    if _fill_leaf_modules(fill, decoder_layers) and sizes and hidden_size:
+    _fill_leaf_modules(fill, decoder_layers)
+    if sizes and hidden_size:
         _fill_gathering(fill, sizes, hidden_size)
     _fill_optimizer(fill)
     if "scheduler" in out:
@@ -156,8 +157,8 @@ def _fill_zero(fill: _Fill, hidden_size: int | None) -> None:
                 del block["nvme_path"]
 
 
-def _fill_leaf_modules(fill: _Fill, decoder_layers: Sequence[str]) -> bool:
-    """Have each decoder layer gathered whole, where the JSON says nothing of leaf modules; returns whether it did.
+def _fill_leaf_modules(fill: _Fill, decoder_layers: Sequence[str]) -> None:
+    """Have each decoder layer gathered whole, where the JSON says nothing of leaf modules.
 
     Module by module, DeepSpeed's Python hooks take longer than the GPUs' work once PEFT has made a module of each
     matrix. Not where parameters lie on NVMe, whose buffers hold `buffer_count` of them, and not where torch.compile or
@@ -166,13 +167,12 @@ def _fill_leaf_modules(fill: _Fill, decoder_layers: Sequence[str]) -> bool:
     zero = fill.out["zero_optimization"]
     compiled = fill.setting("torch_compile") or value_at(fill.out, "compile.deepcompile")
     if not decoder_layers or zero.get("stage") != 3 or "leaf_module" in zero or compiled:
-        return False
+        return
     if value_at(zero, "offload_param.device") == "nvme" or any(
         zero.get(k, 0) not in (0, 1, -1, None) for k in GATHERED_OTHERWISE
     ):
-        return False
+        return
     zero["leaf_module"] = {"classes": list(decoder_layers)}
-    return True
 
 
 def _fill_gathering(fill: _Fill, sizes: Sizes, hidden_size: int) -> None:
@@ -184,6 +184,8 @@ def _fill_gathering(fill: _Fill, sizes: Sizes, hidden_size: int) -> None:
     time than its place is worth.
     """
     zero, layer = fill.out["zero_optimization"], sizes.largest_layer
+    if zero.get("stage") != 3 or value_at(zero, "offload_param.device") == "nvme":
+        return
     zero.setdefault("stage3_prefetch_bucket_size", layer)
     kept = zero.get("stage3_max_reuse_distance", DISTANCE)
     zero.setdefault("stage3_max_live_parameters", int(max(DISTANCE, sizes.ends + kept + 2 * layer)))
