@@ -6,22 +6,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from kit.config.memory_choice import describe_choice, describe_level, find_device, option_of, step_of_plan
+from kit.config.memory_choice import describe_choice, describe_level, find_device, option_of
 from kit.errors import KitError, Problem
-from kit.forecast.memory import CONTEXT_BYTES, FORECAST_ERROR, Memory, forecast_memory, measure_sizes
+from kit.forecast.memory import CONTEXT_BYTES, FORECAST_ERROR, Memory
+from kit.forecast.of_plan import forecast_plan
 from kit.inspection.model import inspect_model
 from kit.schema.run_plan import RunPlan
 
 RULE = "memory-forecast"
 KEY = "launch.ignore_memory_forecast"
-
-
-def forecast_plan(plan: RunPlan, text: Mapping[str, Any]) -> Memory | None:
-    """Return the memory of a plan's micro-step; None where it is not forecast. text: the language model's config."""
-    base = None if plan.fsdp else measure_sizes(text, plan.peft)
-    if base is None or not isinstance(plan.trainer.get("max_length"), int):
-        return None
-    return forecast_memory(step_of_plan(plan, plan.trainer), base)
 
 
 def needed_gb(memory: Memory) -> float:

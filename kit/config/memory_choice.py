@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from kit.config.report import Report
-from kit.forecast.memory import Step, forecast_memory, measure_sizes
+from kit.forecast.memory import forecast_memory, measure_sizes
+from kit.forecast.of_plan import step_of_plan
 from kit.inspection.model import inspect_model
 from kit.schema.checkpointing import checkpointing_kwargs, is_checkpointed
 from kit.schema.run_plan import Launch, MemoryChoice, MemoryOption, RunPlan
@@ -138,16 +139,6 @@ def choose_memory(
 def usable_bytes(size: float, on_cpu: bool) -> int:
     """Return how much of a device's memory a forecast may fill."""
     return int(size * (CPU_SHARE if on_cpu else GPU_SHARE))
-
-
-def step_of_plan(plan: RunPlan, trainer: Mapping[str, Any]) -> Step:
-    """Return a micro-step of a plan with another trainer section, its rows of max_length tokens."""
-    rows = trainer["per_device_train_batch_size"]
-    return Step(
-        peft=plan.peft, quantization=plan.quantization, deepspeed=plan.deepspeed, trainer=trainer,
-        weights=plan.model.dtype, precision=plan.precision, processes=plan.world_size, rows=rows,
-        tokens=rows * trainer["max_length"], attention=plan.model.attn_implementation,
-    )  # fmt: skip
 
 
 def levels_of(

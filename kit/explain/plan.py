@@ -6,34 +6,35 @@ import contextlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
-from kit.config.memory_choice import describe_level, step_of_plan, usable_bytes
-from kit.config.packing import about
+from kit.config.memory_choice import describe_level, option_of, usable_bytes
 from kit.errors import DONE, REFUSED, KitError, Problem
+from kit.explain.arithmetic import count_parts, explain_arithmetic, render_arithmetic
+from kit.explain.plan_text import fits, render, render_rows
+from kit.forecast.calibration import calibrate, find_correction
 from kit.forecast.host_memory import forecast_disk, forecast_host_memory
 from kit.forecast.hosts import EXAMPLES, KEY, Host, find_host, parse_host
 from kit.forecast.memory import Step, forecast_memory, measure_sizes
+from kit.forecast.of_plan import step_of_plan
+from kit.forecast.phases import add_phases
+from kit.forecast.stages import stage_picture, states_of_run
 from kit.forecast.step_time import PETAFLOP_DAY, forecast_time
 from kit.inspection.model import inspect_model
-from kit.schema.checkpointing import checkpointing_kwargs, is_checkpointed
-from kit.schema.run_plan import MemoryOption, RunPlan
+from kit.schema.run_plan import RunPlan
 from kit.schema.steps import total_steps
 from kit.system import hardware
-from kit.system.terminal import describe_duration, verb_parser
+from kit.system.terminal import verb_parser
 
-BAR = 30  # characters of the largest term
 # What is tried where a run does not fit, the smallest change first.
 CHANGES: tuple[tuple[str, ...], ...] = (
     ("trainer.activation_checkpointing=auto", "trainer.per_device_train_batch_size=auto"),
     ("deepspeed=auto",), ("quantization=nf4",), ("peft=lora",), ("peft=lora", "deepspeed=auto"),
     ("peft=lora", "quantization=nf4"),
 )  # fmt: skip
-# The phases whose terms stand in memory at each peak.
-PHASES = {"loss": ("always", "forward", "loss"), "backward": ("always", "forward", "backward"),
-          "step": ("always", "step")}  # fmt: skip
 KNOWN = "model=llama3_1_8b, qwen3_8b, mistral_7b, gemma2_9b, mixtral_8x7b, gpt2"
+SPREAD = 1.05  # of times that were measured: what one run differs from itself
 Figures = dict[str, Any]
 
 
@@ -44,11 +45,17 @@ def plan_verb(argv: list[str]) -> int:
     parser.add_argument("--config-dir", "-cd", help="a folder with groups and recipes of your own")
     parser.add_argument("--compare", metavar="KEY=A,B,...", help="a line for each value: deepspeed=zero2,zero3")
     parser.add_argument("--price", type=float, metavar="X", help="of a GPU hour: what the run costs")
+    parser.add_argument("--explain", action="store_true", help="rules of thumb, corrected, with this run's figures")
     parser.add_argument("--json", action="store_true", help="every term with its formula and source")
+    parser.add_argument("--calibrate", nargs="+", metavar="RUN", help="learn from what finished runs measured")
     parser.epilog = f"hardware=... plans for another machine: {EXAMPLES}; without it, for this one"
     from kit.config.flags import parse_words
 
     a = parse_words(parser, argv)
+    if a.calibrate:
+        rows = [asdict(row) for row in calibrate(a.calibrate)]
+        print(json.dumps(rows, indent=1) if a.json else render_measured(rows))
+        return DONE
     words = [word for word in a.overrides if not word.startswith(f"{KEY}=")]
     named = [word.partition("=")[2] for word in a.overrides if word.startswith(f"{KEY}=")]
     if len(named) > 1:
@@ -63,7 +70,11 @@ def plan_verb(argv: list[str]) -> int:
     figures = forecast_run(words, host, a.price, a.config_dir)
     if not fits(figures):
         figures["changes"] = find_changes(words, host, a.config_dir)
+    if a.explain:
+        figures["arithmetic"] = explain_arithmetic(figures)
     print(json.dumps(figures, indent=1) if a.json else render(figures))
+    if a.explain and not a.json:
+        print(f"\n{render_arithmetic(figures['arithmetic'])}")
     return DONE if fits(figures) else REFUSED
 
 
@@ -104,8 +115,9 @@ def forecast_run(
     if base is None or not isinstance(length, int) or plan.fsdp:
         raise KitError([why_not_forecast(plan, text)])
     step = step_of_plan(plan, plan.trainer)
-    memory = forecast_memory(step, base)
+    memory = add_phases(forecast_memory(step, base), step, base)
     needed, usable = memory.peak + memory.outside_allocator, host.memory_gib * 2**30
+    limit = usable_bytes(usable, on_cpu=False)
     steps = known_steps(plan)
     accumulation = plan.trainer["gradient_accumulation_steps"]
     packed, documents = bool(plan.trainer.get("packing")), plan.documents
@@ -122,14 +134,26 @@ def forecast_run(
                 "notes": notes},
         "host": {"name": host.describe(), **asdict(host)},
         "memory": {"needed": needed, "allocated": memory.peak, "outside_allocator": memory.outside_allocator,
-                   "usable": usable, "fits": needed <= usable_bytes(usable, on_cpu=False), "exact": memory.exact,
+                   "usable": usable, "limit": limit, "fits": needed <= limit, "exact": memory.exact,
                    "peaks": memory.peaks, "terms": [asdict(term) for term in memory.terms]},
         "host_memory": {"needed": sum(t.bytes for t in memory_of_host), "terms": [asdict(t) for t in memory_of_host],
                         "available": host.memory_gb and host.memory_gb * 1e9},
         "disk": {"needed": sum(t.bytes for t in disk), "terms": [asdict(t) for t in disk]},
         "documents": documents and documents.model_dump(),
         "step": {**asdict(time), "tokens_all": time.tokens * plan.world_size, "mfu": time.utilization(host)},
+        "stages": [asdict(stage) for stage in (states_of_run(step, base), *stage_picture(step, base))],
+        "counts": count_parts(step, base),
     }  # fmt: skip
+    if learned := find_correction(plan, str(text.get("model_type")), host):
+        figures["calibrated"] = learned
+        if learned["allocated"]:
+            more = memory.peak * learned["allocated"] + learned["outside"]
+            held = more <= usable_bytes(usable, on_cpu=False)
+            figures["memory"] |= {"forecast": needed, "needed": more, "fits": held}
+        if learned["seconds"]:
+            least, most = (time.fastest * share for share in learned["seconds"])
+            time = replace(time, fastest=least, slowest=max(most, least * SPREAD))
+            figures["step"] |= {"fastest": time.fastest, "slowest": time.slowest, "mfu": time.utilization(host)}
     if steps:
         seconds = (steps * time.fastest, steps * time.slowest)
         hours = [s / 3600 * plan.world_size for s in seconds]
@@ -139,6 +163,16 @@ def forecast_run(
             "cost": price is not None and [h * price for h in hours] or None,
         }  # fmt: skip
     return figures
+
+
+def render_measured(rows: Sequence[Figures]) -> str:
+    """Return a line for each run that was measured."""
+    lines = [f"{'run':<10} {'GPU':<10} {'architecture, method':<36} {'memory':>8} {'time':>6}   of the forecast"]
+    for row in rows:
+        seconds = f"{row['seconds']:.2f}" if row["seconds"] else "-"
+        kind = f"{row['architecture']}, {row['method']}"
+        lines.append(f"{row['run'][:8]:<10} {row['gpu']:<10} {kind:<36} {row['allocated']:>8.3f} {seconds:>6}")
+    return "\n".join(lines)
 
 
 def why_not_forecast(plan: RunPlan, text: Figures) -> Problem:
@@ -179,14 +213,8 @@ def describe_engine(plan: RunPlan, step: Step) -> str:
 
 def describe_memory(plan: RunPlan) -> str:
     """Say how the memory is used: what is computed again, rows and accumulation."""
-    trainer, kwargs = plan.trainer, None
-    if is_checkpointed(trainer):
-        kwargs = checkpointing_kwargs(trainer)
-    rows, steps = trainer["per_device_train_batch_size"], trainer["gradient_accumulation_steps"]
-    option = MemoryOption(
-        activation_checkpointing=kwargs is not None, activation_checkpointing_kwargs=kwargs or {},
-        per_device_train_batch_size=rows, gradient_accumulation_steps=steps, bytes=0, cost=1.0,
-    )  # fmt: skip
+    trainer, option = plan.trainer, option_of(plan)
+    rows, steps = option.per_device_train_batch_size, option.gradient_accumulation_steps
     counted = f"{rows} x {trainer['max_length']:,} tokens, {steps} accumulation step{'s' * (steps != 1)}"
     return f"{counted}, {describe_level(option)}"
 
@@ -229,111 +257,3 @@ def compare(
         row |= {"host": figures["host_memory"]["needed"], "fits": fits(figures)}
         rows.append(row | ({"total": figures["total"]} if "total" in figures else {}))
     return rows
-
-
-def render_rows(rows: Sequence[Figures]) -> str:
-    """Return a table of what `compare` found."""
-    width = max(len(row["value"]) for row in rows)
-    lines = [f"{'':{width}}  {'GPU GB':>14}  {'host GB':>8}  {'s a step':>16}  "]
-    for row in rows:
-        if "refused" in row:
-            lines.append(f"{row['value']:{width}}  refused: {row['refused']}")
-            continue
-        verdict = "" if row["fits"] else "does not fit; "
-        total = row.get("total")
-        time = (
-            f"; {describe_duration(total['seconds'][0], 1)} to {describe_duration(total['seconds'][1], 1)}"
-            if total
-            else ""
-        )
-        cost = f", {total['cost'][0]:,.2f} to {total['cost'][1]:,.2f}" if total and total["cost"] else ""
-        memory = f"{gb(row['needed'])} of {gb(row['usable'])}"
-        lines.append(
-            f"{row['value']:{width}}  {memory:>14}  {gb(row['host']):>8}  {seconds(*row['seconds']):>16}  "
-            f"{verdict}{row['engine']}, {row['batch']}{time}{cost}"
-        )
-    return "\n".join(lines)
-
-
-def fits(figures: Figures) -> bool:
-    """Return whether a run fits its GPUs and its host."""
-    return figures["memory"]["fits"] and host_memory_fits(figures)
-
-
-def host_memory_fits(figures: Figures) -> bool:
-    available = figures["host_memory"]["available"]
-    return available is None or figures["host_memory"]["needed"] <= available
-
-
-def render(figures: Figures) -> str:
-    """Return the figures as a page of text."""
-    run, memory, step, host = figures["run"], figures["memory"], figures["step"], figures["host_memory"]
-    processes = f"{run['processes']} process{'es' * (run['processes'] != 1)}"
-    verdict = "fits" if memory["fits"] else "does not fit"
-    lines = [
-        f"run        {run['model']}, {run['method']}, {run['trained']:,} of {run['parameters']:,} parameters trained",
-        f"machine    {figures['host']['name']}; {processes}, {run['engine']}, {run['precision']}",
-        f"batch      {run['memory']}",
-        "",
-        f"GPU memory {gb(memory['needed'])} of {gb(memory['usable'])} GB on each: {verdict}"
-        f"{'' if memory['exact'] else ' (a term is not measured for this model)'}",
-    ]
-    phase = max(memory["peaks"], key=memory["peaks"].get)
-    terms = [term for term in memory["terms"] if term["phase"] in PHASES[phase]]
-    terms.append({"name": "outside torch's allocator", "bytes": memory["outside_allocator"]})
-    lines += bars(terms, f"at its peak, {'the loss' if phase == 'loss' else phase}")
-    limit = f" of {gb(host['available'])}" if host["available"] else ""
-    lines += ["", f"host       {gb(host['needed'])}{limit} GB{'' if host_memory_fits(figures) else ': does not fit'}"]
-    lines += bars(host["terms"])
-    lines += ["", f"disk       {gb(figures['disk']['needed'])} GB"]
-    lines += [f"           {term['name']}: {term['formula']}" for term in figures["disk"]["terms"]]
-    low, high = step["mfu"]
-    lines += [
-        "",
-        f"step       {seconds(step['fastest'], step['slowest'])} s, at most {step['tokens_all']:,} tokens in all, "
-        f"{step['model_flops'] / 1e12:,.0f} TFLOP on each GPU, MFU {100 * low:.0f} to {100 * high:.0f} %",
-    ]
-    if total := figures.get("total"):
-        lines.append(
-            f"time       {durations(total['seconds'])} for {total['steps']:,} steps, at most "
-            f"{total['tokens']:,} tokens, {total['petaflop_days']:.3g} PetaFLOP/s-days"
-        )
-        if total["cost"]:
-            hours = f"{total['gpu_hours'][0]:.2f} to {total['gpu_hours'][1]:.2f} GPU hours"
-            lines.append(f"cost       {total['cost'][0]:,.2f} to {total['cost'][1]:,.2f} ({hours})")
-    else:
-        lines.append("time       the rows of an epoch are not known here; trainer.max_steps=N gives a total")
-    if documents := figures["documents"]:
-        count, mean = about(documents["count"]), about(documents["mean"])
-        epoch = about(documents["count"] * documents["mean"])
-        lines.append(f"data       about {count} documents of {mean} tokens, {epoch} in an epoch, by its first rows")
-    lines += [f"notes      {note}" for note in run["notes"]]
-    if "changes" in figures:
-        lines += ["", "what would fit:" if figures["changes"] else "nothing that was tried fits"]
-        for change in figures["changes"]:
-            needs = f"{gb(change['needed'])} GB, {seconds(*change['seconds'])} s a step"
-            lines.append(f"  {' '.join(change['overrides'])}   ({needs})")
-    return "\n".join(lines)
-
-
-def bars(terms: Sequence[Figures], title: str = "") -> list[str]:
-    """Return a line for each term, the largest first, with a bar as long as its share."""
-    ordered = sorted((t for t in terms if t["bytes"] >= 5e6), key=lambda t: -t["bytes"])
-    largest = max((t["bytes"] for t in ordered), default=1)
-    lines = [f"           {title}:"] if title else []
-    for term in ordered:
-        bar = "#" * max(1, round(BAR * term["bytes"] / largest))
-        lines.append(f"           {term['name']:<28}{gb(term['bytes']):>8} GB  {bar}")
-    return lines
-
-
-def seconds(fastest: float, slowest: float) -> str:
-    return f"{fastest:.2f} to {slowest:.2f}"
-
-
-def gb(size: float) -> str:
-    return f"{size / 1e9:.1f}" if size >= 1e9 else f"{size / 1e9:.2f}"
-
-
-def durations(both: Sequence[float]) -> str:
-    return " to ".join(describe_duration(one, 1) for one in both)

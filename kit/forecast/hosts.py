@@ -87,9 +87,15 @@ def find_host(gpus: tuple[Gpu, ...], memory_gb: float) -> Host | None:
     if not gpus:
         return None
     smallest = min(gpus, key=lambda gpu: gpu.memory_gb)
-    words = set(re.findall(r"[a-z]*\d+[a-z]*", smallest.name.lower()))
-    rows = [row for key, row in read_table().items() if key.partition("_")[0] in words]
-    if not rows:
+    key = find_key(smallest)
+    if key is None:
         return None
-    row = min(rows, key=lambda row: abs(row["mib"] / 1024 - smallest.memory_gb))
-    return make_host(row | {"name": smallest.name, "mib": smallest.memory_gb * 1024}, len(gpus), memory_gb)
+    row = read_table()[key] | {"name": smallest.name, "mib": smallest.memory_gb * 1024}
+    return make_host(row, len(gpus), memory_gb)
+
+
+def find_key(gpu: Gpu) -> str | None:
+    """Return the table's key of a GPU, by its name and memory; None for one that it lacks."""
+    words = set(re.findall(r"[a-z]*\d+[a-z]*", gpu.name.lower()))
+    keys = [key for key in read_table() if key.partition("_")[0] in words]
+    return min(keys, key=lambda key: abs(read_table()[key]["mib"] / 1024 - gpu.memory_gb), default=None)

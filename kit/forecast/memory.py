@@ -13,14 +13,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from kit.forecast.activations import saved_per_token, sizes
+from kit.forecast.activations import adapter_rank, saved_per_token, sizes
 from kit.forecast.head import head_bytes
 from kit.inspection.architectures import OUTPUT_EMBEDDINGS
 from kit.inspection.trainable import count_trained, list_modules, with_defaults
 from kit.schema.checkpointing import checkpointing_kwargs, is_checkpointed
 from kit.schema.dotted import value_at
 
-Phase = Literal["always", "forward", "loss", "backward", "step"]
+# `loaded`: from loading on; `always`: from the first step on.
+Phase = Literal["loaded", "load", "always", "forward", "loss", "backward", "step", "evaluate", "save"]
+# The terms that stand in memory at each peak: what the forward pass leaves is there through the backward.
+PHASES: dict[str, tuple[Phase, ...]] = {
+    "load": ("loaded", "load"),
+    "loss": ("loaded", "always", "forward", "loss"),
+    "backward": ("loaded", "always", "forward", "backward"),
+    "step": ("loaded", "always", "step"),
+    "evaluate": ("loaded", "always", "evaluate"),
+    "save": ("loaded", "always", "save"),
+}
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Optimizer states in bytes a parameter, as multiples of the parameter's own width: torch's and transformers' Adam keep
@@ -31,7 +41,7 @@ STATES_8BIT = 2 * (1 + 4 / 256)
 NF4_BYTES = {False: 0.5 + 4 / 64, True: 0.5 + 1 / 64 + 4 / (64 * 256)}
 CONTEXT_BYTES = 0.6e9  # CUDA's context with its kernels
 SUB_GROUP_SIZE = 1e9  # DeepSpeed's default
-DISTANCE = 1e9  # DeepSpeed's default of stage3_max_reuse_distance and stage3_max_live_parameters
+DISTANCE = 1e9  # DeepSpeed's default of stage3_max_reuse_distance
 # Of the allocated peak: the largest difference from a recorded one, tests/benchmarks/results/ and tests/forecast, but
 # for nf4 as TRL loads it.
 FORECAST_ERROR = 0.06
@@ -65,12 +75,9 @@ class Memory:
 
     @property
     def peaks(self) -> dict[str, float]:
-        """Return the bytes at the peak of each phase; what the forward pass leaves is there through the backward."""
-        return {
-            "loss": self.of("always", "forward", "loss"),
-            "backward": self.of("always", "forward", "backward"),
-            "step": self.of("always", "step"),
-        }
+        """Return the bytes at the peak of each phase that has terms of its own."""
+        own = {term.phase for term in self.terms}
+        return {name: self.of(*phases) for name, phases in PHASES.items() if phases[-1] in own or name == "step"}
 
     @property
     def peak(self) -> float:
@@ -103,8 +110,12 @@ class Step:
 
     def offloads(self, what: str) -> bool:
         """Return whether "optimizer" or "param" lies in host memory or on NVMe."""
+        return self.offload_device(what) is not None
+
+    def offload_device(self, what: str) -> str | None:
+        """Return where "optimizer" or "param" lies: cpu, nvme, or None for the GPU."""
         device = value_at(dict(self.deepspeed or {}), f"zero_optimization.offload_{what}.device")
-        return device in ("cpu", "nvme") and (what == "optimizer" or self.stage == 3)
+        return device if device in ("cpu", "nvme") and (what == "optimizer" or self.stage == 3) else None
 
     @property
     def checkpointing(self) -> dict[str, Any] | None:
@@ -148,17 +159,13 @@ def measure_sizes(config: Mapping[str, Any], peft: Mapping[str, Any] | None) -> 
     text, largest = with_defaults(dict(config)), max(layers.values(), default=0)
     return Sizes(
         text, trained.total, trained.numbers, linears, len(layers), largest, max(ends.values(), default=0),
-        sum(ends.values()), widest, adapter_rank(peft), inputs,
+        sum(ends.values()), widest, low_rank(peft), inputs,
     )  # fmt: skip
 
 
-def adapter_rank(peft: Mapping[str, Any] | None) -> int:
+def low_rank(peft: Mapping[str, Any] | None) -> int:
     """Return the largest rank of a LoRA; 0 for other adapters and for none."""
-    if not peft or str(peft.get("peft_type", "LORA")).upper() != "LORA":
-        return 0
-    pattern = peft.get("rank_pattern")
-    ranks = [peft.get("r", 8), *(pattern.values() if isinstance(pattern, Mapping) else [])]
-    return max((rank for rank in ranks if isinstance(rank, int)), default=0)
+    return adapter_rank(dict(peft)) if peft and str(peft.get("peft_type", "LORA")).upper() == "LORA" else 0
 
 
 def forecast_memory(step: Step, base: Sizes) -> Memory:
@@ -192,7 +199,7 @@ def _add_weights(memory: Memory, step: Step, base: Sizes) -> None:
         size, formula = size / step.processes, f"({formula}) / {step.processes} processes"
     if step.offloads("param"):
         size = 0  # what is gathered is a term of its own
-    memory.add("base weights", size, "always", formula, source)
+    memory.add("base weights", size, "loaded", formula, source)
 
 
 def _add_training_state(memory: Memory, step: Step, base: Sizes) -> None:
@@ -310,20 +317,28 @@ def _add_zero_buffers(memory: Memory, step: Step, base: Sizes) -> None:
     copies = 2 if zero.get("overlap_comm") else 1
     formula = f"{bucket:,.0f} x {width} x {copies}"
     memory.add("reduce buckets", bucket * width * copies, "backward", formula, "DeepSpeed stage_1_and_2.py, stage3.py")
+    memory.terms += gathered_terms(step, base)
+
+
+def gathered_terms(step: Step, base: Sizes) -> list[Term]:
+    """Return the terms of what ZeRO-3 gathers."""
     if step.stage < 3 or step.processes == 1 and not step.offloads("param"):
-        return
+        return []
+    zero, width = (step.deepspeed or {}).get("zero_optimization") or {}, DTYPE_BYTES[step.precision]
     in_layer = 0.6 if step.quantization else width  # bytes of a quantized weight, its scales included
-    source = "DeepSpeed partitioned_param_coordinator.py"
+    source, layer = "DeepSpeed partitioned_param_coordinator.py", base.largest_layer
     prefetched = zero.get("stage3_prefetch_bucket_size", 0)
-    if not zero.get("leaf_module") and (prefetched == "auto" or prefetched < base.largest_layer):
+    if not zero.get("leaf_module") and (prefetched == "auto" or prefetched < layer):
         # Module by module: two decoder layers' worth, and the head where it is used.
-        gathered, formula = 2 * base.largest_layer * in_layer, f"2 layers of {base.largest_layer:,} parameters"
-        memory.add("gathered layers", gathered, "always", formula, source)
-        memory.add("gathered head", base.largest_end * width, "loss", f"{base.largest_end:,} x {width}", source)
-        return
+        return [
+            Term("gathered layers", 2 * layer * in_layer, "always", f"2 layers of {layer:,} parameters", source),
+            Term("gathered head", base.largest_end * width, "loss", f"{base.largest_end:,} x {width}", source),
+        ]
     reuse = zero.get("stage3_max_reuse_distance")
-    kept = math.ceil((reuse if isinstance(reuse, int | float) else DISTANCE) / base.largest_layer)
-    count = min(base.layers, kept + 1)
-    formula = f"{count} layers of {base.largest_layer:,} parameters"
-    memory.add("gathered layers", count * base.largest_layer * in_layer, "forward", formula, source)
-    memory.add("gathered ends", base.ends * width, "forward", f"{base.ends:,} x {width}", source)
+    kept = math.ceil((reuse if isinstance(reuse, int | float) else DISTANCE) / layer)
+    count = min(base.layers, kept + 2)
+    formula = f"{count} layers of {layer:,} parameters"
+    return [
+        Term("gathered layers", count * layer * in_layer, "forward", formula, source),
+        Term("gathered ends", base.ends * width, "forward", f"{base.ends:,} x {width}", source),
+    ]

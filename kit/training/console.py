@@ -15,6 +15,8 @@ import torch
 from transformers import PrinterCallback, TrainerCallback
 
 from kit.config.memory_choice import describe_choice
+from kit.forecast.of_plan import forecast_plan
+from kit.inspection.model import inspect_model
 from kit.models.attention import describe_attention
 from kit.models.kernels import describe_kernels
 from kit.schema.run_plan import RunPlan
@@ -81,7 +83,7 @@ class ProgressCallback(TrainerCallback):
         seconds = round(time.monotonic() - self.start, 3)
         row = {"step": state.global_step, "seconds": seconds, **{k: v for k, v in logs.items() if is_finite_number(v)}}
         if torch.cuda.is_available() and not args.use_cpu:
-            row["memory_gb"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
+            row["memory_gb"] = round(self.trainer.memory_peaks.allocated() / 2**30, 3)
         if "loss" in logs:
             row |= self.speed(logs)
         self.append(row)
@@ -174,6 +176,7 @@ def final_metrics(
     runtime = trained.get("train_runtime") or math.nan
     tokens = next((row["num_tokens"] for row in reversed(trainer.state.log_history) if "num_tokens" in row), None)
     cuda = torch.cuda.is_available() and not trainer.args.use_cpu
+    memory = trainer.memory_peaks.figures()
     packages = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed")
     return {
         "plan": plan.hash,
@@ -185,10 +188,9 @@ def final_metrics(
         **{k: v for k, v in held_out.items() if is_finite_number(v)},
         "tokens": tokens,
         "tokens_per_second": round(tokens / runtime, 1) if tokens and runtime == runtime else None,
-        "peak_memory_gb": round(torch.cuda.max_memory_allocated() / 2**30, 3) if cuda else None,
-        "peak_reserved_gb": round(torch.cuda.max_memory_reserved() / 2**30, 3) if cuda else None,
-        # Of what the process holds: with CUDA's context and the allocator's fragments.
-        "forecast_memory_gb": round(plan.memory.options[plan.memory.chosen].bytes / 2**30, 3) if plan.memory else None,
+        "peak_memory_gb": memory and memory["allocated"],
+        "memory_gb": memory,
+        "forecast_gb": forecast_gb(plan) if cuda else None,
         "packing": getattr(trainer, "packing_proof", None),  # how far packed documents were from themselves alone
         "save_seconds": round(saved, 3),
         "checkpoint_seconds": [round(s, 3) for s in trainer.checkpoint_seconds],
@@ -197,6 +199,15 @@ def final_metrics(
         "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
         "versions": {"python": platform.python_version(), **{p: metadata.version(p) for p in packages}},
     }
+
+
+def forecast_gb(plan: RunPlan) -> dict[str, float] | None:
+    """Return the forecast's GiB: in all, and allocated at the peak of each phase; None where there is none."""
+    memory = forecast_plan(plan, inspect_model(plan.model, here=False)[0].text)
+    if memory is None:
+        return None
+    sizes = {"needed": memory.peak + memory.outside_allocator, "allocated": memory.peak, **memory.peaks}
+    return {name: round(size / 2**30, 3) for name, size in sizes.items()}
 
 
 def print_next_steps(plan: RunPlan, metrics: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ found, a slow GPU is not.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import psutil
@@ -28,6 +28,7 @@ class RankTimer:
         self.latest: dict[str, list[float]] = {}
         self.hooks: list[Any] = []
         self.pending: tuple[Any, torch.Tensor] | None = None
+        self.peak: Callable[[], int] | None = None  # bytes at most so far, where somebody resets torch's own
         self.reset()
 
     def reset(self) -> None:
@@ -92,7 +93,7 @@ class RankTimer:
         if self.cuda:  # the loss has just been fetched, so the events lie behind; one that does not is left out
             done = [a.elapsed_time(b) / 1e3 for a, b in self.events if b.query()]
             self.forward = sum(done) / len(done) * self.passes if done else 0.0
-            memory = torch.cuda.max_memory_allocated()
+            memory = self.peak() if self.peak else torch.cuda.max_memory_allocated()
         else:
             memory = psutil.Process().memory_info().rss
         steps = max(self.steps, 1)

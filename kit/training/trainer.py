@@ -29,6 +29,7 @@ from kit.models import adapters, checkpointing, kernels
 from kit.storage import atomic_folder, checkpoints, manifest
 from kit.training import bad_batches, checkpoint, saved_config, signals, whole_optimizer
 from kit.training.callbacks import StopOnSignalCallback, StreamPosition
+from kit.training.memory_peaks import MemoryPeaks
 from kit.training.packing_proof import unwrap_base
 from kit.training.rank_timing import RankTimer
 from kit.training.saving import atomic_save, rotate_checkpoints, save_error
@@ -75,7 +76,11 @@ class ModifiedTrainer(SFTTrainer):
         adapters.leave_casts_to_autocast(self.model)
         self.args.logging_nan_inf_filter = False  # it hides what `log` looks for, at the price of a sync per step
         self.ranks = signals.host_side_group(self.args.ddp_timeout)
-        self.rank_timer = RankTimer(self.ranks, self.args.device.type == "cuda", bool(self.args.torch_compile))
+        cuda = self.args.device.type == "cuda"
+        self.rank_timer = RankTimer(self.ranks, cuda, bool(self.args.torch_compile))
+        self.memory_peaks = MemoryPeaks(cuda)
+        self.rank_timer.peak = self.memory_peaks.allocated
+        self.add_callback(self.memory_peaks)
         self.stop_callback = StopOnSignalCallback(self.ranks, self._begin, self.rank_timer.detach)
         self.add_callback(self.stop_callback)
         self.stream_position = None if has_length(self.train_dataset) else StreamPosition()
@@ -210,6 +215,16 @@ class ModifiedTrainer(SFTTrainer):
             self.control.should_log and self.state.global_step > self._globalstep_last_logged
         )
         super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate as upstream does; then ZeRO-3 lets go of what it gathered for a backward pass that did not follow.
+
+        A save would find parameters in flight, and DeepSpeed refuses to part them (stage3.py, GatheredParameters).
+        """
+        result = super().evaluation_loop(*args, **kwargs)
+        if self.is_deepspeed_enabled and hasattr(self.model_wrapped, "empty_partition_cache"):
+            self.model_wrapped.empty_partition_cache()
+        return result
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As upstream, then stop where the loss or the gradient is not finite; all ranks see the same values."""

@@ -229,6 +229,9 @@ def run_kit(
         "losses": [row["loss"] for row in history if "loss" in row],
         "checkpoint_seconds": metrics["checkpoint_seconds"],
         "peak_gb": metrics["peak_memory_gb"],
+        "peak_reserved_gb": metrics["memory_gb"] and metrics["memory_gb"]["reserved"],
+        "memory_gb": metrics["memory_gb"],
+        "forecast_phases_gb": metrics["forecast_gb"],
     }
     return figures(raw, start, seconds, folder), run
 
@@ -301,7 +304,7 @@ def figures(raw: dict, start: float, seconds: float, folder: Path) -> dict[str, 
         "all_seconds": round(seconds, 1),
         "peak_gb": raw["peak_gb"] and round(raw["peak_gb"], 2),
         "peak_reserved_gb": raw["peak_reserved_gb"] and round(raw["peak_reserved_gb"], 2),
-        "resident_parameter_gb": raw["resident_parameter_gb"],
+        **{k: raw[k] for k in ("resident_parameter_gb", "memory_gb", "forecast_phases_gb") if k in raw},
         "checkpoint_seconds": [round(s, 3) for s in raw["checkpoint_seconds"]],
         "losses": [round(x, 5) for x in raw["losses"]],
         "load": loads,

@@ -58,8 +58,9 @@ from arms import (  # noqa: E402
 )
 from training import as_it_comes  # noqa: E402
 
-from kit.config.memory_choice import AUTO_ROWS, LEVELS, divisors, step_of_plan  # noqa: E402
+from kit.config.memory_choice import AUTO_ROWS, LEVELS, divisors  # noqa: E402
 from kit.forecast.memory import forecast_memory, measure_sizes  # noqa: E402
+from kit.forecast.of_plan import step_of_plan  # noqa: E402
 from kit.inspection.model import inspect_model  # noqa: E402
 from kit.launchers import ops  # noqa: E402
 from kit.schema.run_plan import load_plan  # noqa: E402

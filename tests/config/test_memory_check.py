@@ -56,7 +56,7 @@ def test_the_error_of_the_forecast_is_left_to_the_trial_step(gpu_of) -> None:
 
     gpu_of(139 * 2**30)
     assert not warned()
-    from kit.config.memory_check import forecast_plan
+    from kit.forecast.of_plan import forecast_plan
     from kit.inspection.model import inspect_model
 
     plan = api.compose(*LARGE, here=False)

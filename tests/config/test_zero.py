@@ -210,9 +210,10 @@ def test_the_next_layer_is_gathered_ahead() -> None:
     assert sizes and sizes.ends == 2 * 128256 * 4096 + 4096 and sizes.ends > 1e9
     given = load_deepspeed_file(FILES["zero3"])
     names = ["stage3_prefetch_bucket_size", "stage3_max_live_parameters", "stage3_param_persistence_threshold"]
+    layer = 218_112_000
     filled = resolve(given, decoder_layers=LAYERS, sizes=sizes, hidden_size=4096)["zero_optimization"]
-    assert filled["stage3_prefetch_bucket_size"] == sizes.largest_layer == 218_112_000
-    assert filled["stage3_max_live_parameters"] == sizes.ends + 10**9 + 2 * sizes.largest_layer
+    assert filled["stage3_prefetch_bucket_size"] == filled["stage3_max_reuse_distance"] == sizes.largest_layer == layer
+    assert filled["stage3_max_live_parameters"] == sizes.ends + 3 * layer
     assert filled["stage3_param_persistence_threshold"] == 16 * 14336  # a whole low-rank matrix
     given["zero_optimization"] |= dict(zip(names, ("auto", 7, 8), strict=True))
     kept = resolve(given, decoder_layers=LAYERS, sizes=sizes, hidden_size=4096)["zero_optimization"]
@@ -223,7 +224,7 @@ def test_the_next_layer_is_gathered_ahead() -> None:
     apart = load_deepspeed_file(FILES["zero3"])
     set_value(apart, LEAVES, {"classes": []})  # module by module too
     filled = resolve(apart, sizes=sizes, decoder_layers=LAYERS, hidden_size=4096)["zero_optimization"]
-    assert [filled[name] for name in names] == [218_112_000, sizes.ends + 10**9 + 2 * 218_112_000, 229_376]
+    assert [filled[name] for name in names] == [layer, sizes.ends + 3 * layer, 229_376]
     for name in ("zero2", "zero3_nvme"):
         given = load_deepspeed_file(FILES[name])
         other = resolve(given, sizes=sizes, decoder_layers=LAYERS, hidden_size=4096)["zero_optimization"]

@@ -18,7 +18,8 @@ from kit.errors import KitError
 from kit.explain.plan import forecast_run
 from kit.forecast.host_memory import forecast_disk, forecast_host_memory, pinned_bytes
 from kit.forecast.hosts import find_host, parse_host
-from kit.forecast.memory import Sizes, Step, forecast_memory, measure_sizes
+from kit.forecast.memory import PHASES, Sizes, Step, forecast_memory, measure_sizes
+from kit.forecast.phases import add_phases
 from kit.forecast.step_time import EFFICIENCY, active_linears, count_flops, forecast_time
 from kit.inspection.model import inspect_model
 from kit.system import hardware
@@ -232,9 +233,8 @@ def test_what_it_prints(capsys: pytest.CaptureFixture[str]):
         assert word in text, text
     code, out = run_plan(capsys, *STOCK, "hardware=2x4090_128gb", "trainer.max_steps=1000", "--price", "0.4", "--json")
     found = json.loads(out)
-    held = {"loss": ("forward", "loss"), "backward": ("forward", "backward"), "step": ("step",)}
     for phase, peak in found["memory"]["peaks"].items():
-        terms = [t["bytes"] for t in found["memory"]["terms"] if t["phase"] in ("always", *held[phase])]
+        terms = [t["bytes"] for t in found["memory"]["terms"] if t["phase"] in PHASES[phase]]
         assert sum(terms) == pytest.approx(peak)
     assert all(t["formula"] and t["source"] for t in found["memory"]["terms"])
     hours = [s * 2 / 3600 for s in found["total"]["seconds"]]
@@ -320,3 +320,45 @@ def test_values_side_by_side(capsys: pytest.CaptureFixture[str]):
 def test_what_is_refused(words: list[str], said: str, capsys: pytest.CaptureFixture[str]):
     code, text = run_plan(capsys, *STOCK, *words)
     assert code in (2, 3) and said in text and "Traceback" not in text and "fix:" in text
+
+
+def test_phases_beside_the_step():
+    """Loading, evaluation and saves have terms of their own, and never less than what stands there anyway."""
+    base = measure_sizes(LLAMA_8B, None)
+    assert base
+    trainer = ALL | {"eval_strategy": "steps", "per_device_eval_batch_size": 8}
+    run = step(None, deepspeed=zero(3), processes=4, trainer=trainer)
+    found = add_phases(forecast_memory(run, base), run, base)
+    assert list(found.peaks) == ["load", "loss", "backward", "step", "evaluate", "save"]
+    embedding = 128256 * 4096
+    assert found.peaks["load"] == base.total * 2 / 4 + embedding * 2
+    states = base.total * 16 / 4
+    assert found.peaks["save"] == pytest.approx(states + embedding * 2 + found.of("always") - base.total * 14 / 4)
+    assert found.peaks["evaluate"] > found.peaks["save"]
+    few = step(None, deepspeed=zero(3), processes=4, trainer=trainer | {"per_device_eval_batch_size": 1})
+    assert add_phases(forecast_memory(few, base), few, base).peaks["evaluate"] < found.peaks["evaluate"]
+    alone = step(trainer={"eval_strategy": "no"})
+    adapter = measure_sizes(LLAMA_8B, LORA)
+    assert adapter and list(add_phases(forecast_memory(alone, adapter), alone, adapter).peaks) == [
+        "loss",
+        "backward",
+        "step",
+    ]
+
+
+def test_nvme():
+    """Optimizer states and weights on NVMe are on the disk and in buffers of fixed size, not in host memory."""
+    base = measure_sizes(LLAMA_8B, None)
+    assert base
+    optimizer, param = {"device": "nvme", "buffer_count": 4}, {"device": "nvme", "buffer_count": 5}
+    param |= {"buffer_size": 10**8, "max_in_cpu": 0}
+    block = {"stage": 3, "sub_group_size": 10**9, "offload_optimizer": optimizer, "offload_param": param}
+    run = step(None, deepspeed={"zero_optimization": block}, processes=2)
+    host = {t.name: t.bytes for t in forecast_host_memory(run, base, 2)}
+    assert host["buffers of weights"] == 2 * 5 * pinned_bytes(2 * 10**8) and "Adam's states" not in host
+    assert host["buffers of optimizer states"] == 2 * 4 * pinned_bytes(base.total / 9 / 2 * 4)
+    block = block | {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+    in_memory = forecast_host_memory(replace(run, deepspeed={"zero_optimization": block}), base, 2)
+    assert sum(host.values()) < 0.5 * sum(t.bytes for t in in_memory)
+    disk = {t.name: t.bytes for t in forecast_disk(run, base, {"save_strategy": "no"}, 10)}
+    assert disk["optimizer, on NVMe"] == base.total * 16 and disk["param, on NVMe"] == base.total * 2

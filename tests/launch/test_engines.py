@@ -27,8 +27,10 @@ IN_ONE_LAUNCH = ["zero1", "zero3", "zero3_checkpointed", "zero3_modules", "zero2
 ENGINES = [*IN_ONE_LAUNCH, "zero2", "zero3_offload", "ddp"]
 REHEARSED = ["zero2", "zero3", "zero2_offload", "full"]
 LEAVES = "deepspeed.zero_optimization.leaf_module.classes"
-UPSTREAM_SIZES = [f"deepspeed.zero_optimization.stage3_{name}=auto"  # transformers' formulas, not the kit's
-                  for name in ("prefetch_bucket_size", "param_persistence_threshold")]  # fmt: skip
+ZERO = "deepspeed.zero_optimization"
+CUT_UP = (
+    f"{ZERO}.stage3_param_persistence_threshold=100"  # low-rank matrices too; they are in flight after an evaluation
+)
 
 
 @pytest.fixture(scope="session")
@@ -86,8 +88,8 @@ def sequence(work, base, chat) -> Path:
     plans = []
     cases = {
         **{name: [f"deepspeed={name}"] for name in ("zero1", "zero3", "zero2_offload")},
-        "zero3_checkpointed": ["deepspeed=zero3", "trainer.gradient_checkpointing=true"],
-        "zero3_modules": ["deepspeed=zero3", f"{LEAVES}=[]", *UPSTREAM_SIZES],
+        "zero3_checkpointed": ["deepspeed=zero3", "trainer.gradient_checkpointing=true", CUT_UP],
+        "zero3_modules": ["deepspeed=zero3", f"{LEAVES}=[]", CUT_UP, f"{ZERO}.stage3_max_live_parameters=1"],
         "bf16": ["deepspeed=zero2", "trainer.bf16=true"],
         "full": ["deepspeed=zero3", "peft=none", "trainer.learning_rate=1.0e-3"],
     }
@@ -322,11 +324,12 @@ def test_zero3_gathers_whole_decoder_layers(sequence):
     assert filled["zero_optimization"]["leaf_module"] == {"classes": ["LlamaDecoderLayer"]}
     hooks = {name: json.loads((harness.the_run(sequence / name) / "fetches.json").read_text())
              for name in ("zero3", "zero3_checkpointed", "zero3_modules", "full")}  # fmt: skip
-    assert hooks["zero3"] == hooks["zero3_checkpointed"]
+    assert hooks["zero3"]["fetches"] == hooks["zero3_checkpointed"]["fetches"]
     assert hooks["zero3"]["fetches"] < hooks["zero3_modules"]["fetches"] / 8
     assert hooks["zero3"]["gathers"] < hooks["zero3_modules"]["gathers"]
     assert hooks["zero3"]["parameters"] < hooks["zero3_modules"]["parameters"]  # low-rank matrices stay whole
-    assert hooks["zero3"]["late"] == hooks["full"]["late"] == 0 < hooks["zero3_modules"]["late"]
+    assert hooks["zero3"]["late"] == hooks["zero3_checkpointed"]["late"] == 0 and hooks["zero3_modules"]["late"] > 10
+    assert hooks["full"]["late"] <= 2  # the head, before anything else in each of two micro-batches
     assert hooks["full"]["fetches"] < hooks["zero3_modules"]["fetches"] / 8
 
 

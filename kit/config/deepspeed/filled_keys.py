@@ -62,6 +62,7 @@ FILLED_KEYS = {
     "zero_allow_untested_optimizer": FilledKey("added", ("trainer.optim",)),
     "checkpoint.use_node_local_storage": FilledKey("added", ("trainer.save_on_each_node",)),
     f"{ZERO}.leaf_module.classes": FilledKey("added", ("model.config.model_type",)),
+    f"{ZERO}.stage3_max_reuse_distance": FilledKey("added", ("model.config.model_type",)),
     f"{ZERO}.stage3_max_live_parameters": FilledKey("added", ("model.config.model_type",)),
     f"{ZERO}.reduce_bucket_size": by_size("hidden_size x hidden_size", lambda width: width * width),
     f"{ZERO}.stage3_prefetch_bucket_size": by_size(

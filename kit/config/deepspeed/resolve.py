@@ -15,7 +15,7 @@ from typing import Any, Literal
 from kit.config.deepspeed.check import ADAMS, check_deepspeed_json
 from kit.config.deepspeed.filled_keys import FILLED_KEYS, TRAINER_SETTINGS
 from kit.errors import KitError, Problem
-from kit.forecast.memory import DISTANCE, Sizes
+from kit.forecast.memory import Sizes
 from kit.schema import fields
 from kit.schema.dotted import set_value, value_at
 
@@ -187,8 +187,8 @@ def _fill_gathering(fill: _Fill, sizes: Sizes, hidden_size: int) -> None:
     if zero.get("stage") != 3 or value_at(zero, "offload_param.device") == "nvme":
         return
     zero.setdefault("stage3_prefetch_bucket_size", layer)
-    kept = zero.get("stage3_max_reuse_distance", DISTANCE)
-    zero.setdefault("stage3_max_live_parameters", int(max(DISTANCE, sizes.ends + kept + 2 * layer)))
+    kept = zero.setdefault("stage3_max_reuse_distance", layer)
+    zero.setdefault("stage3_max_live_parameters", int(sizes.ends + kept + 2 * layer))
     whole = sizes.rank * sizes.widest
     zero.setdefault("stage3_param_persistence_threshold", max(whole * (whole <= LOW_RANK), 10 * hidden_size))
 
