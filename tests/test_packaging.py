@@ -91,6 +91,7 @@ def test_the_wheel_holds_the_package_and_its_configuration(built):
         "kit/forecast/gpus.json",
         "kit/config/rules/explanations.yaml",
         "kit/doctor/tested.json",
+        "kit/explain/plan_page.html",
     }
     expected |= {f"kit/ds_configs/{f.name}" for f in (ROOT / "ds_configs").glob("*.json")}
     expected |= {f"kit/hydra_conf/recipe/{f.relative_to(ROOT / 'recipes')}" for f in (ROOT / "recipes").rglob("*.*")}

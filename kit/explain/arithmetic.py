@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from kit.explain.plan_text import Figures, gb, seconds, sum_of
+from kit.explain.plan_text import INDENT, Figures, gb, seconds, sum_of, wrap
 from kit.forecast.activations import sizes
 from kit.forecast.memory import Sizes, Step, forecast_memory, weights_bytes
 from kit.forecast.step_time import active_linears, count_flops
@@ -16,7 +15,6 @@ KEPT = ("layer inputs", "activations", "weights, cast", "embedding, norm", "inpu
 UTILIZATION = (0.55, 0.3)  # of a card's peak, as the rule of thumb for time has it
 UTF8 = 3  # bytes of a Chinese character
 CHINESE, ENGLISH = (1.4, 1.7), (3, 4)  # characters a token, by tokenizers with a large vocabulary
-WIDTH, INDENT = 80, 11
 
 
 @dataclass(frozen=True)
@@ -76,16 +74,17 @@ def _recomputation(f: Figures) -> Line:
 
 
 def _time(f: Figures) -> Line:
-    step, low, high = f["step"], *f["step"]["mfu"]
+    step = f["step"]
+    low, high = step["mfu"]
     by_rule = [
         8 * step["tokens"] * f["run"]["parameters"] / (f["host"]["tflops"] * 1e12 * part) for part in UTILIZATION
     ]
     return Line(
         "time", f"8 x tokens x N / (GPUs x peak x {UTILIZATION[1]} to {UTILIZATION[0]})",
-        "full fine-tuning with all layers checkpointed; LoRA has fewer operations, and small models, links and offloads "
-        "reach less of the peak",
-        f"{seconds(*by_rule)} s a step by the rule, {seconds(step['fastest'], step['slowest'])} s by the forecast: MFU "
-        f"{100 * low:.0f} to {100 * high:.0f} %",
+        "full fine-tuning with all layers checkpointed; LoRA has fewer operations, and small models, links and "
+        "offloads reach less of the peak",
+        f"{seconds(*by_rule)} s a step by the rule, {seconds(step['fastest'], step['slowest'])} s by the forecast: "
+        f"MFU {100 * low:.0f} to {100 * high:.0f} %",
     )  # fmt: skip
 
 
@@ -93,13 +92,17 @@ def _adam(f: Figures) -> Line:
     run, counts = f["run"], f["counts"]
     kinds = ["adapter", "gradients", "optimizer", "float32 gradients"] + ["base weights"] * (not counts["frozen_base"])
     size = sum_of(f["memory"]["terms"], *kinds)
-    kept = "" if counts["master_weights"] else "; without DeepSpeed Adam keeps the parameter's own dtype, no copy beside it"
+    kept = (
+        ""
+        if counts["master_weights"]
+        else "; without DeepSpeed Adam keeps the parameter's own dtype, no copy beside it"
+    )
     return Line(
         "Adam", "a billion parameters with Adam take 200 GB",
-        f"16 bytes a trained parameter in mixed precision (2 weight, 2 gradient, 4 float32 copy, 8 Adam's states) and 4 "
-        f"in the step: {16 + 4} GB",
-        f"{run['trained'] / 1e9:,.3g} billion trained, {gb(size)} GB on each GPU: {size / run['trained']:.1f} bytes each"
-        f"{kept}",
+        "16 bytes a trained parameter in mixed precision (2 weight, 2 gradient, 4 float32 copy, 8 Adam's states) and "
+        f"4 in the step: {16 + 4} GB",
+        f"{run['trained'] / 1e9:,.3g} billion trained, {gb(size)} GB on each GPU: {size / run['trained']:.1f} bytes "
+        f"each{kept}",
     )  # fmt: skip
 
 
@@ -108,18 +111,19 @@ def _weights(f: Figures) -> Line:
     return Line(
         "weights", "4 bytes a parameter: 7 billion train in 28 GB",
         "that is float32 weights, and nothing else of training; bfloat16 has 2 bytes, nf4 about half of one",
-        f"{f['run']['parameters'] / 1e9:,.2f} billion x {f['counts']['weight_bytes']:.2f} bytes, {gb(size)} GB on each GPU",
+        f"{f['run']['parameters'] / 1e9:,.2f} billion x {f['counts']['weight_bytes']:.2f} bytes, {gb(size)} GB on "
+        "each GPU",
     )  # fmt: skip
 
 
 def _lora(f: Figures) -> Line:
     run = f["run"]
-    size = sum_of(f["memory"]["terms"], "gradients", "optimizer")
+    size, share = sum_of(f["memory"]["terms"], "gradients", "optimizer"), 100 * run["trained"] / run["parameters"]
     return Line(
         "optimizer", "gradients and optimizer are each as large as the model",
         "of what is trained alone: LoRA's base has neither, which is why its optimizer is small",
-        f"{run['trained']:,} of {run['parameters']:,} parameters are trained ({100 * run['trained'] / run['parameters']:.3g}"
-        f" %): gradients and optimizer {gb(size)} GB on each GPU",
+        f"{run['trained']:,} of {run['parameters']:,} parameters are trained ({share:.3g} %): gradients and optimizer "
+        f"{gb(size)} GB on each GPU",
     )  # fmt: skip
 
 
@@ -162,23 +166,27 @@ def _text(f: Figures) -> Line:
         "text", "a Chinese character has 2 bytes: a billion tokens are 3 GB",
         f"{UTF8} bytes in UTF-8: with {CHINESE[0]} to {CHINESE[1]} characters a token {CHINESE[0] * UTF8:.1f} to "
         f"{CHINESE[1] * UTF8:.1f} GB; English has {ENGLISH[0]} to {ENGLISH[1]} characters a token, a byte each",
-        f"{tokens:,} tokens of {what}: {gb(chinese[0])} to {gb(chinese[1])} GB of Chinese text, {gb(english[0])} to "
-        f"{gb(english[1])} GB of English",
+        f"{tokens:,} tokens of {what}: {megabytes(chinese)} MB of Chinese text, {megabytes(english)} MB of English",
     )  # fmt: skip
 
 
 def _tokens_a_parameter(f: Figures) -> Line:
     tokens, what = _tokens(f)
+    share = f"{tokens / f['run']['parameters']:.2g} tokens a parameter in {what}"
     return Line(
         "data", "20 tokens a parameter (Chinchilla)",
-        "the best use of operations in training from nothing; fine-tuning starts from a trained model and is not bound "
-        "by it",
-        f"{tokens / f['run']['parameters']:.2g} tokens a parameter in {what}",
+        "the best use of operations in training from nothing; fine-tuning starts from a trained model and is not "
+        "bound by it",
+        share + ("" if "total" in f else "; trainer.max_steps=N tells the run's"),
     )  # fmt: skip
 
 
 def _tokens(f: Figures) -> tuple[int, str]:
     return (f["total"]["tokens"], "the run") if "total" in f else (f["step"]["tokens_all"], "a step")
+
+
+def megabytes(both: Sequence[float]) -> str:
+    return " to ".join(f"{size / 1e6:,.{0 if size >= 1e7 else 1}f}" for size in both)
 
 
 def render_arithmetic(lines: Sequence[Figures]) -> str:
@@ -187,6 +195,5 @@ def render_arithmetic(lines: Sequence[Figures]) -> str:
     for line in lines:
         found += ["", line["topic"]]
         for label, key in (("rule", "rule"), ("but", "correction"), ("here", "here")):
-            found += textwrap.wrap(line[key], WIDTH, initial_indent=f"  {label:<{INDENT - 2}}",
-                                   subsequent_indent=" " * INDENT)  # fmt: skip
+            found += wrap(line[key], f"  {label:<{INDENT - 2}}")
     return "\n".join(found)

@@ -10,10 +10,13 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from kit.config.memory_choice import describe_level, option_of, usable_bytes
+from kit.config.packing import TOKENS_PER_BYTE
 from kit.errors import DONE, REFUSED, KitError, Problem
 from kit.explain.arithmetic import count_parts, explain_arithmetic, render_arithmetic
+from kit.explain.plan_page import write_page
 from kit.explain.plan_text import fits, render, render_rows
 from kit.forecast.calibration import calibrate, find_correction
+from kit.forecast.data_advice import advise
 from kit.forecast.host_memory import forecast_disk, forecast_host_memory
 from kit.forecast.hosts import EXAMPLES, KEY, Host, find_host, parse_host
 from kit.forecast.memory import Step, forecast_memory, measure_sizes
@@ -46,6 +49,11 @@ def plan_verb(argv: list[str]) -> int:
     parser.add_argument("--compare", metavar="KEY=A,B,...", help="a line for each value: deepspeed=zero2,zero3")
     parser.add_argument("--price", type=float, metavar="X", help="of a GPU hour: what the run costs")
     parser.add_argument("--explain", action="store_true", help="rules of thumb, corrected, with this run's figures")
+    parser.add_argument("--html", metavar="FILE", help="the figures as a page, with --compare side by side")
+    parser.add_argument("--deadline", metavar="12h", help="what to rent: the run ends in time")
+    parser.add_argument("--budget", metavar="X", help="what to rent: the run costs no more")
+    parser.add_argument("--gpus", metavar="1,2,4,8", help="what to rent: how many of a kind are tried")
+    parser.add_argument("--prices", metavar="h100=2.5,l4=0.7", help="what to rent: of a GPU hour, by kind")
     parser.add_argument("--json", action="store_true", help="every term with its formula and source")
     parser.add_argument("--calibrate", nargs="+", metavar="RUN", help="learn from what finished runs measured")
     parser.epilog = f"hardware=... plans for another machine: {EXAMPLES}; without it, for this one"
@@ -62,20 +70,39 @@ def plan_verb(argv: list[str]) -> int:
         raise KitError(f"{KEY} is given several times", KEY, "one machine at a time")
     if a.price is not None and not a.price >= 0:
         raise KitError(f"--price {a.price:g} is no price", "--price", "of an hour of one GPU, such as 2.5")
+    machine = named[0] if named else None
+    if a.deadline or a.budget or a.gpus or a.prices:
+        from kit.explain.rent import rent  # which needs this module
+
+        return rent(words, machine, a)
     if a.compare:
-        rows = compare(words, a.compare, named[0] if named else None, a.price, a.config_dir)
+        if a.explain:
+            raise KitError("--explain is of one run, --compare of several", "--explain", "one of the two")
+        rows = compare(words, a.compare, machine, a.price, a.config_dir)
+        if a.html:
+            key, _, values = a.compare.partition("=")
+            machine = machine or (values.partition(",")[0] if key == KEY else None)
+            write_page(a.html, forecast_with_changes(words, machine, a.price, a.config_dir), rows)
         print(json.dumps(rows, indent=1) if a.json else render_rows(rows))
         return DONE if any(row.get("fits") for row in rows) else REFUSED
-    host = parse_host(named[0]) if named else host_of_this_machine()
-    figures = forecast_run(words, host, a.price, a.config_dir)
-    if not fits(figures):
-        figures["changes"] = find_changes(words, host, a.config_dir)
+    figures = forecast_with_changes(words, machine, a.price, a.config_dir)
+    if a.html:
+        write_page(a.html, figures)
     if a.explain:
         figures["arithmetic"] = explain_arithmetic(figures)
     print(json.dumps(figures, indent=1) if a.json else render(figures))
     if a.explain and not a.json:
         print(f"\n{render_arithmetic(figures['arithmetic'])}")
     return DONE if fits(figures) else REFUSED
+
+
+def forecast_with_changes(
+    words: Sequence[str], machine: str | None, price: float | None, config_dir: str | None
+) -> Figures:
+    """Return all figures of a run on a machine, or on this one, with the changes that would make it fit."""
+    host = parse_host(machine, config_dir) if machine else host_of_this_machine()
+    figures = forecast_run(words, host, price, config_dir)
+    return figures if fits(figures) else figures | {"changes": find_changes(words, host, config_dir)}
 
 
 def host_of_this_machine() -> Host:
@@ -103,6 +130,13 @@ def forecast_run(
     KitError where the run is refused, trains on a CPU, or is of a base whose memory cannot be forecast.
     """
     plan = compose_for(words, host, config_dir)
+    figures, text = forecast_composed(plan, host, price), inspect_model(plan.model, here=False)[0].text
+    return figures | {"advice": advise(plan, text, figures, TOKENS_PER_BYTE)}
+
+
+def forecast_composed(plan: RunPlan, host: Host, price: float | None = None) -> Figures:
+    """Return the figures of a run that was composed for a host; price: in place of the host's own."""
+    price = host.price if price is None else price
     if plan.trainer["use_cpu"]:
         raise KitError("trainer.use_cpu=true: kit plan forecasts GPUs", "trainer.use_cpu", "leave it out")
     local = plan.launch.num_gpus if isinstance(plan.launch.num_gpus, int) else 1
@@ -246,7 +280,7 @@ def compare(
         row: Figures = {"value": f"{key}={value}"}
         try:
             word = value if key == KEY else machine
-            host = parse_host(word) if word else host_of_this_machine()
+            host = parse_host(word, config_dir) if word else host_of_this_machine()
             figures = forecast_run(kept if key == KEY else [*kept, f"{key}={value}"], host, price, config_dir)
         except KitError as error:
             rows.append(row | {"refused": error.problems[0].problem})

@@ -1,4 +1,4 @@
-"""`kit plan --html FILE`: the figures of a run as one page for a browser or paper, without network and without scripts."""
+"""`kit plan --html FILE`: the figures of a run as one page for a browser or paper, without network."""
 
 from __future__ import annotations
 
@@ -54,10 +54,14 @@ def render_page(figures: Figures) -> str:
 
 def _show(figures: Figures, path: str, form: Callable[[Any], str]) -> str:
     """Return a figure by its dotted path, as text in an element that names the path."""
+    return f'<span data-figure="{escape(path)}">{escape(form(_value(figures, path)))}</span>'
+
+
+def _value(figures: Figures, path: str) -> Any:
     value: Any = figures
     for key in path.split("."):
         value = value[int(key)] if isinstance(value, list | tuple) else value[key]
-    return f'<span data-figure="{escape(path)}">{escape(form(value))}</span>'
+    return value
 
 
 def _section(title: str, *parts: str, kind: str = "") -> str:
@@ -67,7 +71,11 @@ def _section(title: str, *parts: str, kind: str = "") -> str:
 def _table(heads: Sequence[str], rows: Sequence[Sequence[tuple[str, str]]], sortable: bool = False) -> str:
     """Return a table; a cell is its attributes and its content, both escaped already."""
     mark = " data-sortable" * sortable
-    lines = ["<table>", "<thead><tr>" + "".join(f"<th{mark}>{escape(h)}</th>" for h in heads) + "</tr></thead>", "<tbody>"]
+    lines = [
+        "<table>",
+        "<thead><tr>" + "".join(f"<th{mark}>{escape(h)}</th>" for h in heads) + "</tr></thead>",
+        "<tbody>",
+    ]
     for row in rows:
         cells = (f'<td data-label="{escape(h)}" {a}>{text}</td>' for h, (a, text) in zip(heads, row, strict=True))
         lines.append(f"<tr>{''.join(cells)}</tr>")
@@ -77,8 +85,8 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[tuple[str, str]]], sort
 def _verdict(f: Figures) -> str:
     memory, word = f["memory"], "Fits" if fits(f) else "Does not fit"
     lines = [f"<strong>{word}</strong>",
-             f"<p>Each GPU needs {_show(f, 'memory.needed', gb)} GB of its {_show(f, 'memory.usable', gb)} GB: "
-             f"{escape(describe_room(memory))}.</p>"]  # fmt: skip
+             f"<p>Each GPU needs {_show(f, 'memory.needed', gb)} GB and has {_show(f, 'memory.usable', gb)} GB: "
+             f"{escape(describe_room(memory).partition(', ')[2])}.</p>"]  # fmt: skip
     if not host_memory_fits(f):
         lines.append(
             f"<p>The host needs {_show(f, 'host_memory.needed', gb)} GB of its "
@@ -93,15 +101,17 @@ def _cards(f: Figures) -> str:
     run, step = f["run"], f["step"]
     low, high = step["mfu"]
     trained = f"{run['trained']:,} of {run['parameters']:,} parameters trained"
+    engine = f"{run['processes']} process{'es' * (run['processes'] != 1)}, {run['engine']}, {run['precision']}"
+    speed = f"MFU {100 * low:.0f} to {100 * high:.0f} %, at most {step['tokens_all']:,} tokens"
     step_time = f"{_show(f, 'step.fastest', _two)} to {_show(f, 'step.slowest', _two)} s"
     cards = [
-        ("machine", escape(f["host"]["name"]), escape(f"{run['processes']} processes, {run['engine']}, {run['precision']}")),
+        ("machine", escape(f["host"]["name"]), escape(engine)),
         ("batch", escape(run["memory"]), escape(trained)),
-        ("optimizer step", step_time, f"MFU {100 * low:.0f} to {100 * high:.0f} %, at most {step['tokens_all']:,} tokens"),
-    ]  # fmt: skip
+        ("optimizer step", step_time, speed),
+    ]
     if total := f.get("total"):
-        tokens = f"{total['steps']:,} steps, at most {total['tokens']:,} tokens, {total['petaflop_days']:.3g} PetaFLOP/s-days"
-        cards.append(("time", _show(f, "total.seconds", durations), escape(tokens)))
+        work = f"at most {total['tokens']:,} tokens, {total['petaflop_days']:.3g} PetaFLOP/s-days"
+        cards.append(("time", _show(f, "total.seconds", durations), f"{total['steps']:,} steps, {work}"))
         hours = f"{total['gpu_hours'][0]:,.2f} to {total['gpu_hours'][1]:,.2f} GPU hours"
         cost = _show(f, "total.cost", lambda c: f"{c[0]:,.2f} to {c[1]:,.2f}") if total["cost"] else "no price given"
         cards.append(("cost", cost, escape(hours)))
@@ -141,7 +151,7 @@ def _phases(f: Figures) -> str:
         f'<i style="left:{100 * memory["usable"] / scale:.3f}%" title="the card"></i>'
         f'<i class="limit" style="left:{100 * memory["limit"] / scale:.3f}%" title="the limit"></i>'
     )
-    lines = []
+    lines, others = [], [("others", "rest")] if len(largest_names(memory, COLORS + 1)) > COLORS else []
     for phase, terms in stacks.items():
         parts = [
             (colors.get(t["name"], "rest"), t["name"], t["bytes"], places.get(id(t), "memory.outside_allocator"))
@@ -150,13 +160,13 @@ def _phases(f: Figures) -> str:
         lines.append(f'<div class="row"><b>{escape(phase)}</b>{_bar(parts, scale, marks)}'
                      f"<output>{gb(totals[phase])} GB</output></div>")  # fmt: skip
     says = (
-        f"The solid line is the {gb(memory['usable'])} GB of a card, the dotted one the {gb(memory['limit'])} GB that a "
-        "forecast may fill. What stands from loading on comes first."
+        f"The solid line is the {gb(memory['usable'])} GB of a card, the dotted one the {gb(memory['limit'])} GB that "
+        "a forecast may fill. What stands from loading on comes first."
     )
     if "forecast" in memory:
         says += f" The bars are of the forecast; runs that were measured give {gb(memory['needed'])} GB."
     return _section("Memory of each GPU, by phase", f"<p class=faint>{says}</p>", *lines,
-                    _legend([*colors.items(), ("others", "rest")]))  # fmt: skip
+                    _legend([*colors.items(), *others]))  # fmt: skip
 
 
 def _stages(f: Figures) -> str:
@@ -183,7 +193,9 @@ def _changes(f: Figures) -> str:
     for number, change in enumerate(f["changes"]):
         rows.append([("", f"<code>{escape(' '.join(change['overrides']))}</code>"),
                      _number(f, f"changes.{number}.needed"), ("", escape(seconds(*change["seconds"])))])  # fmt: skip
-    found = _table(["add", "GB of each GPU", "seconds a step"], rows) if rows else "<p>Nothing that was tried fits.</p>"
+    found = (
+        _table(["add", "GB of each GPU", "seconds a step"], rows) if rows else "<p>Nothing that was tried fits.</p>"
+    )
     return _section("What would fit", found)
 
 
@@ -200,7 +212,8 @@ def _comparison(f: Figures) -> str:
             value, ('class="yes"', "fits") if row["fits"] else ('class="no"', "does not fit"),
             _number(f, f"compare.{number}.needed"), ("", escape(seconds(*row["seconds"]))),
             ("", escape(durations(total["seconds"])) if total else ""),
-            ("", f"{cost[0]:,.2f} to {cost[1]:,.2f}" if cost else ""), ("", escape(f"{row['engine']}, {row['batch']}")),
+            ("", f"{cost[0]:,.2f} to {cost[1]:,.2f}" if cost else ""),
+            ("", escape(f"{row['engine']}, {row['batch']}")),
         ])  # fmt: skip
     heads = ["value", "verdict", "GB of each GPU", "seconds a step", "time", "cost", "how"]
     return _section("Side by side", _table(heads, rows, sortable=True)) if rows else ""
@@ -208,30 +221,30 @@ def _comparison(f: Figures) -> str:
 
 def _terms(f: Figures) -> str:
     """Return the table of all terms: of a GPU, of a host, of the disk."""
-    rows = []
+    outside = "CUDA's context, and a share of the peak for what lies between the allocator's blocks"
+    rows = [[("", escape(OUTSIDE)), _number(f, "memory.outside_allocator"), ("", WHEN["loaded"]),
+             ("", escape(outside)), ("", "estimate")]]  # fmt: skip
     for where, path in (("GPU", "memory"), ("host", "host_memory"), ("disk", "disk")):
         for number, term in enumerate(f[path]["terms"]):
             when = WHEN[term["phase"]] if where == "GPU" else where
             rows.append([("", escape(term["name"])), _number(f, f"{path}.terms.{number}.bytes"), ("", escape(when)),
                          ("", escape(term["formula"])), ("", escape(term["source"]))])  # fmt: skip
-    outside = "CUDA's context, and a share of the peak for what lies between the allocator's blocks"
-    rows.append([("", escape(OUTSIDE)), _number(f, "memory.outside_allocator"), ("", WHEN["loaded"]),
-                 ("", escape(outside)), ("", "measured")])  # fmt: skip
     heads = ["term", "GB", "when", "formula", "source"]
     return _section("All terms", _table(heads, rows, sortable=True), kind="long")
 
 
 def _number(figures: Figures, path: str) -> tuple[str, str]:
     """Return a cell with a figure in GB that a table is sorted by."""
-    shown = _show(figures, path, gb)
-    value = _show(figures, path, str).partition(">")[2].partition("<")[0]
-    return f'class="number" data-value="{value}"', shown
+    return f'class="number" data-value="{_value(figures, path)}"', _show(figures, path, gb)
 
 
 def _arithmetic(f: Figures) -> str:
-    rows = [[("", escape(line[key])) for key in ("topic", "rule", "correction", "here")] for line in explain_arithmetic(f)]
-    table = _table(["", "rule of thumb", "but", "here"], rows)
-    return f'<section class="long"><details><summary>Rules of thumb, and this run</summary>\n{table}\n</details></section>'
+    rows = [
+        [("", escape(line[key])) for key in ("topic", "rule", "correction", "here")] for line in explain_arithmetic(f)
+    ]
+    table = _table(["of", "rule of thumb", "but", "here"], rows)
+    title = "<summary>Rules of thumb, and this run</summary>"
+    return f'<section class="long"><details>{title}\n{table}\n</details></section>'
 
 
 def _notes(f: Figures) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Sequence
 from typing import Any
@@ -11,12 +12,14 @@ from kit.forecast.memory import PHASES
 from kit.system.terminal import describe_duration
 
 Figures = dict[str, Any]
+WIDTH, INDENT = 80, 11  # of the page; of what stands under a heading
 BAR, STATE_BAR, TERM_BAR = 44, 30, 30  # characters of the largest phase, model states, term of a host
 SYMBOLS = "#=+*o%x~"  # of the largest terms; the others share a dot
 # When a term stands in memory, in the order in which its part of a bar comes.
 WHEN = {
     "loaded": "from loading on", "always": "in all steps", "load": "loading", "forward": "forward to backward",
-    "loss": "head and loss", "backward": "backward", "step": "optimizer step", "evaluate": "evaluation", "save": "save",
+    "loss": "head and loss", "backward": "backward", "step": "optimizer step", "evaluate": "evaluation",
+    "save": "save",
 }  # fmt: skip
 OUTSIDE = "outside torch's allocator"
 
@@ -101,15 +104,14 @@ def render(figures: Figures) -> str:
         for change in figures["changes"]:
             needs = f"{gb(change['needed'])} GB, {seconds(*change['seconds'])} s a step"
             lines.append(f"  {' '.join(change['overrides'])}   ({needs})")
+    lines += [f"advice     {line}" for line in figures.get("advice", ())]
     return "\n".join(lines)
 
 
 def describe_room(memory: Figures) -> str:
     """Say whether a run fits its GPUs, and by how much."""
-    part = f"the {gb(memory['limit'])} GB that a forecast may fill"
-    if memory["fits"]:
-        return f"fits, {gb(memory['limit'] - memory['needed'])} GB below {part}"
-    return f"does not fit, {gb(memory['needed'] - memory['limit'])} GB above {part}"
+    limit, room = f"the {gb(memory['limit'])} GB limit", memory["limit"] - memory["needed"]
+    return f"fits, {gb(room)} GB under {limit}" if memory["fits"] else f"does not fit, {gb(-room)} GB over {limit}"
 
 
 def stack_terms(memory: Figures) -> dict[str, list[Figures]]:
@@ -134,7 +136,10 @@ def phase_bars(memory: Figures) -> list[str]:
     totals = {phase: sum(term["bytes"] for term in terms) for phase, terms in stacks.items()}
     scale = BAR / max(memory["usable"], *totals.values())
     card = round(scale * memory["usable"])
-    lines = ["           each phase at its peak; the bracket ends where the card does:"]
+    share = 100 * memory["limit"] / memory["usable"]
+    lines = [f"           each phase's peak; the bracket is the card, the limit {share:.0f} % of it:"]
+    if "forecast" in memory:
+        lines.insert(0, f"           measured runs say so; by the terms below {gb(memory['forecast'])} GB")
     for phase, terms in stacks.items():
         bar = draw([(symbols.get(term["name"], "."), term["bytes"]) for term in terms], scale)
         inside = f"[{bar[:card]:<{card}}]{bar[card:]}"
@@ -160,14 +165,14 @@ def render_stages(figures: Figures) -> list[str]:
     """Return the model states of a GPU by stage as lines."""
     stages = figures["stages"]
     scale = STATE_BAR / max(stage["bytes"] for stage in stages)
-    lines = ["stages     of each GPU, nothing offloaded: # weights, = gradients, + optimizer"]
+    lines = ["stages     # weights, = gradients, + optimizer of each GPU; stages: no offload"]
     for stage in stages:
         parts = [("#", sum_parts(stage, "base weights", "adapter")), ("=", sum_parts(stage, "gradients")),
                  ("+", sum_parts(stage, "optimizer"))]  # fmt: skip
         slower = f"  1/{figures['run']['processes']} speed" if stage["speed"] < 1 else ""
         bar = draw(parts, scale)
         lines.append(f"           {stage['name']:<15}{gb(stage['bytes']):>8} GB  {bar:<{STATE_BAR}}{slower}".rstrip())
-    return lines + [f"           {line}" for line in textwrap.wrap(describe_stages(figures), 69)]
+    return lines + wrap(describe_stages(figures), " " * INDENT)
 
 
 def describe_stages(figures: Figures) -> str:
@@ -182,9 +187,16 @@ def describe_stages(figures: Figures) -> str:
             f"GPU. ZeRO-3 parts it too: {less[2]} less; {split}"
         )
     return (
-        f"ZeRO-1 parts the optimizer ({less[0]} less than data parallel), ZeRO-2 the gradients too ({less[1]}), ZeRO-3 "
-        f"the weights too ({less[2]}), for half as much traffic again; {split}"
+        f"ZeRO-1 parts the optimizer ({less[0]} less than data parallel), ZeRO-2 the gradients too ({less[1]}), "
+        f"ZeRO-3 the weights too ({less[2]}), for at least half as much traffic again; {split}"
     )
+
+
+def wrap(text: str, first: str) -> list[str]:
+    """Return a text as lines of 80 columns, `first` before it; a number and its unit stay together."""
+    joined = re.sub(r"(?<=\d) (?=[%A-Z])", "\xa0", text)
+    lines = textwrap.wrap(joined, WIDTH, initial_indent=first, subsequent_indent=" " * INDENT)
+    return [line.replace("\xa0", " ") for line in lines]
 
 
 def sum_parts(stage: Figures, *names: str) -> float:

@@ -74,7 +74,7 @@ def forecast_time(step: Step, base: Sizes, host: Host, accumulation: int, row_to
     """Return the time of an optimizer step. row_tokens: of a row, or of the documents packed into it, on average."""
     model, executed = (accumulation * flops for flops in count_flops(step, base, row_tokens))
     width = min(1.0, sizes(base.text)["h"] / FULL_WIDTH)
-    compute = executed / (host.tflops * 1e12 * EFFICIENCY * width)
+    compute = executed / (host.rate * 1e12 * EFFICIENCY * width)
     weights, trained, number = weights_bytes(step, base)[0], base.trained, DTYPE_BYTES[step.precision]
     part, others = 1 / step.processes, 1 - 1 / step.processes
     moved = 2 * trained * number * others  # gradients are reduced, or reduced and gathered, once a step
