@@ -222,8 +222,9 @@ class ModifiedTrainer(SFTTrainer):
         A save would find parameters in flight, and DeepSpeed refuses to part them (stage3.py, GatheredParameters).
         """
         result = super().evaluation_loop(*args, **kwargs)
-        if self.is_deepspeed_enabled and hasattr(self.model_wrapped, "empty_partition_cache"):
-            self.model_wrapped.empty_partition_cache()
+        engine: Any = self.model_wrapped
+        if self.is_deepspeed_enabled and hasattr(engine, "empty_partition_cache"):
+            engine.empty_partition_cache()
         return result
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
